@@ -1,6 +1,6 @@
 """A bundle: one folder that is a whole model, sampled or trained further without an experiment file or a workdir.
 
-    bundle.json                          version, and of every other file its bytes and its sha256
+    bundle.json                          the version, and the size and the sha256 of every other file
     config.json                          "model": the transformer's shape. "data", "loss" and "sampling": keys of the
                                          experiment, which say its data, its loss and the defaults of a request
     language.json                        the grammar's manifest: what a sequence of ids may say; and the border, where
@@ -74,7 +74,7 @@ _UNCHECKED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, Re
 
 
 class BundleError(UserError):
-    """A folder that is no bundle, or a damaged one; the message names the folder, the file and what is wrong."""
+    """A folder is no bundle, or a damaged one; the message names the folder, the file and what is wrong."""
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -100,17 +100,18 @@ def write(
     """Writes a bundle whole or not at all, and opens it.
 
     Args:
-        folder: to be made; an existing one is never overwritten.
-        params: of any dtypes, which are kept; parameters on several devices are gathered one by one.
-        grammar: of the two tokenizers; image_tokenizer: None for text alone.
+        folder: will be made; an existing one is never overwritten.
+        params: their dtypes are kept; parameters on several devices are gathered one by one.
+        grammar: has both tokenizers; image_tokenizer: None for text alone.
         data: image_size, resize, layout and max_tokens of the experiment; for text alone, max_tokens only.
         loss: softmax of the experiment; None: its default.
         sampling: max_length, kv_dtype and the defaults of requests (`sampling.request.DEFAULTS`) of the experiment.
-        published, kept: of published weights: JSON values and tensors by name that an export to their form needs.
-        extends: the hash of a bundle whose parameters these are, but for more rows of its tables of ids.
-        shard_bytes: of a file of parameters at most; a larger parameter has a file of its own.
+        published, kept: JSON values and tensors by name that an export to the published form needs.
+        extends: the hash of the bundle that was extended: these are its parameters, with more rows in its tables of
+            ids.
+        shard_bytes: most bytes of one file of parameters; a larger parameter gets its own file.
 
-    Raises UserError where `folder` exists, OSError (a full disk).
+    Raises UserError if `folder` exists, OSError (a full disk).
     """
     try:
         with whole_folder(folder) as here:
@@ -148,8 +149,8 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A parameter in its file. The file is opened anew for each piece, because the pages of a mapped file count as
-    memory of this process while it is mapped.
+    """A parameter in its file. The file is opened again for each piece, because the pages of a mapped file count as
+    memory of this process.
     """
 
     path: Path
@@ -165,7 +166,7 @@ class Bundle:
     """An opened bundle. Opening it checks which files there are and their sizes; the content of each is checked when it
     is read.
 
-    It and its methods raise BundleError: the folder is missing or no bundle, of another version, cut short, or changed.
+    It and its methods raise BundleError: the folder is missing, no bundle or of another version, or a file was changed.
     """
 
     def __init__(self, folder: str | Path):
@@ -192,7 +193,7 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files but the card."""
+        """Bytes of all its files except the card."""
         return sum(size for size, _ in self._files.values())
 
     @property
@@ -202,7 +203,7 @@ class Bundle:
 
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
-        """config.json: "model", "data", "loss" ({} in those of earlier versions) and "sampling"."""
+        """config.json: "model", "data", "loss" ({} in bundles of earlier versions) and "sampling"."""
         found = {"loss": {}} | self._json(CONFIG)
         for name in ("model", "data", "loss", "sampling"):
             if not isinstance(found.get(name), dict):
@@ -235,7 +236,7 @@ class Bundle:
 
     @property
     def border(self) -> Border | None:
-        """To the ids of a published table; None: there is none."""
+        """The mapping to the ids of a published table; None: there is none."""
         return getattr(self.text_tokenizer, "border", None)
 
     @cached_property
@@ -252,7 +253,7 @@ class Bundle:
             return read_tensors(self._path(KEPT))
 
     def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
-        """The image tokenizer; None for a model of text alone. batch_size: images in one call of it."""
+        """The image tokenizer; None for a model of text alone. batch_size: images in one of its calls."""
         if not self.has_images:
             return None
         kept = _IMAGE_KEPT in self._files
@@ -284,9 +285,9 @@ class Bundle:
         """The transformer's parameters, read straight to where they belong: a device reads what it holds.
 
         Args:
-            places: a tree like them of shardings, on any mesh; None: this process's first device.
-            dtype: of all, or a tree like them of dtypes; default, and where it has None: as they were written.
-            then: called with the path and value of each parameter as it is read; its result takes that one's place.
+            places: a tree of shardings with the same structure, on any mesh; None: this process's first device.
+            dtype: one for all, or a tree of dtypes with the same structure; None, also inside the tree: as written.
+            then: called with the path and value of each parameter as it is read; its result replaces the value.
         """
         shapes = self._shapes()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -304,7 +305,7 @@ class Bundle:
 
     def reader(self) -> tuple[dict[str, str], Callable[[str, int | None], np.ndarray]]:
         """(dtypes, read): the dtype of every parameter by its path, and a function read(path, layer) that gives a
-        parameter, or the part of it at that index of its first axis. The files are checked here, once for all that is
+        parameter, or its part at that index of the first axis. The files are checked here once, before anything is
         read.
         """
         found = self._tensors(self._shapes())
@@ -316,7 +317,7 @@ class Bundle:
             return abstract_params(self.config)
 
     def _tensors(self, shapes: Params) -> dict[str, _Tensor]:
-        """Each tensor, by name. Names, shapes and dtypes are found to be what they should be."""
+        """Each tensor, by name. Checks that names, shapes and dtypes are what they should be."""
         leaves, index = named(shapes), self._index(named(shapes))
         found = {}
         for file in sorted(set(index.values())):
@@ -337,7 +338,7 @@ class Bundle:
         return found
 
     def _index(self, leaves: Mapping[str, Any]) -> dict[str, str]:
-        """The file of each tensor; the files are found to be what was written."""
+        """The file of each tensor. Checks that the files are as they were written."""
         found = self._json(INDEX).get("weight_map")
         if not isinstance(found, dict):
             raise self._error(INDEX, f"weight_map: expected keys and values, found {found!r:.80}")
@@ -357,7 +358,7 @@ class Bundle:
         return found
 
     def copy(self, folder: Path, *names: str) -> None:
-        """Copies those of its files that have one of these names into a folder."""
+        """Copies its files with these names into a folder, as far as it has them."""
         for name in names:
             if name in self._files:
                 write_bytes(folder / name, self._read(name))
@@ -383,7 +384,7 @@ class Bundle:
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
     def _path(self, name: str) -> Path:
-        """The path of a file inside, or of the Hugging Face cache's file that it is a link to."""
+        """The path of a file inside, or of the file in the Hugging Face cache that it links to."""
         try:
             path = self._inside.path(name)
         except FileError as error:
@@ -418,7 +419,7 @@ class Bundle:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """A context for making something of a file's values: an error in them becomes an error of that file."""
+        """A context for using the values of a file: an error in them becomes a BundleError that names the file."""
         try:
             yield
         except BundleError:

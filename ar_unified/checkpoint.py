@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax v1 behind one small door.
+"""Checkpoints: a small interface to Orbax v1.
 
 A checkpoint of step s is the folder `<folder>/<s>` with two trees that are read independently, `params` and
 `optimizer`, and JSON metadata (step, vocabulary manifest, model and training config). Orbax writes into a temporary
@@ -7,7 +7,8 @@ arrays are copied to the host before `save` returns, and written to disk during 
 
 In a job of many processes each writes its own shards, and all must open, save, wait and close together. Each process
 reads alone: it restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
-Orbax writes arrays to file systems and to gs:// alone: those of one process for s3:// are made here and copied there.
+Orbax writes arrays only to file systems and to gs://. For s3://, a single process writes its checkpoint to local disk
+first and then copies it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class SaveFailed(RunError):
 
 
 class CheckpointMismatch(UserError):
-    """What the checkpoint holds is not what was asked for; the message names the first leaf that differs."""
+    """The checkpoint holds something else than was asked for; the message names the first leaf that differs."""
 
 
 class Checkpoints:
@@ -48,8 +49,8 @@ class Checkpoints:
       folder: where they lie, on storage that all processes share.
       keep: how many of the newest survive.
       keep_every: also keep every step that is a multiple of this; 0: none.
-      keep_best: also keep the step of the lowest validation loss among those that were saved with one.
-      readonly: for readers beside a running writer: nothing is created, cleaned or saved, and no other process awaited.
+      keep_best: also keep the step with the lowest validation loss, among steps that were saved with one.
+      readonly: for readers beside a running writer: they create, clean and save nothing, and wait for no other process.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> tuple[int, float] | None:
-        """(step, validation loss) of the complete checkpoint with the lowest, or None; the first of equal ones.
+        """(step, validation loss) of the complete checkpoint with the lowest loss (the first of several), or None.
 
         The loss is part of each checkpoint's metadata, so a later process knows it too.
         """
@@ -118,7 +119,7 @@ class Checkpoints:
     ) -> None:
         """Starts saving and returns; the arrays may be donated at once. `metadata` is JSON; `step` is added to it.
 
-        validation_loss: of these parameters, finite; None: not known. It is added to the metadata.
+        validation_loss: finite, and measured with these parameters; None: not known. It is added to the metadata.
 
         Raises SaveFailed if the save before this one failed.
         """
@@ -136,7 +137,7 @@ class Checkpoints:
             self._saving = step, response
 
     def check(self) -> None:
-        """Raises SaveFailed if the last save has failed by now; never waits. For every step of a loop."""
+        """Raises SaveFailed if the last save has failed by now; never waits, so a loop can call it in every step."""
         self._settle(timeout=0)
 
     def wait(self) -> None:
@@ -164,8 +165,8 @@ class Checkpoints:
             self._delete_old()
 
     def _delete_old(self) -> None:
-        """Orbax's own policies are not used: a writer killed while they delete leaves half a checkpoint under its
-        name.
+        """Deletes old checkpoints. Orbax's own policies are not used: if the writer is killed while they delete, half a
+        checkpoint stays under its name.
         """
         steps = self.steps()
         best = self.best() if self.keep_best else None
@@ -227,7 +228,7 @@ class Checkpoints:
             return ocp.load_checkpointables(self._at(step), targets)
 
     def _at(self, step: int) -> epath.Path:
-        """Where Orbax reads a step."""
+        """The folder from which Orbax reads a step."""
         return epath.Path(self._copied.bring(step)) if self._copied else self.folder / str(step)
 
     def _existing(self, step: int | None) -> int:
@@ -247,7 +248,7 @@ def _alone() -> ocp.Context:
 
 
 def restore_params(folder: str | Path, target: Any = None, *, step: int | None = None, manifest: Any = None) -> Any:
-    """The parameters alone, without reading optimizer state; arguments as `Checkpoints.restore`."""
+    """Reads the parameters alone, without optimizer state; arguments as `Checkpoints.restore`."""
     return Checkpoints(folder, readonly=True).restore(step, manifest=manifest, params=target)["params"]
 
 
@@ -262,9 +263,9 @@ def steps_in(folder: str | Path) -> list[int]:
 def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
     """Puts checkpoint `step` of `origin` into `folder`, whole or not at all; what is there already stays.
 
-    On one file system its files are shared (hard links: nobody writes into a checkpoint), else copied. Call it only
-    while nobody trains in `folder`. Raises FileNotFoundError, also where the checkpoint is deleted meanwhile, and
-    OSError.
+    On one file system the files are shared by hard links, because nobody writes into a checkpoint; otherwise they are
+    copied. Call it only while nobody trains in `folder`. Raises OSError, and FileNotFoundError, also if the checkpoint
+    is deleted meanwhile.
     """
     there, here = (Checkpoints(path, readonly=True).folder for path in (origin, _made(folder)))
     if step not in steps_in(there):
@@ -316,7 +317,8 @@ def _on_first_device(stored: Any) -> Any:
 
 
 def _check(stored: Any, target: Any, where: str) -> None:
-    """Orbax reports a different tree as an unknown handler; people need the leaf and both shapes."""
+    """Raises CheckpointMismatch with the leaf and both shapes, because Orbax reports a different tree as an unknown
+    handler."""
     found, expected = _shapes(stored), _shapes(target)
     for path in sorted(found.keys() | expected.keys()):
         if found.get(path) != expected.get(path):

@@ -1,4 +1,4 @@
-"""What a person can mend, said in one sentence, and the exit status that each kind of ending has.
+"""Errors that a person can mend, each told in one sentence, and the exit status of each kind of ending.
 
     0    done
     1    the verb's answer is no: `plan` found no room, `validate` found bad items
@@ -53,13 +53,13 @@ def about(where: str) -> Iterator[None]:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """What ends a message that refuses `word`: "; did you mean 'adamw'?", "" where no choice is near."""
+    """The end of a message that refuses `word`: "; did you mean 'adamw'?", or "" if no choice is near."""
     found = difflib.get_close_matches(str(word), list(choices), 1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def outside(settings: Any, **intervals: str) -> list[str]:
-    """A message for each of these fields of a dataclass or config whose value lies outside its interval, such as "[0,
+    """A message for each of these fields of a dataclass or config whose value is outside its interval, such as "[0,
     1)".
 
     Each message is one line and begins with the field's name.
@@ -82,12 +82,13 @@ def several(problems: Sequence[str]) -> str:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """What to tell a person of an error, and the exit status; None for a fault of ours, which needs its traceback."""
+    """What to tell a person about an error, and the exit status; None for a fault of ours, which needs its
+    traceback."""
     if isinstance(error, UserError | RunError):
         return str(error), error.exit_status
     if isinstance(error, OSError):
         stopped = error.errno in _DISK
-        more = ". What is done stays; with room again, the same command goes on from there" if stopped else ""
+        more = ". What is done stays; free some space, and the same command goes on from there" if stopped else ""
         return in_words(error) + more, STOPPED if stopped else UNUSABLE
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
         return (

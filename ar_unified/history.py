@@ -1,11 +1,11 @@
-"""What changed while a stage was made: which fields of its fingerprint may change, and the file that records it.
+"""Changes while a stage is made: which fields of its fingerprint may change, and the file that records the changes.
 
 `history.json` in a stage's folder is a list, oldest first, of {"when": UTC, "step": steps taken then, "kind": one of
 these, "changed": {field: [old, new]}}:
     cost       the result is the same as without the change
-    extended   the steps behind `step` follow other settings than those before it
+    extended   the steps after `step` follow other settings than the steps before it
     branched   the stage began with checkpoint `step` of another workdir, `from`
-    anew what the stage was made from has changed: it was begun again, and the former result lies in `aside`
+    anew       what the stage was made from has changed: it began again, and the former result is in `aside`
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 
 from ar_unified.manifests import ABSENT, Changes, Json, differences, flat
 
-DECIDING = ("extended", "branched")  # the kinds without which a result cannot be made again
+DECIDING = ("extended", "branched")  # the kinds that are needed to make a result again
 
 
 @dataclass(frozen=True)
 class Changeable:
-    """Fields that may differ from those a stage was begun with; all others decide its result.
+    """Fields that may differ from the fields that a stage began with; all others decide its result.
 
-    A field is dotted; the name of a part stands for all that is in it.
+    A field is dotted; the name of a part stands for all fields in it.
 
     Attributes:
         cost: they decide how long or with how much memory the same result is made, and what is logged.
-        extends: they decide the steps to come and no step before.
-        anew: what the stage was made from. Since nothing is made from the stage itself, it may simply be made again.
-        later: fields that older records lack, with the value that means the same as a missing field.
+        extends: they decide only later steps.
+        anew: what the stage was made from. Nothing is made from the stage itself, so it may be made again.
+        later: fields that older records lack, each with the value that means the same as a missing field.
     """
 
     cost: Sequence[str] = ()
@@ -54,7 +54,7 @@ class Changeable:
 def divide(
     fingerprint: Mapping[str, Json], cost: Sequence[str], path: str = ""
 ) -> tuple[dict[str, Json], dict[str, Json]]:
-    """Splits a fingerprint: the part that decides the result, and the fields that decide only cost, flat: {field:
+    """Splits a fingerprint into the part that decides the result, and the fields that decide only cost, flat: {field:
     value}.
     """
     kept: dict[str, Json] = {}
@@ -76,11 +76,11 @@ def divide(
 def compare(
     found: Mapping[str, Any], fingerprint: Mapping[str, Any], cost: Mapping[str, Any], may: Changeable
 ) -> tuple[str | None, dict[str, Changes]]:
-    """Compares a record ({"fingerprint", "cost"}) with what a stage is to be made with now.
+    """Compares a record ({"fingerprint", "cost"}) with the settings that a stage has now.
 
     Returns:
-        The first field whose difference is not allowed; and the allowed differences, by kind. If anything differs that
-        the stage was made from, all differences are of the kind "anew".
+        The first field whose difference is not allowed, and the allowed differences by kind. If something differs that
+        the stage was made from, all differences have the kind "anew".
     """
     # Records of earlier versions have the fields that decide only cost in their fingerprint.
     theirs, their_cost = divide(found["fingerprint"], may.cost)
@@ -98,7 +98,7 @@ def compare(
 
 
 def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
-    """A record as it was at `step`: changes that its history, `told`, lists for later steps are undone."""
+    """A record as it was at `step`: undoes the changes at later steps that its history, `told`, lists."""
     fingerprint, cost = copy.deepcopy(found["fingerprint"]), dict(found.get("cost", {}))
     for late in reversed([entry for entry in told if (entry["step"] or 0) >= step]):
         for field, (old, _) in late["changed"].items():

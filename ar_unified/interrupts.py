@@ -1,8 +1,8 @@
 """Ctrl-C, SIGTERM and a closed terminal (SIGHUP): work stops where nothing is lost, and says so in one line.
 
 A signal that the process was told to ignore (`nohup`, a job in the background) stays ignored. In a job of many
-processes JAX chooses the step at which all stop, and it listens to SIGTERM alone. `forward_to_sigterm` turns the other
-signals into that one.
+processes JAX chooses the step at which all stop, and it listens only to SIGTERM. `forward_to_sigterm` turns the other
+signals into SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SI
 
 
 class Interrupted(SystemExit):
-    """A signal ended the work. Exit status 128 + its number, as the signal's own. `name`: as people call it."""
+    """A signal ended the work. The exit status is 128 + its number, as if the signal had killed the process. `name`:
+    the signal's usual name."""
 
     def __init__(self, number: int = signal.SIGTERM):
         super().__init__(128 + number)
@@ -28,7 +29,7 @@ class Interrupted(SystemExit):
 
 
 class Preempted(Interrupted):
-    """A signal came and a training has stopped at a step border with a checkpoint; it has said so."""
+    """A signal came, and a training has stopped between two steps with a checkpoint. It has printed this."""
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def raised() -> Iterator[None]:
 @contextmanager
 def noted() -> Iterator[Callable[[], int]]:
     """A context for work in steps. It yields a function that returns the signal that has come, or 0. A second signal
-    raises.
+    raises Interrupted.
 
     Call the function after every step. Outside the main thread no signal is noticed.
     """
@@ -63,7 +64,7 @@ def noted() -> Iterator[Callable[[], int]]:
 
 
 def forward_to_sigterm() -> None:
-    """Ctrl-C and SIGHUP become SIGTERM for the rest of this process."""
+    """Turns Ctrl-C and SIGHUP into SIGTERM for the rest of this process."""
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

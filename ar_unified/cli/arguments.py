@@ -1,4 +1,5 @@
-"""What every verb takes, on its own, so that `VERB --help` and a mistyped flag are answered before JAX is imported."""
+"""The arguments of every verb. They have their own module so that `VERB --help` and a mistyped flag need no import of
+JAX."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ PROCESSES = ("coordinator", "processes", "process")
 
 
 def module_of(verb: str) -> str:
-    """The module in this folder that does a verb: of its name, or as near to it as Python allows."""
+    """The module in this folder that does a verb: it has the verb's name, or the nearest that Python allows."""
     name = verb.replace("-", "_")
     return f"{name}_" if keyword.iskeyword(name) else name
 
@@ -38,8 +39,8 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
 
 
 def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None:
-    """Raises UserError for the first of these arguments that was given. `when`: the words that say in which case
-    nothing reads it.
+    """Raises UserError for the first of these arguments that was given. `when`: words that say in which case the
+    argument has no effect.
     """
     for name in names:
         if getattr(arguments, name) not in (None, False, ""):
@@ -47,9 +48,9 @@ def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None
 
 
 def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
-    """--config, --workdir, and how several processes find each other.
+    """Adds --config, --workdir, and the options by which several processes find each other.
 
-    recorded: without --config, the workdir's own config is used. needed: this verb cannot do without them.
+    recorded: without --config, the workdir's own config is used. needed: this verb requires them.
     """
     parser.add_argument(
         "--config",
@@ -128,7 +129,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 def _sample(parser: argparse.ArgumentParser) -> None:
     from ar_unified.sampling.benchmark_folders import (
-        BENCHMARKS,  # NumPy and Pillow, which other verbs' --help need not wait for
+        BENCHMARKS,  # imports NumPy and Pillow, so the --help of other verbs does not wait for them
     )
 
     _experiment(parser, needed=False)

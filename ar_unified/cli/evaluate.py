@@ -1,6 +1,6 @@
 """Score an experiment's tokenizer and model on its held-out documents.
 
-Asks the model for images, answers, captions and next images of stories, for every held-out set. For interleaved
+The model draws images, answers, captions and the next images of stories for every held-out set. For interleaved
 documents without a checker in the protocol, it asks for the next image and text. With config.sampling.checkpoint=best,
 the model is that of the lowest validation loss. Leaves in the workdir:
   evaluation.json   every metric, with how many items it is from; each further held-out set under its name
@@ -56,7 +56,7 @@ from ar_unified.workdir import Workdir, write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Scores what the arguments name and prints the numbers; returns the exit status. Raises UserError."""
+    """Scores what the arguments name and prints the numbers. Returns the exit status. Raises UserError."""
     if (arguments.images and not arguments.only) or (arguments.crop and not arguments.images):
         raise UserError("expected --images together with --only tokenizer, and --crop together with --images")
     if arguments.source:
@@ -80,7 +80,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 @by_first_process
 def evaluate(experiment: Experiment) -> None:
-    """Stage evaluation, behind tokenizer_evaluation: done when both files are there and nothing has changed."""
+    """Stage evaluation, after tokenizer_evaluation. It is done when both files are there and nothing has changed."""
     workdir = experiment.workdir
     stage = experiment.stage(
         "evaluation",
@@ -166,7 +166,7 @@ def _evaluate_bundle(experiment: OfBundle) -> None:
 
 
 def _asked(experiment: Experiment) -> tuple[dict[str, Json], dict[str, list[Example]]]:
-    """Numbers and examples of what the model answers to the documents of every held-out set."""
+    """Numbers and examples of the model's answers to the documents of every held-out set."""
     config = experiment.config
     metrics: dict[str, Json] = {}
     examples: dict[str, list[Example]] = {}
@@ -202,7 +202,7 @@ def _write(
     sheets: Mapping[str, np.ndarray],
     **more: Any,
 ) -> dict[str, float]:
-    """Writes evaluation.json and the report, and says the numbers of the model's answers, which it returns."""
+    """Writes evaluation.json and the report. Prints the numbers of the model's answers, and returns them."""
     config, workdir = experiment.config, experiment.workdir
     write_json(workdir.evaluation, metrics)
     write_report(

@@ -1,17 +1,18 @@
-"""Write the trained model as one folder that is a model: a bundle.
+"""Write the trained model as a bundle: one folder that is the whole model.
 
 Reads what the stages left in the workdir, and no sources. Without --config, the config of the workdir's last start is
 used. config.sampling.checkpoint says which step: last, or best. Leaves in FOLDER, whole or not at all:
   model-*.safetensors and their index   the transformer's weights, in the dtype they have
   text_tokenizer/  image_tokenizer/     both tokenizers (for text alone: the first)
   config.json  language.json            the model's shape, what its data were, what requests are drawn with; the grammar
-  README.md                             the model card: numbers of evaluation.json where they are of these weights
+  README.md                             the model card, with the numbers of evaluation.json if they belong to these
+                                        weights
   bundle.json                           the sha256 and the size of each file but the card
 `ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
 
 After a training of LoRA (config.lora), the bundle's weights include the adapter; --to peft writes the adapter alone, as
-PEFT reads it, with the rows of ids that were trained beside it. Where the training has extended a language model by
-images, --to base writes the bundle that the adapter stands beside: extended, without the adapter.
+PEFT reads it, with the rows of ids that were trained beside it. If the training has extended a language model by
+images, --to base writes the extended model without the adapter, as the bundle that the adapter belongs to.
 
 With --from and --to, it writes a bundle in the form that other programs read, or an image tokenizer (an imported one,
 or image_tokenizer/ of a workdir or of a bundle) with the names of weights that its publishers use:
@@ -103,10 +104,10 @@ def export(
     shard_bytes: int = bundle.SHARD_BYTES,
     beside: bool = False,
 ) -> None:
-    """The bundle of a finished training. Raises UserError where no training has finished, or `output` is something
-    else.
+    """Writes the bundle of a finished training. Raises UserError if no training has finished, or `output` exists and is
+    something else.
 
-    beside: without the adapter, of a language model that was extended: what the adapter stands beside.
+    beside: writes the extended language model without the adapter.
     """
     _require_own(experiment)
     extends = _require_extended(experiment) if beside else ""
@@ -150,7 +151,8 @@ def export(
 
 @by_first_process
 def export_adapter(experiment: Experiment, output: str) -> None:
-    """The adapter of a finished training, as PEFT reads it. Raises UserError where none was trained, or more."""
+    """Writes the adapter of a finished training, as PEFT reads it. Raises UserError if none was trained, or if other
+    parameters were trained too."""
     _require_own(experiment)
     lora, trained, base = trained_adapter(experiment)
     rows = _rows(experiment, trained, ADAPTER)
@@ -162,7 +164,8 @@ def export_adapter(experiment: Experiment, output: str) -> None:
 
 
 def _require_extended(experiment: Experiment) -> str:
-    """The hash of the language model that was extended, beside an adapter and its rows alone. Raises UserError."""
+    """The hash of the extended language model. Raises UserError if more than an adapter and its rows was trained, or no
+    language model was extended."""
     _, trained, base = trained_adapter(experiment)
     if experiment.before is None:
         raise UserError(
@@ -174,8 +177,8 @@ def _require_extended(experiment: Experiment) -> str:
 
 
 def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dict[str, TokenRows]:
-    """The rows that were trained beside the adapter, by table, with published ids where there are some. Raises
-    UserError where more was trained.
+    """The rows that were trained beside the adapter, by table, with published ids if there are any. Raises UserError if
+    other parameters were trained too.
     """
     parts = settings.trained(experiment.config, experiment.grammar.vocabulary, experiment.new_ids).parts or {}
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
@@ -209,8 +212,8 @@ def _published(experiment: Experiment, path: Path) -> dict[str, Json] | None:
 
 
 def _require_own(experiment: Experiment) -> None:
-    """Raises UserError where the config describes another model than was trained, because the weights alone do not show
-    every difference.
+    """Raises UserError if the config describes another model than was trained. The weights alone do not show every
+    difference.
     """
     config = configs.plain(experiment.config)
     ours = {"model": decisive(experiment.model), "loss": {name: config["loss"][name] for name in _LOSS}}

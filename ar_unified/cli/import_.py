@@ -1,7 +1,7 @@
-"""Make a bundle of a published model's files, which `train`, `sample`, `evaluate`, `plan` and `ar_unified.load` take.
+"""Make a bundle from a published model's files. `train`, `sample`, `evaluate`, `plan` and `ar_unified.load` take it.
 
-From an image tokenizer alone (--as llamagen_vq, emu3_vq, ...) it makes a folder like that of a trained one, which
---config.image_tokenizer.model=FOLDER and `ImageTokenizer.load` take.
+From an image tokenizer alone (--as llamagen_vq, emu3_vq, ...) it makes the same folder as a training of one does.
+--config.image_tokenizer.model=FOLDER and `ImageTokenizer.load` take this folder.
 
 Reads a folder of .safetensors files with the config.json and the tokenizers that were published with them; nothing is
 downloaded. Names, shapes and dtypes are checked before anything is written: a tensor that is missing or left over is
@@ -30,7 +30,7 @@ from ar_unified.model.config import parameter_count
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Makes a bundle, or an image tokenizer, of published files; returns the exit status. Raises UserError."""
+    """Makes a bundle or an image tokenizer from published files; returns the exit status. Raises UserError."""
     if overrides:
         raise UserError(f"import has no config: {overrides[0]} does nothing")
     if arguments.shard_mib < 1:

@@ -30,7 +30,7 @@ VERBS = {
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }
-_BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any command whose reader has gone
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as for any command whose output is no longer read
 
 
 def _overview() -> str:
@@ -55,9 +55,9 @@ def _overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the process's exit status (ar_unified.errors has what each means).
+    """Runs one verb and returns the process's exit status (ar_unified.errors says what each means).
 
-    Raises SystemExit where argparse ends the process: --help, and an argument that is wrong by itself.
+    Raises SystemExit where argparse ends the process: for --help, and for an argument that is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter shows its number
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupts.raised():
             return _run(verb, arguments, overrides)
     except interrupts.Interrupted as stop:
-        if not isinstance(stop, interrupts.Preempted):  # which has said so
+        if not isinstance(stop, interrupts.Preempted):  # logging in has told the person
             _tell(verb, f"stopped by {stop.name}; what is done stays, and the same command goes on from there")
         return int(stop.code or 0)
     except BrokenPipeError:

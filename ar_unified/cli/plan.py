@@ -1,13 +1,13 @@
-"""Compile an experiment's real programs for hardware that is not here: what they need and how fast they can be.
+"""Compile an experiment's real programs for hardware that is not here, and say what they need and how fast they can be.
 
 Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`); no data and no tokenizers. With
---workdir, the tokenizers there give the size of the vocabulary; else it is as large as the config lets it become.
-Prints per device: memory by what it is used for, beside what the device has, collectives by kind with the bytes they
-send, FLOPs, and an estimate of the time of a step with what it assumes. A program that does not fit is refused (exit
-status 1) with the compiler's number and with what would make it fit. With --search it looks for the fastest training:
-it compiles some choices of remat policy, rows per chip and fsdp, and plans the best that fits. With --output:
+--workdir, the tokenizers there give the size of the vocabulary; else the largest size that the config allows is taken.
+Prints for each device: its memory and what uses it, collectives by kind with the bytes they send, FLOPs, and an
+estimate of the time of a step with its assumptions. A program that does not fit is refused (exit status 1) with the
+compiler's number and with what would make it fit. With --search it looks for the fastest training: it compiles some
+choices of remat policy, rows per chip and fsdp, and plans the best that fits. With --output:
   plan.json    all numbers
-  index.html   the same with an image of where memory goes
+  index.html   the same with an image of what uses the memory
 
     ar-unified plan --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
 """
@@ -90,9 +90,7 @@ def save(plan: PlanReport, folder: str | Path) -> None:
 
 
 def use_cpu(target: Target) -> None:
-    """Sets up this process to compute nothing but constants, on the CPU, with enough CPU devices to stand in for a GPU
-    target.
-    """
+    """Sets up this process to compute only constants, on the CPU, with enough CPU devices for a GPU target."""
     try:
         jax.config.update("jax_platforms", "cpu")
         if not target.is_tpu:
@@ -104,10 +102,10 @@ def use_cpu(target: Target) -> None:
 def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     """What a config's programs are made of.
 
-    The vocabulary is that of the tokenizers in the workdir, and as large as the config's may become where there are
-    none. If `training.phases` has several shapes of batches, the one with most tokens is planned, and among several
-    such the one with the longest rows: what it needs is enough for the others. Raises ValueError for settings that make
-    no program.
+    The size of the vocabulary comes from the tokenizers in the workdir; without any, the largest that the config allows
+    is taken. If `training.phases` has several shapes of batches, the one with most tokens is planned, and among equals
+    the one with the longest rows: its memory is enough for the others. Raises ValueError for settings that make no
+    program.
     """
     training, sampling = config.training, config.sampling
     batch_size, length = max(settings.shapes(training).values(), key=lambda shape: (shape[0] * shape[1], shape[1]))
@@ -151,8 +149,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
 def _language(
     config: ConfigDict, workdir: str | Path | None, image: AutoencoderConfig | None
 ) -> tuple[Vocabulary, ImageLayout]:
-    """The vocabulary of the tokenizers in the workdir or of the bundle that the training begins with; else one as large
-    as it may become."""
+    """The vocabulary of the tokenizers in the workdir or in the bundle that the training begins with; else the largest
+    that the config allows."""
     grammar, size = None, 0
     if workdir:
         folder = Path(workdir) / "text_tokenizer"

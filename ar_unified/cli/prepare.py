@@ -3,8 +3,8 @@
 Reads the sources and both tokenizers. Leaves in the workdir:
   data/train, data/validation   ArrayRecord shards, an index of lengths, manifest.json with the vocabulary
   data/*/skipped.jsonl          every item that was left out: where it stands, its kind, what was wrong
-  data/filters.json             with config.data.filters that compare items: what they leave out, and why
-  image_codes                   the codes of all images so far: another text tokenizer or source does not change them
+  data/filters.json             what the filters that compare items (config.data.filters) leave out, and why
+  image_codes                   the codes of all images so far; they stay when the text tokenizer or a source changes
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ taken from the held-out documents. Leaves in the output folder:
   images/         PNG files
   index.html      a gallery
   batch_output.jsonl, batch_errors.jsonl   for a batch file: its answers in OpenAI's format (sampling.batch_output)
-After any interruption, the same command goes on. Many processes can share a job, each with a part of the requests:
-processes that started together share by their numbers, others by --part K/N, and the number of processes may change.
---layout writes the images as a benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for the samples
-that an output folder has, whether its job is finished or running. --adapter loads LoRA adapters, of which each request
-may name one.
+After any interruption, the same command goes on. Many processes can share a job, and each serves a part of the
+requests: processes that started together by their numbers, others by --part K/N. The number of processes may change.
+--layout writes the images as a benchmark reads them, into OUTPUT/LAYOUT. Without --requests, it does this for the
+samples that are in the output folder, whether the job is finished or running. --adapter loads LoRA adapters; each
+request may name one of them.
 
 A bundle, exported or imported, needs no workdir. It is sampled with its own settings, as its authors published them:
   ar-unified sample --from BUNDLE --requests prompts.jsonl --output out
@@ -95,7 +95,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _counts(arguments: argparse.Namespace) -> dict[str, int]:
-    """How many samples a request gets if it does not say how many: as --n says, or the benchmark."""
+    """How many samples a request gets if it does not say how many: --n, or the benchmark's number."""
     if arguments.n:
         return {"n": arguments.n}
     return {"n": BENCHMARKS[arguments.layout].n} if arguments.layout else {}
@@ -108,7 +108,7 @@ def _made_of(
     reward: Reward | None,
     say: Callable[[str], object],
 ) -> None:
-    """Makes from the samples of a complete job what was asked for: the best of them, a benchmark's folder."""
+    """Makes what was asked for from the samples of a complete job: the best samples, or a benchmark's folder."""
     if reward is not None and report is not None and report.complete:
         say(str(keep_best(output, reward)))
         say("\n".join(str(output / name) for name in NAMES))
@@ -117,7 +117,7 @@ def _made_of(
 
 
 def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward: Reward | None) -> int:
-    """Serves requests by a bundle, on all devices of this process, with the settings that the bundle has."""
+    """Serves requests with a bundle and its own settings, on all devices of this process."""
     if overrides or arguments.config or arguments.workdir:
         raise UserError("--from BUNDLE is sampled by itself: leave out --workdir, --config and config keys")
     refuse_unread(arguments, "with --from; --part K/N shares the requests", *PROCESSES)
@@ -214,7 +214,7 @@ def _run(
 
 
 def _told(report: JobReport, output: Path, say: Callable[[str], object]) -> None:
-    """Says what a job left. Raises UserError for one all of whose requests were refused."""
+    """Prints what a job left. Raises UserError if all of its requests were refused."""
     made = [output / name for name in ("index.html", *batch_output.NAMES)] if report.complete else []
     say("\n".join([str(report), *(str(path) for path in made if path.exists())]))
     if report.complete:
@@ -222,7 +222,7 @@ def _told(report: JobReport, output: Path, say: Callable[[str], object]) -> None
 
 
 def _require_samples(output: Path) -> None:
-    """Raises UserError for a job all of whose requests were refused."""
+    """Raises UserError if all requests of the job were refused."""
     refused = []
     for row in results.read(output):
         if "error" not in row:
@@ -235,7 +235,7 @@ def _require_samples(output: Path) -> None:
 def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Json]]:
     """Requests from the first documents of a source: for those with turns the prompt, for others the first half.
 
-    most: how many characters of a text that stands alone are used, at most.
+    most: at most so many characters of a text that stands alone are used.
     """
     documents = islice(_good(source), _HELD_OUT)
     for number, document in enumerate(documents):
@@ -263,7 +263,7 @@ def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Json]]:
 
 
 def _beginning(text: str, most: int) -> str:
-    """The first half of a text, or less, up to a word's end where it has several; "" of a text too short for one."""
+    """About the first half of a text, cut at the end of a word if it has several; "" if the text is too short."""
     half = text[: min(len(text) // 2, most)]
     words, blank, _ = half.rpartition(" ")
     return (words if blank else half).strip()

@@ -7,9 +7,9 @@ PATH is a file or folder of documents as `ar-unified validate` takes it; JSONL i
   {"prompt": "a red circle", "chosen": ..., "rejected": ...}
 Leaves FILE, whole or not at all: a line of JSON for each item, in order (ar_unified.evaluation.scoring). It has the
 log-likelihood of the answer in nats, its tokens, whether each was the likeliest, and the same by part and by modality;
-for a pair, both answers and their difference; for an item that cannot be used, what is wrong with it. Killed, it leaves
-what was done in FILE.unfinished, and the same command goes on from there. The model is that of a workdir
-(config.sampling says which step and how many at once), or a bundle:
+for a pair, both answers and their difference; for an item that cannot be used, what is wrong with it. If it is killed,
+what was done stays in FILE.unfinished, and the same command goes on from there. The model comes from a workdir
+(config.sampling says which step and how many documents at once) or from a bundle:
   ar-unified score --from BUNDLE --data pairs.jsonl --output scores.jsonl
 """
 

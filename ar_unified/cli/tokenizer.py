@@ -6,7 +6,7 @@ Reads the experiment's training sources. Leaves in the workdir:
   image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and images beside them
                                                        (or image_tokenizer.model of the config, as it is)
                                                        (with config.image_tokenizer.steps=0, for text alone: none)
-With config.init=FOLDER both are those of that bundle, and nothing is trained. If the bundle is of text alone and
+With config.init=FOLDER both come from that bundle, and nothing is trained. If the bundle is of text alone and
 config.image_tokenizer has a model or steps, only the text tokenizer is the bundle's.
 """
 
@@ -79,7 +79,7 @@ def bring_image(experiment: Experiment) -> None:
 
 
 def _whole_batch(experiment: Experiment) -> bool:
-    """Whether the losses look at all images of a microbatch together, and not at each by itself."""
+    """Whether the losses look at all images of a microbatch together, instead of one by one."""
     adversary = experiment.config.image_tokenizer.adversary
     entropy = getattr(experiment.autoencoder.abstract_quantizer, "entropy", 0.0)
     return bool(entropy) or (adversary.kind != "none" and adversary.adaptive)
@@ -155,7 +155,7 @@ def train_image(experiment: Experiment) -> None:
         tokenizer.save(stage.folder)
         summary: dict[str, Json] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
         rows = read_metrics(stage.folder / "metrics.jsonl")
-        if warning := task.warning(last_validation(rows)):  # the loop ends with one
+        if warning := task.warning(last_validation(rows)):  # the loop ends with a validation
             experiment.say(f"image_tokenizer: WARNING, on held-out images {warning}")
             summary["warning"] = warning
         if objective.perceptual.kind != "none":

@@ -3,7 +3,7 @@
 Reads data/train and data/validation. With config.training.objective="reward" it reads the sources instead: their
 documents give the prompts, the model draws answers, and config.reward judges these (docs/rewards.md). Leaves in the
 workdir:
-  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
+  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest: the last few, and
                           that of the lowest validation loss (training.keep_best). With LoRA (config.lora.rank above 0)
                           only what is trained: the rest is in the bundle of config.init
   model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
@@ -12,14 +12,14 @@ workdir:
   model/failed_rewards.jsonl   by rewards: every answer without a reward, with its prompt and the reason
   model/history.json      what changed while it was trained, and at which step
 
-What only decides cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever the
-training is started again. So may training.steps and the schedule, also of a finished training: it goes on. To go on
-from a checkpoint in the middle and leave the training as it is, branch it into a workdir of its own:
+Keys that decide only cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever
+the training is started again. training.steps and the schedule may change as well, and a finished training then goes on.
+To go on from a checkpoint in the middle and leave the training as it is, branch it into its own workdir:
     ar-unified train --branch WORKDIR:STEP --workdir NEW --config FILE --config.training.steps=N ...
-To begin a training of your own with the weights, tokenizers and language of a bundle: --config.init=FOLDER. The config
-must describe that model; experiments/folder.py:path=DIR,init=FOLDER takes it from there. A bundle of text alone beside
-an image tokenizer is extended by the ids that images need (docs/from_llm.md): training.code_embedding_init says how
-their rows begin, and the place [new] in training.only names them.
+--config.init=FOLDER begins a training with the weights, tokenizers and language of a bundle. The config must describe
+the bundle's model; experiments/folder.py:path=DIR,init=FOLDER reads it from there. A bundle of text alone, with an
+image tokenizer, is extended by the ids that images need (docs/from_llm.md): training.code_embedding_init says how their
+rows are initialised, and the place [new] in training.only names them.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ _KEYS = ("model", "loss", "training", "mesh")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Trains the transformer, in a branch of another workdir if asked; returns the exit status. Raises UserError,
-    RunError.
+    """Trains the transformer; with --branch, first makes a branch of another workdir. Returns the exit status. Raises
+    UserError, RunError.
     """
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
@@ -86,7 +86,7 @@ def _fingerprint(experiment: Experiment, made: Objective) -> dict[str, Json]:
 
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
-    """Stage model; `profile`: of training.loop.fit."""
+    """Stage model. `profile`: as in training.loop.fit."""
     plan_rows(experiment)
     with experiment.leaving_nothing():
         _train(experiment, profile)
@@ -94,7 +94,7 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
 
 @by_first_process
 def plan_rows(experiment: Experiment) -> None:
-    """Where `prepare` has not planned rows of this length, or an earlier one has planned none, it is done once here."""
+    """Plans rows of this length once, if `prepare` has not planned them."""
     lengths = sorted({length for _, length in shapes(experiment.config.training).values()}, reverse=True)
     for split in ("train", "validation"):
         folder = experiment.workdir.data / split
@@ -103,7 +103,7 @@ def plan_rows(experiment: Experiment) -> None:
         try:
             for length in lengths if split == "train" else lengths[:1]:
                 preparing.plan_rows(folder, load_report(folder), length, leave_out=length < lengths[0])
-        except OSError as error:  # what is finished may lie where nothing can be written
+        except OSError as error:  # finished data may lie in a read-only place
             experiment.say(f"{folder}: {error.strerror}: every start of a process plans its rows anew, in memory")
 
 
@@ -145,7 +145,7 @@ def _objective(experiment: Experiment) -> Objective:
 
 
 def _require_own_rows(experiment: Experiment) -> None:
-    """Refuses what compares with a bundle that has no rows for images yet."""
+    """Refuses objectives that compare with the bundle of config.init if it has no rows for images yet."""
     config = experiment.config
     if experiment.before is None or config.training.objective == "likelihood":
         return
@@ -156,7 +156,7 @@ def _require_own_rows(experiment: Experiment) -> None:
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
-    """Says how the learning rate goes on after a change of its schedule, because it may rise again."""
+    """Prints how the learning rate goes on after a change of its schedule, because it may rise again."""
     changes = [entry for entry in stage.history if entry["kind"] in DECIDING]
     if not changes or not taken or changes[-1]["step"] != taken:
         return
@@ -167,7 +167,7 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
 
 
 def _preview(experiment: Experiment) -> Any:
-    """A function that draws images for the first held-out prompts that ask for one; None: there is no decoder."""
+    """A function that draws images for the first held-out prompts that ask for an image; None: there is no decoder."""
     if draws_none(experiment.image_tokenizer):
         return None
     prompts = []

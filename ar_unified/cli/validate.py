@@ -1,9 +1,9 @@
 """Check a dataset, or all data of an experiment, and show what is in it on a page; no data is changed.
 
-Prints counts, lengths, every bad item by file, line and kind, which items are there twice or are held out too, and the
-first documents as the model will see them: with placeholders for images, or as real tokens where both tokenizers are in
-the workdir already, or come from elsewhere. If the text tokenizer loses text, that is said first. The same is written
-as one HTML page, with images. The exit status is 1 if an item is bad.
+Prints counts, lengths, every bad item with its file, line and kind, items that occur twice or are held out too, and the
+first documents as the model will see them: with placeholders for images, or as real tokens if both tokenizers exist
+already. If the text tokenizer loses text, that is said first. The same is written as one HTML page, with images. The
+exit status is 1 if an item is bad.
 
   ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
                                                               or of Parquet, Arrow, tar or text files

@@ -5,10 +5,10 @@ shapes.py      the embedded dataset (scenes.py: what it shows)
 images.py      bytes -> uint8 RGB -> the size a model wants (sizes.py)
 files.py       which files are read; encoding.py: how their text is decoded
 checks/        what is in the data, as a person and as a model would see it
-filters/       what is left out on request, and what a copy is
+filters/       leave out items on request, and decide what a copy is
 prepare/       sources -> token shards (shards.py), through the image tokenizer and the grammar, by all processes
 packing/       which documents share a row, and which row comes when
 loader.py      shards -> batches (batch.py), and images for an image tokenizer
 
-balance.py has the share of each source, counter_rng.py random numbers as functions of a counter.
+balance.py computes the share of each source, counter_rng.py random numbers as functions of a counter.
 """

@@ -10,7 +10,7 @@ from ar_unified.data.counter_rng import key, uniform
 from ar_unified.data.items import BadItem, Source, texts_of
 from ar_unified.errors import UserError
 
-_LOOKED_AT = 256  # items of a source, for the size of its text
+_LOOKED_AT = 256  # items of a source that are read to estimate the size of its text
 
 
 def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: float = float("inf")) -> list[float]:
@@ -19,7 +19,7 @@ def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: fl
     A source of b bytes gets a share in proportion to b^(1/temperature). A temperature of 1 keeps the shares as they
     are; a higher one shows more of a small language, by reading it several times (multilingual BERT 1.4; XLM-R,
     arXiv:1911.02116, and mT5, arXiv:2010.11934,
-    3.3). The largest is read once, or less where the whole would be more than max_bytes.
+    3.3). The largest source is read once, or less if everything together would be more than max_bytes.
 
     Raises:
         UserError: a temperature below 1.

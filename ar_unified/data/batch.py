@@ -21,16 +21,16 @@ def _of(dtype: DTypeLike) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedBatch(Generic[A]):
-    """Rows of whole documents side by side, [B, T] each: numpy arrays, jax arrays, or shapes. A pytree."""
+    """Rows of whole documents side by side: arrays of numpy or jax, or shapes, each [B, T]. A pytree."""
 
-    tokens: A = _of(np.int32)  # what is read; pad behind the last document
+    tokens: A = _of(np.int32)  # the inputs; pad after the last document
     targets: A = _of(np.int32)  # the next token of the same document, else pad
-    positions: A = _of(np.int32)  # in its document; 0 on padding
+    positions: A = _of(np.int32)  # place in its document; 0 on padding
     doc_start: A = _of(np.int32)  # where in the row its document begins; T on padding
     segment_ids: A = _of(np.int32)  # number of its document in the row, from 1; 0 on padding
-    tasks: A = _of(np.int8)  # of its document, as an index into TASKS
-    roles: A = _of(np.int8)  # of the target, by its place (language.encoded); PAD: none, or none to learn
-    prompt: A = _of(np.bool_)  # whether the target is read and not to be learned: a user's or the system's turn
+    tasks: A = _of(np.int8)  # task of its document, as an index into TASKS
+    roles: A = _of(np.int8)  # role of the target, by its place (language.encoded); PAD: no target, or not learned
+    prompt: A = _of(np.bool_)  # whether the target is only read, not learned: a user's or the system's turn
 
     @classmethod
     def padding(cls, rows: int, length: int, pad: int) -> PackedBatch[np.ndarray]:
@@ -61,8 +61,8 @@ class PreferenceBatch(Generic[A]):
 
     Attributes:
         documents: PackedBatch [B, T].
-        reference: f32 [B, P, 2, R], for up to P pairs a row: sums of the log-probabilities that the reference gives the
-            trained positions of both answers, by Role of the target; 0 where there is no pair, or no reference.
+        reference: f32 [B, P, 2, R], for up to P pairs in a row: the log-probabilities under the reference model, summed
+            over the trained positions of each answer, by Role of the target; 0 where there is no pair, or no reference.
     """
 
     documents: PackedBatch[A]

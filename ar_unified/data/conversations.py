@@ -1,15 +1,16 @@
-"""Conversations about a picture of a scene (`scenes`): several turns, most of which only an earlier one explains.
+"""Conversations about a picture of a scene (`scenes`): several turns, most of which need an earlier turn to be
+understood.
 
     describe    What is in the picture?             In the top left there is a small red circle.
     draw        Draw this: top left: a red star.    a picture
     question    What colour is the star?            red
     follow_up   Where is it?  And the circle?       top left
     edit        Make the circle blue.               the picture, edited (`edits`)
-    edit_it     Now make it large.                  a picture; "it" is what was spoken of last
+    edit_it     Now make it large.                  a picture; "it" is the object mentioned last
     before      What colour was it before?          red
 
-The conversation alone decides to which split it belongs, as with edits: all of its scenes are of that split, and what
-is done to which object is held out, too.
+As with edits, the conversation alone decides its split: all of its scenes belong to that split, and what is done to
+which object is held out, too.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from ar_unified.data.scenes import (
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is asked and what is right.
+    """A question and its right answer.
 
     Attributes:
         kind: as above. asked: the user's words.
-        answer: the assistant's; None: a picture of `scene`.
-        scene: what the last picture shows once this is answered.
+        answer: the assistant's words; None: the answer is a picture of `scene`.
+        scene: what the last picture shows after the answer.
     """
 
     kind: str
@@ -61,8 +62,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _State:
-    """What has been said: the scene on the last picture, what "it" is and which of its attributes were told, the
-    attribute asked for last, the last edit as (kind, old, new), and all that was asked of this picture.
+    """What has been said so far: the scene on the last picture, what "it" is and which of its attributes were told, the
+    attribute asked for last, the last edit as (kind, old, new), and all questions about this picture.
     """
 
     scene: Scene
@@ -96,8 +97,8 @@ def sample_conversation(rng: np.random.Generator, split: str) -> Conversation:
 
 
 def _plan(rng: np.random.Generator, most: int) -> tuple[str, ...]:
-    """What is asked, in order, before anybody knows of which scene: rare edits are then as often as common ones.
-    `most`: edits.
+    """The kinds of questions, in order. They are chosen before the scene, so that rare edits come as often as common
+    ones. `most`: most edits.
     """
     length = int(rng.integers(2, 5))
     plan = ["draw"] if rng.random() < _DRAWN_FIRST else []
@@ -132,7 +133,7 @@ def _plan(rng: np.random.Generator, most: int) -> tuple[str, ...]:
 
 
 def _carried_out(rng: np.random.Generator, plan: tuple[str, ...], state: _State) -> tuple[Exchange, ...]:
-    """The exchanges of a plan about the scene of `state`; (): it has no place for them."""
+    """The exchanges of a plan about the scene of `state`; () if they are not possible there."""
     exchanges: list[Exchange] = []
     for way in plan:
         name, _, kind = way.partition(" ")
@@ -161,7 +162,7 @@ def _count(rng: np.random.Generator, state: _State) -> _Step:
 
 
 def _question(rng: np.random.Generator, state: _State) -> _Step | None:
-    """About an object by its name or its place."""
+    """A question about an object, by its name or its place."""
     o = state.scene[int(rng.integers(len(state.scene)))]
     attribute = pick(rng, tuple(_QUESTIONS_OF_IT))
     if attribute == "shape" or (attribute == "colour" and rng.random() < 0.5):
@@ -191,7 +192,7 @@ def _told(name: str) -> frozenset[str]:
 
 
 def _follow_up(rng: np.random.Generator, state: _State) -> _Step | None:
-    """More about the object spoken of, or the same about another one."""
+    """Another question about the same object, or the same question about another object."""
     if state.it is None:
         return None
     others = without(state.scene, state.it)
@@ -218,7 +219,7 @@ def _edit(rng: np.random.Generator, state: _State, kind: str) -> _Step | None:
 
 
 def _edit_it(rng: np.random.Generator, state: _State, kind: str) -> _Step | None:
-    """An edit of the object spoken of last."""
+    """An edit of the object mentioned last."""
     for old, new, after in edits.options(rng, kind, state.scene, state.split):
         if old is not None and old == state.it:
             said = edits.instruction(rng, kind, old, new, "it")
@@ -239,7 +240,7 @@ def _edited(
 
 
 def _before(rng: np.random.Generator, state: _State) -> _Step | None:
-    """How the edited object was."""
+    """A question about the object before its edit."""
     if state.edited is None or state.it != state.edited[2]:
         return None
     kind, old, _ = state.edited
@@ -260,7 +261,6 @@ _WAYS: dict[str, Callable[..., _Step | None]] = {
 }
 _WEIGHTS = {"describe": 1, "question": 2, "count": 0.5, "follow_up": 3, "edit": 2, "edit_it": 3, "before": 3}
 _DRAWN_FIRST = 0.3  # share of conversations
-# Edits in one conversation, at most. Two held-out edits in a row, whose three scenes are held out as well, are too
-# rare.
+# Most edits in one conversation. Two held-out edits in a row would need three held-out scenes, which is too rare.
 _EDITS = {"train": 2, "validation": 1, "unseen_combinations": 2}
 _TRIES = 500  # scenes that are tried for a plan

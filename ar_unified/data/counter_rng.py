@@ -1,7 +1,7 @@
 """Random numbers as functions of a stream and a counter: element i is the same whoever asks, in whatever order.
 
 A stream is named by `key(seed, source, epoch, ...)`. Nothing here has state, so a batch, a permutation or a choice of
-any step can be made without those before it. The numbers never change between versions, so an old training goes on in
+any step can be made without the steps before. The numbers never change between versions, so an old training goes on in
 its old order.
 """
 
@@ -37,7 +37,7 @@ def permute(index: Any, size: Any, stream: Any) -> np.ndarray:
     """Where a random permutation of 0..size-1 sends `index`, int64, without making the permutation.
 
     A Feistel network over the next power of four, walked until it lands inside. `index`, `size` and `stream`, uint64,
-    broadcast; every size has its own permutation. A call costs many small steps, so few calls for many are fast.
+    broadcast; every size has its own permutation. Each call has many small steps, so make few calls with large arrays.
     """
     given = (np.asarray(each, dtype) for each, dtype in ((index, np.int64), (size, np.int64), (stream, np.uint64)))
     index, size, stream = np.broadcast_arrays(*given)

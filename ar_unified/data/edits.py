@@ -1,13 +1,12 @@
-"""Edits of a scene (`scenes`): a picture, an instruction in English, and the picture that it asks for.
+"""Edits of a scene (`scenes`): a picture, an instruction in English, and the picture that the instruction asks for.
 
     recolour  Make the red circle blue.              resize   Make the star small.
     reshape   Turn the red circle into a square.     add      Add a small green star in the top left.
     move      Move the star to the bottom right.     remove   Remove the large square.
               Move the star down.
 
-Which split an edit belongs to follows from it alone: both of its scenes are of that split, and its action (`action_of`:
-what is done to which object) is held out too. So no model has read in training that, for example, the red circle
-becomes blue.
+The edit alone decides its split: both of its scenes belong to that split, and its action (`action_of`: what is done to
+which object) is held out too. So no model has read in training, for example, that the red circle becomes blue.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Edit:
     instruction: str
 
 
-Option = tuple[Object | None, Object | None]  # the object as it is, and as it becomes; None: not there
+Option = tuple[Object | None, Object | None]  # the object before and after; None: not there
 
 
 def _recolourings(scene: Scene) -> Iterator[Option]:
@@ -106,7 +105,7 @@ def is_held_out(old: Object | None, new: Object | None) -> bool:
 
 
 def kind_of(before: Scene, after: Scene) -> str:
-    """Which of KINDS_OF_EDITS leads from one scene to another. Raises ValueError: none does, in one step."""
+    """The one of KINDS_OF_EDITS that leads from one scene to another. Raises ValueError if no single edit does."""
     gone, new = set(before) - set(after), set(after) - set(before)
     if len(gone) == len(new) == 1:
         (old,), (become,) = gone, new
@@ -119,9 +118,9 @@ def kind_of(before: Scene, after: Scene) -> str:
 
 
 def sample_edit(rng: np.random.Generator, split: str) -> Edit:
-    """A random edit of `split`, each kind as likely.
+    """A random edit of `split`; all kinds are equally likely.
 
-    Of `validation` both scenes and the action are held out; of `unseen_combinations` both scenes have a (shape,
+    In `validation`, both scenes and the action are held out. In `unseen_combinations`, both scenes have a (shape,
     colour) that no training image has.
     """
     kind = pick(rng, KINDS_OF_EDITS)
@@ -133,8 +132,8 @@ def sample_edit(rng: np.random.Generator, split: str) -> Edit:
 
 
 def options(rng: np.random.Generator, kind: str, before: Scene, split: str) -> Iterator[tuple[*Option, Scene]]:
-    """The edits of one kind of a scene of `split` that are of that split, too, in random order: the object as it is, as
-    it becomes, and the scene then.
+    """The edits of one kind of a scene that belong to `split`, in random order: the object before, the object after,
+    and the scene after.
     """
     found = list(_WAYS[kind](before))
     for i in rng.permutation(len(found)):
@@ -147,12 +146,12 @@ def options(rng: np.random.Generator, kind: str, before: Scene, split: str) -> I
 
 
 def _apart(scene: Scene) -> bool:
-    """Whether no two objects have the same shape and colour."""
+    """Whether all objects differ in shape or colour."""
     return len({o.kind for o in scene}) == len(scene)
 
 
 def instruction(rng: np.random.Generator, kind: str, old: Object | None, new: Object | None, name: str) -> str:
-    """An edit in English; `name` is what the object that is there is called: "the red circle", "it"."""
+    """An edit in English; `name` stands for the object that is there: "the red circle", "it"."""
     if old is None:
         assert new is not None
         what = noun(rng, new)

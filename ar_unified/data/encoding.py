@@ -1,9 +1,9 @@
 """Text files are UTF-8, with or without a byte order mark. Any other encoding is refused by its name.
 
 One rule for all readers: rows, corpora, prompts, members of archives. The mark is skipped at the beginning of a file,
-and nowhere else. UTF-16 and UTF-32 are recognised by their marks, or by the zeros of Latin text. Encodings of single
-bytes cannot be told apart, so the error shows how the bytes read in Windows-1252. A zero byte is no text. No encoding
-is ever guessed.
+and nowhere else. UTF-16 and UTF-32 are recognised by their marks, or by the zeros of Latin text. Single-byte encodings
+cannot be told apart, so the error shows how the bytes read in Windows-1252. A zero byte is an error too. No encoding is
+ever guessed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import BinaryIO
 HEAD = 1024  # bytes of a file that are looked at
 
 _MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32 (little endian)",  # begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32 (little endian)",  # it begins with the mark of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32 (big endian)",
     codecs.BOM_UTF16_LE: "UTF-16 (little endian)",
     codecs.BOM_UTF16_BE: "UTF-16 (big endian)",
 }
-# Which of four bytes are zero in Latin text.
+# Whether each of the first four bytes of Latin text is not zero.
 _ZEROS = {
     (False, True, True, True): "UTF-32 (little endian)",
     (True, True, True, False): "UTF-32 (big endian)",
@@ -41,12 +41,12 @@ class EncodingError(ValueError):
 
 
 def no_content(data: bytes) -> str:
-    """What the bytes are if they are not a file's content but a pointer to it or a packed form of it; else ""."""
+    """A description of bytes that are only a pointer to a file's content or its packed form; else ""."""
     return next((name for magic, name in _CONTENTS.items() if data.startswith(magic)), "")
 
 
 def foreign(head: bytes) -> str:
-    """The encoding that the first bytes of a file (`HEAD` are enough) show, if it is not UTF-8; else ""."""
+    """The encoding that a file's first `HEAD` bytes show if it is not UTF-8; else ""."""
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
@@ -60,7 +60,8 @@ def foreign(head: bytes) -> str:
 
 
 def begin(file: BinaryIO) -> int:
-    """Where the text of a file that was just opened begins, and moves there. Raises EncodingError, OSError."""
+    """Moves a file that was just opened to where its text begins, and returns that place. Raises EncodingError,
+    OSError."""
     head = file.read(HEAD)
     _refuse(head)
     start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
@@ -69,7 +70,7 @@ def begin(file: BinaryIO) -> int:
 
 
 def unmarked(data: bytes) -> bytes:
-    """The bytes of a whole file, or its first, without a byte order mark. Raises EncodingError."""
+    """The bytes of a whole file, or its first bytes, without a byte order mark. Raises EncodingError."""
     _refuse(data)
     return data.removeprefix(codecs.BOM_UTF8)
 

@@ -5,8 +5,8 @@
   the message says so.
 - Links that stay inside are followed. One that leads out is refused, unless the source says `links=True` (--links) or
   it is the Hugging Face cache's own: from <repository>/snapshots/<revision>/ into <repository>/blobs/.
-- Where a folder is searched, what is hidden (`.*`, `@eaDir`, `__MACOSX`, ...) is passed over, a folder that several
-  links lead to is read once, and what cannot be read (a pipe, a link to nothing, a locked folder) is named.
+- A search of a folder skips hidden files and folders (`.*`, `@eaDir`, `__MACOSX`, ...), reads a folder that several
+  links lead to once, and names what cannot be read (a pipe, a link to nothing, a locked folder).
 - A path that a person gives (the folder itself, a file) may be a link to anywhere.
 - Nothing is fetched: a name is a path, a file: URL or a data: URL.
 - A folder may be an object store's (`storage`): there are no links then, and a name is the object's to the letter.
@@ -31,8 +31,8 @@ from ar_unified import storage
 from ar_unified.errors import UserError
 from ar_unified.storage import AnyPath, Remote
 
-LARGEST = 1 << 28  # bytes of an image's file
-# What file managers, desktops and storage boxes leave in folders, beside names that begin with a dot.
+LARGEST = 1 << 28  # most bytes of an image's file
+# What file managers, desktops and network storage leave in folders, besides names that begin with a dot.
 _LITTER = {
     "@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
     "desktop.ini",
@@ -52,8 +52,8 @@ class FileError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """A file that a search of a folder found: its path below the folder, with "/", and its size in bytes. With an
-    `error`: what was found in place of a file.
+    """A file that a search of a folder found: its path below the folder, with "/", and its size in bytes. `error`: what
+    is wrong with it; "" for a good file.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Found:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over, because it is hidden and no part of a dataset."""
+    """Whether a file or folder of this name is skipped, because it is hidden and not part of a dataset."""
     return name.startswith(".") or name.lower() in _LITTER
 
 
@@ -84,9 +84,8 @@ class Folder:
     # ---- names in rows --------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> bytes:
-        """The bytes of what a row names: a file inside the folder, by path or file: URL, or a data: URL. Raises
-        FileError.
-        """
+        """The bytes that a row names: a file inside the folder (a path or a file: URL) or a data: URL. Raises
+        FileError."""
         found = meant(name)
         return found if isinstance(found, bytes) else self.read_file(found)
 
@@ -104,7 +103,7 @@ class Folder:
             raise FileError("missing_image", str(error.strerror)) from error
 
     def path(self, name: str) -> Path:
-        """The file that a row means by `name`. Raises FileError: outside, or not there."""
+        """The file that a row means by `name`. Raises FileError if it is outside or missing."""
         if "\0" in name:
             raise FileError("missing_image", "a name cannot have a zero byte")
         full = os.path.normpath(os.path.join(self._lexical, name))
@@ -119,7 +118,7 @@ class Folder:
         return self.root / below
 
     def _spelled(self, name: str, parts: Sequence[str]) -> str:
-        """The path of a file whose name has another Unicode form on disk. Raises FileError: there is none."""
+        """The path of a file whose name has another Unicode form on disk. Raises FileError if there is none."""
         near, exact = "", True
         for part in parts:
             here = os.path.join(near, part)
@@ -148,7 +147,7 @@ class Folder:
         if self.links or self._is_inside(self.root / name):
             return ""
         link = name
-        for part in reversed(Path(name).parents):  # the first that leads out
+        for part in reversed(Path(name).parents):  # the first link that leads out
             if (self.root / part).is_symlink() and not self._is_inside(self.root / part):
                 link = str(part)
                 break
@@ -162,10 +161,11 @@ class Folder:
     # ---- searching ------------------------------------------------------------------------------------------------
 
     def search(self, wanted: Callable[[str], bool]) -> list[Found]:
-        """The files below whose path, with "/" between its parts, is `wanted`, in the order of these paths.
+        """The files below this folder that are `wanted` (a function of the path, with "/" between its parts), sorted by
+        path.
 
         Raises:
-            UserError: the folder is none, or cannot be read.
+            UserError: it is no folder, or cannot be read.
         """
         try:
             os.listdir(self.root)
@@ -194,7 +194,7 @@ class Folder:
         return sorted(found, key=lambda item: item.name)
 
     def _look(self, here: str, wanted: Callable[[str], bool]) -> Iterator[tuple[Found | str, bool]]:
-        """What one folder has: files, and the names of folders; and whether each is a link."""
+        """The files and the names of the folders in one folder, and whether each is a link."""
         try:
             with os.scandir(self.root / here) as entries:
                 seen = [(os.path.join(here, entry.name), entry.is_symlink()) for entry in entries]
@@ -324,7 +324,8 @@ def _is_below(path: str, top: str) -> bool:
 
 
 def _blobs(real: str) -> str | None:
-    """Where the Hugging Face cache keeps the files of the snapshot that `real` is, or lies in."""
+    """The folder in which the Hugging Face cache keeps the files of a snapshot; `real` is the snapshot or lies in
+    it."""
     for folder in (Path(real), *Path(real).parents):
         if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
             return str(blobs)
@@ -332,7 +333,7 @@ def _blobs(real: str) -> str | None:
 
 
 def _listed(folder: Path) -> dict[str, list[str]]:
-    """The names in a folder, by a form that all spellings of one name share."""
+    """The names in a folder, by a normal form that all spellings of one name share."""
     names: dict[str, list[str]] = {}
     try:
         for name in sorted(os.listdir(folder)):

@@ -12,7 +12,8 @@
     NaN, infinite or negative values, a range that cannot be told, signed 8 bit   unreadable_image
     animations, files of several pages    the first image
     EXIF orientation                      upright
-    an ICC profile (Display P3, Adobe RGB, inks, grey)     in sRGB; one that is broken or of other pixels is passed over
+    an ICC profile (Display P3, Adobe RGB, inks, grey)     converted to sRGB; a broken profile, or one of other pixels,
+                                                           is ignored
 
 Axes: `H` `W` height and width in pixels.
 """
@@ -44,7 +45,7 @@ SUFFIXES = (
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2  # a sample format
 _MOST_FRAMES = 10_000
-_WHITES = (1, 255, 65535)  # what the values of an image may end at
+_WHITES = (1, 255, 65535)  # the largest values that an image may have
 
 
 AnyImage = np.ndarray | Image.Image  # uint8 [H, W, 3], or the same as Pillow has it
@@ -60,11 +61,11 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may be; read off its header, so that a decompression bomb costs nothing.
+    """Limits for an image. Its header is checked first, so a decompression bomb is never decoded.
 
     Attributes:
         pixels: most pixels (2**26 is 8192 x 8192, 192 MiB decoded).
-        aspect: most times that one side may be as long as the other.
+        aspect: largest ratio of the longer side to the shorter side.
     """
 
     pixels: int = 2**26
@@ -85,7 +86,7 @@ LIMITS = Limits()
 def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -> np.ndarray:
     """An image file as read-only uint8 [H, W, 3]: see the table above.
 
-    resize: what is done to it then; two copies of the whole image are saved, a tenth of the time.
+    resize: applied to the image. Doing it here saves two copies of the whole image, a tenth of the time.
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no image of
@@ -99,7 +100,7 @@ def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -
 
 
 def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
-    """At most `most` images of an animation, `evenly` apart, each as `decode` gives the first. Raises ImageError."""
+    """At most `most` images of an animation, `evenly` spaced, each as from `decode`. Raises ImageError."""
     with _opened(data, limits) as image:
         count = getattr(image, "n_frames", 1)
         if count > _MOST_FRAMES:
@@ -114,7 +115,7 @@ def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most `most` numbers below `count`, evenly apart, with the first and the last."""
+    """At most `most` numbers below `count`, evenly spaced, with the first and the last."""
     chosen = min(count, most)
     return [round(i * (count - 1) / max(chosen - 1, 1)) for i in range(chosen)]
 
@@ -131,7 +132,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("image_shape", f"expected at most {limits.pixels} pixels: {error}") from error
-    except UnidentifiedImageError:  # whose text names an address in memory
+    except UnidentifiedImageError:  # Pillow's text would show an address in memory
         found = no_content(data) or f"bytes that begin with {data[:8]!r}"
         kind = " of a kind that Pillow reads" if data[:4] in (b"II*\0", b"MM\0*") else ""
         raise ImageError("unreadable_image", f"expected an image{kind} ({', '.join(FORMATS)}), found {found}") from None
@@ -176,7 +177,7 @@ def _in_rgb(image: Image.Image) -> AnyImage:
 
 
 def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """RGB, RGBA, CMYK or L with a profile of the same pixels as sRGB; everything else as it is."""
+    """Converts RGB, RGBA, CMYK or L with a profile that fits to sRGB; returns everything else as it is."""
     transform = _to_srgb(profile, image.mode) if isinstance(profile, bytes) and profile else None
     found = transform and ImageCms.applyTransform(image, transform)
     return found or image
@@ -184,7 +185,7 @@ def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
 
 @functools.lru_cache(maxsize=32)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None: it is sRGB, or cannot be used."""
+    """The transform from a profile to sRGB; None: the profile is sRGB, or cannot be used."""
     if mode not in ("RGB", "RGBA", "CMYK", "L"):
         return None
     try:
@@ -206,9 +207,10 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
     """The value that is white in grey [H, W] of a mode that does not say so by itself. Raises ImageError.
 
-    Floats are in 0..1, 0..255 or 0..65535, integers of mode "I" in one of the latter two. The smallest range that holds
-    the brightest pixel is taken; a 255th more is allowed at both ends, as resampling overshoots. If nothing is brighter
-    than a 16th of 255 or 65535, the image would be almost black and is more likely of another range, so it is refused.
+    Floats are in 0..1, 0..255 or 0..65535, integers of mode "I" in 0..255 or 0..65535. The smallest range that holds
+    the brightest pixel is taken; a 255th more is allowed at both ends, because resampling overshoots. If nothing is
+    brighter than a 16th of 255 or 65535, the image is refused: in that range it would be almost black, so it probably
+    has another range.
     """
     bits = int(np.max(tags.get(_BITS, 16)))
     if mode.startswith("I;16"):
@@ -230,15 +232,15 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
 
 
 def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The transparent colour of a PNG without a palette, as its pixels have it; None: none.
+    """The transparent colour of a PNG without a palette, in the values of its pixels; None: there is none.
 
-    A PNG gives the colour in the depth of the file. Pillow scales 2 and 4 bits to 8, and keeps the upper 8 bits of 16
-    in RGB, so the colour is converted in the same way.
+    A PNG gives the colour in the depth of the file. Pillow scales 2 and 4 bits to 8, and keeps the upper 8 of 16 bits
+    in RGB; the colour is converted in the same way.
     """
     clear = image.info.get("transparency")
     if image.format != "PNG" or image.mode == "P" or not isinstance(clear, int | tuple):
         return None
-    tiles = getattr(image, "tile", None)  # gone once the pixels are loaded
+    tiles = getattr(image, "tile", None)  # Pillow deletes it when the pixels are loaded
     raw = tiles[0].args if tiles else ""
     if isinstance(clear, tuple):
         return tuple(value >> 8 for value in clear) if raw == "RGB;16B" else clear
@@ -264,11 +266,11 @@ def to_thumbnail(pixels: np.ndarray, side: int) -> bytes:
 
 
 class Cells(Protocol):
-    """What a code stands for: `codes_per_position` of them, side by side, are `factor` x `factor` pixels."""
+    """What codes stand for: `codes_per_position` codes, side by side, are `factor` x `factor` pixels."""
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one code."""
+        """Side of one code in pixels."""
 
     @property
     def codes_per_position(self) -> int:
@@ -276,7 +278,7 @@ class Cells(Protocol):
 
 
 class ImageCodec(Cells, Protocol):
-    """A trained image tokenizer, as all rooms see it: `ar_tokenizers.image.tokenizer.ImageTokenizer`, or another's."""
+    """The interface of a trained image tokenizer, such as `ar_tokenizers.image.tokenizer.ImageTokenizer`."""
 
     @property
     def codebook_size(self) -> int:
@@ -284,7 +286,7 @@ class ImageCodec(Cells, Protocol):
 
     @property
     def hash(self) -> str:
-        """sha256 of all that decides which codes an image gets."""
+        """sha256 of everything that decides which codes an image gets."""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
         """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
@@ -294,9 +296,7 @@ class ImageCodec(Cells, Protocol):
 
 
 class NoImages:
-    """Stands for the image tokenizer of a model of text alone. It has no codes, and an image given to it is an
-    error.
-    """
+    """Takes the place of the image tokenizer in a model of text alone. It has no codes, and refuses every image."""
 
     codebook_size, factor, codes_per_position, hash = 0, 1, 1, ""
 
@@ -308,9 +308,9 @@ class NoImages:
 
 
 class CodesAlone(NoImages):
-    """Stands for the image tokenizer of a model whose own is not available. Images go in and come out as codes.
+    """Takes the place of an image tokenizer that is not available. Images go in and come out as codes.
 
-    A code counts as one pixel where sizes are asked for.
+    Its sizes count one pixel for each code.
     """
 
     no_decoder = (
@@ -329,16 +329,16 @@ class CodesAlone(NoImages):
 
 
 def draws_none(tokenizer: ImageCodec) -> str:
-    """Why a tokenizer cannot make images of codes, and what to do, in a sentence; "" if it can. One from a file may
-    have no decoder.
+    """Why a tokenizer cannot decode codes to images, and what to do, in a sentence; "" if it can. A tokenizer from a
+    file may have no decoder.
 
-    Ask it before a model samples codes that nothing could decode.
+    Call it before a model samples codes that nothing could decode.
     """
     return getattr(tokenizer, "no_decoder", "")
 
 
 def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """`function` over the arrays, those of one shape in one call; results in the order of the arrays."""
+    """Applies `function` to all arrays of one shape in one call; gives the results in the order of the arrays."""
     rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, array in enumerate(arrays):
         rows[array.shape].append(i)
@@ -361,7 +361,7 @@ class Resize:
             "aspect": the image's own aspect, as near as sides that are multiples of `factor` allow, with about
             height * width pixels (the way of Emu3 and Lumina-mGPT); what hangs over is cropped from the middle.
         height, width: of the target, in pixels, multiples of `factor`.
-        factor: pixels a side of one code.
+        factor: side of one code in pixels.
         max_height, max_width: largest sides of "aspect", in pixels; 0: twice the target's.
     """
 
@@ -395,7 +395,7 @@ class Resize:
         return h, w
 
     def __call__(self, image: AnyImage) -> np.ndarray:
-        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. An array that has its size already is not touched."""
+        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. An array that already has this size is not touched."""
         return resize(image, *self.target(*_sides(image)))
 
 
@@ -405,7 +405,7 @@ def resize(image: AnyImage, height: int, width: int) -> np.ndarray:
     if (h, w) == (height, width):
         return _pixels(image)
     scale = min(h / height, w / width)
-    # What rounds to a hair below 0 is 0: Pillow refuses a box that begins outside.
+    # Rounding may give a value just below 0. It becomes 0, because Pillow refuses a box that begins outside.
     top, left = max((h - height * scale) / 2, 0.0), max((w - width * scale) / 2, 0.0)
     box = (left, top, min(left + width * scale, w), min(top + height * scale, h))
     # reducing_gap: a large photograph is first shrunk by whole factors, which costs a fraction and looks the same.
@@ -418,11 +418,11 @@ def _sides(image: AnyImage) -> tuple[int, int]:
 
 
 def recoloured(pixels: np.ndarray, draw: Sequence[float]) -> np.ndarray:
-    """Other colours for the same shapes: channels change places, and a curve of its own bends each.
+    """Gives the same shapes other colours: channels change places, and each gets its own tone curve.
 
-    White and black stay what they are, and what is nearly white nearly so. uint8 [H, W, 3] -> the same shape.
+    White and black do not change, and nearly white stays nearly white. uint8 [H, W, 3] -> the same shape.
 
-    draw: four numbers in [0, 1): which of the six orders, and the exponent of each channel's curve, 1/2 to 2.
+    draw: four numbers in [0, 1): they choose one of the six orders, and the exponent of each channel's curve, 1/2 to 2.
     """
     orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
     exponents = 4.0 ** (np.asarray(draw[1:]) - 0.5)

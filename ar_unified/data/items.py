@@ -1,4 +1,4 @@
-"""What a source is, and what it says of an item that cannot be used."""
+"""What a source is, and what it says about an item that cannot be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BadItem(Exception):
         kind: one word for counting: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
             "path_escapes", "empty_file", "unreadable_image", "image_shape", "unreadable_file", "too_large",
             "text_lost", "same_answers" (as tokens), or another kind of DocumentError.
-        origin: "file:line" or the dataset's name and index, as it is. reason: expected, found.
+        origin: "file:line", or the dataset's name and index. reason: what was expected and what was found.
     """
 
     def __init__(self, kind: str, origin: str, reason: str):
@@ -31,7 +31,7 @@ class BadItem(Exception):
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal would obey or a page could not hold: the names of files may have that."""
+    """A text with escapes in place of control characters and lone surrogates, which names of files may contain."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -53,7 +53,7 @@ class LeftOut:
         return "; ".join(f"{found['count']} {kind}, first {found['first']}" for kind, found in self.kinds.items())
 
 
-TOGETHER = 64  # items that are read at once, if a source says nothing: their bytes are in memory, not their pixels
+TOGETHER = 64  # items read at once if the source does not say; their bytes are in memory, not their pixels
 
 
 def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], Document]]]:
@@ -69,7 +69,7 @@ def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Calla
 
 
 def texts_of(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, list[str] | BadItem]]:
-    """The texts of items in the order of `indices`, read many at a time where the source can; bad items as values."""
+    """The texts of items in the order of `indices`, read many at a time if the source can; bad items come as values."""
     many = getattr(source, "fetch_texts", None)
     for chunk in _chunks(indices, getattr(source, "together", TOGETHER)):
         yield from zip(chunk, many(chunk) if many else (_texts(source, i) for i in chunk), strict=True)
@@ -89,15 +89,15 @@ def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def resized(source: Source, resize: Resize) -> Source:
-    """The same items with their images resized, by whoever decodes them. An image that several items show is one array
-    still where the source hands it out as one.
+    """The same items with their images resized by the code that decodes them. If the source gives several items the
+    same array for an image, the resized image is one array too.
     """
     early = getattr(source, "resized", None)
     return early(resize) if early else _Resized(source, resize)
 
 
 class _Resized:
-    """A source of which images are resized when they are whole."""
+    """A source whose images are resized after they were decoded."""
 
     def __init__(self, source: Source, resize: Resize):
         self._source, self._resize = source, resize
@@ -130,7 +130,7 @@ class _Resized:
 
 
 def language(source: Source, i: int) -> str:
-    """The language that item i says it is in, "" where the source does not know of languages or this item's."""
+    """The language that item i says it is in; "" if the source does not know it."""
     known = getattr(source, "language", None)
     return known(i) if known else ""
 
@@ -148,10 +148,10 @@ def names_images(source: Source) -> bool:
 class Source(Protocol):
     """Documents by index. Safe to read from many threads.
 
-    A source that reads many items faster than one by one has two more methods: `fetch(indices)`, a list of calls that
-    give the documents (see `fetched`), `fetch_texts(indices)`, for each what `texts` gives or the BadItem that it
-    raises. `together` is how many of them are best read at once. One that decodes images itself has `resized(resize)`,
-    the same source that resizes each as it decodes it (`resized`).
+    A source that reads many items faster than one by one has two more methods: `fetch(indices)` gives a list of calls
+    that give the documents (see `fetched`); `fetch_texts(indices)` gives for each item what `texts` gives, or the
+    BadItem that it raises. `together` is how many items are best read at once. A source that decodes images itself has
+    `resized(resize)`, which gives the same source, but with each image resized as it is decoded (`resized`).
 
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.
@@ -172,7 +172,7 @@ class Source(Protocol):
         """Item i with images as ImagePart. Raises BadItem."""
 
     def texts(self, i: int) -> list[str]:
-        """The text of item i, no image opened. Raises BadItem."""
+        """The text of item i; opens no image. Raises BadItem."""
 
     def origin(self, i: int) -> str:
         """Where item i stands, for messages."""

@@ -1,7 +1,7 @@
 """Prepared shards -> packed batches for the transformer; sources -> image batches for the image tokenizer.
 
-batch(step) is a pure function of (data, seed, step). Whoever asks, in whatever order, with any number of processes or
-threads, gets the same global batch; a process asks for its slice of it.
+batch(step) is a pure function of (data, seed, step). The global batch is the same in any order of steps and with any
+number of processes or threads; each process asks for its slice.
 
 Axes: `B` rows of the global batch, `T` tokens of a row, `n` documents of a batch, `H` `W` pixels.
 """
@@ -33,10 +33,10 @@ from ar_unified.manifests import Json, require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
-_MARKS = Encoded(np.zeros(256, np.int32), np.arange(256, dtype=np.uint8))  # all there are, as tables for translate
+_MARKS = Encoded(np.zeros(256, np.int32), np.arange(256, dtype=np.uint8))  # tables for bytes.translate
 _ROLES = np.where(_MARKS.unlearned, Role.PAD, _MARKS.roles).astype(np.uint8).tobytes()
 _PROMPT = (~_MARKS.trained).tobytes()
-_LOOKED_AT = 1000  # documents of a source, for one with an image
+_LOOKED_AT = 1000  # documents of a source that are searched for an image
 
 
 class NothingReadable(UserError):
@@ -44,7 +44,7 @@ class NothingReadable(UserError):
 
 
 class Chosen(NamedTuple):
-    """For an epoch of a source, the items (documents, or preference pairs) of each of the rows `at` of a batch."""
+    """The items (documents, or preference pairs) of one epoch of a source, for the rows `at` of a batch."""
 
     source: int
     epoch: int
@@ -66,25 +66,25 @@ def _require_kind(name: str, counts: Mapping[str, Json], answers: int) -> None:
 class PackedBatches:
     """Rows of whole documents from the shards that `prepare` left in `folder`.
 
-    Every epoch of a source has each of its documents once. Each epoch draws anew which are flipped and which lose their
-    condition. In a new phase, a source goes on where the previous phase left it. If rows have another length now, it
-    goes on with its next window (`Packing.after`); for a small source that is its next epoch.
+    Every epoch of a source has each of its documents once. Each epoch draws again which documents are flipped and which
+    lose their condition. In a new phase, a source goes on where the previous phase left it. If the length of rows
+    changes, the source goes on with its next window (`Packing.after`); for a small source that is its next epoch.
 
     Args:
-        folder: of one `prepare`.
-        grammar: the one the data was prepared with.
-        batch_size, sequence_length: B and T, where a phase does not say another. The longest rows of any phase hold the
+        folder: what one `prepare` wrote.
+        grammar: the data was prepared with it.
+        batch_size, sequence_length: B and T, unless a phase says another. The longest rows of any phase must hold the
             longest document.
-        phases: the first from step 0, the others after it, in order.
-        seed: of the order and of what is drawn.
+        phases: in order; the first begins at step 0.
+        seed: for the order and for all random choices.
 
     Attributes:
         phases: each with its batch_size and sequence_length.
-        sequence_length: of the longest rows.
-        names, shards, packings: of every source that is used: its folder's name, its documents, its longest rows.
-        rows_per_epoch: rows of one epoch of every source that is used, of the longest.
-        shares: for every phase, their shares of the stream.
-        order: {"order": 2}; or {} if a training that was begun with an early version continues in its old order.
+        sequence_length: that of the longest rows.
+        names, shards, packings: for every source that is used, its folder's name, its documents, its longest rows.
+        rows_per_epoch: how many of the longest rows one epoch of every source that is used has.
+        shares: for every phase, the sources' shares of the stream.
+        order: {"order": 2}; or {} if a training that an early version began continues in its old order.
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
@@ -156,9 +156,9 @@ class PackedBatches:
         self.shares = [dict(zip(self.names, mixture.shares, strict=True)) for mixture in self._mixtures]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Rows an epoch, fill of the rows, and shares of the stream (one for each phase) of every source.
+        """For every source: rows per epoch, fill of the rows, and shares of the stream (one for each phase).
 
-        Where phases have rows of several lengths, `by_length` says of each rows, fill, and documents left out.
+        If phases have rows of several lengths, `by_length` has rows, fill, and documents left out for each length.
         """
         packed = summary(dict(zip(self.names, self.packings, strict=True)))
         found = {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self.names}
@@ -175,7 +175,7 @@ class PackedBatches:
         return self.laid(*self.picked(step, process_index, process_count))
 
     def picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
-        """The phase of a step, how many rows are asked for, and the items in them."""
+        """The phase of a step, how many rows this process needs, and the items in them."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         phase = self.phases[now]
         rows, length = phase.batch_size or self.batch_size, phase.sequence_length or self.sequence_length
@@ -208,7 +208,7 @@ class PackedBatches:
         )
 
     def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
-        """Ids and tasks of documents, after what this epoch draws for them (flips, dropped prompts)."""
+        """Ids and tasks of documents, after the random changes of this epoch (flips, dropped prompts)."""
         index = self.shards[source].facts(chosen)
         documents, tasks = self.shards[source].read(chosen, index["length"]), index["task"].copy()
         streams = (self.seed, self.names[source], epoch)
@@ -224,7 +224,7 @@ class PackedBatches:
             document = documents[i]
             if count := len(document.own_images):
                 rest = self.grammar.drop_context(document, int(image[i] % np.uint64(count)))
-                # A document that begins with the image has no context to lose, and its row no room for an <eot>.
+                # A document that begins with the image has no context to lose, and its row has no room for an <eot>.
                 documents[i] = rest if len(rest) <= len(document) else document
         return documents, tasks
 
@@ -240,7 +240,7 @@ def pack(
     """Documents side by side in their rows.
 
     Args:
-        documents: n of them. tasks: int8 [n]. rows: int [n], ascending; the row of each.
+        documents: n documents. tasks: int8 [n]. rows: int [n], ascending; the row of each document.
         shape: (B, T).
     """
     B, T = shape
@@ -264,7 +264,7 @@ def pack(
     together = joined([pieces[i] for i in order.tolist()])
     counts = np.append(lengths, room)[order]
     ends = np.cumsum(counts)[counts > 0]
-    start = np.cumsum(lengths) - lengths  # where in its row each begins
+    start = np.cumsum(lengths) - lengths  # where each document begins in its row
     start = (start - start[np.searchsorted(rows, rows)]).astype(np.int32)
     numbers = (np.arange(len(documents)) - np.searchsorted(rows, rows) + 1).astype(np.int32)
     doc_start = of_each(start, T)
@@ -286,19 +286,19 @@ def pack(
 class ImageBatches:
     """Images of the sources' documents at one size, for training an image tokenizer.
 
-    Every epoch of a source visits each of its documents once and takes one of its images, drawn anew; in place of a
-    document without a (readable) image another one is drawn.
+    Every epoch of a source visits each of its documents once and draws one of its images. If a document has no readable
+    image, another document takes its place.
 
     Args:
-        sources: at least one with images; those of text alone are left out. Items are read as they come up and kept
-            in memory up to `memory` bytes.
+        sources: at least one with images; sources of text alone are left out. Items are read when they are needed, and
+            up to `memory` bytes of them are kept in memory.
         size: (H, W) in pixels.
         weights: shares of the sources; None: by their number of documents.
-        mirror: whether half of the images are mirrored left to right (not for images of text, nor where left and right
-            matter).
-        short_side: scale images to this short side, in pixels, and cut the window at random out of them; None: the
-            largest window of the size's aspect, from the middle.
-        recolour: share of the images whose colours are changed at random (`images.recoloured`).
+        mirror: whether half of the images are mirrored left to right. Leave it off for images of text, or if left and
+            right matter.
+        short_side: scales images to this short side, in pixels, and crops the window at a random place; None: crops the
+            largest centred window of the size's aspect.
+        recolour: share of images with randomly changed colours (`images.recoloured`).
     """
 
     def __init__(
@@ -366,7 +366,7 @@ class ImageBatches:
         )
 
     def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
-        """One image. draw: random whole numbers that choose the document's image, the top and left of the window, and
+        """One image. draw: random integers that choose the document's image, the top and left of the window, and
         mirroring.
         """
         count = len(self.sources[source])

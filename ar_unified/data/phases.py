@@ -1,4 +1,5 @@
-"""A training in phases: how documents are mixed and read, how long rows are, how many a batch has, and since when."""
+"""A training in phases. Each phase has its first step, its mixture of documents and how they are read, its length of
+rows and its batch size."""
 
 from __future__ import annotations
 
@@ -14,15 +15,14 @@ class Phase:
     """How documents are mixed and read, from a step of the training to the next phase.
 
     Attributes:
-        from_step: the first one it holds for.
+        from_step: its first step.
         weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
         flip_pairs: probability that a pair of one text and one image is read the other way, image first.
         condition_dropout: probability that a document that asks for an image loses its prompt (`grammar.drop_prompt`),
-            an interleaved one all that stands before one of its images (`grammar.drop_context`): what is left is what
-            the sampler's unconditional context sees under classifier-free guidance. Its row is not filled up again; the
-            gap is padding.
-        sequence_length, batch_size: tokens of a row, rows of a batch; None: as of the loader. Where rows are shorter
-            than the longest of any phase, documents that are longer than a row are left out.
+            and that an interleaved document loses everything before one of its images (`grammar.drop_context`). The
+            rest is what the unconditional context of classifier-free guidance sees. The gap in the row becomes padding.
+        sequence_length, batch_size: tokens of a row, rows of a batch; None: the loader's. If rows are shorter than the
+            longest rows of any phase, documents that are longer than a row are left out.
 
     Raises UserError for a probability outside [0, 1], or a size below 1.
     """
@@ -45,7 +45,8 @@ class Phase:
 
 
 def require_order(phases: Sequence[Phase]) -> None:
-    """Raises ValueError unless the first phase begins at step 0 and each other one later than the one before."""
+    """Raises ValueError unless the first phase begins at step 0 and each other phase begins after the phase before
+    it."""
     steps = [phase.from_step for phase in phases]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
         raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
@@ -57,17 +58,18 @@ def mixtures(
     packings: Mapping[int, Sequence[Packing]],
     weights: Sequence[Sequence[float]],
 ) -> list[Mixture]:
-    """The stream of each phase, in which every source goes on where the phase before left it.
+    """The stream of each phase. Every source goes on where the phase before left it.
 
     Args:
         phases: each with its batch_size and sequence_length.
-        names: of the sources. packings: of each, by the length of the rows; the longest hold every document.
-        weights: of each phase, of each source; read where the phase has weights.
+        names: of the sources. packings: for each source, by the length of the rows; the longest rows hold every
+            document.
+        weights: for each phase and each source; used if the phase has weights.
 
     Raises UserError for a phase whose rows hold no document of a source that it names.
     """
     found: list[Mixture] = []
-    current = list(packings[max(packings)])  # the packings whose rows `taken` counts
+    current = list(packings[max(packings)])  # `taken` counts the rows of these packings
     taken = [0] * len(current)
     for i, phase in enumerate(phases):
         if i:

@@ -1,9 +1,9 @@
 """Preference pairs -> packed batches: both answers of a pair side by side in one row.
 
-So a pair lies in one microbatch and on the devices of one row, whatever the mesh, and what belongs to it is found by
-counting documents in the row. Everything else comes from `loader`, above all that batch(step) is a pure function.
+So a pair lies in one microbatch and on the devices of one row, whatever the mesh is, and a pair is found by counting
+documents in the row. Everything else comes from `loader`; in particular, batch(step) is a pure function.
 
-Axes: `B` rows, `T` tokens of a row, `P` pairs of a row at most, `R` roles of targets.
+Axes: `B` rows, `T` tokens of a row, `P` most pairs of a row, `R` roles of targets.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ar_unified.data.phases import Phase
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
 
-Sums = Mapping[str, np.ndarray]  # by source: f32 [its pairs, 2, R], as of PreferenceBatch.reference
+Sums = Mapping[str, np.ndarray]  # by source: f32 [its pairs, 2, R], as in PreferenceBatch.reference
 
 
 class PreferenceBatches(PackedBatches):
     """Rows of whole preference pairs from the shards that `prepare` left in `folder`.
 
-    A pair is read as it stands: nothing is flipped, and no prompt is dropped. sequence_length: at least the longest
-    pair, both answers with their prompt. All other args and errors are those of `PackedBatches`.
+    A pair is read as it is: nothing is flipped, and no prompt is dropped. sequence_length: at least the longest pair
+    (both answers, each with the prompt). All other args and errors are those of `PackedBatches`.
 
     Attributes:
-        reference: what the reference gives each pair, to be set before batches with it are asked for; {}: zeros.
-        pairs: P of the longest rows, as many as fit into one if all are as short as the shortest.
+        reference: the reference's log-probabilities of each pair. Set it before batches that need it; {}: zeros.
+        pairs: P of the longest rows: the number that fits into a row if all pairs are as short as the shortest.
     """
 
     answers = 2
@@ -69,9 +69,9 @@ class PreferenceBatches(PackedBatches):
         return PreferenceBatch(self.laid(phase, count, chosen), reference)
 
     def every(self) -> Iterator[tuple[str, PackedBatch, np.ndarray]]:
-        """All pairs of all sources once, in full batches: the source, rows [B, T], and which pair of it is where.
+        """All pairs of all sources once, in full batches: the source, rows [B, T], and the number of each pair in them.
 
-        The latter is int64 [B, P], -1 for none. The last rows of a source may be padding.
+        The numbers are int64 [B, P], -1 for none. The last rows of a source may be padding.
         """
         whole = dataclasses.replace(self.phases[0], sequence_length=self.sequence_length)
         for source, (name, packing) in enumerate(zip(self.names, self.packings, strict=True)):

@@ -1,10 +1,10 @@
 """Procedural scenes: what the embedded dataset `shapes` shows, how it is drawn, and how English speaks of it.
 
-A scene is one to three objects, each with a shape, a colour and a size, each in its own corner of the
-image, and no two with the same colour and shape: so a corner names an object, and so does "the red circle".
-Everything here is a function of its arguments and of the numpy generator it is given.
+A scene is one to three objects. Each has a shape, a colour and a size and is in its own corner of the image, and no two
+have the same colour and shape. So a corner identifies an object, and so does "the red circle". Everything here is a
+function of its arguments and of the given numpy generator.
 
-Which split a scene belongs to follows from the scene alone (`split_of`), so no split can leak into another.
+The scene alone decides its split (`split_of`), so no split can leak into another.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ BACKGROUND = (250, 248, 243)
 UNSEEN = frozenset({("circle", "purple"), ("square", "yellow"), ("triangle", "blue"), ("star", "green")})
 SPLITS = ("train", "validation", "unseen_combinations")
 
-_RADIUS = {"large": 0.195, "small": 0.132}  # of the image's side
+_RADIUS = {"large": 0.195, "small": 0.132}  # share of the image's side
 KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 
 @dataclass(frozen=True)
 class Object:
-    """One figure of a scene: what it is, and where on the grid it stands."""
+    """One figure of a scene: what it is, and where it is on the grid."""
 
     shape: str
     colour: str
@@ -49,7 +49,7 @@ class Object:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What is held out in some combinations: (shape, colour)."""
+        """(shape, colour); some of these pairs are held out."""
         return self.shape, self.colour
 
 
@@ -72,8 +72,8 @@ def scene_from_json(text: str | bytes) -> Scene:
 
 
 def split_of(scene: Scene) -> str:
-    """The split of a scene: "unseen_combinations" if it has a held-out (shape, colour); of all others, a hash puts a
-    tenth into "validation".
+    """The split of a scene: "unseen_combinations" if it has a held-out (shape, colour); a hash puts a tenth of all
+    others into "validation".
     """
     if any(o.kind in UNSEEN for o in scene):
         return "unseen_combinations"
@@ -106,7 +106,7 @@ class Change:
 def sample_change(rng: np.random.Generator, scene: Scene, split: str) -> Change | None:
     """A random change to a scene of `split`: an object moves, changes colour, appears or disappears.
 
-    Returns None when no change leads there (possible, and rare, in the small splits).
+    Returns None if no change leads there, which happens rarely in the small splits.
     """
     ways = (_moves, _recolourings, _appearances, _disappearances)
     for way in rng.permutation(len(ways)):
@@ -173,7 +173,7 @@ def _disappearances(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
 @lru_cache(maxsize=64)
 def sprite(shape: str, size: str, cell: int) -> np.ndarray:
     """How much of each pixel a shape covers, centred in a corner of `cell` pixels: f32 [cell, cell]."""
-    scale = 8  # drawn large and averaged down: anti-aliased
+    scale = 8  # drawn large and averaged down, for anti-aliasing
     middle, radius = cell * scale / 2 - 0.5, _RADIUS[size] * 2 * cell * scale
     canvas = Image.new("L", (cell * scale, cell * scale))
     draw = ImageDraw.Draw(canvas)
@@ -240,7 +240,7 @@ _ATTRIBUTE = re.compile(
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """One of them, each as likely."""
+    """A random choice; all are equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -263,10 +263,10 @@ def _sentence(text: str, end: str = ".") -> str:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-    """Says every object's shape, colour, size and place, in one of several ways and in any order."""
+    """A caption with every object's shape, colour, size and place, in one of several wordings and in any order."""
     objects = [scene[i] for i in rng.permutation(len(scene))]
-    # The place comes before what stands there: a causal reader then knows, at each attribute, whose it is. With
-    # some captions the other way round, a small model mixed up the objects of three in half of its images.
+    # The place comes before the object: a causal model then knows to which object each attribute belongs. With some
+    # captions the other way round, a small model mixed up the objects in half of its images of three objects.
     nouns = [noun(rng, o) for o in objects]
     way = int(rng.integers(4))
     if way == 0:
@@ -279,7 +279,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def read_caption(text: str) -> Scene | None:
-    """The scene a caption describes, whatever its template; None where it does not describe exactly one."""
+    """The scene that a caption describes, whatever its template; None if it does not describe exactly one."""
     canonical = {w: size for size, words in _SIZE_WORDS.items() for w in words}
     found = [canonical.get(w, w) for w in _ATTRIBUTE.findall(text.lower())]
     objects = []
@@ -293,9 +293,9 @@ def read_caption(text: str) -> Scene | None:
 
 
 def reference(rng: np.random.Generator, o: Object, scene: Scene, avoid: Sequence[str] = ()) -> str | None:
-    """A noun phrase that fits `o` and nothing else in the scene ("red circle", "large star", "star").
+    """A noun phrase that fits only `o` in the scene ("red circle", "large star", "star").
 
-    `avoid` names attributes the phrase may not use; None when no phrase fits then.
+    `avoid` names attributes that the phrase may not use; the result is None if no phrase fits.
     """
     fitting = [
         way
@@ -375,7 +375,7 @@ def _ask_presence(rng: np.random.Generator, scene: Scene, split: str) -> tuple[s
         shape, colour = _any(rng, scene).kind
         return f"Is there a {colour} {shape}?", "yes"
     absent = [k for k in KINDS if k not in present and (k not in UNSEEN or split == "unseen_combinations")]
-    # Half of them share a colour or a shape with what is there: a glance at one attribute does not do.
+    # Half of them share a colour or a shape with an object that is there, so one attribute is not enough to answer.
     close = [k for k in absent if any(k[0] == p[0] or k[1] == p[1] for p in present)]
     chosen = close if rng.random() < 0.5 else absent
     shape, colour = chosen[rng.integers(len(chosen))]

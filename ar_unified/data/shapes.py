@@ -8,7 +8,7 @@
 
 each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels). The splits are `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
-training image or text contains); of edits and conversations see there. `scene` is JSON
+training image or text contains). For edits and conversations see those modules. `scene` is JSON
 (`scenes.scene_from_json`). Importing this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 
@@ -33,7 +33,7 @@ _QUESTIONS_PER_IMAGE = 6
 
 @dataclass(eq=False, kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """`train` and `held_out` count the examples of the training split and of each of the two others."""
+    """`train` is the number of examples in the training split, `held_out` in each of the two other splits."""
 
     kind: str
     side: int = 64
@@ -62,8 +62,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Examples in the order in which they were made."}
     BUILDER_CONFIGS = _configs()
-    # Nothing is downloaded. Said here because TFDS 4.9.10, looking for checksums beside this file, imports
-    # importlib_resources, which it does not install.
+    # Nothing is downloaded. It is defined here because TFDS 4.9.10 would look for checksums beside this file, and
+    # import importlib_resources for that, which it does not install.
     url_infos = None
 
     def __init__(self, *, file_format: Any = "array_record", **kwargs: object) -> None:
@@ -112,13 +112,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
 
 def captions_held_out(split: str) -> tuple[set[str], set[str]]:
-    """The captions of shapes/captions in a split but "train", and their scenes (`scenes.scene_to_json`)."""
+    """The captions of shapes/captions in a split other than "train", and their scenes (`scenes.scene_to_json`)."""
     examples = list(islice(_examples("captions", split, 64), _HELD_OUT["captions"]))
     return {example["text"] for example in examples}, {example["scene"] for example in examples}
 
 
 def _examples(kind: str, split: str, side: int) -> Iterator[dict[str, Any]]:
-    """Without an end; the first are those of the split."""
+    """Endless examples; a split takes the first of them."""
     make = {
         "captions": _captions,
         "questions": _questions,

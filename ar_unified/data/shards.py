@@ -1,11 +1,11 @@
 """Documents as tokens on disk: ArrayRecord shards, each with an index of what a loader must know before it reads them.
 
 <folder>/manifest.json                     what the tokens mean and what is in the folder; written last
-         <source>/00000.array_record       one record a document: its item's number, int32 tokens, uint8 marks
+         <source>/00000.array_record       one record per document: its item's number, int32 tokens, uint8 marks
                   00000.index.npy          INDEX, one row a document
                   00000.skipped.jsonl      {"origin", "kind", "reason"}, one row an item that was left out
                   index.npy                the shards' indexes one after the other, for all processes of a host to map
-                  starts.npy               int64 [shards + 1], documents before each shard; the last: of all
+                  starts.npy               int64 [shards + 1], documents before each shard; the last: all documents
                   rows-*.npy               which of them share a row (`blocks`)
 """
 
@@ -38,21 +38,21 @@ INDEX = np.dtype(
         ("text_bytes", "<i4"),  # UTF-8 bytes of all its text
         ("task", "i1"),  # index into TASKS
         ("images", "<i2"),
-        ("part", "<i2"),  # of its item: long documents are split; of a preference pair CHOSEN, and REJECTED behind it
+        ("part", "<i2"),  # number within its item: long documents are split; CHOSEN, then REJECTED in a pair
         ("pair", "?"),  # one text and one image that may be read either way
     ]
 )
 CHOSEN, REJECTED = -1, -2
 _INDEX, _STARTS = "index.npy", "starts.npy"
-_OPEN, _THREADS = 128, 16  # shards of a source that are held open, and read at the same time
-_QUICKLY = 0.05  # seconds for which a batch's shards are read one after the other
-_HEADER = struct.Struct("<Q")  # item of the source that the document was made of
+_OPEN, _THREADS = 128, 16  # shards of a source that are kept open, and read at the same time
+_QUICKLY = 0.05  # for so many seconds, a batch's shards are read one after the other
+_HEADER = struct.Struct("<Q")  # the item of the source from which the document was made
 
 
 class ShardWriter:
-    """One shard; use as a context manager. Nothing of it can be seen before the block has ended without an error.
+    """Writes one shard; use as a context manager. The shard appears only when the block ends without an error.
 
-    The array_record file is written last, so if it exists, the other two do.
+    The array_record file is written last, so if it exists, the other two files exist.
     """
 
     def __init__(self, folder: Path, number: int):
@@ -128,7 +128,8 @@ def read_skipped(shard: Path) -> list[dict[str, str]]:
 
 
 def join_indexes(folder: Path, count: int) -> np.ndarray:
-    """Puts the indexes of a source's shards into one file, unless that is done; INDEX [n], mapped from there."""
+    """Puts the indexes of a source's shards into one file, unless that is done. Returns INDEX [n], mapped from this
+    file."""
     if not storage.exists(folder / _STARTS):
         starts = np.cumsum([0, *(len(read_index(path)) for path in _paths(folder, count))])
         with whole(folder / _INDEX) as file:
@@ -142,8 +143,8 @@ def join_indexes(folder: Path, count: int) -> np.ndarray:
 
 
 class Lengths:
-    """int32 [n], tokens of what shares a row in any case: of `answers` documents that stand together, 2 of a preference
-    pair. A stretch is read when it is asked for.
+    """int32 [n], tokens of groups of `answers` documents that always share a row: 2 for a preference pair. Slices are
+    read when they are needed.
     """
 
     def __init__(self, index: np.ndarray | Stored, answers: int):
@@ -170,10 +171,10 @@ def _mapped(path: Path) -> np.ndarray:
 class Shards:
     """The documents of one prepared source, by index. Safe to read from many threads.
 
-    It takes little memory: of the index what is asked for is read, and a shard is open only while it is read.
+    It takes little memory: only the needed part of the index is read, and a shard is open only while it is read.
 
     Attributes:
-        index: INDEX [n], mapped from its file, for those who need all of it.
+        index: INDEX [n], mapped from its file, for code that needs all of it.
     """
 
     def __init__(self, folder: Path, count: int):
@@ -186,7 +187,7 @@ class Shards:
         if _STARTS in there:
             self.index, self._starts = _mapped(folder / _INDEX), np.load(storage.fetch(folder / _STARTS))
             self._facts: np.ndarray | Stored = Stored(folder / _INDEX)
-        else:  # prepared before there was one file for all, and perhaps where nothing can be written
+        else:  # an early version prepared it without the joint file, and its folder may be read-only
             parts = [read_index(path) for path in _paths(folder, count)]
             self.index = np.concatenate([np.zeros(0, INDEX), *parts])
             self._starts = np.cumsum([0, *map(len, parts)])
@@ -203,11 +204,11 @@ class Shards:
         return take(self._facts, documents)
 
     def lengths(self, answers: int = 1) -> Lengths:
-        """Tokens of each document, or of so many that stand together."""
+        """Tokens of each document, or of each group of `answers` documents."""
         return Lengths(self._facts, answers)
 
     def read(self, documents: Sequence[int] | np.ndarray, lengths: np.ndarray | None = None) -> list[Encoded]:
-        """Each of `documents`, read-only. lengths: tokens of each, by the index, if they are known already."""
+        """The content of each of `documents`, read-only. lengths: tokens of each, from the index, if already known."""
         wanted = np.asarray(documents, np.int64)
         records = [b""] * len(wanted)
         shard = np.searchsorted(self._starts, wanted, "right") - 1
@@ -230,7 +231,7 @@ class Shards:
         return [_encoded(record, length) for record, length in zip(records, lengths.tolist(), strict=True)]
 
     def item(self, document: int) -> int:
-        """Item of the source that a document was made of."""
+        """The item of the source from which a document was made."""
         number = int(np.searchsorted(self._starts, document, "right")) - 1
         (record,) = self._reader(number).read([document - int(self._starts[number])])
         return _HEADER.unpack_from(record)[0]
@@ -249,8 +250,8 @@ class Shards:
 class _Records:
     """The records of an open shard, `count` of them. Safe to read from many threads, one after the other.
 
-    One by one, without read-ahead and without ArrayRecord's threads: those take two thirds of the processor time that a
-    list of records costs, waiting for one another.
+    Records are read one by one, without read-ahead and without ArrayRecord's threads. These threads wait for one
+    another, which takes two thirds of the processor time when a list of records is read.
     """
 
     def __init__(self, path: Path):
@@ -260,7 +261,7 @@ class _Records:
         self._lock = threading.Lock()
 
     def read(self, numbers: Iterable[int]) -> list[bytes]:
-        """Those of these numbers."""
+        """The records with these numbers."""
         found = []
         with self._lock:
             for number in numbers:

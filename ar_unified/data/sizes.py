@@ -1,4 +1,4 @@
-"""The size that images get so that a layout can write them."""
+"""Chooses the size of images so that a layout can write them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""An array in a .npy file that is read by stretches, as they are asked for.
+"""An array in a .npy file that is read in slices, when they are needed.
 
-Mapping such a file would do for reading, but what is touched of a map counts as memory of the process, and at 10^9
-documents an epoch touches all of 14 GB. Here only copies of stretches are in memory, as long as somebody has them.
+Mapping such a file would work too, but the touched pages of a map count as memory of the process, and at 10^9 documents
+an epoch touches all of its 14 GB. Here, only copies of slices are in memory, as long as they are in use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-_TOGETHER = 2**12  # elements that one read may span: `blocks.RUN` documents lie together
+_TOGETHER = 2**12  # most elements that one read may span: `blocks.RUN` documents lie together
 
 
 class Stored:
@@ -34,7 +34,7 @@ class Stored:
             raise ValueError(f"expected {known} bytes, found {found}")
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        if hasattr(os, "posix_fadvise"):  # stretches lie far apart, so reading ahead would not help
+        if hasattr(os, "posix_fadvise"):  # slices lie far apart, so reading ahead would not help
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __len__(self) -> int:

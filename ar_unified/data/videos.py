@@ -1,7 +1,7 @@
 """A few images of a video file: MP4, QuickTime, WebM, Matroska, AVI. The package `av` (FFmpeg's libraries) reads them.
 
-Which frames are there, and when, is read off the packets, without decoding. Then only what lies between the last key
-frame before a wanted frame and that frame is decoded. Frames are upright; of several tracks the first is taken.
+The times of all frames are read from the packets, without decoding. Then decoding starts at the last key frame before
+each wanted frame and ends at that frame. Frames are upright; the first of several tracks is taken.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ar_unified.errors import UserError
 
 # What their files are called, in small letters.
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
-_MOST_FRAMES = 1_000_000  # nine hours
+_MOST_FRAMES = 1_000_000  # nine hours of video
 
 
 def require(name: str) -> None:
-    """Raises UserError, which says what brings it, where `av` is missing. name: of a file that needs it."""
+    """Raises UserError, which says how to install it, if `av` is missing. name: of a file that needs it."""
     if importlib.util.find_spec("av") is None:
         raise UserError(
             f"{name}: videos need the package av, which is not here: pip install 'ar_unified[video]', or take them out "
@@ -32,13 +32,13 @@ def require(name: str) -> None:
 
 
 def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
-    """At most `most` frames of a video file, `evenly` apart in their order, each as read-only uint8 [H, W, 3].
+    """At most `most` frames of a video file, `evenly` spaced and in order, each as read-only uint8 [H, W, 3].
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (frames outside `limits`, or too many), "unreadable_image"
             (no video, or one that is broken or cut short).
     """
-    import av  # it takes half a second, and few have it
+    import av  # importing takes half a second, and few users have it
 
     if not data:
         raise ImageError("empty_file", "the file has no bytes")
@@ -58,7 +58,7 @@ def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
 
 
 def _times(file: Any, stream: Any) -> tuple[list[int], list[int]]:
-    """When each frame is shown, in the stream's unit, ascending, and of these the key frames. Raises ImageError."""
+    """The times of all frames, in the stream's unit, ascending; and the times of the key frames. Raises ImageError."""
     times, keys = list[int](), list[int]()
     for packet in file.demux(stream):
         if not packet.size:  # the end
@@ -78,11 +78,11 @@ def _times(file: Any, stream: Any) -> tuple[list[int], list[int]]:
 
 
 def _decoded(file: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int], limits: Limits) -> Iterator[Any]:
-    """The frames of these times, ascending."""
+    """The frames at these times, ascending."""
     now, shown = None, None
     for time in wanted:
         key = keys[max(bisect.bisect_right(keys, time) - 1, 0)] if keys else time
-        if shown is None or now is None or key > now:  # what lies between is passed over
+        if shown is None or now is None or key > now:  # frames in between are skipped
             file.seek(key, stream=stream, backward=True)
             shown = file.decode(stream)
         frame = next((frame for frame in shown if frame.pts is not None and frame.pts >= time), None)
@@ -94,7 +94,7 @@ def _decoded(file: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int],
 
 
 def _upright(frame: Any) -> np.ndarray:
-    """A frame as a player shows it: phones film as they are held, and say how."""
+    """A frame as a player shows it: phones store frames as they were held, with the rotation beside them."""
     pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
     pixels.flags.writeable = False
     return pixels

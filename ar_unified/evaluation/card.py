@@ -1,4 +1,4 @@
-"""A model's card: what it is, what it was trained on, what it reached, and how to open it, in Markdown for people."""
+"""A model's card in Markdown, for people: what the model is, its training data, its results, and how to open it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def card(
 
     Args:
         license: if it is "", the card says that the licence is unknown.
-        image: of the image tokenizer; None: text alone.
+        image: the shape of the image tokenizer; None: text alone.
         config: of the experiment, plain.
-        training: facts about it, by name.
+        training: facts about the training, by name.
         evaluation: what `ar-unified evaluate` wrote; None: it has not scored these weights.
     """
     codes = f", {vocabulary.codebook_size:,} image codes" if image else ", no images"
@@ -79,7 +79,7 @@ def card(
 
 def _numbers(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """(name, value) of the numbers that a card shows: shares of right answers in each held-out set, losses, and scores
-    of the tokenizer.
+    of the image tokenizer.
     """
     for name, value in evaluation.items():
         if isinstance(value, int | float) and not isinstance(value, bool):

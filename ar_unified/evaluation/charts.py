@@ -1,9 +1,9 @@
 """Line charts as self-contained HTML: stretched SVG lines under HTML labels, so that text keeps its size on
 any screen.
 
-Every chart is drawn twice, with a linear and a logarithmic y axis; a checkbox chooses by CSS alone. The
-values under the pointer come from the chart's `data-series` and a few lines of script (report.js); without
-the script all else stays.
+Every chart is drawn twice, with a linear and a logarithmic y axis; a checkbox chooses one by CSS alone. The values
+under the pointer come from the chart's `data-series` and a few lines of script (report.js); without the script
+everything else works.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]  # (x, y), x ascending
-MAX_POINTS = 240  # of a series; more than a chart has pixels to show
+MAX_POINTS = 240  # points of a series; more than a chart has pixels
 
 
 def line_chart(
     title: str, series: Mapping[str, Points], *, unit: str = "", log: bool = False, zero: bool = False
 ) -> str:
-    """One figure with a line per series; empty series are left out, and without any the figure is "".
+    """One figure with a line for each series. Empty series are left out; if all are empty, the result is "".
 
     Args:
         title: heading. unit: of y, beside it.
-        series: (x, y) points by name; names are the legend where there is more than one.
-        log: begin with the logarithmic axis (there is none if a value is not positive).
-        zero: begin the linear axis at 0, for quantities whose ratio matters (speed).
+        series: (x, y) points by name; names are the legend if there is more than one series.
+        log: begin with the logarithmic axis (which does not exist if a value is not positive).
+        zero: begin the linear axis at 0, for quantities whose ratio matters, such as speed.
     """
     lines = {name: _thin([(x, y) for x, y in points if math.isfinite(y)]) for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
@@ -117,7 +117,7 @@ def _point(
 
 
 def _along(value: float, start: float, end: float) -> str:
-    """Where a value lies between two others, in SVG units: 0 to 1000."""
+    """The place of a value between two others, in SVG units: 0 to 1000."""
     return f"{1000 * (value - start) / (end - start):.1f}"
 
 
@@ -126,7 +126,7 @@ def _percent(value: float, start: float, end: float) -> str:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS of the points, the first and the last among them."""
+    """At most MAX_POINTS of the points, with the first and the last."""
     if len(points) <= MAX_POINTS:
         return points
     step = (len(points) - 1) / (MAX_POINTS - 1)
@@ -134,14 +134,14 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _y_range(lines: Mapping[str, Points], zero: bool) -> tuple[float, float]:
-    """The range from the least to the greatest value. The first steps of a line are left out, because they would dwarf
-    all others.
+    """The range from the smallest to the largest value. The first steps of a line are left out, because they are far
+    larger than the rest.
     """
     low = 0.0 if zero else min(y for points in lines.values() for _, y in points)
     settled = [y for points in lines.values() for _, y in points[min(len(points) // 25, len(points) - 1) :]]
     high = max(settled)
     margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
-    # No number here can be negative, so the margin does not go below 0.
+    # These numbers are never negative, so the margin does not go below 0.
     return (low - margin if low < 0 or low - margin > 0 else 0.0), high + margin
 
 

@@ -1,7 +1,7 @@
 """Holds conversations with a model and counts which of its turns are right, and which conversations as a whole.
 
-The user's turns come from a held-out document, the assistant's from the model: the next turn is about what the model
-said or drew. So an early mistake is carried on, as it is for a person who uses the model. All conversations take their
+The user's turns come from a held-out document, the assistant's from the model, so the next turn is about what the model
+said or drew. An early mistake has consequences, as it has for a person who uses the model. All conversations take their
 next turn together (`say_all`), and each turn reads only what is new.
 """
 
@@ -31,12 +31,12 @@ def is_conversation(document: Document) -> bool:
 
 @dataclass
 class _Talk:
-    """A document, the conversation that follows its questions, and what came of them so far."""
+    """A document, the conversation with its questions, and the results so far."""
 
     document: Document
     conversation: Conversation
-    questions: list[tuple[Turn, Turn]]  # with the right answers
-    prompt: list[Part] = field(default_factory=list)  # all before the next answer, images as pixels
+    questions: list[tuple[Turn, Turn]]  # the document with the right answers
+    prompt: list[Part] = field(default_factory=list)  # everything before the next answer, images as pixels
     done: list[Example] = field(default_factory=list)
     broken: bool = False
 
@@ -62,13 +62,13 @@ def converse(
     """One example of each conversation: its first turn that is wrong, else its last.
 
     Args:
-        codec: has learnt the documents' pixels. documents: those whose answers have one part each are used.
+        codec: has learnt the documents' pixels. documents: used if each of their answers is one part.
         scores: gets `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact`, `parse_rate`.
-        skipped: gets `does_not_fit`, for documents that are longer than the engine's max_length as they stand.
+        skipped: gets `does_not_fit`, for documents that are longer than the engine's max_length.
         drawn, seed: how answers are drawn, as `generation.evaluate` has them.
         progress: called with ("turn", done, of) after each round.
 
-    A conversation cannot go on after an answer that does not parse: its other turns count as wrong.
+    A conversation cannot go on after an answer that does not parse, so its other turns count as wrong.
     """
     if protocol.turn_matches is None:
         return []
@@ -99,7 +99,7 @@ def converse(
 
 
 def _begun(document: Document, engine: Engine, grammar: Grammar, codec: Codec, skipped: Counter[str]) -> _Talk | None:
-    """None: an answer has several parts or none, or the document does not fit."""
+    """The talk about a document; None: an answer has several parts or none, or the document does not fit."""
     first = int(document.turns[0].speaker == "system")
     turns = document.turns[first:]
     questions = list(zip(turns[::2], turns[1::2], strict=True))
@@ -124,7 +124,7 @@ def _length(grammar: Grammar, turn: Turn) -> int:
 def _request(
     talk: _Talk, i: int, codec: Codec, grammar: Grammar, engine: Engine, budget: int, asking: Request
 ) -> Request:
-    """The i-th question; `budget`: tokens of a text answer, where there is room for them."""
+    """The i-th question; `budget`: most tokens of a text answer, if there is room for them."""
     question, answer = talk.questions[i]
     talk.prompt += question.parts
     request = replace(asking, id=f"turn-{asking.seed}-{i}", parts=codec.encoded(question.parts))
@@ -137,7 +137,7 @@ def _request(
 
 
 def _answer(sample: Sample) -> str | np.ndarray | None:
-    """The text, or the codes int32 [h, w] of the image; None where there is neither."""
+    """The text, or the codes int32 [h, w] of the image; None if there is neither."""
     if sample.document is None:
         return None
     parts = sample.document.parts

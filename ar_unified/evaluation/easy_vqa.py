@@ -1,14 +1,14 @@
 """What an easy-VQA image shows, read from its pixels: the colour and the shape of its one figure.
 
 easy-VQA (github.com/vzhou842/easy-VQA, MIT) draws one circle, upright rectangle or upright triangle, in one
-of eight flat colours, on a flat pale background. An image that went through an image tokenizer or came out
-of a model is blurred and noisy, so nothing here counts edges or corners. Instead: every pixel is `background
-+ a * (colour - background)`, with a coverage `a` in [0, 1]; the moments of `a` give each of the three figures
-its best place and size; each is drawn there; the drawing that overlaps most with `a` names the shape. Overlap
-is a soft intersection over union, and an image that no drawing fits shows no shape at all.
+of eight flat colours, on a flat pale background. An image from an image tokenizer or a model is blurred and noisy, so
+nothing here counts edges or corners. Instead, every pixel is taken as `background + a * (colour - background)`, with a
+coverage `a` in [0, 1]. The moments of `a` give each of the three figures its best place and size. Each figure is drawn
+there, and the drawing that overlaps most with `a` gives the shape. Overlap is a soft intersection over union; an image
+that no drawing fits shows no shape.
 
-Measured on the 4,980 captioned images of the set: all are read right; behind a blur of 1 pixel and noise of
-8 levels 99.6 %, behind 1.5 pixels and 12 levels 95.4 % (99.5 % of the figures of 100 pixels or more).
+Measured on the 4,980 captioned images of the set: all are read right. With a blur of 1 pixel and noise of 8 levels 99.6
+% are right; with 1.5 pixels and 12 levels 95.4 % (99.5 % of figures of 100 pixels or more).
 
 Axes: H height, W width, both in pixels; y points down.
 """
@@ -33,9 +33,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "rectangle", "triangle")
 MIN_FIT = 0.7  # soft IoU. Real figures: > 0.9, blurred ones > 0.75; smears and two figures: below 0.7
-FLAT = 30.0  # RGB distance: the median pixel of the border is closer than this to the background
-FOREIGN = 75.0  # RGB distance of a pixel that is something else from every mixture of background and figure
-SUPERSAMPLE = 4  # drawings are anti-aliased by this many samples along each axis of a pixel
+FLAT = 30.0  # RGB distance: the border's median pixel must be closer than this to the background
+FOREIGN = 75.0  # RGB distance from every mixture of background and figure; above it a pixel is something else
+SUPERSAMPLE = 4  # samples along each axis of a pixel, for anti-aliased drawings
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Reading:
 
 
 def read_image(pixels: np.ndarray) -> Reading | None:
-    """The figure that uint8 [H, W, 3] pixels show; None for none, for several and for anything else."""
+    """The figure that uint8 [H, W, 3] pixels show; None if they do not show exactly one figure."""
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"expected uint8 pixels [H, W, 3], found {pixels.dtype} {list(pixels.shape)}")
     image = pixels.astype(np.float32)
@@ -57,7 +57,7 @@ def read_image(pixels: np.ndarray) -> Reading | None:
     if np.median(np.linalg.norm(border - background, axis=-1)) > FLAT:
         return None
     away = np.linalg.norm(image - background, axis=-1)  # [H, W]
-    peak = np.sort(away, axis=None)[-8:].mean()  # eight pixels: one bad pixel must not set the scale
+    peak = np.sort(away, axis=None)[-8:].mean()  # eight pixels, so that one bad pixel does not set the scale
     if peak < 60:  # the palest pair of the set, yellow on cream, is 170 apart
         return None
     core = np.mean(image[away >= 0.8 * peak], axis=0)
@@ -71,7 +71,7 @@ def read_image(pixels: np.ndarray) -> Reading | None:
 
 
 def facts(text: str) -> tuple[str, str] | None:
-    """(colour, shape) that a caption such as "a blue rectangle" names; None unless it names one of each."""
+    """(colour, shape) that a caption such as "a blue rectangle" names; None unless it names exactly one of each."""
     words = re.findall(r"[a-z]+", text.lower().replace("grey", "gray"))
     colors, shapes = _among(words, COLORS), _among(words, SHAPES)
     return (colors[0], shapes[0]) if len(colors) == len(shapes) == 1 else None
@@ -84,7 +84,7 @@ def _among(words: Iterable[str], names: Iterable[str]) -> list[str]:
 def _coverage(image: np.ndarray, pure: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, int]:
     """The coverage of each pixel by the figure, [H, W] in [0, 1], and how many pixels have some other colour.
 
-    All colours are relative to the background: `pure` is the figure's colour as it should be, `core` as it was found.
+    All colours are relative to the background: `pure` is the figure's true colour, `core` the colour that was found.
     """
     aside = np.linalg.norm(image - (image @ pure / (pure @ pure))[..., None] * pure, axis=-1)
     foreign = aside > FOREIGN

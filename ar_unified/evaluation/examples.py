@@ -1,4 +1,4 @@
-"""What is asked of a model in an evaluation, what came back, and the counts of it; images as codes and back.
+"""Questions to a model in an evaluation, its answers, and their counts; and images as codes and back.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -28,9 +28,9 @@ class Example:
     Attributes:
         kind: one of KINDS, or "turn". document: the held-out document. prompt: the parts shown to the model (real
         images).
-        expected: the real image, uint8 [H, W, 3], or the text. got: the same of the model; None if it did
-        not parse.
-        reconstruction: for an expected image, what the image tokenizer makes of it.
+        expected: the real image, uint8 [H, W, 3], or the text. got: the model's image or text; None if it did not
+        parse.
+        reconstruction: the image tokenizer's reconstruction of an expected image.
         correct: what the checker says; None: there is no checker.
     """
 
@@ -45,11 +45,11 @@ class Example:
 
 @dataclass
 class Scores:
-    """Counts of right and asked by metric name."""
+    """For each metric, how many answers were right and how many questions were asked."""
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
-    psnr: list[float] = field(default_factory=list)  # dB, of images that were compared with the real one
+    psnr: list[float] = field(default_factory=list)  # dB, for images that were compared with the real image
 
     def add(self, name: str, ok: bool) -> None:
         """Counts one question of the metric `name` and whether its answer is right."""
@@ -63,13 +63,13 @@ class Scores:
 
 
 class Codec:
-    """Pixels <-> codes, computed in batches of images of one size, and remembered; without a decoder codes alone."""
+    """Pixels <-> codes, computed in batches of images of one size, and remembered. Without a decoder, only codes."""
 
     def __init__(self, tokenizer: ImageCodec):
         self.tokenizer, self.draws = tokenizer, not draws_none(tokenizer)
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes
-        self.psnr: list[float] = []  # dB, of each image learnt
+        self.psnr: list[float] = []  # dB, for each image that was learnt
 
     def learn_pixels(self, images: Iterable[np.ndarray]) -> None:
         """Encodes uint8 [H, W, 3] images, and decodes their codes again."""

@@ -1,4 +1,4 @@
-"""Images and samples as HTML: each kind of example as the card that the report shows it on."""
+"""Images and samples as HTML: each kind of example becomes a card of the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_IMAGE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 
 
 def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[str, str]]:
-    """(heading, HTML) for drawn images, stories, conversations and answers, each held-out set under its own name."""
+    """(heading, HTML) for drawn images, stories, conversations and answers; each held-out set has its own name."""
     shown: tuple[tuple[str, tuple[str, ...], Callable[[Example], str], str, str], ...] = (
         ("Images from text", ("text_to_image",), _drawn, "gallery", "Left: the model's image. Right: a real one."),
         ("Stories", ("story",), _story, "stories", "The model is told a change, and draws what follows (framed)."),
@@ -74,7 +74,7 @@ def _answered(example: Example) -> str:
 
 
 def _story(example: Example) -> str:
-    """Texts above the images they lead to, left to right; the last two are the model's and the real one."""
+    """Texts above their images, left to right; the last two images are the model's and the real one."""
     panels, says = [], ""
     for part in example.prompt:
         if isinstance(part, TextPart):
@@ -88,7 +88,7 @@ def _story(example: Example) -> str:
 
 
 def _turn(example: Example) -> str:
-    """What was said before, in order, and the model's answer with the right one where it is another."""
+    """What was said before, in order, and the model's answer, with the right answer if they differ."""
     before = "".join(
         f'<div class="q">{escape(part.text)}</div>' if isinstance(part, TextPart) else figure(part.pixels)
         for part in example.prompt
@@ -121,7 +121,7 @@ def figure(pixels: Any, label: str = "", correct: bool | None = None) -> str:
 
 
 def _image(pixels: Any) -> str:
-    """An image uint8 [H, W, 3] inline, its pixels sharp where they are few; an empty frame for None."""
+    """An image uint8 [H, W, 3] as inline HTML; a small image has sharp pixels. None becomes an empty frame."""
     if not isinstance(pixels, np.ndarray):
         return f'<img alt="no image" src="{NO_IMAGE}" style="aspect-ratio:1">'
     file = io.BytesIO()

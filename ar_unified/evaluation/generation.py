@@ -1,12 +1,11 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text
-says; answer a question about an image; caption an image (the pairs of the first kind, turned round); and, in a
-story, draw the next image, which the protocol checks. Conversations are held turn by turn (conversations.py).
-Of other interleaved documents, where no checker knows what is right, the next image and the next text are asked for,
-and compared with the document's own. Beside the model's scores stand the tokenizer's: a checker that fails on the
-reconstruction of a real image cannot pass a sampled one, so `reconstruction_exact` is the ceiling of
-`text_to_image_exact`.
+Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text says;
+answer a question about an image; caption an image (the pairs of the first kind, reversed); and, in a story, draw the
+next image, which the protocol checks. Conversations are held turn by turn (conversations.py). In other interleaved
+documents no checker knows what is right, so the next image and the next text are asked for and compared with the
+document's own. The tokenizer's scores are reported beside the model's. A checker that fails on the reconstruction of a
+real image cannot pass a sampled image, so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -37,7 +36,7 @@ from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
-_SCAN = 16  # items of a source that are looked at for each document wanted
+_SCAN = 16  # items of a source that are tried for each document that is needed
 
 
 def evaluate(
@@ -57,16 +56,16 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model. image_tokenizer, grammar: those the model was trained with. If the tokenizer
-            draws no images, only questions with answers in words are asked.
+        engine: samples from the model. image_tokenizer, grammar: as in the model's training. If the tokenizer cannot
+            decode images, only questions with answers in words are asked.
         protocol: what counts as right.
-        sources: of documents the model has not seen; bad items are skipped and counted.
+        sources: of documents that the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
-        seed: of the draw and of the sampling.
+        seed: for the choice of documents and for sampling.
         drawn: how answers are drawn: guidance and its context, temperature, top-k and top-p of both modalities.
-        Default: the model's own distribution for images and the likeliest token for texts.
+        Default: sampling from the model's distribution for images, and greedy decoding for texts.
         fit: what the data preparation does to an image, uint8 [H, W, 3] to uint8 [H', W', 3].
-        keep: examples of each kind to return: the first, and half as many of the later failures.
+        keep: how many examples of each kind are returned: the first ones, and half as many of the later failures.
         progress: called with (kind, done, of).
 
     Returns:
@@ -75,9 +74,9 @@ def evaluate(
         `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
         `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; in dB, means of PSNR:
         `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's images, both against
-        the real ones; `counts` with the n of each; `skipped` with the documents left out by reason. Absent where
-        nothing was asked. `note`
-        says in words what was asked instead, if there were no captions, edits, questions or stories.
+        the real ones; `counts` with the n of each; `skipped` with the documents left out by reason. A metric is absent
+        if nothing was asked for it. `note` says in words what was asked instead, if there were no captions, edits,
+        questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)
@@ -85,7 +84,7 @@ def evaluate(
     codec.learn_pixels(p.pixels for group in documents.values() for d in group for p in d.parts if _is_image(p))
 
     kept: list[Example] = []
-    asked_of = Counter[str]()  # questions that were put, by kind
+    asked_of = Counter[str]()  # how many questions were asked, by kind
     for kind in KINDS if codec.draws else ANSWERED_IN_WORDS:
         asked: dict[str, Example] = {}
         requests: list[Plan] = []
@@ -146,14 +145,14 @@ def _collect(
     fit: Callable[[np.ndarray], np.ndarray],
     skipped: Counter[str],
 ) -> dict[str, list[Document]]:
-    """Up to `limit` documents of each task (and of edits), from every source alike, in an order drawn by `seed`."""
+    """Up to `limit` documents of each task (and of edits), equally from every source, in a random order by `seed`."""
     found: dict[str, list[Document]] = defaultdict(list)
     rng = np.random.default_rng(seed)
     for source in sources:
         mine = Counter[str]()
         for looked, index in enumerate(rng.permutation(len(source))[: _SCAN * limit]):
             if looked >= 2 * limit and min(mine.values(), default=0) >= limit:
-                break  # if a kind has not come up by now, the source has none
+                break  # if a kind was not found by now, the source has none
             try:
                 document = source[int(index)]
             except BadItem as error:
@@ -168,8 +167,8 @@ def _collect(
 
 
 def _asked_for(document: Document) -> str:
-    """The task of a document; "edit" if the prompt has images and asks for an image, as no caption of it is known;
-    "conversation" where the assistant speaks several times.
+    """The task of a document: "edit" if the prompt has images and asks for an image, because such an image has no
+    caption; "conversation" if the assistant speaks several times.
     """
     if is_conversation(document):
         return "conversation"
@@ -178,7 +177,7 @@ def _asked_for(document: Document) -> str:
 
 
 def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Protocol) -> Iterator[Example]:
-    """The questions of one kind which the documents allow and the protocol can judge."""
+    """The questions of one kind that the documents allow and the protocol can judge."""
     if kind == "text_to_image":
         for d in documents.get("text_to_image", []):
             first = d.answer[0]
@@ -203,22 +202,23 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
         for d in _stories(documents):
             if _story(d, protocol) is None:
                 wanted = ImagePart if kind == "next_image" else TextPart
-                for at, part in enumerate(d.parts):  # the first that has something before it
+                for at, part in enumerate(d.parts):  # the first image with something before it
                     if at and isinstance(part, wanted):
                         yield Example(kind, d, d.parts[:at], part.pixels if _is_image(part) else part.text)  # type: ignore[union-attr]
                         break
 
 
 def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
-    """Asks about interleaved documents. Conversations are left out: nothing says which of their turns is to be made."""
+    """Asks about interleaved documents. Conversations are left out, because nothing says which of their turns to ask
+    for."""
     return [document for document in documents.get("interleaved", []) if not document.asks]
 
 
 def _story(document: Document, protocol: Protocol) -> int | None:
-    """The number of the part of an interleaved document that is an image which the protocol can check; None: there is
-    none.
+    """The index of the part of an interleaved document that is asked for: an image that the protocol can check. None:
+    there is none.
 
-    It is the second image, where a text before it says what it shows.
+    It is the second image, if a text before it says what it shows.
     """
     at = [i for i, part in enumerate(document.parts) if _is_image(part)]
     return at[1] if protocol.story_matches and len(at) > 1 and at[1] > at[0] + 1 else None
@@ -255,11 +255,11 @@ def _plan(
     budget: int,
     asking: Request,
 ) -> Plan | None:
-    """The question as the engine serves it; None where an image is too large for the grammar, or the whole request is
-    for the engine.
+    """The question as the engine's plan; None if an image is too large for the grammar, or the request is too long for
+    the engine.
 
-    `budget`: tokens for a text answer. It is more than any right answer has, so a longer answer is not cut into a right
-    one.
+    `budget`: most tokens of a text answer. It is more than any right answer needs, so that cutting cannot turn a wrong
+    answer into a right one.
     """
     parts = codec.encoded(example.prompt)
     document = example.document
@@ -272,7 +272,7 @@ def _plan(
                 return None
             request = replace(request, mode="text", max_tokens=min(budget, room))
             if (behind := example.document.parts[len(parts) :][1:]) and example.kind == "next_text":
-                # A text ends where the model begins the next image, so an image must be allowed, and must have room.
+                # A text ends where the model begins the next image, so an image must be allowed and must have room.
                 (image,) = codec.encoded(behind[:1])
                 budget += grammar.image_tokens(*image.codes.shape)  # type: ignore[union-attr]
                 request = replace(request, mode="free", max_images=1, max_tokens=min(budget, room))
@@ -288,13 +288,13 @@ def _plan(
 
 
 def _answer(sample: Sample, kind: str) -> str | np.ndarray | None:
-    """The text, or the codes int32 [h, w] of the first image; None where the sequence did not parse."""
+    """The text, or the codes int32 [h, w] of the first image; None if the sequence did not parse."""
     if sample.document is None:
         return None
     parts = sample.document.parts
     if sample.request.mode == "image":
         return next((part.codes for part in parts if isinstance(part, CodesPart)), None)
-    if kind == "next_text":  # one that begins with an image has no next text
+    if kind == "next_text":  # a sequence that begins with an image has no next text
         parts = parts[:1]
     return " ".join(part.text for part in parts if isinstance(part, TextPart))
 
@@ -302,7 +302,7 @@ def _answer(sample: Sample, kind: str) -> str | np.ndarray | None:
 def _judged(
     example: Example, answer: str | np.ndarray | None, codec: Codec, protocol: Protocol, scores: Scores
 ) -> Example:
-    """The example with what the model gave for it, counted."""
+    """Adds the model's answer to the example, and counts it."""
     kind, document, expected = example.kind, example.document, example.expected
     if not isinstance(expected, np.ndarray):
         got = answer if isinstance(answer, str) else None

@@ -22,7 +22,7 @@ def load_networks(files: Mapping[str, str]) -> dict[str, Json]:
         files: path of the weights by name, "LPIPS" and "inception"; "" for none.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not the weights of that network.
+        FileNotFoundError, ValueError: there is no such file, or it has other weights than this network's.
     """
     found: dict[str, Any] = {"distances": {}, "extractors": {}, "weights": {}}
     if path := files.get("LPIPS"):

@@ -1,8 +1,8 @@
-"""One self-contained page that shows what a run made and what it is worth: report.html.
+"""One self-contained page that shows what a run made and how good it is: report.html.
 
-Numbers beside their thresholds, samples beside their prompts with the checker's verdict, reconstructions, training
-curves, the whole evaluation as a table, the machine it ran on. No file, font or script from elsewhere;
-readable on a phone, in light and dark, and without its script.
+It has numbers beside their thresholds, samples beside their prompts with the checker's verdict, reconstructions,
+training curves, the whole evaluation as a table, and the machine. It needs no other file, font or script, and can be
+read on a phone, in light and dark, and without its script.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ar_unified.workdir import write_text
 
 LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
 TOKENIZER_LEAD = "An image tokenizer: what it keeps of images, and how its codes are used."
-HELD_OUT = "held out"  # what the numbers at the top level of an evaluation are called
+HELD_OUT = "held out"  # the name of the numbers at the top level of an evaluation
 NAMES = {
     "text_to_image_exact": "Text to image",
     "image_to_text_exact": "Image to text",
@@ -95,13 +95,13 @@ def write_report(
         evaluation: metrics as generation.evaluate gives them; further held-out sets are nested mappings by name; other
             numbers (validation losses) are flat or nested; "tokenizer" has the numbers of tokenizer.evaluate_tokenizer
             by set.
-        examples: by set, "" or "held out" for the first.
+        examples: by set; "" or "held out" is the first set.
         sheets: by set, the images of evaluate_tokenizer.
         telemetry: by model, "image_tokenizer" and "transformer": a metrics.jsonl (which may be missing), or
             its rows.
-        thresholds: by metric, what it should reach.
+        thresholds: by metric, the value that it should reach.
         config: the whole experiment, JSON values.
-        facts: short things worth saying in the head beside the config's summary, by name.
+        facts: short facts for the head of the page, beside the config's summary, by name.
         seconds: wall time of each stage, by name in order.
     """
     scores = evaluation.get("tokenizer", {})
@@ -142,7 +142,7 @@ def write_report(
 
 
 def _sets(evaluation: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
-    """Flat metrics by held-out set, the top level first. A nested mapping without `counts` is no set."""
+    """Flat metrics by held-out set, the top level first. A nested mapping without `counts` is not a set."""
     top: dict[str, Json] = {}
     others: dict[str, dict[str, Json]] = {}
     for key, value in evaluation.items():
@@ -156,7 +156,7 @@ def _sets(evaluation: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
 
 
 def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
-    """A card for every metric with a threshold, and for the others of NAMES that are shares of model answers."""
+    """A card for every metric with a threshold, and for all other metrics of NAMES that are shares of model answers."""
     first, others = next(iter(sets.values())), list(sets.items())[1:]
     doubled = "vqa_accuracy" in first and "image_to_text_exact" not in thresholds  # the same number twice
     shown = [
@@ -184,8 +184,8 @@ def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, fl
 
 
 def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
-    """Every number of every set: those of NAMES first, in their order; the numbers of groups follow the number that
-    they are part of.
+    """Every number of every set, in the order of NAMES first; the numbers of groups follow the number to which they
+    belong.
     """
     keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
     if not keys:
@@ -215,7 +215,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float
 
 
 def _notes(sets: Mapping[str, Mapping[str, Json]]) -> str:
-    """Notes on the sets without the documents that an evaluation looks for: what was asked instead."""
+    """Notes for sets without the usual documents: they say what was asked instead."""
     notes = [f"{name}: {metrics['note']}." for name, metrics in sets.items() if metrics.get("note")]
     return "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
 
@@ -233,7 +233,7 @@ def _cell(metrics: Mapping[str, Any], key: str) -> str:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share measured on n (Wilson, 1927), which stays honest at 0 and at 1."""
+    """The 95 % interval of a share measured on n (Wilson, 1927), which is correct at 0 and at 1 too."""
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -260,7 +260,7 @@ def _sample_size(metrics: Mapping[str, Any], key: str) -> str:
 _ATTENTION = VALIDATION + ATTENTION
 _PAIRS = {"text_to_image": "text at images", "image_to_text": "images at text"}
 
-# Title, unit, {metric: name in the legend}, y axis at first: "" (linear), "log" or "zero" (linear from 0).
+# Title, unit, {metric: name in the legend}, first y axis: "" (linear), "log" or "zero" (linear from 0).
 Chart = tuple[str, str, Mapping[str, str], str]
 
 
@@ -270,7 +270,7 @@ def _tokenizer(
     sets: Mapping[str, Mapping[str, Any]],
     scores: str,
 ) -> str:
-    """The tokenizer's scores, or if there are none a few reconstructions beside originals; and its curves."""
+    """The tokenizer's scores, or without any a few reconstructions beside originals; and its curves."""
     first = next(iter(sets.values()))
     told = []
     if "tokenizer_psnr" in first:
@@ -335,7 +335,7 @@ def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
 
 
 def _transformer(rows: Sequence[Mapping[str, Json]]) -> str:
-    """The curves of the training, and whether it has turned."""
+    """The curves of the training, and whether the validation loss has risen again."""
     words = turned(rows)
     said = f'<p class="lead">The {escape(words)}.</p>' if words else ""
     looks = _attention_charts(rows)

@@ -1,7 +1,7 @@
-"""What counts as right, per dataset: plain functions over a held-out document and what the model gave for it.
+"""What counts as right, for each dataset: plain functions of a held-out document and the model's answer.
 
-A protocol answers up to seven questions. A question without a checker for the dataset is None, and its metric is left
-out. Images are uint8 [H, W, 3].
+A protocol has up to nine functions. A function that the dataset does not have is None, and its metric is left out.
+Images are uint8 [H, W, 3].
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def text_of(document: Document, answer: bool | None = None) -> str:
 
 
 def same_text(expected: str, got: str) -> bool:
-    """Equal but for white space at the ends."""
+    """Whether texts are equal, apart from white space at the ends."""
     return expected.strip() == got.strip()
 
 
@@ -40,10 +40,10 @@ class Protocol:
         edit_matches(document, after): `after`, made by the model, is the document's picture as the instruction asks.
         answer_matches(expected, got): a text answer is right.
         caption_matches(document, got): `got` is a right caption of the image in the document.
-        question_kind(document): the group under which the answer is counted as well; "" for none.
-        edit_kind(document): the same of an edit.
+        question_kind(document): a group for which the answer is counted too; "" for none.
+        edit_kind(document): the same for an edit.
         turn_matches(document, i, got): the i-th answer (from 0) of a conversation, a text or pixels, is right.
-        turn_kind(document, i): the group of it.
+        turn_kind(document, i): the group of this answer.
     """
 
     name: str
@@ -70,7 +70,7 @@ def _shapes_story(document: Document, i: int, before: np.ndarray, after: np.ndar
 
 
 def _shapes_edit(document: Document, after: np.ndarray) -> bool:
-    """Sizes count too, because some instructions change only the size."""
+    """Compares sizes too, because some instructions change only the size."""
     return shapes.edit_matches(after, scene_from_json(document.meta["edited_scene"]))
 
 
@@ -80,7 +80,7 @@ def _shapes_edit_kind(document: Document) -> str:
 
 
 def _shapes_turn(document: Document, i: int, got: str | np.ndarray) -> bool:
-    """A picture shows the scene that the conversation has come to, sizes too; a description says it; other answers are
+    """A picture or a description must show the current scene of the conversation, with sizes. Other answers must be
     equal.
     """
     scene = scene_from_json(document.meta["scenes"][i])
@@ -97,7 +97,7 @@ def _shapes_turn_kind(document: Document, i: int) -> str:
 
 
 def _shapes_caption(document: Document, got: str) -> bool:
-    """Captions come in many wordings: what is compared is the scene they describe, sizes too."""
+    """Compares the scenes that captions describe, with sizes, because captions have many wordings."""
     return read_caption(got) == scene_from_json(document.meta["scene"])
 
 

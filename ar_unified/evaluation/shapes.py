@@ -1,8 +1,8 @@
-"""Reads the objects of a shapes image from its pixels alone, and says whether they are the ones asked for.
+"""Reads the objects of a shapes image from its pixels, and checks whether they are the right ones.
 
-Each corner is read on its own: which pixels differ from the background, which colour of the palette they
-have, and which shape, at which size and place, covers them best. A corner whose pixels look like no shape or
-no colour of the dataset reads as "unclear", which matches nothing: a smudge is not a circle.
+Each corner is read by itself: which pixels differ from the background, which colour of the palette they have, and which
+shape, with its size and place, covers them best. A corner that looks like no shape or no colour of the dataset reads as
+"unclear", which matches nothing, so that a smudge does not count as a circle.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ar_unified.data.scenes import COLOURS, PLACES, SHAPES, SIZES, Object, Scene
 
 UNCLEAR = "unclear"
 
-_EMPTY = 0.02  # a corner with less of its area covered shows nothing; the smallest shape covers 0.06
-_MIN_OVERLAP = 0.94  # Dice overlap with the best shape: an autoencoder at 27 dB keeps 0.96
+_EMPTY = 0.02  # share of a corner's area; a corner with less shows nothing. The smallest shape covers 0.06
+_MIN_OVERLAP = 0.94  # least Dice overlap with the best shape; an autoencoder at 27 dB keeps 0.96
 _MAX_COLOUR_DISTANCE = 62.0  # RGB; the two closest colours of the palette are 124 apart
 
 
 @lru_cache(maxsize=8)
 def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Every shape and size, sharp and soft, where it is drawn and up to two pixels off: f32 [N, cell^2]."""
+    """Every shape and size, sharp and soft, at its place and up to two pixels away: f32 [N, cell^2]."""
     reach = 2
     steps = range(-reach, reach + 1)
     names = [(shape, size) for shape in SHAPES for size in SIZES]
     masks = []
     for shape, size in names:
         sharp = sprite(shape, size, cell)
-        soft = sharp  # as a blurring autoencoder draws it: a blurred square is more like a circle than like a square
+        soft = sharp  # as from an autoencoder: a blurred square is more like a circle than like a sharp square
         for axis in (0, 1):
             soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
         masks += [np.roll(m, (dy, dx), (0, 1)).ravel() for m in (sharp, soft) for dy in steps for dx in steps]
@@ -38,7 +38,7 @@ def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
 
 
 def read_scene(pixels: np.ndarray) -> tuple[Object, ...]:
-    """The objects an image shows, in the order of their places. `pixels`: uint8 [side, side, 3]."""
+    """The objects that an image shows, in the order of their places. `pixels`: uint8 [side, side, 3]."""
     side = len(pixels)
     if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):
         raise ValueError(f"expected a square image, uint8 [H, H, 3], found {pixels.dtype} {pixels.shape}")
@@ -56,11 +56,11 @@ def read_scene(pixels: np.ndarray) -> tuple[Object, ...]:
 
 
 def _read_corner(difference: np.ndarray, background: np.ndarray) -> tuple[str, str, str] | None:
-    """(shape, colour, size) of what stands in a corner, None if nothing does. `difference`: f32 [H, H, 3]."""
+    """(shape, colour, size) of the object in a corner; None if it is empty. `difference`: f32 [H, H, 3]."""
     cell = len(difference)
     flat = difference.reshape(-1, 3)
     distance = np.linalg.norm(flat, axis=1)
-    marked = distance > 75  # well over noise; half covered pixels of the palest colour still count
+    marked = distance > 75  # well above noise; half covered pixels of the palest colour still count
     if marked.mean() < _EMPTY:
         return None
 
@@ -93,10 +93,10 @@ def scene_matches(
 
 
 def closeness(pixels: np.ndarray, scene: Scene) -> dict[str, float]:
-    """How near an image is to the picture of a scene, by the place of each of its objects, in [0, 1].
+    """How near an image is to the picture of a scene, in [0, 1], for the place of each object.
 
-    What both have over their ground is compared: 1 - sum |a - b| / (sum |a| + sum |b|), Bray and Curtis' similarity.
-    pixels: uint8 [side, side, 3].
+    It compares the differences a and b of both from the background: 1 - sum |a - b| / (sum |a| + sum |b|), Bray and
+    Curtis' similarity. pixels: uint8 [side, side, 3].
     """
     cell = len(pixels) // 2
     both = [image.astype(np.float32) for image in (pixels, render(scene, len(pixels)))]
@@ -110,7 +110,7 @@ def closeness(pixels: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def edit_matches(pixels: np.ndarray, scene: Scene) -> bool:
-    """Whether an edited image shows the scene that it should, sizes too: and so that nothing else was touched."""
+    """Whether an edited image shows the right scene, with sizes. So it also checks that nothing else was changed."""
     return scene_matches(read_scene(pixels), scene, ("shape", "colour", "size", "place"))
 
 
@@ -120,7 +120,7 @@ def story_change_matches(
     scene_after: Scene,
     attributes: Sequence[str] = ("shape", "colour", "place"),
 ) -> bool:
-    """Whether the second image shows the scene the text led to, and so another scene than the first."""
+    """Whether the second image shows the scene after the text, which differs from the first image's scene."""
     after = read_scene(after_pixels)
     return scene_matches(after, scene_after, attributes) and not scene_matches(
         read_scene(before_pixels), after, attributes

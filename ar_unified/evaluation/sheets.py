@@ -13,8 +13,8 @@ from ar_unified.evaluation.charts import number
 from ar_unified.evaluation.figures import figure
 from ar_unified.manifests import Json
 
-AMPLIFIED = 4  # times the absolute difference, so that an error of 64 levels is white
-SHOWN = 256  # pixels of a side on the page; the PNG has them all
+AMPLIFIED = 4  # factor of the absolute difference: an error of 64 levels is white
+SHOWN = 256  # most pixels of a side on the page; the PNG has all pixels
 
 
 def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def section(results: Mapping[str, Mapping[str, Json]], sheets: Mapping[str, np.ndarray]) -> str:
-    """HTML of the numbers of `evaluation.tokenizer` by set, what they were measured on, and the sheets of these
+    """HTML with the numbers of `evaluation.tokenizer` by set, the data they were measured on, and the sheets of these
     sets.
     """
     if not results:
@@ -83,7 +83,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}".replace(",", " ")
 
 
-# (path in the result, name, how it is written); what networks measure comes behind them.
+# (path in the result, name, format); the numbers that networks measure come after them.
 _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("images", "Images", _count),
     ("psnr", "PSNR, mean over images", _decibels),
@@ -144,7 +144,7 @@ def _protocol(name: str, numbers: Mapping[str, Any]) -> str:
 
 
 def _sources(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each source of the sets that have several."""
+    """A row for each source, if a set has several."""
     columns = ("images", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
     formats = {path: (label, write) for path, label, write in _ROWS}
     rows = ""
@@ -170,7 +170,7 @@ def _at(numbers: Mapping[str, Json], path: str) -> float | None:
 
 
 def _networks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of the numbers that come from a weight file."""
+    """Names of the numbers that networks measure."""
     named = [
         key
         for numbers in results.values()

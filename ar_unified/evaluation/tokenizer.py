@@ -1,8 +1,8 @@
-"""What an image tokenizer is worth on images it was not trained on, under one pinned protocol.
+"""How good an image tokenizer is on images that it was not trained on, under one fixed protocol.
 
-Every number depends on the images' number, size and resizing, on rounding, and on whether means are taken of errors
-or of decibels, so all of that is fixed here and stands in the result beside the numbers (`PROTOCOL`). A number from a
-network is given only with the sha256 of its weight file.
+Every number depends on the images' number, size and resizing, on rounding, and on whether errors or decibels are
+averaged. So all of this is fixed here and written beside the numbers (`PROTOCOL`). A number from a network is given
+only with the sha256 of its weight file.
 
 Axes: B batch, N images of a set, H W pixels, h w ids, K codebook size, F features.
 """
@@ -35,12 +35,12 @@ PROTOCOL = {
     "ssim": "Gaussian window 11 x 11, sigma 1.5, mean of R, G and B",
 }
 CORRUPTION = (0.01, 0.05, 0.10)  # shares of the ids that are replaced
-FIRST, WORST = 6, 2  # images that are shown: the first drawn, and the worst of the others
-_SCAN = 16  # items of a source that are looked at for each image wanted
+FIRST, WORST = 6, 2  # how many images are shown: the first drawn, and the worst of the others
+_SCAN = 16  # items of a source that are tried for each image that is needed
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
-Probe = Callable[[np.ndarray], Mapping[str, Json]]  # int32 [N, h, w] -> "bits_per_id", and what it took
+Probe = Callable[[np.ndarray], Mapping[str, Json]]  # int32 [N, h, w] -> "bits_per_id", and the budget
 
 
 class NoReadableImage(ValueError):
@@ -49,7 +49,7 @@ class NoReadableImage(ValueError):
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """`pixels` uint8 [H, W, 3] at the size asked for; `enlarged`: the original was smaller."""
+    """`pixels` uint8 [H, W, 3] at the requested size; `enlarged`: the original was smaller."""
 
     source: str
     origin: str
@@ -60,9 +60,9 @@ class DrawnImage:
 def draw_images(
     sources: Sequence[Source], size: tuple[int, int], limit: int, seed: int = 0, left_out: Counter[str] | None = None
 ) -> Iterator[DrawnImage]:
-    """Up to `limit` different images at `size` (H, W), from every source alike, in an order drawn by `seed`.
+    """Up to `limit` different images at `size` (H, W), equally from every source, in a random order by `seed`.
 
-    `left_out` counts bad items by kind, and images that came before as "repeated".
+    `left_out` counts bad items by kind; a repeated image counts as "repeated".
     """
     left_out = Counter() if left_out is None else left_out
     rng = np.random.default_rng(seed)
@@ -99,13 +99,13 @@ def evaluate_tokenizer(
 
     Args:
         size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
-        limit: images at most, from every source alike. seed: of the draw and of the corruption of ids.
-        batch_size: images in memory at one time. It changes no number, unless the tokenizer itself rounds differently.
+        limit: most images, equally from every source. seed: for the choice of images and the corruption of ids.
+        batch_size: images in memory at a time. It changes no number, unless the tokenizer rounds differently.
         distances: further distances by name, such as "LPIPS"; their means go under their names.
-        extractors: by name, networks whose features' Frechet distance between the real and the reconstructed images
-            is taken: "inception" is called rFID, any other FD-<name>.
+        extractors: networks by name. The Frechet distance between their features of real and of reconstructed images is
+            rFID for "inception", and FD-<name> for any other.
         weights: sha256 of the weight file of every distance and extractor.
-        probe: a model of ids, trained on others (`training.probe`).
+        probe: a model of ids, trained on other images (`training.probe`).
         progress: called with the number of images that were done.
 
     Returns:
@@ -116,16 +116,16 @@ def evaluate_tokenizer(
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
           codebook_size, ids_per_image, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;
-          bits_per_pixel, entropy_bits_per_pixel: of ids of log2(K) bits each, and of entropy_bits each;
-          id_stability: the share of ids that encoding the reconstruction gives again;
-          psnr_corrupted {"1%": ...}: in dB against the original, after that share of the ids was replaced at random;
-          by_source {name: {images, psnr, ssim, l1, and those of metrics.usage}};
-          probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: where given;
+          bits_per_pixel, entropy_bits_per_pixel: if each id counts log2(K) bits, or entropy_bits;
+          id_stability: the share of ids that stay the same when the reconstruction is encoded;
+          psnr_corrupted {"1%": ...}: in dB against the original, after this share of ids was replaced at random;
+          by_source {name: {images, psnr, ssim, l1, and the numbers of metrics.usage}};
+          probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: if given;
           shown [{origin, psnr, ssim, worst}].
 
     Raises:
         NoReadableImage: there was nothing to score.
-        ValueError: a distance or extractor without its sha256, or a size that the tokenizer does not take.
+        ValueError: a distance or extractor has no sha256, or the tokenizer cannot take the size.
     """
     distances, extractors, weights = dict(distances or {}), dict(extractors or {}), dict(weights or {})
     if unnamed := sorted((distances.keys() | extractors.keys()) - weights.keys()):
@@ -224,7 +224,7 @@ class _Tally:
         return numbers
 
     def told(self) -> list[dict[str, Json]]:
-        """For each image that is shown: its origin, its scores, and whether it is one of the worst."""
+        """For each image that is shown: its origin, its scores, and whether it is shown as one of the worst."""
         return [
             {
                 "origin": self.done[s.index].origin,
@@ -252,7 +252,7 @@ def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Co
 
 
 def _measures(size: tuple[int, int]) -> dict[str, Distance]:
-    """The distances that need no weights and can be computed at that size of images."""
+    """The distances that need no weights and can be computed for images of this size."""
     found: dict[str, Distance] = {"psnr": metrics.psnr, "mse": metrics.mse, "l1": metrics.l1}
     most = len(metrics.SCALE_WEIGHTS)
     scales = [n for n in range(1, most + 1) if min(size) >= metrics.ms_ssim_side(n)]
@@ -265,7 +265,7 @@ def _measures(size: tuple[int, int]) -> dict[str, Distance]:
 
 
 def _one_by_one(distance: Distance) -> Distance:
-    """By parts: ten float64 copies of a whole batch would take too much memory."""
+    """Computes one image at a time, because ten float64 copies of a whole batch would take too much memory."""
     return lambda a, b: np.array([distance(x, y) for x, y in zip(a, b, strict=True)])
 
 
@@ -300,9 +300,9 @@ def _usage(ids: np.ndarray, codebook_size: int) -> dict[str, float]:
 
 
 def _corrupted(ids: np.ndarray, share: float, codebook_size: int, seed: tuple[int, int]) -> np.ndarray:
-    """int32 [h, w] with each id replaced, with probability `share`, by any other one.
+    """int32 [h, w], in which each id is replaced by a random other id with probability `share`.
 
-    One draw serves all shares: an id that changes at 1 % also changes at 10 %.
+    All shares use the same draw: an id that changes at 1 % also changes at 10 %.
     """
     rng = np.random.default_rng(seed)
     hit = rng.random(ids.shape) < share

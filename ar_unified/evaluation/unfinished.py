@@ -1,7 +1,7 @@
-"""A file of JSON lines that appears whole or not at all, whose making goes on where a killed process left it.
+"""A file of JSON lines that appears whole or not at all. If a process is killed, the next one goes on with its lines.
 
 FILE.unfinished/made_of.json   what decides the lines
-                lines.jsonl    those that are done, some more at a time
+                lines.jsonl    the lines that are done, added in parts
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FACTS, _LINES = "made_of.json", "lines.jsonl"
 
 
 class Unfinished:
-    """The lines of `output` that are done so far. A context: inside it, this process alone adds lines.
+    """The lines of `output` that are done so far. A context: inside it, only this process adds lines.
 
     Args:
         facts: JSON values that decide the lines.
-        every: lines are added in parts of so many; a part that is not complete is made again.
+        every: number of lines in a part; an incomplete part is made again.
 
     Attributes:
-        done: lines that are there.
+        done: number of lines that are there.
 
     Raises UserError: `output` exists, the lines belong to other facts, or another process is adding lines. OSError.
     """
@@ -64,7 +64,7 @@ class Unfinished:
             yield from map(json.loads, file)
 
     def add(self, rows: Iterable[Mapping[str, Json]]) -> None:
-        """Appends lines, which then survive the end of this process."""
+        """Appends lines, so that they survive the end of this process."""
         said = (json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") for row in rows)
         left = memoryview(b"".join(line + b"\n" for line in said))
         while left:
@@ -72,7 +72,7 @@ class Unfinished:
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """To be called when all lines are there: they become `output`."""
+        """Turns the lines into `output`. Call it when all are there."""
         self._file.seek(0)
         with whole(self.output) as file:
             shutil.copyfileobj(self._file, file)
@@ -87,7 +87,7 @@ class Unfinished:
             # some network file systems have no locks
 
     def _require(self, facts: Mapping[str, Any]) -> None:
-        """Raises UserError if the lines belong to other facts. Lines without a record are made anew."""
+        """Raises UserError if the lines belong to other facts. Lines without a record are made again."""
         try:
             found = read_json(self.folder / _FACTS)
         except (OSError, ValueError):
@@ -101,7 +101,7 @@ class Unfinished:
             )
 
     def _keep_whole(self, every: int) -> None:
-        """Cuts off the lines behind the last whole part of `every` lines, a torn line included."""
+        """Cuts off all lines after the last whole part of `every` lines, and an incomplete line."""
         self._file.seek(0)
         ends = [0]
         with open(self.folder / _LINES, "rb") as file:

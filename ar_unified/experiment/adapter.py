@@ -1,4 +1,4 @@
-"""The model of a training that trained an adapter: the bundle that it began with, and what its checkpoint has."""
+"""The model of a training of an adapter: the bundle that it began with, and the values in its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from ar_unified.training.selection import Selection
 
 
 def require_base(bundle: Bundle, trained: Any) -> None:
-    """Raises UserError unless the training began with that bundle. trained: its hash, as the training noted it."""
+    """Raises UserError unless the training began with this bundle. trained: the bundle's hash that the training
+    noted."""
     if bundle.hash != trained:
         raise UserError(
             f"config.init: the adapter was trained on bundle {str(trained)[:12]}, found {bundle.hash[:12]} in "
@@ -34,9 +35,10 @@ def require_base(bundle: Bundle, trained: Any) -> None:
 
 
 def first_adapter(config: ConfigDict, bundle: Bundle | None) -> tuple[Any, str] | None:
-    """What config.lora.init names, as params["lora"] is, numpy, and its hash; None: it names nothing.
+    """The adapter that config.lora.init names, in the form of params["lora"], numpy, and its hash; None: it names
+    nothing.
 
-    Raises UserError: it is of another model, or another adapter than config.lora describes.
+    Raises UserError: it belongs to another model, or config.lora describes another adapter.
     """
     lora = settings.lora(config)
     if lora is None or not config.lora.init or bundle is None:
@@ -47,9 +49,9 @@ def first_adapter(config: ConfigDict, bundle: Bundle | None) -> tuple[Any, str] 
 
 
 def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
-    """params["lora"] of a file, numpy.
+    """An adapter's file as params["lora"], numpy.
 
-    Raises UserError, naming the key of config.lora, where the config describes another adapter than the file has.
+    Raises UserError, which names the key of config.lora, if the config describes another adapter than the file has.
     """
 
     def refused(key: str, path: str, wanted: object, has: object) -> UserError:
@@ -93,9 +95,11 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
 def grown(
     tables: Params, rows: np.ndarray, places: Any, text_size: int = 1, codes: range = range(0), **how: Any
 ) -> Params:
-    """The tables of a language model with rows for new ids (`model.code_vectors.extended_tables`), where `places` says.
+    """The tables of a language model with rows for new ids (`model.code_vectors.extended_tables`), placed as `places`
+    says.
 
-    how: the rest of its arguments; default: new rows are alike, for values that come from elsewhere.
+    how: the other arguments of that function. By default all new rows are equal, because their values come from
+    elsewhere.
     """
     how = {"how": "mean", "vectors": None, "key": jax.random.key(0)} | how
     put = jax.jit(
@@ -108,8 +112,8 @@ def grown(
 def read_base(bundle: Bundle, abstract: Params) -> Params:
     """The bundle's parameters as a training holds them.
 
-    abstract: shapes, dtypes and shardings of these; a matrix that is in 8 bits there is rounded as soon as it is read,
-    so that only one matrix at a time is in memory in the dtype of the file.
+    abstract: their shapes, dtypes and shardings. A matrix that has 8 bits there is rounded as soon as it is read, so
+    that only one matrix at a time is in memory in the file's dtype.
     """
 
     def rounded(leaf: Any) -> bool:
@@ -139,7 +143,7 @@ def read_base(bundle: Bundle, abstract: Params) -> Params:
 
 
 def tables_before(bundle: Bundle, abstract: Params) -> Params:
-    """`abstract` with tables of ids as large as the bundle's, for a language model that is extended by images."""
+    """`abstract`, but with tables of ids of the bundle's size, for a language model that is extended by images."""
     place = abstract["embedding"].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
     before = abstract_params(bundle.config, mesh)
@@ -161,15 +165,15 @@ def in_base(
     rows: np.ndarray | None = None,
     adapted: bool = True,
 ) -> Params:
-    """The parameters of the bundle with the adapter merged in, and with the values of whatever else was trained.
+    """The parameters of the bundle with the adapter merged in, and with the values of everything else that was trained.
 
     Args:
         config: of the trained model.
-        selection: what was trained. stored: its values, as a checkpoint has them.
+        selection: what was trained. stored: the trained values, as in a checkpoint.
         target: shapes, dtypes and shardings of the result; None: float32, on this process's first device.
-        rows: of `language.extension.rows_of`, where the bundle is a language model that was extended; the rows that it
-            does not have are among what was trained.
-        adapted: False: without the adapter.
+        rows: from `language.extension.rows_of`, if the bundle is a language model that was extended. The rows that it
+            lacks are in `stored`.
+        adapted: False leaves out the adapter.
     """
     if target is None:
         here = SingleDeviceSharding(jax.local_devices()[0])

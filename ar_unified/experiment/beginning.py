@@ -1,4 +1,4 @@
-"""The parameters that a training begins with: those of a bundle, and fresh ones for what is new."""
+"""The parameters that a training begins with: a bundle's parameters, and random ones for new parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ROWS = {
 def beginning(
     experiment: Experiment, task: TransformerTask, fresh: Selection | None
 ) -> Callable[[Params], Params] | None:
-    """Makes the bundle's parameters, if config.init names one, with fresh values for the parts that are to begin at
+    """Makes the parameters of the bundle that config.init names, if any, with random values for the parts that begin at
     random.
     """
     bundle = experiment.bundle
@@ -85,12 +85,12 @@ def _extended(experiment: Experiment, bundle: Bundle, abstract: Params) -> Param
 
 
 def hand_out(tree: Any, places: Any) -> Any:
-    """Arrays of numpy on devices, of which this process fills its own."""
+    """Puts arrays of numpy on devices; this process fills only its own."""
     return jax.tree.map(
         lambda leaf, place: jax.make_array_from_callback(leaf.shape, place, lambda at: leaf[at]), tree, places
     )
 
 
 def _adapter(task: TransformerTask, key: jax.Array) -> Params:
-    """The fresh value of one leaf; nothing else that `init` makes is computed."""
+    """The random value of one leaf; nothing else of `init` is computed."""
     return {"lora": task.init(key)["lora"]}

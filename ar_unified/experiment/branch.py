@@ -1,7 +1,7 @@
-"""A workdir that begins where another's training was at some step: its tokenizers, its data and that checkpoint.
+"""A workdir that begins with another workdir's tokenizers, data and one of its checkpoints.
 
-The other workdir is only read. Files are shared with it (hard links) where the file system can, so a branch costs no
-room and stays whole when the other is deleted.
+The other workdir is only read. Files are shared with it by hard links if the file system can, so a branch needs no
+space and stays whole when the other workdir is deleted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
 def branch(
     experiment: Experiment, origin: Path, step: int | None, fingerprint: Callable[[], Mapping[str, Json]]
 ) -> None:
-    """Makes the experiment's stage `model` begin with checkpoint `step` (None: the last) of the workdir `origin`.
+    """Makes the experiment's stage `model` begin with checkpoint `step` of the workdir `origin`; None: the last
+    checkpoint.
 
-    fingerprint: of that stage, computed when tokenizers and data are in place. Its differences from the origin's are
-    noted in the history, after the origin's entries up to `step`. Called again for the same branch, it does nothing.
+    fingerprint: gives the fingerprint of the stage when tokenizers and data are in place. Its differences from the
+    origin's are noted in the history, after the origin's entries up to `step`. A second call for the same branch does
+    nothing.
 
-    Raises UserError for an origin that has no such checkpoint or is this workdir, and for a workdir that has a model;
-    StageMismatch where a difference concerns steps already taken.
+    Raises UserError if the origin has no such checkpoint or is this workdir, or if this workdir has a model already;
+    StageMismatch if a difference concerns steps that were already taken.
     """
     origin, here = origin.resolve(), experiment.workdir.path.resolve()
     wanted = experiment.config.training.steps
@@ -89,7 +91,7 @@ def branch(
 
 
 def _begun(folder: Path) -> list[Path]:
-    """The records of a stage; the one that counts comes first."""
+    """The records of a stage; the valid record comes first."""
     return [path for name in ("done", "started") if (path := folder / f"{name}.json").exists()]
 
 
@@ -99,7 +101,7 @@ def _checkpoint_folder(origin: Path) -> str:
 
 
 def _share(there: Path, here: Path) -> None:
-    """The folder of a finished stage under a second name, whole or not at all; one that is here already stays."""
+    """Gives the folder of a finished stage a second name, whole or not at all; an existing folder stays."""
     if here.exists() or not (there / "done.json").exists():
         return
     unfinished = here.with_name(f".{here.name}.branch~")

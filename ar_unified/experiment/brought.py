@@ -14,10 +14,10 @@ KEY = "config.image_tokenizer"
 
 
 def describe(section: ConfigDict, asked: Collection[str]) -> None:
-    """Sets the network of config.image_tokenizer to that of the folder in its `model`, which is not trained.
+    """Sets the network of config.image_tokenizer to the network in the folder `model`, which is not trained.
 
     Args:
-        asked: keys of the section that a person has set beside `model`.
+        asked: keys of the section that a person has set, other than `model`.
 
     Raises UserError: there is no image tokenizer, or another network was asked for.
     """

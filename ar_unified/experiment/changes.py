@@ -1,4 +1,4 @@
-"""Which keys of a config may change in a workdir that holds (a part of) a run, and what then becomes of a stage.
+"""Which keys of a config may change in a workdir with a run or a part of it, and what happens to a stage then.
 
 Every key that is not named here decides the result of the stages that read it: if it changes, they are refused. Put a
 new key into one of the two lists only if the list's comment is true of it.
@@ -15,10 +15,10 @@ from ar_unified.history import Changeable
 from ar_unified.manifests import ABSENT, Json
 from ar_unified.workdir import Stage, StageMismatch, Workdir
 
-# The same result, but for rounding: memory, speed, and what is logged, shown and kept.
+# These change only memory, speed, rounding, and what is logged, shown and kept.
 COST = (
     "mesh",
-    "text_tokenizer.model",  # only where the file lies; the hash of its content decides the result
+    "text_tokenizer.model",  # the place of the file; only its content decides the result, by its hash
     "text_tokenizer.lossy",
     "image_tokenizer.model",  # likewise
     "image_tokenizer.checkpoint_every",
@@ -40,7 +40,7 @@ COST = (
     "sampling.batch_size",
     "sampling.window",
 )
-# Keys that the learning rate and the phase of a step are made from. The steps that were taken stay as they are.
+# The learning rate and the phase of a step follow from these keys. Steps that were taken stay as they are.
 EXTENDS = (
     "image_tokenizer.steps",
     "image_tokenizer.learning_rate",
@@ -67,16 +67,16 @@ LATER: dict[str, Json] = {
 }
 
 
-MODEL = ("model", "checkpoint_step")  # in the fingerprint of a stage that uses the trained model
+MODEL = ("model", "checkpoint_step")  # in the fingerprints of stages that use the trained model
 
 
 def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Changeable:
-    """What may change of a stage.
+    """What may change in a stage.
 
     Args:
         whole_batch: whether a loss of the image tokenizer looks at all images of a microbatch together; then the number
             of microbatches decides the result.
-        anew: for a stage that nothing is made from: the fields of its fingerprint that say what it is made from itself.
+        anew: for a stage from which nothing else is made: the fields of its fingerprint that say what it is made from.
     """
     parts = () if whole_batch else ("image_tokenizer.accumulation",)
     return Changeable((*COST, *parts), EXTENDS, tuple(anew), LATER)
@@ -87,10 +87,10 @@ class Training:
     """A stage of many steps.
 
     Attributes:
-        wanted: steps in all, as the key `key` of the config says.
-        checkpoints: the steps that there are checkpoints of, ascending.
+        wanted: the total number of steps, as the key `key` of the config says.
+        checkpoints: the steps of its checkpoints, ascending.
         folder: where they lie.
-        before: the stage that is made from this one; "": there may be several, and they are made again by themselves.
+        before: the stage that is made from this stage; "": all stages made from it are made again automatically.
     """
 
     key: str
@@ -101,7 +101,8 @@ class Training:
 
 
 def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> int:
-    """Steps taken of a stage whose schedule has changed. Raises UserError where it cannot go on with the new one."""
+    """How many steps a stage has taken whose schedule has changed. Raises UserError if it cannot go on with the new
+    schedule."""
     fields = stage.changed["extended"]
     changed = ", ".join(f"{field} = {new!r:.80} (was {old!r:.80})" for field, (old, new) in fields.items())
     where = f"stage {stage.name!r}: {stage.folder}"

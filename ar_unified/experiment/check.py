@@ -1,7 +1,7 @@
-"""Whether a config can be run. It is asked before the first stage, and names every problem that can be known then.
+"""Checks whether a config can be run, before the first stage, and names every problem that can be known then.
 
-Each rule stands where it belongs: choices in the module that has them, numbers in the dataclass that takes them. This
-module asks them all, and puts the key that a person can change before each answer.
+Each rule is in the place where it belongs: choices in the module that has them, numbers in the dataclass that takes
+them. This module collects all answers, and puts the key that a person can change before each.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 _COUNT, _NOT_NEGATIVE, _SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
-RANGES: dict[str, dict[str, str]] = {  # for keys that no dataclass checks; by section
+RANGES: dict[str, dict[str, str]] = {  # allowed values, by section, for keys that no dataclass checks
     "": {"seed": "[0, 4294967295]"},  # as in a request
     "data": {"max_tokens": _COUNT},
     "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
@@ -95,12 +95,12 @@ RANGES: dict[str, dict[str, str]] = {  # for keys that no dataclass checks; by s
 
 
 def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every problem that the config alone shows; no file but weights is opened.
+    """Raises UserError with every problem that the config alone shows; opens no files except weights.
 
     Args:
-        stages: those of STAGES that are to run; also "requests" and "images", for a person's own. Each setting by
-            itself is always checked. How settings of two stages go together, and whether files are there, is only
-            checked for stages that run.
+        stages: which of STAGES will run; also "requests" and "images", for a person's own requests and images. Each
+            single setting is always checked. Whether settings of two stages fit together, and whether files exist, is
+            checked only for stages that run.
     """
     problems = Problems()
     for key, known in CHOICES.items():
@@ -159,7 +159,7 @@ def _check_images(config: ConfigDict, problems: Problems, stages: Collection[str
 
 
 def _check_crops(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
-    """What the image tokenizer is trained on."""
+    """Checks the crops that the image tokenizer is trained on."""
     tokenizer = config.image_tokenizer
     image = settings.autoencoder(config)
     sides = (tokenizer.crop,) * 2 if tokenizer.crop else tuple(config.data.image_size)
@@ -233,7 +233,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             problems.say("training.code_embedding_init", f"{MEAN}: there is no config.init")
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
-    packs = "model" in stages and part.objective == "likelihood"  # with others, a row holds one answer
+    packs = "model" in stages and part.objective == "likelihood"  # with the objective reward, a row holds one answer
     if packs and (length := _longest(config, problems)) < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
@@ -243,7 +243,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
 
 
 def _check_shapes(config: ConfigDict, problems: Problems) -> None:
-    """Checks what phases say of batches; the rest of the section was found right."""
+    """Checks the batches of phases, after the rest of the section was found right."""
     part = config.training
     for place, (rows, _) in settings.shapes(part).items():
         if place == "training":
@@ -260,7 +260,7 @@ def _check_shapes(config: ConfigDict, problems: Problems) -> None:
 
 
 def _longest(config: ConfigDict, problems: Problems) -> int:
-    """Tokens of the longest rows of all phases, if these are right."""
+    """Tokens of the longest rows of all phases, if the phases are right."""
     part = config.training
     return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 
@@ -296,7 +296,7 @@ def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[s
         return
     more = {}
     named = config.sampling.negative_prompt
-    if config.sampling.context == "negative_prompt" and not named:  # a person's own requests may bring one along
+    if config.sampling.context == "negative_prompt" and not named:  # a person's own requests may each have one
         if {"samples", "evaluation"} & set(stages) and "requests" not in stages:
             problems.say(
                 "sampling.context",

@@ -1,6 +1,6 @@
-"""Opens what a config names (the bundle, the devices, the sources) and checks that the config goes with it.
+"""Opens what a config names (the bundle, the devices, the sources) and checks that the config fits it.
 
-What the config says by itself is `check`'s.
+`check` judges what the config alone shows.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ar_unified.training.selection import NEW
 
 
 def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every key of the config that differs from the bundle in `config.init`, and for an image
-    tokenizer from elsewhere that lacks the encoder or decoder that is needed.
+    """Raises UserError with every key of the config that differs from the bundle in `config.init`. Raises it too for an
+    image tokenizer from elsewhere without the needed encoder or decoder.
     """
     if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
         return
@@ -82,12 +82,12 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             settings.extension(config, before, experiment.autoencoder)
         return
     if image is None:
-        return  # no key of config.data says how text is written
+        return  # no key of config.data says how text is encoded
     with about("config.data"):
         vocabulary, layout = settings.language(config, image.config, text.size, text.hash, image.hash)
     if settings.fits(layout, bundle.grammar.layout):
         return
-    vocabulary = dataclasses.replace(vocabulary, rest=bundle.grammar.vocabulary.rest)  # which no config says
+    vocabulary = dataclasses.replace(vocabulary, rest=bundle.grammar.vocabulary.rest)  # no config says this
     ours = Grammar(vocabulary, layout, text).manifest()
     where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
     require_same(bundle.language, ours, **where)
@@ -97,7 +97,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
 
 
 def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with what does not fit on the mesh. Call it when all processes are there."""
+    """Raises UserError with everything that does not fit on the mesh. Call it when all processes are there."""
     config, problems = experiment.config, Problems()
     if {"image_tokenizer", "model"} & set(stages):
         with problems.of("mesh"):
@@ -147,8 +147,8 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Probl
 
 
 def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Opens every source, for the stages to use. Raises UserError for a source that is wrong, and for sources that do
-    not go together.
+    """Opens every source, for the stages to use. Raises UserError for a wrong source, and for sources that do not fit
+    together.
     """
     config, problems = experiment.config, Problems()
     _check_names({"train": experiment.train, **experiment.held_out}, problems)
@@ -164,7 +164,7 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
 
 
 def check_held_out(experiment: Experiment) -> None:
-    """Opens those alone that are held out. Raises UserError for what is wrong with them, and where there are none."""
+    """Opens only the held-out sources. Raises UserError if one is wrong, or if there are none."""
     problems = Problems()
     _check_names(experiment.held_out, problems)
     if not any(experiment.held_out.values()):
@@ -204,7 +204,7 @@ def _check_mixture(experiment: Experiment, problems: Problems) -> None:
 
 
 def _check_room(experiment: Experiment, problems: Problems, stages: Collection[str]) -> None:
-    """Whether one image fits into what a document, and a sample, may have."""
+    """Checks whether one image fits into the most tokens of a document, and of a sample."""
     config = experiment.config
     image = experiment.autoencoder
     height, width = image.grid(*config.data.image_size)

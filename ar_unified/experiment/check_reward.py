@@ -1,4 +1,4 @@
-"""Whether the objective "reward" of a config can be trained: what `check` asks about it."""
+"""Checks whether the objective "reward" of a config can be trained; `check` calls it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.problems import Problems
 from ar_unified.rewards.opening import open_reward
 
-_AT_BORDERS = ("steps", "checkpoint_every", "keep_every")  # of training: what is saved goes on where a drawing begins
+_AT_BORDERS = ("steps", "checkpoint_every", "keep_every")  # of training: a drawing must begin there
 
 
 def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
-    """Notes what is wrong. Each setting by itself is always checked; how settings go together, only if the objective
-    needs them.
+    """Notes what is wrong. Each single setting is always checked; combinations are checked only if the objective is
+    "reward".
     """
     names = [*config.reward.keys()]
     before = len(problems.lines)

@@ -2,7 +2,7 @@
 
 An experiment file defines `get_config(arg=None)`, takes `defaults()` and changes what it needs. On the command line
 `--config experiments/folder.py:path=DIR` passes `path=DIR` to it and `--config.training.steps=100` changes one key.
-Config files are Python, run because you named them; nothing in a config's value is ever evaluated.
+Config files are Python, and run because you named them; a config's values are never evaluated as code.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ T = TypeVar("T")
 
 
 def defaults() -> ConfigDict:
-    """Every key of an experiment with its default. Sizes in pixels and lengths in tokens, unless said otherwise.
+    """Every key of an experiment with its default. Sizes are in pixels and lengths in tokens, unless said otherwise.
 
-    A key that is a dataclass's field is explained there, and its default stands there. Here are the keys that only an
-    experiment has, and the defaults that differ in an experiment, because it should be small enough for a CPU.
+    If a key is a field of a dataclass, it is explained there, with its default. Here are the keys that only an
+    experiment has, and defaults that differ because an experiment should be small enough for a CPU.
     """
     config = ConfigDict()
     config.name = "experiment"
     config.seed = 0
-    config.init = ""  # a bundle whose tokenizers, language and weights the training begins with; "": fresh ones
-    config.checkpoint_folder = ""  # of the transformer, e.g. gs://bucket/run; "": model/checkpoints in the workdir
+    config.init = ""  # a bundle: training begins with its tokenizers, language and weights; "": begins without one
+    config.checkpoint_folder = ""  # for the transformer, e.g. gs://bucket/run; "": model/checkpoints in the workdir
 
     _add_data_and_tokenizers(config)
     _add_training(config)
@@ -69,24 +69,24 @@ def defaults() -> ConfigDict:
 
 
 def _add_data_and_tokenizers(config: ConfigDict) -> None:
-    # Documents: tuples of dicts for ar_unified.data.sources.open_source, each with its `weight` in the mixture.
+    # Documents: tuples of dicts for ar_unified.data.sources.open_source, each with its `weight` in the mixture
     config.data = ConfigDict()
     config.data.train = ()
     config.data.validation = ()  # held out: for the validation loss, and for `evaluate`
     config.data.tests = ConfigDict()  # more held-out sets by name, reported under that name
-    config.data.image_size = (64, 64)  # height and width of images; resize="aspect" keeps their area only
+    config.data.image_size = (64, 64)  # height and width of images; resize="aspect" keeps only the area
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
-    config.data.layout = "grid"  # a name of language.layouts; grid: all images of one size | rows: each says its own
+    config.data.layout = "grid"  # of language.layouts; grid: all images have one size | rows: each states its size
     config.data.filters = ConfigDict(_fields(Filters))  # what `prepare` leaves out of `train`
-    config.data.max_tokens = 256  # a longer document is cut, one with a question or caption left out (data.cutting)
+    config.data.max_tokens = 256  # longer documents are cut; questions and captions are left out (data.cutting)
 
     config.text_tokenizer = ConfigDict()
-    config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer
+    config.text_tokenizer.vocab_size = 512  # at most so many; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # of text, an even part of more; memory is 20 to 90 times that
+    config.text_tokenizer.max_bytes = 100_000_000  # of text; reads an even part of more; memory: 20 to 90 times this
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
-    config.text_tokenizer.model = ""  # one from elsewhere instead: SentencePiece, a tokenizer.json, *.tiktoken
-    config.text_tokenizer.lossy = "refuse"  # such a model that loses text: refuse | warn
+    config.text_tokenizer.model = ""  # a tokenizer from elsewhere instead: SentencePiece, a tokenizer.json, *.tiktoken
+    config.text_tokenizer.lossy = "refuse"  # if this tokenizer loses text: refuse | warn
 
     config.image_tokenizer = ConfigDict(
         _fields(AutoencoderConfig, width=32)
@@ -96,82 +96,83 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     )
     config.image_tokenizer.perceptual_file = ""  # lpips, features: the network's weights
     config.image_tokenizer.steps = 1000  # 0: none is trained
-    config.image_tokenizer.model = ""  # a folder with one from elsewhere instead, which says what this section is
+    config.image_tokenizer.model = ""  # a folder with a tokenizer from elsewhere instead, which sets this section
     config.image_tokenizer.batch_size = 64
-    config.image_tokenizer.warmup_steps = 50  # at most a tenth of the steps
-    config.image_tokenizer.final_fraction = 0.02  # of the peak, at the last step
-    config.image_tokenizer.checkpoint_every = 0  # and validate and show images; 0: at each quarter
+    config.image_tokenizer.warmup_steps = 50  # or a tenth of the steps, if that is less
+    config.image_tokenizer.final_fraction = 0.02  # share of the peak, at the last step
+    config.image_tokenizer.checkpoint_every = 0  # also validate and show images then; 0: at each quarter
     config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole images of image_size
-    config.image_tokenizer.short_side = 0  # of the images that are cropped; 0: 5/4 of the crop
-    config.image_tokenizer.mirror = False  # half of them left to right
-    config.image_tokenizer.recolour = 0.0  # share of them in other colours, so that no code is of a shape in one colour
+    config.image_tokenizer.short_side = 0  # short side of the images that are cropped; 0: 5/4 of the crop
+    config.image_tokenizer.mirror = False  # mirror half of the images left to right
+    config.image_tokenizer.recolour = 0.0  # share of images in other colours, so that no code means one colour only
 
 
 def _add_training(config: ConfigDict) -> None:
     config.model = model("2m")
 
     config.loss = ConfigDict(_fields(TransformerTask, ("z_loss", "chunk")))
-    config.loss.softmax = "joint"  # over all ids | by_side: one over those of text, one over those of images
-    config.loss.mean = "joint"  # of all targets | by_side: half that of text's, half that of images', as LWM
+    config.loss.softmax = "joint"  # one softmax over all ids | by_side: one over text ids, one over image ids
+    config.loss.mean = "joint"  # mean over all targets | by_side: half text's mean, half images' mean, as in LWM
     config.loss.roles = ConfigDict({role.name.lower(): 1.0 for role in Role if role != Role.PAD})
     config.loss.tasks = ConfigDict(dict.fromkeys(TASKS, 1.0))
-    config.loss.prompt = TransformerTask.prompt_weight  # further weight of what stands inside a prompt
+    config.loss.prompt = TransformerTask.prompt_weight  # extra factor for the weight of targets inside a prompt
 
-    config.preference = ConfigDict(_fields(PreferenceConfig))  # of training.objective "preference"
+    config.preference = ConfigDict(_fields(PreferenceConfig))  # for training.objective "preference"
 
-    settled = ("b1",)  # no key: nobody tunes it
+    settled = ("b1",)  # not a key, because nobody tunes it
     config.training = ConfigDict(
         _fields(TrainingConfig, without=("seed", "optimizer"), steps=1000)
         | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
         | _fields(TransformerTask, ("attention_share", "only", "rates"))
     )
-    # What it learns from: likelihood, of documents | preference, pairs of a chosen and a rejected answer to one prompt,
-    # which are read as they stand (no flip_pairs, no condition_dropout, no loss.prompt) | reward, of answers that are
-    # drawn, by config.reward.
+    # What the training maximises: likelihood: of documents | preference: of the chosen over the rejected answer to one
+    # prompt; pairs are read as they are (no flip_pairs, condition_dropout or loss.prompt) | reward: of answers that the
+    # model draws, by config.reward.
     config.training.objective = "likelihood"
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
-    # How the rows of image codes begin: random | codebook, so that codes that are near have rows that are near | mean.
-    # If a language model of text alone is extended, all of them begin around the mean of its text rows, and `mean` is
-    # exactly that.
+    # How the rows of image codes are initialised: random | codebook: similar codes get similar rows | mean. If a
+    # language model of text alone is extended, all three begin around the mean of its text rows, and `mean` is exactly
+    # this mean.
     config.training.code_embedding_init = "random"
-    config.training.fresh = ()  # places as in `only` that begin at random although `init` has weights of them
-    config.training.flip_pairs = Phase.flip_pairs  # how often a pair is read the other way round
-    config.training.condition_dropout = Phase.condition_dropout  # how often a prompt becomes the empty one
-    # Later parts of the training: dicts of `begin` (a share of the steps), and what changes there of `weights`
-    # ({source: share of the rows}), `flip_pairs`, `condition_dropout`, `sequence_length`, `batch_size` and `only` (what
-    # then moves alone; (): all). Some rows must hold data.max_tokens; shorter ones leave out what is longer.
+    config.training.fresh = ()  # places as in `only` that begin at random although `init` has their weights
+    config.training.flip_pairs = Phase.flip_pairs  # probability that a pair is read the other way round
+    config.training.condition_dropout = Phase.condition_dropout  # probability that a prompt becomes empty
+    # Later parts of the training: dicts of `begin` (a share of the steps) and the settings that change there: `weights`
+    # ({source: share of the rows}), `flip_pairs`, `condition_dropout`, `sequence_length`, `batch_size` and `only` (the
+    # only parameters that move then; (): all). The longest rows must hold data.max_tokens; shorter rows leave out
+    # longer documents.
     config.training.phases = ()
 
-    config.lora = ConfigDict(_fields(LoraConfig))  # an adapter in place of full tuning, on what config.init names
-    config.lora.init = ""  # folder of an adapter, in PEFT's form, that training begins with; "": a fresh one
+    config.lora = ConfigDict(_fields(LoraConfig))  # an adapter on the bundle of config.init, in place of full tuning
+    config.lora.init = ""  # folder of an adapter in PEFT's form, with which training begins; "": a new one
 
-    # For the objective "reward": how answers are drawn, how good they are, and what follows.
+    # For the objective "reward": how answers are drawn and judged, and what happens if a reward fails.
     config.reward = ConfigDict(_fields(RewardConfig) | _fields(DrawingConfig) | _fields(PolicyConfig))
 
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: all other devices
 
 
 def _add_sampling_and_evaluation(config: ConfigDict) -> None:
     config.sampling = ConfigDict()
-    config.sampling.checkpoint = "last"  # of the trained model, for samples and evaluation: last | best
-    config.sampling.batch_size = 64  # in each process; a multiple of the devices that split rows
+    config.sampling.checkpoint = "last"  # step of the trained model, for samples and evaluation: last | best
+    config.sampling.batch_size = 64  # rows in each process; a multiple of the devices that split rows
     config.sampling.max_length = 256  # prompt and answer
     config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's dtype
-    config.sampling.weights_dtype = ""  # of the layers' matrices: int8 | float8_e4m3fn; "": the model's dtype
+    config.sampling.weights_dtype = ""  # dtype of the layers' matrices: int8 | float8_e4m3fn; "": the model's dtype
     config.sampling.window = "1"  # positions of an image drawn at once: 1 | 2 | 4 | 8 | auto; the same tokens, faster
-    # What a request that says nothing is drawn with: ar_unified.sampling.request has what each means.
+    # The defaults of requests; ar_unified.sampling.request says what each means.
     config.sampling.update(_fields(Request, [name for name in DEFAULTS if name not in ("text", "image")]))
     config.sampling.text = ConfigDict(_fields(Filter, temperature=0.0))
     config.sampling.image = ConfigDict(_fields(Filter))
 
     config.evaluation = ConfigDict()
-    config.evaluation.protocol = "exact"  # exact | shapes | easy_vqa: who says what is right
-    config.evaluation.limit = 256  # documents of each kind in each set; images of each set, for the tokenizer
-    config.evaluation.tokenizer_probe_steps = 0  # of a small transformer on image ids alone (bits per id); 0: none
-    config.evaluation.lpips_file = ""  # weights for the tokenizer's LPIPS; "": no such number
-    config.evaluation.inception_file = ""  # and for its rFID
-    config.evaluation.thresholds = ConfigDict()  # by metric, what it should reach: shown in the report
+    config.evaluation.protocol = "exact"  # exact | shapes | easy_vqa: decides which answers are right
+    config.evaluation.limit = 256  # documents of each kind in each set; for the tokenizer, images of each set
+    config.evaluation.tokenizer_probe_steps = 0  # steps of a small transformer on image ids (bits per id); 0: none
+    config.evaluation.lpips_file = ""  # weights for the tokenizer's LPIPS; "": LPIPS is not measured
+    config.evaluation.inception_file = ""  # weights for its rFID
+    config.evaluation.thresholds = ConfigDict()  # by metric, the value that it should reach; the report shows it
 
 
 def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, object]:
@@ -181,7 +182,7 @@ def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (
 
 
 def model(preset: str, **changes: object) -> ConfigDict:
-    """A preset of ar_unified.model.config with all its fields spelled out, so that each can be overridden."""
+    """A preset of ar_unified.model.config with all its fields, so that each can be overridden."""
     fields = _fields(TransformerConfig) | PRESETS[preset]
     del fields["vocab_size"]  # the tokenizers decide
     return ConfigDict(fields | changes)
@@ -203,8 +204,8 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     It has the keys of `defaults` with values of the same types; `check` judges the values.
 
-    Raises UserError, naming the file or the key: no such file, one that is not Python or fails, one that has no
-    `get_config` or takes no (or needs an) `:arg`, an unknown key, a value of another type.
+    Raises UserError, which names the file or the key: there is no such file, it is not Python or fails, it has no
+    `get_config`, it takes no `:arg` or needs one, a key is unknown, or a value has another type.
     """
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None)
@@ -218,7 +219,7 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
     """The locked config of a bundle's evaluation, with "--config.key=value" applied: that of "FILE[:arg]", or the
-    defaults, with all that the bundle decides in place of what is trained there. Raises like `load`, and BundleError.
+    defaults, with all values that the bundle decides. Raises like `load`, and BundleError.
     """
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None) if file else defaults()
@@ -285,7 +286,7 @@ def _from_file(path: str, arg: str | None) -> ConfigDict:
         raise UserError(f"config {path}: no such file{nearest(path, beside)}")
     loader = SourceFileLoader("ar_unified_experiment", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))  # type: ignore[arg-type]
-    sys.modules[loader.name] = module  # where dataclasses look for their own module
+    sys.modules[loader.name] = module  # dataclasses look for their module there
     try:
         loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
@@ -305,10 +306,10 @@ def _from_file(path: str, arg: str | None) -> ConfigDict:
 
 
 def _of_file(path: str, error: BaseException) -> str:
-    """What went wrong in a config file, with the line where Python says it."""
+    """What went wrong in a config file, with the line, if Python says it."""
     if isinstance(error, SyntaxError) and error.lineno:
         return f", line {error.lineno}: {error.msg}" if error.filename == path else f": {error}"
-    if isinstance(error, ValueError | SystemExit):  # what a get_config says itself
+    if isinstance(error, ValueError | SystemExit):  # a message of the file's own get_config
         return f": {error}"
     if isinstance(error, OSError):
         return f": {in_words(error)}"
@@ -318,9 +319,9 @@ def _of_file(path: str, error: BaseException) -> str:
 
 # ---- keys and types --------------------------------------------------------------------------------------------
 
-_OPEN = ("data.tests", "evaluation.thresholds")  # whose keys are names that the experiment gives
-_PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # whose absent keys have defaults
-_ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
+_OPEN = ("data.tests", "evaluation.thresholds")  # the experiment chooses the names of their keys
+_PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # their absent keys have defaults
+_ELEMENTS: dict[str, type] = {  # element types of tuples that are empty by default
     "data.train": ConfigDict,
     "data.validation": ConfigDict,
     "data.tests": ConfigDict,
@@ -396,11 +397,11 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
 
 
 def begin_with(config: ConfigDict, folder: str) -> None:
-    """Sets `init`, and all that a bundle decides for a training that begins with it: the model's shape, the image
-    tokenizer, whether the text tokenizer may lose text, how the data were made, and how requests are drawn. Raises
-    BundleError.
+    """Sets `init`, and everything that a bundle decides for a training that begins with it: the model's shape, the
+    image tokenizer, whether the text tokenizer may lose text, how the data were made, and how requests are drawn.
+    Raises BundleError.
     """
-    from ar_unified.bundle import Bundle  # JAX, which a config without a bundle need not wait for
+    from ar_unified.bundle import Bundle  # imports JAX, for which a config without a bundle does not wait
 
     bundle = Bundle(home(folder))
     config.init = str(bundle.folder)
@@ -421,14 +422,14 @@ def begin_with(config: ConfigDict, folder: str) -> None:
 
 
 def whole(name: str, value: str | None) -> int:
-    """The value of an argument that counts something. Raises ValueError, naming it, unless it is at least 1."""
+    """The value of an argument that counts something. Raises ValueError, which names it, unless it is at least 1."""
     if value is None or not value.isdecimal() or int(value) < 1:
         raise ValueError(f"config argument {name}: expected a whole number, at least 1; found {value!r}")
     return int(value)
 
 
 def plain(config: Any) -> Any:
-    """A config or a part of it as plain JSON values: what is written beside artefacts and compared on restart."""
+    """A config or a part of it as plain JSON values, which are written beside artefacts and compared on restart."""
     if isinstance(config, ConfigDict | Mapping):
         return {key: plain(value) for key, value in config.items()}
     if isinstance(config, tuple | list):
@@ -437,7 +438,7 @@ def plain(config: Any) -> Any:
 
 
 def pick(kind: type[T], config: Mapping[str, Json], **more: object) -> T:
-    """The dataclass `kind` from those keys of a config that are its fields."""
+    """Makes the dataclass `kind` from the keys of a config that are its fields."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in plain(config).items() if key in names} | more)
 

@@ -1,4 +1,4 @@
-"""Stage data: documents become token shards, by all processes of a job or by a pipeline elsewhere."""
+"""Stage data: all processes of a job, or a pipeline elsewhere, turn documents into token shards."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ar_unified.workdir import Stage, Workdir
 
 
 def prepare(experiment: Experiment, pipeline: str | None = None) -> None:
-    """Train and validation, each of which continues where it was interrupted.
+    """Prepares train and validation; each continues where it was interrupted.
 
-    pipeline: options of an Apache Beam pipeline whose workers make the shards; None: the processes of this job do.
-    Raises UserError, RunError.
+    pipeline: options of an Apache Beam pipeline whose workers make the shards; None: the processes of this job make
+    them. Raises UserError, RunError.
     """
     if pipeline is not None and jax.process_count() > 1:
         raise UserError(f"--beam: expected one process, which begins the pipeline; found {jax.process_count()}")
@@ -57,7 +57,7 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
     splits = {"train": _filtered(experiment), "validation": experiment.held_out["validation"]}
     codes = known if known is not None else _codes(experiment, refresh=False)
     if runtime.first():
-        for split in splits:  # left by a job that has ended: nobody works here yet
+        for split in splits:  # a job that has ended left it; nobody works here yet
             storage.remove_tree(stage.folder / split / preparing.CLAIMS)
     tokenizer, summary = experiment.image_tokenizer, dict[str, object]()
     tokenizers = Tokenizers(_replicas(tokenizer), codes)
@@ -86,7 +86,7 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
 
 
 def _filtered(experiment: Experiment) -> list[Source]:
-    """The sources of the training without what the filters leave out. Process 0 compares, the others read its
+    """The training sources without the items that the filters leave out. Process 0 compares, the others read its
     verdicts.
     """
     held_out = [source for those in experiment.held_out.values() for source in those]
@@ -101,7 +101,8 @@ def _filtered(experiment: Experiment) -> list[Source]:
 
 
 def _replicas(tokenizer: ImageTokenizer | NoImages) -> list[ImageTokenizer | NoImages]:
-    """One replica for each device of this process; one alone on a CPU, because its faked devices share its cores."""
+    """One replica for each device of this process, but only one on a CPU, because its simulated devices share its
+    cores."""
     devices = jax.local_devices()
     if isinstance(tokenizer, NoImages) or len(devices) == 1 or devices[0].platform == "cpu":
         return [tokenizer]
@@ -118,10 +119,10 @@ def _codes(experiment: Experiment, refresh: bool) -> ImageCodes:
 
 @dataclass(frozen=True)
 class Shards:
-    """Opens a workdir in a process that belongs to no job, and gives the function that makes its shards by name.
+    """Opens a workdir in a process that belongs to no job, and gives a function that makes its shards by name.
 
     Attributes:
-        workdir: a path that the process has too, or a URL; stage data has begun there. split: train or validation.
+        workdir: a URL, or a path that the process has too; stage data has begun there. split: train or validation.
     """
 
     workdir: str
@@ -141,7 +142,7 @@ class Shards:
         )
 
 
-_open = ExitStack()  # workdirs of this process, until it ends
+_open = ExitStack()  # workdirs that this process has opened, until it ends
 atexit.register(_open.close)
 
 

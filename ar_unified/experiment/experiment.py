@@ -1,7 +1,7 @@
 """A config and a workdir, and the things they name.
 
-Stages are fingerprinted by the parts of the config that decide their result, so that a changed learning rate does not
-make the data again, and a changed codebook is refused instead of mixed in. `changes` has what may change later.
+The fingerprint of a stage is made from the parts of the config that decide its result. So a changed learning rate does
+not make the data again, and a changed codebook is refused instead of mixed in. `changes` says what may change later.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Experiment:
     ) -> Stage:
         """Opens a stage; `keys` of the config and `more` decide its result.
 
-        The workdir's config.json is that of the last start that had something to make.
+        The workdir's config.json is from the last start that had something to make.
 
         Args:
-            together: all processes open it; else the one that does the stage (`start.by_first_process`).
-            training: for a stage of many steps, how far it has come; it may be asked for more.
+            together: all processes open it; else only the process that does the stage (`start.by_first_process`).
+            training: the progress of a stage of many steps, which may get more steps.
             may: which fields may change; default: as `changes` says.
         """
         may = may or changeable()
@@ -102,7 +102,7 @@ class Experiment:
         return stage
 
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
-        """The error, with what to do if the change was not meant, or if the data were changed."""
+        """The error, with advice if the change was not intended, or if the data were changed."""
         section = error.field.partition(".")[0]
         if section in keys and error.old != manifests.ABSENT:  # a key that this version lacks cannot be repeated
             return StageMismatch(
@@ -123,7 +123,7 @@ class Experiment:
         return {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
 
     def _go_on(self, stage: Stage, training: Training | None) -> None:
-        """Writes what changed into the stage's history and prints it. Raises UserError if it cannot go on with it."""
+        """Writes what changed into the stage's history and prints it. Raises UserError if the stage cannot go on."""
         if anew := stage.changed.get("anew"):
             stage.begin_anew()
             field, (old, new) = next(iter(anew.items()))
@@ -154,12 +154,12 @@ class Experiment:
             raise
 
     def skip(self, stage: Stage) -> None:
-        """Says that a stage is done already."""
+        """Prints that a stage is done already."""
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
     def finish(self, stage: Stage, summary: Mapping[str, Any]) -> None:
-        """Marks the stage as done. Its wall time is the sum over all attempts if the stage counts them (goodput.json),
-        else that of the last attempt.
+        """Marks the stage as done. Its wall time is the sum of all attempts if the stage counts them (goodput.json),
+        else the time of the last attempt.
         """
         seconds = round(max(time.perf_counter() - self._opened, goodput.wall(stage.folder / "goodput.json")), 1)
         if runtime.first():
@@ -169,7 +169,7 @@ class Experiment:
     # ---- data -----------------------------------------------------------------------------------------------------
 
     def specs(self, specs: Sequence[Mapping[str, manifests.Json]]) -> list[dict[str, Any]]:
-        """Specs as plain dicts; named datasets live in the workdir unless the spec says where."""
+        """Specs as plain dicts; named datasets are in the workdir unless the spec says where."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
@@ -185,7 +185,7 @@ class Experiment:
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
         """The sources of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
 
-        held_out: a source without items, because its split has too few groups, is left out.
+        held_out: leaves out a source whose split is empty because there are too few groups.
         """
         opened = []
         for i, spec in enumerate(self.specs(specs)):
@@ -234,14 +234,14 @@ class Experiment:
 
     @property
     def extends(self) -> bool:
-        """Whether config.init names a language model of text alone that is to learn images too."""
+        """Whether config.init names a language model of text alone that will learn images."""
         if self.bundle is None or self.bundle.language.get("codebook_size"):
             return False
         return bool(self.config.image_tokenizer.model or self.config.image_tokenizer.steps)
 
     @cached_property
     def brought(self) -> ImageTokenizer | None:
-        """The image tokenizer that is not trained here: that of config.init or config.image_tokenizer.model."""
+        """The image tokenizer of config.init or config.image_tokenizer.model, which is not trained here."""
         if self.bundle is not None and not self.extends:
             return self.bundle.image_tokenizer()
         if folder := self.config.image_tokenizer.model:
@@ -266,7 +266,7 @@ class Experiment:
 
     @cached_property
     def text_only(self) -> bool:
-        """Whether the experiment has no images: there is no image tokenizer, none is trained, and no source needs one.
+        """Whether the experiment has no images: no image tokenizer exists or is trained, and no source needs one.
 
         Raises UserError if a source may have images but there is no tokenizer for them.
         """
@@ -288,9 +288,9 @@ class Experiment:
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
-        """The workdir's image tokenizer, or a stand-in for a model of text alone. Raises UserError: none yet."""
+        """The workdir's image tokenizer, or a stand-in for text alone. Raises UserError: there is none yet."""
         if self.text_only:
-            record = self.workdir.text_tokenizer / LANGUAGE  # of a model whose images are codes alone
+            record = self.workdir.text_tokenizer / LANGUAGE  # the model's images are codes alone
             codes = read_json(record)["codebook_size"] if record.exists() else 0
             return CodesAlone(codes) if codes else NoImages()
         path = self.workdir.image_tokenizer / "config.json"
@@ -300,7 +300,7 @@ class Experiment:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The grammar of both tokenizers, or of the bundle of config.init; for a language model, extended by images."""
+        """The grammar of both tokenizers, or of the bundle in config.init, where necessary extended by images."""
         text, image = self.text_tokenizer, self.image_tokenizer
         if (brought := grammar_in(self.workdir.text_tokenizer, text)) is not None:
             if brought.vocabulary.codebook_size or isinstance(image, NoImages):
@@ -314,14 +314,14 @@ class Experiment:
 
     @cached_property
     def before(self) -> Vocabulary | None:
-        """The grammar of the language model that `grammar` extends; None: it extends none."""
+        """The grammar of the language model that is extended; None: no model is extended."""
         brought = grammar_in(self.workdir.text_tokenizer, self.text_tokenizer)
         extends = brought is not None and self.grammar.vocabulary.codebook_size > brought.vocabulary.codebook_size
         return brought.vocabulary if extends and brought is not None else None
 
     @property
     def new_ids(self) -> tuple[int, ...]:
-        """Ids that the language model before did not have."""
+        """Ids that the language model did not have before."""
         return () if self.before is None else new_ids(self.before, self.grammar.vocabulary)
 
     # ---- model ----------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ class Experiment:
 
     @cached_property
     def decoding_mesh(self) -> jax.sharding.Mesh | None:
-        """This process's own devices, split as `decoding_axes` of the config's mesh says; None for one."""
+        """This process's own devices, split as `decoding_axes` of the config's mesh says; None for a single device."""
         devices = jax.local_devices()
         if len(devices) == 1:
             return None
@@ -363,7 +363,7 @@ class Experiment:
 
     @property
     def params_without_adapter(self) -> Any:
-        """Those of a language model that is extended, with its trained rows and without its adapter."""
+        """The parameters of an extended language model, with its trained rows and without its adapter."""
         mesh = self.decoding_mesh
         return self._read(None if mesh is None else abstract_params(self.model, mesh), adapted=False)
 
@@ -384,21 +384,21 @@ class Experiment:
         return in_base(self.base(), self.model, lora, selection, found, target, rows, adapted)
 
     def base(self) -> Bundle:
-        """What the adapter was trained on. Raises UserError."""
+        """The bundle that the adapter was trained on. Raises UserError."""
         if self.bundle is None:
             raise UserError("config.init: expected the bundle that the adapter was trained on, found none")
         require_base(self.bundle, self.trained().get("init"))
         return self.bundle
 
     def use_adapters(self, folders: Mapping[str, str]) -> None:
-        """Sets the adapters, by name, that requests may be drawn with. Call it before `engine`. Raises UserError."""
+        """Sets the adapters, by name, that requests may use. Call it before `engine`. Raises UserError."""
         self._adapters = read_adapters(folders, self.model)
 
     @cached_property
     def engine(self) -> Engine:
         """The sampler with the weights of the trained model. Raises UserError."""
         sampling, weights_dtype = self.config.sampling, self.config.sampling.weights_dtype or None
-        # Not `params`: no float32 copy stays beside what the sampler reads.
+        # Not `params`, so that no float32 copy stays beside the sampler's parameters.
         restored = self._restored(read_as(self.model, self.decoding_mesh))
         with about("config.sampling"):
             params = settled(self.model, restored, self.decoding_mesh, weights_dtype)
@@ -423,7 +423,7 @@ class Experiment:
         return read_json(path)
 
     def trained(self) -> dict[str, Any]:
-        """All that decided the trained model: the fingerprint of its stage, with later changes."""
+        """Everything that decided the trained model: the fingerprint of its stage, with later changes."""
         fingerprint = self._trained()["fingerprint"]
         told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
         way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
@@ -431,7 +431,7 @@ class Experiment:
 
     @property
     def checkpoint(self) -> int:
-        """Steps taken by the model that samples and evaluations use: the last, or the best on held-out documents."""
+        """The step of the model that samples and evaluations use: the last, or the best on held-out documents."""
         wanted, summary = self.config.sampling.checkpoint, self._trained()["summary"]
         if wanted == "last":
             return summary["steps"]
@@ -445,6 +445,6 @@ class Experiment:
         return summary["best_step"]
 
     def require(self, found: bool, path: Any, verb: str) -> None:
-        """Raises UserError unless `path` was found; `verb` makes it."""
+        """Raises UserError unless `path` was found. `verb` makes it."""
         if not found:
             raise UserError(f"{path} is not there yet; run `ar-unified {verb}` (or `run`) with this workdir first")

@@ -1,4 +1,4 @@
-"""Facts about a trained experiment, for the head of a report and for its adapter."""
+"""Facts about a trained experiment, for the head of a report and for its adapter's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ar_unified.workdir import read_history, read_json
 
 
 def facts(experiment: Experiment) -> dict[str, str]:
-    """Short things worth saying at the head of a report."""
+    """Short facts for the head of a report."""
     step, best = experiment.checkpoint, experiment.config.sampling.checkpoint == "best"
     facts = {"checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}"} | of_model(
         experiment
@@ -41,9 +41,9 @@ def of_model(experiment: Experiment) -> dict[str, str]:
 
 
 def trained_adapter(experiment: Experiment) -> tuple[LoraConfig, Any, Bundle]:
-    """The trained adapter, what else was trained beside it, and what it was trained on.
+    """The adapter's config, the trained values (the adapter and all else), and the bundle that it was trained on.
 
-    Raises UserError where none was trained.
+    Raises UserError if none was trained.
     """
     lora = settings.lora(experiment.config)
     if lora is None:

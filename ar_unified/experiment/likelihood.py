@@ -14,7 +14,7 @@ from ar_unified.training.tasks import TransformerTask
 
 
 def likelihood(experiment: Experiment) -> Objective:
-    """All tokens of the documents that `prepare` left."""
+    """Learns all tokens of the documents that `prepare` left."""
     batches = objective.training_batches(experiment, PackedBatches)
 
     def task(_: Path) -> TransformerTask:
@@ -31,9 +31,9 @@ def likelihood(experiment: Experiment) -> Objective:
 
 
 def held_out_batches(experiment: Experiment, phases: Sequence[Phase]) -> PackedBatches | None:
-    """Batches of data/validation as the documents stand, pairs both ways where one of the training's phases flips them;
-    None, which is said, where no document is held out.
+    """Batches of data/validation with unchanged documents; pairs come in both directions if a phase of the training
+    flips them. None, and a printed line, if no document is held out.
     """
-    both = any(phase.flip_pairs for phase in phases)  # then both ways weigh alike
+    both = any(phase.flip_pairs for phase in phases)  # then both directions have equal weight
     as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
     return objective.held_out_batches(experiment, PackedBatches, as_it_stands)

@@ -30,9 +30,9 @@ class Objective:
     """One value of config.training.objective, for one experiment.
 
     Attributes:
-        facts: what decides the trained model beside the config.
+        facts: what decides the trained model besides the config.
         keys: further sections of the config that decide it.
-        task: makes the task. It is called with the stage's folder once the stage has begun, because it may take long.
+        task: makes the task. It is called with the stage's folder after the stage has begun, because it may take long.
     """
 
     facts: dict[str, Any]
@@ -57,7 +57,7 @@ def training_batches(experiment: Experiment, kind: type[Batches]) -> Batches:
 
 
 def tell(experiment: Experiment, batches: PackedBatches) -> None:
-    """Prints for every source how many rows it has, and how often they come."""
+    """Prints the number of rows of every source, and how often they come."""
     for name, facts in batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
@@ -69,7 +69,7 @@ def tell(experiment: Experiment, batches: PackedBatches) -> None:
 
 
 def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) -> Batches | None:
-    """Batches of data/validation; None, and a line that says so, if no document is held out."""
+    """Batches of data/validation; None, and a printed line, if no document is held out."""
     training, folder = experiment.config.training, experiment.workdir.data / "validation"
     held_out = load_report(folder).sources if folder.exists() else {}
     if not any(source.documents for source in held_out.values()):
@@ -86,7 +86,7 @@ def validation(held_out: PackedBatches | None) -> list[Any]:
 
 
 def facts(experiment: Experiment, own: Mapping[str, Json]) -> dict[str, object]:
-    """What decides the trained model beside the config; `own`: the facts of one objective."""
+    """What decides the trained model besides the config. `own`: the facts of one objective."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
     adapter = {"lora": _adapter(experiment)} if experiment.config.lora.rank else {}
@@ -95,7 +95,7 @@ def facts(experiment: Experiment, own: Mapping[str, Json]) -> dict[str, object]:
 
 
 def _adapter(experiment: Experiment) -> dict[str, Json]:
-    """All that decides the adapter. The place of its file does not. `ranks` and `alphas` are left out if they are
+    """Everything that decides the adapter, without the place of its file. `ranks` and `alphas` are left out if they are
     empty, because earlier versions did not have them."""
     said = {key: value for key, value in configs.plain(experiment.config.lora).items() if key != "init"}
     said = {key: value for key, value in said.items() if value or key not in ("ranks", "alphas")}
@@ -104,7 +104,7 @@ def _adapter(experiment: Experiment) -> dict[str, Json]:
 
 
 def loss_settings(experiment: Experiment) -> dict[str, Any]:
-    """Args of a `TransformerTask` that say what its losses are, whatever is trained."""
+    """Args of a `TransformerTask` for its losses, the same for all that may be trained."""
     config, grammar = experiment.config, experiment.grammar
     return dict(
         config=experiment.model,
@@ -134,7 +134,7 @@ def task_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:
-    """For `training.code_embedding_init`; None: random rows."""
+    """The codes' vectors for `training.code_embedding_init`; None: random rows."""
     how, tokenizer = experiment.config.training.code_embedding_init, experiment.image_tokenizer
     drawn = how == "random" or experiment.bundle is not None
     return None if drawn or isinstance(tokenizer, NoImages) else tokenizer.vectors()

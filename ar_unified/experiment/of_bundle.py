@@ -1,7 +1,6 @@
-"""An experiment with the model of a bundle: nothing was trained, and there is no workdir.
+"""An experiment with the model of a bundle: nothing is trained, and there is no workdir.
 
-Its config (`config.of_bundle`) says on which documents and how it is evaluated. All that a bundle decides is taken from
-the bundle.
+Its config (`config.of_bundle`) says on which documents and how it is evaluated. Everything else comes from the bundle.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ class OfBundle(Experiment):
     """Opens what an evaluation needs.
 
     Args:
-        folder: for what is made.
-        sources: documents to evaluate on, in place of those that the config holds out; (): those.
+        folder: for the results.
+        sources: documents to evaluate on; (): those that the config holds out.
 
     Attributes:
         own: the bundle.
-        warning: what whoever draws images with it should know; "": nothing.
+        warning: what a person who draws images with it should know; "": nothing.
     """
 
     def __init__(self, config: ConfigDict, folder: Path, sources: Sequence[Source] = ()):
@@ -52,7 +51,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """By the names of sets, as of an experiment."""
+        """Held-out sets by name, as in an experiment."""
         return {"validation": self._sources} if self._sources else super().held_out
 
     @cached_property
@@ -86,10 +85,10 @@ class OfBundle(Experiment):
         return bundle | facts.of_model(self) | ({"warning": self.warning} if self.warning else {})
 
     def losses(self) -> dict[str, float]:
-        """What a training with this config would measure of these weights at a validation, by modality, role and task.
+        """The validation losses of these weights in a training with this config, by modality, role and task.
 
-        The held-out documents become tokens in the workdir's data/validation. Raises UserError: there is nothing that
-        can be read, preference pairs, or rows that the mesh does not split.
+        The held-out documents become tokens in the workdir's data/validation. Raises UserError: nothing can be read,
+        the documents are preference pairs, or the mesh cannot split the rows.
         """
         sources, training = self.held_out["validation"], self.config.training
         if not sources:
@@ -114,14 +113,14 @@ class OfBundle(Experiment):
         return held_out_scores(task, self._as_trained(), self.mesh)
 
     def _as_trained(self) -> Params:
-        """The parameters where a training has them. Matrices stay as they were written: they are multiplied in the
-        model's dtype, so that in float32, as a training has them, they would be the same numbers."""
+        """The parameters on the devices where a training has them. Matrices keep their dtype: they are multiplied in
+        the model's dtype, so float32 copies, which a training has, would give the same numbers."""
         shapes = abstract_params(self.model, self.mesh)
         vectors = jax.tree_util.tree_map_with_path(lambda path, x: x.dtype if is_vector(path) else None, shapes)
         return self.own.params(jax.tree.map(lambda x: x.sharding, shapes), vectors)
 
     def _prepare(self, sources: Sequence[Source]) -> None:
-        with about(f"bundle {self.own.folder}"):  # of text alone, where there are images
+        with about(f"bundle {self.own.folder}"):  # such as a bundle of text alone that is given images
             report = preparing.prepare(
                 sources,
                 self.grammar,

@@ -1,7 +1,7 @@
-"""Samples as rows that a policy is trained on: one sample a row, with the ids that each of its tokens was drawn from.
+"""Samples as rows for training a policy: one sample per row, with the ids from which each of its tokens was drawn.
 
-A guided sample has a row for each context. The codes of an image stand in the same columns of all its rows, so the
-hidden states that were mixed to draw a code stand in one column.
+A guided sample has a row for each context. The codes of an image are in the same columns of all its rows, so the hidden
+states that were mixed to draw a code are in one column.
 
 Axes: B samples, T positions, C contexts, n tokens of a sample.
 """
@@ -35,7 +35,7 @@ def rows(
     """A batch of numpy arrays. A sample without tokens, as of a request that failed, is a row of padding.
 
     Args:
-        length: T, at least `room` of each plan. contexts: C, at least those of each plan.
+        length: T, at least `room` of each plan. contexts: C, at least the number of contexts of each plan.
         of_samples: the fields of a PolicyBatch that have one number for each sample.
     """
     B, T, pad = len(served), length, grammar.vocabulary.pad
@@ -61,7 +61,7 @@ def rows(
         if not n:
             continue
         start = begin(plan)
-        behind = start + len(plan.prefixes[0])  # of what every context reads before the first step
+        behind = start + len(plan.prefixes[0])  # length of what every context reads before the first step
         later = sample.tokens[len(plan.given) :]
         for context, prefix in enumerate(plan.prefixes):
             first, last = behind - len(prefix), behind + len(later)

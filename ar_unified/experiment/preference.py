@@ -1,4 +1,5 @@
-"""The objective "preference": pairs of a chosen and a rejected answer, compared with the bundle it begins with."""
+"""The objective "preference": pairs of a chosen and a rejected answer, compared with the bundle that training begins
+with."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ar_unified.training.preference import PreferenceTask
 
 
 def preference(experiment: Experiment) -> Objective:
-    """The pairs that `prepare` left, with the log-probabilities that the model of config.init gives them."""
+    """Learns from the pairs that `prepare` left, with their log-probabilities under the model of config.init."""
     batches = objective.training_batches(experiment, PreferenceBatches)
 
     def task(_: Path) -> PreferenceTask:

@@ -1,4 +1,4 @@
-"""Gathers the problems of a config, so that all of them can be said at once."""
+"""Collects the problems of a config, so that all of them can be reported at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Problems:
     def of(self, section: str, names: Collection[str] = ()) -> Iterator[None]:
         """A context that notes the ValueError, TypeError or OSError of a part of the config.
 
-        names: its keys; a message that begins with one is about that key.
+        names: its keys; a message that begins with a key is about that key.
         """
         try:
             yield
@@ -46,6 +46,6 @@ class Problems:
         return any(line.startswith(f"config.{section}") for line in self.lines for section in sections)
 
     def end(self) -> None:
-        """Raises UserError with all that was noted, if anything was."""
+        """Raises UserError with all noted problems, if there are any."""
         if self.lines:
             raise UserError(several(self.lines))

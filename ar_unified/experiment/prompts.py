@@ -1,8 +1,8 @@
-"""What a training by rewards asks: prompts by number, from the documents of the training sources.
+"""The prompts of a training by rewards, by number, from the documents of the training sources.
 
-Prompt number n is the same whoever asks, so any number of processes draws the same groups. Every epoch of a source has
-each of its documents once. A document that asks nothing, is bad or has no room is left out, counted and named; the next
-document of its source takes its place.
+Prompt number n is the same in every process, so any number of processes draws the same groups. Every epoch of a source
+has each of its documents once. A document that asks nothing, is bad or does not fit is left out, counted and named; the
+next document of its source takes its place.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError
 
-_LOOKED_AT = 1000  # documents in a row, for one that asks something
+_LOOKED_AT = 1000  # documents in a row that are tried to find a prompt
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A document that asks, its images of the size they are coded in, and how its answer is drawn."""
+    """A document that asks, with images in the size in which they are encoded, and how its answer is drawn."""
 
     document: Document
     plan: Plan
@@ -39,9 +39,9 @@ class Prompts:
     Args:
         sources, weights: the documents and their shares.
         drawn: how an answer is drawn; mode "free" means the mode of the document's own answer.
-        plan: `Engine.plan`, which raises RequestError or GrammarError where a request has no room.
-        tokenizer: of images in prompts. fit: what data preparation does to an image.
-        seed: of the order.
+        plan: `Engine.plan`, which raises RequestError or GrammarError if a request does not fit.
+        tokenizer: encodes images in prompts. fit: what data preparation does to an image.
+        seed: for the order.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Prompts:
         self.left_out = LeftOut()
 
     def __call__(self, number: int) -> Asked:
-        """Prompt `number`. Raises UserError where none of many documents asks anything."""
+        """Prompt `number`. Raises UserError if none of many documents asks anything."""
         picks = self._mixture.picks(number, number + 1)
         source, item = self._sources[int(picks.source[0])], int(picks.item[0])
         stream = key(self._seed, "prompts", source.name, int(picks.epoch[0]))
@@ -101,6 +101,6 @@ class Prompts:
 
 
 def _mode(document: Document) -> Any:
-    """What the document's own answer is: images alone, text alone, or both."""
+    """The mode of the document's own answer: images alone, text alone, or both."""
     kinds = {isinstance(part, TextPart) for part in document.answer}
     return {frozenset([False]): "image", frozenset([False, True]): "interleaved"}.get(frozenset(kinds), "text")

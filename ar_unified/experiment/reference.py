@@ -1,11 +1,11 @@
 """The log-probabilities of every preference pair under the model that a training begins with: computed once, and kept
 in the workdir.
 
-reference/KEY/record.json       what it depends on (KEY is its hash), and the sha256 of the other files; written last
-              SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as `data.batch.PreferenceBatch` has them
+reference/KEY/record.json       what the reference depends on (KEY is its hash), and the other files' sha256; written
+              last SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as in `data.batch.PreferenceBatch`
 
 If something in a folder is missing or changed, the folder is made again. In a job of many processes all compute, and
-process 0 writes.
+only process 0 writes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ VERSION = 1
 
 
 def reference(experiment: Experiment, task: PreferenceTask, split: str, batches: PreferenceBatches) -> Sums:
-    """The reference of every pair of data/SPLIT, by source; computed with the weights of config.init if it is not
-    there.
+    """The reference of every pair of data/SPLIT, by source. If it is missing, it is computed with the weights of
+    config.init.
 
-    Raises errors.RunError where the model gives NaN or an infinity.
+    Raises errors.RunError if the model gives NaN or an infinity.
     """
     depends = _depends(experiment, task, experiment.workdir.data / split)
     folder = experiment.workdir.path / "reference" / manifest_hash(depends)[:16]
@@ -63,7 +63,7 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
 
 
 def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Json]:
-    """All that decides the numbers, apart from rounding."""
+    """Everything that decides the numbers, apart from rounding."""
     assert experiment.bundle is not None  # config.init, as `check` requires
     begun = {"base": "int8"} if _rounded(task) else {}
     if (first := first_adapter(experiment.config, experiment.bundle)) is not None:
@@ -78,12 +78,12 @@ def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[s
 
 
 def _rounded(task: PreferenceTask) -> bool:
-    """Whether the weights are in 8 bits: then the training begins with a model that is not exactly the bundle's."""
+    """Whether the weights have 8 bits, so that the training begins with a model that is not exactly the bundle's."""
     return task.lora is not None and task.lora.base_dtype == "int8"
 
 
 def _params(experiment: Experiment, task: PreferenceTask) -> Params:
-    """The model that the training begins with, without its adapter where that is fresh, and changes nothing."""
+    """The model that the training begins with. A new adapter changes nothing, so it is left out."""
     assert experiment.bundle is not None
     mesh, first = experiment.mesh, first_adapter(experiment.config, experiment.bundle)
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
@@ -132,7 +132,7 @@ def _write(folder: Path, depends: Mapping[str, Json], found: Sums) -> None:
 
 
 def _read(folder: Path, depends: Mapping[str, Json], counts: Mapping[str, int]) -> Sums | None:
-    """What `_write` left, whole; None: it is not there, or not as it was left."""
+    """What `_write` wrote; None: it is missing or changed."""
     try:
         record = read_json(folder / "record.json")
         if record != dict(depends) | {"files": record.get("files")} or record["files"].keys() != counts.keys():

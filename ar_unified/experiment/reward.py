@@ -21,7 +21,7 @@ from ar_unified.training.policy import PolicyTask
 
 
 def reward(experiment: Experiment) -> Objective:
-    """Answers that the model draws itself, and what config.reward says of them."""
+    """Learns from answers that the model draws, by the reward in config.reward."""
 
     def task(folder: Path) -> PolicyTask:
         experiment.say(_told(experiment))
@@ -31,7 +31,7 @@ def reward(experiment: Experiment) -> Objective:
 
 
 def _facts(experiment: Experiment) -> dict[str, Json]:
-    """What decides the trained policy beside the config: the prompts, in their order."""
+    """What decides the trained policy besides the config: the prompts, in their order."""
     sampling = experiment.config.sampling
     compared = dict(context=sampling.context, negative_prompt=sampling.negative_prompt)
     guided = compared if experiment.config.reward.guidance != 1 else {}
@@ -39,7 +39,7 @@ def _facts(experiment: Experiment) -> dict[str, Json]:
 
 
 def _task(experiment: Experiment, folder: Path) -> PolicyTask:
-    """The task, whose batches are drawn; answers without a reward are named in a file of `folder`."""
+    """The task, with batches that are drawn. A file in `folder` names answers without a reward."""
     config, sampling = experiment.config, experiment.config.sampling
     tokenizer, grammar = experiment.image_tokenizer, experiment.grammar
     drawing, policy, rewarding = settings.drawing(config), settings.policy(config), settings.rewarding(config)
@@ -89,7 +89,7 @@ def _task(experiment: Experiment, folder: Path) -> PolicyTask:
 
 
 def _told(experiment: Experiment) -> str:
-    """What is drawn and judged, in a line."""
+    """A line that says what is drawn and judged."""
     found = configs.plain(experiment.config.reward)
     prompts = experiment.config.training.batch_size // found["group_size"]
     return (

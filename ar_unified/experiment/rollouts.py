@@ -1,4 +1,4 @@
-"""Training by rewards: the engine draws groups of answers in the training job, a reward says how good each is.
+"""Training by rewards: the engine draws groups of answers in the training job, and a reward says how good each is.
 
 The weights go from the training to the sampler on the devices. Every process draws the groups of its own rows of the
 batch, with its own devices: a prompt and its samples are functions of their number, so the batch of a step is the same
@@ -34,22 +34,22 @@ from ar_unified.sampling.request import Request, Sample, TooLong
 from ar_unified.training.policy import PolicyBatch, PolicyConfig, group_advantages, log_probabilities
 from ar_unified.training.step import Drawing, Params
 
-_PATIENCE = 3  # drawings in a row without a single reward
-_OTHERS = 1 << 40  # from this number on: prompts that stand in for others
+_PATIENCE = 3  # most drawings in a row without any rewards
+_OTHERS = 1 << 40  # prompts from this number on replace others
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawingConfig:
-    """How answers are drawn to learn from. top_k, top_p and the repetition penalty are off: they set probabilities to
-    0, and no ratio of probabilities can raise those again.
+    """How answers are drawn for training. top_k, top_p and the repetition penalty are off, because they set
+    probabilities to 0, and no ratio of probabilities can raise a probability from 0.
 
     Attributes:
-        mode: of `sampling.request.MODES`; "free": as the prompt's own answer is, an image, a text or both.
-        temperature: of texts and images; the policy is the distribution at this temperature.
-        guidance: of images; the policy is the guided distribution. A row more is computed for its context.
-        max_tokens: of an answer; 0: what its images need, or what there is room for.
+        mode: one of `sampling.request.MODES`; "free": the mode of the prompt's own answer: an image, a text or both.
+        temperature: for texts and images; the policy is the distribution at this temperature.
+        guidance: for images; the policy is the guided distribution. Its context needs one more row.
+        max_tokens: of an answer; 0: as many as its images need, or as there is room for.
 
-    Raises ValueError, naming the field.
+    Raises ValueError, which names the field.
     """
 
     mode: str = "free"
@@ -73,7 +73,7 @@ class DrawingConfig:
             )
 
     def request(self, name: str, **more: Any) -> Request:
-        """What every answer is drawn with."""
+        """The request with which every answer is drawn."""
         return dataclasses.replace(
             Request(id=name, parts=()),
             mode=self.mode,  # type: ignore[arg-type]  # `Request.check` says which there are
@@ -90,17 +90,17 @@ class Rollouts(Drawing):
 
     Args:
         prompts: by number.
-        engine: with `logprobs`, on the devices of this process; its parameters are replaced.
+        engine: made with `logprobs`, on the devices of this process; its parameters are replaced.
         tokenizer: of images.
-        reward: how good an answer is. rewarding: what follows when a reward fails.
+        reward: how good an answer is. rewarding: what happens when a reward fails.
         policy: of the groups.
         batch_size: B, samples of a step on `mesh`. length: T, positions of a row.
         contexts: C of the batch.
-        chunk, lora: of `log_probabilities`.
+        chunk, lora: as in `log_probabilities`.
         failed: a file to which every answer without a reward is written; None: none.
         say: takes lines for people.
 
-    Raises ValueError, naming the field, for sizes that do not go together.
+    Raises ValueError, which names the field, for sizes that do not fit together.
     """
 
     def __init__(
@@ -135,7 +135,8 @@ class Rollouts(Drawing):
         )
 
     def __call__(self, step: int, params: Params) -> PolicyBatch[jax.Array]:
-        """Raises RewardFailed: `rewarding` says "stop", or no answer of several drawings had a reward."""
+        """Gives the batch of a step. Raises RewardFailed: `rewarding` says "stop", or no group of several drawings had
+        all its rewards."""
         drawing, at = divmod(step, self.every)
         if self._held[0] != drawing:
             self._held = drawing, self._drawn(drawing, params)
@@ -160,8 +161,8 @@ class Rollouts(Drawing):
             return [dataclasses.replace(batch, old=self._old(params, batch)) for batch in batches]
 
     def _with_signal(self, drawing: int, slots: Sequence[int]) -> list[_Group]:
-        """A group for each slot. A group without a signal is replaced by another prompt's, as often as `redraws`
-        says.
+        """A group for each slot. A group without a signal is replaced by the group of another prompt, as often as
+        `redraws` says.
         """
         groups = dict(zip(slots, self._ask(slots), strict=True))
         for attempt in range(self._policy.redraws):
@@ -186,7 +187,7 @@ class Rollouts(Drawing):
         return [_Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)]
 
     def _judged(self, prompts: Sequence[Document], samples: Sequence[Sample]) -> list[Verdict]:
-        """What the reward says of each sample; for a sample with an error, the error."""
+        """The reward of each sample; for a sample with an error, the error."""
         codes = [part.codes for sample in samples for part in _parts(sample) if isinstance(part, CodesPart)]
         pixels = iter(by_size(self._tokenizer.decode, codes) if codes else ())
         answers = {}
@@ -217,7 +218,7 @@ class Rollouts(Drawing):
         )
 
     def _tell(self, drawing: int, groups: Sequence[_Group]) -> None:
-        """Names every answer without a reward, and stops where the policy says so."""
+        """Names every answer without a reward, and stops if `rewarding` says so."""
         failures = [
             (group.asked.document, sample, verdict.reason)
             for group in groups
@@ -255,7 +256,7 @@ class _Group:
 
     @property
     def scored(self) -> bool:
-        """Whether every answer has a reward; otherwise the mean would not be that of the whole group."""
+        """Whether every answer has a reward. Without one, the mean would not be the mean of the whole group."""
         return not any(isinstance(verdict, Failure) for verdict in self.verdicts)
 
     @property
@@ -272,7 +273,7 @@ def _parts(sample: Sample) -> tuple[Part, ...]:
 
 
 def require_groups(policy: PolicyConfig, batch_size: int, parts: int = 1) -> None:
-    """Raises ValueError unless whole groups make a batch, and each of `parts` equal parts of it."""
+    """Raises ValueError unless a batch, and each of its `parts` equal parts, consists of whole groups."""
     if batch_size % (policy.group_size * parts):
         of = f" for each of {parts} processes" if parts > 1 else ""
         raise ValueError(
@@ -282,7 +283,7 @@ def require_groups(policy: PolicyConfig, batch_size: int, parts: int = 1) -> Non
 
 
 def fitting(engine: Engine, length: int) -> Callable[[Request], Plan]:
-    """`Engine.plan` for rows of `length` positions. Raises RequestError where a sample might not fit into one."""
+    """`Engine.plan` for rows of `length` positions. Raises RequestError if a sample might not fit into a row."""
 
     def plan(request: Request) -> Plan:
         found = engine.plan(request)

@@ -1,6 +1,6 @@
-"""Turns the keys of a config into the dataclasses that packages take, each in one place.
+"""Turns the keys of a config into the dataclasses that packages take; each is made in one place.
 
-The dataclass says whatever is wrong with a value; `check` makes all of them before the first stage.
+The dataclass reports what is wrong with a value; `check` makes all of them before the first stage.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from ar_unified.training.selection import Selection, beside_adapter, select
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderConfig:
-    """The image tokenizer's shape, of `config.image_tokenizer`."""
+    """The image tokenizer's shape, from `config.image_tokenizer`."""
     return configs.pick(AutoencoderConfig, config.image_tokenizer)
 
 
 def adversary(config: ConfigDict) -> AdversaryConfig:
-    """The image tokenizer's discriminator and its weights, of `config.image_tokenizer.adversary`."""
+    """The image tokenizer's discriminator and the weights of its losses, from `config.image_tokenizer.adversary`."""
     return configs.pick(AdversaryConfig, config.image_tokenizer.adversary)
 
 
 def objective(config: ConfigDict) -> ObjectiveConfig:
-    """All losses of the image tokenizer, of `config.image_tokenizer`."""
+    """All losses of the image tokenizer, from `config.image_tokenizer`."""
     return configs.pick(ObjectiveConfig, config.image_tokenizer, adversary=adversary(config))
 
 
@@ -65,7 +65,7 @@ def resize(config: ConfigDict) -> Resize:
 
 
 def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
-    """How images are written. Raises ValueError, naming the key, for settings that do not go together."""
+    """How images are written. Raises ValueError, which names the key, for settings that do not fit together."""
     height, width = image.grid(*config.data.image_size)
     kind, aspect = config.data.layout, config.data.resize == "aspect"
     if LAYOUTS[kind].size is None:
@@ -90,7 +90,7 @@ def fits(ours: ImageLayout, theirs: ImageLayout) -> bool:
 def language(
     config: ConfigDict, image: AutoencoderConfig | None, text_size: int, text_hash: str = "", image_hash: str = ""
 ) -> tuple[Vocabulary, ImageLayout]:
-    """The vocabulary of two tokenizers, and how images are written in it; image None: of text alone.
+    """The vocabulary of two tokenizers, and how images are written in it. image None: text alone.
 
     Raises like `layout`.
     """
@@ -101,12 +101,12 @@ def language(
 
 
 def extension(config: ConfigDict, before: Grammar, image: AutoencoderConfig, image_hash: str = "") -> Grammar:
-    """The grammar of a language model of text alone with the images of this config. Raises like `layout`."""
+    """The grammar of a language model of text alone, extended by the images of this config. Raises like `layout`."""
     return extended(before, layout(config, image), image.codebook_size, image_hash)
 
 
 def filters(config: ConfigDict) -> Filters:
-    """What `prepare` leaves out of the training sources. Raises UserError, naming the key."""
+    """What `prepare` leaves out of the training sources. Raises UserError, which names the key."""
     return configs.pick(Filters, config.data.filters)
 
 
@@ -115,7 +115,7 @@ def short_side(config: ConfigDict) -> int:
     return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
 
 
-OBJECTIVES = ("likelihood", "preference", "reward")  # what the transformer may learn from
+OBJECTIVES = ("likelihood", "preference", "reward")  # the objectives of the transformer
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -146,12 +146,12 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
         preview_every=every,
         checkpoint_every=every,
         keep=1,
-        keep_best=False,  # the last parameters are used, or their average
+        keep_best=False,  # the tokenizer uses the last parameters, or their average
     )
 
 
 def tokenizer_rates(config: ConfigDict) -> tuple[str, ...]:
-    """The rates of the image tokenizer's training; its adversary may have a learning rate of its own."""
+    """The rates of the image tokenizer's training; its adversary may have its own learning rate."""
     settings = config.image_tokenizer
     rate = settings.adversary.learning_rate
     return (f"discriminator={rate / settings.learning_rate!r}",) if rate else ()
@@ -170,24 +170,24 @@ def lora(config: ConfigDict) -> LoraConfig | None:
 
 
 def preference(config: ConfigDict) -> PreferenceConfig:
-    """The settings of `training.objective` "preference". Raises ValueError, naming the key."""
+    """The settings of `training.objective` "preference". Raises ValueError, which names the key."""
     return configs.pick(PreferenceConfig, config.preference)
 
 
 def policy(config: ConfigDict) -> PolicyConfig:
-    """The settings of the objective "reward". Raises ValueError, naming the key, for groups that make no batch."""
+    """The settings of the objective "reward". Raises ValueError, which names the key, if groups do not fill a batch."""
     found = configs.pick(PolicyConfig, config.reward)
     require_groups(found, config.training.batch_size // config.training.accumulation)
     return found
 
 
 def rewarding(config: ConfigDict) -> RewardConfig:
-    """How good an answer is. Raises ValueError, naming the key."""
+    """How good an answer is. Raises ValueError, which names the key."""
     return configs.pick(RewardConfig, config.reward)
 
 
 def drawing(config: ConfigDict) -> DrawingConfig:
-    """How answers are drawn. Raises ValueError, naming the key."""
+    """How answers are drawn. Raises ValueError, which names the key."""
     return configs.pick(DrawingConfig, config.reward)
 
 
@@ -197,7 +197,7 @@ def selected(
     """The parameters that `training.only` or `training.fresh` names; an adapter is trained besides those of `only`.
 
     Args:
-        vocabulary: None: there is none yet, and any kind of ids may be named. new: as for `select`.
+        vocabulary: None if there is none yet; then any kind of ids may be named. new: as for `select`.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
@@ -224,18 +224,17 @@ def _axes_of(adapter: LoraConfig) -> Params:
 
 
 def state_of(settings: ConfigDict) -> dict[str, list[str]]:
-    """The parameters that have optimizer state, if phases make them differ from `training.only`; {}: they do not
-    differ.
+    """The parameters that have optimizer state, if phases make them differ from `training.only`; else {}.
 
-    A training cannot go on with other parameters, because it has no moments for them.
+    A training cannot go on with other parameters, because it has no optimizer moments for them.
     """
     places = trained_in(settings.only, moving(settings))
     return {} if places == tuple(settings.only) else {"trains": list(places) or ["everything"]}
 
 
 def rates(config: ConfigDict) -> Rates:
-    """How fast each parameter moves in each phase, by `training.rates` and the `only` of phases; for use before there
-    is a vocabulary.
+    """How fast each parameter moves in each phase, by `training.rates` and the `only` of phases. It needs no
+    vocabulary.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
@@ -249,7 +248,7 @@ def rates(config: ConfigDict) -> Rates:
     return make_rates(part.rates, found, axes, shapes, _ANY, selection, _SOME)
 
 
-_ANY, _SOME = Vocabulary(1, 1, 1), (0,)  # a vocabulary that has every kind of ids, new ones too
+_ANY, _SOME = Vocabulary(1, 1, 1), (0,)  # a vocabulary with every kind of ids, also new ones
 
 
 def _shapes(config: ConfigDict, vocabulary: Vocabulary) -> Params:
@@ -257,10 +256,10 @@ def _shapes(config: ConfigDict, vocabulary: Vocabulary) -> Params:
 
 
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
-    """The settings at the beginning of the training, then those of each of `training.phases`, with the step from which
-    they hold.
+    """The settings at the beginning of the training and in each of `training.phases`, with the step from which they
+    hold.
 
-    Raises UserError, naming the phase, for one that is not between the first and the last step, or that changes an
+    Raises UserError, which names the phase, if it does not begin between the first and the last step, or changes an
     unknown setting.
     """
     found = [Phase(0, mixture, settings.flip_pairs, settings.condition_dropout)]
@@ -286,9 +285,9 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
 
 
 def shapes(settings: ConfigDict) -> dict[str, tuple[int, int]]:
-    """(batch_size, sequence_length) of the batches of a training, each once, by the place in the config that says it.
+    """The different (batch_size, sequence_length) of a training's batches, by their place in the config.
 
-    To be called after `phases`, which has checked the settings.
+    Call it after `phases`, which checks the settings.
     """
     found: dict[tuple[int, int], str] = {}
     for i, phase in enumerate(phases(settings, {})):
@@ -307,8 +306,8 @@ def _first_step(settings: ConfigDict, begin: float) -> int:
 
 
 def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """(step, places) of each phase: what alone moves from that step on, by `training.only` and the `only` of phases.
-    (): no phase changes it.
+    """(step, places) of each phase: from this step on, only these places move, by `training.only` and the `only` of
+    phases. (): no phase changes it.
 
     The settings must have passed `phases`.
     """
@@ -320,11 +319,11 @@ def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------------
-CHECKPOINTS = ("last", "best")  # which samples and the evaluation are of
+CHECKPOINTS = ("last", "best")  # the steps that samples and evaluation may use
 
 
 def token_filter(config: ConfigDict, modality: str) -> Filter:
-    """How ids of a modality, "text" or "image", are drawn, of `config.sampling`."""
+    """How ids of a modality, "text" or "image", are drawn, from `config.sampling`."""
     return configs.pick(Filter, config.sampling[modality])
 
 

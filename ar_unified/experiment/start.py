@@ -1,4 +1,5 @@
-"""How a verb begins: its experiment, checked, with the other processes of its job; and who does a stage."""
+"""How a verb begins: it opens and checks its experiment, with the other processes of its job. Also, which process does
+a stage."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ from ar_unified.workdir import Workdir, write_json
 def open_experiment(
     arguments: argparse.Namespace, overrides: Sequence[str], stages: Collection[str] = STAGES
 ) -> Experiment:
-    """The experiment of a command line, with the other processes of its job, checked for what is to be done.
+    """Opens the experiment of a command line, with the other processes of its job, and checks it for the work to do.
 
-    stages: those of STAGES that follow, or "requests", "images" or "export" for work without sources.
+    stages: the STAGES that will run, or "requests", "images" or "export" for work without sources.
     """
-    if arguments.config is None:  # of the verbs that can do without
+    if arguments.config is None:  # for verbs that do not need it
         config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
     else:
         config = configs.load(arguments.config, overrides)
@@ -62,7 +63,7 @@ def open_experiment(
 
 
 def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
-    """Makes a stage (of an experiment) run on process 0 alone; the others wait, and then read what it left."""
+    """Makes a stage (of an experiment) run only on process 0; the others wait, and then read what it left."""
 
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any, **options: object) -> None:

@@ -1,4 +1,5 @@
-"""The stage text_tokenizer: trained on the experiment's sources, or brought from elsewhere, and looked at."""
+"""The stage text_tokenizer: trains a tokenizer on the experiment's sources, or takes one from elsewhere, and reports on
+it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process
 from ar_unified.workdir import write_json
 
-_MEASURED = 1_000_000  # bytes of a source that the report looks at, an even part of it
+_MEASURED = 1_000_000  # bytes of a source that the report reads, an even part of it
 
 
 @by_first_process
@@ -72,9 +73,9 @@ def train_text(experiment: Experiment) -> None:
 def _train(
     experiment: Experiment, left_out: LeftOut, reserved: dict[str, int]
 ) -> tuple[TextTokenizer, dict[str, float]]:
-    """A tokenizer of the training sources, and how often each of them was read.
+    """A tokenizer trained on the training sources, and how often each source was read.
 
-    reserved: counts, for each of these characters, the texts that have it.
+    reserved: for each of these characters, counts the texts that have it.
     """
     settings, sources = experiment.config.text_tokenizer, experiment.train
     times = passes(sources, temperature=settings.temperature, max_bytes=settings.max_bytes)
@@ -104,14 +105,14 @@ def _counted(texts: Iterable[str], reserved: dict[str, int]) -> Iterator[str]:
 
 
 def load(settings: Mapping[str, Any]) -> Codec:
-    """The model that a config brings. Raises UserError if it is missing, or if it loses text and text_tokenizer.lossy
-    does not allow that."""
+    """The tokenizer that a config names. Raises UserError if it is missing, or if it loses text and
+    text_tokenizer.lossy does not allow that."""
     with about("config.text_tokenizer.model"):
         return load_codec(settings["model"], lossy=settings["lossy"])
 
 
 def measure(tokenizer: Codec, sources: Sequence[tuple[str, Source]]) -> dict[str, Fertility]:
-    """Fertility and round trip by source, and by language ("name/nld") where items say their language; bad items are
+    """Fertility and round trip by source, and by language ("name/nld") if items state their language; bad items are
     left out.
     """
     rows: dict[str, Fertility] = {}
@@ -127,7 +128,7 @@ def measure(tokenizer: Codec, sources: Sequence[tuple[str, Source]]) -> dict[str
 
 
 def told(losses: Iterable[Any]) -> list[str]:
-    """How a text tokenizer loses text, a line each."""
+    """Lines that say how a text tokenizer loses text."""
     return [f"this text model loses text: {loss}" for loss in losses]
 
 

@@ -1,8 +1,8 @@
-"""The part of `evaluate` that needs no model: what an experiment's image tokenizer is worth.
+"""The part of `evaluate` that needs no model: how good an experiment's image tokenizer is.
 
 Scores the images of every held-out set, or those of a folder, and leaves
   evaluation.json   {"tokenizer": {set: numbers}} (ar_unified.evaluation.tokenizer)
-  <set>.png         original | reconstruction | difference of a few images, a row each
+  <set>.png         original | reconstruction | difference; a row for each of a few images
   report.html       the same and the tokenizer's curves on one self-contained page
 """
 
@@ -34,7 +34,7 @@ from ar_unified.workdir import read_json, write_bytes, write_json
 
 @by_first_process
 def evaluate_held_out(experiment: Experiment) -> None:
-    """Stage tokenizer_evaluation; nothing where there is text alone."""
+    """Stage tokenizer_evaluation; does nothing for text alone."""
     if experiment.text_only:
         return experiment.say("==== tokenizer_evaluation: there is no image tokenizer to score")
     config, sets = experiment.config, {name: sources for name, sources in experiment.held_out.items() if sources}
@@ -60,10 +60,10 @@ def evaluate_held_out(experiment: Experiment) -> None:
 
 @by_first_process
 def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None, links: bool = False) -> None:
-    """Scores the image files of a folder in place of the held-out sets. The result has a folder of its own, and is made
-    anew each time.
+    """Scores the image files of a folder in place of the held-out sets. The result has its own folder, and is made
+    again each time.
 
-    crop: side of the square crops in pixels; None: config.data.image_size. links: as of a source.
+    crop: side of the square crops in pixels; None: config.data.image_size. links: as for a source.
     """
     with about("--images"):
         source = open_source(dict(kind="images", path=images, links=links))
@@ -87,7 +87,8 @@ def results_of(experiment: Experiment) -> tuple[dict[str, Json], dict[str, np.nd
 def score(
     experiment: Experiment, sets: Mapping[str, Sequence[Source]], size: Sequence[int], folder: Path
 ) -> dict[str, Any]:
-    """Numbers by set of images of a height and a width in pixels; leaves the files. Raises UserError."""
+    """Scores images of a height and a width in pixels; returns the numbers by set, and writes the files. Raises
+    UserError."""
     config, (height, width) = experiment.config, size
     tokenizer = _tokenizer(experiment)
     networks = _networks(config)
@@ -154,7 +155,7 @@ def _networks(config: Mapping[str, Json]) -> dict[str, Any]:
 
 
 def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:
-    """Trained on the ids of the experiment's training images; None where the config asks for none."""
+    """A probe trained on the ids of the experiment's training images; None if the config asks for none."""
     config, tokenizer = experiment.config, _tokenizer(experiment)
     steps = config.evaluation.tokenizer_probe_steps
     if not steps:

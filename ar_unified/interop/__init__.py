@@ -9,10 +9,11 @@ importing          files -> bundle
 exporting          bundle -> files
 images             an image tokenizer in published files
 peft               LoRA adapters, both directions
-image_tokenizer    one alone, into the folder that this project keeps one in, and back
+image_tokenizer    an image tokenizer alone, into this project's folder for one, and back
 """
 
-# What `ar-unified import --as` takes; `systems` has how each is opened, `images` where settings of the others stand.
+# What `ar-unified import --as` takes. `systems` says how each system is opened, `images` where the settings of image
+# tokenizers are.
 SYSTEMS = (
     "chameleon",
     "anole",
@@ -30,10 +31,10 @@ SYSTEMS = (
     "gemma",
 )
 IMAGE_SYSTEMS = ("chameleon_vq", "ibq", "llamagen_vq", "janus_vq", "emu3_vq", "showo_vq", "lwm_vq", "movqgan")
-# What `ar-unified export --to` takes: of a model, and of an image tokenizer alone the names of its weights.
+# What `ar-unified export --to` takes: forms of a model, and for an image tokenizer alone the names of its weights.
 FORMS = ("hf", "meta", "lwm")
-ADAPTER = "peft"  # of a training of LoRA: the adapter alone
-BESIDE = "base"  # and what it stands beside, where a language model was extended
+ADAPTER = "peft"  # after a training of LoRA: only the adapter
+BESIDE = "base"  # the model that the adapter belongs to, if a language model was extended
 DIALECTS = (
     "taming", "chameleon_hf", "janus_hf", "llamagen", "janus", "showo", "lwm", "movqgan", "emu3", "emu3_hf",
 )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Chameleon and what grew from it: Anole, Lumina-mGPT 1 and 2.0.
+"""Chameleon and models made from it: Anole, Lumina-mGPT 1 and 2.0.
 
-One table of ids, by the names of its tokens: image codes are IMGIMG, the code's decimal digits as letters (A for 0)
-and Z; the other tokens are <racm3:break> before an image, <eoss> after it, and <reserved08706> after a turn. Lumina
-adds an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units. Lumina-mGPT 2.0
-has Qwen's text tokenizer with the same names behind its own, and MoVQGAN's images.
+The names of tokens say what each id means. An image code is IMGIMG, then the code's decimal digits as letters (A for
+0), then Z. The other tokens are <racm3:break> before an image, <eoss> after it, and <reserved08706> after a turn.
+Lumina adds an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units.
+Lumina-mGPT 2.0 has Qwen's text tokenizer, with these names after Qwen's own, and MoVQGAN's images.
 
 Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT and Lumina-mGPT-2.0.
 """
@@ -43,12 +43,12 @@ CHAMELEON = Family(
 )
 _CODE = re.compile(r"IMGIMG([A-J]+)Z")
 _LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")
-_FIRST_SIZE = 8800  # of the reserved names: 0 units
+_FIRST_SIZE = 8800  # the number of the reserved name that stands for 0 units
 _MARKS = {"boi": "<racm3:break>", "eoi": "<eoss>", "eot": "<reserved08706>"}
 _LUMINA = _MARKS | {"eol": "<reserved08799>"}
-SIDE = 32  # codes along Chameleon's images, 512 pixels
-_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # codes: 2048 pixels of 16 a code, 1536 of 8
-_FIRST_CODE = 155000  # of Lumina-mGPT 2.0, where its text tokenizer has no names for codes
+SIDE = 32  # codes along a side of Chameleon's images, 512 pixels
+_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # codes: 2048 pixels at 16 per code, 1536 at 8
+_FIRST_CODE = 155000  # for Lumina-mGPT 2.0, if its text tokenizer has no names for codes
 _VQ = "model.vqmodel."
 _LENGTH = 4096
 # As published: chameleon.py of Chameleon (text 3.0 and image 1.2 over nothing), Anole's interleaved_generation.py;
@@ -88,11 +88,11 @@ _UNTRAINED = (
     "This model was not trained to draw: of its head's rows for image codes, {}, so images are noise. Anole's "
     "recipe trains these rows: experiments/published/fine_tune.py:recipe=anole."
 )
-_SIDE_2 = 768  # of a square of the area of Lumina-mGPT 2.0's images, in pixels
+_SIDE_2 = 768  # side of a square with the area of Lumina-mGPT 2.0's images, in pixels
 
 
 def codes_of(names: Mapping[str, int], where: str) -> range:
-    """Published ids of the image codes, by their names. Raises UserError: there are none, one is missing, or the ids
+    """Published ids of the image codes, from their names. Raises UserError: there are none, one is missing, or the ids
     are not consecutive.
     """
     found = {int(match[1].translate(_LETTERS)): id for name, id in names.items() if (match := _CODE.fullmatch(name))}
@@ -112,13 +112,13 @@ def language_of(
     """The ids of one of these systems.
 
     Args:
-        names: published id of every token. text: those that text is spelled with. size: V.
+        names: published id of every token. text: ids that spell text. size: V.
         system: chameleon, lumina_mgpt or lumina_mgpt_2.
         largest: height and width of an image in codes; None: as published.
-        told: keys of a tokenizer_config.json: what Qwen's tokenizer begins and ends a text with.
-        count: image codes, of a Lumina-mGPT 2.0 whose names do not say them.
+        told: keys of a tokenizer_config.json: the tokens with which Qwen's tokenizer begins and ends a text.
+        count: number of image codes, for a Lumina-mGPT 2.0 without names for them.
 
-    Raises UserError for names that are missing or stand for other ids than they should.
+    Raises UserError for names that are missing or stand for wrong ids.
     """
     if system == "lumina_mgpt_2" and count and not any(map(_CODE.fullmatch, names)):
         codes = range(_FIRST_CODE, _FIRST_CODE + count)
@@ -140,13 +140,13 @@ def language_of(
 
 
 def _ends(names: Mapping[str, int], told: Mapping[str, Json], where: str) -> dict[str, str]:
-    """The tokens that begin, end and pad, of Chameleon's own text tokenizer or of Qwen's."""
+    """The tokens for beginning, end and padding, from Chameleon's own text tokenizer or from Qwen's."""
     if "<s>" in names:
         return {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
     if "<|endoftext|>" not in names:
         raise UserError(f"{where}: expected a token '<s>' or '<|endoftext|>', found neither")
-    # Qwen has no token for the beginning: a text begins with the token that ends it. Ours then takes the other of the
-    # two as its end; nothing here writes that one.
+    # Qwen has no token for the beginning: a text begins with its end token. We then take the other of the two tokens as
+    # the end; nothing here writes that token.
     both, found = ("<|endoftext|>", "<|im_end|>"), told.get("bos_token") or told.get("eos_token") or "<|endoftext|>"
     begin = found["content"] if isinstance(found, dict) and "content" in found else found
     if begin not in both:
@@ -168,7 +168,7 @@ def open_anole(files: Files) -> Published:
 
 
 def open_chameleon(files: Files) -> Published:
-    """Chameleon, as transformers has it, or Meta."""
+    """Chameleon, in transformers' form or in Meta's."""
     folder = files.folder
     if (folder / "params.json").exists():
         return _open_meta(files)
@@ -214,8 +214,8 @@ def _open_meta(files: Files) -> Published:
 
 
 def open_lumina(files: Files) -> Published:
-    """Lumina-mGPT: a transformer alone. Text tokenizer and VQGAN of 1 are Chameleon's (`--text`, `--image`); 2.0 has
-    Qwen's text tokenizer, by which it is known, and is given movqgan_270M (`--image`)."""
+    """Lumina-mGPT: only a transformer. Version 1 uses Chameleon's text tokenizer and VQGAN (`--text`, `--image`).
+    Version 2.0 is recognised by Qwen's text tokenizer, and needs movqgan_270M (`--image`)."""
     config = _model(files.config, str(files.folder))
     second = "<s>" not in files.names
     images = _movqgan_of(files) if second else vqgan_of(files, files.config)
@@ -243,7 +243,7 @@ def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = N
     """The image tokenizer of a file of its own, else the one inside the model's file, which has no decoder.
 
     Args:
-        source: of the model's tensors, where an image tokenizer may be among them.
+        source: the model's tensors, which may include an image tokenizer.
     """
     inner = None
     if source is not None and any(name.startswith(_VQ) for name in source.names()):
@@ -263,7 +263,7 @@ def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = N
 
 
 def _require_same_codes(inner: Images, images: Images, where: str) -> None:
-    """Raises UserError unless this tokenizer, which has a decoder, has the same encoder as the model's file, to that
+    """Raises UserError unless this tokenizer (with a decoder) has the same encoder as the model's file, within the
     file's precision.
     """
     kind = np.dtype(DTYPES[inner.dtypes[""]])

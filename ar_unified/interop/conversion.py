@@ -1,7 +1,7 @@
 """Pickled checkpoints (.pth, .pt, .ckpt, LWM's VQGAN) -> .safetensors files that replace them.
 
-A torch file is a zip of a pickle, which describes the tensors, and of their plain numbers. The numbers are read from
-their places, tensor by tensor. `pickles` follows the pickle, and runs nothing.
+A torch file is a zip with a pickle, which describes the tensors, and with their plain numbers. The numbers are read
+tensor by tensor. `pickles` follows the pickle, and runs nothing.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ar_unified.tensors import Kind, TensorWriter, read_bytes
 from ar_unified.workdir import write_json
 
 _BESIDE = (".json", ".yaml", ".yml", ".txt", ".model", ".tiktoken", ".chk")
-_LARGEST = 1 << 28  # bytes of a torch file's pickle, and of a file that is copied
-_MOST = 1 << 20  # parts of what is in a pickle
-_OLD_TORCH = 0x1950A86A20F9469CFC6C  # with which files before torch 1.6 begin
+_LARGEST = 1 << 28  # most bytes of a torch file's pickle, and of a file that is copied
+_MOST = 1 << 20  # most parts of the value in a pickle
+_OLD_TORCH = 0x1950A86A20F9469CFC6C  # files before torch 1.6 begin with it
 _WRAPPERS = ("state_dict", "model", "module", "params")
 
 
 class Pickled(NamedTuple):
-    """What a pickled file has.
+    """The content of a pickled file.
 
     Attributes:
-        tensors: by name, parts joined as the file's maker has them: "." of torch, "/" of flax.
-        other: the rest by name where it is plain, as settings. left_out: names of the rest.
+        tensors: by name. The parts of a name are joined by "." for torch, by "/" for flax.
+        other: plain values by name, such as settings. left_out: names of all other values.
     """
 
     path: Path
@@ -70,10 +70,10 @@ class Pickled(NamedTuple):
 
 
 def open_pickled(path: str | Path) -> Pickled:
-    """What a file has; no number of a torch file is read yet.
+    """The content of a file; the numbers of a torch file are not read yet.
 
-    Raises UserError, naming the file: it names something that tensors do not need, is damaged, or is of a kind that is
-        not read.
+    Raises UserError, which names the file: it names something that tensors do not need, is damaged, or has an unknown
+        format.
     """
     path = Path(path)
     try:
@@ -104,7 +104,7 @@ def open_pickled(path: str | Path) -> Pickled:
 
 
 class _Bounded:
-    """A file that is never read beyond its end, whatever lengths its content claims."""
+    """A file that is never read beyond its end, even if its content claims larger lengths."""
 
     def __init__(self, file: IO[bytes], size: int):
         self._file, self._size = file, size
@@ -159,7 +159,8 @@ def _torch(path: Path) -> Any:
 
 
 def _begins(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
-    """Where the bytes of each file of a zip begin. Raises ValueError where one leads out, overlaps or is packed."""
+    """Where the bytes of each file in a zip begin. Raises ValueError if a file leads out, overlaps another or is
+    compressed."""
     begins: dict[str, int] = {}
     ends = 0
     with open(path, "rb") as file:
@@ -249,7 +250,7 @@ def convert(path: str | Path, output: str | Path, say: Callable[[str], None]) ->
     Args:
         path: a file, or a folder; in a folder, settings and tokenizers beside the pickled files are copied, too.
 
-    Raises UserError where there is none, one is refused, or `output` is there; OSError.
+    Raises UserError if there is no such file, one is refused, or `output` exists; OSError.
     """
     path = Path(path)
     if path.is_file():
@@ -266,7 +267,7 @@ def convert(path: str | Path, output: str | Path, say: Callable[[str], None]) ->
                 say(f"left out: {each.name}")
         if not names:
             raise UserError(f"{path}: expected files that end in {', '.join(PICKLED)}; found none")
-    opened = {name: open_pickled(root / name) for name in names}  # all of them, before the first is written
+    opened = {name: open_pickled(root / name) for name in names}  # all files are opened before the first is written
     try:
         with whole_folder(output) as here:
             for name in beside:

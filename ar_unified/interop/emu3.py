@@ -1,10 +1,10 @@
-"""Emu3 (Stage1, Gen, Chat), under the names of its own repository and of transformers' port.
+"""Emu3 (Stage1, Gen, Chat), with the names of its own repository or of transformers' port.
 
-A table of Qwen's text, then 208 special tokens and the codes. Sizes are decimal digits of the text; <|extra_200|> ends
-a row, <|extra_201|> the image, <|extra_203|> and <|extra_204|> begin and end a document.
+The table has Qwen's text, then 208 special tokens and the codes. Sizes are written in decimal digits as text.
+<|extra_200|> ends a row, <|extra_201|> the image; <|extra_203|> and <|extra_204|> begin and end a document.
 
-Chat is asked in turns. Gen, like Stage1, is asked with the bare text of a prompt and words of praise after it. Their
-tensors and tables are alike, and two keys of config.json tell them apart; without those keys, --as says which it is.
+Chat takes turns. Gen and Stage1 take the plain text of a prompt with words of quality after it. Their tensors and
+tables have the same form, and two keys of config.json tell them apart; without those keys, --as says which it is.
 
 Sources: baaivision/Emu3, tokenization_emu3.py, processing_emu3.py and image_generation.py; transformers' Emu3.
 """
@@ -44,19 +44,19 @@ MARKS = {
 _EXTRAS = 205
 _CODE = re.compile(r"<\|visual token (\d+)\|>")
 _VQ = ("vqmodel.", "model.vqmodel.")
-# Beginnings of the port's names, in files and in memory, of the original's.
+# How the port's names begin, in files and in memory, for each beginning of the original's names.
 _PORTS: tuple[dict[str, str], ...] = (
     {},
     {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."},
     {"model.": "model.text_model."},
 )
-# What config.json says of each, and the layout of what it was trained with.
+# The keys of config.json that show each, and the layout that it was trained with.
 _TOLD = {
     "image_area": {518400: "gen", 262144: "chat"},
     "max_position_embeddings": {9216: "gen", 131072: "chat"},
 }
 _LAYOUTS = {"chat": "emu3", "gen": "emu3_gen"}
-_SIDE = 720  # of a square of the area that Emu3-Gen was trained on
+_SIDE = 720  # side of a square with the area that Emu3-Gen was trained on
 # For images as published (image_generation.py).
 _SAMPLING = {
     "max_length": 10240,
@@ -95,11 +95,11 @@ def language_of(
     """Emu3's ids.
 
     Args:
-        names: published id of every special token. text: those that text is spelled with. size: V.
+        names: published id of every special token. text: ids that spell text. size: V.
         largest: height and width of an image in codes.
-        kind: of the layout. controls: the names of its control tokens.
+        kind: the layout's kind. controls: the names of its control tokens.
 
-    Raises UserError for names that are missing or stand for other ids than they should.
+    Raises UserError for names that are missing or stand for wrong ids.
     """
     codes = codes_of({int(match[1]): id for name, id in names.items() if (match := _CODE.fullmatch(name))}, where)
     marks = {control: named(names, name, where) for control, name in controls.items()}
@@ -107,7 +107,7 @@ def language_of(
 
 
 def kind_of(config: Mapping[str, Json], text_config: Mapping[str, Json], where: str) -> str:
-    """gen or chat, as a config.json says. Raises UserError where it says neither, or both."""
+    """gen or chat, as a config.json says. Raises UserError if it says neither or both."""
     said = {key: value for key in _TOLD if (value := {**text_config, **config}.get(key)) is not None}
     found = {_TOLD[key].get(value, "") if type(value) is int else "" for key, value in said.items()}
     if len(found) != 1 or not all(found):
@@ -132,8 +132,8 @@ def open_gen(files: Files) -> Published:
 
 
 def open_emu3(files: Files, kind: str = "") -> Published:
-    """Emu3 as BAAI publishes it, or in transformers' form; kind: gen or chat, "": as config.json says. Raises
-    UserError, naming the file.
+    """Emu3 as BAAI publishes it, or in transformers' form. kind: gen or chat; "": as config.json says. Raises
+    UserError, which names the file.
     """
     where = str(files.folder)
     config = files.config.get("text_config", files.config)

@@ -1,10 +1,10 @@
 """Emu3.5: the table of Emu3 with more codes and other controls, Qwen3's transformer, IBQ's images.
 
-Sizes are decimal digits of the text; <|extra_200|> stands between rows but not after the last, and there is no
-<|extra_201|>. An answer stands between <|extra_100|> and <|extra_101|>.
+Sizes are written in decimal digits as text. <|extra_200|> is between rows, not after the last, and there is no
+<|extra_201|>. An answer is between <|extra_100|> and <|extra_101|>.
 
 Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Its own
-class leaves out the QK-norm under attn_implementation="sdpa"; the weights are meant with it.
+class leaves out the QK-norm under attn_implementation="sdpa", but the weights need it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _MARKS = {
     "bog": "<|extra_60|>",
     "eog": "<|extra_61|>",
 }
-_SIDE = 1024  # of a square of the area of its configs for one image
-_LENGTH = 10240  # two images of that area, and their words
-# As published for one image of a text; guidance 5 is Emu3.5-Image's, 2 Emu3.5's.
+_SIDE = 1024  # side of a square with the area of one image in its configs
+_LENGTH = 10240  # two images of this area, and their text
+# As published for drawing one image from a text; guidance is 5 for Emu3.5-Image, 2 for Emu3.5.
 _SAMPLING = {
     "max_length": _LENGTH,
     "kv_dtype": "",
@@ -56,7 +56,7 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
 
 
 def open_emu3_5(files: Files) -> Published:
-    """Emu3.5, whose transformer is a Qwen3. Raises UserError, naming the file."""
+    """Emu3.5; its transformer is a Qwen3. Raises UserError, which names the file."""
     where = str(files.folder)
     if not any(name.endswith("self_attn.q_norm.weight") for name in files.source.names()):
         raise UserError(f"{where}: expected a tensor model.layers.0.self_attn.q_norm.weight, found none: is it Emu3?")

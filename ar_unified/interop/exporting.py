@@ -1,5 +1,5 @@
-"""A bundle -> the published form that it was imported from, or for a model of our own a form that others read; tensor
-by tensor.
+"""Writes a bundle in the published form that it was imported from, or a model of our own in a form that others read;
+tensor by tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARD_BYTES = 5 << 30
 
 
 class _Exported(NamedTuple):
-    """The parameters to write: dtypes by leaf, and `read` of `Bundle.reading`."""
+    """The parameters to write: dtypes by leaf, and `read` from `Bundle.reader`."""
 
     bundle: Bundle
     keys: Keys
@@ -56,10 +56,10 @@ def export_published(
 
     Args:
         form: "hf", "meta" or "lwm"; for an imported model, the form that it came in.
-        license: for the card, which our own have.
+        license: for the card of a model of our own.
 
-    Raises UserError: `folder` exists, the bundle does not come from that form, or something that was trained has no
-        place in it.
+    Raises UserError: `folder` exists, the bundle was imported from another form, or the form has no place for something
+        that was trained.
     """
     record = bundle.published
     keys = _keys(bundle, form, record)
@@ -101,7 +101,7 @@ def _keys(bundle: Bundle, form: str, record: Mapping[str, Any] | None) -> Keys:
 
 
 def _images(bundle: Bundle, record: Mapping[str, Json]) -> Mapping[str, np.ndarray]:
-    """Tensors of an image tokenizer that came in the model's own file."""
+    """Tensors of an image tokenizer that was in the model's own file."""
     prefix, tokenizer = record.get("image_prefix"), bundle.image_tokenizer()
     if not prefix or tokenizer is None:
         return {}
@@ -128,7 +128,7 @@ def _plain(bundle: Bundle, name: str) -> str:
 
 
 def _write_tensors(exported: _Exported, folder: Path, images: Mapping[str, np.ndarray], shard_bytes: int) -> None:
-    """The transformer's, and those of `images` behind them."""
+    """Writes the transformer's tensors, and the tensors of `images` after them."""
     kinds = {name: Kind(array.shape, str(array.dtype)) for name, array in images.items()}
     kinds |= {name: kind for _, name, kind in exported.kinds()}
     with TensorWriter(folder, kinds, shard_bytes, alone=True, metadata={"format": "pt"}) as writer:
@@ -139,7 +139,7 @@ def _write_tensors(exported: _Exported, folder: Path, images: Mapping[str, np.nd
 
 
 def _write_meta(exported: _Exported, folder: Path, record: Mapping[str, Any]) -> None:
-    """models/7b or models/30b with its parts, not fused, and tokenizer/text_tokenizer.json."""
+    """Writes models/7b or models/30b in its files, without fused matrices, and tokenizer/text_tokenizer.json."""
     parts, bundle = record["parts"], exported.bundle
     models = folder / "models" / ("7b" if parts == 1 else "30b")
     models.mkdir(parents=True)
@@ -163,7 +163,7 @@ def _write_meta(exported: _Exported, folder: Path, record: Mapping[str, Any]) ->
 
 
 def _write_lwm(exported: _Exported, folder: Path, record: Mapping[str, Any]) -> None:
-    """LWM's `params`, with the layers in one array or apart, as the import found them."""
+    """Writes LWM's `params`, with the layers stacked or separate, as the import found them."""
     kinds, places = dict[str, Kind](), dict[str, tuple[str, int | None]]()
     for slot, name, kind in exported.kinds():
         scanned = record["scanned"] and slot.layer is not None

@@ -1,4 +1,4 @@
-"""A published language model that has learned images here, in its published form: the new ids' rows follow its own.
+"""A published language model that has learned images here, in its published form: rows of new ids follow its own rows.
 
 Existing ids keep their numbers. The tokenizer's file gets a name for each further id, so that transformers reads and
 writes them as tokens.
@@ -19,7 +19,7 @@ from ar_unified.interop.own import token_name
 from ar_unified.manifests import Json
 from ar_unified.workdir import write_json
 
-KEY = "extended"  # in published.json: ids of the published table before
+KEY = "extended"  # in published.json: number of ids in the published table before
 
 
 def names_of(bundle: Bundle, first: int) -> dict[int, str]:
@@ -31,14 +31,14 @@ def names_of(bundle: Bundle, first: int) -> dict[int, str]:
 
 
 def settings_of(bundle: Bundle, content: Mapping[str, Json]) -> dict[str, Json]:
-    """config.json with as many ids as there are now."""
+    """config.json with the new number of ids."""
     assert bundle.border is not None
     return {**content, "vocab_size": bundle.border.size}
 
 
 def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
-    """Writes the text tokenizer's file with the further tokens, and the image tokenizer. For a file that cannot hold
-    further tokens, it writes added_tokens.json, where transformers looks for them.
+    """Writes the text tokenizer's file with the new tokens, and the image tokenizer. If the file cannot hold new
+    tokens, it writes added_tokens.json, where transformers looks for them.
     """
     names, data = names_of(bundle, first), bundle.text_tokenizer.data
     if Path(file).suffix == ".json":
@@ -51,7 +51,7 @@ def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
 
 
 def _with(tokenizer: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """A tokenizer.json with special tokens of these ids; ids between them without a token get a placeholder."""
+    """A tokenizer.json with special tokens for these ids; ids between them without a token get a placeholder."""
     added = tokenizer.get("added_tokens") or []
     pieces = tokenizer["model"]["vocab"]
     known = set(pieces) if isinstance(pieces, dict) else {piece[0] for piece in pieces}

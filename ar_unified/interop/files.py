@@ -1,4 +1,4 @@
-"""A person's download: which of its files is the config, the text tokenizer, the weights."""
+"""A person's download: finds the config, the text tokenizer and the weights among its files."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _TOKENIZERS = ("tokenizer.json", "text_tokenizer.json", "emu3.tiktoken", "tokeni
 
 
 class Files:
-    """What `ar-unified import` was given, and which of it has been read.
+    """The arguments of `ar-unified import`, and which of them were read.
 
     Args:
-        folder: of the weights. text, image: a file or folder of the tokenizers, where they lie elsewhere.
-        theta: RoPE's base, where the files do not say it. size: height and width of the largest image, in codes.
+        folder: of the weights. text, image: a file or folder of the tokenizers, if they lie elsewhere.
+        theta: RoPE's base, if the files do not say it. size: height and width of the largest image, in codes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Files:
     size: tuple[int, int] | None = property(lambda self: self._take("size"))  # type: ignore[assignment]
 
     def require_read(self) -> None:
-        """Raises UserError for something that was given but not read; to be called when the model is opened."""
+        """Raises UserError for an argument that was given but not read. Call it after the model was opened."""
         flags = {"theta": "--rope-theta"}
         if unread := [name for name, value in self._given.items() if value is not None and name not in self._read]:
             raise UserError(
@@ -111,7 +111,7 @@ class Files:
     @cached_property
     def names(self) -> Mapping[str, int]:
         """The published id of each token by its name. Raises UserError for a file that is no text tokenizer."""
-        data = self.codec.data  # opening it finds what is wrong with it
+        data = self.codec.data  # opening the file finds what is wrong with it
         if self.text_file.suffix == ".json":
             spec = read_json(self.text_file)
             model, added = spec.get("model"), spec.get("added_tokens")
@@ -125,7 +125,7 @@ class Files:
         return {}
 
     def record(self) -> dict[str, object]:
-        """What an export gives back: the content of the JSON files among these, and the text tokenizer's name."""
+        """What an export needs: the content of the JSON files among these, and the text tokenizer's name."""
         folder = self.folder if self.folder.is_dir() else self.folder.parent
         there = [name for name in _KEPT if (folder / name).exists()]
         return {
@@ -134,7 +134,7 @@ class Files:
         }
 
     def grammar(self, language: Language, image_hash: str = "") -> Grammar:
-        """Whether the text tokenizer, across the border, loses text."""
+        """Whether the text tokenizer loses text when its ids are mapped to the published ids."""
         vocabulary = language.vocabulary
         with about(str(self.text_file)):
             text = MappedCodec.of(

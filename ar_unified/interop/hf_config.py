@@ -1,7 +1,7 @@
 """A transformer's shape in config.json as transformers writes it, in old and new spellings, and back.
 
-One reader for all systems: what differs is a `Family`. A setting that our transformer does not compute is refused, with
-    its key.
+One reader serves all systems; a `Family` says how a system differs. A setting that our transformer does not compute is
+    refused, with its key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ar_unified.model.config import TransformerConfig
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# Keys that change what is computed when they have any other value than these.
+# Keys that must have these values; any other value changes what is computed.
 _ONLY = {
     "mlp_bias": (False, None),
     "sliding_window": (None,),
@@ -34,14 +34,14 @@ _ONLY = {
 
 @dataclass(frozen=True)
 class Family:
-    """What a class of transformers fixes, and its configs do not say.
+    """What a class of transformers fixes without a key in its configs.
 
     Attributes:
-        model_type, architecture: of config.json, for export.
+        model_type, architecture: for config.json, in an export.
         fields: of TransformerConfig.
         act: the key of the activation. defaults: keys that files may leave out.
         qkv_bias: "never", or "always" (Qwen2; its attention_bias key does not exist).
-        scaled: whether the embedding is multiplied by the root of D.
+        scaled: whether the embedding is multiplied by the square root of D.
     """
 
     model_type: str
@@ -81,11 +81,11 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
     """The transformer that a config.json describes.
 
     Args:
-        config: the keys of the language model, as they stand in the file.
+        config: the keys of the language model, as in the file.
         where: the file, for messages.
-        fields: of TransformerConfig, which the caller knows better.
+        fields: of TransformerConfig; they replace what the file says.
 
-    Raises UserError for a missing key, and for a setting that ours does not compute, with its key and value.
+    Raises UserError for a missing key, and for a setting that our transformer does not compute, with its key and value.
     """
 
     def wrong(key: str, expected: str) -> UserError:
@@ -117,7 +117,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
         raise wrong("attention_bias", "False: biases of the output projection are not computed")
     act = config.get(family.act) or config.get("hidden_act")
     if family.act == "hidden_activation" and act == "gelu":
-        act = "gelu_pytorch_tanh"  # what Gemma's class makes of it
+        act = "gelu_pytorch_tanh"  # Gemma's class reads it so
     if act is not None and act not in _ACTIVATIONS:
         raise wrong(family.act, f"one of {', '.join(_ACTIVATIONS)}")
     found: dict[str, Any] = dict(
@@ -178,7 +178,7 @@ def _rope(config: Mapping[str, Json], family: Family, where: str) -> dict[str, J
 def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str, **more: Any) -> dict[str, object]:
     """config.json of a transformer, in spellings that old and new versions of transformers read.
 
-    Raises UserError naming the first field that the family cannot express.
+    Raises UserError, which names the first field that the family cannot express.
     """
     expected = {
         "norm_placement": "pre",

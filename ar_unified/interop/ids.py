@@ -1,4 +1,5 @@
-"""A published id space in our order: `[text | controls | size tokens | image codes | rest]`, by its tokens' names.
+"""Puts a published id space into our order, `[text | controls | size tokens | image codes | rest]`, by its tokens'
+names.
 
 Axes: `V` ids.
 """
@@ -19,7 +20,7 @@ PLAIN = ImageLayout("plain", 1, 1)  # text alone
 
 @dataclass(frozen=True)
 class Language:
-    """What a system's ids mean. Its vocabulary does not have the tokenizers' hashes yet."""
+    """The meaning of a system's ids. Its vocabulary does not have the tokenizers' hashes yet."""
 
     border: Border
     vocabulary: Vocabulary
@@ -38,12 +39,12 @@ def language(
     """The language of a table of `size` ids.
 
     Args:
-        text: published ids that the text tokenizer spells with; ids that have another meaning too are left out.
-        controls: published id of each control that the layout needs. A control without a token in the table is left
-            out; it takes the last free id.
+        text: published ids that the text tokenizer uses; ids with another meaning too are left out.
+        controls: published id of each control token that the layout needs. Leave out a control that has no token in the
+            table; it gets the last free id.
         codes: published ids of the image codes. sizes: of the size tokens, in order.
 
-    Raises UserError for an id beyond the table, or with two meanings.
+    Raises UserError for an id outside the table, or with two meanings.
     """
     wanted = layout.record.controls
     others = {**{id: f"<{name}>" for name, id in controls.items()}}
@@ -87,7 +88,7 @@ def codes_of(found: Mapping[int, int], where: str) -> range:
 
 
 def run(ids: Sequence[int], what: str, where: str) -> range:
-    """The ids, which must be consecutive, as those of image codes are. Raises UserError, naming the first that is
+    """The ids, if they are consecutive, as ids of image codes must be. Raises UserError, which names the first that is
     not.
     """
     for number, id in enumerate(ids):

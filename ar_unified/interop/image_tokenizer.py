@@ -1,10 +1,10 @@
-"""An image tokenizer alone: from a published file into the folder that this project keeps one in, and back.
+"""An image tokenizer alone: from a published file into this project's folder for one, and back.
 
-    weights.safetensors  config.json       as `ImageTokenizer.save` leaves a trained one
-    published.safetensors                  of some: tensors that the network does not compute with
-    published.json                         what its file was called and written in, and the settings beside it
+    weights.safetensors  config.json       as `ImageTokenizer.save` writes them
+    published.safetensors                  tensors that the network does not use, if there are any
+    published.json                         the name and dialect of the published file, and the settings beside it
 
-`ImageTokenizer.load` opens the folder, `--config.image_tokenizer.model=FOLDER` takes it in place of training one.
+`ImageTokenizer.load` opens the folder; `--config.image_tokenizer.model=FOLDER` uses it instead of training one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RECORD = {"image_dialect": str, "image_prefix": str, "image_dtypes": dict, "fil
 
 
 def is_one(folder: Path) -> bool:
-    """Whether it is such a folder, and no bundle."""
+    """Whether it is such a folder, and not a bundle."""
     return (folder / WEIGHTS).exists()
 
 
@@ -39,12 +39,12 @@ def import_tokenizer(system: str, path: Path, output: str) -> tuple[ImageTokeniz
     """Writes the folder, whole or not at all.
 
     Args:
-        system: of `interop.IMAGE_SYSTEMS`. path: of a .safetensors file, or of its folder.
+        system: one of `interop.IMAGE_SYSTEMS`. path: a .safetensors file or its folder.
 
     Returns:
         The tokenizer, and notes for a person, one sentence each.
 
-    Raises UserError where `output` exists, or the file is no such tokenizer's; OSError.
+    Raises UserError if `output` exists, or the file is not from such a tokenizer; OSError.
     """
     images = open_images(system, path)
     settings = settings_file(system, path)
@@ -77,9 +77,9 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
     """Writes the published file, and its settings beside it, whole or not at all.
 
     Args:
-        dialect: of `interop.DIALECTS`; "": that in which it came.
+        dialect: one of `interop.DIALECTS`; "": the dialect of the published file.
 
-    Raises UserError: `output` exists, `folder` is no image tokenizer, or its network is not that of the dialect.
+    Raises UserError: `output` exists, `folder` is no image tokenizer, or the dialect is for another network.
     """
     with about(str(folder)):
         tokenizer = ImageTokenizer.load(folder)
@@ -107,7 +107,7 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """published.json. Raises UserError for one that was changed into something else."""
+    """published.json. Raises UserError if it was changed into something else."""
     path = folder / PUBLISHED
     found = read_json(path)
     for key, kind in _RECORD.items():

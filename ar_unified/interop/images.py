@@ -1,4 +1,4 @@
-"""The image tokenizer of a published system, out of the model's own file or of one beside it."""
+"""The image tokenizer of a published system, from the model's own file or from a file beside it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ar_unified.errors import UserError, about, in_words
 from ar_unified.interop.sources import DTYPES, Source, inside, open_source, read_json
 from ar_unified.manifests import Json
 
-# The names that a file with an image tokenizer's settings may have. For systems that are not listed, no settings were
-# published.
+# The possible names of the file with an image tokenizer's settings. Systems that are not listed have published no
+# settings.
 SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "chameleon_vq": ("vqgan.json", "vqgan.yaml", "config.json"),
@@ -40,9 +40,9 @@ class Images:
     """An image tokenizer that was read.
 
     Attributes:
-        usual: side of the images it was published for, in pixels.
-        dialect: what its file is written in. prefix: of its tensors' names there, "" in a file of its own.
-        dtypes: of the file's floats: "" has the most common dtype, and only tensors of another dtype are named.
+        usual: side of the images that it was published for, in pixels.
+        dialect: of its file. prefix: of its tensors' names in the file; "" if the file has nothing else.
+        dtypes: of the file's floats. The key "" has the most common dtype; only tensors of another dtype are named.
     """
 
     tokenizer: ImageTokenizer
@@ -53,7 +53,7 @@ class Images:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Codes of such an image."""
+        """Height and width of such an image in codes."""
         return (self.usual // self.tokenizer.factor,) * 2
 
     @property
@@ -66,7 +66,7 @@ def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = Mapping
     """An image tokenizer in a file of its own, or in a model's file, of which nothing else is read.
 
     Args:
-        system: of SETTINGS. path: of the file, or of its folder. otherwise: settings, where there is no file of them.
+        system: a key of SETTINGS. path: the file or its folder. otherwise: settings, if there is no file with them.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """
@@ -84,7 +84,7 @@ def read_images(
     """The tokenizer of a file's tensors.
 
     Args:
-        system: of SETTINGS. settings: as published with it, {} where nothing was.
+        system: a key of SETTINGS. settings: as published with it; {} if none were.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """
@@ -99,7 +99,7 @@ def read_images(
 
 
 def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of the file that a tokenizer came from, by `Images.record`. Raises like `to_published`."""
+    """The tensors of the file from which a tokenizer was imported, by `Images.record`. Raises like `to_published`."""
     dtypes = record["image_dtypes"]
     return {
         record["image_prefix"] + name: array
@@ -111,7 +111,7 @@ def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """A context for making something of settings that are not trusted: their values may be anything."""
+    """A context for using settings that are not trusted: their values may be anything."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
@@ -121,7 +121,7 @@ def _settings() -> Iterator[None]:
 
 
 def _resolution(settings: Mapping[str, Json]) -> int:
-    """The side of the images it was made for, wherever its settings say it; 0 if they do not."""
+    """The side of the images that it was made for, from its settings; 0 if they do not say it."""
     found = settings.get("resolution")
     if type(found) is int and found > 0:
         return found
@@ -129,7 +129,7 @@ def _resolution(settings: Mapping[str, Json]) -> int:
 
 
 def settings_file(system: str, path: Path) -> Path | None:
-    """The first of a system's files of settings that lies beside an image tokenizer. Raises UserError."""
+    """The first of a system's files of settings that exists beside an image tokenizer. Raises UserError."""
     folder = path if path.is_dir() else path.parent
     return next((inside(folder, name) for name in SETTINGS[system] if (folder / name).exists()), None)
 

@@ -1,4 +1,5 @@
-"""Published files -> a bundle. Only one tensor is in memory at a time, and a table of ids while its rows are sorted."""
+"""Published files -> a bundle. Only one tensor is in memory at a time, or one table of ids while its rows are
+reordered."""
 
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ def import_model(
     """Writes the bundle, whole or not at all. Its compute dtype is that of its matrices, or bfloat16 for float16.
 
     Args:
-        dtype: "float32" or "bfloat16" to convert to; "": every tensor keeps its own, so that it can be given back.
+        dtype: converts to "float32" or "bfloat16"; "": every tensor keeps its own dtype, so that an export gives it
+            back.
 
-    Raises UserError where `output` exists, or a leaf's layers are of several dtypes; OSError.
+    Raises UserError if `output` exists, or the layers of a leaf have several dtypes; OSError.
     """
     keys, source = published.keys, published.source
     dtypes: dict[str, str] = {}
@@ -37,8 +39,7 @@ def import_model(
                     "--dtype converts all of them"
                 )
 
-    # A config.json gives the dtype of the weights at several places, or nowhere. What counts is the dtype that the
-    # weights have.
+    # A config.json gives the dtype in several places, or nowhere, so the dtype of the weights themselves counts.
     stored = dtypes["layers.attention.query"]
     config = dataclasses.replace(keys.config, dtype="float32" if stored == "float32" else "bfloat16")
 

@@ -1,10 +1,11 @@
-"""Tensors of a published transformer and ours: a table of names for each dialect, and a conversion for each leaf, in
-both directions.
+"""Converts tensors of a published transformer to ours and back: a table of names for each dialect, and a conversion for
+each leaf.
 
-All of them are the same block. They differ in what a tensor is called, in whether a matrix lies [out, in] (torch) or
-[in, out] (flax), in which numbers of a head RoPE turns together, and in how the ids are ordered.
+All of them have the same block. They differ in the names of tensors, in the order of a matrix's axes, [out, in] (torch)
+or [in, out] (flax), in the pairs of numbers that RoPE rotates, and in the order of ids.
 
-Axes: D model, N query heads, K KV heads, H head dim, F MLP, V ids, G groups of heads with QK-norm weights of their own.
+Axes: D model, N query heads, K KV heads, H head dim, F MLP, V ids, G groups of heads, each with its own QK-norm
+weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ar_unified.model.leaves import named
 from ar_unified.model.transformer import abstract_params
 
 _ROWS = ("embedding", "head")
-_BLOCK = 64  # rows of a matrix that is turned: as many as a cache line and a cache hold
+_BLOCK = 64  # rows of a matrix that are transposed at once: as many as fit a cache line and a cache
 _HEADS = {"query": "n_heads", "key": "n_kv_heads", "value": "n_kv_heads"}
 
 
@@ -32,11 +33,11 @@ class Dialect:
 
     Attributes:
         name: for messages.
-        names: for each of our leaves (`leaves.named`) their tensor; {} stands for the number of the layer. "embedding"
-            and "head" may have several tensors, the parts of one table in order.
-        out_first: matrices lie [out, in], as torch has them; else [in, out], and tables of the head [D, V].
-        interleaved: RoPE turns neighbours of a head together (0 and 1); ours and transformers' turn 0 and H/2 together.
-        ignored: last parts of names that carry nothing, such as buffers.
+        names: for each of our leaves (`leaves.named`), the name of its tensor; {} stands for the number of the layer.
+            "embedding" and "head" may have several tensors, the parts of one table in order.
+        out_first: matrices are [out, in], as in torch; else [in, out], and tables of the head [D, V].
+        interleaved: RoPE rotates neighbours of a head as pairs (0 and 1); ours and transformers' pair 0 and H/2.
+        ignored: last parts of names without parameters, such as buffers.
     """
 
     name: str
@@ -141,12 +142,12 @@ LWM_TEXT = replace(
 
 @dataclass(frozen=True)
 class Slot:
-    """One of our leaves, or one layer of it, and the tensors that it consists of.
+    """One of our leaves, or one layer of it, and the published tensors from which it is made.
 
     Attributes:
-        leaf: its path. layer: None for what stands outside the layers.
-        names, shapes: theirs. A QK-norm's may also be [H] or [G, H].
-        shape: ours, of one layer.
+        leaf: its path. layer: None for leaves outside the layers.
+        names, shapes: of the published tensors. A QK-norm's shape may also be [H] or [G, H].
+        shape: of our leaf, for one layer.
     """
 
     leaf: str
@@ -163,7 +164,7 @@ class Keys:
     Attributes:
         tables: the number of ids in each part of "embedding" and "head"; one number unless the dialect has several
             parts.
-        qk_groups: groups of heads whose QK-norm weights are stored, of (query, key); 0: one vector [H].
+        qk_groups: for (query, key), the number of groups of heads with stored QK-norm weights; 0: one vector [H].
     """
 
     dialect: Dialect
@@ -222,7 +223,7 @@ class Keys:
     # ---- one leaf of one layer -----------------------------------------------------------------------------------
 
     def to_ours(self, slot: Slot, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Our array of a slot, from their tensors, in the same dtype; rows of ids beyond V are zeros."""
+        """Our array of a slot, from the published tensors, in the same dtype; rows of ids beyond V are zeros."""
         last = slot.leaf.split(".")[-1]
         if slot.leaf in _ROWS:
             turned = slot.leaf == "head" and not self.dialect.out_first
@@ -242,7 +243,7 @@ class Keys:
         return self._turned(array, slot.leaf) if last != "value" else np.ascontiguousarray(array)
 
     def to_theirs(self, slot: Slot, array: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The inverse. Raises ValueError where heads of a group have come to differ in their QK-norm weights."""
+        """The inverse. Raises ValueError if training has made the QK-norm weights of a group's heads differ."""
         last = slot.leaf.split(".")[-1]
         if slot.leaf in _ROWS:
             turned = slot.leaf == "head" and not self.dialect.out_first
@@ -265,7 +266,7 @@ class Keys:
         return (np.ascontiguousarray(array.reshape(shape)),)
 
     def _turned(self, array: np.ndarray, leaf: str, back: bool = False) -> np.ndarray:
-        """[..., H] of queries and keys, with the pairs that RoPE turns in our order, or in theirs."""
+        """[..., H] of queries and keys, with the pairs that RoPE rotates in our order or in the published one."""
         if not self.dialect.interleaved or not any(name in leaf for name in ("query", "key")):
             return np.ascontiguousarray(array)
         H = array.shape[-1]
@@ -274,7 +275,7 @@ class Keys:
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
-    """[A, B] -> [B, A], in one piece. Block by block, as numpy's own copy of `.T` takes four times as long."""
+    """[A, B] -> [B, A], contiguous. It copies block by block, because numpy's copy of `.T` takes four times as long."""
     out = np.empty(matrix.shape[::-1], matrix.dtype)
     for begin in range(0, len(matrix), _BLOCK):
         out[:, begin : begin + _BLOCK] = matrix[begin : begin + _BLOCK].T

@@ -1,7 +1,6 @@
-"""Liquid: Gemma with image codes behind its own ids, and the images of Chameleon's VQGAN.
+"""Liquid: Gemma with image codes after its own ids, and the images of Chameleon's VQGAN.
 
-<unused0> and <unused1> stand around an image, <unused2> is the prompt without words; code 0 follows the last of
-Gemma's ids.
+<unused0> and <unused1> begin and end an image, <unused2> is the empty prompt; code 0 follows the last of Gemma's ids.
 
 Sources: FoundationVision/Liquid, liquid/train/train.py and evaluation/inference_t2i.py.
 """
@@ -44,10 +43,10 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
     """Liquid's ids.
 
     Args:
-        names: published id of every token of Gemma's. text: those that text is spelled with.
+        names: published id of every token of Gemma's. text: ids that spell text.
         size: V. grid: height and width of each image in codes.
 
-    Raises UserError for names that are missing, and for a table that ends with them.
+    Raises UserError for missing names, and for a table without ids after them.
     """
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     first = max(names.values()) + 1
@@ -57,7 +56,7 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
 
 
 def open_liquid(files: Files) -> Published:
-    """Liquid, a Gemma with Chameleon's image tokenizer. Raises UserError, naming the file."""
+    """Liquid, a Gemma with Chameleon's image tokenizer. Raises UserError, which names the file."""
     where = str(files.folder)
     model = hf_config.read(files.config, GEMMA, where)
     images = vqgan_of(files, {})

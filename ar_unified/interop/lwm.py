@@ -1,13 +1,14 @@
-"""LWM: a transformer over two tables, of text and of images, which are one here: the ids of images follow the text's.
+"""LWM: a transformer over two tables of ids, text and images. Here they are one table, in which the images' ids follow
+the text's.
 
-Of the 8,448 ids of images the first 8,192 are codes; 8192 ends a frame, 8193 a clip, and the others are never written.
-Text announces an image: "<vision>" and "</vision>". In training each table had a softmax of its own over all its ids:
-the table of text with <unk>, <s> and </s>, the table of images with both marks and the ids that are never written. A
-bundle has the same two (`loss.softmax`, `Layout.image_side`). In its order each table is one run of ids;
+The table of images has 8,448 ids: 8,192 codes, then 8192, which ends a frame, 8193, which ends a clip, and ids that are
+never written. The texts "<vision>" and "</vision>" surround an image. In training each table had its own softmax over
+all of its ids: text with <unk>, <s> and </s>, images with both marks and the ids that are never written. A bundle has
+the same two softmaxes (`loss.softmax`, `Layout.image_side`). In its order each table is one run of ids;
 `Published.record["tables"]` has their lengths.
 
-No file beside the weights describes them. The number of heads follows from the size, if it is a published one, or from
-a config.json; RoPE's base from the name of the folder, from a config.json or from --rope-theta.
+No file beside the weights describes them. The number of heads follows from the size, if the model is a published one,
+or from a config.json. RoPE's base follows from the name of the folder, from a config.json or from --rope-theta.
 
 Sources: LargeWorldModel/LWM, lwm/llama.py (LLAMA_STANDARD_CONFIGS), vision_llama.py, data.py, train.py (its loss) and
 vision_generation.py.
@@ -37,7 +38,7 @@ from ar_unified.model.config import TransformerConfig
 
 THETAS = {"128K": 1e7, "256K": 1e7, "512K": 2.5e7, "1M": 5e7}
 _NAMED = re.compile(r"lwm.*?(128k|256k|512k|1m)\b", re.IGNORECASE)
-_HEADS = {(4096, 32): 32}  # of a width and a number of layers; the 7B is all that was published
+_HEADS = {(4096, 32): 32}  # heads by width and number of layers; only the 7B was published
 SIDE, PIXELS = 16, 256
 _MARKS = {"pad": "<unk>", "bos": "<s>", "eos": "</s>"}
 _LENGTH = 4096
@@ -57,11 +58,11 @@ def language_of(
     """LWM's ids.
 
     Args:
-        names: published id of every piece of the text tokenizer. text: those that text is spelled with.
+        names: published id of every piece of the text tokenizer. text: ids that spell text.
         tables: the number of ids of text and of images; for a model of text alone, only the first. codebook: image
         codes.
 
-    Raises UserError for names that are missing, an id of the text that is no piece, or a table of images too small.
+    Raises UserError for missing names, a text id that is no piece, or a table of images that is too small.
     """
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     if len(tables) == 1:
@@ -76,7 +77,7 @@ def language_of(
 
 
 def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> float:
-    """RoPE's base: what a person gave, else what a config.json says, else what the name of a published model means.
+    """RoPE's base: given by a person, else by a config.json, else by the name of a published model.
 
     Raises UserError if nothing says it, because a wrong base gives wrong numbers that look right.
     """
@@ -99,7 +100,7 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
     """The transformer's shape, of its tensors' shapes.
 
     Args:
-        told: the keys of a config.json, of which num_attention_heads and rms_norm_eps are read; {}: there is none.
+        told: the keys of a config.json; num_attention_heads and rms_norm_eps are read. {}: there is none.
 
     Raises UserError for missing tensors, and if the number of heads is not known.
     """

@@ -1,8 +1,8 @@
-"""Meta's checkpoints of several files: each has a part of every head and of every matrix, and here they are joined.
+"""Joins Meta's checkpoints of several files: each file has a part of the heads and of every matrix.
 
-The axis along which each tensor was cut, and the parts of fused matrices: facebookresearch/chameleon, loader.py. Rows
-are in the order of the files, so of N heads file r has heads r·N/S to (r+1)·N/S. Fused matrices (wqkv, w13) are fused
-within each file. Each file has one vector of QK-norm weights, which its heads share: the S vectors joined are [S, H].
+The axis along which each tensor was cut, and the parts of fused matrices, come from facebookresearch/chameleon,
+loader.py. Rows are in the order of the files: file r has heads r·N/S to (r+1)·N/S of N. Matrices (wqkv, w13) are fused
+within each file. Each file has one vector of QK-norm weights for all of its heads; the S vectors joined are [S, H].
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FUSED = {_QKV: ("wq", "wk", "wv"), _W13: ("w1", "w3")}
 
 
 class Joined:
-    """The tensors of S files as one source, under the names that they have apart (wq, wk, wv; w1, w3).
+    """The tensors of S files as one source, under the names of the unfused matrices (wq, wk, wv; w1, w3).
 
     Args:
-        files: in their order. n_heads, n_kv_heads: of the whole model.
+        files: in order. n_heads, n_kv_heads: of the whole model.
 
-    Raises UserError where files differ in what they have, or cannot be joined.
+    Raises UserError if the files have different tensors, or cannot be joined.
     """
 
     def __init__(self, files: Sequence[Source], n_heads: int, n_kv_heads: int):
@@ -41,7 +41,7 @@ class Joined:
             raise UserError(f"expected a number of files that divides {n_heads} and {n_kv_heads} heads, found {S}")
         self._heads = {"wq": n_heads // S, "wk": n_kv_heads // S, "wv": n_kv_heads // S}
         first = self._files[0]
-        self._from: dict[str, tuple[str, int, int | None]] = {}  # the tensor of a file, and which of its rows
+        self._from: dict[str, tuple[str, int, int | None]] = {}  # the tensor of a file, and a range of its rows
         for number, file in enumerate(self._files[1:], 2):
             if wrong := sorted(first.names() ^ file.names()):
                 raise UserError(f"{wrong[0]}: expected it in all {S} files or in none; file {number} differs")
@@ -91,13 +91,13 @@ class Joined:
         return shape if axis is None else (*shape[:axis], shape[axis] * len(self._files), *shape[axis + 1 :])
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """In one file."""
+        """The shape in one file."""
         stored, begin, end = self._from[name]
         shape = self._files[0].shape(stored)
         return shape if end is None else (end - begin, *shape[1:])
 
     def read(self, name: str) -> np.ndarray:
-        """Raises UserError where files differ in what should be the same in all."""
+        """The whole tensor. Raises UserError if files differ in a tensor that should be the same in all."""
         axis = _axis(name)
         if len(self._files) == 1:
             return self._read(0, name)
@@ -134,9 +134,9 @@ def _axis(name: str) -> int | None:
 
 
 def split(name: str, array: np.ndarray, files: int) -> list[np.ndarray]:
-    """What each of `files` files has of a tensor: the inverse of `Joined.read`, not fused.
+    """The part of a tensor in each of `files` files: the inverse of `Joined.read`, without fusing.
 
-    Raises ValueError where it cannot be cut into as many, or QK-norm weights are not one vector a file.
+    Raises ValueError if it cannot be cut into so many parts, or QK-norm weights are not one vector per file.
     """
     axis = _axis(name)
     if files == 1:

@@ -1,7 +1,7 @@
-"""A model of our own in a form that others read: as a Llama or Qwen3, which have the same blocks, with a
+"""Writes a model of our own in a form that others read: as a Llama or Qwen3, which have the same blocks, with a
 tokenizer.json.
 
-To other programs it is a language model whose last ids are image codes. The card says how to read these.
+For other programs it is a language model whose last ids are image codes. The card says how to read them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ar_unified.workdir import write_json, write_text
 
 
 def keys_of(bundle: Bundle) -> Keys:
-    """Its tensors as transformers has them; the ids are our own."""
+    """Its tensors with transformers' names; the ids are our own."""
     return Keys(HF, bundle.config, Border(((0, 0, bundle.config.vocab_size),)))
 
 
 def write_own(bundle: Bundle, folder: Path, dtype: str, license: str = "") -> None:
-    """Everything but the tensors: config.json, tokenizer.json, the image tokenizer and the card.
+    """Writes everything except the tensors: config.json, tokenizer.json, the image tokenizer and the card.
 
-    Raises UserError for what the form cannot say.
+    Raises UserError if the form cannot express the model.
     """
     config, grammar, text = bundle.config, bundle.grammar, bundle.text_tokenizer
     vocabulary = grammar.vocabulary

@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors, both directions.
 
 A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
-transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
-these names. Ours lie [in, r] and [r, out], so both are turned.
+transformers' model with the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
+these names. Ours are [in, r] and [r, out], so both are transposed.
 
 L layers, I inputs, O outputs, r rank.
 """
@@ -38,13 +38,13 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<above>(?:\w+\.)*)layers\.(?P<layer>\d+)\.(?P<module>[\w.]+)"
     r"\.lora_(?P<side>[AB])(?:\.\w+)?\.weight"
 )
-_MODULES = {  # of each of MATRICES the module of a layer, as the key map names its weight
+_MODULES = {  # for each of MATRICES, the module of a layer, as the key map names its weight
     path: str(HF.names[f"layers.{path}"]).partition("{}.")[2].removesuffix(".weight") for path in MATRICES
 }
-# What a key of PEFT's patterns may look like: enough for names of modules, and nothing that takes long to match.
+# The allowed form of a key in PEFT's patterns: enough for names of modules, but nothing that takes long to match.
 _PATTERN = re.compile(r"(?:[\w|()^$-]|\\\.|\\d\+?|\.\*?|\[\d-\d\])+")
 _PATHS = {module: path for path, module in _MODULES.items()}
-# What PEFT can add to plain LoRA: the key of its config, and the value that the key has without it.
+# Keys of what PEFT can add to plain LoRA, and the value of each key in plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -64,14 +64,13 @@ class Adapter(NamedTuple):
     """An adapter from a folder.
 
     Attributes:
-        matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O], r the largest of its layers; zeros
-            where a layer has less, or none.
-        ranks, scales: for each matrix and layer, its rank (0: no adapter), and the number that its product is
-        multiplied by.
+        matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O]. r is the largest rank of the layers;
+            smaller ranks are filled up with zeros.
+        ranks, scales: for each matrix and layer, its rank (0: no adapter) and the factor of its product.
         hash: sha256 of the files.
-        rows: of the tables "embedding" and "head" (`token_rows`), where it has some of its own; a tied head has those
-            of the embedding.
-        vocabulary: the hash of the language that their ids are of; "": not said.
+        rows: its own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head has the embedding's
+            rows.
+        vocabulary: the hash of the language to which their ids belong; "": not said.
     """
 
     folder: Path
@@ -84,7 +83,7 @@ class Adapter(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What adapter_config.json says: rank and alpha, and of modules whose names match, by PEFT's rule, other ones."""
+    """What adapter_config.json says: rank and alpha, and other values for modules whose names match by PEFT's rule."""
 
     rank: int
     alpha: float
@@ -99,7 +98,7 @@ class _Settings(NamedTuple):
 
 
 def _matched(patterns: Mapping[str, Json], module: str, default: object) -> Any:
-    """As PEFT's get_pattern_key: the first whose pattern is the name or its end."""
+    """As PEFT's get_pattern_key: the value of the first pattern that matches the whole name or its end."""
     return next((n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
@@ -107,14 +106,14 @@ def _matched(patterns: Mapping[str, Json], module: str, default: object) -> Any:
 
 
 def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
-    """The adapter of a folder, for a model of that shape.
+    """The adapter in a folder, for a model of this shape.
 
     Args:
-        bases: hashes that the bundle has that it is to stand beside; none: not known. An adapter that says which it
-            was trained on is refused beside another.
+        bases: hashes of the bundle that it will be used with; none: not known. An adapter that says that it was trained
+            on another bundle is refused.
 
-    Raises UserError, naming the folder and what is wrong: a file is missing or broken, it is no LoRA adapter, it has
-    more than LoRA, or it is of another model.
+    Raises UserError, which names the folder and what is wrong: a file is missing or broken, it is no LoRA adapter, it
+    has more than LoRA, or it belongs to another model.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -137,13 +136,14 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
 
 
 def bases(bundle: Bundle) -> tuple[str, ...]:
-    """Hashes that an adapter beside this bundle may name: the bundle's, and that of the one whose rows it extends."""
+    """Hashes that an adapter for this bundle may name: the bundle's hash, and the hash of the bundle that it
+    extends."""
     extends = bundle.sections.get("extends")
     return (bundle.hash, extends) if isinstance(extends, str) else (bundle.hash,)
 
 
 def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
-    """Raises UserError for what is more than LoRA."""
+    """The settings in adapter_config.json. Raises UserError for anything beyond plain LoRA."""
 
     def wrong(key: str, expected: str) -> UserError:
         return UserError(f"{folder}: {CONFIG}: {key}: expected {expected}, found {found.get(key)!r:.80}")
@@ -182,7 +182,7 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
 
 
 def _simple(pattern: str) -> bool:
-    """Whether it has the form of _PATTERN, and is a valid pattern."""
+    """Whether a text has the form of _PATTERN, and is a valid pattern."""
     if len(pattern) > 200 or not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > 4:
         return False
     try:
@@ -216,7 +216,7 @@ def _pairs(
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     ranks, scales = dict[str, list[int]](), dict[str, list[float]]()
     most = max(settings.rank, *settings.ranks.values(), 1)
-    left: set[tuple[str, int]] = set()  # whose other half has not come
+    left: set[tuple[str, int]] = set()  # halves of a pair that still wait for the other half
     above: str | None = None
     for name in sorted(name for name in source.names() if not token_rows.is_name(name)):
         match = _KEY.fullmatch(name)
@@ -267,13 +267,13 @@ def write(
     rows: Mapping[str, TokenRows] = MappingProxyType({}),
     vocabulary: str = "",
 ) -> None:
-    """Writes an adapter for what PEFT loads over transformers' form of the bundle, whole or not at all.
+    """Writes an adapter that PEFT loads onto transformers' form of the bundle, whole or not at all.
 
     Args:
-        bundle: that it was trained on. adapter: as params["lora"] of a training.
-        rows, vocabulary: as of an Adapter.
+        bundle: the one that it was trained on. adapter: as params["lora"] of a training.
+        rows, vocabulary: as in an Adapter.
 
-    Raises UserError where `folder` exists.
+    Raises UserError if `folder` exists.
     """
     prefixes = (bundle.published or {}).get("prefixes", {})
     beginning = str(HF.prefixed(prefixes).names["layers.mlp.up"]).partition("layers.")[0]
@@ -291,7 +291,7 @@ def write(
         name_of = {path: rf"{re.escape(beginning)}layers\.\d+\.{re.escape(_MODULES[path])}" for path in lora.matrices}
     modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
     within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
-    # By their last name, unless an image tokenizer inside the model may have modules of that name.
+    # Only their last names, unless an image tokenizer inside the model may have modules with these names.
     target: Any = rf"{re.escape(beginning)}layers\.\d+\.({within})" if prefixes else modules
     try:
         with whole_folder(folder) as here:
@@ -326,5 +326,5 @@ def write(
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
-    """A pattern of PEFT's: the number of each matrix whose number is not the default."""
+    """A pattern in PEFT's form: the numbers of matrices that do not have the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

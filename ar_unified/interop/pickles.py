@@ -1,8 +1,8 @@
-"""Pickles of tensors as data: their opcodes are followed here, and nothing that they name is ever imported or called.
+"""Reads pickles of tensors as data: follows their opcodes, and never imports or calls anything that they name.
 
-A pickle is a program for a stack machine (Python's pickletools lists its words). This one knows the words that tensors
-in dictionaries need. What a pickle calls (`torch._utils._rebuild_tensor_v2`, ...) is looked up in a table of functions
-of ours; every other name is refused.
+A pickle is a program for a stack machine (Python's pickletools lists its opcodes). This machine knows the opcodes that
+tensors in dictionaries need. The functions that a pickle calls (`torch._utils._rebuild_tensor_v2`, ...) are looked up
+in a table of our own functions; every other name is refused.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class File(Protocol):
-    """The reading methods that following a file opcode by opcode needs."""
+    """The reading methods that are needed to follow a file opcode by opcode."""
 
     def read(self, n: int, /) -> bytes:
         """At most n bytes."""
 
     def readline(self) -> bytes:
-        """The bytes to the end of the line, with it."""
+        """The bytes up to and with the end of the line."""
 
     def tell(self) -> int:
         """The place of the next byte."""
 
 
 class Forbidden(ValueError):
-    """A pickle names something that tensors do not need. The message is that name."""
+    """A pickle names something that tensors do not need. The message is the name."""
 
 
 class Global(NamedTuple):
@@ -83,7 +83,7 @@ class Strided(NamedTuple):
 
 
 class _Type:
-    """A NumPy dtype while it is put together."""
+    """A NumPy dtype that is being built."""
 
     def __init__(self, spelled: str):
         name = spelled.lstrip("<|=")
@@ -93,17 +93,18 @@ class _Type:
 
 
 class _Array:
-    """A NumPy array while it is put together."""
+    """A NumPy array that is being built."""
 
     value: np.ndarray | None = None
 
 
 class _Dict(dict[Any, Any]):
-    """An object that a pickle makes by a call; attributes that it sets on the object carry no tensors."""
+    """An object that a pickle makes by a call. Attributes that it sets on the object have no tensors."""
 
 
 def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> Any:
-    """What a pickle has: dictionaries, lists, tuples, numbers and texts as they are, tensors as `Strided` or arrays.
+    """The value in a pickle: dictionaries, lists, tuples, numbers and texts as they are, tensors as `Strided` or
+    arrays.
 
     Args:
         storage: what a persistent id means; None: there are none.
@@ -162,7 +163,7 @@ class _Machine:
         return [_finished(each) for each in items]
 
     def _collect(self, word: str) -> bool:
-        """Lists and dictionaries. Returns whether the opcode is one of theirs."""
+        """Follows opcodes of lists and dictionaries. Returns whether the opcode is one of these."""
         if word in ("EMPTY_LIST", "EMPTY_DICT"):
             self.stack.append([] if word == "EMPTY_LIST" else {})
         elif word == "TUPLE":
@@ -187,7 +188,7 @@ class _Machine:
         return True
 
     def _make(self, word: str, argument: Any) -> None:
-        """Names, calls, and the states that are set on their results."""
+        """Follows names, calls, and states that are set on their results."""
         if word == "GLOBAL":
             module, _, name = argument.partition(" ")
             self.stack.append(_allowed(Global(module, name)))
@@ -251,7 +252,7 @@ def _strided(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> St
     if any(type(number) is not int or number < 0 for number in numbers) or len(shape) != len(strides):
         raise ValueError(f"a tensor of shape {shape!r:.80} and strides {strides!r:.80}")
     tensor = Strided(storage, offset, tuple(shape), tuple(strides))
-    # Strides of zero could ask for any number of numbers.
+    # With strides of zero, a tensor could have any number of elements.
     if math.prod(shape) > storage.size or (math.prod(shape) and tensor.last > storage.size):
         raise ValueError(f"a tensor of shape {list(shape)} in a storage of {storage.size} numbers")
     return tensor
@@ -278,7 +279,7 @@ def _type(spelled: Any, *_: Any) -> _Type:
 
 
 def _array(data: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
-    """Raises ValueError where the bytes are not as many as the shape has."""
+    """The finished array. Raises ValueError if the number of bytes does not fit the shape."""
     if not isinstance(kind, _Type) or not isinstance(data, bytes | bytearray) or order not in ("C", "F"):
         raise TypeError("an array of unknown numbers")
     return np.frombuffer(data, np.dtype(kind.name)).reshape(shape, order=order)

@@ -1,4 +1,4 @@
-"""A published model that is opened: everything of it but the values of its tensors."""
+"""An opened published model: everything except the values of its tensors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FLOATS = ("BF16", "F32", "F16")
 
 @dataclass(frozen=True)
 class Published:
-    """What a system's module makes of a person's files.
+    """What a system's module makes from a person's files.
 
     Attributes:
         system: its name in `interop.SYSTEMS`.
         keys: the transformer's tensors, all of which `source` has.
         text: the text tokenizer as the bundle keeps it. image: None for text alone.
         data, sampling, loss: sections of the bundle's config.json.
-        record: what an export needs and the bundle's other files do not hold; JSON values.
+        record: what an export needs besides the bundle's other files; JSON values.
         notes: for a person, one sentence each.
     """
 
@@ -55,13 +55,13 @@ def check_tensors(
     tables: tuple[int, ...] = (),
     aside: Sequence[str] = (),
 ) -> Keys:
-    """The transformer's tensors, in the first of `dialects` that fits the file.
+    """The transformer's tensors, in the first of `dialects` that matches the file.
 
     Args:
         where: the file, for messages.
-        aside: prefixes of names that are not the transformer's, such as "vqmodel.".
+        aside: prefixes of other tensors' names, such as "vqmodel.".
 
-    Raises UserError, naming what is missing, left over or of another shape.
+    Raises UserError, which names what is missing, left over or has another shape.
     """
     names = source.names()
     dialect = next((each for each in dialects if each.names["norm"] in names), None)
@@ -95,7 +95,7 @@ def check_tensors(
 
 
 def _require_tied(source: Source, where: str, head: str, embedding: str) -> None:
-    """Checks that a head which is tied to the embedding, but stored as well, equals it."""
+    """Checks that a tied head that is stored too equals the embedding."""
     if embedding in source.names() and source.read(head).tobytes() != source.read(embedding).tobytes():
         raise UserError(
             f"{where}: {head}: expected {embedding} again, as tie_word_embeddings says; found other numbers"
@@ -103,7 +103,7 @@ def _require_tied(source: Source, where: str, head: str, embedding: str) -> None
 
 
 def _groups(source: Source, where: str, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
-    """For queries and keys, how many vectors of QK-norm weights the file has; 0: one vector, without an axis for
+    """How many vectors of QK-norm weights the file has, for queries and for keys; 0: one vector, without an axis for
     groups.
     """
     found = []

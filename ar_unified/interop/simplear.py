@@ -1,8 +1,8 @@
-"""SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer behind the last id of its text tokenizer.
+"""SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer after the last id of its text tokenizer.
 
 A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image. Images are square: 1024 pixels, 64 x 64
-codes, unless --size says otherwise. That tokenizer is of clips (Cosmos-1.0-Tokenizer-DV8x16x16) and not imported, so
-images are codes alone.
+codes, unless --size says otherwise. This tokenizer is for clips (Cosmos-1.0-Tokenizer-DV8x16x16) and is not imported,
+so images are codes alone.
 
 Sources: wdrink/SimpleAR, generate.py (an id is code + len(tokenizer), guidance 6, top-k 64000) and simpar/train
 (train.py's special tokens, preprocess.py's prompts).
@@ -31,7 +31,7 @@ _NOTE = (
 
 
 def _names(files: Files) -> dict[str, int]:
-    """The published id of each token by its name. Raises UserError where two files say different ones."""
+    """The published id of each token by its name. Raises UserError if two files say different ids."""
     names = dict(files.names)
     for folder in (files.folder, files.text_file.parent):
         if not (folder / _ADDED).exists():
@@ -46,7 +46,7 @@ def _names(files: Files) -> dict[str, int]:
 
 
 def open_simplear(files: Files) -> Published:
-    """SimpleAR, a Qwen2 whose images are codes alone. Raises UserError, naming the file."""
+    """SimpleAR, a Qwen2 whose images are codes alone. Raises UserError, which names the file."""
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
     names = _names(files)

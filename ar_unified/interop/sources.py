@@ -23,7 +23,7 @@ ALONE = "model.safetensors"
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # by their names in a file
 PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 _CONVERT = "is pickled, `ar-unified convert-pickle` makes a .safetensors file of it"
-_LARGEST = 1 << 26  # bytes of a JSON file
+_LARGEST = 1 << 26  # most bytes of a JSON file
 
 
 class Source(Protocol):
@@ -50,7 +50,8 @@ class Source(Protocol):
 def open_source(path: str | Path) -> Source:
     """The tensors of a .safetensors file, or of a folder that has one or several of them.
 
-    Raises UserError, naming the file: there is none, an index that does not fit it, a damaged file, a tensor twice.
+    Raises UserError, which names the file: it is missing or damaged, an index does not fit it, or a tensor is there
+    twice.
     """
     path = Path(path)
     if path.is_file():
@@ -81,7 +82,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Keys and values of a file that somebody sent. Raises UserError, naming it."""
+    """Keys and values of a file that is not trusted. Raises UserError, which names it."""
     try:
         if path.stat().st_size > _LARGEST:
             raise UserError(f"{path}: expected at most {_LARGEST} bytes of JSON, found {path.stat().st_size}")
@@ -104,7 +105,7 @@ def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 class _Place(NamedTuple):
-    """Where a tensor is; `kind`: the name of its dtype in the file."""
+    """The place of a tensor; `kind`: the name of its dtype in the file."""
 
     path: Path
     kind: str
@@ -113,14 +114,14 @@ class _Place(NamedTuple):
 
 
 class InFile:
-    """The reading of a source whose numbers lie one after another."""
+    """Reads a source whose numbers lie one after another."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor; a subclass knows it."""
         raise NotImplementedError
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Numbers begin .. end - 1 of a tensor, [end - begin]."""
+        """The numbers begin .. end - 1 of a tensor, [end - begin]."""
         raise NotImplementedError
 
     def read(self, name: str) -> np.ndarray:
@@ -129,7 +130,7 @@ class InFile:
         return self._read(name, 0, math.prod(shape)).reshape(shape)
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows of a tensor; nothing else of it is read."""
+        """Rows of a tensor; reads nothing else."""
         shape = self.shape(name)[1:]
         row = math.prod(shape)
         return self._read(name, begin * row, end * row).reshape(end - begin, *shape)
@@ -157,7 +158,7 @@ class Safetensors(InFile):
         return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the header of its file says."""
+        """The shape in the header of its file."""
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:
@@ -179,7 +180,7 @@ class Safetensors(InFile):
 
 def _places(path: Path) -> dict[str, _Place]:
     try:
-        with safe_open(path, framework="numpy") as opened:  # which finds whether its header fits the file
+        with safe_open(path, framework="numpy") as opened:  # this checks that the header fits the file
             names = set(opened.keys())
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")

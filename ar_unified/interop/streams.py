@@ -1,8 +1,10 @@
-"""LWM's `params`: a msgpack stream of pairs, (parts of a name, flax's bytes of one array), read and written in place.
+"""LWM's `params`: a msgpack stream of pairs, (parts of a name, flax's bytes of one array). It is read and written
+without loading it.
 
-Layers that were scanned are one array [L, ...] with "scan_decoder" in its name. The source gives them as L tensors,
-with the number of the layer in that place of the name. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an
-array as an extension of type 1 around [shape, dtype, bytes], and one of more than 2^30 bytes as a map of such pieces.
+Scanned layers are one array [L, ...] with "scan_decoder" in its name. The source gives them as L tensors, with the
+number of the layer in place of this part of the name. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an
+array as an extension of type 1 that holds [shape, dtype, bytes], and an array of more than 2^30 bytes as a map of such
+pieces.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from ar_unified.tensors import Kind, Pieces, read_bytes, write_bytes_at
 
 SCANNED = "scan_decoder"
 _NAMES = {name: kind for kind, name in DTYPES.items()}
-_CHUNK = 1 << 30  # bytes of an array at most, as flax has it
+_CHUNK = 1 << 30  # most bytes of an array's piece, as in flax
 _CHUNKED = "__msgpack_chunked_array__"
-_LENGTHS = {  # first byte: bytes of the length that follows
+_LENGTHS = {  # first byte -> bytes of the length that follows
     0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4,
 }  # fmt: skip
-_LONGEST = 1 << 12  # of a text, and parts of a list or map
+_LONGEST = 1 << 12  # most bytes of a text, and parts of a list or map
 
 
 class _Span(NamedTuple):
@@ -45,14 +47,14 @@ class _Stored(NamedTuple):
 
 
 class Stream(InFile):
-    """A source of the tensors of a stream. The file is scanned once, skipping the numbers.
+    """A source of the tensors in a stream. The file is scanned once, without reading the numbers.
 
     Names are parts joined by "/", without "params/" in front.
 
     Attributes:
-        prefix: the "params/" in front of the file's names. scanned: whether layers lie in one array.
+        prefix: the "params/" in front of the file's names. scanned: whether layers are stacked in one array.
 
-    Raises UserError, naming the file: it is damaged, or has a tensor twice; OSError.
+    Raises UserError, which names the file: it is damaged, or has a tensor twice; OSError.
     """
 
     def __init__(self, path: str | Path):
@@ -69,7 +71,7 @@ class Stream(InFile):
             ) from error
         self.prefix = next((parts[: _wrapped(parts)] for parts, _ in found if parts[0] == "params"), ())
         self.scanned = any(SCANNED in parts for parts, _ in found)
-        if any(parts[0] == "params" for parts, _ in found):  # a training's state has the optimizer's beside them
+        if any(parts[0] == "params" for parts, _ in found):  # a training's state has the optimizer's arrays too
             found = [(parts[_wrapped(parts) :], stored) for parts, stored in found if parts[0] == "params"]
         for parts, stored in found:
             layers = range(stored.shape[0]) if SCANNED in parts and stored.shape else [None]
@@ -80,7 +82,7 @@ class Stream(InFile):
                 self._tensors[name] = (stored, layer)
 
     def names(self) -> set[str]:
-        """The names of all tensors, those of stacked layers one by one."""
+        """The names of all tensors; stacked layers have one name each."""
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -105,7 +107,7 @@ class Stream(InFile):
 
 
 def _cut(pieces: tuple[_Span, ...], begin: int, end: int) -> list[_Span]:
-    """The parts of consecutive spans that lie between two positions of their bytes."""
+    """The parts of consecutive spans between two positions of their bytes."""
     found, at = [], 0
     for piece in pieces:
         first, last = max(begin - at, 0), min(end - at, piece.size)
@@ -124,7 +126,7 @@ def _wrapped(parts: tuple[str, ...]) -> int:
 
 
 class _Reader:
-    """Values of a msgpack stream, bytes and extensions as spans."""
+    """Reads values of a msgpack stream; bytes and extensions become spans."""
 
     def __init__(self, file: Any, size: int):
         self._file, self.end = file, size
@@ -198,7 +200,7 @@ def _entries(reader: _Reader) -> list[tuple[tuple[str, ...], _Stored]]:
             raise ValueError(f"a name {key!r:.80}")
         inner = reader.inside(value)
         if key[0] != "params" and not _is_array(inner):
-            continue  # of a training's state: a step's number, an empty part
+            continue  # from a training's state: the number of a step, an empty part
         found.append((tuple(key), _stored(reader, inner)))
     if not found:
         raise ValueError("nothing in it")
@@ -210,7 +212,7 @@ def _is_array(value: object) -> bool:
 
 
 def _stored(reader: _Reader, value: Any) -> _Stored:
-    """An array as flax writes it. Raises ValueError for another value, and where the bytes do not fit the shape."""
+    """An array as flax writes it. Raises ValueError for any other value, and if the bytes do not fit the shape."""
     if not _is_array(value):
         raise ValueError("a value that is no array")
     if isinstance(value, dict):
@@ -239,11 +241,11 @@ def _listed(found: dict[str, Json]) -> list[Any]:
 
 
 class StreamWriter:
-    """A context that writes a stream, each array to its place as it comes. At its end, every array is complete.
+    """A context that writes a stream, each array to its place when it comes. Every array must be complete at its end.
 
     Args:
-        path: is made.
-        kinds: by names as "transformer/h/scan_decoder/attention/wq/kernel". prefix: parts in front of each.
+        path: the file to make.
+        kinds: by names such as "transformer/h/scan_decoder/attention/wq/kernel". prefix: parts in front of each name.
 
     Raises UserError for an array of 2^32 bytes or more, which the format cannot have.
     """
@@ -277,7 +279,7 @@ class StreamWriter:
             write_bytes_at(self._handle, head, where)
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """An array, or what stands at index `at` of its first axis. Raises ValueError for another kind or index."""
+        """Writes an array, or its part at index `at` of the first axis. Raises ValueError for another kind or index."""
         data, begin = self._pieces.take(name, array, at)
         for span in _cut(tuple(self._places[name]), begin, begin + array.nbytes):
             part, data = data[: span.size], data[span.size :]
@@ -295,7 +297,7 @@ class StreamWriter:
 
 
 def _array_parts(kind: Kind) -> list[bytes | int]:
-    """An array as flax writes it: bytes, and in place of its numbers how many bytes they are."""
+    """An array as flax writes it: bytes, and in place of its numbers their number of bytes."""
     if kind.nbytes <= _CHUNK:
         return _whole_array(kind)
     per_chunk = _CHUNK // np.dtype(kind.dtype).itemsize
@@ -319,7 +321,7 @@ def _whole_array(kind: Kind) -> list[bytes | int]:
 
 
 def _sized(first: int, size: int) -> bytes:
-    """`first`: the type byte of the form with a one-byte length; the forms with two and four bytes follow it."""
+    """A header with a length. `first`: the type byte for a one-byte length; the next two are for two and four bytes."""
     power = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([first + power]) + size.to_bytes(1 << power, "big")
 

@@ -1,9 +1,9 @@
 """Tar: Qwen2.5 with the codes of TA-Tok, each a token with a name, <I0> to <I65535>.
 
-An image that it draws stands between <im_start> with a scale, and <im_end>. The scale <S0> is 27 x 27 codes, <S1> 13 x
-13, <S2> 9 x 9; --size chooses one for all images. In the original, an image in a question has none of these marks; here
-it has them. Its chats are Qwen's (layouts.TurnFrames): <|im_start|>, who speaks, the turn, <|im_end|>. TA-Tok (SigLIP2)
-and what makes pixels of its codes, a second model, are not imported: images are codes alone.
+An image that it draws is between <im_start> with a scale, and <im_end>. The scale <S0> is 27 x 27 codes, <S1> 13 x 13,
+<S2> 9 x 9; --size chooses one for all images. In the original, an image in a question has none of these marks; here it
+has them. Its chats are Qwen's (layouts.TurnFrames): <|im_start|>, the speaker, the turn, <|im_end|>. TA-Tok (SigLIP2)
+and the second model, which decodes its codes to pixels, are not imported: images are codes alone.
 
 Sources: csuhan/Tar, llava/model/llava_arch.py (names and their order), llava/data/dataset.py, t2i_inference.py (lengths
 by scale, filter) and i2t_inference.py.
@@ -23,7 +23,7 @@ from ar_unified.interop.text import without_images
 from ar_unified.language.syntax import ImageLayout
 
 _CODE = re.compile(r"<I(\d+)>")
-_SCALES = {27: "<S0>", 13: "<S1>", 9: "<S2>"}  # codes along an image
+_SCALES = {27: "<S0>", 13: "<S1>", 9: "<S2>"}  # codes along a side of an image
 _MARKS = {
     "bos": "<|endoftext|>",
     "eos": "<|im_end|>",
@@ -31,7 +31,7 @@ _MARKS = {
     "eoi": "<im_end>",
     "turn": "<|im_start|>",
 }
-_PAD = "<|fim_pad|>"  # of Qwen2.5, whose text never has it
+_PAD = "<|fim_pad|>"  # a token of Qwen2.5 that its text never has
 _NOTES = (
     "Its images are codes alone: TA-Tok, which reads images, and the models that make pixels of its codes are not "
     "imported.",
@@ -39,7 +39,7 @@ _NOTES = (
 
 
 def open_tar(files: Files) -> Published:
-    """Tar, a Qwen2 whose images are codes alone. Raises UserError, naming the file."""
+    """Tar, a Qwen2 whose images are codes alone. Raises UserError, which names the file."""
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
     side = 27 if files.size is None else files.size[0]

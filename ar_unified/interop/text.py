@@ -1,4 +1,4 @@
-"""Plain language models, as transformers has them: Llama, Qwen2, Qwen3 and Gemma."""
+"""Plain language models in transformers' form: Llama, Qwen2, Qwen3 and Gemma."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ar_unified.interop.keys import HF
 from ar_unified.interop.published import Published, check_tensors
 from ar_unified.model.config import TransformerConfig
 
-# What a document begins and ends with, and what fills rows: the first of these names that the tokenizer has. Qwen has
-# no beginning of its own: texts are told apart by <|endoftext|>.
+# Tokens for a document's beginning and end, and for padding: the first of these names that the tokenizer has. Qwen has
+# no token for the beginning; <|endoftext|> separates texts.
 _MARKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "llama": {
         "bos": ("<|begin_of_text|>", "<s>"),
@@ -26,21 +26,21 @@ _MARKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gemma": {"bos": ("<bos>",), "eos": ("<eos>",), "pad": ("<pad>",)},
 }
 PLAIN_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-_LENGTH = 4096  # of prompt and answer, unless told
+_LENGTH = 4096  # of prompt and answer, by default
 
 
 def open_llama(files: Files) -> Published:
-    """A Llama, as transformers writes it. Raises UserError, naming the file."""
+    """A Llama, as transformers writes it. Raises UserError, which names the file."""
     return _open(files, "llama", {"llama": LLAMA})
 
 
 def open_qwen(files: Files) -> Published:
-    """A Qwen2 or Qwen3, as transformers writes it. Raises UserError, naming the file."""
+    """A Qwen2 or Qwen3, as transformers writes it. Raises UserError, which names the file."""
     return _open(files, "qwen", {"qwen2": QWEN2, "qwen3": QWEN3})
 
 
 def open_gemma(files: Files) -> Published:
-    """A Gemma, as transformers writes it. Raises UserError, naming the file."""
+    """A Gemma, as transformers writes it. Raises UserError, which names the file."""
     return _open(files, "gemma", {"gemma": GEMMA})
 
 
@@ -66,10 +66,10 @@ def _open(files: Files, system: str, families: Mapping[str, Family]) -> Publishe
 def without_images(
     files: Files, system: str, config: TransformerConfig, ids: Language, *notes: str, **sampling: object
 ) -> Published:
-    """A model with no image tokenizer: of text alone, or one whose images are codes.
+    """A model without an image tokenizer: for text alone, or with images as codes alone.
 
     Args:
-        sampling: what requests are drawn with, where it is other than plain.
+        sampling: defaults of requests, if they differ from plain sampling.
     """
     grammar = files.grammar(ids)
     config = dataclasses.replace(config, vocab_size=grammar.vocabulary.size)

@@ -1,10 +1,10 @@
-"""Rows of the tables of ids that an adapter has of its own, as PEFT writes and reads them (`trainable_token_indices`).
+"""An adapter's own rows of the tables of ids, as PEFT writes and reads them (`trainable_token_indices`).
 
-    base_model.model.MODULE.token_adapter.trainable_tokens_delta    [n, D], values that take the rows' places
+    base_model.model.MODULE.token_adapter.trainable_tokens_delta    [n, D], values that replace the rows
 
-in adapter_model.safetensors, MODULE being embed_tokens or lm_head with what is above it, and which rows these are in
-adapter_config.json (huggingface/peft, src/peft/utils/other.py, TrainableTokensWrapper). A head that is tied to the
-embedding has the embedding's. transformers' model must have these ids: `resize_token_embeddings` makes them.
+in adapter_model.safetensors, where MODULE is the path of embed_tokens or lm_head. adapter_config.json has the ids of
+the rows (huggingface/peft, src/peft/utils/other.py, TrainableTokensWrapper). A tied head has the embedding's rows.
+transformers' model must have these ids: `resize_token_embeddings` makes them.
 
 n rows, D model.
 """
@@ -24,26 +24,26 @@ from ar_unified.interop.sources import Source
 from ar_unified.manifests import Json
 
 KEY = "trainable_token_indices"  # in adapter_config.json
-VOCABULARY = "ar_unified.vocabulary"  # in the header of the weights: the hash of the language that the ids are of
-_MODULES = {"embedding": "embed_tokens", "head": "lm_head"}  # of our tables
+VOCABULARY = "ar_unified.vocabulary"  # in the header of the weights: the hash of the language to which the ids belong
+_MODULES = {"embedding": "embed_tokens", "head": "lm_head"}  # by the names of our tables
 _END = ".token_adapter.trainable_tokens_delta"
 _NAME = re.compile(
     r"base_model\.model\.(?:\w+\.)*(?P<module>embed_tokens|lm_head)"
     r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.\w+)?"
 )
-# Where transformers has a module that files call otherwise (its conversion_mapping.py).
+# Modules that have another name in transformers than in files (its conversion_mapping.py).
 _IN_MEMORY = {"text_model.model.": "model.text_model.", "text_model.lm_head": "lm_head"}
 
 
 class TokenRows(NamedTuple):
-    """ids: int64 [n], ascending, of the published table, or ours where there is none; values: f32 [n, D]."""
+    """ids: int64 [n], ascending, of the published table, or ours if there is none; values: f32 [n, D]."""
 
     ids: np.ndarray
     values: np.ndarray
 
 
 def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
-    """(tensors by their names, what adapter_config.json says of them): what PEFT reads."""
+    """What PEFT reads: (tensors by name, their entry in adapter_config.json)."""
     dialect, tensors = HF.prefixed(prefixes), dict[str, np.ndarray]()
     for table, (_, values) in rows.items():
         module = in_memory(str(dialect.names[table]).removesuffix(".weight"))
@@ -53,7 +53,7 @@ def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[d
 
 
 def in_memory(name: str) -> str:
-    """What transformers calls the module that files call so, or that begins so."""
+    """The name in transformers of a module with this name, or this beginning of its name, in files."""
     for theirs, loaded in _IN_MEMORY.items():
         if name.startswith(theirs):
             return loaded + name.removeprefix(theirs)
@@ -61,7 +61,7 @@ def in_memory(name: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether a tensor of that name holds rows."""
+    """Whether a tensor of this name holds rows."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -69,9 +69,9 @@ def read(folder: Path, source: Source, said: object, width: int) -> dict[str, To
     """The rows of an adapter by table; {}: it has none.
 
     Args:
-        source: its tensors. said: of KEY. width: D.
+        source: its tensors. said: the value of KEY. width: D.
 
-    Raises UserError, naming what is wrong.
+    Raises UserError, which says what is wrong.
     """
     said = {"embed_tokens": said} if isinstance(said, list) else said or {}
     if not isinstance(said, Mapping):

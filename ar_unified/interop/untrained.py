@@ -1,8 +1,8 @@
-"""Whether a head's rows of image codes were ever trained: those of the Chameleon that Meta released were not.
+"""Checks whether a head's rows of image codes were ever trained. In the Chameleon that Meta released they were not.
 
-Drawing with such rows gives noise, and no error (facebookresearch/chameleon issues 11 and 37). Random numbers differ
-from a trained head in three ways: the rows have no common direction, their lengths differ no more than by chance, and
-the sizes of their columns do not either. Each of the three measures here is 1 for random numbers.
+Drawing with untrained rows gives noise, and no error (facebookresearch/chameleon issues 11 and 37). Random numbers
+differ from a trained head in three ways: the rows have no common direction, and the lengths of rows and the sizes of
+columns differ only by chance. Each of the three measures here is 1 for random numbers.
 
 Axes: D model.
 """
@@ -17,9 +17,9 @@ from ar_unified.language.border import Border
 from ar_unified.language.vocabulary import Role, Vocabulary
 
 _BLOCK = 4096  # rows in float64 at once
-_CHANCE = 3.0  # what chance does not reach, even with 64 rows and columns
-_SMALL = 0.01  # of the length of text's rows
-_ALIKE = 1e-3  # share of the rows' squares that is left without what they have in common
+_CHANCE = 3.0  # random numbers do not reach this, even with 64 rows and columns
+_SMALL = 0.01  # share of the length of text's rows
+_ALIKE = 1e-3  # share of the rows' squares that is left without their common part
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class _Rows:
 
     @property
     def drawn(self) -> bool:
-        """Whether they look like random numbers."""
+        """Whether the rows look like random numbers."""
         if not self.size:
-            return False  # nobody draws zeros
+            return False  # zeros are not random numbers
         n, D = len(self.lengths), len(self.total)
         common = n * (1 - self.left)
         spread = float(self.lengths.var()) / self.size**2 * D / 2
@@ -53,7 +53,7 @@ class _Rows:
 
 
 def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
-    """If the rows of image codes in a published head [V, D] look untrained, what they look like; else ""."""
+    """A description of the image codes' rows in a published head [V, D] if they look untrained; else ""."""
     kind = vocabulary.role(border.ours)
     image, text = (_sums(head, kind == role) for role in (Role.IMAGE, Role.TEXT))
     if image.size <= _SMALL**2 * text.size:
@@ -66,7 +66,7 @@ def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
 
 
 def _sums(table: np.ndarray, which: np.ndarray) -> _Rows:
-    """Sums over those rows, bool [V]."""
+    """Sums over some rows, bool [V]."""
     lengths: list[np.ndarray] = []
     total = squares = np.zeros(1)
     for begin in range(0, len(which), _BLOCK):

@@ -1,5 +1,5 @@
-"""Which implementation of a fused op runs: the one that the caller asked for, or that of the device for which the
-program is traced.
+"""Chooses the implementation of a fused op: the caller's choice, or the one for the device for which the program is
+traced.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ BACKENDS = ("auto", "reference", "xla", "tpu", "tpu_interpret", "hopper", "hoppe
 
 
 def module(package: str, backend: str) -> ModuleType:
-    """The module behind a backend's name, imported when it is used: GPU and TPU kernels pull in much of Pallas."""
+    """The module of a backend, imported when it is used, because GPU and TPU kernels import much of Pallas."""
     return importlib.import_module(f"{package}.{backend.removesuffix('_interpret')}")
 
 
 def choose(package: str, backend: str, *args: Any) -> str:
-    """The backend of the op in `package` to use for `args`, which its modules' `unsupported(*args)` judge.
+    """The backend of the op in `package` for `args`; `unsupported(*args)` of its module says whether it can compute
+    them.
 
-    "auto": the kernel of the current device, and xla on CPUs and, with a warning, where there is no kernel or it cannot
-    do this. A backend asked for by name is used or refused with ValueError, never replaced. tpu_interpret and
-    hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
+    "auto" is the kernel of the current device. It is xla on CPUs and, with a warning, if there is no kernel or it
+    cannot compute `args`. A backend asked for by name is used or refused with ValueError, never replaced. tpu_interpret
+    and hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
     """
     op = package.rpartition(".")[2]
     if backend != "auto":

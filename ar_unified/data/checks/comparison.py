@@ -24,7 +24,7 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way in which documents are alike: its name, how many of how many documents are so, and the first of them."""
+    """One way in which documents are alike: its name, how many documents of how many, and the first of them."""
 
     says: str
     count: int = 0
@@ -39,7 +39,7 @@ class Alike:
     kinds: list[Kind]
 
     def lines(self) -> list[str]:
-        """A line for each kind of likeness that was found, with how many there are and where the first stands."""
+        """A line for each kind of likeness that was found, with the number of documents and the place of the first."""
         lines = []
         for kind in self.kinds:
             if kind.count:
@@ -56,7 +56,7 @@ class Comparison:
         self._where: list[tuple[Source, int, bool]] = []
 
     def add(self, document: Document, source: Source, i: int, *, held_out: bool) -> None:
-        """Adds a document, item `i` of `source`. held_out: whether it is of the validation or a test."""
+        """Adds a document, item `i` of `source`. held_out: whether it belongs to the validation or a test."""
         self._search.add(document, held_out=held_out)
         self._where.append((source, i, held_out))
 
@@ -85,7 +85,7 @@ class Comparison:
         return Kind(says, len(those), of, [pair for pair in pairs if pair is not None])
 
     def _pair(self, i: int, j: int) -> Pair | None:
-        """Reads both documents again; of each, its first image is shown."""
+        """Reads both documents again, to show the first image of each."""
         documents = []
         for source, item, _ in (self._where[i], self._where[j]):
             try:

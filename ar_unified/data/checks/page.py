@@ -1,6 +1,6 @@
-"""One self-contained page on what `validate` found: no file, font or script from elsewhere, and all of it escaped.
+"""One self-contained page about what `validate` found. It needs no other file, font or script, and all data is escaped.
 
-Readable on a phone and on a desk, in light and dark. Images are in it as they are if they are small, else scaled down.
+It can be read on a phone and on a desk, in light and dark. Large images are scaled down.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _token(token: Token) -> str:
 def _image(pixels: np.ndarray) -> str:
     height, width = pixels.shape[:2]
     longer = max(height, width)
-    if longer <= _SMALL:  # whole factors keep the pixels of a small one square
+    if longer <= _SMALL:  # whole factors keep the pixels of a small image square
         scale, kind, data = max(1, _SMALL // longer), "png", to_png(pixels)
     else:
         scale, kind, data = min(1, _SIDE / longer), "jpeg", to_thumbnail(pixels, _SIDE)

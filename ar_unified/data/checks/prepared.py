@@ -1,4 +1,4 @@
-"""Looks at token shards as `prepare` left them, and says what it found. Changes nothing."""
+"""Looks at the token shards that `prepare` wrote, and reports what it found. Changes nothing."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def look(
     """Counts, lengths and what was left out of each source of prepared folders, by name.
 
     Args:
-        grammar: with it, documents are shown as text pieces instead of numbers; with a tokenizer, images are shown too.
-        sequence_length: of rows, in tokens; None: the longest document that was allowed.
-        show: documents of each source to show.
-        first: documents of each source whose tokens are read, to count them by role; None: all.
+        grammar: documents are shown as text pieces instead of numbers; with a tokenizer too, images are shown.
+        sequence_length: length of rows, in tokens; None: the longest document that was allowed.
+        show: how many documents of each source are shown.
+        first: how many documents of each source are read to count tokens by role; None: all.
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary than the grammar's.

@@ -1,4 +1,4 @@
-"""Looks at every item of a data set, as `prepare` would, and says what it found. Changes nothing."""
+"""Looks at every item of a data set, as `prepare` would, and reports what it found. Changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ar_unified.language.vocabulary import Role
 from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath, Remote
 
-NAMES = {"least": 0, "50%": 50, "90%": 90, "99%": 99, "most": 100}  # of percentiles
+NAMES = {"least": 0, "50%": 50, "90%": 90, "99%": 99, "most": 100}  # what the percentiles are called
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Found:
     """What one source holds.
 
     Attributes:
-        part: of an experiment, which set it belongs to: "train", "validation", the name of a test; "" otherwise.
+        part: the set of an experiment that it belongs to: "train", "validation", the name of a test; "" otherwise.
         items: how many it has. looked: how many of them were looked at.
         tasks: task -> good documents. bad: what is wrong with which item, in order.
-        text_bytes, images: a number for each document. sides: (height, width) in pixels of each image. tokens: if a
-        grammar is given, a number for each document that `prepare` would make of the items.
-        roles: Role -> tokens. languages: language -> documents, of texts that say theirs.
+        text_bytes, images: a number for each document. sides: (height, width) in pixels of each image. tokens: with a
+        grammar, the length of each document that `prepare` would make of the items.
+        roles: Role -> tokens. languages: language -> documents, as far as texts say theirs.
         first: the first good documents as the model will see them. shown: the same for a page.
     """
 
@@ -75,8 +75,8 @@ class Found:
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
-        """Counts a good document. found: its ids, if there are tokenizers; lengths: tokens of each piece that it is cut
-        into.
+        """Counts a good document. found: its ids, if there are tokenizers; lengths: the number of tokens of each piece
+        into which it is cut.
         """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
@@ -95,13 +95,15 @@ class Found:
                 self.roles[Role(role).name.lower()] += count
 
     def fill(self, sequence_length: int) -> float | None:
-        """Share of the positions of packed rows that hold a token; None: not known, or a document is longer."""
+        """Share of the positions of packed rows that hold a token; None: not known, or a document is longer than a
+        row."""
         if not self.tokens or max(self.tokens) > sequence_length:
             return None
         return Packing(np.array(self.tokens), sequence_length, seed=0, name=self.name).fill
 
     def lines(self, most_bad: int, sequence_length: int | None) -> list[str]:
-        """What to print of the source: counts, lengths, at most `most_bad` bad items, how full packed rows would be."""
+        """What to print about the source: counts, lengths, at most `most_bad` bad items, how full packed rows would
+        be."""
         good = sum(self.tasks.values())
         tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
         whole = f"{self.part}: {self.name}" if self.part else self.name
@@ -130,8 +132,8 @@ class Validation:
     """What all sources hold; `print` it.
 
     Attributes:
-        alike: what they have in common; None: nothing was compared.
-        sequence_length: of the rows that documents are to be packed into, in tokens; None: not known.
+        alike: which documents are alike; None: nothing was compared.
+        sequence_length: length of the rows that documents will be packed into, in tokens; None: not known.
     """
 
     sources: list[Found]
@@ -171,18 +173,18 @@ def validate(
         data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself; without them, its Parquet,
             Arrow or tar files, else its text files), one such file or name with braces, a list of source specs
             (`open_source`), or such lists by the name of their set: "train", and others, which are held out.
-        grammar: with it, and with the tokenizer or `resize`, lengths in tokens are reported.
-        image_tokenizer: with it and a grammar the first documents are shown as their real tokens.
+        grammar: together with the tokenizer or `resize`, makes lengths in tokens known.
+        image_tokenizer: together with a grammar, shows the first documents as their real tokens.
         resize: as for `prepare`.
         max_tokens: longer documents are reported as bad ("too_long"); only read with a grammar.
-        sequence_length: of the rows that documents are to be packed into.
-        links: of a folder or file: whether links that lead out of it are followed.
+        sequence_length: length of the rows that documents will be packed into.
+        links: whether links that lead out of a folder or file are followed.
         show: documents of each source to show.
         first: items of each source to look at; None: all.
         compare: whether to look for copies (`duplicates`).
 
     Raises:
-        UserError: nothing to read at `data`.
+        UserError: there is nothing to read at `data`.
     """
     view = View(grammar, image_tokenizer, resize)
     by_part = (
@@ -263,7 +265,8 @@ def _looked_at(
 
 
 def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
-    """A remark on images of a folder that no rows name, so that it was read as text alone; "" if there are none."""
+    """A remark on a folder that was read as text alone although it has images, because no rows name them; "" if there
+    are none."""
     if not isinstance(data, str | Path | Remote) or not storage.path(data).is_dir() or any(map(has_images, sources)):
         return ""
     count = len(folder_at(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))

@@ -1,5 +1,5 @@
-"""Documents as a model would see them, in words for a terminal and as tokens for a page. Works with whatever there is
-of grammar, tokenizer and size.
+"""Documents as a model would see them, in words for a terminal and as tokens for a page. Grammar, tokenizer and size
+may each be missing.
 
 Axes: `H` `W` height and width in pixels, `h` `w` in codes.
 """
@@ -38,11 +38,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Shown:
-    """A document to be looked at.
+    """A document for a person to look at.
 
     Attributes:
-        turns: the speaker ("document": nobody; "rejected": the answer that the assistant of a pair should not give),
-            and its texts and images, uint8 [H, W, 3], in order.
+        turns: the speaker, and its texts and images, uint8 [H, W, 3], in order. The speaker may be "document" (nobody),
+            or "rejected" (the answer of a pair that the assistant should not give).
         count: how many tokens it has; `tokens` may be only the first of them. 0 where there is no grammar.
     """
 
@@ -57,7 +57,7 @@ MOST = 400  # tokens of a document on a page
 
 
 class View:
-    """Shows documents with a grammar, an image tokenizer and a size; each of them may be missing."""
+    """Shows documents with a grammar, an image tokenizer and a size. Each of the three may be missing."""
 
     def __init__(
         self, grammar: Grammar | None = None, tokenizer: ImageCodec | None = None, resize: Resize | None = None
@@ -67,7 +67,7 @@ class View:
         self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
 
     def encoded(self, document: Document) -> Encoded | None:
-        """Ids and marks of the document with blank images, which only need the sizes; None without a grammar or a
+        """Ids and marks of the document with blank images, because only their sizes matter; None without a grammar or a
         size.
         """
         blank = self._blank(document)

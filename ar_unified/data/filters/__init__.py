@@ -1,8 +1,9 @@
 """Filters: what `prepare` leaves out of the training sources on request. By default they leave out nothing.
 
-What one item shows by itself (sizes, length, language) is checked when the item is read. What needs all items (copies,
-images that are everywhere, items that are held out too) is decided before, in one pass over all of them; its verdicts
-are kept in a file. So the sources and the settings alone decide what is left out, and not who reads which item when.
+Filters that look at one item (sizes, length, language) are applied when the item is read. Filters that need all items
+(copies, images that repeat too often, items that are held out too) are decided before, in one pass over all items, and
+their verdicts are kept in a file. So only the sources and the settings decide what is left out, not the order of
+reading.
 
 Each item that is left out is a BadItem, counted and listed with the others: kind "filtered_size", "filtered_aspect",
 "filtered_length", "filtered_language", "filtered_duplicate", "filtered_repeated" or "filtered_held_out".
@@ -31,19 +32,20 @@ DUPLICATES = ("keep", "documents", "images")
 
 @dataclass(frozen=True)
 class Filters:
-    """Which items are left out. 0, () and so on turn a filter off.
+    """Which items are left out. 0, () or "keep" turns a filter off.
 
     Attributes:
         min_side: least shorter side of each image, in pixels. max_side: largest longer side.
-        max_aspect: most times that one side of an image may be as long as the other.
-        min_characters, max_characters: of all text of an item (tokens: config.data.max_tokens).
+        max_aspect: largest ratio of an image's longer side to its shorter side.
+        min_characters, max_characters: limits for all text of an item (for tokens: config.data.max_tokens).
         languages: the languages to keep; items without a language are kept, too.
-        duplicates: "keep"; "documents": of items with the same images and words the first is kept; "images": an item is
-            left out if all its images are in earlier items, even with other words. Images are the same if they are
-            copies: scaled, recompressed, cut a little (`duplicates`).
-        max_repeats: in how many items an image may be, at most: one that is in more is a watermark, or a placeholder.
-        held_out: leaves out items with an image of the validation or the tests, and items without images whose words
-        are there.
+        duplicates: "keep" keeps all; "documents" keeps the first of several items with the same images and words;
+            "images" leaves out an item if all its images are in earlier items, even with other words. Copies count as
+            the same image, also if scaled, recompressed, or cropped a little (`duplicates`).
+        max_repeats: most items that an image may be in. An image in more items is probably a watermark or a
+            placeholder.
+        held_out: leaves out items that share an image with the validation or the tests, and items without images that
+        share their words.
     """
 
     min_side: int = 0
@@ -80,7 +82,7 @@ class Filters:
         return self.duplicates != "keep" or self.max_repeats > 0 or self.held_out
 
     def check(self, document: Document, of: str) -> None:
-        """Raises BadItem if the document by itself is to be left out. of: its language, "" where it says none."""
+        """Raises BadItem if a filter of single items leaves the document out. of: its language, "" if it says none."""
         for part in document.parts:
             if isinstance(part, ImagePart):
                 height, width = part.pixels.shape[:2]
@@ -105,7 +107,7 @@ class Filters:
 
 
 class Filtered:
-    """A source without what the filters leave out; its items keep their numbers.
+    """A source without the items that the filters leave out; the others keep their numbers.
 
     verdicts: item -> (kind, reason), for items that are left out because of other items.
     """
@@ -116,7 +118,7 @@ class Filtered:
 
     @property
     def has_images(self) -> bool:
-        """What the source says; filters change nothing of it."""
+        """As the source says; filters do not change it."""
         return getattr(self.source, "has_images", True)
 
     @property
@@ -149,7 +151,7 @@ class Filtered:
         return document
 
     def texts(self, i: int) -> list[str]:
-        """The texts of item i, also if it is left out: a text tokenizer is trained on all text."""
+        """The texts of item i, even if it is left out: a text tokenizer is trained on all text."""
         return self.source.texts(i)
 
     def fetch_texts(self, indices: Sequence[int]) -> list[list[str] | BadItem]:
@@ -177,9 +179,9 @@ def filtered(
     """The sources without what the filters leave out.
 
     Args:
-        sources: those of the training. held_out: those of the validation and of all tests.
-        file: where the verdicts of the pass over all items are written, whole or not at all. With the same sources and
-            filters, an existing file is used.
+        sources: the training sources. held_out: the sources of the validation and of all tests.
+        file: where the verdicts of the pass over all items are written, whole or not at all. An existing file is used
+            if its sources and filters are the same.
     """
     if not filters.used:
         return list(sources)
@@ -222,9 +224,7 @@ def _read(file: Path, plan: Mapping[str, Json], sources: Sequence[Source]) -> li
 def _decide(
     sources: Sequence[Source], held_out: Sequence[Source], filters: Filters, workers: int, show_progress: bool
 ) -> list[dict[int, tuple[str, str]]]:
-    """Compares all items. An item that a filter of single items leaves out does not count as the original of
-    another.
-    """
+    """Compares all items. An item that a filter of single items leaves out is not compared with others."""
     search, where = Search(), list[tuple[Source, int]]()
     alone = replace(filters, duplicates="keep", max_repeats=0, held_out=False)
     total = sum(map(len, (*sources, *held_out)))

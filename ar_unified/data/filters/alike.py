@@ -1,9 +1,9 @@
 """Decides from two small pictures whether the images are copies of each other.
 
 A copy may be scaled, recompressed, or cut a little at its sides. If the original is moved and stretched by a few
-percent, it equals the copy again. So one picture is laid on the other (Gauss-Newton on the places of its sides, as
-Lucas and Kanade do); if no difference is left, they are copies. What merely looks alike (two emoji of one face, two
-photos of one dress) differs somewhere, whichever way it is laid.
+percent, it equals the copy again. So one picture is aligned with the other (by Gauss-Newton on the places of its sides,
+as Lucas and Kanade do). If no difference is left, they are copies. Pictures that only look alike (two emoji of one
+face, two photos of one dress) differ somewhere in every alignment.
 
 Axes: `P` pairs, `N` pixels of a side, `C` colours.
 """
@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 SIDE = 32  # pixels of a small picture, whatever the image's shape
-LARGEST_CUT = 0.12  # of a side: the most that the smaller of two copies may lack of it
-_MANY, _BATCH = 4096, 64  # pairs that are read at once; those whose arrays stay in a processor's cache
+LARGEST_CUT = 0.12  # largest part of a side that may be missing in the smaller of two copies
+_MANY, _BATCH = 4096, 64  # pairs that are read at once; so few that their arrays stay in a processor's cache
 _STEPS = 5
 _USUAL_CUT, _NOISE = 0.05, 6  # of a side; grey values
 # Limits of `alike`, between copies and look-alikes of photos and emoji: experiments/benchmarks/duplicates.py
@@ -34,10 +34,11 @@ def small(pixels: np.ndarray) -> np.ndarray:
 def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Which pairs of small pictures, uint8 [P, SIDE, SIDE, 3] each, are of copies: bool [P].
 
-    First at a quarter of the size, then at half of it: the root mean square of the remaining difference in grey values
-    must be less than _COARSE, then _ROUGH. Then, at the size and in every colour: the largest difference anywhere,
-    averaged over 3 x 3 pixels, is less than _LEFT times 16 grey values and the height of the edges there, which never
-    meet exactly; and half of the pixels are lighter, half are darker, but for _TINT grey values.
+    First, the root mean square of the remaining difference in grey values must be less than _COARSE at a quarter of the
+    size, and less than _ROUGH at half of the size. Then two conditions must hold at full size in every colour. The
+    largest difference anywhere, averaged over 3 x 3 pixels, is less than _LEFT times the sum of 16 grey values and the
+    height of the edges there, because edges never meet exactly. And half of the pixels are lighter and half are darker,
+    within _TINT grey values.
     """
     found = np.zeros(len(a), bool)
     for at in range(0, len(a), _MANY):
@@ -77,9 +78,7 @@ def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _could_be(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which pairs, float32 [P, N, N] each, may be near each other after the best small move; a quick estimate from
-    their slopes.
-    """
+    """Which pairs, float32 [P, N, N] each, may match after the best small move; a quick estimate from their slopes."""
     slopes = _slopes((a + b) / 2)
     left = (a - b).reshape(len(a), -1, 1)
     pull = slopes @ left
@@ -88,7 +87,7 @@ def _could_be(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _same(a: np.ndarray, seen: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether float32 [P, C, N, N], laid on each other, differ nowhere that is `seen`, bool [P, N, N]."""
+    """Whether two aligned pictures, float32 [P, C, N, N], are equal wherever `seen`, bool [P, N, N], is true."""
     difference = a - b
     tint = np.nanmedian(np.where(seen[:, None], difference, np.nan), axis=(2, 3))
     left = _blurred(np.abs(difference).max(1) * seen)
@@ -97,9 +96,9 @@ def _same(a: np.ndarray, seen: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _laid(a: np.ndarray, b: np.ndarray, move: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds how to move each image of `a` onto that of `b`, float32 [P, N, N], beginning with `move`. A move is the
-    place of the centre and the stretch, down and right, [P, 4]. Also gives the root mean square of the remaining
-    difference, [P].
+    """Finds how to move each image of `a` onto the image of `b`, float32 [P, N, N], beginning with `move`. A move is
+    the place of the centre and the stretch, vertically and horizontally, [P, 4]. Also gives the root mean square of the
+    remaining difference, [P].
     """
     slopes = _slopes(b)
     inverse = np.linalg.inv(_curvature(slopes))
@@ -117,7 +116,8 @@ def _laid(a: np.ndarray, b: np.ndarray, move: np.ndarray, steps: int) -> tuple[n
 
 
 def _slopes(a: np.ndarray) -> np.ndarray:
-    """How float32 [P, N, N] changes with its centre and its stretch, down and right: [P, 4, N * N]."""
+    """The derivatives of images, float32 [P, N, N], by the centre and the stretch, vertically and horizontally: [P, 4,
+    N * N]."""
     P, N = a.shape[:2]
     u = _centres(N)
     down, right = (gradient * N for gradient in np.gradient(a, axis=(1, 2)))
@@ -125,9 +125,7 @@ def _slopes(a: np.ndarray) -> np.ndarray:
 
 
 def _curvature(slopes: np.ndarray) -> np.ndarray:
-    """[P, 4, 4]. It includes a prior from the usual size of moves and of noise, so an image without an edge is not
-    moved.
-    """
+    """[P, 4, 4]. It includes a prior on the size of moves and of noise, so an image without an edge is not moved."""
     hessian = slopes @ slopes.transpose(0, 2, 1)
     hessian[:, range(4), range(4)] += (_NOISE / _USUAL_CUT) ** 2 * slopes.shape[2] / 256
     return hessian

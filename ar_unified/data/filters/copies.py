@@ -1,12 +1,13 @@
 """Finds copies among many images without looking at all pairs: hashes propose pairs, and `alike` decides about them.
 
-An image is 33 numbers: its lowest frequencies, of light and of two colours, which scaling and recompression leave as
-they are and small cuts change a little. Each hash table keeps one bit for each of some random directions (Charikar,
-2002). Copies often have the same hash in a table, other images hardly ever. The few bits that are nearest to changing
-are also tried the other way (multi-probe, Lv et al., 2007), so few tables are enough. Work grows with the number of
+An image is described by 33 numbers: its lowest frequencies, of luma and of two colours. Scaling and recompression do
+not change them, and small crops change them a little. Each hash table keeps one bit for each of some random directions
+(Charikar, 2002). Copies often have the same hash in a table, other images hardly ever. The few bits that are nearest to
+changing are also tried flipped (multi-probe, Lv et al., 2007), so few tables are enough. Work grows with the number of
 images.
 
-In memory an image takes 33 x 2 bytes and 16 for the table at hand; its small picture is only read where hashes meet.
+In memory an image takes 33 x 2 bytes and 16 for the current table. Its small picture is read only if its hash equals
+another's.
 
 Axes: `n` images, `m` pairs.
 """
@@ -21,15 +22,15 @@ from ar_unified.data.filters.alike import SIDE, alike
 
 _TABLES = 8
 _TURNED = 4  # bits of a hash that are tried both ways
-_SPARE = 6  # bits of a hash beyond log2(n): places in a table for each image
+_SPARE = 6  # bits of a hash beyond log2(n), so that a table has several places for each image
 _BITS = 63
-_NEIGHBOURS = 12  # places to each side that are looked at where many images share a hash
-_FAR = 4.6  # between the numbers of two images, in deviations: 33 that have nothing in common are 8 apart
+_NEIGHBOURS = 12  # if many images share a hash, neighbours to each side that are compared
+_FAR = 4.6  # distance between the numbers of two images, in standard deviations; it is about 8 for unrelated images
 _CHUNK = 1 << 16
 
 _LOW = [(i, j) for i in range(6) for j in range(6 - i)]
 _LOW_COLOUR = [(i, j) for i in range(3) for j in range(3 - i)]
-# Where images are all alike, the deviation that is counted with: a third to a tenth of that among photos.
+# The least standard deviation, for images that are all alike: a third to a tenth of the value for photos.
 _LEAST = np.array([0.02 / (1 + i + j) for i, j in (*_LOW, *_LOW_COLOUR, *_LOW_COLOUR)])
 
 
@@ -46,7 +47,7 @@ def frequencies(small: np.ndarray) -> np.ndarray:
 
 
 def copies(small: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """All pairs that are copies of each other, or nearly all: int64 [m, 2], places in `which`, i < j, sorted.
+    """Nearly all pairs that are copies of each other: int64 [m, 2], places in `which`, i < j, sorted.
 
     Args:
         small: uint8 [N, SIDE, SIDE, 3], of all images; may be a file (`np.memmap`).
@@ -84,8 +85,8 @@ def _met(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images i and j, int64 [m] each, that share the hash of one table when some bits of i are flipped.
 
-    The hash is the upper part of a code of 63 bits. Images with the same hash are sorted by the lower bits, so if there
-    are many of them, neighbours in that order are the most alike.
+    The hash is the upper part of a code of 63 bits. Images with the same hash are sorted by the lower bits, so that
+    neighbours in that order are the most alike.
     """
     n = len(numbers)
     lower = _BITS - min(_BITS, max(6, int(n).bit_length() + _SPARE))

@@ -33,9 +33,9 @@ class Duplicates:
         same: int64 [n], the first document that has the same images in the same order and the same words. Images count
         as the same if they are copies: scaled, recompressed, or cut a little. For documents without images, nearly the
         same words are enough.
-        shown: int64 [n], if earlier documents have copies of all its images: the first document with a copy of its
-            first image.
-        repeats: int64 [n], how many documents, without held-out ones, have a copy of its most repeated image.
+        shown: int64 [n], the first document with a copy of its first image, if earlier documents have copies of all its
+            images.
+        repeats: int64 [n], how many documents that are not held out have a copy of its most repeated image.
         overlap: int64 [n], the first held-out document with a copy of one of its images; for a document without images,
             the first with nearly the same words.
     """
@@ -53,8 +53,8 @@ class Search:
 
     def __init__(self) -> None:
         self._held_out: list[bool] = []
-        self._words, self._images = array("Q"), array("q", [0])  # images: those of documents 0 to i - 1
-        self._alone: list[int] = []  # documents of one text that is long enough to be compared
+        self._words, self._images = array("Q"), array("q", [0])  # how many images documents 0 to i - 1 have
+        self._alone: list[int] = []  # documents that are one text, long enough to be compared
         self._signatures: list[np.ndarray] = []
         self._pixels = array("Q")
         self._numbers: list[np.ndarray] = []
@@ -131,7 +131,7 @@ class Search:
         return kept[_leaders(pairs, len(kept))[rank[inverse]]]
 
     def _texts(self) -> list[int]:
-        """A number for every document, which all documents with the same words share."""
+        """A number for every document; documents with the same words have the same number."""
         numbers = list(self._words)
         if self._alone:
             leaders = _leaders(texts.similar(np.stack(self._signatures)), len(self._alone))
@@ -143,8 +143,8 @@ class Search:
 def _leaders(pairs: np.ndarray | Sequence[Sequence[int]], count: int) -> np.ndarray:
     """For each of `count` things, the first thing it is paired with that is not itself paired with an earlier one.
 
-    So chains do not count: if each of many images differs a little from the one before, the first and the last are no
-    copies.
+    So chains do not count: if each of many images differs a little from the image before it, the first and the last are
+    not copies.
     """
     leader = np.arange(count)
     pairs = np.asarray(pairs)

@@ -1,9 +1,9 @@
-"""Texts that are the same, or nearly: by a hash of their words, and by the words that stand together.
+"""Finds texts that are the same, by a hash of their words, or nearly the same, by their runs of five words.
 
-A text's words are its letters and digits, in small letters and in one form (NFKC): case, marks and space do not count.
-Near sameness is decided for texts of at least _LEAST words, by MinHash with one permutation (Li, Owen and Zhang, 2012).
+A text's words are its letters and digits, in lower case and in one form (NFKC): case, punctuation and space do not
+count. Texts of at least _LEAST words are also compared by MinHash with one permutation (Li, Owen and Zhang, 2012).
 Every run of five words is hashed into one of 64 bins, and the least hash of each bin is kept. The similarity of two
-texts is the share of bins in which they agree. Bins are compared in groups of four, so texts that agree in none are
+texts is the share of bins in which they agree. Bins are compared in groups of four, so texts that agree in no group are
 never compared.
 
 Axes: `n` texts, `m` pairs.
@@ -22,11 +22,11 @@ BINS = 64
 _LEAST, _RUN, _BAND = 32, 5, 4
 _ALIKE = 0.7  # share of bins
 _EMPTY = np.uint32(0xFFFFFFFF)
-_NEIGHBOURS = 12  # texts of a band that each text is compared with
+_NEIGHBOURS = 12  # how many texts of a band each text is compared with
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in their order, NFKC and without case: all that two copies must have in common."""
+    """The words of a text in their order, NFKC and without case. Two copies must have the same."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 

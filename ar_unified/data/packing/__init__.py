@@ -1,12 +1,12 @@
-"""Which row comes when, and which documents are in it: pure functions of the documents' lengths and a seed.
+"""The order of rows, and the documents in each: pure functions of the documents' lengths and a seed.
 
-A source is planned in blocks (`blocks`): which of its documents are in a block, and the lengths of those that share a
-row, are always the same. Every epoch draws anew which document of a length fills which slot of its block, in which
-order the blocks come, and in which order the rows come within each window of WINDOW blocks. So a source of one block or
-one window is shuffled as a whole. From a larger source, only the files of one window are read at a time. Each epoch of
-a source holds each of its documents exactly once, and any row can be asked for without making those before it.
+A source is planned in blocks (`blocks`). The documents of a block never change, nor do the lengths of the documents
+that share a row. Every epoch draws again three things: which document of a length fills which slot of its block, the
+order of the blocks, and the order of the rows within each window of WINDOW blocks. So a source of one block or one
+window is shuffled as a whole. From a larger source, only the files of one window are read at a time. Each epoch of a
+source holds each of its documents exactly once, and any row can be made without the rows before it.
 
-Sources are mixed row by row: `weights` are shares of rows, which for full rows are shares of tokens.
+Sources are mixed row by row: `weights` are shares of rows. If rows are full, these are shares of tokens.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ PERIOD = 1024  # rows after which the order of the sources repeats: shares are e
 
 
 class Packing:
-    """The rows of one source, epoch after epoch. Memory is that of a few blocks, however many documents there are.
+    """The rows of one source, epoch after epoch. Its memory is a few blocks, however many documents there are.
 
     Args:
-        lengths: int [n], tokens of every document, 1..sequence_length; an array, or what gives stretches of one.
+        lengths: int [n], tokens of every document, 1..sequence_length; an array, or an object that gives its slices.
         sequence_length: T.
-        seed: of the order; with `name` (of the source) it makes sources independent of each other.
-        folder: of the source's shards, where its rows may be planned already (`blocks.store`).
-        leave_out: documents that are longer than a row are in none, and are no error.
+        seed: for the order. It is combined with `name` (of the source), so that sources are shuffled independently.
+        folder: has the source's shards, and perhaps its planned rows (`blocks.store`).
+        leave_out: documents that are longer than a row are left out, instead of being an error.
 
     Attributes:
-        rows: rows an epoch. fill: share of their positions that hold a token. windows: they are shuffled one by one.
+        rows: rows in an epoch. fill: share of their positions that hold a token. windows: how many; each is shuffled by
+            itself.
         left_out: documents that are longer than a row.
-        order: the version of the order of rows: 1, the first one; 2, with blocks and `fitting.paired_fit`.
+        order: the version of the order of rows: 1 is the first version; 2 has blocks and `fitting.paired_fit`.
 
     Raises:
-        UserError: no documents, or one that is longer than a row.
+        UserError: there are no documents, or a document is longer than a row.
     """
 
     def __init__(
@@ -101,18 +102,19 @@ class Packing:
         return found.tolist()
 
     def after(self, other: Packing, taken: int) -> int:
-        """How many rows count as taken here if `taken` rows of `other` are: the same source in rows of another length.
+        """How many rows count as taken here if `taken` rows of `other` are taken. `other` is the same source in rows of
+        another length.
 
-        The windows of an epoch have the same documents at any length. So the next window begins here. What was not read
-        of the window before comes in the next epoch.
+        The windows of an epoch have the same documents at any length, so reading goes on with the next window. The
+        unread documents of the window before come in the next epoch.
         """
         epoch, item = divmod(taken, other.rows)
         begun = int(np.searchsorted(other._epochs(epoch)[2], item))
         return epoch * self.rows + int(self._epochs(epoch)[2][begun])
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The blocks in the order of an epoch; where the rows of each end; where those of each window begin, and all
-        end, int64 [windows + 1].
+        """The blocks in the order of an epoch; where the rows of each block end; where the rows of each window begin
+        and the last end, int64 [windows + 1].
         """
         count = len(self._plans.rows)
         order = permute(np.arange(count), count, key(self.seed, self.name, epoch, "blocks"))
@@ -127,7 +129,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Picks:
-    """Stretch of a mixture: element i is item `item[i]` of epoch `epoch[i]` of source number `source[i]`; int64 [n]."""
+    """A slice of a mixture: element i is item `item[i]` of epoch `epoch[i]` of source number `source[i]`; int64 [n]."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -137,16 +139,16 @@ class Picks:
 class Mixture:
     """An endless stream over sources by weight; pick j is a pure function of (weights, sizes, j).
 
-    Sources take turns as evenly as their weights allow, so that every stretch of the stream has nearly its share of
-    each; the turns repeat after PERIOD. A source that has come to its end begins its next epoch.
+    Sources take turns as evenly as their weights allow, so that every part of the stream has nearly the right share of
+    each source. The turns repeat after PERIOD. A source that is at its end begins its next epoch.
 
     Args:
-        sizes: rows (or items) an epoch of every source has, at least 1.
-        weights: shares, not negative; None: by size, so that epochs of all sources end together.
+        sizes: for every source, rows (or items) in an epoch, at least 1.
+        weights: shares, at least 0; None: by size, so that epochs of all sources end together.
         taken: rows of every source that were read before this stream; it goes on after them. None: none.
 
     Raises:
-        UserError: weights that are negative or all zero, or a source without rows.
+        UserError: weights are negative or all zero, or a source has no rows.
     """
 
     def __init__(
@@ -182,12 +184,12 @@ class Mixture:
 
     @property
     def shares(self) -> list[float]:
-        """Share of the stream each source has."""
+        """Share of each source in the stream."""
         return (self._counts / PERIOD).tolist()
 
 
 def _apportion(shares: np.ndarray) -> np.ndarray:
-    """PERIOD turns by largest remainder; a source with any weight gets at least one."""
+    """Divides PERIOD turns by largest remainder; a source with any weight gets at least one."""
     exact = shares / shares.sum() * PERIOD
     counts = np.where(shares > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
     while counts.sum() < PERIOD:
@@ -198,5 +200,5 @@ def _apportion(shares: np.ndarray) -> np.ndarray:
 
 
 def summary(packings: Mapping[str, Packing]) -> dict[str, dict[str, object]]:
-    """Rows an epoch and fill of every source: what a user wants to know before training."""
+    """Rows per epoch and fill of every source, which a user wants to know before training."""
     return {name: {"rows": packing.rows, "fill": round(packing.fill, 4)} for name, packing in packings.items()}

@@ -1,11 +1,11 @@
-"""Which documents are planned together, and which of them share a row. Their lengths alone decide it, no seed.
+"""Which documents are planned together, and which of them share a row. Only their lengths decide it, not a seed.
 
-A source is taken in runs of RUN documents. A fixed permutation deals the runs out into blocks of at most BLOCK
-documents, so that each block has something of everything. A source that is not larger than a block is one block. The
-rows of a block are planned once (`fitting`), as slots of given lengths; every epoch draws anew which document of a
+A source is cut into runs of RUN documents. A fixed permutation distributes the runs over blocks of at most BLOCK
+documents, so that each block is a mixture of the source. A source that is not larger than a block is one block. The
+rows of a block are planned once (`fitting`), as slots of given lengths; every epoch draws again which document of a
 length fills which slot (`packing`).
 
-The plan is kept beside the shards, and whoever reads them reads of it what a block needs:
+The plan is kept beside the shards, and readers load the part for one block at a time:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
          rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether best-fit-decreasing; written last. A
                                 fourth column where rows are shorter than documents: how many are in no row
@@ -26,12 +26,12 @@ from ar_unified.data.packing.fitting import rows_of
 from ar_unified.data.stored import Stored
 from ar_unified.errors import UserError, about
 
-RUN = 2**12  # documents that stand together in the shards, so that a block is read from few of them
-BLOCK = 2**16  # what a uint16 can number
+RUN = 2**12  # documents that lie together in the shards, so that a block is read from few shards
+BLOCK = 2**16  # a uint16 can number these
 
 
 class Stretches(Protocol):
-    """Numbers that can be read by stretches: an array, or a file (`stored.Stored`, `shards.Lengths`)."""
+    """Numbers that can be read by slices: an array, or a file (`stored.Stored`, `shards.Lengths`)."""
 
     def __len__(self) -> int: ...
 
@@ -55,12 +55,12 @@ class Blocks:
         self.starts = np.append(0, np.cumsum(sizes))[self._borders]
 
     def documents(self, block: int) -> np.ndarray:
-        """Those of a block, int64, ascending."""
+        """The documents of a block, int64, ascending."""
         found = (self._runs_of(block)[:, None] * RUN + np.arange(RUN)).reshape(-1)
         return found[found < self._documents]
 
     def lengths(self, block: int, lengths: Stretches) -> np.ndarray:
-        """Those of a block's documents, of the lengths of all: a stretch is read for each run."""
+        """The lengths of a block's documents, from the lengths of all: one slice is read for each run."""
         return np.concatenate([lengths[run * RUN : (run + 1) * RUN] for run in self._runs_of(block).tolist()])
 
     def _runs_of(self, block: int) -> np.ndarray:
@@ -68,31 +68,31 @@ class Blocks:
 
 
 class Places(NamedTuple):
-    """Slots of some rows, row by row, the longest of a row first. In each epoch, documents of one length are
-    exchanged."""
+    """Slots of some rows, row by row, the longest of a row first. In each epoch, documents of the same length change
+    places."""
 
     counts: np.ndarray  # int64 [rows]: slots of each row
-    first: np.ndarray  # int64 [k]: among the documents of the block by falling length, the first of this length
-    number: np.ndarray  # int64 [k]: which of those of its length the slot is
-    size: np.ndarray  # int64 [k]: how many there are of this length
+    first: np.ndarray  # int64 [k]: the first document of this length, in the block's documents by descending length
+    number: np.ndarray  # int64 [k]: number of the slot among the slots of its length
+    size: np.ndarray  # int64 [k]: how many slots have this length
 
 
 class Slots:
     """The rows of one block: places for documents of given lengths.
 
     Args:
-        documents: int64 [n]. lengths: int [n], of each. row: int [n], of each one's slot, by falling length.
+        documents: int64 [n]. lengths: int [n], of each document. row: int [n], of each slot, by descending length.
         sequence_length: T.
 
-    Raises ValueError: the documents of a row do not fit into it.
+    Raises ValueError if the documents of a row do not fit into it.
     """
 
     def __init__(self, documents: np.ndarray, lengths: np.ndarray, row: np.ndarray, sequence_length: int):
         self._order = _falling(lengths).astype(np.uint16)
         self._given, self._lengths = documents, lengths[self._order]
         self._sizes = np.bincount(lengths)
-        self._before = len(lengths) - np.cumsum(self._sizes)  # by length: documents that are longer
-        self._slots = np.argsort(row, kind="stable").astype(np.uint16)  # row by row, each row's longest first
+        self._before = len(lengths) - np.cumsum(self._sizes)  # for each length: how many documents are longer
+        self._slots = np.argsort(row, kind="stable").astype(np.uint16)  # row by row, the longest of each row first
         self._ends = np.cumsum(np.bincount(row))
         starts = np.append(0, self._ends[:-1])
         if np.add.reduceat(self._lengths[self._slots], starts).max() > sequence_length:
@@ -100,11 +100,11 @@ class Slots:
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """How many rows there are."""
         return len(self._ends)
 
     def places(self, rows: np.ndarray) -> Places:
-        """Those of some rows."""
+        """The places of some rows."""
         ends = self._ends[rows]
         counts = ends - np.where(rows > 0, self._ends[rows - 1], 0)
         at = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
@@ -114,7 +114,7 @@ class Slots:
         return Places(counts, first, slots - first, self._sizes[lengths])
 
     def documents(self, places: np.ndarray) -> np.ndarray:
-        """By their places among all of the block by falling length."""
+        """Documents by their places in the block's documents by descending length."""
         return self._given[self._order[places]]
 
 
@@ -123,8 +123,8 @@ class Plans:
 
     Args:
         lengths: int [n], tokens of every document.
-        sequence_length: T, of the rows.
-        folder: of the source's shards. name: of the source, for messages.
+        sequence_length: T.
+        folder: has the source's shards. name: the source's name, for messages.
         leave_out: documents that are longer than a row are in none, and are no error.
 
     Attributes:
@@ -133,7 +133,8 @@ class Plans:
         decreasing: whether best-fit-decreasing has planned all of them (`fitting`).
 
     Raises:
-        UserError: no documents, or one that is longer than a row. `slots` too: the plan is of other lengths.
+        UserError: there are no documents, or a document is longer than a row. `slots` raises it too, if the plan was
+            made for other lengths.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Plans:
         if self.left_out:
             fits = lengths <= self._length
             lengths, documents = lengths[fits], documents[fits]
-            row = row[len(row) - len(lengths) :]  # slots stand by falling length
+            row = row[len(row) - len(lengths) :]  # slots are in order of descending length
         try:
             slots = Slots(documents, lengths, row, self._length)
         except ValueError as error:
@@ -190,7 +191,7 @@ class Plans:
 
 
 def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str = "", leave_out: bool = False) -> None:
-    """Plans the rows of a source beside its shards, unless that is done. Args and errors: of `Plans`."""
+    """Plans the rows of a source beside its shards, unless that is done. Args and errors: as for `Plans`."""
     plan, table = _paths(folder, sequence_length)
     if storage.exists(table) or not len(lengths):
         return
@@ -203,7 +204,7 @@ def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str =
             counts.append(count)
     with whole(table) as file:
         lines = np.array(counts, np.int64)
-        np.save(file, lines if lines[:, 3].any() else lines[:, :3])  # the name that earlier versions know
+        np.save(file, lines if lines[:, 3].any() else lines[:, :3])  # earlier versions read this name
 
 
 def _planned(
@@ -229,9 +230,9 @@ def _too_long(name: str, sequence_length: int, found: str) -> UserError:
 
 
 def _falling(lengths: np.ndarray) -> np.ndarray:
-    """The order by falling length; documents of one length keep their order."""
+    """The order by descending length; documents of the same length keep their order."""
     below = lengths.max() - lengths
-    return np.argsort(below.astype(np.uint16) if below.max() < 2**16 else below, kind="stable")  # the former by radix
+    return np.argsort(below.astype(np.uint16) if below.max() < 2**16 else below, kind="stable")  # by radix sort
 
 
 def _paths(folder: Path, sequence_length: int) -> tuple[Path, Path]:

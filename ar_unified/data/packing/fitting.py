@@ -1,9 +1,9 @@
-"""Chooses by their lengths which documents share a row, so that few positions are left over.
+"""Chooses which documents share a row by their lengths, so that few positions stay empty.
 
-There are two ways, and the one with fewer rows is taken. Best-fit-decreasing is nearly perfect if lengths differ much:
-it leaves less than a hundredth of the positions over. But captions of images of one size have nearly one length, and a
-row of the longest ones leaves a gap that a row of shorter ones would not. For these, a row is filled with random
-documents, which have the average length, and ended with the two that fit best.
+There are two ways, and the way with fewer rows is taken. Best-fit-decreasing is nearly perfect if lengths differ much:
+less than a hundredth of the positions stay empty. But captions of images of one size have nearly the same length, and
+rows of only the longest of them leave large gaps. In the second way, a row is filled with random documents, which have
+the average length, and ends with the two documents that fit best.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from ar_unified.data.counter_rng import key, permute
 
-_FULL = 0.99  # share of tokens that needs no second try
-_TRIES = 64  # tokens that a pair may leave over
+_FULL = 0.99  # with this share of tokens, the second way is not tried
+_TRIES = 64  # tokens that a pair may leave free
 
 
 def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool]:
@@ -36,11 +36,11 @@ def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit-decreasing: each document goes into the row with the least room that holds it. Arguments and result as
-    of `rows_of`.
+    """Best-fit-decreasing: each document goes into the row with the least room that is enough. Arguments and result are
+    those of `rows_of`.
     """
     rows = []
-    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # free tokens -> rows that have so many
+    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # free tokens -> rows with so many
     some = opened = 0  # some: bit i for each i of free tokens that some row has
     for length in lengths.tolist():
         if fitting := some >> length:
@@ -60,8 +60,8 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """The longest document opens a row, random ones follow, and the two that leave least room end it. Arguments and
-    result as of `rows_of`.
+    """The longest document opens a row, random documents follow, and the two that leave least room end it. Arguments
+    and result are those of `rows_of`.
     """
     pool = _Pool(lengths, sequence_length)
     packed: list[int] = []
@@ -95,22 +95,22 @@ class _Pool:
         self._there = sum(1 << length for length, left in enumerate(self._left) if left)
         self._turned = sum(1 << sequence_length - length for length, left in enumerate(self._left) if left)
         self._line = lengths[permute(np.arange(len(lengths)), len(lengths), key("line"))].tolist()
-        self._gone = [0] * (sequence_length + 1)  # how many of a length stand in line still, and are taken
+        self._gone = [0] * (sequence_length + 1)  # how many documents of a length still wait, and are taken
 
     def longest(self, room: int) -> int:
         """The greatest length that fits; 0: none."""
         return max(0, (self._there & ((2 << room) - 1)).bit_length() - 1)
 
     def next(self) -> int:
-        """The length of a random document; the same one until it is taken."""
+        """The length of a random document; it stays the same until the document is taken."""
         while self._gone[self._line[-1]]:
             self._gone[self._line.pop()] -= 1
         return self._line[-1]
 
     def pair(self, room: int, more: int) -> tuple[int, int] | None:
-        """The lengths of the two documents that fill most of `room`; None unless they fill more than `more`."""
+        """The lengths of the two documents that fill most of `room`; None if no two fill more than `more`."""
         for both in range(room, max(more, room - _TRIES, 2 * _lowest(self._there) - 1), -1):
-            found = self._there & self._turned >> self._most - both  # bit i: there are i and both - i
+            found = self._there & self._turned >> self._most - both  # bit i: documents of lengths i and both - i exist
             if both % 2 == 0 and self._left[both // 2] == 1:
                 found &= ~(1 << both // 2)
             if found:

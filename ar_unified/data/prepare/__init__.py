@@ -32,7 +32,7 @@ from ar_unified.manifests import Json, ManifestMismatch, differences, require_sa
 
 VERSION = 3
 CLAIMS = ".claims"  # in the folder, while many processes work in it
-SKIPPED = "skipped.jsonl"  # in the folder: what was left out, a line each
+SKIPPED = "skipped.jsonl"  # in the folder: a line for each item that was left out
 
 
 @dataclass
@@ -61,7 +61,7 @@ class SourceReport:
 
 
 class NothingLeft(UserError):
-    """A source of which no document is left: training would go on without it."""
+    """No document of a source is left. Training would go on without the source, so this is an error."""
 
 
 @dataclass
@@ -106,37 +106,36 @@ def prepare(
     team: Team | None = None,
     elsewhere: Callable[[Sequence[str]], object] | None = None,
 ) -> Report:
-    """Writes every source's documents as tokens under `folder` (see `shards`), or continues, or finds it done.
+    """Writes every source's documents as tokens under `folder` (see `shards`), or continues an interrupted run.
 
-    Many processes call it with the same arguments and a `team`: each does shards that no other does, and returns when
-    all are there. The shards are the same bytes whoever made them.
+    Many processes call it with the same arguments and a `team`: each makes shards that no other makes, and returns when
+    all are there. The bytes of a shard do not depend on the process that made it.
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
-    more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none; others are
-    split (see `cutting.split`), and only an image, a character or a question that is too long by itself is left out
-    ("too_long_part"). A preference pair is left out as a whole if one answer is too long, or if both are the same
-    tokens ("same_answers"). A text that a lossy text tokenizer does not give back is left out ("text_lost").
+    more than max_tokens is left out too ("too_long") if it is a single question, because half an answer is useless.
+    Other documents are split (see `cutting.split`), and only an image, a character or a question that is too long by
+    itself is left out ("too_long_part"). A preference pair is left out as a whole if one answer is too long, or if both
+    are the same tokens ("same_answers"). A text that a lossy text tokenizer changes is left out ("text_lost").
 
     Args:
-        sources: with different names.
-        grammar: of the vocabulary the two tokenizers made.
-        image_tokenizer: called with uint8 [batch_size, H, W, 3], always full, one (H, W) a call; each compiles once.
-            What it makes of an image may not depend on the images beside it.
-        max_tokens: of a document, BOS and EOS included: the sequence length of the training to come.
-        resize: what is done to images first; None: `default_resize`.
+        sources: their names must differ.
+        grammar: its vocabulary is made from the two tokenizers.
+        image_tokenizer: called with full batches, uint8 [batch_size, H, W, 3]; each (H, W) compiles once. The codes of
+            an image may not depend on the other images of the batch.
+        max_tokens: of a document, with BOS and EOS: the sequence length of the later training.
+        resize: applied to images first; None: `default_resize`.
         shard_items: items of a source in a shard, the unit of restarting.
         workers: threads that read and decode; None: `decoders`.
         may_be_lost: whether a source may end without a document.
-        tokenizers: replicas of the image tokenizer, one a device, with the codes that earlier runs have kept; None: the
-            tokenizer alone.
+        tokenizers: a replica of the image tokenizer for each device, with known codes; None: only the tokenizer.
         team: the processes that share the work; None: this one alone.
-        elsewhere: called with the names of the shards that are not there yet, which other processes then make with
-            `shard_maker`. Those that it leaves undone are made here.
+        elsewhere: called with the names of the shards that are not there yet, so that other processes make them with
+            `shard_maker`. Shards that are still missing afterwards are made here.
 
     Raises:
-        NothingLeft: no document is left of a source; what was written is removed.
-        ManifestMismatch, StageMismatch: the tokenizer is not the vocabulary's, or `folder` was begun with another
-            vocabulary, other sources or settings.
+        NothingLeft: no document of a source is left; what was written is removed.
+        ManifestMismatch, StageMismatch: the tokenizer or `folder` belongs to another vocabulary, or `folder` was begun
+            with other sources or settings.
     """
     folder, team = Path(folder), team or Team()
     resize = resize or default_resize(grammar.layout, image_tokenizer)
@@ -182,8 +181,8 @@ def shard_maker(
 ) -> Callable[[str], None]:
     """A function that makes the shard of a name, for `prepare`'s `elsewhere`; arguments as there.
 
-    How many items a shard has, and how many images a batch, is as `prepare` has written. It does nothing where the
-    shard is there. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder with something else.
+    The numbers of items in a shard and of images in a batch are those that `prepare` has written. It does nothing if
+    the shard exists. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder with something else.
     """
     folder = Path(folder)
     begun = workdir.read_json(storage.fetch(folder / "plan.json"))["settings"]
@@ -227,7 +226,7 @@ def _mixed(name: str, source: SourceReport) -> str:
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:
-    """What `prepare` wrote last: "vocabulary", "settings", "sources", "report".
+    """The manifest, which `prepare` writes last: "vocabulary", "settings", "sources", "report".
 
     Raises:
         FileNotFoundError: nothing was prepared here, or not to the end.
@@ -245,13 +244,13 @@ def load_report(folder: str | Path) -> Report:
 
 
 def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
-    """Plans beside every source's shards which documents share a row of this length (`blocks`), unless that is done.
+    """Plans which documents share a row of this length (`blocks`), beside every source's shards, unless that is done.
 
-    A loader of such rows begins at once then; 10^6 documents take a second or two. Both answers of a preference pair
-    are in one row. leave_out: documents that are longer are in none.
+    Then a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers of a
+    preference pair are in one row. leave_out: longer documents are in no row.
 
     Raises:
-        UserError: a document is longer. OSError: nothing can be written there.
+        UserError: a document is longer than a row. OSError: nothing can be written there.
     """
     for name, source in report.sources.items():
         place = Path(folder) / name
@@ -277,8 +276,8 @@ def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
 
 
 def _plan(sources: Sequence[Source], grammar: Grammar, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides the shards, as JSON values, and the sources by the names of their folders. Raises UserError if
-    two names are the same.
+    """Everything that decides the shards, as JSON values, and the sources by the names of their folders. Raises
+    UserError if two names are the same.
     """
     if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
         raise UserError(f"sources need different names (labels), found {names}")

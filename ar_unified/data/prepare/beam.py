@@ -1,5 +1,5 @@
-"""Shards as the elements of an Apache Beam pipeline: for many hosts without accelerators (Dataflow, Flink, Spark) that
-are not started together as the processes of a job.
+"""Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark), on many hosts without accelerators that are not
+started together as one job.
 
 A shard depends on nothing but its items, so the elements are names of shards. A shard that is made twice, because the
 runner tried again, has the same bytes.
@@ -17,19 +17,20 @@ from typing import Any
 from ar_unified.errors import RunError, UserError
 
 Opener = Callable[[], Callable[[str], object]]
-_one_at_a_time = threading.Lock()  # of a process: a shard is made in full batches, by an image tokenizer that is shared
+_one_at_a_time = threading.Lock()  # one for the process: a shard is made in full batches, by a shared image tokenizer
 
 
 def run(names: Sequence[str], opener: Opener, options: str) -> None:
-    """Calls what `opener` returns with each of `names` at least once, on the workers of a pipeline; returns at its end.
+    """On the workers of a pipeline, calls the function that `opener` returns at least once with each of `names`.
+    Returns when the pipeline ends.
 
     Args:
-        opener: hashable, and it travels to the workers by pickle. Each process of a worker calls it once.
-        options: Beam's own, as on its command line: "--runner=FlinkRunner --flink_master=...".
+        opener: hashable; it is sent to the workers as a pickle. Each process of a worker calls it once.
+        options: Beam's options, as on its command line: "--runner=FlinkRunner --flink_master=...".
 
     Raises:
         UserError: Beam is not installed, or cannot use the options.
-        RunError: the pipeline failed; the message ends with what a worker said last.
+        RunError: the pipeline failed; the message ends with the last line of a worker.
     """
     try:
         beam: Any = importlib.import_module("apache_beam")
@@ -38,15 +39,15 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
         raise UserError(f"--beam needs Apache Beam ({error}): pip install 'ar_unified[beam]'") from error
     try:
         pipeline = beam.Pipeline(options=settings.PipelineOptions(shlex.split(options)))
-    except (ValueError, ImportError, SystemExit) as error:  # the last is argparse's, which has said why
+    except (ValueError, ImportError, SystemExit) as error:  # argparse raises SystemExit after it has printed why
         raise UserError(f"--beam {options!r}: Apache Beam cannot use these options: {error}") from error
-    # Without `Reshuffle` a runner may join the steps into one, which a single worker does.
+    # Without `Reshuffle` a runner may join the steps into one, and a single worker would do all of it.
     pipeline | beam.Create(list(names)) | beam.Reshuffle() | beam.Map(functools.partial(_make, opener))
     try:
         pipeline.run().wait_until_finish()
     except (UserError, RunError):
         raise
-    except Exception as error:  # each runner has its own class, and a worker's traceback as the message
+    except Exception as error:  # each runner has its own class of error; the message is a worker's traceback
         said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise RunError(
             f"the pipeline failed; shards that are made stay, and the same command makes the others: {said[-1]}"

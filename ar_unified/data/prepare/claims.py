@@ -1,9 +1,8 @@
-"""Divides work among processes that share a folder, without any of them having to know whether the others are alive.
+"""Divides work among processes that share a folder. No process has to know whether the others are alive.
 
 A claim is a small file that names its owner. It is rewritten while the work goes on. A claim that has not changed for
-`lease` seconds is void, and any free process takes the piece over. It may happen that two processes do the same piece,
-so both must write the same bytes. Then claims only save work, and nothing depends on locks or on the clocks of other
-hosts.
+`lease` seconds is void, and any free process takes the piece over. Sometimes two processes do the same piece, so both
+must write the same bytes. Claims only save work, and nothing depends on locks or on the clocks of other hosts.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class Team:
     """The number of this process, and how many there are. A process that is alone claims nothing.
 
     Attributes:
-        lease: seconds after which a claim that was not renewed is anyone's: longer than the longest time between two
-            calls of `Claims.renew`, a compilation included.
+        lease: seconds after which anyone may take a claim that was not renewed. It must be longer than the longest time
+            between two calls of `Claims.renew`, including a compilation.
         alive: called again and again, also while this process waits for others. If it raises, the work ends.
     """
 
@@ -42,17 +41,17 @@ class Claims:
         self._me = f"process {team.process} of {team.processes}: {os.getpid()} on {socket.gethostname()}"
         self._held: Path | None = None
         self._renewed = 0.0
-        self._seen: dict[Path, tuple[bytes, float]] = {}  # claims of others: what they say, and since when
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # claims of others: their text, and since when it is the same
 
     def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
-        """Does pieces until all are done, by whomever.
+        """Does pieces until all are done, here or by other processes.
 
-        First its own pieces (piece i belongs to process i mod P); then, from the end, pieces that others have not begun
-        or have abandoned.
+        It does its own pieces first (piece i belongs to process i mod P). Then it takes, from the end, pieces that
+        others have not begun or have abandoned.
 
         Args:
             pieces: names, the same for all processes, in the same order.
-            done: whether the result of a piece is there. do: makes it, and calls `renew` on the way.
+            done: whether the result of a piece is there. do: makes the result, and calls `renew` on the way.
         """
         process, processes = self._team.process, self._team.processes
         mine = pieces[process::processes]
@@ -72,7 +71,7 @@ class Claims:
                 time.sleep(min(1.0, self._team.lease / 8))
 
     def renew(self) -> bool:
-        """Renews the claim. Call it often: it does nothing until a part of the lease has passed.
+        """Renews the claim. Call it often; it does nothing until a part of the lease has passed.
 
         Returns True a few times in each lease, when it is time to look at what others have done.
         """

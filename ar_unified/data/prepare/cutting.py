@@ -1,4 +1,4 @@
-"""Cuts a document that is too long for a row into several that fit."""
+"""Cuts a document that is too long for a row into several documents that fit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ar_unified.language.document import Document, Part, TextPart, Turn
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 
-_WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # with the blanks before it: most text tokenizers join a word with those
+_WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # with the spaces before it: most tokenizers join them
 Unit = TypeVar("Unit")
-_SPARE = 8  # tokens of a document that are not its text's
+_SPARE = 8  # tokens of a document that are not text
 _JOINER = "\u200d"
-_SKIN = range(0x1F3FB, 0x1F400)  # tones, which change the emoji before them
+_SKIN = range(0x1F3FB, 0x1F400)  # skin tones, which change the emoji before them
 
 
 def can_be_split(document: Document) -> bool:
-    """Whether it may be cut. A single question and answer may not, because half an answer is useless; a conversation
-    may go on in another document.
+    """Whether a document may be cut. A single question and answer may not, because half an answer is useless. A
+    conversation may go on in another document.
     """
     return not document.asks or sum(turn.speaker == "user" for turn in document.turns) > 1
 
@@ -29,12 +29,13 @@ def can_be_split(document: Document) -> bool:
 def split(document: Document, grammar: Grammar, max_tokens: int) -> list[tuple[Document, Encoded]]:
     """Cuts a document into several, each as long as fits, and gives their ids, too.
 
-    Text and images are cut between parts, else between paragraphs, else lines. A line that is too long by itself is cut
-    before words, and a word, as in a language without spaces, between characters. Only line ends at a cut are lost. A
-    conversation is cut between an answer and the next question; each piece begins with the system's turn. If an image,
-    a character or a question is too long by itself, its document is too long, too. Parts: TextPart, CodesPart.
+    Text and images are cut between parts, if possible; else between paragraphs, else between lines. A line that is too
+    long is cut before a word, and a word that is too long between characters, as in languages without spaces. Only line
+    ends at a cut are lost. A conversation is cut between an answer and the next question; each piece begins with the
+    system's turn. If an image, a character or a question is too long by itself, its document is too long, too. Parts:
+    TextPart, CodesPart.
     """
-    known: dict[Document, Encoded] = {}  # pieces that were tried and fitted: most pieces that are used are among them
+    known: dict[Document, Encoded] = {}  # pieces that were tried and fitted; most of the final pieces are among them
 
     def encoded(piece: Document) -> Encoded:
         if piece not in known:
@@ -68,7 +69,7 @@ def _texts(document: Document, fitting: Callable[[Document], bool], max_tokens: 
     def fits(units: Sequence[Part]) -> bool:
         return fitting(Document.of(_joined(units), origin=document.origin))
 
-    def short(text: str) -> bool:  # no tokenizer has more tokens than bytes and a few
+    def short(text: str) -> bool:  # no tokenizer makes many more tokens than there are bytes
         return len(text.encode()) <= max_tokens - _SPARE or fits([TextPart(text)])
 
     units: list[Part] = []
@@ -82,7 +83,7 @@ def _texts(document: Document, fitting: Callable[[Document], bool], max_tokens: 
 
 
 def _units(text: str, short: Callable[[str], bool]) -> Iterator[str]:
-    """The units within which a text is never cut; joined, they are the text."""
+    """Splits a text into units that are never cut; joined, they are the text again."""
     for paragraph in filter(None, re.split(r"(?<=\n\n)", text)):
         for line in [paragraph] if short(paragraph) else paragraph.splitlines(keepends=True):
             for word in [line] if short(line) else _WORD.findall(line):
@@ -90,10 +91,11 @@ def _units(text: str, short: Callable[[str], bool]) -> Iterator[str]:
 
 
 def characters(text: str) -> list[str]:
-    """Splits a text into what a reader sees as single characters: marks, joiners and tones stay with the character
-    before them.
+    """Splits a text into what a reader sees as single characters: accents, joiners and skin tones stay with the
+    character before them.
 
-    The common part of Unicode's grapheme clusters (UAX #29); flags, and Korean spelled in letters, may be parted.
+    It follows the common rules of Unicode's grapheme clusters (UAX #29), but may cut flags, and Korean written in
+    single letters.
     """
     found: list[str] = []
     for character in text:
@@ -107,10 +109,10 @@ def characters(text: str) -> list[str]:
 
 def _runs(units: Sequence[Unit], fits: Callable[[Sequence[Unit]], bool]) -> Iterator[Sequence[Unit]]:
     """Groups of successive units, each as large as fits but at least one unit. Sizes are found by doubling and halving,
-    as there may be millions of units.
+    because there may be millions of units.
 
-    The search assumes that every part of a fitting group fits, which is true except for a token or two. So a group may
-    be that much shorter than possible; it is never too long.
+    The search assumes that every part of a group that fits also fits. This may be wrong by a token or two, so a group
+    may be a little shorter than possible, but never too long.
     """
     at = 0
     while at < len(units):

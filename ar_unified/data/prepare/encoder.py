@@ -1,5 +1,4 @@
-"""Takes documents with pixels and gives documents with codes, in the same order. Images of one size are encoded in
-batches.
+"""Turns documents with pixels into documents with codes, in the same order. Images of one size are encoded in batches.
 
 Axes: `B` images of a batch, `H` `W` their size in pixels, `h` `w` in codes.
 """
@@ -34,10 +33,11 @@ class Item:
 
 
 class Tokenizers:
-    """Replicas of one image tokenizer, one a device, each with a thread: batches are encoded while others are read.
+    """Replicas of one image tokenizer, one for each device, each with a thread: batches are encoded while others are
+    read.
 
     Attributes:
-        encoded, known: images that went through a tokenizer, and images that earlier runs have left codes of.
+        encoded, known: how many images went through a tokenizer, and how many had codes from earlier runs.
     """
 
     def __init__(self, replicas: Sequence[ImageCodec], codes: ImageCodes | None = None):
@@ -73,16 +73,16 @@ class Tokenizers:
 
 
 class Encoder:
-    """The images of one shard, in the sizes that they have. Equal ones are encoded once: an image often comes with many
+    """The images of one shard, each in its size. Equal images are encoded once, because an image often comes with many
     questions.
 
-    What goes into which batch follows from the items alone, and batches are full, so each size compiles once.
+    The items alone decide which image is in which batch. Batches are full, so each size compiles once.
     """
 
     def __init__(self, tokenizers: Tokenizers, batch_size: int):
         self._tokenizers, self._batch_size = tokenizers, batch_size
-        self._last: tuple[np.ndarray | None, bytes] = None, b""  # sources hand out an image once for all its questions
-        self._codes: dict[bytes, CodesPart | None] = {}  # None: on its way
+        self._last: tuple[np.ndarray | None, bytes] = None, b""  # questions about an image share its array
+        self._codes: dict[bytes, CodesPart | None] = {}  # None: being encoded
         self._new: list[bytes] = []
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
         self._going: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
@@ -120,7 +120,7 @@ class Encoder:
 
         document = item.changed(without)
         self._items.append(Item(number, document if digests else item, None, digests))
-        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the first in line goes
+        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the oldest goes
             self._send(next(iter(self._waiting)))
 
     def _take(self, pixels: np.ndarray) -> bytes:
@@ -171,4 +171,4 @@ class Encoder:
             yield item
 
 
-_IMAGE = ImagePart(np.zeros((1, 1, 3), np.uint8))  # stands where an image was
+_IMAGE = ImagePart(np.zeros((1, 1, 3), np.uint8))  # takes the place of an image

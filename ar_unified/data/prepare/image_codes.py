@@ -2,8 +2,8 @@
 not encode them again.
 
 <folder>/<tokenizer>/<digests>.codes           the codes of one shard: a table sorted by digest, then all codes
-                     index-<files>.keys.npy    of all images of so many files, the first 8 bytes of each digest, sorted
-                     index-<files>.places.npy  where each is
+                     index-<files>.keys.npy    the first 8 bytes of the digest of each image of so many files, sorted
+                     index-<files>.places.npy  where the codes of each image are
 
 The key of an image is the hash of its pixels after the resize. Files are memory-mapped and the index is made in parts,
 so memory does not grow with the number of images.
@@ -26,13 +26,13 @@ from ar_unified import storage
 
 _TABLE = np.dtype([("digest", "V16"), ("at", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _PLACE = np.dtype([("file", "V16"), ("row", "<i4")])
-_PART = 4_000_000  # images whose places are sorted at a time
+_PART = 4_000_000  # images that are sorted at a time
 _OPEN = 64  # files that stay mapped
 Found = tuple[np.ndarray, np.ndarray]
 
 
 def digest_of(pixels: np.ndarray) -> bytes:
-    """16 bytes that stand for an image, uint8 [H, W, 3]."""
+    """16 bytes that identify an image, uint8 [H, W, 3]."""
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest()
@@ -42,9 +42,9 @@ class ImageCodes:
     """The known codes of one image tokenizer. Codes that are added are only found after it is opened again.
 
     Args:
-        folder: of all tokenizers. tokenizer: the hash of this one.
-        codebook_size: decides how a code is kept.
-        refresh: whether the index is brought up to date. In a job, one process does that before the others open it.
+        folder: for all tokenizers. tokenizer: the hash of this one.
+        codebook_size: decides the dtype of stored codes.
+        refresh: whether to bring the index up to date. In a job, one process does this before the others open it.
     """
 
     def __init__(self, folder: Path, tokenizer: str, codebook_size: int, *, refresh: bool = True):
@@ -87,8 +87,8 @@ class ImageCodes:
             np.save(file, codes, allow_pickle=False)
 
     def _newest(self) -> Found:
-        """The newest complete index. Another process may be making a newer one and removing this one at the same
-        time.
+        """The newest complete index. At the same time, another process may be making a newer index and removing this
+        one.
         """
         for keys in sorted(self._named("index-*.keys.npy"), reverse=True):
             with contextlib.suppress(FileNotFoundError):
@@ -134,7 +134,7 @@ def _part(file: Path, low: np.uint64 | None, high: np.uint64 | None) -> Found:
 
 def _read_index(keys: Path) -> Found:
     found = (np.load(storage.fetch(path), mmap_mode="r", allow_pickle=False) for path in (keys, _places_of(keys)))
-    first, second = map(np.asarray, found)  # plain arrays, which are looked up faster
+    first, second = map(np.asarray, found)  # plain arrays are faster to search
     return first, second
 
 

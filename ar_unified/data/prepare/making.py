@@ -1,4 +1,5 @@
-"""One shard: a range of a source's items, through the image tokenizer and the grammar, as tokens on disk.
+"""Makes one shard: a range of a source's items goes through the image tokenizer and the grammar and becomes tokens on
+disk.
 
 Every process that makes a shard writes the same bytes, because nothing else is read and nothing is random. Memory is
 bounded by a shard's tokens and a few batches of images.
@@ -37,7 +38,7 @@ class Piece:
 
     @property
     def path(self) -> Path:
-        """Where the shard is, or is to be."""
+        """The path of the shard, which may not exist yet."""
         return shards.shard_path(self.folder, self.number)
 
 
@@ -51,7 +52,7 @@ class Progress:
         self.taken = self._bar.update  # after each item
 
     def look(self, begun: int = 0) -> None:
-        """Counts what others have finished. `begun`: how many items of its present piece this process has done."""
+        """Counts what others have finished. `begun`: how many items of its current piece this process has done."""
         self._bar.set_postfix_str(str(self._tokenizers), refresh=False)
         self._bar.update(max(self._finished() + begun - self._bar.n, 0))
 
@@ -78,7 +79,7 @@ class _Made(Exception):
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """How items become a shard; the fields are arguments of `prepare.prepare`."""
+    """Makes shards of items; the fields are arguments of `prepare.prepare`."""
 
     grammar: Grammar
     tokenizers: Tokenizers
@@ -163,7 +164,7 @@ def _write_preference(shard: shards.ShardWriter, item: Item, grammar: Grammar, m
 
 
 def _counted(document: Document) -> dict[str, int]:
-    """What the index says of a document, besides its number of tokens."""
+    """What the index says about a document, besides its number of tokens."""
     texts = [part.text for part in document.parts if isinstance(part, TextPart)]
     return {
         "text_bytes": sum(len(text.encode()) for text in texts),

@@ -1,7 +1,7 @@
 """Where documents come from: TFDS datasets by name, JSONL with images, Parquet, Arrow, tars, pages, clips, plain files.
 
-A source is random access: opening it reads no image, reading item i touches nothing but item i. An item that cannot
-be used raises BadItem with what is wrong and where it stands; what to do about it is the reader's policy.
+A source has random access: opening it reads no image, and reading item i reads nothing else. An item that cannot be
+used raises BadItem, which says what is wrong and where. The caller decides what to do then.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from ar_unified.paths import home
 from ar_unified.storage import AnyPath, Remote
 
 __all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
-
-_OF_OTHERS = ("kind", "weight", "image_weight", "augmentation", "made_by")  # keys of a spec that are not the source's
+_OF_OTHERS = ("kind", "weight", "image_weight", "augmentation", "made_by")  # keys that the source does not read
 _PATHS = ("path", "root", "data_dir")
 FOLDER_FILES = ("captions", "docs", "vqa")
 
@@ -60,13 +59,13 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="clips", path=..., frames=8): GIF, WebP and folders of frames: `Clips`.
             dict(kind="images", path=...): every image file under a folder, without text; for image tokenizers.
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
-                language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
-                file: see `TextFiles`.
+                language="language", split=None): text alone; each file, each line (by="line") or each row of a .jsonl
+                file is a document: see `TextFiles`.
             `path` may be a URL of an object store, s3://bucket/... or gs://bucket/... (docs/object_stores.md).
-            All but tfds take links=False: whether links that lead out of the folder are followed (`files`: what belongs
-                to a folder, and what a name in a row means).
-            `columns` (`keys`) say which column, feature or member is which part of a document, where the names do not:
-                dict(image="photo", text="{title}. {body}"), see `columns.Columns`.
+            All kinds except tfds take links=False: whether links that lead out of the folder are followed (module
+                `files` has the rules for links and names).
+            `columns` (`keys`) say which column, feature or member is which part of a document, if the names do not show
+                it: dict(image="photo", text="{title}. {body}"), see `columns.Columns`.
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
             see `Augmented`), and keys that the source itself does not read: `weight` in the mixture of documents,
@@ -124,7 +123,8 @@ def _tables(path: str | AnyPath, **options: Any) -> Source:
 
 
 def row_files(root: str | AnyPath) -> list[str]:
-    """Which of FOLDER_FILES a folder has. Raises UserError: one is there in other letters, or there is no folder."""
+    """Which of FOLDER_FILES a folder has. Raises UserError: a name is there in capital letters, or there is no
+    folder."""
     root = storage.path(root)
     with about(str(root)):
         names = storage.names_in(root) if isinstance(root, Remote) else os.listdir(root)
@@ -152,7 +152,7 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
             paths.append(folder.path(name))
     for name in (f"{file}.jsonl" for file in FOLDER_FILES if file not in found):
         with suppress(FileError):  # the source that reads this file reports it
-            beside += [path for path in (folder.path(name),) if path.is_file()]  # a pipe would be waited for
+            beside += [path for path in (folder.path(name),) if path.is_file()]  # opening a pipe would wait
     return Rows(paths, root, beside=beside, links=links, **options)
 
 
@@ -162,17 +162,17 @@ def _jsonl(path: str | AnyPath, root: str | AnyPath | None = None, **options: An
 
 
 def decoders() -> int:
-    """How many threads decode best: one more than this process has processors, for each now and then waits for the
-    interpreter; 16 at most.
+    """The best number of decoding threads: one more than this process has processors, because each sometimes waits for
+    the interpreter; at most 16.
     """
     own = getattr(os, "sched_getaffinity", None)
     return min(1 + (len(own(0)) if own else os.cpu_count() or 1), 16)
 
 
 def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:
-    """Items in the order of `indices`, decoded by `workers` threads a few items ahead. Bad items come as values.
+    """Reads items in the order of `indices`; `workers` threads decode a few items ahead. Bad items come as values.
 
-    Where an item takes less than a millisecond no thread is used: on two cores, handing over small images cost
+    If an item takes less than a millisecond, no thread is used: on two cores, passing small images between threads cost
     `prepare` a third of its speed.
     """
 
@@ -188,7 +188,7 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
         item = get(i, decode)
         seconds.append(time.perf_counter() - began)
         yield item
-    if not seconds or median(seconds) < 1e-3:  # the first may have opened something, a bad one takes no time
+    if not seconds or median(seconds) < 1e-3:  # a median: the first may open files
         yield from starmap(get, left)
         return
     waiting: deque[Future[tuple[int, Document | BadItem]]] = deque()
@@ -210,7 +210,7 @@ def texts(
     passes: Sequence[float] | None = None,
     left_out: Callable[[BadItem], object] | None = None,
 ) -> Iterator[str]:
-    """The text of all sources, no image opened: what a text tokenizer is trained on.
+    """The text of all sources, on which a text tokenizer is trained. Opens no image.
 
     Args:
         passes: how often each source is read (`balance.passes`); None: once.

@@ -20,18 +20,18 @@ from ar_unified.manifests import Json
 class Augmented:
     """`count` versions of every item of a source; item i * count + k is version k of item i.
 
-    Version 0 is the item as it stands. The others move it by up to `shift` of its sides, down or up and right or left,
-    and with `mirror` every other one is mirrored left to right. All images of a document are moved alike. The moves
-    depend on the source's name, the item and k only, so every reader of a source can read its versions: an image
-    tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
+    Version 0 is the unchanged item. The others move it by up to `shift` of its sides, vertically and horizontally, and
+    with `mirror` every second version is mirrored left to right. All images of a document are moved in the same way.
+    The moves depend only on the source's name, the item and k, so all readers see the same versions: an image tokenizer
+    is trained on them, and `prepare` encodes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
     The texts must stay true. Do not use `mirror` if they say left or right, nor `shift` if they say where something is.
-    A shift cuts off what lies near an edge. With `whole` it does not: an image then moves only so far that nothing but
-    its flat background leaves it, and a shift near 1 puts the figure anywhere.
+    A shift cuts off what lies near an edge, unless `whole` is set: then an image moves only so far that only its flat
+    background is cut off, and a shift near 1 puts the figure anywhere.
 
     Raises:
-        UserError: a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would show
-            the items as they stand and nothing else.
+        UserError: a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would have no
+            effect.
     """
 
     def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):
@@ -43,7 +43,7 @@ class Augmented:
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)  # the word is part of what is drawn
+        self._stream = key("views", source.name)  # the word is part of the random key
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:
@@ -85,15 +85,15 @@ class Augmented:
         return [[] if i % self.count else next(read)[1] for i in indices]
 
     def origin(self, i: int) -> str:
-        """Where the item that number i shows stands."""
+        """The origin of the item that version i shows."""
         return self.source.origin(i // self.count)
 
 
 def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *, whole: bool = False) -> np.ndarray:
     """An image moved by shares of its height and width, to whole pixels, and then mirrored left to right.
 
-    The gap is filled by repeating the edge pixels. With `whole`, pixels that leave at one side come in at the other,
-    which is right for a move within `room`. uint8 [H, W, 3] -> the same shape.
+    The gap is filled by repeating the edge pixels. With `whole`, pixels that leave at one side come in at the other;
+    within `room` these are only background. uint8 [H, W, 3] -> the same shape.
     """
     H, W = pixels.shape[:2]
     rows, columns = np.arange(H) - round(down * H), np.arange(W) - round(right * W)
@@ -102,13 +102,13 @@ def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *
 
 
 def room(pixels: np.ndarray) -> np.ndarray:
-    """How far uint8 [H, W, 3] can move up, down, left and right before anything but its ground leaves it.
+    """How far uint8 [H, W, 3] can move up, down, left and right until more than its background is cut off.
 
-    The ground is the colour of the first pixel. float64 [4], shares of the height (2) and the width (2).
+    The background is the colour of the first pixel. float64 [4], shares of the height (2) and the width (2).
     """
     shown = np.any(pixels != pixels[0, 0], axis=-1)
     found = []
     for line in (shown.any(axis=1), shown.any(axis=0)):
-        at = np.flatnonzero(line) if line.any() else np.arange(len(line))  # all ground: there is no need to move
+        at = np.flatnonzero(line) if line.any() else np.arange(len(line))  # only background: there is no need to move
         found += [at[0] / len(line), (len(line) - 1 - at[-1]) / len(line)]
     return np.array(found)

@@ -27,12 +27,12 @@ class Clips:
     """Every clip under `path`, in the order of their names: a .gif or .webp file, a video (`videos`), or a folder with
     other images.
 
-    A clip is at most `frames` images, evenly apart, the first and the last among them. NAME.txt beside NAME.gif or
-    beside the folder NAME is the text of the clip; without such a file it has no text. Frames in a folder come by the
+    A clip is at most `frames` images, evenly spaced, with the first and the last. NAME.txt beside NAME.gif or beside
+    the folder NAME is the text of the clip; without this file it has no text. Frames in a folder are sorted by the
     numbers in their names.
 
     Raises:
-        UserError: no such folder, no clip in it, fewer than 1 frame, or a video where the package `av` is missing.
+        UserError: no such folder, no clip in it, fewer than 1 frame, or a video while the package `av` is missing.
     """
 
     def __init__(

@@ -5,9 +5,9 @@ A record is a mapping from names to values: a row of a table, an example of TFDS
 
     image, images, jpg, png, ...          an image, or a list of them
     text, caption, txt                    what an image shows, or text alone
-    texts and images                      two lists, read in turn: text, image, text, ...; null skips a turn question
-    and answer                   with an image, or several, or none; answer may be the number of one of options image,
-    instruction and edited_image   a picture, what is to be done to it, and what comes of it
+    texts and images                      two lists, read in turn: text, image, text, ...; null skips a turn
+    question and answer                   with images or without; answer may be the number of one of options
+    image, instruction and edited_image   a picture, what to do to it, and the result
     messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
     segments                              parts in reading order
     prompt, chosen and rejected           a preference pair: of texts, images, lists of these or of parts, messages; an
@@ -65,7 +65,7 @@ _WHOLES = (
     ("images",),
     ("image",),
 )
-_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT and LLaVA
+_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # in ShareGPT, LLaVA
 _PLACE = re.compile(r"\s*<image>\s*")
 _EXPECTED = (
     "image, text, caption, question and answer, instruction and edited_image, texts and images, messages, or prompt, "
@@ -75,11 +75,11 @@ _LONGEST = 1 << 16  # characters of a value that is kept as meta
 
 
 class Columns:
-    """Which value of a record is which part of a document.
+    """Says which value of a record is which part of a document.
 
     Args:
-        columns: part -> where it stands: the name of a column; a way into it ("captions/0/text", "json/caption"); the
-            value of a list that another column numbers ("options[answer]"); or a text with these in braces
+        columns: part -> its place: the name of a column; a path into it ("captions/0/text", "json/caption"); the
+            element of a list whose number is in another column ("options[answer]"); or a text with these in braces
             ("{title}\\n\\n{text}"). None: the names above.
 
     Raises:
@@ -97,11 +97,11 @@ class Columns:
 
     @property
     def given(self) -> Mapping[str, str] | None:
-        """What a config says."""
+        """The argument `columns`, as a config has it."""
         return self._columns
 
     def places(self, names: Iterable[str]) -> Mapping[str, str]:
-        """Part -> where it stands in records that have these names."""
+        """Part -> its place in records that have these names."""
         if self._columns is not None:
             return self._columns
         lower = {name.lower(): name for name in reversed(list(names))}
@@ -114,7 +114,7 @@ class Columns:
         return {part: name for part, name in found.items() if part in _OF_PAIRS}
 
     def names(self, names: Sequence[str], where: str) -> dict[str, list[str]]:
-        """Part -> the names it is made of. Raises UserError: records of these names are no documents."""
+        """Part -> the names that it is made from. Raises UserError: records with these names are no documents."""
         places, whole, _ = self._plan(tuple(names))
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
@@ -158,7 +158,7 @@ class Columns:
         return row, images.values
 
     def texts(self, record: Mapping[str, object]) -> list[tuple[str, Any]]:
-        """The texts of a record, if they can be read without making a row of it; else []."""
+        """The texts of a record, if they can be read without making its row; else []."""
         places, whole, _ = self._plan(tuple(record), False)
         if whole == "texts":
             found = look_up(record, places["texts"], "texts")
@@ -171,7 +171,7 @@ class Columns:
         return [(part, look_up(record, places[part], part)) for part in parts]
 
     def language(self, record: Mapping[str, object]) -> str:
-        """What a record says of its language, "" for nothing."""
+        """The language that a record states; "" if it states none."""
         place = self.places(record).get("language")
         try:
             known = look_up(record, place, "language") if place else None
@@ -180,9 +180,9 @@ class Columns:
         return known if isinstance(known, str) else ""
 
     def _planned(self, names: tuple[str, ...], pictures: bool = True) -> tuple[Mapping[str, str], str, set[str]]:
-        """Part -> place; which part makes the record a document ("": none does); and the names that are used.
+        """Part -> place; the part that makes the record a document ("" if none does); and the names that are used.
 
-        pictures: False where the names of images may be missing, as they were not read.
+        pictures: False if the names of images may be missing, because they were not read.
         """
         places = self.places(names)
         there = {*places, *(() if pictures else PICTURES)}
@@ -191,7 +191,7 @@ class Columns:
 
 
 class _Images:
-    """The images of one record, handed out in order."""
+    """Gives the images of one record in order."""
 
     def __init__(self, found: Mapping[str, object], pictures: bool, required: bool):
         self.values: list[Any] = []
@@ -244,7 +244,7 @@ def _pair(found: Mapping[str, Any], images: _Images) -> dict[str, object]:
 
 
 def _show(row: dict[str, Any], key: str, references: Sequence[str]) -> None:
-    """Puts images that no place was named for before what is asked."""
+    """Puts images without a place before the question."""
     shown = [{"type": "image", "image": reference} for reference in references]
     holder: dict[str, Any] = row
     if is_conversation(row[key]):
@@ -270,7 +270,7 @@ def _content(value: object, images: _Images, where: str) -> Any:
 
 
 def _piece(value: object) -> Any:
-    """A part of a list: a text or an image may stand there as it is."""
+    """A part of a list; a plain text or a plain image counts as a part too."""
     if isinstance(value, str):
         return {"type": "text", "text": value}
     if isinstance(value, bytes) or (isinstance(value, Mapping) and "type" not in value):
@@ -279,7 +279,7 @@ def _piece(value: object) -> Any:
 
 
 def _messages(found: Mapping[str, object], images: _Images, whole: bool = True) -> dict[str, object]:
-    """whole: images that no turn names are shown by the user's first one."""
+    """whole: images that no turn names are put into the user's first turn."""
     turns = found["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DocumentError("bad_row", f"messages: expected a list of objects, found {turns!r:.80}")
@@ -294,7 +294,7 @@ def _messages(found: Mapping[str, object], images: _Images, whole: bool = True) 
         rest = {key: turn[key] for key in ("weight", "tool_calls", "audio", "refusal") if turn.get(key) is not None}
         messages.append({"role": _SPEAKERS.get(role, role), "content": content} | rest)
     first = next((message for message in messages if message["role"] == "user"), None)
-    if whole and images.left and first is not None:  # no turn says where
+    if whole and images.left and first is not None:  # no turn says where the images belong
         shown = [{"type": "image", "image": reference} for reference in images.rest()]
         content = first["content"]
         first["content"] = shown + ([{"type": "text", "text": content}] if isinstance(content, str) else content or [])
@@ -353,7 +353,8 @@ def _instruction(found: Mapping[str, object], images: _Images) -> dict[str, obje
     if (edited := found.get("edited")) is None and not images.endless:
         raise DocumentError("missing_image", "edited: expected an image, found null")
     shown = images.rest() if not images.endless else ["0"]
-    # The picture last: its codes then stand equally far before those that are to be drawn, whatever the text's length.
+    # The picture comes last, so that the distance from its codes to the codes of the answer does not depend on the
+    # text's length.
     asked = [{"type": "text", "text": found["instruction"]}]
     asked += [{"type": "image", "image": reference} for reference in shown]
     return {"segments": [*asked, {"type": "image", "image": images.add(edited)}], "prompt": len(asked)}
@@ -402,7 +403,7 @@ _WRITERS = {
 
 
 def _meta(values: Mapping[str, object]) -> dict[str, object]:
-    """The values that are short and have a name that no row needs."""
+    """Short values with a name that no row needs."""
     taken = {"image", "text", "question", "answer", "segments", "prompt", "messages", "id"}
     return {name: value for name, value in values.items() if name not in taken and _short(value)}
 

@@ -1,4 +1,4 @@
-"""Documents that are one image each and no text: the image files of a folder, for an image tokenizer."""
+"""Documents of one image each, without text: the image files of a folder, for an image tokenizer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ar_unified.storage import AnyPath
 
 
 class ImageFiles:
-    """Every image file under `path`, however deep, in the order of their paths; which: `files.Folder`.
+    """Every image file under `path`, however deep, in the order of their paths. `files.Folder` decides which files
+    count.
 
-    Links that lead out, and what cannot be read, are bad items.
+    Links that lead out and unreadable files are bad items.
 
     Raises:
         UserError: there is no such folder, or no image in it.
@@ -70,5 +71,5 @@ class ImageFiles:
         return Document.of((ImagePart(pixels),), id=posixpath.basename(found.name), origin=self.origin(i))
 
     def texts(self, i: int) -> list[str]:
-        """No texts: images alone."""
+        """[], because the items are images alone."""
         return []

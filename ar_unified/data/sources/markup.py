@@ -48,7 +48,7 @@ def from_markdown(text: str) -> list[dict[str, Any]]:
         if target is None:
             words += found[0]
             continue
-        if found["link"]:  # an image that is a link: where it leads is no text
+        if found["link"]:  # an image that is a link: the link's target is not text
             after = _LINK_END.match(text, at)
             words, at = (words, after.end()) if after else (words + found["link"], at)
         parts += [*_text(words), {"type": "image", "image": target}]
@@ -57,7 +57,7 @@ def from_markdown(text: str) -> list[dict[str, Any]]:
 
 
 def _target(found: re.Match[str], defined: dict[str, str]) -> str | None:
-    """The name of an image's file; None if the match is code, or no image."""
+    """The name of an image's file; None if the match is code, or not an image."""
     if found["tag"]:
         source = _SOURCE.search(found["tag"])
         return next(filter(None, source.groups()), None) if source else None
@@ -86,12 +86,12 @@ class _Page(HTMLParser):
         self.parts: list[dict[str, Json]] = []
         self._blocks: list[str] = []  # since the last image
         self._words = ""
-        self._unread, self._kept = 0, 0  # how many tags that are not read, and that keep spaces, are open
+        self._unread, self._kept = 0, 0  # how many open tags are ignored, and how many keep spaces
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag in _UNREAD:
             self._unread += 1
-        elif tag == "body":  # whatever was not closed before it
+        elif tag == "body":  # with all tags inside it that were not closed
             self._unread = 0
         elif tag == "img" and not self._unread:
             self._block()

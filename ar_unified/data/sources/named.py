@@ -19,7 +19,7 @@ from ar_unified.data.sources.columns import PICTURES, Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
 from ar_unified.errors import UserError
 
-# What stands where in datasets whose features have names of their own.
+# The columns of datasets whose features have unusual names.
 _COLUMNS = {
     "mnist": {"image": "image", "text": "label"},
     "cifar10": {"image": "image", "text": "label"},
@@ -30,14 +30,15 @@ _COLUMNS = {
 
 
 class TfdsSource(RecordSource):
-    """A TFDS dataset by name, built or downloaded first where it is not there; never needs TensorFlow.
+    """A TFDS dataset by name, built or downloaded first if it is missing; never needs TensorFlow.
 
-    The features' names, or `columns` (`Columns`), say what an example is; the columns of a few datasets are known. A
-    class label becomes the name of its class. A dataset whose own code needs TensorFlow must have been prepared
-    already.
+    The features' names, or `columns` (`Columns`), say which feature is which part of a document; the columns of a few
+    datasets are built in. A class label becomes the name of its class. If the dataset's own code needs TensorFlow, it
+    must be prepared already.
 
     Raises:
-        UserError: no such dataset, configuration or split, it cannot be downloaded, or its features are no document's.
+        UserError: there is no such dataset, configuration or split, it cannot be downloaded, or its features make no
+            document.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TfdsSource(RecordSource):
             raise UserError(f"{name}: expected features with names, found {features}")
         used = chosen.names(list(features), name)
         super().__init__(chosen, None, label or name, reversible=reversible, limits=limits)
-        # Without their images, features are not even copied out of the records.
+        # If images are not needed, their features are not even copied out of the records.
         unread = {feature for part in PICTURES for feature in used.get(part, ())}
         read = {feature: features[feature] for part in used.values() for feature in part if feature not in unread}
         with _about(name):
@@ -83,13 +84,13 @@ class TfdsSource(RecordSource):
         return f"{self._where}:{i}"
 
     def language(self, i: int) -> str:
-        """What the example says, or the dataset's features; "" where they say none."""
+        """The language that the example or the dataset's features state; "" if they state none."""
         return super().language(i) if self._has_language else ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
         """Examples as records, decoded together; without `pictures`, their images are left undecoded."""
         reader = self._whole if pictures else self._in_words
-        # Read many at a time: one by one, each costs 0.4 ms of waiting for a thread.
+        # Many are read at a time: one by one, each waits 0.4 ms for a thread.
         return [reader(data) for data in self._examples.__getitems__(indices)]
 
 
@@ -97,7 +98,7 @@ _RAW = tfds.decode.DeserializeMethod.RAW_BYTES
 
 
 class _Reader:
-    """Serialized examples of some features as records of Python values, their images as the bytes they are."""
+    """Turns serialized examples of some features into records of Python values; images stay encoded bytes."""
 
     def __init__(self, features: Any):
         self._features = features
@@ -110,7 +111,7 @@ class _Reader:
 
 
 class _Direct:
-    """The same of texts, images and lists of them alone: straight from the record, a tenth of the work."""
+    """The same, only for texts, images and lists of them: directly from the record, with a tenth of the work."""
 
     def __init__(self, features: Mapping[str, object]):
         self._images = {name: _is_image(feature) for name, feature in features.items()}
@@ -144,18 +145,18 @@ def _values(feature: Any) -> Callable[[Any], object]:
     inner = getattr(feature, "feature", None)
     if isinstance(inner, tfds.features.ClassLabel):
         return lambda value: [inner.int2str(int(each)) for each in value]
-    if isinstance(inner, tfds.features.FeaturesDict):  # TFDS gives an object of lists; a list of objects was written
+    if isinstance(inner, tfds.features.FeaturesDict):  # TFDS gives an object of lists, for a list of objects
         return lambda value: _rows(_plain(value))
     if isinstance(feature, tfds.features.ClassLabel):
-        return lambda value: feature.int2str(int(value)) if value >= 0 else None  # -1: a test set keeps it secret
+        return lambda value: feature.int2str(int(value)) if value >= 0 else None  # -1: a secret label
     return _plain
 
 
 def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The default format, tfrecord, cannot be read at random places, nor without TensorFlow."""
+    """A builder of a format other than tfrecord, TFDS's default, which allows no random access and needs TensorFlow."""
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except ModuleNotFoundError:  # its code imports TensorFlow: where it lies prepared, no code is needed
+    except ModuleNotFoundError:  # its code imports TensorFlow; a prepared dataset needs no code
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir, file_format="array_record")
     if not builder.data_path.exists():
         _prepare(builder)
@@ -177,7 +178,7 @@ def _about(name: str) -> Iterator[None]:
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     """Builds or downloads a dataset, and says which."""
     if not sys.stderr.isatty():
-        tfds.disable_progress_bar()  # its bars fill a log file with thousands of lines
+        tfds.disable_progress_bar()  # TFDS's progress bars fill a log file with thousands of lines
     info, where = builder.info, builder.data_dir
     if isinstance(builder, shapes.Shapes):
         counts = ", ".join(f"{count:,} {split}" for split, count in builder.counts().items())
@@ -185,15 +186,15 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     else:
         size = f", {info.download_size} to download" if info.download_size else ", which downloads what it needs"
         print(f"{info.full_name}: prepared by TFDS{size}, into {where}", flush=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS would say "Downloading ... Unknown size" of both
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS would print "Downloading ... Unknown size" for both
         builder.download_and_prepare()
 
 
 def _raw_bytes() -> Any:
-    """A TFDS decoder that leaves images as the bytes they are, so that `images.decode` reads all images alike."""
+    """A TFDS decoder that leaves images encoded, so that `images.decode` reads all images in the same way."""
 
     class RawBytes(tfds.decode.SkipDecoding):
-        def decode_batch_example_np(self, example: Any) -> Any:  # TFDS 4.9 has it for single features only
+        def decode_batch_example_np(self, example: Any) -> Any:  # TFDS 4.9 allows this only for single features
             return example
 
     return RawBytes()
@@ -207,7 +208,7 @@ def _rows(columns: Any) -> Any:
 
 
 def _plain(value: object) -> Any:
-    """numpy and bytes as JSON values; bytes that are no UTF-8 stay bytes."""
+    """numpy and bytes as JSON values; bytes that are not UTF-8 stay bytes."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

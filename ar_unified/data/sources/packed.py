@@ -13,28 +13,28 @@ from ar_unified import storage
 from ar_unified.storage import AnyPath
 
 ENDINGS = (".gz", ".tgz", ".zst")
-_STEP = 1 << 12  # packed bytes at once: at most 4 MiB unpacked
-_SNAPSHOTS = 256  # of gzip's state, 40 KB each
+_STEP = 1 << 12  # compressed bytes that are read at once; they unpack to at most 4 MiB
+_SNAPSHOTS = 256  # copies of gzip's state, 40 KB each
 
 
 def is_packed(path: AnyPath) -> bool:
-    """Whether its ending says so."""
+    """Whether a file's ending says that it is compressed."""
     return path.suffix.lower() in ENDINGS
 
 
 def unpacked(path: AnyPath) -> AnyPath:
-    """The name of a file without the ending that says how it is packed."""
+    """The name of a file without the ending of its compression."""
     return path.with_suffix("") if is_packed(path) else path
 
 
 def open_binary(path: AnyPath) -> BinaryIO:
-    """A file for reading, unpacked where its ending says that it is packed.
+    """Opens a file for reading; unpacks it if its ending says that it is compressed.
 
     To go back in a gzip file, reading starts from the nearest of 256 evenly spaced places, which are found during the
     first reading. In a Zstandard file it starts from the beginning. Reading in order costs nothing extra.
 
     Raises:
-        OSError: it is not there; while reading: it is cut short, broken, or not packed in this way.
+        OSError: the file is missing; or, while reading, it is cut short, broken, or compressed in another way.
     """
     if not is_packed(path):
         return storage.open_binary(path)
@@ -42,7 +42,7 @@ def open_binary(path: AnyPath) -> BinaryIO:
 
 
 class Reader:
-    """Bytes at any place of a file, packed or not, for many threads."""
+    """Reads bytes at any place of a file, compressed or not, from many threads."""
 
     def __init__(self, path: AnyPath):
         self._lock = threading.Lock()
@@ -60,14 +60,14 @@ class Reader:
 
 
 class _Forward(io.RawIOBase):
-    """Makes a seekable stream of one that can only be read forward and restarted."""
+    """A seekable stream over a stream that can only be read forward and restarted."""
 
     def __init__(self) -> None:
-        self._at, self._ready = 0, memoryview(b"")  # where reading stands, and what is unpacked behind it
+        self._at, self._ready = 0, memoryview(b"")  # the current place, and the unpacked bytes after it
 
     @abstractmethod
     def _more(self) -> bytes:
-        """What comes next, b"" at the end."""
+        """The next bytes; b"" at the end."""
 
     @abstractmethod
     def _back(self, at: int) -> int:
@@ -110,10 +110,11 @@ class _Gzip(_Forward):
         super().__init__()
         self._file = storage.open_binary(path)
         self._state = zlib.decompressobj(31)
-        # For each place, in order: how many bytes are unpacked until there, from how many packed ones, and the state.
+        # For each place, in order: the number of unpacked bytes before it, the number of compressed bytes, and the
+        # state.
         self._places = [(0, 0, self._state.copy())]
         self._apart = 1 << 22
-        self._unpacked = 0  # bytes, until the end of what is ready
+        self._unpacked = 0  # where the ready bytes end
 
     def _back(self, at: int) -> int:
         self._unpacked, packed, state = next(place for place in reversed(self._places) if place[0] <= at)
@@ -131,7 +132,7 @@ class _Gzip(_Forward):
                 return b""
             try:
                 while data:
-                    if self._state.eof:  # one archive behind another
+                    if self._state.eof:  # one archive after another
                         self._state = zlib.decompressobj(31)
                     out += self._state.decompress(data)
                     data = self._state.unused_data.lstrip(b"\0") if self._state.eof else b""
@@ -157,7 +158,7 @@ class _Zstandard(_Forward):
         self._back(0)
 
     def _back(self, at: int) -> int:
-        import pyarrow as pa  # which this alone needs
+        import pyarrow as pa  # only this function needs it
 
         self._errors = (pa.ArrowException, OSError)
         if isinstance(self._path, Path):

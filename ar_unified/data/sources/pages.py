@@ -1,4 +1,4 @@
-"""Interleaved documents from pages of Markdown and HTML beside their images."""
+"""Interleaved documents from pages of Markdown and HTML with the images beside them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath
 
 FILES = ("*.md", "*.markdown", "*.html", "*.htm")
-_LARGEST = 1 << 26  # bytes of a page
+_LARGEST = 1 << 26  # most bytes of a page
 
 
 class Pages(RecordSource):
     """Every page under `path`, in the order of their names, with text and images in reading order (`markup`).
 
-    An image's name counts from the page's folder, or from `path` where it begins with "/"; nothing is fetched. A page
-    is a bad item if one of its images is missing or lies elsewhere, or if it is not UTF-8, or empty.
+    An image's name is relative to the page's folder, or to `path` if it begins with "/"; nothing is fetched. A page is
+    a bad item if one of its images is missing or outside the folder, or if the page is empty or not UTF-8.
 
     Args:
-        path: a folder; pages below are read, what is hidden is not (`files.Folder`).
+        path: a folder; all pages below it are read, except hidden ones (`files.Folder`).
         files: patterns of names.
-        split: as for `TextFiles`: a part takes pages by their names.
+        split: as for `TextFiles`; a part takes pages by their names.
 
     Raises:
         UserError: no such folder, no page in it, or none in `split`.
@@ -81,7 +81,7 @@ class Pages(RecordSource):
         return str(self._root / self._pages[i].name)
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """Pages as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
+        """Pages as records, in the order of `indices`; a BadItem takes the place of a page that cannot be read."""
         return [self._page(i) for i in indices]
 
     def _page(self, i: int) -> Record | BadItem:

@@ -1,4 +1,5 @@
-"""Where a value stands in a record: a column, a way into it, one of a list by its number, a text of several."""
+"""The place of a value in a record: a column, a path into it, a list's element by its number, or a text made of several
+values."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
 
 
 def look_up(record: Mapping[str, object], place: str, part: str) -> Any:
-    """What stands at a place of a record, of which `part` is made. Raises DocumentError."""
+    """The value at a place of a record; `part` is made from it. Raises DocumentError."""
     if place in record:
         return record[place]
     if fields := _FIELD.findall(place):
@@ -34,7 +35,7 @@ def look_up(record: Mapping[str, object], place: str, part: str) -> Any:
 
 
 def words(value: object, part: str) -> str:
-    """A value as a text. Raises DocumentError for one that is none, nor a number or a list of them."""
+    """A value as a text. Raises DocumentError unless it is a text, a number or a list of these."""
     if isinstance(value, list):
         return "\n".join(words(each, part) for each in value)
     if value is None or isinstance(value, bytes | Mapping):
@@ -43,7 +44,7 @@ def words(value: object, part: str) -> str:
 
 
 def chosen(options: Any, number: Any, part: str) -> Any:
-    """The option of that number. Raises DocumentError."""
+    """The option with this number. Raises DocumentError."""
     try:
         return options[int(number)]
     except (TypeError, ValueError, IndexError, KeyError) as error:
@@ -51,7 +52,7 @@ def chosen(options: Any, number: Any, part: str) -> Any:
 
 
 def ways(place: str, names: Iterable[str]) -> list[str]:
-    """The plain ways into columns that a place is made of."""
+    """The plain paths into columns from which a place is made."""
     if place in names:
         return [place]
     if fields := _FIELD.findall(place):

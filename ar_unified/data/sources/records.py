@@ -1,6 +1,4 @@
-"""What sources of records have in common: many records are read at once, and each becomes a document when it is
-decoded.
-"""
+"""The common part of sources of records: many are read at once, and each becomes a document when it is decoded."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ class RecordSource(ABC):
     """A source whose items are records (`columns`). A subclass has `__len__`, `origin` and `read`.
 
     Args:
-        folder: where the images lie that records name instead of holding them; None: records must hold them.
+        folder: where images lie that records only name; None: records must contain their images.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class RecordSource(ABC):
         self._decoded = self._decoder(None)
 
     def _decoder(self, resize: images.Resize | None) -> Callable[[bytes], np.ndarray]:
-        # Questions about one image stand together, so the last few images are kept.
+        # Questions about one image follow each other, so the last few images are kept.
         return functools.lru_cache(maxsize=4)(functools.partial(images.decode, limits=self.limits, resize=resize))
 
     def resized(self, resize: images.Resize) -> RecordSource:
@@ -71,7 +69,7 @@ class RecordSource(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """These records; without `pictures`, only what their texts need. Safe to call from many threads."""
+        """Reads these records; without `pictures`, only what their texts need. Safe to call from many threads."""
 
     def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
         """See `items.fetched`."""
@@ -94,7 +92,7 @@ class RecordSource(ABC):
         return found
 
     def language(self, i: int) -> str:
-        """What the record says of its language, "" for nothing."""
+        """The language that the record states; "" if it states none."""
         (record,) = self.read([i], pictures=False)
         return "" if isinstance(record, BadItem) else self.columns.language(record)
 
@@ -145,12 +143,12 @@ class RecordSource(ABC):
 
 
 def together(size: float) -> int:
-    """How many records of `size` bytes are read at once: 512, or 32 MiB of them."""
+    """How many records of `size` bytes are read at once: at most 512, and at most 32 MiB."""
     return int(max(1, min(512, (32 << 20) / max(size, 1))))
 
 
 def require_words(row: Mapping[str, Any]) -> None:
-    """Raises DocumentError where a text of a row is blanks alone ("empty_text") or bytes ("bad_utf8")."""
+    """Raises DocumentError if a text of a row is only white space ("empty_text") or bytes ("bad_utf8")."""
     for key in ("text", "question", "answer"):
         if isinstance(row.get(key), bytes):
             raise DocumentError("bad_utf8", f"{key}: expected UTF-8, found {row[key][:40]!r}")

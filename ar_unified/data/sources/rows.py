@@ -1,4 +1,4 @@
-"""Documents from JSONL files whose rows refer to images in the same folder, or carry them."""
+"""Documents from JSONL files. Their rows refer to images in the same folder, or contain them."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ _IMAGE = re.compile(rb'(?<!\\)"image(_url)?"|\\u00[4-7]')
 class Rows:
     """Rows of JSONL files (`language.rows`), with images under `root` or in the row as data: URLs.
 
-    The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row. They
-    may be packed (.gz, .zst: `packed`). They are UTF-8: a file in another encoding (`encoding`) is one bad item, and so
-    is the rest of a file that is cut short. What names mean, and `links`: `files.Folder`.
+    Opening reads the files once to find every line, or twice if `split` is a part; memory is 24 bytes per row. Files
+    may be compressed (.gz, .zst: `packed`). They must be UTF-8: a file in another encoding (`encoding`) is one bad
+    item, and so is the rest of a file that is cut short. `files.Folder` says what names and `links` mean.
 
-    `split`, as in TFDS, is a name, a part in percent, or both: rows without the key "split" are "train". A part takes
-    images with all their rows, and rows without an image by their id, else by their line (`splits` says which): the
-    same image is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
+    `split`, as in TFDS, is a name, a part in percent, or both; rows without the key "split" are "train". A part takes
+    whole images with all their rows, so the same image is never on both sides of a border. It takes rows without an
+    image by their id, else by their line (see `splits`). A row that cannot be read is in every split, so that it is
+    reported.
 
     Args:
-        beside: files of other sources over the same images; they are counted so that all have the same borders between
-        splits.
-        columns: part -> key of a row, where the rows are not those of `language.rows`: `Columns`.
+        beside: files of other sources over the same images. They are counted too, so that all sources have the same
+        borders between splits.
+        columns: part -> key of a row (`Columns`), for rows that do not have the form of `language.rows`.
 
     Raises:
-        UserError: a file is missing, or no row is in `split` (EmptySplit: for want of more images).
+        UserError: a file is missing, or no row is in `split` (EmptySplit: there are too few images).
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Rows:
         self._open = [packed.Reader(file) for file in self.files]
 
     def _loader(self) -> Callable[[str], np.ndarray]:
-        # Questions about one image stand together, so the last few images are kept.
+        # Questions about one image follow each other, so the last few images are kept.
         return functools.lru_cache(maxsize=4)(self._load)
 
     def resized(self, resize: images.Resize) -> Rows:
@@ -127,7 +128,7 @@ class Rows:
         return [part.text for part in self._document(i, lambda _: blank).parts if isinstance(part, TextPart)]
 
     def language(self, i: int) -> str:
-        """The row's key "language", "" where there is none."""
+        """The row's key "language"; "" if there is none."""
         try:
             row = self._row(i)
         except _Bad:
@@ -187,7 +188,7 @@ class _Bad(Exception):
 
 
 def _reference(value: object) -> str:
-    """To an image, as a row names it: a text, or an object with a "path"."""
+    """The reference to an image in a row: a text, or an object with a "path"."""
     found = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(found, str) or not found:
         raise DocumentError("bad_row", f"expected a reference to an image, found {value!r:.80}")
@@ -195,11 +196,11 @@ def _reference(value: object) -> str:
 
 
 def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line, without a byte order mark; for a file that is not UTF-8, its
-    head alone.
+    """Number (from 1), offset and bytes of every line, without a byte order mark. For a file that is not UTF-8, only
+    its first bytes.
 
-    A line that is too long comes as its beginning, one byte longer than allowed. A rest that cannot be unpacked comes
-    as one empty line.
+    A line that is too long is cut to one byte more than allowed. A rest of the file that cannot be unpacked comes as
+    one empty line.
     """
     with packed.open_binary(file) as stream:
         start, number = 0, 1

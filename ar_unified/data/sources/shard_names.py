@@ -1,4 +1,4 @@
-"""The files that a path with braces or wildcards names: shards/{000..063}.tar, data/train-*.parquet, a folder."""
+"""Finds the files that a path with braces or wildcards names: shards/{000..063}.tar, data/train-*.parquet, a folder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ar_unified.data.files import Bucket, Found, folder_at, require_file
 from ar_unified.errors import UserError
 from ar_unified.storage import AnyPath, Remote
 
-TABLES, TARS = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz", ".tar.zst")  # how such files end
+TABLES, TARS = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz", ".tar.zst")  # the endings of such files
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST = 1_000_000  # names that braces may stand for
 
 
 def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) -> tuple[AnyPath, list[Found]]:
-    """The folder that all are in, and the files below it, in the order of braces, else of their names.
+    """The common folder, and the files below it, in the order of the braces, else sorted by name.
 
     Args:
-        path: one file; a folder, whose files with one of `endings` are meant, however deep (`files.Folder`); or a name
-            with {000..063} or {a,b}, each of which must be there, or with wildcards. On disk or in a store.
+        path: one file; a folder, which stands for its files with one of `endings`, however deep (`files.Folder`); a
+            name with {000..063} or {a,b}, whose files must all exist; or a name with wildcards. On disk or in a store.
 
     Raises:
-        UserError: there are none, or one that braces name is missing.
+        UserError: there are no files, or a file that braces name is missing.
     """
     if isinstance(place := storage.path(path), Remote):
         return _in_store(place, endings)
@@ -49,13 +49,13 @@ def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) 
 
 
 def named(path: str | AnyPath, root: AnyPath) -> str:
-    """A name for a source, made of what a person gave and of the folder that `shards` found."""
+    """A name for a source, made from the path that a person gave and the folder that `shards` found."""
     given = storage.path(path)
     return given.stem if given.is_file() else root.resolve().name
 
 
 def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]]:
-    """`shards` of a store, where one listing of the folder above all names answers for each of them."""
+    """`shards` for a store: one listing of the common folder finds all names."""
     names = braces(str(path))
     if len(names) == 1 and not glob.has_magic(str(path)):
         if (found := storage.facts(str(path))) is not None:
@@ -80,7 +80,7 @@ def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]
 
 
 def _above(names: Sequence[str]) -> str:
-    """The folder that is above all of some URLs."""
+    """The folder that contains all of some URLs."""
     parts = [name.rpartition("/")[0].split("/") for name in names]
     same = [each[0] for each in zip(*parts, strict=False) if len(set(each)) == 1]
     first = next((i for i, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), len(same))
@@ -88,7 +88,7 @@ def _above(names: Sequence[str]) -> str:
 
 
 def _regex(pattern: str) -> str:
-    """Wildcards as `glob` has them: * and ? stay in a folder, ** goes through any."""
+    """Wildcards as in `glob`: * and ? match within a folder, ** matches any number of folders."""
     out, i = "", 0
     while i < len(pattern):
         if pattern.startswith("**/", i):
@@ -106,7 +106,8 @@ def _regex(pattern: str) -> str:
 
 
 def braces(name: str) -> list[str]:
-    """What a name with {000..063} or {a,b} stands for, the last braces counting fastest. Raises UserError: too many."""
+    """All names that a name with {000..063} or {a,b} stands for; the last braces change fastest. Raises UserError: too
+    many."""
     match = _BRACES.search(name)
     if not match:
         return [name]

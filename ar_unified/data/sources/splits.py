@@ -1,10 +1,10 @@
 """Splits of a data set by name and by percent: "train", "train[:95%]", "[95%:]".
 
-What must stay together is a group: all that is said of one image (see `group`). A part takes groups in the order of
-their hashes, by count: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So two parts that
-meet at one border are disjoint, and together they are the whole. They do not depend on the order of the rows. With two
-groups or more, neither side is empty; a single group is on the larger side. A part between two borders, as
-"[90%:95%]", may be empty where groups are few.
+Rows that must stay together are a group: all rows about one image (see `group`). Groups are sorted by their hashes, and
+a part takes a number of them: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So two
+parts that meet at one border are disjoint, and together they are the whole. They do not depend on the order of the
+rows. With two groups or more, neither side is empty; a single group is on the larger side. A part between two borders,
+as "[90%:95%]", may be empty if there are few groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from ar_unified.errors import UserError
 
-_MANY = 1 << 20  # groups, from which on hashes are so even that a border by hash is one by count, to 0.1 %
+_MANY = 1 << 20  # with more groups, hashes are so even that a border by hash equals a border by count, to 0.1 %
 _END = 1 << 64
 
 
@@ -29,15 +29,16 @@ class EmptySplit(UserError):
 
 
 class Split:
-    """One split, by the rows it is shown.
+    """One split; it sees the rows to find its borders.
 
-    If it is a part (`by_part`), show it every row twice: before `settle`, `has` counts groups; after it, `has` answers.
+    If it is a part (`by_part`), call `has` with every row twice: before `settle` it counts groups, after `settle` it
+    answers.
 
     Attributes:
-        names: of all splits that rows named.
+        names: the names of all splits in the rows.
 
     Raises:
-        UserError: `split` is not of the form above.
+        UserError: `split` does not have the form above.
     """
 
     def __init__(self, split: str):
@@ -52,7 +53,7 @@ class Split:
     def has(self, row: Mapping[str, object], data: bytes, *, own: bool = True) -> bool:
         """Whether a row (`data`: as it stands in its file) is in the split; True for all that are counted.
 
-        own: False for a row of another source that is only counted, so that both sources have the same borders.
+        own: False for a row of another source. It is only counted, so that both sources have the same borders.
         """
         name = row.get("split", "train")
         self.names.add(str(name))
@@ -66,18 +67,18 @@ class Split:
         return self._counting or self._low <= found < self._high
 
     def settle(self) -> None:
-        """All rows were shown once: places the borders."""
+        """Sets the borders, after all rows were counted."""
         own = self._own.settled()
         both = _Groups(self._own, self._others) if self._others else self._own
         self._low, self._high = (_border(share, own, both.settled()) for share in self._shares)
         self._counting = False
 
     def fingerprint(self) -> dict[str, object]:
-        """JSON values that change when the borders do; {} for a split that is no part."""
+        """JSON values that change when the borders do; {} for a split that is not a part."""
         return {"borders": [f"{self._low:x}", f"{self._high:x}"]} if self.by_part else {}
 
     def empty(self, where: object, what: str) -> UserError:
-        """The error for a split in which nothing was found. what: "row", "text"."""
+        """The error for an empty split. what: "row", "text"."""
         if self.by_part and len(self._own.settled()) == 1:
             return EmptySplit(
                 f"{where}: nothing is in split {self.split!r}, as all {what}s belong to one image or text, which is "
@@ -88,7 +89,7 @@ class Split:
 
 
 class _Groups:
-    """The hashes of groups, each once; 8 bytes a group, and no more than _MANY are kept."""
+    """The hashes of groups, each once. A group takes 8 bytes, and at most _MANY groups are kept."""
 
     def __init__(self, *of: _Groups):
         self._sorted = np.unique(np.concatenate([np.zeros(0, np.uint64), *(groups.settled() for groups in of)]))
@@ -115,7 +116,7 @@ def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
     """The hash at which a part with `share` of all groups ends. If the source has two groups or more, some are on each
     side.
 
-    So all sources of one folder, each with a file of its own, share one border, and no image is on both sides.
+    So all sources of one folder, each with its own file, share one border, and no image is on both sides.
     """
     if share <= 0 or share >= 1:
         return _END if share >= 1 else 0
@@ -135,7 +136,7 @@ def _by_count(share: float, groups: np.ndarray) -> int:
 
 
 def parse_split(split: str) -> tuple[str, float, float]:
-    """Name ("": any), and the part [low, high) of 0..1. Raises UserError."""
+    """The name ("": any), and the part [low, high) of 0..1. Raises UserError."""
     percent = r"(\d+(?:\.\d+)?)%"
     match = re.fullmatch(rf"([^\[\]%]*)(?:\[(?:{percent})?:(?:{percent})?\])?", split)
     if not match:
@@ -145,8 +146,8 @@ def parse_split(split: str) -> tuple[str, float, float]:
 
 
 def group(row: Mapping[str, object], data: bytes) -> int:
-    """The hash, 0..2**64-1, of what a row must stay together with: its (first) image, else its id, else the prompt of
-    a preference pair, else itself."""
+    """The hash, 0..2**64-1, that all rows of one group share. It is made from the row's (first) image, else its id,
+    else the prompt of a preference pair, else the row itself."""
     segments = row.get("segments")
     inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
     key = row.get("image") or next(iter(inner), None) or row.get("id")

@@ -1,4 +1,4 @@
-"""Documents from the rows of Parquet and Arrow files, as Hugging Face `datasets` writes them and others do."""
+"""Documents from the rows of Parquet and Arrow files, as Hugging Face `datasets` and others write them."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 class Tables(RecordSource):
     """The rows of Parquet files and of Arrow files (streams, as `save_to_disk` writes them, or files), in order.
 
-    Only their footers are read to open them; 24 bytes are kept for every group of rows. A row is read with those beside
-    it, so reading in order is fast and reading at random costs a part of a group each time. Without `columns`, names
-    are recognised as `Columns` says. Class numbers become their names where Hugging Face's header has names for them. A
-    file that cannot be
-    read is one bad item.
+    Opening reads only their footers; 24 bytes are kept for every group of rows. A row is read together with its
+    neighbours, so reading in order is fast and reading at random costs a part of a group each time. Without `columns`,
+    names are recognised as `Columns` says. Class numbers become names if Hugging Face's header has names for them. A
+    file that cannot be read is one bad item.
 
     Args:
         path: a file, a folder, or a name with braces or wildcards (`shards`).
         columns: part -> column: `Columns`.
-        split: "train" takes the files whose name or folder begins so, where some do; "train[:95%]" and "[95%:]" are
-            parts of the rows in their order, as in TFDS: rows that must not be on both sides have to stand together.
+        split: "train" takes the files whose name or folder begins with it, if there are any. "train[:95%]" and "[95%:]"
+            are parts of the rows in their order, as in TFDS, so rows that must be on the same side have to follow each
+            other.
 
     Raises:
-        UserError: no such file, none that can be read, its columns are no document's, or no row in `split`.
+        UserError: there is no such file, no file can be read, the columns make no document, or no row is in `split`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Tables(RecordSource):
         label = label or named(path, root)
         super().__init__(Columns(columns), folder, label, reversible=reversible, limits=limits)
         self._files: list[_File | BadItem] = []
-        # For every group of rows: the number of its first row, its file, and which group of the file it is.
+        # For every group of rows: the number of its first row, its file, and its number in the file.
         self._first, self._file, self._group = array("q"), array("i"), array("q")
         rows, digest, size = 0, hashlib.sha256(), 0
         for entry in chosen or found:
@@ -133,12 +133,12 @@ class Tables(RecordSource):
         return f"{file.path}:{self._first[group] - begin + row + 1}"
 
     def language(self, i: int) -> str:
-        """What the column "language" says of row i, if there is one."""
+        """The value of the column "language" in row i; "" without this column."""
         return super().language(i) if "language" in self._used else ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """Rows as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
-        with self._lock:  # groups are read forward, by one
+        """Rows as records, in the order of `indices`; a BadItem takes the place of a row that cannot be read."""
+        with self._lock:  # one thread at a time, because groups are read forward
             return [self._row(i, pictures) for i in indices]
 
     def _row(self, i: int, pictures: bool) -> Record | BadItem:
@@ -178,7 +178,7 @@ class _File(ABC):
     """One file of a table.
 
     Attributes:
-        rows: of each group. names: of the columns. head: bytes that change when the rows do.
+        rows: number of rows in each group. names: of the columns. head: bytes that change when the rows do.
         bombs: group -> why it is not unpacked (`unpacked_sizes`).
     """
 
@@ -205,7 +205,8 @@ class _Parquet(_File):
 
 
 class _Arrow(_File):
-    """An IPC stream, whose batches are found by reading it once (mapped, so images are not touched), or an IPC file."""
+    """An IPC file or an IPC stream. The batches of a stream are found by reading it once; it is mapped, so images are
+    not touched."""
 
     def __init__(self, path: AnyPath):
         self._places = array("q")
@@ -214,7 +215,7 @@ class _Arrow(_File):
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
                 schema = file.schema
-                source.seek(8)  # the file contains a stream, which says more than the footer
+                source.seek(8)  # the file contains a stream, which has more information than the footer
                 pa.ipc.read_schema(source)
                 while len(rows) < file.num_record_batches:
                     if found := unpacked_sizes.of_message(pa.ipc.read_message(source)):
@@ -229,7 +230,7 @@ class _Arrow(_File):
                         found = unpacked_sizes.of_message(pa.ipc.read_message(source))
                     except EOFError:  # the mark that ends a stream
                         break
-                    except _BAD:  # cut short: what is before is read, and this is one bad item
+                    except _BAD:  # cut short: the rows before are read, and the rest is one bad item
                         found = 1, ""
                     count, bombs[len(rows)] = found or (1, "")
                     self._places.append(place)
@@ -261,8 +262,8 @@ class _Cursor:
         self._error: Exception | None = None
 
     def row(self, row: int) -> dict[str, object]:
-        """Row `row` of the group, not before `start`. If reading fails, the error is raised for that row and all after
-        it.
+        """Row `row` of the group, not before `start`. If reading fails, the error is raised for that row and all rows
+        after it.
         """
         while self._batch is None or row >= self.start + len(self._batch):
             if self._error:
@@ -284,7 +285,7 @@ class _Cursor:
 
 
 def _classes(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of the numbers in columns that Hugging Face calls ClassLabel."""
+    """The names of class numbers, for columns that Hugging Face calls ClassLabel."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
@@ -293,14 +294,14 @@ def _classes(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def _tail(path: AnyPath) -> bytes:
-    """The last bytes of a file, where its footer is or its last rows are."""
+    """The last bytes of a file, which hold its footer or its last rows."""
     with storage.open_binary(path) as file:
         file.seek(max(storage.size_of(path) - (1 << 16), 0))
         return file.read()
 
 
 def _source(path: AnyPath) -> Any:
-    """What PyArrow opens: a path, or an object that is read by ranges."""
+    """What PyArrow opens: a path, or an object of a store that is read by ranges."""
     return path if isinstance(path, Path) else storage.open_binary(path)
 
 

@@ -1,4 +1,4 @@
-"""Documents from tar files whose members stand together by name: the WebDataset convention."""
+"""Documents from tar files whose members are grouped by name: the WebDataset convention."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from ar_unified.storage import AnyPath
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
 _KINDS = 1 << 15
 _TOGETHER = 16  # samples
-_LONGEST_HEADER = 1 << 20  # bytes; the names of a member are not longer
+_LONGEST_HEADER = 1 << 20  # bytes; the headers of a member are not longer
 
 
 class Tars(RecordSource):
-    """Samples of tar files: members side by side whose paths are alike up to the first dot of their names.
+    """Samples of tar files: a sample is a run of members whose paths are equal up to the first dot of their names.
 
-    000.jpg and 000.txt are a captioned image; of 001.0.jpg, 001.1.jpg, 001.txt the images come in the order of the
-    members. A .json is an object; its keys count as if they were members (caption, question, messages, ...), or are
-    named below `json` ("json/caption"). The name of a member is what follows that dot, in small letters; if several
-    have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
+    000.jpg and 000.txt are a captioned image. The images 001.0.jpg and 001.1.jpg with 001.txt come in the order of the
+    members. A .json is an object; its keys count as members (caption, question, messages, ...), and `columns` may name
+    them below `json` ("json/caption"). The name of a member is the part after that dot, in lower case; if several have
+    the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
-    Opened by reading all headers once; nothing is written to the disk, so no name leads anywhere. 18 bytes a member and
-    16 a sample are kept, and any sample is read at once. Tars may be packed (.tar.gz, .tgz, .tar.zst: `packed`): they
-    are unpacked in memory, once to be opened and once to be read in order, and going back costs more.
+    Opening reads all headers once. Nothing is written to disk, so a member's name cannot write anywhere. 18 bytes for
+    each member and 16 for each sample are kept, and any sample can be read directly. Tars may be compressed (.tar.gz,
+    .tgz, .tar.zst: `packed`). They are unpacked in memory, once for opening and once for reading in order; going back
+    costs more.
 
     A member that is a link or a device, a name that leads out, a sample with a member twice, and the end of a tar that
     is cut short are bad items.
@@ -52,7 +53,7 @@ class Tars(RecordSource):
         split: None, or a part by samples in their order: "[:95%]", "[95%:]".
 
     Raises:
-        UserError: no such file, none that is a tar, or no sample in `split`.
+        UserError: there is no such file, no file is a tar, or no sample is in `split`.
     """
 
     def __init__(
@@ -92,9 +93,9 @@ class Tars(RecordSource):
         self._low, self._high = round(low * samples), round(high * samples)
         if self._low >= self._high:
             raise (EmptySplit if samples else UserError)(f"{path}: nothing is in split {split!r} of {samples} samples")
-        # Nothing is won by more: they are read one by one, and nothing is decoded meanwhile.
+        # More would not be faster: they are read one by one, and nothing is decoded meanwhile.
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
-        some_packed = any(map(packed.is_packed, self._paths))  # each keeps 10 MB
+        some_packed = any(map(packed.is_packed, self._paths))  # each open tar keeps 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
         self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # asking again goes back in a packed tar
         self.fingerprint: dict[str, object] = {
@@ -114,13 +115,13 @@ class Tars(RecordSource):
         return i + self._low
 
     def origin(self, i: int) -> str:
-        """The tar and the name of the sample in it; without a name, its number, from 1."""
+        """The tar, and the sample's name in it, or its number (from 1) if it has no name."""
         sample = self._sample(i)
         path = self._paths[self._shard[sample]]
         return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
 
     def _name_of(self, sample: int) -> str:
-        """The common name of its members up to the dot, from the headers of the first; "" if it has none."""
+        """The common name of its members up to the dot, from the headers of the first member; "" if there is none."""
         if self._member[sample] == self._member[sample + 1]:
             return ""
         at, size = self._at[self._member[sample]], self._headers[sample]
@@ -131,12 +132,12 @@ class Tars(RecordSource):
             else:
                 with tarfile.open(fileobj=io.BytesIO(headers), mode="r:", errors="surrogateescape") as tar:
                     info = tar.next() or tarfile.TarInfo()
-        except (tarfile.TarError, ValueError, OverflowError):  # it was changed
+        except (tarfile.TarError, ValueError, OverflowError):  # the tar was changed
             return ""
         return _parted(info.name)[0].encode(errors="surrogateescape").decode(errors="replace")
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """Samples as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
+        """Samples as records, in the order of `indices`; a BadItem takes the place of a sample that cannot be read."""
         found: list[Record | BadItem] = []
         for i in indices:
             try:
@@ -226,7 +227,7 @@ _SUFFIXES = tuple(suffix[1:] for suffix in images.SUFFIXES)
 
 
 class _Cut(Exception):
-    """A tar that ends before its headers say it does. `sample`: whether it ends within a member."""
+    """A tar that is shorter than its headers say. `sample`: whether it ends within a member."""
 
     def __init__(self, reason: str, sample: bool = False):
         super().__init__(reason)
@@ -243,7 +244,7 @@ class _Opened(packed.Reader):
 
 
 class _Headers:
-    """A tar file of which headers alone are read: one that would fill the memory is refused."""
+    """A tar file of which only headers are read. A header that would fill the memory is refused."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.seek, self.tell = file, file.seek, file.tell
@@ -255,7 +256,7 @@ class _Headers:
 
 
 def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar. Raises _Cut: it is none, or does not end as it should."""
+    """The members of a tar. Raises _Cut: it is no tar, or it does not end as it should."""
     whole = None if packed.is_packed(path) else storage.size_of(path)
     with packed.open_binary(path) as file:
         if other := encoding.no_content(_begin(file)):
@@ -288,7 +289,7 @@ def _begin(file: BinaryIO) -> bytes:
 
 
 def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
-    """Whether a tar has so many bytes. whole: how many it has, if that is known."""
+    """Whether a tar has so many bytes. whole: its number of bytes, if known."""
     if whole is not None:
         return end <= whole
     try:
@@ -299,7 +300,7 @@ def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
 
 
 def _parted(name: str) -> tuple[str, str]:
-    """The name of a sample, and of its member: "a/001.0.JPG" -> "a/001", "0.jpg"."""
+    """The name of a sample, and the name of its member: "a/001.0.JPG" -> "a/001", "0.jpg"."""
     folder, _, file = name.rpartition("/")
     stem, _, kind = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), kind.lower()
@@ -318,8 +319,8 @@ def _refused(info: tarfile.TarInfo) -> tuple[str, str] | None:
 
 
 def _paired(record: Mapping[str, object], shown: list[Any]) -> dict[str, object]:
-    """Sorts members such as chosen.png, rejected.0.txt and prompt.txt by the part of the pair that they belong to, in
-    their order. Images of answers are taken out of those that the sample shows."""
+    """Groups members such as chosen.png, rejected.0.txt and prompt.txt by the part of the pair to which they belong,
+    and keeps their order. Images of answers are removed from the sample's own images."""
     found: dict[str, list[Any]] = {}
     for kind, value in record.items():
         of, _, last = kind.partition(".")

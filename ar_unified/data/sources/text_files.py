@@ -1,4 +1,4 @@
-"""Text-only documents from plain files: whole .txt and .md files or their lines, and the rows of .jsonl files."""
+"""Documents of text alone from plain files: whole .txt and .md files or their lines, and the rows of .jsonl files."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath
 
 FILES = ("*.txt", "*.md", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
-_BLOCK = 1 << 14  # bytes that share an entry of the index, and are read at once
-_LARGEST = 1 << 26  # bytes of a document
+_BLOCK = 1 << 14  # bytes that share an entry of the index and are read at once
+_LARGEST = 1 << 26  # most bytes of a document
 
 
 class TextFiles:
-    """The texts of the files under `path`, in the order of their names; may be far larger than memory.
+    """The texts of the files under `path`, in the order of their names. They may be far larger than memory.
 
-    The files are read once at opening, twice for a part. Memory is their names and 40 bytes for every 16 KiB of text,
-    at least 40 bytes a file. Line ends are not part of a line, a byte order mark is not part of a text, and blank lines
-    are no items; nothing else is changed. A file that is no UTF-8 (`encoding`), or cannot be read, is one bad item; so
-    is the rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short, from 16 KiB before the cut.
+    Opening reads the files once, or twice if `split` is a part. Memory is their names and 40 bytes for every 16 KiB of
+    text, at least 40 bytes per file. Line ends are not part of a line, a byte order mark is not part of a text, and
+    blank lines are not items; nothing else is changed. A file that is not UTF-8 (`encoding`) or cannot be read is one
+    bad item; so is the rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short, from 16 KiB before the cut.
 
-    `split` is as for `Rows`: lines and files have no name but "train", and a part takes files by their name and lines
-    by their text.
+    `split` is as for `Rows`. The only name of lines and files is "train"; a part takes files by their name and lines by
+    their text.
 
     Args:
         path: a folder, or one file.
-        files: patterns of names, in whichever case; folders below are searched too: `files.Folder` says which.
-        by: what one document is, "file" or "line". Of a .jsonl file it is a row.
+        files: patterns of names, ignoring case. Folders below are searched too; `files.Folder` says which.
+        by: what one document is, "file" or "line". In a .jsonl file it is a row.
         field: the key of a row's text. The others become `meta`.
-        language: "file": a file's short name (`languages`) is the language of its texts; else the key of a row that has
-        it.
+        language: "file": a file's short name (`languages`) is the language of its texts; any other value is the key of
+        a row that holds the language.
         links: whether links that lead out of the folder are followed.
 
     Raises:
-        UserError: no such path, no file of these names, no text in `split`, or an argument out of range.
+        UserError: there is no such path, no file with these names, no text in `split`, or an argument is out of range.
     """
 
     has_images = False
@@ -103,7 +103,7 @@ class TextFiles:
         return self._items
 
     def origin(self, i: int) -> str:
-        """The text's file, and its line where a file has many texts."""
+        """The text's file, and its line if a file has many texts."""
         block = self._block_of(i)
         file = self._files[self._file[block]]
         if not self._in_lines(file) or not self._stop[block]:
@@ -122,7 +122,7 @@ class TextFiles:
         return [self._read(i)[0]]
 
     def language(self, i: int) -> str:
-        """What language item i is in, "" where that is not known."""
+        """The language of item i; "" if it is not known."""
         if self._language_from == "file":
             return self._languages[self._file[self._block_of(i)]]
         try:
@@ -139,7 +139,7 @@ class TextFiles:
         return bisect.bisect_right(self._first, i) - 1
 
     def _read(self, i: int) -> tuple[str, Mapping[str, Json]]:
-        """The text of item i, and the row it stands in."""
+        """The text of item i, and the row that contains it."""
         block = self._block_of(i)
         if block in self._problems:
             kind, reason = self._problems[block]
@@ -196,7 +196,7 @@ class TextFiles:
     # ---- the index ------------------------------------------------------------------------------------------------
 
     def _index(self, found: Sequence[Found]) -> str:
-        """Reads all files for the places of their items; returns the sha256 of names and contents."""
+        """Reads all files to find their items; returns the sha256 of names and contents."""
         # For every block: its first item, its file, where in the file it starts and stops, the number of its first
         # line.
         self._first, self._file, self._start, self._stop, self._line = (array("q") for _ in range(5))
@@ -315,7 +315,7 @@ def languages(files: Sequence[AnyPath]) -> list[str]:
 
 
 def find(root: AnyPath, patterns: Sequence[str], links: bool) -> list[Found]:
-    """The files under a folder that have one of these names, sorted. Raises UserError: there are none."""
+    """The files under a folder that match one of these patterns, sorted. Raises UserError: there are none."""
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise UserError(f"files: expected patterns of names inside {root}, found {pattern!r}")
@@ -329,7 +329,7 @@ def find(root: AnyPath, patterns: Sequence[str], links: bool) -> list[Found]:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path is of a pattern in which ** stands for any number of folders."""
+    """Whether a path matches a pattern in which ** stands for any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

@@ -1,4 +1,4 @@
-"""How large the values of a table become once they are unpacked, told without unpacking them.
+"""Finds how large the values of a table become when they are unpacked, without unpacking them.
 
 A few kilobytes of Zstandard may stand for gigabytes of zeros. Parquet says in its footer what a column of a group
 becomes, and Arrow in the first eight bytes of each buffer.
@@ -11,12 +11,12 @@ from typing import Any
 
 from ar_unified.data.files import LARGEST
 
-_RATIO = 256  # what an honest column does not reach: images do not shrink at all, texts about ten times
+_RATIO = 256  # real data stays below this ratio: images do not shrink at all, texts about ten times
 _RECORD_BATCH = 3  # the type of a message
 
 
 def excess(packed: int, unpacked: int) -> str:
-    """Why a column is not unpacked; "" if it may be."""
+    """Why a column may not be unpacked; "" if it may."""
     if unpacked <= LARGEST or unpacked <= _RATIO * packed:
         return ""
     return f"expected at most {LARGEST >> 20} MiB of {packed} packed bytes, found {unpacked >> 20} MiB"
@@ -30,7 +30,7 @@ def of_group(group: Any) -> str:
 
 
 def of_message(message: Any) -> tuple[int, str] | None:
-    """Rows of a record batch of Arrow, and `excess` of its buffers; None: the message is no record batch.
+    """The number of rows of an Arrow record batch, and `excess` of its buffers; None: the message is no record batch.
 
     Raises:
         ValueError: it is not as Arrow writes it.
@@ -69,7 +69,7 @@ class _Table:
         return int(struct.unpack_from(f"<{kind}", self.data, at)[0])
 
     def _place(self, field: int) -> int:
-        """Where a field is; 0: it has its default."""
+        """The place of a field; 0: it has its default."""
         slot = 4 + 2 * field
         away = self._read("H", self._fields + slot) if slot < self._size else 0
         return self._at + away if away else 0
@@ -85,7 +85,7 @@ class _Table:
         return _Table(self.data, at + self._read("I", at))
 
     def vector(self, field: int) -> tuple[int, int]:
-        """Where its elements begin, and how many there are."""
+        """Where the vector's elements begin, and how many there are."""
         if not (at := self._place(field)):
             return 0, 0
         begin = at + self._read("I", at)

@@ -1,6 +1,6 @@
 """Fused causal attention over packed documents: one public function, one meaning, a kernel for each kind of device.
 
-reference.py  what it computes, in a screenful
+reference.py  what it computes, in a few lines
 bounds.py     from `doc_start` to the blocks that must be read: the mask and the work of every kernel
 xla.py        in chunks, by XLA: any platform and shape
 tpu.py        Pallas for TPU, over the list of blocks that visits.py makes
@@ -22,8 +22,8 @@ from ar_unified.kernels.attention import reference
 from ar_unified.kernels.attention.bounds import make_bounds
 from ar_unified.kernels.attention.spec import Spec
 
-# Names of what backward needs of forward, for policies of `jax.checkpoint`: where all are saved, nothing of it runs
-# again. WORK is what kernels make of the bounds of documents.
+# Names of what backward needs from forward, for policies of `jax.checkpoint`. If all are saved, nothing of forward runs
+# again. WORK is what kernels make from the bounds of documents.
 OUT, LSE, WORK = "attention_out", "attention_lse", "attention_work"
 
 
@@ -43,25 +43,25 @@ def attention(
 ) -> Any:
     """Attention of each query to the keys of its own document up to itself.
 
-    The query at position p = q_offset + t sees the keys at positions max(doc_start[t], p - window + 1) .. p. One whose
-    stretch is empty (padding has doc_start = T, the length of the whole row) gets exact zeros, forward and backward,
+    The query at position p = q_offset + t sees the keys at positions max(doc_start[t], p - window + 1) .. p. A query
+    that sees no key (padding has doc_start = T, the length of the whole row) gets exact zeros, forward and backward,
     and a log-sum-exp of -inf. Differentiable in q, k and v, through the log-sum-exp too.
 
     Args:
       q: [B, T, N, H], rotated, not scaled.
       k, v: [B, S, K, H]; K divides N, and query head n reads KV head n // (N / K).
-      doc_start: int32 [B, T], position of the first key of each query's document. Non-decreasing along a row (but for
-        padding); without that the result is still right, but less work is skipped.
+      doc_start: int32 [B, T], position of the first key of each query's document. It should not decrease along a row,
+        except at padding; otherwise the result is still right, but less work is skipped.
       scale: of the scores; None: H ** -0.5.
-      window: keys a query sees at most, itself included; None: its whole document.
+      window: most keys that a query sees, including itself; None: its whole document.
       soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: plain scores.
-      q_offset, kv_offset: positions of the first query and key in their row, int or int32 [] or [B]: for a part of a
-        row under context parallelism, and for queries that continue a cache.
+      q_offset, kv_offset: positions of the first query and key in their row, int or int32 [] or [B]. They are for a
+        part of a row under context parallelism, and for queries that continue a cache.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, T, N].
       backend: one of kernels.backend.BACKENDS; "auto": the kernel of the current device, and xla on CPUs.
 
     Returns:
-      [B, T, N, H] in the dtype of v; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
+      [B, T, N, H] in the dtype of v; with return_lse, also the log-sum-exp. Scores and softmax are float32.
     """
     backend, spec, work = _prepare(
         q, k, v, doc_start, scale, window, soft_cap, q_offset=q_offset, kv_offset=kv_offset, backend=backend
@@ -89,14 +89,14 @@ def attention_gradients(
     kv_offset: jax.Array | int = 0,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients through a part of the keys, where the output was merged (kernels/merge.py) from several parts.
+    """Gradients through a part of the keys, if the output was merged (kernels/merge.py) from several parts.
 
-    The gradient of q is this part's share: the sum over all parts is the whole. Those of k and v are whole.
+    The gradient of q is this part's share, and must be summed over all parts. The gradients of k and v are complete.
 
     Args:
-      q, k, v, doc_start and the last arguments: as `attention` took them for this part.
-      lse: float32 [B, T, N], of all keys.
-      delta: float32 [B, T, N], sum(dout * out) over H with the merged output, less the gradient of `lse`.
+      q, k, v, doc_start and the last arguments: as in the call of `attention` for this part.
+      lse: float32 [B, T, N], over all keys.
+      delta: float32 [B, T, N], sum(dout * out) over H with the merged output, minus the gradient of `lse`.
       dout: [B, T, N, H], of the merged output.
     """
     backend, spec, work = _prepare(

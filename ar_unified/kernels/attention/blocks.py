@@ -1,4 +1,4 @@
-"""Block sizes of the kernels: a table by device, head dim, length and GQA ratio, each row with where it comes from.
+"""Block sizes of the kernels: a table by device, head dim, length and GQA ratio. Each row says where it comes from.
 
 A row is the best known choice for its case; `blocks` takes the first row that fits, so rows for special cases come
 first.
@@ -13,10 +13,10 @@ from typing import NamedTuple
 class Tile(NamedTuple):
     """
     Attributes:
-      block_q: queries of a block.
-      block_k: keys of a block.
-      stages: blocks of the inner loop's side that are in flight at once (hopper.py).
-      heads: query heads of a step, at most (tpu.py).
+      block_q: queries in a block.
+      block_k: keys in a block.
+      stages: blocks of the inner loop that are copied at the same time (hopper.py).
+      heads: most query heads in a step (tpu.py).
     """
 
     block_q: int
@@ -29,15 +29,15 @@ class Tile(NamedTuple):
 class Row:
     """
     Attributes:
-      device: how the name of the kind begins, as JAX has it: "TPU v5 lite"; "hopper" for H100, H200 and their kin,
-        which attention does not tell apart.
+      device: beginning of JAX's name of the device kind: "TPU v5 lite"; "hopper" for H100, H200 and similar GPUs, which
+        attention treats alike.
       kernel: "forward", "dq" or "dkv"; None: all.
       head_dim: H; None: any.
       tile: the choice.
-      origin: the run that produced it, or what stands in for one.
-      length: longest T or S it is for; None: any.
-      group: query heads per KV head it is for; None: any.
-      dtype_bytes: of an element of q it is for; None: any.
+      origin: the run that produced it, or another reason.
+      length: longest T or S that it is for; None: any.
+      group: query heads per KV head that it is for; None: any.
+      dtype_bytes: bytes of an element of q that it is for; None: any.
     """
 
     device: str
@@ -50,18 +50,19 @@ class Row:
     dtype_bytes: int | None = None
 
 
-# ---- TPU. No run on a TPU has produced any of these yet. Splash attention there is best with 1024 to 2048 queries and
-# 256 (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). Steps here are as long by their
-# heads: 8 of 512 x 512 are as many scores as 2048 x 1024 of one head, and short blocks fit documents better. How many
-# heads is what fits the 16 MiB of VMEM that a kernel has by default (tests/kernels/test_tpu_compiles.py).
-# Each row was compiled for v4, which has the least VMEM, by libtpu 0.0.42.1; the tests compile some for the others.
+# ---- TPU. No run on a TPU has produced any of these yet. Splash attention is best with 1024 to 2048 queries and 256
+# (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). A step here does as much work with
+# several heads: 8 heads of 512 x 512 are as many scores as one head of 2048 x 1024, and short blocks fit documents
+# better. The number of heads is what fits the 16 MiB of VMEM that a kernel has by default
+# (tests/kernels/test_tpu_compiles.py). Each row was compiled for v4, which has the least VMEM, by libtpu 0.0.42.1; the
+# tests compile some for the other TPUs.
 FITS_TPU = "fits VMEM (compiled by libtpu, 2026-11-24); not timed"
 LONG_TPU = "fits VMEM, and a list of steps for 128k by 128k scalar memory (compiled by libtpu, 2026-11-24); not timed"
 
 _UP_TO = 1 << 15
 _TPU = [
-    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # six products to one of
-    Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # bfloat16: less a step
+    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # six products for one
+    Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # in bfloat16
     Row("TPU", None, 256, Tile(512, 512, heads=2), FITS_TPU, length=_UP_TO, group=1),
     Row("TPU", None, 256, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO),
     Row("TPU", None, None, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO, group=1),
@@ -72,9 +73,9 @@ _TPU = [
     Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest that TPU kernels take, to interpret in tests"),
 ]
 
-# ---- Hopper. None of these was chosen by timing others beside it: they are published tilings where those exist, cut
-# down to what `make check-hopper` compiles without a register spill and within 227 KiB of shared memory. Those of heads
-# of 128 have run on an H200 (docs/benchmarks.md).
+# ---- Hopper. None of these was chosen by timing alternatives. They are published tilings if there are any, reduced
+# until `make check-hopper` compiles them without a register spill and within 227 KiB of shared memory. The rows for
+# heads of 128 have run on an H200 (docs/benchmarks.md).
 FA3_TILE = "FlashAttention-3's tile for causal rows (its SM90_BLOCK_SIZE_TUNING.md)"
 FITS_HOPPER = "fits registers and shared memory (make check-hopper), not timed here"
 
@@ -94,14 +95,14 @@ TABLE = [*_TPU, *_HOPPER]
 
 
 def cores(device: str) -> int:
-    """The number of TensorCores of a device, which share the first axis of a grid: two on v4 and v5p, and for tests on
-    a CPU.
+    """The number of TensorCores of a device, which share the first axis of a grid: two on v4 and v5p, and in tests on a
+    CPU.
     """
     return 2 if device.startswith(("TPU v4", "TPU v5", "cpu")) and not device.startswith("TPU v5 lite") else 1
 
 
 def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dtype_bytes: int = 2) -> Tile:
-    """The tile of the first row of TABLE that fits; KeyError where none does."""
+    """The tile of the first row of TABLE that fits; KeyError if none does."""
     for row in TABLE:
         asked = {"kernel": kernel, "head_dim": head_dim, "group": group, "dtype_bytes": dtype_bytes}
         if not device.startswith(row.device) or (row.length is not None and length > row.length):

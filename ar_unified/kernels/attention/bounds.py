@@ -1,8 +1,8 @@
-"""Two numbers for each query say which keys it sees. From them follows which blocks of keys a block of queries meets.
+"""Two numbers for each query say which keys it sees, and so which blocks of keys a block of queries needs.
 
-In a packed row documents lie one after another, so a causal query may see one stretch of keys: from the first key of
-its document (or of its window) to itself. The two ends are the mask, and their extremes over a block of queries say
-which blocks of keys must be read at all. Every kernel starts from this and from nothing else.
+In a packed row documents lie one after another, so a causal query sees one run of keys: from the first key of its
+document (or of its window) to itself. The two ends of the run are the mask. Their minimum and maximum over a block of
+queries say which blocks of keys must be read. Every kernel uses only this.
 
 B batch, T query position, S key position, I blocks of queries, J blocks of keys.
 """
@@ -25,11 +25,11 @@ class Bounds(NamedTuple):
 
 
 class BlockRanges(NamedTuple):
-    """For each block of one kind (queries or keys), the blocks begin <= j < end of the other kind that it meets; int32
+    """For each block of one kind (queries or keys), the blocks begin <= j < end of the other kind that it needs; int32
     [B, blocks].
 
-    All queries of the block see the blocks clean_begin <= j < clean_end as a whole, so these need no mask. To their
-    left lies the left edge of a document, to their right the diagonal.
+    All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. The left
+    edge of a document is to their left, the diagonal to their right.
     """
 
     begin: jax.Array
@@ -63,7 +63,7 @@ def pad_queries(bounds: Bounds, length: int, keys: int) -> Bounds:
 
 
 def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRanges:
-    """The blocks of keys that each block of queries meets, [B, I]. T is a multiple of block_q."""
+    """The blocks of keys that each block of queries needs, [B, I]. T is a multiple of block_q."""
 
     def blocks(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, block_q)
@@ -77,10 +77,11 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 
 
 def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
-    """The blocks of queries that each block of keys meets, [B, J], from `key_ranges`.
+    """The blocks of queries that need each block of keys, [B, J], from `key_ranges`.
 
     The ranges are exact if bounds do not decrease along the row. If they do, or at padding between documents, a range
-    may be wider than needed, and blocks count as clean only if all between the first and the last clean one are.
+    may be wider than needed, and blocks count as clean only if all blocks between the first and the last clean block
+    are clean.
     """
 
     def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The copying warpgroup of a Hopper kernel: it copies the operands of the others into a ring of shared memory
+"""The copying warpgroup of a Hopper kernel: it copies the operands of the other warpgroups into a ring of shared memory
 (hopper.py).
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim.
@@ -10,16 +10,17 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-ROWS = 64  # of a wgmma, and of what one warpgroup computes
-CONSUMERS = 2  # warpgroups that compute; one more copies
-REGISTERS = 240, 24  # of a thread that computes and of one that copies: 504 of three at most
+ROWS = 64  # rows of a wgmma, and of the tile of one warpgroup
+CONSUMERS = 2  # warpgroups that compute; one more warpgroup copies
+REGISTERS = 240, 24  # registers of a computing and a copying thread; at most 504 for three threads
 
 
 def serve_queries(n, i, b, walk, block_k, ready, tiles, numbers, bounds, *rings) -> None:
-    """Copies what a block of queries needs: its own rows once, then its blocks of keys and values, each to a free slot.
+    """Copies the operands of a block of queries: its own rows once, then its blocks of keys and values, each to a free
+    slot.
 
     tiles, numbers, bounds: pairs (from, to) of arrays [B, T, N, H], [B, N, T] and [B, T]; `ready` counts them.  rings:
-    (from, to, free, ready) of keys and values, in the order in which the kernel lets go of them.
+    (from, to, free, ready) of keys and values, in the order in which the kernel frees them.
     """
     plgpu.set_max_registers(REGISTERS[1], action="decrease")
     for w in range(CONSUMERS):
@@ -40,12 +41,12 @@ def serve_queries(n, i, b, walk, block_k, ready, tiles, numbers, bounds, *rings)
 
 
 def serve_keys(kv, b, walk, block_q, registers, keys, tiles, ready, free, *rings) -> None:
-    """Copies what a block of keys needs: its own rows once, then its blocks of queries of each of the G heads that
-    share them, each to a free slot.
+    """Copies the operands of a block of keys: its own rows once, then its blocks of queries for each of the G heads
+    that share it, each to a free slot.
 
-    keys: the part of an array [B, S, K, H] that is in [group, part] of shared memory. tiles: pairs (from, to) of such;
-    `ready` counts them. rings: (tile, numbers, bounds, ready) in the order in which the kernel waits for them: a pair
-    of [B, T, N, H] and pairs of [B, N, T] and of [B, T].
+    keys: the part of an array [B, S, K, H] that is in [group, part] of shared memory. tiles: pairs (from, to) of such
+    arrays; `ready` counts them. rings: (tile, numbers, bounds, ready) in the order in which the kernel waits for them:
+    a pair of [B, T, N, H] and pairs of [B, N, T] and of [B, T].
     """
     plgpu.set_max_registers(registers, action="decrease")
     groups, parts = tiles[0][1].shape[:2]

@@ -1,15 +1,15 @@
 """Attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU: blocks outside a query's document are never read.
 
 One thread block has three warpgroups. The last one only issues TMA copies into a ring of shared memory; the other two
-multiply (wgmma) 64 rows each. Which blocks a thread block walks over is read when it starts, from the ranges of
-bounds.py: those that need a mask come first, then the clean ones, so only one of the two loops computes a mask.
+multiply (wgmma) 64 rows each. When a thread block starts, it reads the blocks to visit from the ranges of bounds.py:
+first the blocks that need a mask, then the clean ones, so only one of the two loops computes a mask.
 
-forward   a block of queries, over its blocks of keys
-dq        the same walk, the weights made again from the log-sum-exp
+forward   one block of queries, over its blocks of keys
+dq        the same walk, with the weights computed again from the log-sum-exp
 dkv       a block of keys, over its blocks of queries for each of the G heads that share them; scores are transposed
           ([S, T]), so that weights stay in registers as the left operand of both products
 
-Backward is two kernels and therefore deterministic; one kernel with atomic sums of dq would do 5 products, not 7.
+Backward has two kernels, so it is deterministic; one kernel with atomic sums of dq would need 5 products, not 7.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim, I blocks of queries, J
 blocks of keys. Scores are kept in base 2: `factor` of tile.py is the softmax's scale times log2(e).
@@ -52,7 +52,7 @@ HEAD_DIMS = (64, 128, 256)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these shapes cannot be computed here; None: they can."""
+    """Why these shapes cannot be computed here; None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         return f"the kernel takes bfloat16 or float16 for q, k and v alike; found {q.dtype} and {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
@@ -61,7 +61,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """What `forward` and `backward` take of the bounds: here the bounds themselves."""
+    """The form of the bounds for `forward` and `backward`: here the bounds themselves."""
     return bounds
 
 
@@ -104,10 +104,10 @@ def backward(
     delta: jax.Array,
     dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, less the gradient of `lse`."""
+    """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, minus the gradient of `lse`."""
     T, S = q.shape[1], k.shape[1]
     dq_tile, dkv_tile = _tile("dq", q, k), _tile("dkv", q, k)
-    # The larger block is a multiple of the smaller one, of queries and of keys.
+    # For queries and for keys, the larger block is a multiple of the smaller one.
     q, dout = (_pad(x, max(dq_tile.block_q, dkv_tile.block_q)) for x in (q, dout.astype(q.dtype)))
     k, v = (_pad(x, max(dq_tile.block_k, dkv_tile.block_k)) for x in (k, v))
     B, length, N, H = q.shape
@@ -139,8 +139,8 @@ def backward(
 
     block_q, block_k, stages, _ = dkv_tile
     by_query = key_ranges(bounds, S, block_q, block_k)
-    # Two [64, 256] sums in float32 do not fit a warpgroup's registers: there both compute the same 64 keys, and each
-    # sums half of the columns.
+    # Two [64, 256] sums in float32 do not fit a warpgroup's registers. Then both warpgroups compute the same 64 keys,
+    # and each sums half of the columns.
     parts = CONSUMERS * ROWS // block_k
     dk, dv = _launch(
         "dkv",
@@ -176,7 +176,7 @@ def _forward_kernel(
     walk = read_walk(ranges_ref.at[b, i])
 
     def take_turns():
-        """One warpgroup's softmax runs while the other one's products do (FlashAttention-3's ping-pong)."""
+        """Lets one warpgroup's softmax run at the same time as the other's products (FlashAttention-3's ping-pong)."""
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
@@ -203,7 +203,7 @@ def _forward_kernel(
             total = total * fade + weights.sum(1)
             acc = acc * down(fade, acc)
             weights = weights.astype(v_smem.dtype)
-            # Without it the compiler would sink this work below the turn, next to its use.
+            # Without it the compiler would move this work after the turn, next to its use.
             acc, total, highest, weights = lax.optimization_barrier((acc, total, highest, weights))
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_ready.at[slot])
@@ -298,9 +298,9 @@ def _dkv_kernel(
     G = q_ref.shape[2] // k_ref.shape[2]
     walk = read_walk(ranges_ref.at[b, j], repeat=G)
     stages, parts, _, columns = q_smem.shape
-    groups = CONSUMERS // parts  # of 64 keys
-    registers = REGISTERS if parts == 1 else (232, 40)  # more parts are more copies
-    # With two parts both warpgroups have the keys of group 0, otherwise each its own and all columns.
+    groups = CONSUMERS // parts  # groups of 64 keys
+    registers = REGISTERS if parts == 1 else (232, 40)  # more parts need more copies
+    # With two parts both warpgroups have the keys of group 0; otherwise each has its own keys and all columns.
     group, part = (warpgroup, 0) if parts == 1 else (0, warpgroup)
 
     def keys(ref, group, part):
@@ -323,7 +323,7 @@ def _dkv_kernel(
                 scores = tile.scores(spec, scores())
                 weights = tile.weights(spec, scores, across(load(lse_smem.at[slot], BY_COLUMN), scores))
                 slopes = tile.slopes(spec, scores, weights)
-                # Done before what follows, which would not fit the registers beside the scores.
+                # Done first, because the rest would not fit the registers beside the scores.
                 weights, slopes = lax.optimization_barrier((weights.astype(q_smem.dtype), slopes))
                 if masked:
                     s = iota(slopes.shape, 0) + (j * groups + group) * ROWS
@@ -347,7 +347,7 @@ def _dkv_kernel(
 
         zeros = full((ROWS, columns), 0.0)
         dk, dv = walk.fold(step, (zeros, zeros))
-        # The other warpgroup may still read what the results are about to replace.
+        # The other warpgroup may still read the data that the results will replace.
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
         for x, smem, ref in ((dk * spec.scale, k_smem, dk_ref), (dv, v_smem, dv_ref)):
@@ -386,8 +386,8 @@ def _launch(
 
 
 def _place(backwards: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(head, block, row of the batch, warpgroup) of this thread. Thread blocks start in order, and it is better to
-    start those with most work first: in long documents the last queries, and the first keys.
+    """(head, block, row of the batch, warpgroup) of this thread. Thread blocks start in order, and those with most work
+    should start first: in long documents, the last queries and the first keys.
     """
     block = lax.axis_index("block")
     if backwards:
@@ -405,6 +405,6 @@ def _tile(kernel: str, q: jax.Array, k: jax.Array) -> Tile:
 
 
 def _pad(x: jax.Array, block: int) -> jax.Array:
-    """[B, T, N, H] with zeros behind, to a multiple of `block` positions."""
+    """[B, T, N, H], padded with zeros to a multiple of `block` positions."""
     missing = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else x

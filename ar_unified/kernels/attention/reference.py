@@ -1,4 +1,4 @@
-"""What attention computes, in a screenful: every score at once. Slow, exact, and differentiated by JAX itself."""
+"""What attention computes, in a few lines: all scores at once. Slow, exact, and differentiated by JAX itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ar_unified.kernels.attention.spec import Spec
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these cannot be computed here; None: they can."""
+    """Why these cannot be computed here; None if they can."""
     return None
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """What `forward` and `backward` take of the bounds: here the bounds themselves."""
+    """The form of the bounds for `forward` and `backward`: here the bounds themselves."""
     return bounds
 
 
@@ -45,10 +45,11 @@ def backward(
     delta: jax.Array,
     dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, where `lse` and `delta` [B, N, T] are given: of these keys, or of more than these."""
+    """Gradients of q, k and v, for given `lse` and `delta` [B, N, T]. These may be over more keys than the given
+    ones."""
     B, T, N, H = q.shape
 
-    def objective(q, k, v):  # with weights = exp(score - lse), its slope in a score is weight * (dout . v - delta)
+    def objective(q, k, v):  # with weight = exp(score - lse), the gradient of a score is weight * (dout . v - delta)
         scores, seen = _scores(spec, q, k, bounds)
         grouped = (B, k.shape[2], -1, T, 1)
         weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - lse.reshape(grouped), 0.0)), 0.0)
@@ -61,7 +62,7 @@ def backward(
 
 
 def _scores(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
-    """Scores [B, K, G, T, S], and which of them are seen, bool [B, 1, 1, T, S]."""
+    """Scores [B, K, G, T, S], and which keys are seen, bool [B, 1, 1, T, S]."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)

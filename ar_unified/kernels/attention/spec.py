@@ -1,4 +1,4 @@
-"""The static part of one attention: what a kernel is compiled for, besides shapes."""
+"""The static settings of an attention: besides shapes, a kernel is compiled for these."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Spec:
     """
     Attributes:
       scale: of the scores.
-      soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
-      shift: q_offset - kv_offset where both are known when tracing; None: only when running.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap); None: no cap.
+      shift: q_offset - kv_offset, if both are known when tracing; else None.
       interpret: emulate the kernel on a CPU; for tpu.py it may say how (pltpu.InterpretParams).
     """
 

@@ -1,7 +1,7 @@
-"""The arithmetic of one tile of scores, in base 2: a GPU exponentiates by 2, and log2(e) joins the softmax's scale.
+"""The arithmetic of one tile of scores, in base 2: a GPU computes powers of 2, so log2(e) is part of the softmax's
+scale.
 
-Plain functions of arrays, called inside the Hopper kernels. A score of factor(spec) * scores is the true one times
-log2(e).
+Plain functions of arrays, called inside the Hopper kernels. factor(spec) * scores are the true scores times log2(e).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from ar_unified.kernels.attention.spec import Spec
 
 LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # the maximum of no scores; finite, so that a row that sees nothing makes exp2(-inf - LOWEST) = 0
-
-Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # a vector over the rows of a tile, to the shape of the tile
+LOWEST = -1e30  # the maximum of no scores; finite, so that exp2(-inf - LOWEST) = 0 in a row that sees nothing
+Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # a vector over the rows of a tile -> the shape of the tile
 
 
 def factor(spec: Spec) -> float:
@@ -26,12 +25,12 @@ def factor(spec: Spec) -> float:
 
 
 def scores(spec: Spec, products: jax.Array) -> jax.Array:
-    """Scores from the products q k, up to `factor`: the products themselves, or their tanh under a soft cap."""
+    """Scores from the products q k, without `factor`: the products themselves, or their tanh under a soft cap."""
     return products if spec.soft_cap is None else jnp.tanh(products * (spec.scale / spec.soft_cap))
 
 
 def seen(first: jax.Array, last: jax.Array, s: jax.Array) -> jax.Array:
-    """Whether a query whose bounds are first..last sees key s."""
+    """Whether a query with the bounds first..last sees key s."""
     return (first <= s) & (s <= last)
 
 
@@ -50,8 +49,7 @@ def log_sum_exp(highest: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def weights(spec: Spec, scores: jax.Array, lse: jax.Array) -> jax.Array:
-    """The weights of a tile once more, from the base-2 log-sum-exp in the tile's shape: where a row has +inf, they are
-    0."""
+    """The weights of a tile again, from the base-2 log-sum-exp in the tile's shape; 0 in a row that has +inf."""
     return jnp.exp2(scores * factor(spec) - lse)
 
 

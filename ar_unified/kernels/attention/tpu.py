@@ -1,21 +1,21 @@
-"""Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, with no step where no query sees a key.
+"""Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, without steps in which no query sees a key.
 
-The grid of a kernel is a list (visits.py). It has an entry for each pair of a block of queries and a block of keys that
-meet, in the order in which their sums are completed. Scalar prefetch brings it to the index maps, so blocks of other
-documents are neither fetched nor computed, and the pipeline never runs dry between two documents. The other ways are
-worse: a dense grid with clamped index maps pays for each empty step (for documents of 1k in a row of 8k, most of them),
-and a loop inside the kernel with copies of its own must fill its pipeline again for each block of queries. The list's
-price is scalar memory, 8 bytes a visit: where all rows of a batch do not fit, they go in groups.
+The grid of a kernel is a list (visits.py). It has an entry for each block of queries and each block of keys that it
+sees, in the order in which their sums are completed. Scalar prefetch passes it to the index maps, so blocks of other
+documents are neither fetched nor computed, and the pipeline never runs empty between two documents. Two other ways are
+worse. A dense grid with clamped index maps pays for each empty step, and most steps are empty for documents of 1k in a
+row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for each block of queries. The list
+costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are computed in groups.
 
-A step takes several query heads, those of one KV head where there are enough: keys are fetched and masks made once for
-all of them, and steps are long enough to hide their fixed cost with blocks as short as documents ask for.
+A step computes several query heads, if possible all of one KV head. So keys are fetched and masks computed once for all
+of them, and a step is long enough to hide its fixed cost even with the short blocks that documents need.
 
-Scores are [S, T]: the numbers of a query (its bounds, maximum, log-sum-exp) then lie along lanes, and need not be
-copied over 128 lanes to meet its keys. Exponents are of base 2. The scale and log2(e) are multiplied into the H numbers
-of a query and not into its S scores, except for float32.
+Scores are [S, T], so the numbers of a query (its bounds, maximum, log-sum-exp) lie along lanes and need not be copied
+over 128 lanes. Exponentials have base 2. The H numbers of a query are multiplied by the scale and log2(e), instead of
+its S scores, except for float32.
 
-v4 and v5p have two cores, which share the first axis of a grid. If one step takes all heads of a device, that axis has
-the two halves of the list.
+v4 and v5p have two cores, which share the first axis of a grid. If one step computes all heads of a device, this axis
+is the two halves of the list.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim; in one step, r is one of
 the query heads and p one of the KV heads.
@@ -41,13 +41,13 @@ from ar_unified.kernels.attention.bounds import Bounds, key_ranges, pad_queries,
 from ar_unified.kernels.attention.spec import Spec
 
 HEAD_DIMS = (64, 128, 256)
-VISITS = 96 * 1024  # in one call at most: three quarters of the scalar memory, which is 1 MiB on TPU v4 to 7
-_HIDDEN = -1e30  # the score of a key that is not seen; finite, for a query that sees none must not make NaN
+VISITS = 96 * 1024  # most visits of one call: three quarters of the scalar memory, which is 1 MiB on TPU v4 to 7
+_HIDDEN = -1e30  # the score of a key that is not seen; finite, so that a query that sees no key does not give NaN
 _LOG2E = math.log2(math.e)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these shapes cannot be computed here; None: they can."""
+    """Why these shapes cannot be computed here; None if they can."""
     if q.shape[-1] not in HEAD_DIMS:
         return f"expected a head dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
@@ -58,11 +58,11 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 
 class Work(NamedTuple):
-    """The kernels' form of bounds: made once for all layers of a step, and used again in backward.
+    """The kernels' form of bounds. It is made once for all layers of a step, and used again in backward.
 
     Attributes:
-      bounds: int32 [B, 2, T], up to whole blocks.
-      by_query, by_key: visits of blocks of queries and of keys, for each group of rows that one call takes.
+      bounds: int32 [B, 2, T], padded to whole blocks.
+      by_query, by_key: visits of blocks of queries and of keys, for each group of rows of one call.
     """
 
     bounds: jax.Array
@@ -71,7 +71,7 @@ class Work(NamedTuple):
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Work:
-    """The work of attention with these bounds, of queries and keys of these shapes."""
+    """The work of attention with these bounds, for queries and keys of these shapes."""
     tile = _tile(q, k)
     bounds = pad_queries(bounds, tile.padded[0], tile.S)
     groups = jax.tree.map(lambda x: x.reshape(-1, tile.rows(spec, len(x)), x.shape[1]), bounds)
@@ -104,9 +104,9 @@ def backward(
     delta: jax.Array,
     dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, less the gradient of `lse`."""
+    """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, minus the gradient of `lse`."""
     tile = _tile(q, k)
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse * _LOG2E)  # of a query that sees nothing: hidden scores then weigh zero
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse * _LOG2E)  # query sees nothing: hidden scores get weight 0
 
     def rows(visits, bounds, query, key, value, lse, delta, dout):
         by_query, by_key = visits
@@ -137,7 +137,7 @@ def _forward(spec, tile, outer, inner, cuts, bounds, query, key, value, out, lse
     @pl.when(word & lists.FIRST != 0)
     def _():
         sums[...] = jnp.zeros_like(sums)
-        highest[...] = jnp.full_like(highest, _HIDDEN / 2)  # no lower, so that hidden scores weigh exactly zero
+        highest[...] = jnp.full_like(highest, _HIDDEN / 2)  # not lower, so that hidden scores get weight exactly zero
         total[...] = jnp.zeros_like(total)
 
     def add(seen):
@@ -210,14 +210,14 @@ def _dkey(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta,
 
 
 def _visit(outer, inner, cuts):
-    """The outer block of this step, and its inner word; a step behind its core's last visit has nothing to do."""
+    """The outer block of this step, and its inner word; a step after its core's last visit has nothing to do."""
     at, live = _entry(pl.program_id(0) // (pl.num_programs(0) // (cuts.shape[0] - 1)), pl.program_id(1), cuts)
     return lists.outer_block(outer[at]), jnp.where(live, inner[at], 0)
 
 
 def _entry(core, step, cuts):
-    """(entry, active): the visit of a core at this step, and whether there still is one; after its last visit a core
-    stays at that entry.
+    """(entry, active): the visit of a core at this step, and whether there still is one. After its last visit a core
+    stays at the last entry.
     """
     at, end = cuts[core] + step, cuts[core + 1]
     return jnp.minimum(at, end - 1), at < end
@@ -234,9 +234,7 @@ def _each_head(tile: _Tile) -> Callable[[Callable], None]:
 
 
 def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> None:
-    """Calls `add` with the mask of what is seen, bool [S, T], at the left edge and the diagonal; with None where all is
-    seen.
-    """
+    """Calls `add` with the mask, bool [S, T], at the left edge and the diagonal; with None if all keys are seen."""
 
     @pl.when(word & lists.MASKED != 0)
     def _():
@@ -251,7 +249,7 @@ def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> Non
 def _factors(spec: Spec, dtype: DTypeLike) -> tuple[float, float]:
     """The factors of queries and of scores that give scores to base 2 or, with a soft cap, the argument of the tanh.
 
-    float32 queries are not scaled, so that they are not rounded once more: they are used where digits matter.
+    float32 queries are not scaled, to avoid one more rounding: float32 is used when precision matters.
     """
     factor = spec.scale * _LOG2E if spec.soft_cap is None else spec.scale / spec.soft_cap
     return (1.0, factor) if dtype == jnp.float32 else (factor, 1.0)
@@ -263,7 +261,7 @@ def _scaled(spec: Spec, q: jax.Array) -> jax.Array:
 
 
 def _scores(spec, key, query, seen):
-    """Scores times log2(e), [S, T], of scaled queries, and their slope by the soft cap (None: 1)."""
+    """Scores times log2(e), [S, T], from scaled queries, and the derivative of the soft cap (None: 1)."""
     scores, slope = _dot(key, query, transposed=True), None
     if (on_scores := _factors(spec, query.dtype)[1]) != 1.0:
         scores *= on_scores
@@ -274,7 +272,7 @@ def _scores(spec, key, query, seen):
 
 
 def _weights(spec, key, value, query, dout, lse, delta, seen):
-    """The softmax and the gradient of scores before they are scaled, [S, T]; `lse` to base 2."""
+    """The softmax, and the gradient of scores before they are scaled, [S, T]; `lse` in base 2."""
     scores, slope = _scores(spec, key, query, seen)
     weights = jnp.exp2(scores - lse)
     dscores = weights * (_dot(value, dout, transposed=True) - delta)
@@ -282,7 +280,7 @@ def _weights(spec, key, value, query, dout, lse, delta, seen):
 
 
 def _dot(a, b, transposed=False):
-    """a @ b, or a @ b.T; float32 products of float32 inputs are exact, not of their bfloat16 roundings."""
+    """a @ b, or a @ b.T. Products of float32 inputs are computed in float32, without rounding them to bfloat16."""
     return jax.lax.dot_general(
         a,
         b,
@@ -296,7 +294,7 @@ def _dot(a, b, transposed=False):
 
 
 class _Tile(NamedTuple):
-    """Shapes of a call but for its batch, and of a step."""
+    """Shapes of a call, without its batch, and of a step."""
 
     T: int
     S: int
@@ -311,16 +309,16 @@ class _Tile(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Steps that the query heads of a KV head take."""
+        """How many steps the query heads of a KV head take."""
         return self.N * self.kv_heads // (self.K * self.heads)
 
     @property
     def padded(self) -> tuple[int, int]:
-        """T and S up to whole blocks."""
+        """T and S, padded to whole blocks."""
         return self.T + -self.T % self.queries, self.S + -self.S % self.keys
 
     def per_query(self, rows: int) -> jax.ShapeDtypeStruct:
-        """A number for each query, grouped by the heads of a step so that a block has whole rows of them."""
+        """A number for each query, grouped by the heads of a step, so that a block has whole rows."""
         shape = (rows, self.N // self.heads, self.heads, self.padded[0])
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -336,7 +334,7 @@ class _Tile(NamedTuple):
 def _tile(q: jax.Array, k: jax.Array) -> _Tile:
     (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G = N // K
-    # Interpreted on any device, and compiled on a machine without TPUs but for none in particular: the smallest blocks.
+    # Interpreted, or compiled without a TPU and for no particular one: the smallest blocks.
     kind = device.current().kind
     want = blocks(kind if kind.startswith("TPU") else "cpu", "tpu", H, max(T, S), G, q.dtype.itemsize)
     queries, keys = min(want.block_q, T + -T % 128), min(want.block_k, S + -S % 128)  # lanes come in 128
@@ -355,7 +353,7 @@ def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, list
     rows = bounds.first.shape[0]
 
     def listed(outer, heads, outer_is_keys):
-        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if cores could share heads alone
+        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if cores could only share heads
         return lists.visits(
             outer,
             by_query,
@@ -413,7 +411,7 @@ def _like(x: jax.Array, dtype) -> jax.ShapeDtypeStruct:
 
 
 def _lay(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, N, H] -> [B, N, length, H], zeros behind T: no garbage may meet a weight of zero."""
+    """[B, T, N, H] -> [B, N, length, H], padded with zeros after T, because weight zero times garbage may be NaN."""
     x = jnp.moveaxis(x, 1, 2)
     return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)]) if length > x.shape[2] else x
 
@@ -423,7 +421,7 @@ def _unlay(x: jax.Array, length: int) -> jax.Array:
 
 
 def _by_rows(function: Callable, visits: Any, arrays: Any) -> Any:
-    """function(visits, *arrays), a group of rows at once: arrays [B, ...], visits [groups, ...]."""
+    """Calls function(visits, *arrays) for a group of rows at a time: arrays [B, ...], visits [groups, ...]."""
     groups = len(jax.tree.leaves(visits)[0])
     if groups == 1:
         return function(jax.tree.map(lambda x: x[0], visits), *arrays)

@@ -1,11 +1,11 @@
-"""The work of a kernel as a list: which block of queries meets which block of keys, one step after the other.
+"""The work of a kernel as a list: pairs of a block of queries and a block of keys, one step after the other.
 
 Each entry is one visit of an outer block (of queries in forward and dQ, of keys in dK/dV) to one block of the other
-kind. Visits of one outer block lie together, so a kernel adds up in fast memory between FIRST and LAST. The list is as
-long as the work: a grid of that length has no empty steps. Only an outer block that meets nothing (padding) gets one
-visit that computes nothing, because its zeros must be written.
+kind. Visits of one outer block follow each other, so a kernel adds up in fast memory between FIRST and LAST. The list
+is as long as the work, so the grid has no empty steps. The only exception is an outer block without any partner
+(padding): it gets one visit that computes nothing, because its zeros must be written.
 
-Where two cores work, each takes a part of the list that begins with an outer block and is about as long as the other's.
+If there are two cores, the list is cut between two outer blocks into two parts of about the same length.
 
 B batch, I blocks of queries, J blocks of keys.
 """
@@ -20,26 +20,26 @@ import numpy as np
 
 from ar_unified.kernels.attention.bounds import BlockRanges
 
-FIRST, LAST = 1, 2  # the outer block's sums begin with this visit; end with it
-MASKED, CLEAN = 4, 8  # some query sees some key, or all see all; with neither there is nothing to compute
-_OTHER, _ROW = 4, 16  # how far the block numbers are shifted to make room
+FIRST, LAST = 1, 2  # the outer block's sums begin with this visit; they end with it
+MASKED, CLEAN = 4, 8  # some queries see some keys; all see all; without either flag there is nothing to compute
+_OTHER, _ROW = 4, 16  # block numbers are shifted by so many bits to make room
 
 
 class Visits(NamedTuple):
-    """int32 each. Two words an entry, because a TPU's scalar memory is small."""
+    """int32 arrays. An entry has only two words, because a TPU's scalar memory is small."""
 
     outer: jax.Array  # row of the batch << 16 | outer block
     inner: jax.Array  # other block << 4 | FIRST | LAST | MASKED | CLEAN
-    cuts: jax.Array  # [cores + 1], core c has the entries from cuts[c] to before cuts[c + 1]; those behind hold nothing
+    cuts: jax.Array  # [cores + 1]; core c has the entries cuts[c] to cuts[c + 1] - 1; entries after the last are empty
 
     @property
     def steps(self) -> jax.Array:
-        """The number of visits of the core that has most, []."""
+        """The number of visits of the busiest core, []."""
         return jnp.diff(self.cuts).max()
 
 
 def row(outer):
-    """The row of the batch that a visit is of."""
+    """The row of the batch to which a visit belongs."""
     return outer >> _ROW
 
 
@@ -54,21 +54,21 @@ def inner_block(inner):
 
 
 def most(queries: int, keys: int, block_q: int, block_k: int, shift: int | None) -> int:
-    """How many visits one row can make at most, in either direction: a causal row that is one document."""
+    """Most visits that one row can make, in either direction: in a causal row that is one document."""
     query_blocks, key_blocks = -(-queries // block_q), -(-keys // block_k)
     last = np.arange(1, query_blocks + 1) * block_q - 1 + (keys if shift is None else shift)
     met = np.clip(last // block_k + 1, 0, key_blocks)
-    return int(met.sum()) + query_blocks + key_blocks  # each block may be one that meets nothing
+    return int(met.sum()) + query_blocks + key_blocks  # each block may have no partner
 
 
 def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_keys: bool, cores: int = 1) -> Visits:
     """The visits of all rows, at most `limit`.
 
     Args:
-      outer: what each outer block meets: `by_query` itself or its `query_ranges`. It may be wider than the work (where
-        padding lies between documents): `by_query` decides whether a visit computes, and whether with a mask.
-      by_query: what each block of queries meets, from `key_ranges`.
-      cores: how many share the visits; no more than there are outer blocks.
+      outer: the blocks for each outer block: `by_query` itself or its `query_ranges`. It may be wider than the work, if
+        padding lies between documents; `by_query` decides whether a visit computes something and needs a mask.
+      by_query: the blocks of keys for each block of queries, from `key_ranges`.
+      cores: how many cores share the visits; at most the number of outer blocks.
     """
     blocks = outer.begin.shape[1]
     begin = outer.begin.reshape(-1)

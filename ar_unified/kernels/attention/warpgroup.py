@@ -26,9 +26,9 @@ BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 class Walk(NamedTuple):
-    """The blocks that one block meets, in the order of visits: `left` masked ones from `begin`, the other masked ones
-    from `clean_end`, then the clean ones. With `repeat`, the masked ones are all visited that many times before the
-    clean ones are.
+    """The blocks that one block visits, in order: `left` masked blocks from `begin`, the other masked blocks from
+    `clean_end`, then the clean blocks. With `repeat`, all masked blocks are visited so many times before the clean
+    blocks.
     """
 
     begin: jax.Array
@@ -40,17 +40,17 @@ class Walk(NamedTuple):
     repeat: int
 
     def block(self, at: jax.Array) -> jax.Array:
-        """The block of masked visit `at` of one repeat."""
+        """The block of masked visit number `at` in one repeat."""
         return jnp.where(at < self.left, self.begin + at, self.clean_end + at - self.left)
 
     def fold(self, step: Callable, carry: tuple) -> tuple:
-        """step(whether it needs a mask, number of the visit, carry) over all visits."""
+        """Calls step(whether it needs a mask, number of the visit, carry) for all visits."""
         masked, clean = self.masked * self.repeat, self.clean * self.repeat
         carry = lax.fori_loop(0, masked, functools.partial(step, True), carry)
         return lax.fori_loop(masked, masked + clean, functools.partial(step, False), carry)
 
     def visit(self, do: Callable) -> None:
-        """do(number of the visit, repeat, block) over all visits."""
+        """Calls do(number of the visit, repeat, block) for all visits."""
 
         @pl.loop(0, self.masked * self.repeat)
         def _(at):
@@ -62,14 +62,14 @@ class Walk(NamedTuple):
 
 
 def read_walk(ranges_ref, repeat: int = 1) -> Walk:
-    """The walk of a block: which blocks it meets, and at which of them a mask is needed."""
+    """The walk of a block: which blocks it visits, and which of them need a mask."""
     begin, end, clean_begin, clean_end = (ranges_ref[i] for i in range(4))
     left = clean_begin - begin
     return Walk(begin, left, clean_begin, clean_end, left + end - clean_end, clean_end - clean_begin, repeat)
 
 
 def stacked(ranges: BlockRanges) -> jax.Array:
-    """int32 [B, blocks, 4]. Where no block is clean the whole range is left of the clean ones."""
+    """int32 [B, blocks, 4]. If no block is clean, the whole range counts as left of the clean blocks."""
     clean_begin = jnp.clip(ranges.clean_begin, ranges.begin, ranges.end)
     empty = ranges.clean_begin >= ranges.clean_end
     clean_begin = jnp.where(empty, ranges.end, clean_begin)
@@ -99,9 +99,10 @@ def product(a, b, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
 
 
 def two_products(first: tuple, second: tuple, then: Callable, *, overlap: bool) -> Any:
-    """then(f, g), where f() and g() are a @ b.T of each pair (a, b) in shared memory.
+    """Calls then(f, g), where f() and g() give a @ b.T for the two pairs (a, b) in shared memory.
 
-    To overlap is to issue both at once, so that what `then` does between f and g runs while the second product does.
+    With overlap, both products are issued at once, so that the work of `then` between f and g runs during the second
+    product.
     """
     if not overlap:
         return then(lambda: product(*first), lambda: product(*second))
@@ -127,7 +128,7 @@ def accumulate(spec: Spec, *terms: tuple) -> list[jax.Array]:
     accs, lefts, rights = zip(*terms, strict=True)
     if spec.interpret:  # JAX's emulation of a GPU has neither run_state nor a left operand in registers (0.12)
         out = [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
-        plgpu.commit_smem()  # tells that wgmma has read b, so that TMA may write there next
+        plgpu.commit_smem()  # signals that wgmma has read b, so that TMA may write there next
         return out
 
     def run(refs):
@@ -150,13 +151,13 @@ def load(ref, layout=BY_ROW) -> jax.Array:
 
 
 def full(shape, value: float) -> jax.Array:
-    """An array of one value in registers: float32, a matrix if `shape` is a tuple, else a number for each row."""
+    """An array with one value in registers, float32: a matrix if `shape` is a tuple, else a number for each row."""
     layout = plgpu.Layout.WGMMA if isinstance(shape, tuple) else BY_ROW
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Positions along `axis` as int32 in registers, laid out as a product of matrices is."""
+    """Positions along `axis` as int32 in registers, in the layout of a matrix product."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
@@ -171,7 +172,7 @@ def across(x: jax.Array, tile: jax.Array) -> jax.Array:
 
 
 def opaque(index: jax.Array | int) -> jax.Array:
-    """The index in a form that the compiler does not see as constant in a loop. Otherwise it would compute the
-    addresses of all slices of an operand before the loop, need too many registers, and spill.
+    """Hides from the compiler that the index is constant in a loop. Otherwise it would compute the addresses of all
+    slices of an operand before the loop, need too many registers, and spill.
     """
     return lax.optimization_barrier(jnp.asarray(index, jnp.int32))

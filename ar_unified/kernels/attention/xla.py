@@ -1,8 +1,8 @@
-"""Attention by XLA alone: any platform, any shape, memory that grows with T and not with T * T.
+"""Attention by XLA alone, for any platform and shape. Its memory grows with T, not with T * T.
 
-Queries are taken in chunks, each against the prefix of the keys it can see, and backward makes a chunk's weights again
-from the log-sum-exp that forward left (FlashAttention, arXiv 2205.14135, at the size of XLA's products). Keys of other
-documents inside the prefix are computed and hidden: skipping them is what the kernels are for.
+Queries are computed in chunks, each with the prefix of keys that it can see. Backward computes a chunk's weights again
+from the log-sum-exp of forward (FlashAttention, arXiv 2205.14135, with XLA's large products). Keys of other documents
+inside the prefix are computed and masked; only the kernels skip them.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -19,18 +19,18 @@ from ar_unified.kernels.attention.spec import Spec
 from ar_unified.kernels.product import product
 from ar_unified.kernels.row_max import row_max
 
-CHUNK = 128  # queries whose scores exist at once, per head
-PREFIXES = 8  # lengths of prefix a row is cut into; beyond PREFIXES * CHUNK queries, chunks share a prefix in a loop
-_HIDDEN = -1e30  # added to the score of a key that is not seen; finite: a row that sees no key must not make NaN
+CHUNK = 128  # queries per head whose scores are in memory at once
+PREFIXES = 8  # most lengths of prefixes; beyond PREFIXES * CHUNK queries, several chunks share a prefix in a loop
+_HIDDEN = -1e30  # added to the score of an unseen key; finite, so that a row that sees no key gives no NaN
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these shapes cannot be computed here; None: they can."""
+    """Why these shapes cannot be computed here; None if they can."""
     return None
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """What `forward` and `backward` take of the bounds: here the bounds themselves."""
+    """The form of the bounds for `forward` and `backward`: here the bounds themselves."""
     return bounds
 
 
@@ -64,12 +64,12 @@ def backward(
     delta: jax.Array,
     dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, less the gradient of `lse`."""
+    """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, minus the gradient of `lse`."""
     T, chunk = q.shape[1], min(CHUNK, q.shape[1])
     query, dout = _grouped(q, k, chunk), _grouped(dout, k, chunk)
     key, value = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     bounds = pad_queries(bounds, query.shape[3], k.shape[1])
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # of a row that sees nothing: its hidden scores then weigh exact zeros
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # for a row that sees nothing: its weights are exactly zero
     lse, delta = (
         jnp.pad(x, [(0, 0), (0, 0), (0, query.shape[3] - T)]).reshape(*query.shape[:3], -1) for x in (lse, delta)
     )
@@ -104,7 +104,7 @@ def _scores(spec, query, key, first, last):
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    # Added, not selected: layers and heads share the bias, which costs less than masking the scores of each.
+    # Added, not selected: layers and heads share this bias, which costs less than masking the scores of each head.
     s = jnp.arange(key.shape[2], dtype=jnp.int32)
     bias = jnp.where((first[..., None] <= s) & (s <= last[..., None]), 0.0, _HIDDEN)
     return scores + bias[:, None, None]
@@ -113,7 +113,7 @@ def _scores(spec, query, key, first, last):
 def _forward(spec, piece, key, value):
     query, first, last = piece
     scores = _scores(spec, query * jnp.asarray(spec.scale, query.dtype), key, first, last)
-    highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
+    highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # in a row that sees nothing, weights are exactly zero
     weights = jnp.exp(scores - highest)
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
@@ -131,8 +131,8 @@ def _backward(spec, piece, key, value):
     if spec.soft_cap is not None:
         dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # hidden scores have no weight anyway
     dscores = dscores.astype(query.dtype)
-    # The sums over queries are written as [H, S] and turned: XLA CPU's product is 3x faster than into [S, H], and
-    # behind a barrier, for it would turn the product itself. Chunks are added in float32 by the caller.
+    # The sums over queries are computed as [H, S] and transposed, because XLA CPU's product is 3x faster than into [S,
+    # H]. The barrier keeps XLA from transposing the product itself. The caller adds chunks in float32.
     weights, dscores, dout, query = (_over_group(x) for x in (weights.astype(value.dtype), dscores, dout, query))
     sums = product("BKTS,BKTH->BKHS", dscores, query * scale), product("BKTS,BKTH->BKHS", weights, dout)
     dquery = product("BKTS,BKSH->BKTH", dscores, key).reshape(piece[0].shape) * scale
@@ -162,7 +162,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _pieces(length: int, chunk: int, shift: int | None, keys: int) -> Iterator[tuple[int, int, int]]:
-    """Stretches begin..end of the queries, whole chunks each, and how many keys from the first one they can see."""
+    """Ranges begin..end of the queries, each of whole chunks, and how many keys from the first they can see."""
     chunks = length // chunk
     count = min(chunks, PREFIXES) if shift is not None else 1
     edges = [chunks * i // count * chunk for i in range(count + 1)]
@@ -185,7 +185,7 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _map(function, arrays, axes, out_axes, chunk):
-    """function over the chunks of the arrays; a loop where there are several."""
+    """Applies function to the chunks of the arrays, in a loop if there are several."""
     if arrays[0].shape[axes[0]] == chunk:
         return function(arrays)
     outs = jax.lax.map(function, _split(arrays, axes, chunk))

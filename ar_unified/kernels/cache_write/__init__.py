@@ -1,8 +1,8 @@
-"""One new key and value of each row written into the KV cache, in place: one public function, two ways.
+"""Writes one new key and value of each row into the KV cache, in place: one public function, two implementations.
 
-A step of decoding adds one vector a row and head to a cache of gigabytes. XLA would write it by a scatter, for which
-TPU's compiler chooses a layout of its own. The attention kernel reads another layout, so the whole cache would be
-copied twice a step. The kernel leaves the cache where it is, in the layout in which `decode_attention` reads it.
+A decoding step adds one vector for each row and head to a cache of gigabytes. XLA would write it by a scatter, for
+which TPU's compiler chooses its own layout. The attention kernel reads another layout, so the whole cache would be
+copied twice in each step. The kernel leaves the cache in its place, in the layout that `decode_attention` reads.
 
 xla.py  by XLA: any platform and shape
 tpu.py  Pallas for TPU
@@ -24,11 +24,11 @@ def cache_write(layer: Layer, new: Layer, slots: jax.Array, *, backend: str = "a
     """The cache of a layer with one more slot of each row.
 
     Args:
-      layer: keys and values [B, K, S, H]; of an int8 cache also their scales, float32 [B, K, 1, S].
+      layer: keys and values [B, K, S, H]; for an int8 cache also their scales, float32 [B, K, 1, S].
       new: the new entry of each array, [B, K, H] or [B, K], of the same dtype.
-      slots: int32 [B], where; a row whose slot is not in 0 .. S - 1 stays as it is.
-      backend: of kernels.backend.BACKENDS, as the attention that reads the cache has it. The kernel runs for "tpu" and
-        "tpu_interpret", and on a TPU for "auto", where it can write such a cache; XLA does the rest.
+      slots: int32 [B], where to write; a row whose slot is not in 0 .. S - 1 stays unchanged.
+      backend: one of kernels.backend.BACKENDS, the same as for the attention that reads the cache. The kernel runs for
+        "tpu" and "tpu_interpret", and for "auto" on a TPU if it can write such a cache; else XLA writes.
 
     Returns:
       Arrays like `layer`, in the same memory if `layer` is donated or carried by a loop.

@@ -1,9 +1,8 @@
-"""A slot of each row on TPU: the tiles that hold it are read, changed and written back.
+"""Writes a slot of each row on TPU: the tiles that hold it are read, changed and written back.
 
-Memory is read and written in tiles, of which a slot is one row (or, of the caches that lie as [B, K, H, S], one lane).
-The tiles of all heads of a row are one window. The windows of a group of rows are copied at the same time, followed by
-those of the next group, so that the time is that of moving the bytes: 2 x 16 slots of a bfloat16 cache for each new
-one.
+Memory is read and written in tiles. A slot is one row of a tile, or one lane in caches that lie as [B, K, H, S]. The
+tiles of all heads of a row are one window. The windows of a group of rows are copied at the same time, then the windows
+of the next group. So only moving the bytes takes time: 2 x 16 slots of a bfloat16 cache for each new slot.
 
 B batch, K KV heads, S cache slot, H head dim, W slots of a window.
 """
@@ -20,15 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-WINDOW_BYTES = 4 * 1024 * 1024  # of VMEM, for the windows of two groups of rows
+WINDOW_BYTES = 4 * 1024 * 1024  # bytes of VMEM, for the windows of two groups of rows
 
 
 class _Lying(NamedTuple):
-    """An array as it lies in memory, [B, K, *, *], and its new entries; `axis`: the axis of slots; `turned`: whether
+    """An array as it lies in memory, [B, K, *, *], and its new entries. `axis`: the axis of slots; `turned`: whether
     axes 2 and 3 of the cache are exchanged in memory.
 
-    New entries come as [K, B, *], 32 bits, or [B, K, H, 1] for a turned cache. A projection to heads leaves them so,
-    and one row of them can be read alone.
+    New entries come as [K, B, *], 32 bits, or [B, K, H, 1] for a turned cache. A projection to heads gives this form,
+    and one row can be read alone.
     """
 
     cache: jax.Array
@@ -52,9 +51,9 @@ def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
 
 
 def unsupported(layer: tuple[jax.Array, ...]) -> str | None:
-    """Why the kernel cannot write into these; None: it can."""
+    """Why the kernel cannot write into these; None if it can."""
     H, S = layer[0].shape[3], layer[0].shape[2]
-    lanes = H % LANES or len(layer) > 2  # some array has its slots along the lanes
+    lanes = H % LANES or len(layer) > 2  # some arrays have their slots along the lanes
     window = LANES if lanes else 32 // layer[0].dtype.itemsize
     if H % 64 or S % window or _rows(layer) is None:
         return f"expected heads in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
@@ -62,14 +61,14 @@ def unsupported(layer: tuple[jax.Array, ...]) -> str | None:
 
 
 def _heads(layer: tuple[jax.Array, ...]) -> int:
-    """KV heads of a core: where a chip has two, they share them."""
+    """KV heads of a core; two cores of a chip share the heads."""
     K = layer[0].shape[1]
     return K // 2 if K % 2 == 0 else K
 
 
 def _rows(layer: tuple[jax.Array, ...]) -> int | None:
-    """The number of rows in a group: so many that their new entries fill whole tiles, or all rows. None: not even the
-    fewest fit into memory.
+    """The number of rows in a group: enough for their new entries to fill whole tiles, or all rows. None: not even the
+    smallest group fits into memory.
     """
     B, _, _, H = layer[0].shape
     window = (LANES if H % LANES else 32 // layer[0].dtype.itemsize) * H * layer[0].dtype.itemsize
@@ -124,7 +123,7 @@ def _kernel(rows, groups, shapes, slots, *refs):
     h, g = pl.program_id(0), pl.program_id(1)
 
     def begin(length: int, row: jax.Array, window: int) -> jax.Array:
-        """The first slot of the window of a row; any valid one for a row that is not written."""
+        """The first slot of a row's window; any valid slot for a row that is not written."""
         slot = jnp.clip(slots[row], 0, length - 1)
         return pl.multiple_of(slot & -window, window)
 

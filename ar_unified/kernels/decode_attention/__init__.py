@@ -1,10 +1,11 @@
-"""Fused attention of one query a row, or a few, over its KV cache: one public function, a kernel for each device.
+"""Fused attention of one query per row, or a few, over the row's KV cache: one public function, a kernel for each
+device.
 
-Decoding is bound by reading the cache. So the kernels read the live part of each row and nothing else, once, for all
-query heads of a KV head together; and a cache in int8 with a scale a vector (`quantize`) is read as int8.
+The time of decoding is the time of reading the cache. So the kernels read only the live part of each row, once for all
+query heads of a KV head. A cache in int8 with one scale per vector (`quantize`) is read as int8.
 
 spec.py       the arguments as every implementation takes them
-reference.py  what it computes, in a screenful
+reference.py  what it computes, in a few lines
 xla.py        by XLA: any platform and shape, the whole cache
 tpu.py        Pallas for TPU
 hopper.py     Pallas for Hopper GPUs
@@ -42,25 +43,26 @@ def decode_attention(
 
     Row b's query is at position lengths[b] - 1 and sees the slots max(0, lengths[b] - window) <= s < lengths[b]. A row
     of length 0 gets exact zeros, and a log-sum-exp of -inf. The values of unseen slots do not matter but must be
-    finite. If a row has several queries, this holds for the last one, and each query sees one slot more than the one
-    before it. Queries beyond the cache get some finite value. XLA reads the cache once for all queries, the kernels
-    once for each. `attention` computes the same with q_offset = lengths - 1, and can be differentiated; this function
+    finite. If a row has several queries, this holds for the last one, and each query sees one slot more than the query
+    before. Queries beyond the cache get some finite value. XLA reads the cache once for all queries, the kernels once
+    for each query. `attention` computes the same with q_offset = lengths - 1, and can be differentiated; this function
     cannot, and raises TypeError if it is.
 
     Args:
       q: [B, N, H], or [B, T, N, H], rotated, not scaled.
       k, v: [B, K, S, H]; K divides N, and query head n reads KV head n // (N / K). Floating point, or int8 with scales.
-      lengths: int32 [B], live slots of each row, 0 .. S; with T queries a row, those of the last query, 0 .. S + T - 1.
-      k_scale, v_scale: float32 [B, K, 1, S], of an int8 cache: key and value s stand for k[..., s, :] * k_scale[..., s]
+      lengths: int32 [B], live slots of each row, 0 .. S; with T queries per row, live slots of the last query, 0 .. S +
+          T - 1.
+      k_scale, v_scale: float32 [B, K, 1, S], only for an int8 cache: key and value s are k[..., s, :] * k_scale[..., s]
         and v[..., s, :] * v_scale[..., s], as `quantize` makes them. TPUs read this shape without a copy.
       scale: of the scores; None: H ** -0.5.
-      window: slots a query sees at most, its own included; None: all live ones.
+      window: most slots that a query sees, including its own; None: all live slots.
       soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: plain scores.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, N].
       backend: one of kernels.backend.BACKENDS; "auto": the kernel of the current device, and xla on CPUs.
 
     Returns:
-      An array like q; with return_lse, that and the log-sum-exp, without the axis H. Scores and softmax are float32.
+      An array like q; with return_lse, also the log-sum-exp, without the axis H. Scores and softmax are float32.
     """
     _check(q, k, v, lengths, k_scale, v_scale, window)
     end = jnp.clip(lengths, 0, k.shape[2] + (q.shape[1] - 1 if q.ndim == 4 else 0))

@@ -1,16 +1,17 @@
-"""Decode attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU: as many thread blocks as it takes to keep HBM busy.
+"""Decode attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU, with enough thread blocks to keep HBM busy.
 
-A thread block takes one KV head of one row, and a share of that row's live slots. Rows are split into equal parts until
-there are enough for every SM, and the parts are merged by their log-sum-exps. A thread block walks over its share in
-blocks that TMA copies into a ring of shared memory. When one is used up, the copy of the next begins; while one thread
-block computes, others on the SM wait for memory.
+A thread block computes one KV head of one row, over a share of the row's live slots. Rows are split into equal parts
+until there are enough for every SM, and the parts are merged by their log-sum-exps. A thread block goes through its
+share in blocks that TMA copies into a ring of shared memory. When a block was used, the copy of the next begins. While
+one thread block computes, others on the SM wait for memory.
 
-The G query heads are rows of one wgmma, padded to the 64 it always has. The padding is free: an SM of an H100 gets 15
-bytes a clock from HBM, which are 7.5 bfloat16 numbers. It does 64 multiply-adds with each, a quarter of the 2048 that
-its tensor cores do in a clock (a third on an H200). CUDA cores, with 128 lanes, would have to widen each number and
-then use it G times. At G = 8 that is half of what they can do, with int8 all of it, and softmax comes on top.
+The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
+bytes per clock from HBM, which are 7.5 bfloat16 numbers. It does 64 multiply-adds with each number, a quarter of the
+2048 that its tensor cores do per clock (a third on an H200). CUDA cores, with 128 lanes, would have to widen each
+number and then use it G times. At G = 8 this is half of what they can do, with int8 all of it, even without the
+softmax.
 
-An int8 block is copied as int8 and widened once on its way from shared memory to shared memory.
+An int8 block is copied as int8, and widened once from shared memory to shared memory.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim, P parts of a row.
 """
@@ -31,18 +32,18 @@ from ar_unified.kernels.decode_attention.spec import Cache, Spec
 from ar_unified.kernels.merge import merge
 
 HEAD_DIMS = (64, 128, 256)
-ROWS = 64  # of a wgmma
+ROWS = 64  # rows of a wgmma
 BLOCK = 64  # slots
-RING_BYTES = 64 * 1024  # of keys and values on their way to a thread block; two of these and more fit an SM
-THREAD_BLOCKS = 4 * 132  # to split rows for: two on each SM of an H100 or H200 at once, and two after them
-SHORTEST_PART = 4 * BLOCK  # of a row, that is worth a thread block
+RING_BYTES = 64 * 1024  # bytes of keys and values in copy for a thread block; an SM has room for more than two of these
+THREAD_BLOCKS = 4 * 132  # to split rows for: two at once on each SM of an H100 or H200, and two after them
+SHORTEST_PART = 4 * BLOCK  # slots of a row that are worth a thread block
 _LOG2_E = math.log2(math.e)
-_LOWEST = -1e30  # the maximum of no scores: finite, for -inf - -inf is NaN
+_LOWEST = -1e30  # the maximum of no scores; finite, because -inf - -inf is NaN
 _WGMMA, _BY_ROW, _BY_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these cannot be computed here; None: they can."""
+    """Why these cannot be computed here; None if they can."""
     if q.dtype != jnp.bfloat16 or k.dtype not in (jnp.bfloat16, jnp.int8):
         return f"expected q in bfloat16 and a cache in bfloat16 or int8; found {q.dtype} and {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
@@ -63,7 +64,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     stages = max(2, RING_BYTES // (2 * BLOCK * H * cache.k.dtype.itemsize))
     query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # whole rows of tiles
     quantized = cache.scales is not None
-    # TMA copies whole blocks from a stride of 16 bytes only; the cache itself is never padded.
+    # TMA copies whole blocks only if strides are multiples of 16 bytes; the cache itself is never padded.
     scales = [jnp.pad(x[:, :, 0], [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in cache.scales or ()]
     out, lse = plgpu.kernel(
         functools.partial(_kernel, spec, quantized),
@@ -101,11 +102,11 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
     row_begin, row_end = first // BLOCK, pl.cdiv(behind, BLOCK)
     share = pl.cdiv(row_end - row_begin, lax.axis_size("part"))
     begin = row_begin + part * share
-    count = jnp.clip(row_end - begin, 0, share)  # of blocks; 0 where the row is shorter than it has parts
+    count = jnp.clip(row_end - begin, 0, share)  # number of blocks; 0 if the row has fewer blocks than parts
 
     def fetcher(ref, scale_ref, smem, scale_smem, ready):
         def fetch(i):
-            """Starts the copy of block i of the share, if it is one."""
+            """Starts the copy of block i of the share, if there is one."""
             slot, slots = lax.rem(i, stages), pl.ds((begin + i) * BLOCK, BLOCK)
 
             @pl.when(i < count)
@@ -119,7 +120,7 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
     fetch_k = fetcher(k_ref, k_scale_ref, k_smem, k_scale_smem, k_ready)
     fetch_v = fetcher(v_ref, v_scale_ref, v_smem, v_scale_smem, v_ready)
 
-    # What lies in q_smem behind the G heads is never written: each row of a product depends on its own row alone.
+    # q_smem after the G heads is never written, because each row of a product depends only on its own row.
     plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, q_ref.shape[2])], q_ready)
     for i in range(stages):
         fetch_k(jnp.int32(i))
@@ -165,7 +166,8 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
 
 
 def _operand(smem, wide_smem):
-    """The block as wgmma takes it, in shared memory. wide_smem: where one of int8 is widened; None: it need not be."""
+    """The block in the form that wgmma takes, in shared memory. wide_smem: where an int8 block is widened; None for
+    other blocks."""
     if wide_smem is None:
         return smem
     H = smem.shape[1]
