@@ -30,6 +30,7 @@ from ar_unified.model.lora import LoraConfig
 from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_shardings, on_mesh
 from ar_unified.sampling import pairs, steps, window
+from ar_unified.sampling.head import Weights
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.prompts import KEPT, prefill_rows
 from ar_unified.sampling.weights import read_as
@@ -304,9 +305,15 @@ def _resident(run: Run, mesh: Mesh) -> Any:
     axes = dict(data=mesh.size // mesh.shape["tensor"], fsdp=1, tensor=mesh.shape["tensor"], context=1)
     sampler = Mesh(mesh.devices.reshape([axes[name] for name in mesh.axis_names]), mesh.axis_names)
     params = transformer.abstract_params(run.model)
-    weights = jax.eval_shape(partial(steps.prepare, run.model, _grammar(run), run.weights_dtype), params)
+    weights = _prepared(run, _grammar(run), params, sampler)
     specs = steps.weight_specs(sampler, weights)
     return on_mesh(weights, jax.tree.map(lambda spec: NamedSharding(sampler, spec), specs))
+
+
+def _prepared(run: Run, grammar: Grammar, params: transformer.Params, mesh: Mesh) -> Weights:
+    """Shapes and dtypes of the sampler's weights; on a TPU some are larger than the model's."""
+    with jax.set_mesh(mesh):
+        return jax.eval_shape(partial(steps.prepare, run.model, grammar, run.weights_dtype), params)
 
 
 def gradient_bytes(run: Run, mesh: Mesh) -> int:
@@ -387,7 +394,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
         return placed(tree, steps.row_specs(mesh, tree))
 
     params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    weights = jax.eval_shape(partial(steps.prepare, config, grammar, run.weights_dtype), params)
+    weights = _prepared(run, grammar, params, mesh)
     weights = placed(weights, steps.weight_specs(mesh, weights))
     head = {name: read_as(config, mesh)[name] for name in ("head",) if name in params}
     shape = steps.Shape(run.contexts, S)
