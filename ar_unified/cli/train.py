@@ -39,6 +39,7 @@ from ar_unified.data.images import draws_none
 from ar_unified.data.prepare import load_report
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
+from ar_unified.experiment.adapter import first_adapter, require_rows
 from ar_unified.experiment.beginning import beginning
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
@@ -47,7 +48,7 @@ from ar_unified.experiment.likelihood import likelihood
 from ar_unified.experiment.objective import Objective
 from ar_unified.experiment.preference import preference
 from ar_unified.experiment.reward import reward
-from ar_unified.experiment.settings import lora, selected, shapes, training
+from ar_unified.experiment.settings import lora, selected, shapes, trained, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
@@ -113,7 +114,8 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         selected(config, "only", grammar.vocabulary, experiment.new_ids)
         adapter = lora(config)
         fresh = selected(config, "fresh", grammar.vocabulary, experiment.new_ids) if settings.fresh else None
-    _require_own_rows(experiment)
+    if experiment.extends and (first := first_adapter(config, experiment.bundle)) is not None:
+        require_rows(first, grammar, trained(config, grammar.vocabulary, experiment.new_ids))
     made = _objective(experiment)
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
@@ -142,17 +144,6 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
 
 def _objective(experiment: Experiment) -> Objective:
     return _OBJECTIVES[experiment.config.training.objective](experiment)
-
-
-def _require_own_rows(experiment: Experiment) -> None:
-    """Refuses objectives that compare with the bundle of config.init if it has no rows for images yet."""
-    config = experiment.config
-    if experiment.before is None or config.training.objective == "likelihood":
-        return
-    raise UserError(
-        f"config.training.objective: expected likelihood where a language model is extended by images: {config.init} "
-        "has no rows for them. Train the new rows first (experiments/from_llm.py), export, and begin with that bundle"
-    )
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import settings
-from ar_unified.interop.peft import Adapter, bases, read
+from ar_unified.interop.peft import Adapter, bases, own_rows, read
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.vocabulary import Role
 from ar_unified.model.code_vectors import extended_tables
 from ar_unified.model.config import TransformerConfig, summed
 from ar_unified.model.lora import MATRICES, LoraConfig, merged
@@ -34,9 +36,15 @@ def require_base(bundle: Bundle, trained: Any) -> None:
         )
 
 
-def first_adapter(config: ConfigDict, bundle: Bundle | None) -> tuple[Any, str] | None:
-    """The adapter that config.lora.init names, in the form of params["lora"], numpy, and its hash; None: it names
-    nothing.
+class First(NamedTuple):
+    """The adapter of config.lora.init. matrices: as params["lora"] is, numpy."""
+
+    adapter: Adapter
+    matrices: Any
+
+
+def first_adapter(config: ConfigDict, bundle: Bundle | None) -> First | None:
+    """The adapter that config.lora.init names; None: it names none.
 
     Raises UserError: it belongs to another model, or config.lora describes another adapter.
     """
@@ -45,7 +53,26 @@ def first_adapter(config: ConfigDict, bundle: Bundle | None) -> tuple[Any, str] 
         return None
     with about("config.lora.init"):
         found = read(config.lora.init, bundle.config, *bases(bundle))
-    return beginning_with(found, lora), found.hash
+    return First(found, beginning_with(found, lora))
+
+
+def require_rows(first: First, grammar: Grammar, selection: Selection) -> None:
+    """Raises UserError if the adapter has rows of ids that `selection` does not train: checkpoints would lack them."""
+    with about("config.lora.init"):
+        own = own_rows(first.adapter, grammar)
+    kinds = {role.name.lower(): grammar.vocabulary.ids(role) for role in Role if role != Role.PAD}
+    for table, (ids, _) in own.items():
+        runs = None if selection.parts is None else selection.parts.get(table, ((0, 0),))
+        if not runs:  # all of the table
+            continue
+        left = [int(id) for id in ids if not any(begin <= id < end for begin, end in runs)]
+        if left:
+            named = [f"{table}[{kind}]" for kind, those in kinds.items() if any(id in those for id in left)]
+            raise UserError(
+                f"config.training.only: expected {', '.join(named) or table} in it, as the adapter "
+                f"{first.adapter.folder} has {len(left)} rows of {table} that this training would lose: it trains "
+                f"others of {table}, or none"
+            )
 
 
 def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
@@ -59,11 +86,6 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
             f"config.lora.{key}: expected {has}, as the adapter {found.folder} has beside {path}; found {wanted}"
         )
 
-    if found.rows:
-        raise UserError(
-            f"config.lora.init: expected an adapter alone; {found.folder} has rows of {', '.join(found.rows)} too: "
-            "begin with a bundle that has it merged in, as `ar-unified export` writes one"
-        )
     other = next((path for path in MATRICES if (path in lora.matrices) != (path in found.matrices)), None)
     if other is not None:
         raise UserError(

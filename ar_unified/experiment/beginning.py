@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from ar_unified.bundle import Bundle
 from ar_unified.data.images import NoImages
-from ar_unified.experiment.adapter import first_adapter, grown, read_base, tables_before
+from ar_unified.experiment.adapter import First, first_adapter, grown, read_base, tables_before
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.interop.peft import own_rows
 from ar_unified.language.extension import rows_of
+from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
 from ar_unified.model.own_rows import TABLES
 from ar_unified.model.transformer import Params
@@ -48,7 +50,7 @@ def beginning(
         if task.lora is not None:
             if (first := first_adapter(experiment.config, experiment.bundle)) is not None:
                 experiment.say(f"model: the adapter begins as {experiment.config.lora.init}")
-                params |= {"lora": hand_out(first[0], places["lora"])}
+                params = with_adapter(params, first, experiment.grammar, places)
             else:
                 params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
         if fresh is None:
@@ -84,7 +86,19 @@ def _extended(experiment: Experiment, bundle: Bundle, abstract: Params) -> Param
     )
 
 
-def hand_out(tree: Any, places: Any) -> Any:
+def with_adapter(params: Params, first: First, grammar: Grammar, places: Any) -> Params:
+    """The parameters with the adapter, and with its rows instead of theirs.
+
+    places: the shardings of the tables of ids, and of the adapter.
+    """
+    params = params | {"lora": _hand_out(first.matrices, places["lora"])}
+    for table, (ids, values) in own_rows(first.adapter, grammar).items():
+        put = jax.jit(lambda old, at, new: old.at[at].set(new.astype(old.dtype)), out_shardings=places[table])
+        params[table] = put(params[table], ids, values)
+    return params
+
+
+def _hand_out(tree: Any, places: Any) -> Any:
     """Puts arrays of numpy on devices; this process fills only its own."""
     return jax.tree.map(
         lambda leaf, place: jax.make_array_from_callback(leaf.shape, place, lambda at: leaf[at]), tree, places

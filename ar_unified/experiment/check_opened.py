@@ -17,7 +17,7 @@ from ar_unified.data.prepare import folder_name
 from ar_unified.errors import about, nearest
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
-from ar_unified.experiment.adapter import first_adapter
+from ar_unified.experiment.adapter import first_adapter, require_rows
 from ar_unified.experiment.check import MEAN
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.problems import Problems
@@ -29,6 +29,12 @@ from ar_unified.model.transformer import abstract_params, logical_axes
 from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import ways_of
 from ar_unified.training.selection import NEW
+
+# Of what compares pictures, or draws them, with the model that it begins with.
+_NO_ROWS = (
+    "has no rows for images yet, so what it draws, and how likely it finds a picture, is chance. Train the new rows "
+    "first (experiments/from_llm.py), export, and begin with that bundle"
+)
 
 # ---- what a training begins with ---------------------------------------------------------------------
 
@@ -53,6 +59,8 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
         theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
     elif config.image_tokenizer.steps and not experiment.extends:
         problems.say("image_tokenizer.steps", "expected 0, as the images of the bundle in config.init are codes alone")
+    if experiment.extends and config.training.objective != "likelihood":
+        problems.say("training.objective", f"expected likelihood, as {bundle.folder} {_NO_ROWS}")
     if not experiment.extends:
         for place in (*config.training.only, *config.training.fresh, *config.training.rates):
             if f"[{NEW}]" in place:
@@ -73,8 +81,9 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
         )
     problems.end()
-    if "model" in stages:
-        first_adapter(config, bundle)
+    first = first_adapter(config, bundle) if "model" in stages else None
+    if first is not None and not experiment.extends:
+        require_rows(first, bundle.grammar, settings.trained(config, bundle.grammar.vocabulary, ()))
     if experiment.extends:
         with about("config.init"):
             before = bundle.grammar

@@ -100,7 +100,7 @@ def _adapter(experiment: Experiment) -> dict[str, Json]:
     said = {key: value for key, value in configs.plain(experiment.config.lora).items() if key != "init"}
     said = {key: value for key, value in said.items() if value or key not in ("ranks", "alphas")}
     first = first_adapter(experiment.config, experiment.bundle)
-    return said if first is None else said | {"init": first[1]}
+    return said if first is None else said | {"init": first.adapter.hash}
 
 
 def loss_settings(experiment: Experiment) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ar_unified import progress
 from ar_unified.data.preferences import PreferenceBatches, Sums
 from ar_unified.errors import RunError
 from ar_unified.experiment.adapter import first_adapter, read_base
-from ar_unified.experiment.beginning import hand_out
+from ar_unified.experiment.beginning import with_adapter
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.vocabulary import Role
 from ar_unified.manifests import Json, manifest_hash
@@ -67,7 +67,7 @@ def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[s
     assert experiment.bundle is not None  # config.init, as `check` requires
     begun = {"base": "int8"} if _rounded(task) else {}
     if (first := first_adapter(experiment.config, experiment.bundle)) is not None:
-        begun["adapter"] = first[1]
+        begun["adapter"] = first.adapter.hash
     return begun | {
         "version": VERSION,
         "weights": experiment.bundle.hash,
@@ -94,7 +94,8 @@ def _params(experiment: Experiment, task: PreferenceTask) -> Params:
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task.config, mesh))
         params = experiment.bundle.params(places, "float32")
     if first is not None:
-        params |= {"lora": hand_out(first[0], jax.tree.map(lambda leaf: leaf.sharding, abstract["lora"]))}
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        params = with_adapter(params, first, experiment.grammar, places)
     return params
 
 

@@ -26,7 +26,8 @@ from ar_unified.interop import token_rows
 from ar_unified.interop.keys import HF, transposed
 from ar_unified.interop.sources import PICKLED, Source, inside, open_source, read_json
 from ar_unified.interop.token_rows import TokenRows
-from ar_unified.manifests import Json
+from ar_unified.language.grammar import Grammar
+from ar_unified.manifests import Json, manifest_hash
 from ar_unified.model.config import TransformerConfig, layer_matrices
 from ar_unified.model.lora import MATRICES, LoraConfig
 from ar_unified.tensors import Kind, TensorWriter
@@ -140,6 +141,30 @@ def bases(bundle: Bundle) -> tuple[str, ...]:
     extends."""
     extends = bundle.sections.get("extends")
     return (bundle.hash, extends) if isinstance(extends, str) else (bundle.hash,)
+
+
+def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
+    """The rows of an adapter by table, with our ids, ascending; {}: it has none.
+
+    Raises UserError for rows of another vocabulary's ids.
+    """
+    if adapter.rows and adapter.vocabulary not in ("", manifest_hash(grammar.manifest())):
+        raise UserError(
+            f"{adapter.folder}: its rows are of ids of another vocabulary than this model's: load it beside the "
+            "bundle that `ar-unified export --to base` writes"
+        )
+    border, found = getattr(grammar.text_codec, "border", None), dict[str, TokenRows]()
+    size = grammar.vocabulary.used if border is None else border.size
+    for table, (ids, values) in adapter.rows.items():
+        if len(ids) and ids[-1] >= size:
+            raise UserError(
+                f"{adapter.folder}: expected rows of ids below {size}, as this model has, found one of {ids[-1]}: "
+                "load it beside the model that its rows extend"
+            )
+        ours = ids if border is None else np.asarray(border.ours)[ids]
+        order = np.argsort(ours)
+        found[table] = TokenRows(ours[order], values[order])
+    return found
 
 
 def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:

@@ -18,10 +18,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ar_unified.errors import UserError, about, nearest
-from ar_unified.interop.peft import Adapter, read
+from ar_unified.interop.peft import Adapter, own_rows, read
 from ar_unified.interop.token_rows import TokenRows
 from ar_unified.language.grammar import Grammar
-from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.decoded import adapters_as_decoded
 from ar_unified.model.lora import MATRICES
@@ -29,6 +28,8 @@ from ar_unified.model.own_rows import PARTS, TABLES
 from ar_unified.model.transformer import Params, logical_axes
 from ar_unified.parallel import rules
 from ar_unified.sampling.request import RequestError
+
+_NONE = TokenRows(np.zeros(0, np.int64), np.zeros((0, 0), np.float32))
 
 
 def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, *bases: str) -> dict[str, Adapter]:
@@ -88,16 +89,11 @@ def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], m
     Rows that an adapter does not have, and those of number 0, are the model's. Raises UserError for an adapter whose
     rows are of other ids.
     """
-    for adapter in adapters:
-        if adapter.rows and adapter.vocabulary not in ("", manifest_hash(grammar.manifest())):
-            raise UserError(
-                f"{adapter.folder}: its rows are of ids of another vocabulary than this model's: load it beside the "
-                "bundle that `ar-unified export --to base` writes"
-            )
+    rows_of = [own_rows(adapter, grammar) for adapter in adapters]
     tables: dict[str, Any] = {}
     for name in TABLES:
         # A head that is the embedding has the embedding's rows.
-        own = [_ours(adapter, adapter.rows.get(name if name in params else TABLES[0]), grammar) for adapter in adapters]
+        own = [rows.get(name if name in params else TABLES[0], _NONE) for rows in rows_of]
         ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(found[0] for found in own)])).astype(np.int32)
         if not len(ids):
             continue
@@ -123,20 +119,3 @@ def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], m
         return {}
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return {"rows": jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), found)}
-
-
-def _ours(adapter: Adapter, rows: TokenRows | None, grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
-    """The rows with our ids, ascending. Raises UserError for an id that is none of this vocabulary."""
-    if rows is None:
-        return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
-    border = getattr(grammar.text_codec, "border", None)
-    size = grammar.vocabulary.used if border is None else border.size
-    ids = rows.ids
-    if len(ids) and ids[-1] >= size:
-        raise UserError(
-            f"{adapter.folder}: expected rows of ids below {size}, as this model has, found one of {ids[-1]}: load it "
-            "beside the model that its rows extend"
-        )
-    ids = ids if border is None else np.asarray(border.ours)[ids]
-    order = np.argsort(ids)
-    return ids[order], rows.values[order]

@@ -17,8 +17,9 @@ from ar_unified.cli.main import main
 from ar_unified.errors import UserError
 from ar_unified.interop import peft
 from ar_unified.language.extension import new_ids, rows_of
+from ar_unified.language.vocabulary import Role
 from tests.cli import test_from_llm as llms
-from tests.cli.conftest import refused
+from tests.cli.conftest import command, refused
 
 text, images = llms.text, llms.images  # fixtures
 LORA = dict(lora__rank=2, lora__alpha=4.0, training__steps=6, training__learning_rate=0.02, training__warmup_steps=1)
@@ -73,8 +74,25 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
     )
     with pytest.raises(UserError, match="its rows are of ids of another vocabulary than this model's: load it beside"):
         ar_unified.load(llm, adapters={"mine": tmp_path / "peft"})
-    begin = dict(lora__init=tmp_path / "peft")
-    argv = llms.extending("train", folder, tmp_path / "w2", llm, images, **more | begin)
-    refused(
-        [argv[0].replace("train", "run"), *argv[1:]], r"config.lora.init: expected an adapter alone; .* has rows of"
-    )
+
+    # ---- another training begins with it, rows and all, beside the language model or beside the extended one
+    slow = dict(lora__init=tmp_path / "peft", training__steps=2, training__learning_rate=1e-7)
+    for verb in ("tokenizer", "prepare", "train"):
+        assert main(llms.extending(verb, folder, tmp_path / "w2", llm, images, **more | slow)) == 0, (
+            capsys.readouterr().err
+        )
+    images_of = dict(steps=0, width=8, blocks="(0,0,1)", levels="(8,5,5,5)")  # as the bundle has them
+    described = {f"image_tokenizer__{key}": value for key, value in images_of.items()}
+    argv = command("train", folder, tmp_path / "w3", init=base.folder, **more | slow | described)
+    kinds = [f"{table}[{kind}]" for table in tables for kind in ("control", "image")]
+    refused(argv, r"config.training.only: expected embedding\[control\], embedding\[image\] in it, as the adapter")
+    begun = {"w2": fresh}
+    for verb in ("prepare", "train"):
+        assert main([verb, *argv[1:], f"--config.training.only={tuple(kinds)}"]) == 0, capsys.readouterr().err
+    vocabulary = base.grammar.vocabulary
+    begun["w3"] = [*vocabulary.ids(Role.CONTROL), *vocabulary.ids(Role.IMAGE)]
+    for workdir, ids in begun.items():
+        last = Checkpoints(tmp_path / workdir / "model" / "checkpoints", readonly=True).restore(params=None)["params"]
+        for table in tables:
+            np.testing.assert_allclose(last[table], new[table][ids], atol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), last["lora"], stored["lora"])

@@ -134,6 +134,14 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
         (dict(model__d_model=64), "config.model.d_model: expected 32, as the bundle in config.init has; found 64"),
         (dict(text_tokenizer__model=__file__), "config.text_tokenizer.model: expected none beside config.init"),
         (dict(training__only="('layer',)"), "config.training.only: 'layer' names none.*did you mean 'layers'"),
+        (
+            dict(training__objective="preference", training__sequence_length=320),
+            "config.training.objective: expected likelihood, as .* has no rows for images yet",
+        ),
+        (
+            dict(training__objective="reward", reward__function="length"),
+            "config.training.objective: expected likelihood, as .* what it draws, .* is chance",
+        ),
         (dict(training__rates="('layer=2',)"), "config.training.rates: 'layer' names none.*did you mean 'layers'"),
     ],
 )

@@ -13,9 +13,12 @@ from ar_unified.bundle import named
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
-from ar_unified.experiment.adapter import beginning_with, in_base, read_base, require_base
+from ar_unified.experiment.adapter import beginning_with, first_adapter, in_base, read_base, require_base, require_rows
+from ar_unified.experiment.beginning import with_adapter
 from ar_unified.interop import peft
-from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.interop.token_rows import TokenRows
+from ar_unified.language.vocabulary import Role, Vocabulary
+from ar_unified.manifests import manifest_hash
 from ar_unified.model.lora import LoraConfig
 from ar_unified.model.quantized import Quantized
 from ar_unified.model.transformer import logical_axes
@@ -103,6 +106,37 @@ def test_a_training_begins_with_a_file_that_is_what_the_config_describes(tmp_pat
     matrices = found.matrices | {"mlp.up": tuple(np.asarray(each) for each in found.matrices["mlp.up"])}
     found = found._replace(matrices=matrices, ranks=found.ranks | {"mlp.up": (3, 0)})
     refused("alike in all layers, .* has the ranks 3, 0 beside mlp.up. It can still be served")
+
+
+def test_rows_of_a_file_take_their_places_and_must_be_trained_on(tmp_path) -> None:
+    bundle = bundles.write(tmp_path / "bundle")
+    vocabulary = bundle.grammar.vocabulary
+    drawn, codes = adapters.drawn(bundle.config, LORA), list(vocabulary.ids(Role.IMAGE))
+    values = np.full((2, bundle.config.d_model), 7.0, np.float32)
+    rows = {"embedding": TokenRows(np.array([codes[1], codes[4]]), values)}
+    peft.write(tmp_path / "rows", bundle, LORA, drawn, rows, manifest_hash(bundle.grammar.manifest()))
+    peft.write(tmp_path / "others", bundle, LORA, drawn, rows, "0" * 64)
+    config = configs.defaults()
+    config.lora.update(dict(rank=2, alpha=4.0, targets=LORA.targets, init=str(tmp_path / "rows")))
+    first = first_adapter(config, bundle)
+    base = bundle.params(dtype="float32")
+    places = jax.tree.map(lambda leaf: leaf.sharding, base | {"lora": jax.tree.map(jax.numpy.asarray, drawn)})
+    made = jax.device_get(with_adapter(base, first, bundle.grammar, places))
+    jax.tree.map(np.testing.assert_array_equal, made["lora"], drawn)
+    expected = np.array(base["embedding"])
+    expected[[codes[1], codes[4]]] = 7.0
+    np.testing.assert_array_equal(made["embedding"], expected)
+    np.testing.assert_array_equal(made["head"], base["head"])
+
+    axes = logical_axes(base | {"lora": drawn})
+    for places in ((), ("lora", "embedding[image]"), ("lora", "embedding")):
+        require_rows(first, bundle.grammar, select(places, axes, vocabulary))
+    for places in (("lora",), ("lora", "embedding[text]"), ("lora", "head[image]")):
+        with pytest.raises(UserError, match=r"training.only: expected embedding\[image\] in it, .* has 2 rows"):
+            require_rows(first, bundle.grammar, select(places, axes, vocabulary))
+    config.lora.init = str(tmp_path / "others")
+    with pytest.raises(UserError, match="config.lora.init: .*others: its rows are of ids of another vocabulary"):
+        require_rows(first_adapter(config, bundle), bundle.grammar, select((), axes, vocabulary))
 
 
 def test_rows_of_any_phase_and_new_rows_are_trained_beside_an_adapter() -> None:
