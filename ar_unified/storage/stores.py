@@ -281,7 +281,9 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
     # No listing is cached, because what another process has just written must be seen. The package's own retries are
     # turned off where that is possible: else each of our tries would be six of theirs.
     if scheme == "s3":
-        retries = {"retries": {"max_attempts": 1, "mode": "standard"}}
+        # botocore's "max_attempts" counts tries behind the first, each after a pause of its own, and would hide from
+        # `create` that a request was made twice.
+        retries = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         found = module.S3FileSystem(use_listings_cache=False, config_kwargs=retries, skip_instance_cache=True)
         found.retries = 1
         return found
