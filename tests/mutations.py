@@ -178,7 +178,7 @@ MUTATIONS = (
     ),
     Mutation(
         "transparency-on-black",
-        "ar_unified/data/images.py",
+        "ar_unified/data/colours.py",
         'Image.new("RGBA", image.size, "white")',
         'Image.new("RGBA", image.size, "black")',
         "drawings on transparent ground turn black",

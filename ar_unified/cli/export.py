@@ -33,7 +33,7 @@ from ar_unified import bundle
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.arguments import PROCESSES, refuse_unread
-from ar_unified.data.images import NoImages
+from ar_unified.data.images import WAY, NoImages
 from ar_unified.errors import UserError
 from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
@@ -130,7 +130,8 @@ def export(
         grammar=experiment.grammar,
         text_tokenizer=experiment.text_tokenizer,
         image_tokenizer=image,
-        data={name: config["data"][name] for name in (_DATA if image else ("max_tokens",))},
+        data={name: config["data"][name] for name in (_DATA if image else ("max_tokens",))}
+        | (experiment.resize.way if image else {}),
         loss={name: config["loss"][name] for name in _LOSS},
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
@@ -217,7 +218,7 @@ def _require_own(experiment: Experiment) -> None:
     """
     config = configs.plain(experiment.config)
     ours = {"model": decisive(experiment.model), "loss": {name: config["loss"][name] for name in _LOSS}}
-    ours["data"] = {name: config["data"][name] for name in _DATA}
+    ours["data"] = {name: config["data"][name] for name in (*_DATA, *WAY)}
     trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
     for section, fields in ours.items():
         theirs = trained[section].get(section, {})  # without keys of later versions, and of removed stages

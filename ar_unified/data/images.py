@@ -1,37 +1,25 @@
 """Images as bytes -> uint8 RGB -> the size a model wants. An image is decoded only after its header was checked.
 
-`decode` reads image files; `to_rgb` converts what Pillow has opened. What becomes of each kind of pixel:
-
-    1, 2, 4, 8 bit grey and RGB           as they are
-    16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), whatever the brightest pixel is
-    palette, CMYK (Adobe's too), YCbCr, LAB                Pillow's RGB
-    alpha, a transparent colour or palette entry           laid on white
-    floats (TIFF, PFM)                    white is 1, 255 or 65535, `_white` decides by the values
-    32 bit and signed 16 bit integers     white is 255 or 65535, decided in the same way
-    grey that counts down to white        turned over
-    NaN, infinite or negative values, a range that cannot be told, signed 8 bit   unreadable_image
-    animations, files of several pages    the first image
-    EXIF orientation                      upright
-    an ICC profile (Display P3, Adobe RGB, inks, grey)     converted to sRGB; a broken profile, or one of other pixels,
-                                                           is ignored
+`decode` reads image files; `to_rgb` converts what Pillow has opened. `colours` says what becomes of each kind of pixel.
 
 Axes: `H` `W` height and width in pixels.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import io
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ar_unified.data.colours import AnyImage, ImageError, in_rgb
 from ar_unified.data.encoding import no_content
 from ar_unified.errors import UserError
 
@@ -42,21 +30,7 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-_SIGNED = 2  # a sample format
 _MOST_FRAMES = 10_000
-_WHITES = (1, 255, 65535)  # the largest values that an image may have
-
-
-AnyImage = np.ndarray | Image.Image  # uint8 [H, W, 3], or the same as Pillow has it
-
-
-class ImageError(ValueError):
-    """An image that cannot be used. `kind`: "empty_file", "unreadable_image" or "image_shape"."""
-
-    def __init__(self, kind: str, reason: str):
-        super().__init__(reason)
-        self.kind, self.reason = kind, reason
 
 
 @dataclass(frozen=True)
@@ -84,17 +58,19 @@ LIMITS = Limits()
 
 
 def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -> np.ndarray:
-    """An image file as read-only uint8 [H, W, 3]: see the table above.
+    """An image file as read-only uint8 [H, W, 3]: see `colours`.
 
-    resize: applied to the image. Doing it here saves two copies of the whole image, a tenth of the time.
+    resize: what is done to it then; two copies of the whole image are saved, a tenth of the time, and the decoder of a
+        JPEG may do a part of it.
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no image of
             FORMATS, truncated or broken, or values whose range cannot be told).
     """
     with _opened(data, limits) as image:
-        found = _in_rgb(image)
-        pixels = resize(found) if resize else _pixels(found)
+        whole = resize.shrink(image) if resize else None
+        found = in_rgb(image)
+        pixels = resize(found, whole) if resize else _pixels(found)
     pixels.flags.writeable = False  # sources hand the same image out more than once
     return pixels
 
@@ -141,110 +117,12 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """An image that Pillow has opened or made, as uint8 [H, W, 3]: see the table above. Raises ImageError."""
-    return _pixels(_in_rgb(image))
+    """An image that Pillow has opened or made, as uint8 [H, W, 3]: see `colours`. Raises ImageError."""
+    return _pixels(in_rgb(image))
 
 
 def _pixels(image: AnyImage) -> np.ndarray:
     return image if isinstance(image, np.ndarray) else np.array(image)
-
-
-def _in_rgb(image: Image.Image) -> AnyImage:
-    tags, clear, profile = dict(getattr(image, "tag_v2", {})), _clear(image), image.info.get("icc_profile")
-    declared = 65535 if image.format in ("PNG", "PPM") and image.mode == "I" else 0
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)) and image.mode not in ("I", "F"):
-        raise ImageError("unreadable_image", "expected values from 0 up, found a TIFF of signed 8 bit values")
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        white = declared or _white(values, image.mode, tags)
-        grey = np.clip(np.rint(values.astype(np.float32) * np.float32(255 / white)), 0, 255).astype(np.uint8)
-        if tags.get(_PHOTOMETRIC) == 0:  # 0 is white; Pillow turns over 8 bits only
-            grey = 255 - grey
-        if clear is not None:
-            grey[values == clear] = 255
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if clear is not None:
-        image.info["transparency"] = clear
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = _in_srgb(image.convert("RGBA"), profile)
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    else:
-        image = _in_srgb(image.convert("RGB") if image.mode == "P" else image, profile)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """Converts RGB, RGBA, CMYK or L with a profile that fits to sRGB; returns everything else as it is."""
-    transform = _to_srgb(profile, image.mode) if isinstance(profile, bytes) and profile else None
-    found = transform and ImageCms.applyTransform(image, transform)
-    return found or image
-
-
-@functools.lru_cache(maxsize=32)
-def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform from a profile to sRGB; None: the profile is sRGB, or cannot be used."""
-    if mode not in ("RGB", "RGBA", "CMYK", "L"):
-        return None
-    try:
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if ImageCms.getProfileDescription(opened).startswith("sRGB"):
-            return None
-        return ImageCms.buildTransform(
-            opened,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGBA" if mode == "RGBA" else "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-
-
-def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
-    """The value that is white in grey [H, W] of a mode that does not say so by itself. Raises ImageError.
-
-    Floats are in 0..1, 0..255 or 0..65535, integers of mode "I" in 0..255 or 0..65535. The smallest range that holds
-    the brightest pixel is taken; a 255th more is allowed at both ends, because resampling overshoots. If nothing is
-    brighter than a 16th of 255 or 65535, the image is refused: in that range it would be almost black, so it probably
-    has another range.
-    """
-    bits = int(np.max(tags.get(_BITS, 16)))
-    if mode.startswith("I;16"):
-        return 2**bits - 1 if bits < 16 else 65535
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError("unreadable_image", "expected numbers, found NaN or infinite values in an image of floats")
-    signed16 = bits == 16 and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))  # which ends at 32767
-    whites = _WHITES if mode == "F" else _WHITES[1:2] if signed16 else _WHITES[1:]
-    for white in whites:
-        least = 0 if white == 1 else white / 16
-        if low >= -white / 255 and (least <= high <= white + white / 255 or low == high == 0):
-            return white
-    ranges = " or ".join(f"0 to {white}" for white in whites)
-    raise ImageError(
-        "unreadable_image",
-        f"expected values of {ranges}, found {low:g} to {high:g}, so what is white cannot be told; save it in 8 bit",
-    )
-
-
-def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The transparent colour of a PNG without a palette, in the values of its pixels; None: there is none.
-
-    A PNG gives the colour in the depth of the file. Pillow scales 2 and 4 bits to 8, and keeps the upper 8 of 16 bits
-    in RGB; the colour is converted in the same way.
-    """
-    clear = image.info.get("transparency")
-    if image.format != "PNG" or image.mode == "P" or not isinstance(clear, int | tuple):
-        return None
-    tiles = getattr(image, "tile", None)  # Pillow deletes it when the pixels are loaded
-    raw = tiles[0].args if tiles else ""
-    if isinstance(clear, tuple):
-        return tuple(value >> 8 for value in clear) if raw == "RGB;16B" else clear
-    return clear * {"L;2": 85, "L;4": 17}.get(str(raw), 1)
 
 
 def to_png(pixels: np.ndarray) -> bytes:
@@ -350,6 +228,11 @@ def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.nd
 
 
 RESIZES = ("crop", "aspect")
+Resample = Literal["lanczos", "bicubic", "bilinear"]
+Decoding = Literal["full", "reduced"]
+WAY = ("resample", "decoding")  # how an image gets its size; the rest says which size
+_GAP = {"full": 3.0, "reduced": 2.0}  # times the target's sides that an image keeps where it shrinks by whole factors
+_SCALES = (8, 4, 2)  # by which a JPEG's decoder divides
 
 
 @dataclass(frozen=True)
@@ -361,8 +244,12 @@ class Resize:
             "aspect": the image's own aspect, as near as sides that are multiples of `factor` allow, with about
             height * width pixels (the way of Emu3 and Lumina-mGPT); what hangs over is cropped from the middle.
         height, width: of the target, in pixels, multiples of `factor`.
-        factor: side of one code in pixels.
+        factor: pixels a side of one code.
         max_height, max_width: largest sides of "aspect", in pixels; 0: twice the target's.
+        resample: the filter, of Pillow, which widens it where an image gets smaller.
+        decoding: "full": all pixels go through the filter, of 6 times the target's sides and more their means.
+            "reduced": an image of 4 times the target's sides or more is first divided by the largest of 2, 4 and 8 (by
+            any number, if it is no JPEG) that leaves twice the target's sides; a JPEG's decoder does that itself.
     """
 
     kind: Literal["crop", "aspect"]
@@ -371,10 +258,13 @@ class Resize:
     factor: int = 1
     max_height: int = 0
     max_width: int = 0
+    resample: Resample = "lanczos"
+    decoding: Decoding = "full"
 
     def __post_init__(self) -> None:
-        if self.kind not in RESIZES:
-            raise UserError(f'resize: expected kind "crop" or "aspect", found {self.kind!r}')
+        for name, known in (("kind", RESIZES), ("resample", get_args(Resample)), ("decoding", get_args(Decoding))):
+            if (found := getattr(self, name)) not in known:
+                raise UserError(f"resize: expected {name} {' or '.join(map(repr, known))}, found {found!r}")
         for name in ("height", "width"):
             side = getattr(self, name)
             if side < self.factor or side % self.factor:
@@ -385,6 +275,16 @@ class Resize:
         """The largest height and width in pixels that an image gets. ("aspect" fixes the area, not the sides.)"""
         return self.max_height or 2 * self.height, self.max_width or 2 * self.width
 
+    @property
+    def way(self) -> dict[str, str]:
+        """`resample` and `decoding` where they are not the defaults: records of before had neither."""
+        known = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: found for name in WAY if (found := getattr(self, name)) != known[name]}
+
+    def record(self) -> dict[str, Any]:
+        """All that decides the pixels, as JSON values."""
+        return {name: found for name, found in dataclasses.asdict(self).items() if name not in WAY} | self.way
+
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that an image of height x width pixels gets."""
         if self.kind == "crop":
@@ -394,23 +294,59 @@ class Resize:
         h, w = (min(max(n, 1), m // self.factor) * self.factor for n, m in zip(sides, self.largest, strict=True))
         return h, w
 
-    def __call__(self, image: AnyImage) -> np.ndarray:
-        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. An array that already has this size is not touched."""
-        return resize(image, *self.target(*_sides(image)))
+    def shrink(self, image: Image.Image) -> tuple[int, int] | None:
+        """Tells the decoder of a JPEG that Pillow has opened, and not read yet, by how much it may divide the sides.
+
+        Returns height and width as they were, upright; None: it is no JPEG, and nothing was looked at.
+        """
+        if self.decoding != "reduced" or image.format not in ("JPEG", "MPO"):
+            return None
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        whole = (image.width, image.height) if orientation in range(5, 9) else (image.height, image.width)
+        times = min(side / wanted for side, wanted in zip(whole, self.target(*whole), strict=True))
+        for scale in _SCALES:
+            # A side that cannot be divided ends with a part of a pixel, which must be the last of the image as shown.
+            exact = orientation == 1 or not any(side % scale for side in whole)
+            if exact and times >= _GAP[self.decoding] * scale:
+                image.draft(image.mode, (image.width // scale, image.height // scale))
+                break
+        return whole
+
+    def __call__(self, image: AnyImage, whole: tuple[int, int] | None = None) -> np.ndarray:
+        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. An array that has its size already is not touched.
+
+        whole: height and width before the decoder made it smaller; None: it did not.
+        """
+        whole = whole or _sides(image)
+        return resize(image, *self.target(*whole), self.resample, _GAP[self.decoding], whole)
 
 
-def resize(image: AnyImage, height: int, width: int) -> np.ndarray:
-    """The largest centred window with the aspect of height x width, scaled (Lanczos) to it. uint8 [H, W, 3]."""
-    h, w = _sides(image)
-    if (h, w) == (height, width):
+def resize(
+    image: AnyImage,
+    height: int,
+    width: int,
+    resample: Resample = "lanczos",
+    gap: float = _GAP["full"],
+    whole: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """The largest centred window with the aspect of height x width, scaled to it. uint8 [H, W, 3].
+
+    gap: times height and width that an image keeps where it is first shrunk by whole factors. whole: as in `Resize`.
+    """
+    h, w = whole or _sides(image)
+    if _sides(image) == (height, width):
         return _pixels(image)
     scale = min(h / height, w / width)
     # Rounding may give a value just below 0. It becomes 0, because Pillow refuses a box that begins outside.
     top, left = max((h - height * scale) / 2, 0.0), max((w - width * scale) / 2, 0.0)
     box = (left, top, min(left + width * scale, w), min(top + height * scale, h))
+    if (h, w) != _sides(image):
+        times = round(h / _sides(image)[0])
+        left, top, right, bottom = (side / times for side in box)
+        box = (left, top, right, bottom)
     # reducing_gap: a large photograph is first shrunk by whole factors, which costs a fraction and looks the same.
-    whole = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return np.asarray(whole.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
+    small = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return np.asarray(small.resize((width, height), Image.Resampling[resample.upper()], box, reducing_gap=gap))
 
 
 def _sides(image: AnyImage) -> tuple[int, int]:

@@ -59,6 +59,8 @@ EXTENDS = (
 )
 # Keys that older workdirs lack. Such a workdir goes on if the key has this value.
 LATER: dict[str, Json] = {
+    "data.resample": "lanczos",
+    "data.decoding": "full",
     "image_tokenizer.recolour": 0.0,
     "loss.mean": "joint",
     "training.objective": "likelihood",

@@ -23,7 +23,7 @@ from ar_tokenizers.text import ModelType
 from ml_collections import ConfigDict
 
 from ar_unified.data.filters import DUPLICATES
-from ar_unified.data.images import RESIZES
+from ar_unified.data.images import RESIZES, Decoding, Resample
 from ar_unified.errors import nearest, outside
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
@@ -45,6 +45,8 @@ from ar_unified.training.tasks import wrong_weights
 
 CHOICES: dict[str, Collection[str]] = {
     "data.resize": RESIZES,
+    "data.resample": get_args(Resample),
+    "data.decoding": get_args(Decoding),
     "data.layout": WITH_IMAGES,
     "data.filters.duplicates": DUPLICATES,
     "text_tokenizer.model_type": get_args(ModelType),

@@ -14,7 +14,7 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_unified import storage, workdir
 from ar_unified.data import prepare as preparing
 from ar_unified.data.filters import filtered
-from ar_unified.data.images import NoImages
+from ar_unified.data.images import WAY, NoImages
 from ar_unified.data.items import Source
 from ar_unified.data.prepare import beam
 from ar_unified.data.prepare.claims import Team
@@ -37,7 +37,7 @@ def prepare(experiment: Experiment, pipeline: str | None = None) -> None:
     if pipeline is not None and jax.process_count() > 1:
         raise UserError(f"--beam: expected one process, which begins the pipeline; found {jax.process_count()}")
     filters = settings.filters(experiment.config)
-    keys = ("image_size", "resize", "layout", "max_tokens", *(("filters",) if filters.used else ()))
+    keys = ("image_size", "resize", *WAY, "layout", "max_tokens", *(("filters",) if filters.used else ()))
     with experiment.leaving_nothing():
         stage = experiment.stage(
             "data",

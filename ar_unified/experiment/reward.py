@@ -35,7 +35,7 @@ def _facts(experiment: Experiment) -> dict[str, Json]:
     sampling = experiment.config.sampling
     compared = dict(context=sampling.context, negative_prompt=sampling.negative_prompt)
     guided = compared if experiment.config.reward.guidance != 1 else {}
-    return dict(sources=experiment.fingerprints(), resize=experiment.resize.kind, **guided)
+    return dict(sources=experiment.fingerprints(), resize=experiment.resize.kind, **experiment.resize.way, **guided)
 
 
 def _task(experiment: Experiment, folder: Path) -> PolicyTask:

@@ -15,7 +15,7 @@ from ar_tokenizers.image.objective import ObjectiveConfig
 from ml_collections import ConfigDict
 
 from ar_unified.data.filters import Filters
-from ar_unified.data.images import Resize
+from ar_unified.data.images import WAY, Resize
 from ar_unified.data.phases import Phase, require_order
 from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
@@ -61,7 +61,8 @@ def resize(config: ConfigDict) -> Resize:
     height, width = config.data.image_size
     size = LAYOUTS[config.data.layout].size
     unit = size.unit if isinstance(size, SizeTokens) else 1  # sides are whole units
-    return Resize(config.data.resize, height, width, config.image_tokenizer.factor * unit)
+    way = {name: config.data[name] for name in WAY}
+    return Resize(config.data.resize, height, width, config.image_tokenizer.factor * unit, **way)
 
 
 def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ar_unified.bundle import Bundle, BundleError
-from ar_unified.data.images import CodesAlone, ImageCodec, NoImages, Resize, draws_none, to_rgb
+from ar_unified.data.images import WAY, CodesAlone, ImageCodec, NoImages, Resize, draws_none, to_rgb
 from ar_unified.data.sizes import default_resize
 from ar_unified.errors import UserError, about
 from ar_unified.interop.peft import bases
@@ -139,7 +139,8 @@ def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
     kind, size = data.get("resize"), data.get("image_size")
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
         raise BundleError(f"data.image_size: expected a height and a width in pixels, found {size!r:.80}")
-    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0])  # type: ignore[arg-type]  # it says which kinds there are
+    way = {name: data[name] for name in WAY if name in data}
+    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0], **way)  # type: ignore[arg-type]  # it says which kinds there are
 
 
 class Model:

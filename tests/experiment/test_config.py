@@ -85,6 +85,13 @@ def test_phases_change_what_they_name_and_keep_the_rest() -> None:
             phases(settings, dict(a=1.0))
 
 
+def test_the_filter_and_the_decoding_of_a_config_reach_the_images():
+    config = configs.defaults()
+    assert settings.resize(config).way == {}
+    config.data.resample, config.data.decoding = "bilinear", "reduced"
+    assert settings.resize(config).way == {"resample": "bilinear", "decoding": "reduced"}
+
+
 @pytest.mark.parametrize("layout, resize", [("grid", "crop"), ("rows", "aspect"), ("rows", "crop")])
 def test_the_layout_and_the_resize_of_an_experiment_imply_each_other(layout, resize):
     config = configs.defaults()

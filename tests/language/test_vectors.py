@@ -71,7 +71,7 @@ class PatchMeans:
 class AsItIs(Resize):
     """Leaves every image as it is: all of them have sizes that the layout takes."""
 
-    def __call__(self, image: AnyImage) -> np.ndarray:
+    def __call__(self, image: AnyImage, whole: tuple[int, int] | None = None) -> np.ndarray:
         return np.asarray(image)
 
 

@@ -202,7 +202,7 @@ def shard_maker(
 
 
 def _settings(max_tokens: int, resize: Resize, batch_size: int, shard_items: int) -> dict[str, Json]:
-    return dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
+    return dict(max_tokens=max_tokens, resize=resize.record(), batch_size=batch_size, shard_items=shard_items)
 
 
 def _nothing_left(name: str, source: SourceReport) -> str:
