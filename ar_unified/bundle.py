@@ -103,8 +103,7 @@ def write(
         folder: will be made; an existing one is never overwritten.
         params: their dtypes are kept; parameters on several devices are gathered one by one.
         grammar: has both tokenizers; image_tokenizer: None for text alone.
-        data: image_size, resize, layout and max_tokens of the experiment, and `Resize.way`; for text alone, only
-            max_tokens.
+        data: image_size, resize, `Resize.way`, layout and max_tokens of the experiment; for text alone, max_tokens.
         loss: softmax of the experiment; None: its default.
         sampling: max_length, kv_dtype and the defaults of requests (`sampling.request.DEFAULTS`) of the experiment.
         published, kept: JSON values and tensors by name that an export to the published form needs.

@@ -30,6 +30,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("language", "history", "metrics", "kernels", "parallel"),
     ),
     (
+        "what becomes of the pixels of an image file",
+        ("data.colours",),
+    ),
+    (
         "stages on disk; images and files that stay in their folder, for datasets and requests; a batch's fields",
         ("workdir", "data.images", "data.files", "data.batch"),
     ),
