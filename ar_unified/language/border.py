@@ -194,7 +194,7 @@ class MappedCodec:
 
     @property
     def symbols(self) -> list[str]:
-        """The names of its special pieces that ordinary text can produce."""
+        """The user-defined symbols of the tokenizer, which text can contain."""
         return self.codec.symbols
 
     @cached_property

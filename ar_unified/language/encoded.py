@@ -50,7 +50,7 @@ class Encoded:
 
     @property
     def roles(self) -> np.ndarray:
-        """The Role of every position, uint8 [n]. The place decides it, not the id: a digit of a size is SIZE, not TEXT."""
+        """The Role of every position, uint8 [n]. The place decides it, not the id: a size's digit is SIZE."""
         return self.marks & _ROLE
 
     @property

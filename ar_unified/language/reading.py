@@ -50,7 +50,7 @@ class Reader:
         self._texts = np.append(self.vocabulary.role(ids) == Role.TEXT, False)
 
     def items(self, at: int) -> Iterator[Item]:
-        """The items from `at` on. Raises GrammarError for an invalid image; an image that only breaks off is allowed."""
+        """The items from `at` on. Raises GrammarError for an invalid image; one that only breaks off is allowed."""
         while at < len(self.ids):
             text = at + int(np.argmin(self._texts[at:]))
             begin = self._opening(at, text)
