@@ -190,8 +190,8 @@ class Automaton:
         return jnp.where(state.phase == DONE, 0, rest + self._later(state))
 
     def allowed(self, state: State, first: int | None = None) -> jax.Array:
-        """bool [B, V]: the ids that may come next, at least one in every row. first: restricts the result to the first
-        ids."""
+        """bool [B, V]: the ids that may come next, at least one in every row. first: look only at the first
+        `first` ids."""
         choices = self.choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
@@ -439,7 +439,7 @@ def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
 
 
 def _extends(number: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
-    """bool [B]: whether `number` is a number in least..most or its digits begin one."""
+    """bool [B]: whether `number` is in least..most, or can be after further digits."""
     more = [(number * 10**k <= most) & ((number + 1) * 10**k > least) for k in range(_DIGITS)]
     return (number > 0) & jnp.any(jnp.stack(more), axis=0)
 
