@@ -57,7 +57,7 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
     device = mesh.devices.flat[0]
     hardware = of_kind(device.device_kind)
     chosen = dict(each.removeprefix("--").split("=", 1) for each in own)
-    if device.platform != "tpu":  # XLA_FLAGS and libtpu also take true and false; a compile option must be one of these
+    if device.platform != "tpu":  # unlike flags, compile options take only these booleans
         chosen = {name: _BOOLEANS.get(value, value) for name, value in chosen.items()}
     set_already = re.findall(r"--([^\s=]+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
     ours = dict(OPTIONS.get(hardware.name, {}) if hardware else {})
