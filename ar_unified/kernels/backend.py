@@ -1,5 +1,5 @@
-"""Chooses the implementation of a fused op: the caller's choice, or the one for the device for which the program is
-traced.
+"""Chooses the implementation of a fused op: the caller's choice, or the one for the device that the program is traced
+for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BACKENDS = ("auto", "reference", "xla", "tpu", "tpu_interpret", "hopper", "hoppe
 
 
 def module(package: str, backend: str) -> ModuleType:
-    """The module of a backend, imported when it is used, because GPU and TPU kernels import much of Pallas."""
+    """The module of a backend. It is imported on first use, because GPU and TPU kernels import much of Pallas."""
     return importlib.import_module(f"{package}.{backend.removesuffix('_interpret')}")
 
 

@@ -30,7 +30,8 @@ def unzigzag(x: jax.Array) -> jax.Array:
 
 
 def pieces(device: jax.Array, ways: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Where the early and the late piece of each of `ways` devices begin in the sequence; a piece has `width` columns."""
+    """Where the early and the late piece of each of `ways` devices begin in the sequence, for pieces of `width`
+    columns."""
     return device * width, (2 * ways - 1 - device) * width
 
 
