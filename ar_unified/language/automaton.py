@@ -378,7 +378,7 @@ class Automaton:
         if syntax.spelled:
             end &= (state.mode != IMAGE) | (matched == 0) | (state.images >= state.max_images)
             never = jnp.where(parts & ~image & (matched == len(syntax.open) - 1), syntax.open[-1], -1)
-            # The first ids of an `open` that is text are also words: if words are allowed, so are they.
+            # If `open` is text, its first ids are also words, so they are allowed whenever words are.
             image &= ~words | (matched == len(syntax.open) - 1)
         first = _pick(syntax.open, matched)
 

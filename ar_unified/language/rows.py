@@ -219,7 +219,7 @@ def is_conversation(value: object) -> bool:
 def parted(
     asked: Mapping[str, Any], said: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The question and the two answers of a pair whose answers are conversations that differ only in the last message.
+    """The question and the two answers of a pair. Its answers are conversations that differ only in the last message.
 
     asked: the row's "prompt" and "messages". If the conversations have more than one message, they contain the
     question. The row may then repeat it: as a prompt that is one of their texts, or as messages that equal one of the

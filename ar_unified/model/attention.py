@@ -92,8 +92,7 @@ def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: s
 
 
 def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array:
-    """x with each KV head, on `axis`, repeated until each of `ways` devices can have a whole head; usually no
-    repeat."""
+    """Repeats the KV heads of x along `axis`, if needed, so that each of `ways` devices has a whole head."""
     times = ways // math.gcd(x.shape[axis], ways)
     if query_heads % (x.shape[axis] * times):
         raise ValueError(

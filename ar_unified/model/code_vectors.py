@@ -15,11 +15,7 @@ import numpy as np
 
 from ar_unified.tensors import Params
 
-CODE_EMBEDDING_INITS = (
-    "random",
-    "codebook",
-    "mean",
-)  # choices for their initial rows; the last only in `extended_tables`
+CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # initial rows; the last only in `extended_tables`
 
 
 def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:

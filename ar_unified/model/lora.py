@@ -34,9 +34,7 @@ from ar_unified.model.quantized import Quantized, widened
 from ar_unified.tensors import Params
 
 _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
-MATRICES = tuple(
-    f"{group}.{name}" for group, names in _GROUPS.items() for name in names
-)  # matrices that may have an adapter
+MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
 ADAPTING = ("lora", "adapters")  # top-level keys: one adapter in training, several in serving
 BASE_DTYPES = ("float32", "bfloat16", "int8")
 _FIRST_KEY = 2  # of dropout in a layer; those before are the residual branches'

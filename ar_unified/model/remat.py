@@ -21,7 +21,8 @@ _ATTENTION = ("query", "key", "value", OUT, "output")
 
 
 class Policy(NamedTuple):
-    """Names of the results saved on the device and of those sent to the host. The input is saved unless it is sent."""
+    """Names of the results saved on the device and of those sent to the host. The input is saved unless it is sent to
+    the host."""
 
     saved: tuple[str, ...]
     offloaded: tuple[str, ...] = ()

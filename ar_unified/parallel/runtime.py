@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from absl import flags
 
-# These are private, because no public API does it: finding the cluster before anything starts
-# (jax.distributed.initialize only tells after starting), a service that names missing processes (initialize does not
-# pass its time-out on to it), and a message to all processes that needs no device.
+# These are private. No public API offers: finding the cluster before anything starts (jax.distributed.initialize only
+# tells after starting), a service that names missing processes (initialize does not pass its time-out on to it), and a
+# message to all processes that needs no device.
 from jax._src import clusters, distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils

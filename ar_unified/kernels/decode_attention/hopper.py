@@ -8,8 +8,8 @@ one thread block computes, others on the SM wait for memory.
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
 bytes per clock from HBM, which are 7.5 bfloat16 numbers. It does 64 multiply-adds with each number, a quarter of the
 2048 that its tensor cores do per clock (a third on an H200). CUDA cores, with 128 lanes, would have to widen each
-number and then use it G times. At G = 8 this is half of what they can do, with int8 all of it, even without the
-softmax.
+number and then use it G times. At G = 8 this uses half of their throughput, and with int8 all of it, without counting
+the softmax.
 
 An int8 block is copied as int8, and widened once from shared memory to shared memory.
 
@@ -34,12 +34,8 @@ from ar_unified.kernels.merge import merge
 HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # rows of a wgmma
 BLOCK = 64  # slots
-RING_BYTES = (
-    64 * 1024
-)  # bytes of keys and values being copied per thread block; an SM has room for more than two of these
-THREAD_BLOCKS = (
-    4 * 132
-)  # thread blocks to split rows into: two at once on each SM of an H100 or H200, and two after them
+RING_BYTES = 64 * 1024  # of keys and values being copied per thread block; an SM has room for more than two
+THREAD_BLOCKS = 4 * 132  # to split rows into: two at once on each SM of an H100 or H200, and two after them
 SHORTEST_PART = 4 * BLOCK  # fewest slots of a row that are worth a thread block
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # the maximum of no scores; finite, because -inf - -inf is NaN
@@ -197,7 +193,7 @@ def _accumulate(spec: Spec, acc: jax.Array, a: jax.Array, b) -> jax.Array:
     """acc + a @ b, a in registers and b in shared memory."""
     if spec.interpret:  # JAX's GPU emulation lacks run_state and left operands in registers
         b = b[...]
-        plgpu.commit_smem()  # wgmma reads and TMA writes in the async proxy; this is an ordinary read and needs the fence
+        plgpu.commit_smem()  # wgmma uses the async proxy; this ordinary read needs the fence
         return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
     def run(ref):
