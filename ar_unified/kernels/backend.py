@@ -25,9 +25,9 @@ def choose(package: str, backend: str, *args: Any) -> str:
     """The backend of the op in `package` for `args`; `unsupported(*args)` of its module says whether it can compute
     them.
 
-    "auto" is the kernel of the current device. It is xla on CPUs and, with a warning, if there is no kernel or it
-    cannot compute `args`. A backend asked for by name is used or refused with ValueError, never replaced. tpu_interpret
-    and hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
+    "auto" is the kernel of the current device. On CPUs it is xla. If there is no kernel, or the kernel cannot compute
+    `args`, it is xla with a warning. A backend asked for by name is used or refused with ValueError, never replaced.
+    tpu_interpret and hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
     """
     op = package.rpartition(".")[2]
     if backend != "auto":

@@ -1,5 +1,4 @@
-"""Sequences of turns: the ids that a layout writes around them, and which turn each part belongs to when ids are
-read."""
+"""Sequences of turns: the ids that a layout writes around them, and how parts are assigned to turns in reading."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def layer_matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
 
 
 def summed(name: str) -> tuple[int, ...]:
-    """By the name of the product: the axes that it sums over, in a stack of the layers' matrices."""
+    """The axes that each product sums over in the stacked matrices of the layers, by the product's name."""
     return (1, 2) if name == "output" else (1,)
 
 

@@ -106,9 +106,8 @@ def start(
 
     Args:
       coordinator: HOST:PORT of process 0. processes: their number. process: which of them this is, from 0. Give all
-        three or none. With none, the environment decides as JAX reads it (SLURM, GKE, TPU metadata, Open MPI,
-        Kubernetes); if it names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is
-        started.
+        three or none. With none, JAX reads the environment (SLURM, GKE, TPU metadata, Open MPI, Kubernetes); if it
+        names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is started.
       logs: folder for `process-<i>.log`, on storage that all processes share; not touched by a single process.
       start_timeout: seconds until all must have come. heartbeat_timeout: seconds until a silent process counts as dead.
 
@@ -305,7 +304,7 @@ def _told(name: str, number: int) -> int:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays on any mesh -> the same tree of numpy arrays on process 0, None on the others; all must call it.
+    """Copies arrays on any mesh to numpy arrays on process 0; other processes get None. All must call it.
 
     It copies leaf by leaf; each leaf is briefly whole on every device.
     """

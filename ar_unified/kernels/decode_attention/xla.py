@@ -65,7 +65,7 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
     scores += _bias(cache, T, N // K)
     highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # for a row that sees no slot: its weights become exactly 0
     weights = jnp.exp(scores - highest)
-    # A product, not a sum: XLA CPU adds up a row of S numbers in an order that depends on S.
+    # A product, because XLA CPU's sum of a row of S numbers has an order that depends on S.
     ones = jax.lax.optimization_barrier(jnp.ones(weights.shape[-1], weights.dtype))
     total = jnp.einsum("BKGS,S->BKG", weights, ones)[..., None]
     if cache.scales is not None:
