@@ -1,5 +1,5 @@
-"""Chooses the implementation of a fused op: the caller's choice, or the one for the device for which the program is
-traced.
+"""Chooses the implementation of a fused op: the caller's choice, or the one for the device that the program is traced
+for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BACKENDS = ("auto", "reference", "xla", "tpu", "tpu_interpret", "hopper", "hoppe
 
 
 def module(package: str, backend: str) -> ModuleType:
-    """The module of a backend, imported when it is used, because GPU and TPU kernels import much of Pallas."""
+    """The module of a backend. It is imported on first use, because GPU and TPU kernels import much of Pallas."""
     return importlib.import_module(f"{package}.{backend.removesuffix('_interpret')}")
 
 
@@ -25,9 +25,9 @@ def choose(package: str, backend: str, *args: Any) -> str:
     """The backend of the op in `package` for `args`; `unsupported(*args)` of its module says whether it can compute
     them.
 
-    "auto" is the kernel of the current device. It is xla on CPUs and, with a warning, if there is no kernel or it
-    cannot compute `args`. A backend asked for by name is used or refused with ValueError, never replaced. tpu_interpret
-    and hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
+    "auto" is the kernel of the current device. On CPUs it is xla. If there is no kernel, or the kernel cannot compute
+    `args`, it is xla with a warning. A backend asked for by name is used or refused with ValueError, never replaced.
+    tpu_interpret and hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
     """
     op = package.rpartition(".")[2]
     if backend != "auto":

@@ -1,4 +1,4 @@
-"""What a program is being traced for: the devices of the mesh in scope, or else JAX's default ones."""
+"""The device that a program is traced for: a device of the mesh in scope, or else JAX's default one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Device(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        """Compute capability 9.0, what the kernels with wgmma and TMA need."""
+        """Whether it has compute capability 9.0, which kernels with wgmma and TMA need."""
         return any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
 
 
 def current() -> Device:
-    """The device of the mesh under `jax.set_mesh`, which this host may only compile for; without a mesh, JAX's default
-    device.
+    """The device of the mesh of `jax.set_mesh`, even if this host can only compile for it; without a mesh, JAX's
+    default device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device

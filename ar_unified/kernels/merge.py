@@ -11,12 +11,12 @@ import jax.numpy as jnp
 def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Attention over the union of disjoint sets of keys, from the attention over each.
 
-    A part with a log-sum-exp of -inf saw nothing and weighs nothing, even if its output is NaN. Where no part saw
-    anything, the output is exact zeros and the log-sum-exp -inf.
+    A part with a log-sum-exp of -inf saw no key and gets weight 0, even if its output is NaN. If no part saw a key, the
+    output is exactly zero and the log-sum-exp -inf.
 
     Args:
-      outs: the normalised outputs, an array [P, ..., H] or P arrays [..., H], P the parts.
-      lses: the log-sum-exps, [P, ...] or P of [...], natural logarithms.
+      outs: the normalised outputs of the P parts, an array [P, ..., H] or P arrays [..., H].
+      lses: the log-sum-exps (natural logarithm), an array [P, ...] or P arrays [...].
 
     Returns:
       The output [..., H] in the dtype of `outs`, and the log-sum-exp [...] in the dtype of `lses`.
@@ -24,7 +24,7 @@ def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.
     out, lse = jnp.stack(outs), jnp.stack(lses)
     highest = lse.max(0)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # -inf - -inf would be NaN
-    weights = jnp.exp(lse - highest)  # at most 1, and 1 for the highest: however large or small the scores
+    weights = jnp.exp(lse - highest)  # at most 1, and 1 for the highest, for scores of any size
     total = weights.sum(0)
     shares = (weights / jnp.where(total > 0, total, 1.0))[..., None]
     merged = jnp.where(shares > 0, out.astype(shares.dtype) * shares, 0.0).sum(0)

@@ -1,4 +1,4 @@
-"""Products of bfloat16, as fast as a CPU can make them."""
+"""Products of bfloat16 arrays, as fast as a CPU can compute them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from ar_unified.kernels import device
 
 
 def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """jnp.einsum(axes, a, b) of two arrays of one dtype, which is the result's.
+    """jnp.einsum(axes, a, b) for two arrays of the same dtype, which is also the dtype of the result.
 
-    XLA CPU makes a product of bfloat16 into bfloat16 by widening both sides: at the speed of float32, and slower by the
-    widening. It has the machine's own (AVX512-BF16, AMX) for one into float32, which is rounded here afterwards: 2x
-    faster, the same numbers. Elsewhere the result is asked for as it is: a sum over devices would travel as float32.
+    For a bfloat16 result, XLA CPU widens both inputs to float32: it is slower than float32 by the time of widening. For
+    a float32 result it uses the machine's instructions (AVX512-BF16, AMX), so here the result is rounded afterwards: 2x
+    faster, the same numbers. Other devices compute the bfloat16 result directly, because sums over devices would
+    otherwise be sent as float32.
     """
     if a.dtype == jnp.bfloat16 and device.current().platform == "cpu":
         return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32).astype(a.dtype)

@@ -1,11 +1,11 @@
 """QK-norm and RoPE of queries or keys, in one pass each way.
 
 JAX's own derivative of this chain keeps several float32 copies of its input. This one keeps only its input and one
-reciprocal norm a head, and computes the rest again. Between two matrix products all is elementwise except sums over H,
-and XLA fuses it so that only the input is read and written, on every platform. Inside the attention kernel the keys
-would be normalised once per block of queries.
+reciprocal norm per head, and computes the rest again. Everything between the two matrix products is elementwise, except
+for sums over H. XLA fuses it on every platform, so that only the input is read and the output written. Inside the
+attention kernel, keys would be normalised again for each block of queries.
 
-The rotation of pairs (i, i + H/2) is x * cos + (its halves exchanged) * sin.
+The rotation of pairs (i, i + H/2) is x * cos + (x with its halves swapped) * sin.
 
 B batch, T position, N heads, H head dim.
 """
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos, the same for both of a pair; -sin for the first, sin
+Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos, equal for both in a pair; -sin for the first, sin
 
 
 def qk_norm_rope(
@@ -29,8 +29,8 @@ def qk_norm_rope(
 
     Args:
       x: [B, T, N, H].
-      rope: cos and signed sin of each position's angles; the pairs that turn are (i, i + H/2), as in GPT-NeoX and Llama
-        of Hugging Face. Not differentiated.
+      rope: cos and signed sin of each position's angles; pairs (i, i + H/2) are rotated, as in Hugging Face's GPT-NeoX
+        and Llama. Not differentiated.
       scale, bias: float32 [H], shared by all heads, or [N, H]. Both: LayerNorm over H before the rotation (Chameleon,
         arXiv 2405.09818). Scale alone: RMSNorm. Neither: no norm.
 
@@ -69,7 +69,7 @@ def _backward(eps, residuals, out_bar):
     x_bar = unit_bar - unit * jnp.mean(unit_bar * unit, -1, keepdims=True)
     if bias is not None:
         x_bar -= jnp.mean(unit_bar, -1, keepdims=True)
-    summed = tuple(range(4 - scale.ndim))  # over heads too, where they share the weights
+    summed = tuple(range(4 - scale.ndim))  # over heads too, if they share the weights
     scale_bar = jnp.sum(normed_bar * unit, summed).astype(scale.dtype)
     bias_bar = None if bias is None else jnp.sum(normed_bar, summed).astype(bias.dtype)
     return (x_bar * rnorm).astype(x.dtype), None, scale_bar, bias_bar
@@ -79,7 +79,7 @@ _op.defvjp(_forward, _backward)
 
 
 def _mean(x: jax.Array, bias: jax.Array | None) -> jax.Array | None:
-    """float32 [B, T, N, 1], of LayerNorm; RMSNorm has none."""
+    """float32 [B, T, N, 1], for LayerNorm; RMSNorm has no mean."""
     return None if bias is None else x.astype(jnp.float32).mean(-1, keepdims=True)
 
 
@@ -95,8 +95,8 @@ def _wide(x: jax.Array) -> jax.Array:
 def _rotated(x: jax.Array, rope: Rope, seen: Callable[..., jax.Array], *weights: jax.Array) -> jax.Array:
     """seen(x, *weights), elementwise and float32, rotated.
 
-    A TPU's vector has 128 lanes, and cutting it at lane 64 makes padded copies. So there the matrix unit exchanges the
-    halves of x, exactly. Elsewhere a cut costs nothing, and a product would take twice the work.
+    A TPU's vector has 128 lanes, and splitting it at lane 64 makes padded copies. So on a TPU the matrix unit swaps the
+    halves of x, exactly. On other devices a split costs nothing, and a product would double the work.
     """
     cos, sin = rope
     half = x.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""The greatest number of every row, as fast as a CPU can find it."""
+"""The largest number of every row, as fast as a CPU can find it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 
 def row_max(x: jax.Array) -> jax.Array:
-    """x.max(-1, keepdims=True). XLA CPU does not vectorise a maximum that keeps NaN. This one does not keep NaN, and is
-    4x faster.
+    """x.max(-1, keepdims=True). XLA CPU does not vectorise a maximum that propagates NaN. This one does not propagate
+    NaN, and is 4x faster.
     """
 
     def greater(x):

@@ -1,10 +1,10 @@
-"""The grammar as integer state: what a sampler may emit next, row by row, inside one compiled loop.
+"""The grammar as integer state: which id each row of a sampler may emit next, inside one compiled loop.
 
 Every function is pure, elementwise over the batch, and made of comparisons: no tables over the vocabulary.
 
-One rule keeps every row within its budget: `remaining >= needed(state)` holds at the start, and no token is allowed
-that would break it. So nothing is started that cannot be finished: no image, no digit of its size, and no further word
-before an image that was asked for.
+One rule keeps every row within its budget: `remaining >= needed(state)` is true at the start, and a token that would
+make it false is not allowed. So a row starts only what it can finish: an image, a digit of its size, or another word
+before an image that was requested.
 
 Axes: `B` rows, `V` vocabulary. Heights and widths are in units of the layout (`ImageLayout.units`).
 """
@@ -19,21 +19,21 @@ import jax.numpy as jnp
 
 from ar_unified.language.syntax import Syntax
 
-# Modes: no images; only images, then the end; both.
+# Modes: only text; only images, then the end; both.
 TEXT, IMAGE, FREE = range(3)
-# Phases: text, an image or the end is next; an image's height; its width; what stands behind its size; after the end.
+# Phases: text, an image or the end is next; an image's height; its width; the image after its size; after the end.
 PARTS, HEIGHT, WIDTH, BODY, DONE = range(5)
-_DIGITS = 5  # of a side, at most
+_DIGITS = 5  # maximum for a side
 
 
 class Opened(NamedTuple):
     """Where a prompt breaks off; ints, or int32 [B] each.
 
     Attributes:
-        phase: any; DONE after the end of a document.
-        written: in PARTS, how many ids of a spelled `open` stand at the end; in HEIGHT and WIDTH, digits of the number;
-            in BODY, codes and row ends, negative while ids of `start` are missing.
-        height, width: as far as they are known, else 0.
+        phase: any phase; DONE after the end of a document.
+        written: in PARTS, how many ids of an `open` that is text are at the end; in HEIGHT and WIDTH, number of digits;
+            in BODY, number of codes and row ends, negative while ids of `start` are missing.
+        height, width: the known part of the number, else 0.
     """
 
     phase: Any = PARTS
@@ -48,10 +48,9 @@ class Wanted(NamedTuple):
     Attributes:
         remaining: tokens that may be generated, the end included.
         mode: TEXT, IMAGE or FREE.
-        min_images, max_images: images to generate, including one that the prompt breaks off in. IMAGE mode makes at
-            least one if max_images allows it, TEXT mode none.
-        height, width: sides of every new image; 0 leaves a side to the sampler. Where images do not say their size
-            both are ignored.
+        min_images, max_images: images to generate, including one that the prompt has begun. IMAGE mode makes at least
+            one if max_images allows it, TEXT mode none.
+        height, width: sides of every new image; 0: the sampler chooses. Ignored if images do not state their size.
     """
 
     remaining: Any = 0
@@ -63,15 +62,15 @@ class Wanted(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where each row stands; every field int32 [B], so rows can be replaced one by one.
+    """The state of each row. Every field is int32 [B], so rows can be replaced one by one.
 
     Attributes:
-        phase, written, height, width: as in `Opened`, of the image at hand.
+        phase, written, height, width: as in `Opened`, for the current image.
         remaining: tokens that may still be generated, the end included.
-        images: images begun by the sampler, or by a prompt that breaks off inside one.
+        images: number of images that the sampler began, or that a prompt began and did not finish.
         mode: TEXT, IMAGE or FREE.
-        min_images, max_images: bounds of `images` at the end; `min_images` is never more than the budget holds.
-        want_height, want_width: sides every new image must have; 0: the sampler chooses.
+        min_images, max_images: bounds of `images` at the end; the budget is always enough for `min_images`.
+        want_height, want_width: sides that every new image must have; 0: the sampler chooses.
     """
 
     phase: jax.Array
@@ -88,7 +87,7 @@ class State(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What one token means for the images of its row; bool [B] each: it begins one, belongs to one, ends one."""
+    """What one token does to the images of its row, bool [B] each: it begins an image, belongs to one, ends one."""
 
     begins: jax.Array
     inside: jax.Array
@@ -96,8 +95,8 @@ class Event(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What may come next: ids low..high-1 except `never`; `also`, an image's first id or a number's end; the end of
-    the document; digits. Each [B]; digits [B, 10]."""
+    """What may come next: ids low..high-1 except `never`; `also` (an image's first id or the end of a number); the end
+    of the document; digits. Each is [B], digits [B, 10]."""
 
     low: jax.Array
     high: jax.Array
@@ -117,9 +116,9 @@ class Automaton:
     def resume(self, opened: Opened, wanted: Wanted) -> State:
         """The state of each row after its prompt.
 
-        Nothing can be raised here, where values may be traced. A request is possible as it stands iff
-        `fits(state, min_images)`. Otherwise `min_images` is lowered to what the budget holds, or to 0 if the layout has
-        no such size. An image that the prompt began and that the budget cannot finish is broken off.
+        Nothing can be raised here, because values may be traced. A request is possible unchanged iff `fits(state,
+        min_images)`. Otherwise `min_images` is lowered until the budget is enough, or to 0 if the layout lacks the
+        size. An image that the prompt began is broken off if the budget cannot finish it.
         """
         layout = self.syntax.layout
         shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (*opened, *wanted)))
@@ -128,7 +127,7 @@ class Automaton:
         most_height, most_width = layout.most
         images = ((opened.phase != PARTS) & (opened.phase != DONE)).astype(jnp.int32)
         want_height, want_width = wanted.height, wanted.width
-        if self.syntax.digits:  # a size that the prompt has begun to say counts before the wanted one
+        if self.syntax.digits:  # a size that the prompt has begun to state takes priority over the wanted one
             contradicts = (opened.written > 0) & ~_extends(opened.height, want_height, want_height)
             want_height = jnp.where((opened.phase == HEIGHT) & contradicts, 0, want_height)
             contradicts = (opened.written > 0) & ~_extends(opened.width, want_width, want_width)
@@ -156,25 +155,25 @@ class Automaton:
             want_height=jnp.minimum(want_height, most_height),
             want_width=jnp.minimum(want_width, most_width),
         )
-        # If there is no room for the image, the part of a spelled `open` that the prompt has begun counts as text.
+        # If the image does not fit, the part of an `open` that the prompt has begun counts as text.
         short = (opened.phase == PARTS) & (wanted.remaining < self.needed(state))
         state = state._replace(written=jnp.where(short, 0, state.written))
         room = jnp.maximum(wanted.remaining - self.needed(state), 0) // self._smallest(state)
         return state._replace(min_images=jnp.minimum(jnp.minimum(min_images, max_images), images + room))
 
     def halt(self, state: State, rows: jax.Array) -> State:
-        """The state in which `rows`, bool [B], have ended at their present place."""
+        """The state after ending `rows`, bool [B], where they are now."""
         return state._replace(phase=jnp.where(rows, DONE, state.phase).astype(jnp.int32))
 
     def fits(self, state: State, min_images: jax.Array) -> jax.Array:
-        """bool [B]: whether a fresh state can end within its budget with the images that were asked for."""
+        """bool [B]: whether a new state can end within its budget with the requested images."""
         return (state.min_images >= min_images) & (self.needed(state) <= state.remaining)
 
     def needed(self, state: State) -> jax.Array:
-        """int32 [B]: fewest tokens that end the document from here, missing images and the end included."""
+        """int32 [B]: the fewest tokens that can still end the document, including missing images and the end."""
         syntax, layout = self.syntax, self.syntax.layout
         least_height, least_width = self._least(state)
-        # The side that takes the fewest tokens: the wanted one, else the number that the digits say so far.
+        # The side that takes the fewest tokens: the wanted one, else the number that the digits give so far.
         height = jnp.where(state.want_height > 0, state.want_height, jnp.maximum(state.height, 1))
         width = jnp.where(state.want_width > 0, state.want_width, jnp.maximum(state.width, 1))
         header = layout.header(*self._codes(height, least_width))
@@ -191,7 +190,8 @@ class Automaton:
         return jnp.where(state.phase == DONE, 0, rest + self._later(state))
 
     def allowed(self, state: State, first: int | None = None) -> jax.Array:
-        """bool [B, V]: the ids that may come next; at least one in every row. first: of the first ids alone."""
+        """bool [B, V]: the ids that may come next, at least one in every row. first: look only at the first
+        `first` ids."""
         choices = self.choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
@@ -207,7 +207,7 @@ class Automaton:
     def forced(self, state: State) -> jax.Array:
         """int32 [B]: the only allowed id, or -1 where there is a choice."""
         low, high, never, also, has_also, end, digits = self.choices(state)
-        said = (also >= low) & (also < high)  # if the last id of `open` is a piece of text, it is also one of the words
+        said = (also >= low) & (also < high)  # if the last id of `open` is a text piece, it is also a word
         count = jnp.maximum(high - low, 0) - ((never >= low) & (never < high)) + (has_also & ~said) + end
         only = jnp.where(has_also, also, jnp.where(end, self.syntax.end, low))
         if digits is not None:
@@ -217,7 +217,7 @@ class Automaton:
         return jnp.where(count == 1, only, -1)
 
     def event(self, state: State, token: jax.Array) -> Event:
-        """What an allowed token, int [B], means for the images of its row."""
+        """What an allowed token, int [B], does to the images of its row."""
         last = state.written == len(self.syntax.open) - 1
         begins = (state.phase == PARTS) & (token == self.syntax.open[-1]) & last
         inside = (state.phase == HEIGHT) | (state.phase == WIDTH) | (state.phase == BODY)
@@ -244,7 +244,7 @@ class Automaton:
                 said = (phase == HEIGHT) | (phase == WIDTH)
             written = jnp.where((phase == HEIGHT) | (phase == WIDTH), state.written + 1, written)
             written = jnp.where(said & (phase == HEIGHT), 0, written)
-        # Behind the size: where digits say it, the first id of `start` has ended the width.
+        # After the size: if it is in digits, the first id of `start` has ended the width.
         behind = (1 if syntax.digits else 0) - len(syntax.start)
         written = jnp.where(said & (phase == WIDTH), behind, written)
         written = jnp.where(begins, 0 if syntax.layout.sized else behind, written)
@@ -273,7 +273,7 @@ class Automaton:
         return state.written - state.written // (self._codes(state.height, state.width)[1] + 1)
 
     def columns(self, state: State) -> jax.Array:
-        """int32 [B]: codes in a row of the image at hand."""
+        """int32 [B]: codes in a row of the current image."""
         return self._codes(state.height, state.width)[1]
 
     def in_image(self, state: State) -> jax.Array:
@@ -284,24 +284,24 @@ class Automaton:
     # ---- the arithmetic ------------------------------------------------------------------------------------------
 
     def _codes(self, height: Any, width: Any) -> tuple[Any, Any]:
-        """Units as codes."""
+        """Converts units to codes."""
         rows, columns = self.syntax.layout.units
         return height * rows, width * columns
 
     def _least(self, state: State) -> tuple[jax.Array, jax.Array]:
-        """Sides of the smallest image that may be begun, each [B]."""
+        """Sides of the smallest image that may begin, each [B]."""
         return jnp.maximum(state.want_height, 1), jnp.maximum(state.want_width, 1)
 
     def _smallest(self, state: State) -> jax.Array:
         return self.syntax.block(*self._codes(*self._least(state)))
 
     def _later(self, state: State) -> jax.Array:
-        """Tokens that must remain after the present image: for images that are still to be made, and for the end."""
+        """Tokens that must remain after the current image, for the images still to make and for the end."""
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:
-        """For the phase PARTS: how a half-written spelled `open` changes what is needed. If an image is still to be
-        made, a part of it is there. If none is, but only images may be made, the half-written one must be finished.
+        """For the phase PARTS: how a half-written `open` changes the tokens needed. If an image must still be made,
+        part of it exists already. If not, but only images may be made, the half-written one must be finished.
         """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)
@@ -310,7 +310,7 @@ class Automaton:
         return jnp.where(owed, -state.written, jnp.where(committed, self._smallest(state) - state.written, 0))
 
     def _block_end(self, state: State) -> jax.Array:
-        """`written` at the end of the image at hand."""
+        """`written` at the end of the current image."""
         return self.syntax.layout.body(*self._codes(state.height, state.width)) + len(self.syntax.close)
 
     def _borders(self, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -324,7 +324,7 @@ class Automaton:
         return start, ~start & ~close & (state.written % (width + 1) == width), close
 
     def _matched(self, state: State, token: jax.Array) -> jax.Array:
-        """For the phase PARTS: how many ids of a spelled `open` are at the end of the row, `token` included."""
+        """For the phase PARTS: how many ids of an `open` that is text are at the end of the row, including `token`."""
         matched = jnp.zeros_like(state.written)
         if len(self.syntax.open) > 1:
             for id, after in _matches(self.syntax.open).items():
@@ -332,7 +332,7 @@ class Automaton:
         return jnp.where(state.phase == PARTS, matched, state.written)
 
     def _number(self, state: State, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Height or width after `token`, and whether the token has ended the number instead; each [B]."""
+        """Height or width after `token`, and whether the token ended the number instead; each [B]."""
         syntax = self.syntax
         if not syntax.digits:
             return token - syntax.vocabulary.size_offset + 1, jnp.zeros_like(token, bool)
@@ -362,10 +362,10 @@ class Automaton:
         return tuple(jnp.clip(side, 1, limit) for side, limit in zip(most, layout.most, strict=True))  # type: ignore[return-value]
 
     def choices(self, state: State) -> Choices:
-        """What each row may write next, as ranges of ids and facts."""
+        """What each row may write next, as ranges of ids and flags."""
         syntax, v = self.syntax, self.syntax.vocabulary
         later = self._later(state)
-        free = state.remaining - later  # for the image at hand, or for words
+        free = state.remaining - later  # for the current image, or for words
         parts = state.phase == PARTS
 
         owed = state.images < state.min_images
@@ -378,7 +378,7 @@ class Automaton:
         if syntax.spelled:
             end &= (state.mode != IMAGE) | (matched == 0) | (state.images >= state.max_images)
             never = jnp.where(parts & ~image & (matched == len(syntax.open) - 1), syntax.open[-1], -1)
-            # The first ids of a spelled `open` are words, too: where words are allowed, they are allowed already.
+            # If `open` is text, its first ids are also words, so they are allowed whenever words are.
             image &= ~words | (matched == len(syntax.open) - 1)
         first = _pick(syntax.open, matched)
 
@@ -390,7 +390,7 @@ class Automaton:
         digits, number_ends, number_end = None, jnp.zeros_like(parts), jnp.zeros_like(state.phase)
         if syntax.digits:
             number = jnp.where(is_height, state.height, state.width)
-            most = jnp.maximum(most, number)  # a prompt may have asked for more than the budget holds
+            most = jnp.maximum(most, number)  # a prompt may have requested more than fits the budget
             digits = jnp.stack([header & _extends(10 * number + d, least, most) for d in range(10)], axis=1)
             number_ends = header & (number >= least) & (number <= most)
             number_end = jnp.where(is_height, syntax.separator, syntax.start[0])
@@ -418,15 +418,15 @@ class Automaton:
 
 
 def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:
-    """int32 [B]: ids[index], for a short list of ids; an index out of range takes the first or the last id."""
+    """int32 [B]: ids[index], for a short list of ids. An index out of range gives the first or the last id."""
     return (
         jnp.asarray(ids, jnp.int32)[jnp.clip(index, 0, len(ids) - 1)] if len(ids) > 1 else jnp.full_like(index, ids[0])
     )
 
 
 def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """The table of Knuth, Morris and Pratt for a run of ids: for each id and each number of ids that matched before it,
-    how many match after it. A complete match is reported by `event`, not here.
+    """The Knuth-Morris-Pratt table for a run of ids: for each id and each number of ids that matched before it, how
+    many match after it. `event` reports a complete match, not this table.
     """
     found = {}
     for id in set(run):
@@ -439,12 +439,12 @@ def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
 
 
 def _extends(number: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
-    """bool [B]: whether the digits of `number` begin a number, or are one, of least..most."""
+    """bool [B]: whether `number` is in least..most, or can be after further digits."""
     more = [(number * 10**k <= most) & ((number + 1) * 10**k > least) for k in range(_DIGITS)]
     return (number > 0) & jnp.any(jnp.stack(more), axis=0)
 
 
 def _largest(by_digits: list[tuple[int, jax.Array]]) -> jax.Array:
-    """The largest number that any of the pairs (n, limit) allows: it has n digits and is at most the limit."""
+    """The largest number that one of the pairs (n, limit) allows. A pair allows numbers of n digits up to the limit."""
     numbers = [jnp.where(limit >= 10 ** (n - 1), jnp.minimum(limit, 10**n - 1), 0) for n, limit in by_digits]
     return jnp.max(jnp.stack(numbers), axis=0)

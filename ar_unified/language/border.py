@@ -1,8 +1,8 @@
-"""A published id space and ours: a bijection, stored as runs. Nothing else sees a published id.
+"""The bijection between a published id space and ours, stored as runs. No other module sees a published id.
 
-Published tables mix their ranges: controls between text pieces, codes in front of them. Ours are contiguous. Import
-gathers the rows of their embedding and head into our order, export scatters them back, and their text tokenizer is
-wrapped, so that model, loss, sampler and data know one id space.
+Published tables mix their ranges: controls between text pieces, codes before text pieces. Our ranges are contiguous.
+Import gathers the rows of the published embedding and head into our order, and export scatters them back. The published
+text tokenizer is wrapped, so that model, loss, sampler and data use one id space.
 
 Axes: `V` ids.
 """
@@ -21,17 +21,18 @@ from ar_tokenizers.codec import Codec, Lossy
 from ar_tokenizers.lossless import Loss
 from ar_tokenizers.reading import codec
 
-_LARGEST = 1 << 24  # ids: more than any table has, but few enough for memory
+_LARGEST = 1 << 24  # ids: more than any table has, yet small enough for memory
 
-Run = tuple[int, int, int]  # first id of theirs, first of ours, how many
+Run = tuple[int, int, int]  # first published id, first of ours, length
 
 
 @dataclass(frozen=True)
 class Border:
-    """Runs of ids that are in the same order on both sides, sorted by theirs. JSON: `manifest`, `from_manifest`.
+    """Runs of ids that have the same order on both sides, sorted by published id. JSON: `manifest`, `from_manifest`.
 
     Raises:
-        ValueError: they are no bijection of 0..V-1, naming the first id that is missing or there twice.
+        ValueError: the runs are not a bijection of 0..V-1; the message names the first id that is missing or occurs
+            twice.
     """
 
     runs: tuple[Run, ...]
@@ -60,7 +61,7 @@ class Border:
 
     @property
     def size(self) -> int:
-        """V, of both sides."""
+        """V, the same on both sides."""
         return sum(count for _, _, count in self.runs)
 
     @cached_property
@@ -81,7 +82,7 @@ class Border:
         return self._rows(rows)[self.theirs]
 
     def scatter(self, rows: Any) -> Any:
-        """Our table, [V, ...] or padded, in the published order: the inverse of `gather`."""
+        """Our table, [V, ...] or padded, in the published order. The inverse of `gather`."""
         return self._rows(rows[: self.size])[self.ours]
 
     def _rows(self, rows: Any) -> Any:
@@ -95,7 +96,7 @@ class Border:
 
     @classmethod
     def from_manifest(cls, runs: Any) -> Border:
-        """Raises ValueError for what `manifest` did not write."""
+        """Reads the value of `manifest`. Raises ValueError for anything else."""
         if not isinstance(runs, list) or not all(
             isinstance(run, list) and len(run) == 3 and all(type(x) is int for x in run) for run in runs
         ):
@@ -104,10 +105,10 @@ class Border:
 
 
 class Ids:
-    """Translates ids between a published model and ours, for comparisons: ours(theirs) and theirs(ours).
+    """Translates between published ids and ours, for comparisons: ours(theirs) and theirs(ours).
 
     Args:
-        border: None: both are the same.
+        border: None if both id spaces are the same.
         size: V, the ids that have a probability.
     """
 
@@ -115,11 +116,13 @@ class Ids:
         self.border, self.size = border, size
 
     def ours(self, theirs: Any) -> np.ndarray:
-        """Ours of published ids, int [...] (an array, a list, a range) -> int32 [...]. Raises ValueError beyond V."""
+        """Our ids, int32 [...], for published ids, int [...] (an array, a list, a range). Raises ValueError for ids
+        beyond V."""
         return self._across(theirs, None if self.border is None else self.border.ours, "published ids")
 
     def theirs(self, ours: Any) -> np.ndarray:
-        """Published ids of ours, int [...] -> int32 [...]: the inverse of `ours`. Raises ValueError beyond V."""
+        """Published ids, int32 [...], for our ids, int [...]. The inverse of `ours`. Raises ValueError for ids beyond
+        V."""
         return self._across(ours, None if self.border is None else self.border.theirs, "our ids")
 
     def _across(self, ids: Any, table: np.ndarray | None, what: str) -> np.ndarray:
@@ -133,14 +136,14 @@ class Ids:
 
 @dataclass(frozen=True)
 class MappedCodec:
-    """A published text tokenizer that speaks our ids 0..size-1, a `Codec` like any.
+    """A `Codec` that wraps a published text tokenizer and uses our ids 0..size-1.
 
     Args:
         codec: the published tokenizer, with published ids.
         border: the first `size` of our ids must be the text pieces, in the order of the published ids.
-        size: their number.
+        size: the number of text pieces.
 
-    Raises ValueError where the tokenizer has no such piece.
+    Raises ValueError if the tokenizer lacks one of these pieces.
     """
 
     codec: Codec
@@ -149,8 +152,8 @@ class MappedCodec:
 
     @classmethod
     def of(cls, file: str, data: bytes, border: Border, size: int, lossy: Lossy = "refuse") -> MappedCodec:
-        """Opens a tokenizer's file; its name says its format (`reading.codec`). Text is spelled with text pieces
-        alone.
+        """Opens a tokenizer's file, with the format that its name tells (`reading.codec`). Text is encoded with text
+        pieces only.
         """
         return cls(codec(file, data, lossy=lossy, text_ids={*border.theirs[:size].tolist()}), border, size)
 
@@ -162,7 +165,7 @@ class MappedCodec:
         if self._text[-1] >= self.codec.size:
             found = f"id {self._text[-1]} for one"
             raise ValueError(f"border: expected text pieces below {self.codec.size}, of {self.file}; found {found}")
-        self.codec.decode(self._text.tolist())  # raises for an id in between that is none of the tokenizer's
+        self.codec.decode(self._text.tolist())  # raises for an id in between that is not the tokenizer's
 
     @property
     def _text(self) -> np.ndarray:
@@ -186,12 +189,12 @@ class MappedCodec:
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """How the tokenizer loses text."""
+        """How the tokenizer changes or loses text."""
         return self.codec.losses
 
     @property
     def symbols(self) -> list[str]:
-        """Names among its pieces that text can spell."""
+        """The user-defined symbols of the tokenizer, which text can contain."""
         return self.codec.symbols
 
     @cached_property
@@ -200,11 +203,11 @@ class MappedCodec:
         return self.codec.piece_bytes[self._text]
 
     def is_byte(self, id: int, /) -> bool:
-        """Whether one of our ids stands for one byte of a character without a piece."""
+        """Whether one of our ids is a single byte of a character that has no piece."""
         return self.codec.is_byte(int(self.border.theirs[id]))
 
     def encode(self, text: str, /) -> list[int]:
-        """Raises ValueError where the text would be spelled with an id that is no text piece."""
+        """Raises ValueError if the text would be encoded with an id that is not a text piece."""
         theirs = np.asarray(self.codec.encode(text), np.int64)
         beyond = len(theirs) and theirs.max() >= self.border.size
         ids = [self.size] if beyond else self.border.ours[theirs].tolist()
@@ -213,7 +216,7 @@ class MappedCodec:
         return ids
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """Raises ValueError for an id that is no text piece."""
+        """Raises ValueError for an id that is not a text piece."""
         pieces = np.asarray(ids, np.int64)
         if len(pieces) and (pieces.min() < 0 or pieces.max() >= self.size):
             bad = pieces[(pieces < 0) | (pieces >= self.size)]

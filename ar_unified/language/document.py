@@ -1,6 +1,6 @@
-"""A Document: turns of text and images, in reading order. Documents go into the framework and come out of it.
+"""A Document: turns of text and images, in reading order. It is the framework's input and output.
 
-Axes: `H` `W` height and width of an image in pixels; `h` `w` the same in codes of the image tokenizer.
+Axes: `H` `W` height and width of an image in pixels; `h` `w` height and width in codes of the image tokenizer.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class DocumentError(ValueError):
     """What is wrong with a document, and in which part.
 
     Attributes:
-        kind: one word for counting: "empty_text", "bad_text", "image_shape", "image_codes", "adjacent_text",
-            "bad_turns", "bad_prompt" or "bad_row"; of preference pairs "no_prompt", "two_prompts", "empty_answer" or
-            "same_answers".
-        part: index of the part among all parts, where there is one.
+        kind: one word, used for counting: "empty_text", "bad_text", "image_shape", "image_codes", "adjacent_text",
+            "bad_turns", "bad_prompt" or "bad_row"; for preference pairs also "no_prompt", "two_prompts", "empty_answer"
+            or "same_answers".
+        part: index of the part among all parts, if the error concerns one.
     """
 
     def __init__(self, kind: str, reason: str, part: int = 0):
@@ -34,14 +34,14 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text as the model is to read or write it."""
+    """A text, exactly as the model reads or writes it."""
 
     text: str
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePart:
-    """An image: `pixels` uint8 [H, W, 3], RGB. Equal when the pixels are."""
+    """An image: `pixels` uint8 [H, W, 3], RGB. Two are equal if their pixels are equal."""
 
     pixels: np.ndarray
 
@@ -54,7 +54,7 @@ class ImagePart:
 
 @dataclass(frozen=True, eq=False)
 class CodesPart:
-    """What an image tokenizer made of an image: `codes` int32 [h, w]. Equal when the codes are."""
+    """The codes of an image from an image tokenizer, int32 [h, w]. Two are equal if their codes are equal."""
 
     codes: np.ndarray
 
@@ -70,7 +70,7 @@ Part = TextPart | ImagePart | CodesPart
 
 @dataclass(frozen=True)
 class TokensPart:
-    """Ids of the vocabulary, taken as they are. Only a prompt may have them: so it can end in the middle of an
+    """Ids of the vocabulary, used unchanged. Only a prompt may have them, so that it can end in the middle of an
     image."""
 
     ids: tuple[int, ...]
@@ -78,10 +78,10 @@ class TokensPart:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. The speaker "document" means nobody: plain or interleaved text without turns.
+    """What one speaker says. The speaker "document" means that nobody speaks: plain or interleaved text without turns.
 
-    `trained`: whether a model is to learn to say it. None: yes for documents and assistants, no for system and user.
-    It is ignored when turns are compared, because ids cannot carry it.
+    `trained`: whether the model learns to generate it. None: yes for documents and assistants, no for system and user.
+    Comparing turns ignores it, because ids cannot store it.
     """
 
     speaker: Speaker
@@ -90,7 +90,7 @@ class Turn:
 
     @property
     def learned(self) -> bool:
-        """Whether the model learns to say the turn: as `trained` says, else by who speaks."""
+        """Whether the model learns to generate the turn: the value of `trained`, or if that is None, by the speaker."""
         return self.speaker in ("document", "assistant") if self.trained is None else self.trained
 
 
@@ -99,16 +99,15 @@ class Document:
     """Either one turn without a speaker, or a conversation: user and assistant alternate, and a system turn may come
     first.
 
-    A conversation ends with the assistant, whose last turn may be empty. Classifier-free guidance compares with an
-    empty turn of the user.
+    A conversation ends with a turn of the assistant, which may be empty. For classifier-free guidance, the
+    unconditional document has an empty user turn.
 
     Attributes:
         turns: in order.
-        id: the name a source gave it.
+        id: the name that its source gave it.
         origin: "file:line", for messages.
-        meta: facts that travel along, such as the scene an image shows. Like id and origin, not compared.
-        rejected: in a preference pair, the answer that the assistant should not give in place of its last turn; else
-            None.
+        meta: other facts, such as the scene that an image shows. Comparisons ignore meta, id and origin.
+        rejected: in a preference pair, the worse answer, which could replace the assistant's last turn; else None.
     """
 
     turns: tuple[Turn, ...]
@@ -135,7 +134,8 @@ class Document:
         return tuple(part for turn in self.turns for part in turn.parts)
 
     def changed(self, change: Callable[[Part], Part]) -> Document:
-        """The same document with each part changed by `change`; the parts of the rejected answer come last."""
+        """A copy of the document in which `change` has replaced each part; the rejected answer's parts are changed
+        last."""
 
         def made(turn: Turn) -> Turn:
             parts = tuple(map(change, turn.parts))
@@ -157,24 +157,22 @@ class Document:
 
     @property
     def asks(self) -> bool:
-        """Whether it has turns; the last one then answers those before it."""
+        """Whether it has turns. If so, the last turn is the answer to the turns before it."""
         return self.turns[-1].speaker != "document"
 
     @property
     def asked(self) -> tuple[Turn, ...]:
-        """The turns before the last, which is the answer."""
+        """The turns before the answer, which is the last turn."""
         return self.turns[:-1]
 
     @property
     def answer(self) -> tuple[Part, ...]:
-        """Parts of the last turn; without turns, all."""
+        """The parts of the last turn, or all parts if there are no turns."""
         return self.turns[-1].parts
 
     @property
     def is_pair(self) -> bool:
-        """Whether it is a question of one part and an answer of one part, where one is a text and the other an
-        image.
-        """
+        """Whether question and answer have one part each, one of them a text and the other an image."""
         if [turn.speaker for turn in self.turns] != ["user", "assistant"]:
             return False
         kinds = [[isinstance(part, TextPart) for part in turn.parts] for turn in self.turns]
@@ -195,7 +193,7 @@ class Document:
 
     @property
     def task(self) -> str:
-        """Which of TASKS this document trains. The turns decide it, and the part that the answer begins with."""
+        """Which of TASKS this document trains. It depends on the turns and on the first part of the answer."""
         turns = self.turns
         if not self.asks or sum(turn.speaker == "assistant" for turn in turns) > 1:
             return "interleaved" if _shows(turns) else "text"
@@ -211,7 +209,7 @@ def _shows(turns: Sequence[Turn]) -> bool:
 
 
 def check_speakers(speakers: Sequence[str]) -> None:
-    """Raises DocumentError("bad_turns") unless these may follow each other in a document."""
+    """Raises DocumentError("bad_turns") unless turns of these speakers may follow each other in a document."""
     if list(speakers) in (["document"], ["user", "assistant"]):  # nearly all
         return
     talk = list(speakers[1:] if speakers[:1] == ["system"] or speakers[:1] == ("system",) else speakers)
@@ -236,12 +234,12 @@ def _check_part(part: object, before: Part | None, i: int) -> None:
 
 
 def check_text(text: object, where: str, part: int = 0) -> None:
-    """Raises DocumentError unless it is a text that has UTF-8 bytes, at least one."""
+    """Raises DocumentError unless the text is a string that is not empty and can be encoded as UTF-8."""
     if not isinstance(text, str):
         raise DocumentError("bad_text", f"{where}: expected a string, found {type(text).__name__}", part)
     if not text:
         raise DocumentError("empty_text", f"{where}: the text is empty", part)
-    if text.isascii():  # true of nearly all texts, and Python knows it without reading the letters
+    if text.isascii():  # true for nearly all texts, and Python knows it without reading the characters
         return
     try:
         text.encode("utf-8")
@@ -250,7 +248,7 @@ def check_text(text: object, where: str, part: int = 0) -> None:
 
 
 def _check_array(array: object, dtype: type, kind: str, where: str, shape: str, part: int) -> None:
-    # This runs for every image, so nothing is prepared for a message that is hardly ever needed.
+    # This runs for every image, so the message, which is rarely needed, is only built on an error.
     if isinstance(array, np.ndarray):
         right = array.ndim == 3 and array.shape[2] == 3 if shape == "[H, W, 3]" else array.ndim == 2
         if right and array.dtype == dtype and array.size:

@@ -1,9 +1,9 @@
-"""Ids, each with its role: `Grammar.encode` makes them, shards keep them, and the loader changes them. All O(n).
+"""Ids with their roles: `Grammar.encode` makes them, shards store them, and the loader changes them. All in O(n).
 
-Each position has a mark of one byte: its role, who says it, whether it is trained, and whether a turn or an image
+Each position has a mark of one byte: its role, its speaker, whether it is trained, and whether a turn or an image
 begins there. So later code need not search ids for the end of a prompt.
 
-Axes: `n` positions of a document.
+Axes: `n` positions in a document.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ar_unified.language.document import SPEAKERS
 _ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
 TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
 _ANSWERS = [SPEAKERS.index("document"), SPEAKERS.index("assistant")]
-_OWN = _ROLE | IMAGE  # what a token has wherever it stands
+_OWN = _ROLE | IMAGE  # independent of where the token is
 _SPEAKERS: dict[str, int] = {speaker: place << 3 for place, speaker in enumerate(SPEAKERS)}
 _ONE = [bytes([each]) for each in range(256)]
 
 
 def mark(role: int, speaker: str, trained: bool) -> int:
-    """The mark of a position at which neither a turn nor an image begins. speaker: one of SPEAKERS."""
+    """The mark of a position where no turn and no image begins. speaker: one of SPEAKERS."""
     return role | _SPEAKERS[speaker] | TRAINED * trained
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A document, or a piece of one, as ids.
+    """A document, or part of one, as ids.
 
     Attributes:
         tokens: int32 [n].
@@ -50,14 +50,12 @@ class Encoded:
 
     @property
     def roles(self) -> np.ndarray:
-        """The Role of every position, uint8 [n]. It follows from the place, not from the id: a digit of a size is SIZE,
-        not TEXT.
-        """
+        """The Role of every position, uint8 [n]. The place decides it, not the id: a size's digit is SIZE."""
         return self.marks & _ROLE
 
     @property
     def speakers(self) -> np.ndarray:
-        """Who says each position, uint8 [n]: an index into SPEAKERS."""
+        """The speaker of each position, uint8 [n]: an index into SPEAKERS."""
         return self.marks >> 3 & _SPEAKER
 
     @property
@@ -72,19 +70,20 @@ class Encoded:
 
     @property
     def own_images(self) -> np.ndarray:
-        """Those of `images` that are learned and are not part of a question (`Grammar.drop_context`)."""
+        """Those of `images` that are learned and not part of a question (`Grammar.drop_context`)."""
         says = np.isin(self.speakers[self.images], (SPEAKERS.index("document"), SPEAKERS.index("assistant")))
         return self.images[says & self.trained[self.images]]
 
     @property
     def unlearned(self) -> np.ndarray:
-        """bool [n]: positions that are marked as not to be learned ("weight": 0), although their speaker's are."""
+        """bool [n]: positions that are marked as not learned ("weight": 0), although their speaker's turns usually
+        are."""
         speakers = self.speakers
         return ~self.trained & ((speakers == _ANSWERS[0]) | (speakers == _ANSWERS[1]))
 
     @property
     def trained(self) -> np.ndarray:
-        """bool [n]: True where a position is learned, False where it is only read."""
+        """bool [n]: True if a position is learned, False if it is only read."""
         return (self.marks & TRAINED) > 0
 
 
@@ -95,14 +94,14 @@ class Writer:
         self._ids = array("i")
         self._marks = bytearray()
         self._says = 0
-        self._begins = 0  # TURN, until the turn has its first id
+        self._begins = 0  # TURN until the turn has its first id
 
     def turn(self, speaker: str, learned: bool) -> None:
-        """Begins a turn: who says what is added from here on, and whether it is learned."""
+        """Begins a turn: the speaker of all that is added from here on, and whether it is learned."""
         self._says, self._begins = mark(0, speaker, learned), TURN
 
     def add(self, ids: Iterable[int], role: int) -> None:
-        """Ids of one role."""
+        """Adds ids of one role."""
         marks, at = self._marks, len(self._marks)
         self._ids.extend(ids)
         marks += _ONE[self._says | role] * (len(self._ids) - at)
@@ -111,7 +110,7 @@ class Writer:
             self._begins = 0
 
     def image(self, ids: np.ndarray, roles: bytes) -> None:
-        """An image, int32 [n], with the role of each id."""
+        """Adds an image, int32 [n], with the role of each id."""
         marks, at = self._marks, len(self._marks)
         self._ids.frombytes(ids.tobytes())
         marks += roles.translate(_says(self._says))
@@ -119,7 +118,7 @@ class Writer:
         self._begins = 0
 
     def written(self) -> Encoded:
-        """The ids and marks so far."""
+        """The ids and marks that were added so far."""
         return Encoded(np.array(self._ids, np.int32), np.frombuffer(self._marks, np.uint8))
 
 
@@ -130,17 +129,17 @@ def _says(says: int) -> bytes:
 
 
 def joined(pieces: Sequence[Encoded]) -> Encoded:
-    """Pieces side by side."""
+    """The pieces, concatenated."""
     return Encoded(np.concatenate([p.tokens for p in pieces]), np.concatenate([p.marks for p in pieces]))
 
 
 def swapped(document: Encoded) -> Encoded:
-    """The last question and its answer exchanged: head (question ask) (answer end) -> head (answer ask) (question end).
+    """Swaps the last question and its answer: head (question ask) (answer end) -> head (answer ask) (question end).
 
-    `document` has turns.
+    `document` must have turns.
     """
     *_, begin, border = document.turns.tolist()
-    n, head = len(document), begin or 1  # what begins a document stays in front
+    n, head = len(document), begin or 1  # the beginning of a document stays first
     order = np.concatenate([
         np.arange(head), np.arange(border, n - 1), [border - 1], np.arange(head, border - 1), [n - 1]
     ])  # fmt: skip

@@ -1,9 +1,9 @@
-"""A language model's id space with images in it: its text ids keep their numbers and their rows.
+"""Adds images to a language model's id space: its text ids keep their numbers and their rows.
 
     [ text | its controls | rest ]   becomes   [ text | controls of the layout | sizes | image codes | rest ]
 
-Controls of the same name are the same. Ids of the model that the layout does not need go to the rest, and so do those
-that its tokenizer never wrote. They keep their rows, and their part in the softmax.
+Controls of the same name become one. The rest contains the model's ids that the layout does not need, and those that
+its tokenizer never wrote. They keep their rows and still take part in the softmax.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ar_unified.language.vocabulary import Vocabulary
 def extended(grammar: Grammar, layout: ImageLayout, codebook_size: int, image_hash: str = "") -> Grammar:
     """The grammar of a language model with the ids that images of `layout` need.
 
-    Where ids are published ones the border grows: the published table keeps its order, and new ids stand behind it.
+    For published ids the border grows: the published table keeps its order, and the new ids follow it.
 
-    Raises ValueError: it has image codes already, or its text tokenizer cannot spell what the layout spells.
+    Raises ValueError: the model already has image codes, or its text tokenizer cannot write the layout's texts.
     """
     old, codec = grammar.vocabulary, grammar.text_codec
     if old.codebook_size:
@@ -40,10 +40,9 @@ def extended(grammar: Grammar, layout: ImageLayout, codebook_size: int, image_ha
 
 
 def rows_of(old: Vocabulary, new: Vocabulary) -> np.ndarray:
-    """For each row of a table [new.size, ...], its row in a table [old.size, ...]: int32 [new.size]; -1: the row is
-    new.
+    """int32 [new.size]: for each row of a table [new.size, ...], its row in a table [old.size, ...]; -1 for a new row.
 
-    new: what `extended` made of `old`.
+    new: the result of `extended` for `old`.
     """
     rows = np.full(new.size, -1, np.int32)
     rows[: old.text_size] = np.arange(old.text_size)

@@ -1,8 +1,8 @@
-"""Document <-> ids: the one description of what may stand where, shared by data, loss and sampler.
+"""Document <-> ids: the one description of what is valid where, shared by data, loss and sampler.
 
-The layout (`layouts`) says how images and turns are written; `ImageLayout` says how large images are.
+The layout (`layouts`) says how images and turns are written, and `ImageLayout` how large images are.
 
-Axes: `h` `w` height and width of an image in codes; `n` tokens of a document.
+Axes: `h` `w` height and width of an image in codes; `n` number of tokens in a document.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ar_unified.manifests import Json, ManifestMismatch, require_same
 
 
 class TextLost(GrammarError):
-    """The text tokenizer does not give a text back as it was."""
+    """Encoding and decoding a text with the text tokenizer changes it."""
 
 
 class TextCodec(Protocol):
-    """Lossless text <-> ids 0..text_size-1. If it has a `hash`, it must be the vocabulary's `text_hash`."""
+    """Lossless text <-> ids 0..text_size-1. If it has a `hash`, this must equal the vocabulary's `text_hash`."""
 
     def encode(self, text: str, /) -> list[int]:
         """The ids of a text."""
@@ -42,8 +42,8 @@ class TextCodec(Protocol):
 
 
 class Break(NamedTuple):
-    """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside a spelled `open`, the position
-    where that begins; else the prompt's length. `opened`: the same for the automaton.
+    """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
+    position where that begins; else the prompt's length. `opened`: the same in the automaton's terms.
     """
 
     begin: int
@@ -51,13 +51,13 @@ class Break(NamedTuple):
 
 
 class Grammar:
-    """One vocabulary, one way to write images and turns, one text tokenizer.
+    """A vocabulary, a way to write images and turns, and a text tokenizer.
 
-    A vocabulary without image codes has no images: its layout, `TEXT_ALONE`, is never written.
+    A vocabulary without image codes has no images, and its image layout `TEXT_ALONE` is never used.
 
     Raises:
-        ValueError: the vocabulary lacks a token that the layout needs.
-        ManifestMismatch: the codec's `hash` or `size` is not what the vocabulary was made for.
+        ValueError: the layout needs a token that the vocabulary lacks.
+        ManifestMismatch: the codec's `hash` or `size` differs from the vocabulary's.
     """
 
     def __init__(self, vocabulary: Vocabulary, layout: ImageLayout, text_codec: TextCodec):
@@ -76,10 +76,11 @@ class Grammar:
     # ---- documents to ids ----------------------------------------------------------------------------------------
 
     def encode(self, document: Document) -> Encoded:
-        """The document as ids and marks. Its parts are TextPart or CodesPart.
+        """The document as ids and marks. Its parts must be TextPart or CodesPart.
 
         Raises:
-            GrammarError: the document is invalid, or layout, codebook or text tokenizer cannot carry a part.
+            GrammarError: the document is invalid, or the layout, the codebook or the text tokenizer cannot represent a
+                part.
         """
         try:
             document.check()
@@ -89,7 +90,7 @@ class Grammar:
         return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
-        """The ids that a sampler is given, int32 [n]: turns to answer, or a text without turns to continue.
+        """The ids that a sampler starts from, int32 [n]: turns to answer, or a text without turns to continue.
 
         Raises GrammarError like `encode`.
         """
@@ -98,22 +99,24 @@ class Grammar:
         return self.encode(document).tokens[: -1 - len(self.tail)]
 
     def history(self, turns: Sequence[Turn]) -> np.ndarray:
-        """Finished turns as ids, int32 [n], as they stand before a further turn. Raises GrammarError like `encode`."""
+        """Finished turns as ids, int32 [n], in the form they have before another turn. Raises GrammarError like
+        `encode`."""
         found = self._joined(turns).tokens
         return found[: len(found) - len(self.tail)]
 
     @cached_property
     def tail(self) -> np.ndarray:
-        """The ids after the end of a document, which are never sampled, int32 [n]; mostly none."""
+        """The ids after the end of a document, int32 [n]. They are never sampled; most layouts have none."""
         return np.array([self.vocabulary.control(name) for name in self.layout.record.tail], np.int32)
 
     def parts(self, parts: Sequence[Part]) -> np.ndarray:
-        """Parts in a row as ids, int32 [n], as they stand in a document. Raises GrammarError like `encode`."""
+        """Consecutive parts as ids, int32 [n], in the form they have in a document. Raises GrammarError like
+        `encode`."""
         return self.prompt([Turn("document", tuple(parts))])[1:]
 
     @cached_property
     def unconditional(self) -> Encoded:
-        """The ids before an image that has no prompt. Condition dropout trains on them; guidance compares with them."""
+        """The ids before an image that has no prompt. Condition dropout trains on them, and guidance uses them."""
         out = encoded.Writer()
         out.turn("user", learned=False)
         for part in self.layout.record.unconditional:
@@ -134,7 +137,7 @@ class Grammar:
         return self.syntax.block(height, width)
 
     def check_size(self, height: int, width: int, position: int = 0) -> None:
-        """Raises GrammarError if no image of height x width codes can be written; `position`: its part."""
+        """Raises GrammarError if no image of height x width codes can be written. `position`: the index of its part."""
         most, (rows, columns) = self.layout, self.layout.units
         expected = ""
         if not most.sized:
@@ -148,8 +151,8 @@ class Grammar:
             raise GrammarError(position, expected, f"{height} x {width}", unit="part")
 
     def _joined(self, turns: Sequence[Turn]) -> Encoded:
-        """Turns side by side. Where two of their texts meet, they must not spell the beginning of an image together
-        (`_text` checks each alone).
+        """The turns, concatenated. Two adjacent texts must not together form the beginning of an image (`_text` checks
+        only single texts).
         """
         writer = self._writer(turns)
         found, opening = writer.written(), self.syntax.open
@@ -226,14 +229,14 @@ class Grammar:
     # ---- ids to documents ----------------------------------------------------------------------------------------
 
     def parse(self, tokens: np.ndarray | Sequence[int]) -> Document:
-        """The document that `encode`, or a sampler under the automaton, wrote. It is the exact inverse of `encode`,
-        except for layouts that tell turns apart by text: those give one turn without a speaker.
+        """The document of ids that `encode` wrote, or a sampler with the automaton. It is the exact inverse of
+        `encode`, except for layouts that separate turns by text: those give one turn without a speaker.
 
         Args:
             tokens: [n] ids, without padding.
 
         Raises:
-            GrammarError: with the position of the first token that cannot stand where it stands.
+            GrammarError: with the position of the first token that is not valid at its place.
         """
         turns, at, _ = self._read(np.asarray(tokens), whole=True)
         if turns is None:
@@ -241,25 +244,27 @@ class Grammar:
         return Document(turns)
 
     def breaks_off(self, tokens: np.ndarray) -> Break:
-        """Where the ids [n] of a document's beginning break off. Raises GrammarError if no document can begin so."""
+        """Where the ids [n] of a document's beginning break off. Raises GrammarError if no document can begin with
+        them."""
         _, _, found = self._read(np.asarray(tokens), whole=False)
         return found
 
     def texts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """The beginning and end of each run of text in the ids [n] of a document's beginning. Digits that say a size
-        are no text.
+        """The beginning and end of each run of text in the ids [n] of a document's beginning. Digits of a size are not
+        text.
         """
         return [(item.begin, item.end) for item in Reader(self.syntax, tokens).items(1) if item.kind == "text"]
 
     def _read(self, ids: np.ndarray, whole: bool) -> tuple[tuple[Turn, ...] | None, int, Break]:
-        """The turns of ids, None if they do not end as a document; how far they were read, and where they break off."""
+        """The turns of ids (None if they do not end as a document does), how far the ids were read, and where they
+        break off."""
         v, record, ends = self.vocabulary, self.layout.record, self.syntax.end
         reader = Reader(self.syntax, ids)
         asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else None
         unsaid = self._around.open + (self._around.asks if asks is None else [])
         if not len(ids) or ids[0] not in self.begins:
             raise GrammarError(0, " or ".join(map(v.name, self.begins)), reader.found(0))
-        asked: list[tuple[Part, ...]] = []  # turns that wait for their answer
+        asked: list[tuple[Part, ...]] = []  # turns that have no answer yet
         turns: list[Turn] = []
         parts: list[Part] = []
         closed, half, at, tail = False, 0, 1, self.tail.tolist()
@@ -275,7 +280,7 @@ class Grammar:
             if item.kind == "text":
                 half = half_open(self.syntax, ids[item.begin :]) if item.end == len(ids) else 0
                 if text := self.text_codec.decode([int(i) for i in ids[item.begin : item.end]]):
-                    parts.append(TextPart(text))  # pieces that were sampled in a row may spell no text at all
+                    parts.append(TextPart(text))  # pieces that were sampled one after the other may not be valid text
             elif item.opened is not None:
                 if whole:
                     raise GrammarError(len(ids), "the rest of an image", _END)
@@ -285,7 +290,7 @@ class Grammar:
             elif id == asks and (asks == ends or len(asked) < (1 if turns else 2)):
                 asked.append(tuple(parts))
                 parts, closed = [], asks == ends
-            elif id == ends and asks is None:  # perhaps the end of an answer, after which another turn begins
+            elif id == ends and asks is None:  # perhaps the end of an answer before another turn
                 closed = True
             elif id == ends and (asked or not turns):
                 turns += answered(asked, tuple(parts))
@@ -300,7 +305,7 @@ class Grammar:
             turns = [Turn("document", joined_texts(parts))]
         elif closed and asks == ends:
             turns = counted(asked)
-        ended = closed and asks != ends and ids[0] not in self._around.open  # here an `end` may also end a question
+        ended = closed and asks != ends and ids[0] not in self._around.open  # here `end` may also end a question
         opened = Opened(DONE) if ended else Opened(PARTS, half)
         return tuple(turns) if closed else None, at, Break(len(ids) - half, opened)
 
@@ -308,14 +313,14 @@ class Grammar:
         opening = self.syntax.open
         return repr(self.text_codec.decode(opening)) if self.syntax.spelled else self.vocabulary.name(opening[0])
 
-    # ---- ids to ids: what data does to a document it has already encoded; all O(n) --------------------------------
+    # ---- ids to ids: how data changes a document that is already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The last answer after the empty prompt. Raises GrammarError if there is no turn (see `drop_context`)."""
+        """The empty prompt, then the last answer. Raises GrammarError if there is no turn (see `drop_context`)."""
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
-        """The document from one of its `own_images` on, after the empty prompt.
+        """The empty prompt, then the document from one of its `own_images` on.
 
         Raises GrammarError if there is no such image.
         """
@@ -330,9 +335,9 @@ class Grammar:
         return encoded.joined([self.unconditional, Encoded(document.tokens[begin:], rest)])
 
     def swap_turn(self, document: Encoded) -> Encoded:
-        """The last question and its answer exchanged: a pair read the other way.
+        """Swaps the last question and its answer, so that a pair is read in the other direction.
 
-        Raises GrammarError if there is no turn, or if turns are told apart by text.
+        Raises GrammarError if there is no turn, or if text separates turns.
         """
         self._borders(document)
         if not self.can_swap:
@@ -341,7 +346,7 @@ class Grammar:
 
     @property
     def can_swap(self) -> bool:
-        """Whether turns can be exchanged as ids."""
+        """Whether turns can be swapped as ids."""
         return isinstance(self.layout.record.turns, TurnMarks)
 
     def _borders(self, document: Encoded) -> np.ndarray:
@@ -350,7 +355,7 @@ class Grammar:
             raise GrammarError(len(document), "a document with turns", "none")
         return borders
 
-    # ---- what ties it to everything else -------------------------------------------------------------------------
+    # ---- its links to everything else -------------------------------------------------------------------------
 
     @cached_property
     def automaton(self) -> Automaton:
@@ -358,13 +363,13 @@ class Grammar:
         return Automaton(self.syntax)
 
     def manifest(self) -> dict[str, Json]:
-        """The vocabulary's manifest and this grammar: plain JSON values."""
+        """The vocabulary's manifest and this grammar, as plain JSON values."""
         record = {"record": dataclasses.asdict(self.layout.record)}
         return self.vocabulary.manifest() | {"layout": _plain(dataclasses.asdict(self.layout) | record)}
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any], text_codec: TextCodec) -> Grammar:
-        """The grammar a manifest describes.
+        """The grammar that a manifest describes.
 
         Raises:
             ManifestMismatch: a field is missing or unknown here, or `text_codec` is another tokenizer.
@@ -388,7 +393,7 @@ _END = "the end of the sequence"
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value after a round trip through JSON."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value

@@ -1,12 +1,12 @@
-"""How a system writes images and turns: one record each, ours and the published ones, in one table.
+"""How each system writes images and turns: one table with a record for each of our layouts and each published one.
 
     image      open [size] start (codes [row end])*h close
     document   begin parts end                                   no turn
                begin (system) user ask answer end (user ask answer end)*
-               (frame of the system's turn) (frame of the user's) frame of the answer (...)*
+               (framed system turn) (framed user turn) framed answer (...)*
 
-Marks are names of control tokens, or `Text`, which the text tokenizer spells. Everything else follows from the record:
-`syntax` its lengths, `grammar` its ids, `automaton` what may come next.
+A mark is the name of a control token, or a `Text`, which the text tokenizer encodes. Everything else is derived from
+the record: lengths in `syntax`, ids in `grammar`, and what may come next in `automaton`.
 
 Sources: Chameleon facebookresearch/chameleon, Anole GAIR-NLP/anole, Lumina-mGPT Alpha-VLLM/Lumina-mGPT and
 Lumina-mGPT-2.0, Emu3 and Emu3.5 baaivision/Emu3 and Emu3.5, LWM LargeWorldModel/LWM, Liquid FoundationVision/Liquid,
@@ -25,7 +25,7 @@ from ar_unified.language.vocabulary import CONTROLS
 
 @dataclass(frozen=True)
 class Text:
-    """A mark that is spelled by the text tokenizer."""
+    """A mark that the text tokenizer encodes."""
 
     text: str
 
@@ -35,23 +35,23 @@ Mark = str | Text
 
 @dataclass(frozen=True)
 class SizeTokens:
-    """Height, then width, in one size token each: token n says n units of codes."""
+    """Height, then width, each as one size token: token n means n units of codes."""
 
     unit: int = 1
 
 
 @dataclass(frozen=True)
 class Decimal:
-    """Height, a separator, width, in decimal digits: one piece of the text tokenizer each, the first of them not 0."""
+    """Height, a separator and width in decimal. Each digit is one piece of the text tokenizer; the first is not 0."""
 
     separator: str = "*"
 
 
 @dataclass(frozen=True)
 class TurnMarks:
-    """Turns told apart by ids: what stands before an answer ends with `ask`, an answer with the document's `end`.
+    """Turns separated by ids: the turn before an answer ends with `ask`, and an answer ends with the document's `end`.
 
-    If more than one turn precedes the first answer, the system says the first.
+    If more than one turn comes before the first answer, the first turn is the system's.
     """
 
     ask: str = "eot"
@@ -59,13 +59,13 @@ class TurnMarks:
 
 @dataclass(frozen=True)
 class TurnTemplate:
-    """Turns told apart by text, which cannot be read back: ids -> document gives one turn with all of it.
+    """Turns separated by text. They cannot be recovered: decoding ids gives a document of one turn with everything in
+    it.
 
     Attributes:
-        user: the text around a user's turn; its parts take the place of {}. The answer follows it, then the document's
+        user: the text around a user's turn; the parts of the turn replace {}. Then come the answer and the document's
         `end`.
-        system: the system's turn, where a document has none of its own.
-        answer: controls between the user's text and the answer.
+        system: the system's turn if the document has none. answer: controls between the user's text and the answer.
     """
 
     user: str = "{}"
@@ -75,14 +75,15 @@ class TurnTemplate:
 
 @dataclass(frozen=True)
 class TurnFrames:
-    """Turns each in a frame (Qwen's): a control, who speaks, the parts, the document's `end`. A conversation begins
-    with the first frame and not with `begin`; like `TurnTemplate`, ids -> document gives one turn with all of it.
+    """Turns that each have a frame (Qwen's): a control, the speaker, the parts, the document's `end`. A conversation
+    begins with the first frame and not with `begin`. As with `TurnTemplate`, decoding gives one turn with everything in
+    it.
 
     Attributes:
-        open: the control in front.
-        name: the text behind it, with the speaker for {}.
+        open: the control at the start.
+        name: the text after it, in which the speaker replaces {}.
         between: the text between two frames.
-        system: the system's turn, where a document has none of its own; "": none.
+        system: the system's turn if the document has none; "": no system turn.
     """
 
     open: str = "turn"
@@ -96,19 +97,19 @@ class Layout:
     """How one system writes.
 
     Attributes:
-        controls: the control tokens it needs, in the order of our id space.
-        image_side: where text and images have a softmax each, the first control on the side of images; "": none is.
-        open: what begins an image.
-        size: how an image says its size; None: all have one.
-        start: behind the size.
-        rows: whether `row_end` follows no row, each row, or each row but the last.
-        close: what ends an image.
-        begin: of a document.
+        controls: the control tokens that it needs, in the order of our id space.
+        image_side: if text and images have separate softmaxes, the first control on the image side; "": no control is.
+        open: begins an image.
+        size: how an image states its size; None: all images have the same size.
+        start: follows the size.
+        rows: whether `row_end` follows no row, every row, or every row except the last.
+        close: ends an image.
+        begin: begins a document.
         end: ends an answer and a document; a sampler stops at it. If `TurnMarks` end a question with the same token,
-        turns are told apart by counting.
-        tail: behind the last `end` of a document, never sampled.
-        turns: how they are marked.
-        unconditional: what classifier-free guidance compares an image with, up to the image's `open`.
+        turns are identified by counting.
+        tail: follows the last `end` of a document, never sampled.
+        turns: how turns are marked.
+        unconditional: the ids before the image's `open` in the unconditional pass of classifier-free guidance.
     """
 
     controls: tuple[str, ...] = CONTROLS
@@ -139,26 +140,26 @@ _EMU3_CHAT = Layout(
 _EMU3_5 = (*_EMU3, "bss", "ess", "boc", "eoc", "bog", "eog")
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({
-    # Ours: all images have one size, or each says its size and ends its rows. Sizes are tokens, so it does not matter
-    # how a text tokenizer splits digits.
+    # Ours: all images have one size, or each image states its size and ends its rows. Sizes are tokens, so it does not
+    # matter how a text tokenizer splits digits.
     "grid": Layout(),
     "rows": Layout(size=SizeTokens(), rows="after"),
-    # A published language model: no images, and turns are whatever the text says.
+    # A published language model: no images; turns are written as text.
     "plain": Layout(controls=("pad", "bos", "eos"), turns=TurnTemplate(), unconditional=("bos",)),
     # Chameleon and Anole: 32 x 32 codes.
     "chameleon": Layout(
         controls=("pad", "bos", "eos", "eot", "boi", "eoi"),
         unconditional=("bos",),
     ),
-    # Lumina-mGPT: height and width in 32 pixels, two codes; an end of each row; all turns end alike; without a prompt
-    # nothing stands before an image.
+    # Lumina-mGPT: height and width in units of 32 pixels (two codes); a row end after every row; all turns end with the
+    # same token; without a prompt, nothing comes before an image.
     "lumina_mgpt": Layout(size=SizeTokens(2), rows="after", end="eot", unconditional=()),
-    # Lumina-mGPT 2.0: the same with a tokenizer of 8 pixels a code.
+    # Lumina-mGPT 2.0: the same, but its tokenizer has 8 pixels per code.
     "lumina_mgpt_2": Layout(size=SizeTokens(4), rows="after", end="eot", unconditional=()),
-    # Emu3's chat, and its models that draw, which are asked with the bare text.
+    # Emu3's chat model, and its image generation models, which take the plain text as the prompt.
     "emu3": _EMU3_CHAT,
     "emu3_gen": replace(_EMU3_CHAT, turns=TurnTemplate()),
-    # Emu3.5: the system's turn names the task, t2i, x2i, story or howto.
+    # Emu3.5: the system's turn names the task: t2i, x2i, story or howto.
     "emu3_5": Layout(
         controls=_EMU3_5,
         size=Decimal(),
@@ -169,7 +170,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
         turns=TurnTemplate(" USER: {} ASSISTANT: ", "You are a helpful assistant for t2i task.", ("bss",)),
         unconditional=("bos", Text("You are a helpful assistant. USER:  ASSISTANT: "), "bss"),
     ),
-    # LWM: the text "<vision>" opens an image of 16 x 16 codes, an id of the vision table and "</vision>" close it.
+    # LWM: the text "<vision>" opens an image of 16 x 16 codes; an id of the vision table and "</vision>" close it.
     "lwm": Layout(
         controls=("pad", "bos", "eos", "eof", "eov"),
         image_side="eof",
@@ -178,20 +179,21 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
         turns=TurnTemplate(),
         unconditional=("bos",),
     ),
-    # Liquid, asked to draw.
+    # Liquid, when it generates images.
     "liquid": Layout(
         controls=("pad", "bos", "eos", "boi", "eoi", "unconditional"),
         turns=TurnTemplate("{} Generate an image based on this description."),
         unconditional=("bos", "unconditional"),
     ),
-    # SimpleAR: a prompt, then an image that no token closes. To drop the prompt is to drop all before the image.
+    # SimpleAR: a prompt, then an image that no token closes. Dropping the prompt drops everything before the image.
     "simplear": Layout(
         controls=("pad", "bos", "eos", "boi"),
         close=(),
         turns=TurnTemplate(),
         unconditional=("bos",),
     ),
-    # Tar, drawing: the scale says how many codes an image has, and all of one model have the same here.
+    # Tar, when it generates images: the scale says how many codes an image has. Here, all images of a model have the
+    # same number.
     "tar": Layout(
         controls=("pad", "bos", "eos", "boi", "eoi", "scale", "turn"),
         start=("scale",),

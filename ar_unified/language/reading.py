@@ -1,4 +1,4 @@
-"""Reads ids back: which items they have, and where they break off.
+"""Splits ids into items, and finds where they break off.
 
 Axes: `h` `w` height and width of an image in codes; `n` ids.
 """
@@ -17,7 +17,7 @@ from ar_unified.language.vocabulary import Role
 
 
 class GrammarError(ValueError):
-    """What the grammar expected, what it found, and where.
+    """Says what the grammar expected, what it found, and where.
 
     Attributes:
         position: index of the offending token (parse) or part (encode).
@@ -30,10 +30,9 @@ class GrammarError(ValueError):
 
 
 class Item(NamedTuple):
-    """A run of text pieces, an image, or any other single id; it reaches from `begin` to before `end`.
+    """A run of text pieces, an image, or any other single id, from `begin` to before `end`.
 
-    `codes`: int32 [h, w], if it is a whole image. `opened`: the automaton's view, if it is an image that the ids break
-    off in.
+    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's view, for an image in which the ids break off.
     """
 
     kind: str  # text | image | other
@@ -51,9 +50,7 @@ class Reader:
         self._texts = np.append(self.vocabulary.role(ids) == Role.TEXT, False)
 
     def items(self, at: int) -> Iterator[Item]:
-        """The items from `at` on. Raises GrammarError for an image that is wrong; one that merely breaks off is
-        allowed.
-        """
+        """The items from `at` on. Raises GrammarError for an invalid image; one that only breaks off is allowed."""
         while at < len(self.ids):
             text = at + int(np.argmin(self._texts[at:]))
             begin = self._opening(at, text)
@@ -72,7 +69,7 @@ class Reader:
             at = item.end
 
     def _opening(self, at: int, text: int) -> int:
-        """The position where the next image begins, if only text, ids[at:text], stands before it; else -1."""
+        """The position where the next image begins if only text, ids[at:text], comes before it; else -1."""
         opening = self.syntax.open
         if not self.vocabulary.codebook_size:
             return -1
@@ -94,7 +91,7 @@ class Reader:
             if said is None:
                 return self._broken(begin, Opened(automaton.WIDTH, written, height, self._value))
             width = said
-            at -= bool(self.syntax.digits)  # what ended the number is of `start`
+            at -= bool(self.syntax.digits)  # the id that ended the number belongs to `start`
         h, w = (count * unit for count, unit in zip((height, width), layout.units, strict=True))
         rest = self.ids[at : at + self.syntax.rest(h, w)]
         wrong = np.flatnonzero(~self._right(rest, h, w))
@@ -112,7 +109,7 @@ class Reader:
         return Item("image", begin, len(self.ids), opened=opened)
 
     def _right(self, rest: np.ndarray, h: int, w: int) -> np.ndarray:
-        """bool [n]: whether each id after an image's header may stand in its place."""
+        """bool [n]: whether each id after an image's header is valid at its place."""
         syntax, body = self.syntax, self.syntax.layout.body(h, w)
         at = np.arange(len(rest)) - len(syntax.start)
         end, _ = syntax.layout.row_ends
@@ -125,7 +122,7 @@ class Reader:
         return np.where(code & ~row_end, self.vocabulary.role(rest) == Role.IMAGE, rest == wanted)
 
     def _expected(self, where: int, h: int, w: int) -> str:
-        """What should stand there, in words."""
+        """Which id was expected there, in words."""
         syntax, at = self.syntax, where - len(self.syntax.start)
         end, _ = syntax.layout.row_ends
         if at < 0:
@@ -136,7 +133,7 @@ class Reader:
         what = self.vocabulary.name(syntax.row_end) if column == w else "an image code"
         return f"{what} (row {row}, column {column} of {h} x {w})"
 
-    # ---- sizes: (how many units, digits written, where it ends); None and self._value where the ids break off -------
+    # ---- sizes: (number of units, digits written, end); None and self._value if the ids break off -------
 
     _value = 0
 
@@ -164,12 +161,12 @@ class Reader:
         return value, 0, at + 1
 
     def found(self, at: int) -> str:
-        """The name of what stands at a place, for a message."""
+        """The name of the id at a place, for a message."""
         return self.vocabulary.name(int(self.ids[at])) if at < len(self.ids) else "the end of the sequence"
 
 
 def find(ids: np.ndarray, run: tuple[int, ...], offset: int = 0) -> int:
-    """Where the ids `run` first stand in a row in ids [n], counted from `offset`; -1: nowhere."""
+    """Where the sequence `run` first occurs in ids [n], searching from `offset`; -1 if it does not."""
     windows = len(ids) - len(run) + 1
     if windows < 1:
         return -1
@@ -180,6 +177,6 @@ def find(ids: np.ndarray, run: tuple[int, ...], offset: int = 0) -> int:
 
 
 def half_open(syntax: Syntax, ids: np.ndarray) -> int:
-    """How many ids of a spelled `open` stand at the end of ids [n]."""
+    """How many ids of an `open` written as text are at the end of ids [n]."""
     run = syntax.open
     return next((n for n in range(min(len(run) - 1, len(ids)), 0, -1) if tuple(ids[-n:]) == run[:n]), 0)

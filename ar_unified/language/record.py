@@ -1,6 +1,6 @@
-"""language.json: a grammar's manifest and, where ids are published ones, the border to them; in bundles and workdirs.
+"""language.json, in bundles and workdirs: a grammar's manifest, and for published ids the border to them.
 
-Beside it lies the file of the text tokenizer, as it was made or published.
+The same folder has the file of the text tokenizer, as it was made or published.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ _BORDER, _LOSSES = "border", "text_losses"
 
 
 def record_of(grammar: Grammar) -> dict[str, Json]:
-    """The content of language.json, as JSON values. The losses of the text tokenizer are only there for people to
-    read.
-    """
+    """The content of language.json, as JSON values. The text tokenizer's losses are only for people to read."""
     out, text = grammar.manifest(), grammar.text_codec
     if isinstance(text, MappedCodec):
         out[_BORDER] = text.border.manifest()
@@ -33,12 +31,12 @@ def record_of(grammar: Grammar) -> dict[str, Json]:
 
 
 def manifest_of(record: Mapping[str, Json]) -> dict[str, Json]:
-    """The grammar's manifest of what language.json says."""
+    """The grammar's manifest from the content of language.json."""
     return {name: value for name, value in record.items() if name not in (_BORDER, _LOSSES)}
 
 
 def text_codec(record: Mapping[str, Json], file: str, data: bytes, lossy: Lossy = "refuse") -> Codec:
-    """The text tokenizer of language.json and of the file beside it. Raises ValueError for what does not fit."""
+    """The text tokenizer from language.json and the file beside it. Raises ValueError if the two do not match."""
     if _BORDER not in record:
         return codec(file, data, lossy=lossy)
     border, size = Border.from_manifest(record[_BORDER]), record.get("text_size")
@@ -50,7 +48,7 @@ def text_codec(record: Mapping[str, Json], file: str, data: bytes, lossy: Lossy 
 
 
 def text_in(folder: Path, lossy: Lossy = "refuse") -> Codec | None:
-    """The text tokenizer of a folder that has one, and maybe a language.json. Raises ValueError like `text_codec`."""
+    """The text tokenizer of a folder, which may also have a language.json. Raises ValueError like `text_codec`."""
     path, record = find(folder), folder / FILE
     if path is None:
         return None
@@ -61,7 +59,7 @@ def text_in(folder: Path, lossy: Lossy = "refuse") -> Codec | None:
 
 
 def grammar_in(folder: Path, text: Codec) -> Grammar | None:
-    """The grammar of a folder's language.json and its text tokenizer; None: it has none."""
+    """The grammar from a folder's language.json and text tokenizer; None if the folder has no grammar."""
     return Grammar.from_manifest(manifest_of(_read(path)), text) if (path := folder / FILE).exists() else None
 
 

@@ -1,4 +1,4 @@
-"""Documents as JSON rows, there and back; the one reader of JSON parts, of data and of requests.
+"""Converts documents to JSON rows and back. All JSON parts, in data and in requests, are read here.
 
     {"image": "a.png", "text": "a cat"}                                          a captioned image
     {"image": "a.png", "question": "What is it?", "answer": "A cat."}            a question
@@ -7,14 +7,15 @@
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}]}
     {"prompt": "Draw a cat.", "chosen": [{"type": "image", ...}], "rejected": "..."}   a preference pair
 
-"prompt" counts the segments that are asked with; without it nobody asks. Roles are system (or developer), user and
-assistant; content is a text or a list of parts, also in OpenAI's form ({"type": "image_url", "image_url": {"url"}}).
-A message with "weight": 0 is read and not learned. All other keys become the document's `meta`.
+"prompt" is the number of segments that form the question; without it there are no turns. Roles are system (or
+developer), user and assistant; content is a text or a list of parts, also in OpenAI's form ({"type": "image_url",
+"image_url": {"url"}}).
+A message with "weight": 0 is only read, not learned. All other keys become the document's `meta`.
 
-The "prompt" of an answer or of a preference pair is a text, a list of parts or of messages (of a pair, "messages" is
-another name for these), and an answer is a text, a list of parts, or the assistant's message. Only the answers of a
-pair are learned from. If both are whole conversations, their last messages are the answers; the messages before them
-must be the same and are the prompt.
+The "prompt" of an answer or of a preference pair is a text, a list of parts or a list of messages (a pair may also call
+these "messages"). An answer is a text, a list of parts, or the assistant's message. Training on a pair learns only from
+its answers. If both answers are whole conversations, the last messages are the answers; the messages before them must
+be the same and are the prompt.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ ANSWERS = ("chosen", "rejected")  # of a preference pair
 _KINDS = ({"answer"}, {"segments"}, {"messages"}, {"image", "question", "answer"}, {"image", "text"})
 _ROLES: dict[str, Speaker] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _NO = ("tool_calls", "function_call", "audio")
-BLOCKS = "\n\n"  # between texts side by side, which are blocks of one
+BLOCKS = "\n\n"  # between adjacent texts, which are blocks of one text
 
 
 def read_parts(content: object, image: Callable[[str, str], Image], where: str, tokens: bool = False) -> list[Any]:
-    """Parts of a list, or of a text alone: TextPart, what `image` makes of a reference, TokensPart.
+    """Reads a text or a list of parts: TextPart, the result of `image` for an image's reference, TokensPart.
 
     Args:
         content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys
-            of a part ("alt") are not read.
-        image: called with the reference to an image and where it stands.
-        tokens: whether ids may stand among them.
+            of a part ("alt") are ignored.
+        image: called with the reference to an image and its place in the JSON.
+        tokens: whether parts may be ids.
 
-    Texts side by side are joined by a blank line.
+    Adjacent texts are joined by a blank line.
 
     Raises:
-        DocumentError: content or a part is of no kind.
+        DocumentError: the content, or a part of it, has no valid form.
     """
     if isinstance(content, str):
         check_text(content, where)
@@ -95,14 +96,13 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
 def read_messages(
     messages: object, image: Callable[[str, str], Image], where: str = "messages", tokens: bool = False
 ) -> list[tuple[Speaker, list[Any], bool | None]]:
-    """(speaker, parts, trained) of each turn of a conversation; trained: whether it is learned, None: as its speaker's
-    are.
+    """(speaker, parts, trained) for each turn of a conversation. trained: whether it is learned; None: decided by its
+    speaker.
 
-    Successive messages of one role are one turn. If the assistant speaks first, an empty turn of the user is put before
-    it.
+    Successive messages of one role become one turn. If the assistant speaks first, an empty user turn is put before.
 
     Raises:
-        DocumentError: it is no list of messages.
+        DocumentError: the value is not a list of messages.
     """
     if not isinstance(messages, list) or not messages:
         raise DocumentError("bad_row", f"{where}: expected a list of at least one message, found {messages!r:.80}")
@@ -139,10 +139,10 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
 
     Args:
         row: one parsed line.
-        load_image: reads an image by its reference to uint8 [H, W, 3]; what it raises passes through.
+        load_image: takes a reference and returns the image, uint8 [H, W, 3]; its exceptions are not caught.
 
     Raises:
-        DocumentError: the row is of no kind or of two, a field has a wrong type, or the document is invalid.
+        DocumentError: the row matches no kind or two kinds, a field has a wrong type, or the document is invalid.
     """
     if not isinstance(row, Mapping):
         raise DocumentError("bad_row", f"expected an object, found {type(row).__name__}")
@@ -192,7 +192,7 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
 
 
 def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> list[Turn]:
-    """What is asked, the chosen answer, and the rejected one."""
+    """The question, the chosen answer, and the rejected answer."""
     if others := sorted(KEYS & row.keys() - {"id", "prompt", "messages", *ANSWERS}):
         raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found {others[0]} beside")
     if missing := [key for key in ANSWERS if key not in row]:
@@ -211,7 +211,7 @@ def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) 
 
 
 def is_conversation(value: object) -> bool:
-    """Whether it is a list of messages, of one at least."""
+    """Whether the value is a list of at least one message."""
     said = isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
     return said and all("role" in each or "from" in each for each in value)  # type: ignore[attr-defined]
 
@@ -219,14 +219,13 @@ def is_conversation(value: object) -> bool:
 def parted(
     asked: Mapping[str, Any], said: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked, and the answers, of a pair whose two answers are conversations that differ in their last messages
-    alone.
+    """The question and the two answers of a pair. Its answers are conversations that differ only in the last message.
 
-    asked: "prompt" and "messages" beside them. If the conversations have more than one message, they contain what was
-    asked. A prompt that is one of their texts, or messages that equal one of the two, may stand beside them and repeat
-    it.
+    asked: the row's "prompt" and "messages". If the conversations have more than one message, they contain the
+    question. The row may then repeat it: as a prompt that is one of their texts, or as messages that equal one of the
+    two.
 
-    Raises DocumentError: messages before the last differ ("bad_row"), or more is asked beside ("two_prompts").
+    Raises DocumentError: messages before the last differ ("bad_row"), or `asked` has another question ("two_prompts").
     """
     chosen, rejected = (list(said[key]) for key in ANSWERS)
     if chosen[:-1] != rejected[:-1]:
@@ -286,15 +285,15 @@ def _segments(segments: object, prompt: int | None, image: Callable[[str, str], 
 
 
 def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]) -> dict[str, object]:
-    """A row for a JSONL file; the inverse of `document_from_json`.
+    """A document as a row of a JSONL file. The inverse of `document_from_json`.
 
     Args:
         document: text and images (ImagePart; codes have to be decoded first).
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: the document is invalid or has codes in it; it has no turns, and either no parts or a value of
-        `trained`; a key of `meta` is one that the row needs.
+        DocumentError: the document is invalid; it has codes; it has no turns, and either no parts or a value of
+        `trained`; or a key of `meta` is one that the row needs.
     """
     document.check()
     if document.rejected is not None:
@@ -329,7 +328,7 @@ def _preference_row(document: Document, save_image: Callable[[np.ndarray], str])
 
 
 def _named(document: Document) -> dict[str, Json]:
-    """The name and what travels along."""
+    """The document's name and its `meta`."""
     taken = sorted(KEYS & document.meta.keys())
     if taken:
         raise DocumentError("bad_row", f"meta key {taken[0]!r} is a field of the row itself: rename it")
@@ -337,7 +336,7 @@ def _named(document: Document) -> dict[str, Json]:
 
 
 def write_parts(parts: Sequence[Part], save_image: Callable[[np.ndarray], str]) -> list[dict[str, str]]:
-    """Parts as `read_parts` reads them. Raises DocumentError for codes."""
+    """Parts in the form that `read_parts` reads. Raises DocumentError for codes."""
     out = []
     for i, part in enumerate(parts):
         if isinstance(part, TextPart):

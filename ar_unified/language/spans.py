@@ -1,4 +1,4 @@
-"""What may come next, as ranges of ids: a few numbers for each position, where a mask would need one for every id.
+"""What may come next, as ranges of ids: a few numbers per position, while a mask would need one per id.
 
 Axes: B rows, K ranges.
 """
@@ -12,16 +12,15 @@ from ar_unified.language.automaton import Automaton, State
 
 
 def spans(automaton: Automaton, state: State) -> jax.Array:
-    """int32 [B, K, 2]: the ids that `Automaton.allowed` allows, as ranges: the first id, and one past the last. Empty
-    ranges allow nothing; ranges may overlap.
+    """int32 [B, K, 2]: the ids that `Automaton.allowed` allows, as ranges [first id, one past the last]. Empty ranges
+    allow nothing; ranges may overlap.
     """
     found = automaton.choices(state)
 
     def one(id: jax.Array, there: jax.Array) -> list[jax.Array]:
         return [id, id + there.astype(jnp.int32)]
 
-    # If the forbidden id lies inside the range, there are two ranges, one on each side of it; else the range and an
-    # empty one.
+    # If the forbidden id is inside the range, the result is the two ranges around it; else the range and an empty one.
     inside = (found.never >= found.low) & (found.never < found.high)
     between = jnp.where(inside, found.never, found.high)
     ranges = [[found.low, between], [jnp.where(inside, found.never + 1, found.high), found.high]]

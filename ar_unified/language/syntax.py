@@ -1,8 +1,8 @@
-"""A layout in ids and lengths: how images of one vocabulary are written, by arithmetic alone.
+"""A layout as ids and lengths: how the images of one vocabulary are written, computed by arithmetic only.
 
     open (header: size of height, of width) start (row [row_end])*h close
 
-Axes: `h` `w` rows of an image and codes of a row; numbers of them are ints or (traced) integer arrays.
+Axes: `h` `w` rows of an image and codes of a row; both are ints or (traced) integer arrays.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 from ar_unified.language.layouts import LAYOUTS, Decimal, Layout, Mark, SizeTokens, Text
 from ar_unified.language.vocabulary import Role, Vocabulary
 
-SOFTMAXES = ("joint", "by_side")  # one over all ids | one over those of text and one over those of images
+SOFTMAXES = ("joint", "by_side")  # one over all ids | one over text ids and one over image ids
 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """A layout and the sizes it is used for.
+    """A layout and the image sizes that it is used for.
 
     Attributes:
         kind: its name in `LAYOUTS`.
-        height, width: rows of an image and codes of a row; exactly, or at most where images say their size.
-        depth: codes a position; they stand side by side in a row, so width is a multiple of it.
+        height, width: rows of an image and codes of a row; these are maxima if images state their size.
+        depth: codes per position. They are neighbours in a row, so width is a multiple of depth.
     """
 
     kind: str
@@ -53,12 +53,12 @@ class ImageLayout:
 
     @property
     def sized(self) -> bool:
-        """Whether images say their size."""
+        """Whether images state their size."""
         return self.record.size is not None
 
     @property
     def units(self) -> tuple[int, int]:
-        """Codes in a unit of height and of width, which a size counts."""
+        """Codes in a unit of height and in a unit of width; sizes are in units."""
         unit = self.record.size.unit if isinstance(self.record.size, SizeTokens) else 1
         return unit, unit * self.depth
 
@@ -69,20 +69,20 @@ class ImageLayout:
 
     @property
     def size_tokens(self) -> int:
-        """How many a vocabulary needs."""
+        """How many size tokens a vocabulary needs."""
         return max(self.most) if isinstance(self.record.size, SizeTokens) else 0
 
     @property
     def row_ends(self) -> tuple[int, int]:
-        """(a, b): each row is followed by `a` ids, and `b` rows are not; 0 or 1 each."""
+        """(a, b): `a` ids follow each row, except after `b` rows; both are 0 or 1."""
         return int(self.record.rows != "none"), int(self.record.rows == "between")
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
-        """The first id on the side of images, if text and images have a softmax each; None: one softmax over all ids. A
-        mean of the loss by side (`TransformerTask.mean_split`) has the same sides.
+        """The first id on the image side, if text and images have separate softmaxes; None: one softmax over all ids. A
+        mean of the loss per side (`TransformerTask.mean_split`) uses the same sides.
 
-        On that side are the image codes, ids behind them, and controls from the record's `image_side` on; text, all
-        other controls and size tokens are on the side of text. Raises ValueError for an unknown softmax.
+        The image side has the image codes, the ids after them, and the controls from the record's `image_side` on.
+        Text, all other controls and size tokens are on the text side. Raises ValueError for an unknown softmax.
         """
         if softmax not in SOFTMAXES:
             raise ValueError(f"softmax: expected one of {', '.join(SOFTMAXES)}; found {softmax!r:.40}")
@@ -92,23 +92,23 @@ class ImageLayout:
         return vocabulary.control(first) if first else vocabulary.image_offset
 
     def body(self, height: Any, width: Any) -> Any:
-        """Codes and row ends of an image."""
+        """Number of codes and row ends of an image."""
         end, fewer = self.row_ends
         return height * (width + end) - fewer
 
     def digits(self, count: Any) -> Any:
-        """Decimal digits of a number of units, at least 1."""
+        """Number of decimal digits of a number of units, at least 1."""
         return 1 + sum((count >= 10**k) * 1 for k in range(1, len(str(max(self.most)))))
 
     def header(self, height: Any, width: Any) -> Any:
-        """Ids that say a size."""
+        """Number of ids that state a size."""
         if not isinstance(self.record.size, Decimal):
             return 2 if self.sized else 0
         rows, columns = self.units
         return self.digits(height // rows) + 1 + self.digits(width // columns)
 
     def block(self, height: Any, width: Any) -> Any:
-        """Ids of an image; a mark that is spelled counts as one (`Syntax.block` knows)."""
+        """Number of ids of an image; a mark that is text counts as one (`Syntax.block` is exact)."""
         around = 1 + len(self.record.start) + len(self.record.close)
         return around + self.header(height, width) + self.body(height, width)
 
@@ -122,12 +122,12 @@ def vocabulary_for(
 
 
 def fixed_grid(height: int, width: int) -> ImageLayout:
-    """Every image has height x width codes, written without sizes or row ends."""
+    """For images of exactly height x width codes, written without sizes or row ends."""
     return ImageLayout("grid", height, width)
 
 
 def sized_rows(max_height: int, max_width: int, depth: int = 1) -> ImageLayout:
-    """Images of any size up to max_height x max_width codes, which say their size and end every row."""
+    """For images of up to max_height x max_width codes, which state their size and end every row."""
     return ImageLayout("rows", max_height, max_width, depth)
 
 
@@ -139,10 +139,10 @@ class Syntax:
     """An image layout with the ids of one vocabulary and text tokenizer. Hashable: a static jit argument.
 
     Attributes:
-        open: ids that begin an image: a control token, or pieces of text (`spelled`), of which the last begins it.
-        digits: pieces of 0..9, and separator, where sizes are decimal; else () and -1.
-        start, close: ids before the first code, and behind the last. row_end: -1 for none.
-        end: of an answer and of a document.
+        open: ids that begin an image: a control token, or text pieces (`spelled`), of which the last begins the image.
+        digits, separator: if sizes are decimal, the pieces for 0..9 and the separator; else () and -1.
+        start, close: ids before the first code, and after the last. row_end: -1 for none.
+        end: ends an answer and a document.
     """
 
     vocabulary: Vocabulary
@@ -157,9 +157,9 @@ class Syntax:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, layout: ImageLayout, encode: Callable[[str], Sequence[int]]) -> Syntax:
-        """`encode` spells the marks that are text.
+        """`encode` gives the ids of the marks that are text.
 
-        Raises ValueError: a control or size token is missing, or the text tokenizer has no one piece for a digit.
+        Raises ValueError: a control or size token is missing, or the text tokenizer has no single piece for a digit.
         """
         record = layout.record
 
@@ -204,25 +204,25 @@ class Syntax:
     # ---- lengths -------------------------------------------------------------------------------------------------
 
     def block(self, height: Any, width: Any) -> Any:
-        """Length of an image from the first id of `open` to the last of `close`."""
+        """Length of an image, from the first id of `open` to the last id of `close`."""
         return len(self.open) + self.layout.header(height, width) + self.rest(height, width)
 
     def rest(self, height: Any, width: Any) -> Any:
-        """Length of an image without its header and all before that."""
+        """Length of an image after its header."""
         return len(self.start) + self.layout.body(height, width) + len(self.close)
 
     def code_at(self, index: int, height: int, width: int) -> int:
-        """The place in the block of code `index`, counted row by row; index h * w gives the place of `close`."""
+        """The place in the block of code number `index`, row by row. Index h * w gives the place of `close`."""
         end, fewer = self.layout.row_ends
         rows = index // width
         if index == height * width:
-            rows -= fewer  # no row end behind the last
+            rows -= fewer  # no row end after the last
         return len(self.open) + self.layout.header(height, width) + len(self.start) + index + rows * end
 
     # ---- ids -----------------------------------------------------------------------------------------------------
 
     def size(self, height: int, width: int) -> list[int]:
-        """The ids that say a size."""
+        """The ids that state a size."""
         if not self.layout.sized:
             return []
         counts = [side // unit for side, unit in zip((height, width), self.layout.units, strict=True)]
@@ -232,7 +232,7 @@ class Syntax:
         return [*first, self.separator, *second]
 
     def write(self, codes: np.ndarray) -> tuple[np.ndarray, bytes]:
-        """An image of codes int32 [h, w]: its ids int32 [n], and the Role of each by its place, n bytes."""
+        """The ids, int32 [n], of an image with codes int32 [h, w], and the Role of each id by its place, n bytes."""
         ids, where, roles = self._frame(*codes.shape)
         ids = ids.copy()
         ids[where] = codes.reshape(-1) + self.vocabulary.image_offset
@@ -240,11 +240,11 @@ class Syntax:
 
     @cached_property
     def _frames(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray, bytes]]:
-        """What `_frame` has made."""
+        """Results of `_frame`, by size."""
         return {}
 
     def _frame(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray, bytes]:
-        """An image without its codes: ids, where the codes stand in them, and roles."""
+        """An image without its codes: the ids, the places of the codes in them, and the roles."""
         if (height, width) in self._frames:
             return self._frames[height, width]
         end, fewer = self.layout.row_ends

@@ -1,4 +1,4 @@
-"""Turns in a row: the ids that a layout writes around them; and, when ids are read, which turn each part belongs to."""
+"""Sequences of turns: the ids that a layout writes around them, and how parts are assigned to turns in reading."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ar_unified.language.layouts import TurnFrames, TurnMarks, TurnTemplate
 
 
 class Around(NamedTuple):
-    """The ids around parts: before the first turn, in front of a turn in a frame, behind a question, behind an answer,
-    behind all."""
+    """The ids around parts: before the first turn, before a framed turn, after a question, after an answer, after
+    everything."""
 
     begin: list[int]
     open: list[int]
@@ -26,7 +26,7 @@ Pieces = Iterable[list[int] | Part]
 def arranged(
     turns: Sequence[Turn], told: TurnMarks | TurnTemplate | TurnFrames, around: Around
 ) -> Iterator[tuple[Turn, Pieces]]:
-    """Each turn with its parts in order, and with the texts and ids that the layout writes around them."""
+    """Each turn, with its parts in order and the texts and ids that the layout writes around them."""
     if turns[0].speaker == "document" or isinstance(told, TurnMarks):
         asks_all = isinstance(told, TurnMarks)
         yield from ((turn, _marked(turn, not i, asks_all, around)) for i, turn in enumerate(turns))
@@ -41,7 +41,7 @@ def arranged(
 
 
 def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator[list[int] | Part]:
-    """asks_all: whether the system's turn ends like a question, too."""
+    """asks_all: whether the system's turn also ends like a question."""
     if first:
         yield around.begin
     yield from turn.parts
@@ -52,7 +52,7 @@ def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator
 
 
 def _framed(turn: Turn, first: bool, frames: TurnFrames, around: Around) -> Iterator[list[int] | Part]:
-    """The ids in front of an answer count as the question's."""
+    """The ids before an answer belong to the question."""
     parts = turn.parts
     if turn.speaker != "assistant":
         if not first:
@@ -75,9 +75,7 @@ def _spelled(turn: Turn, template: TurnTemplate) -> Turn:
 
 
 def answered(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[Turn]:
-    """A question and its answer, with a system's turn first if there are two turns before the answer; or an answer
-    alone.
-    """
+    """A question and its answer, or only an answer. If two turns come before the answer, the first is the system's."""
     if not asked:
         return [Turn("document", answer)]
     system = [Turn("system", asked[0])] if len(asked) > 1 else []
@@ -85,7 +83,8 @@ def answered(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> lis
 
 
 def counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
-    """Turns that all end alike: a single one has no speaker; if their number is odd, the system says the first."""
+    """Turns that all end with the same id. A single turn has no speaker; if their number is odd, the first is the
+    system's."""
     if len(said) == 1:
         return [Turn("document", said[0])]
     odd = len(said) % 2
@@ -95,7 +94,7 @@ def counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
 
 
 def joined_texts(parts: Sequence[Part], between: str = "") -> tuple[Part, ...]:
-    """Parts with texts side by side made one."""
+    """The parts, with adjacent texts joined into one."""
     out: list[Part] = []
     for part in parts:
         if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):

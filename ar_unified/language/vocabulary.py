@@ -1,8 +1,8 @@
-"""The one id space and the manifest that ties every artefact to it.
+"""The single id space, and the manifest that ties every artefact to it.
 
     [ text pieces | control tokens | size tokens 1..size_tokens | image codes | rest ], padded to a multiple of 128
 
-A token's role follows from the range its id lies in: roles need no table and work inside a traced function.
+The range of an id decides its role, so roles need no table and work inside a traced function.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from ar_unified.manifests import Json, ManifestMismatch, require_same
 
 VERSION = 2
-CONTROLS = ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")  # of our own layouts; eot ends a turn that is answered
-_ALIGNMENT = 128  # so that the logits' last axis tiles and shards evenly
+CONTROLS = ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")  # of our own layouts; eot ends a question
+_ALIGNMENT = 128  # the logits' last axis then tiles and shards evenly
 
 
 class Role(IntEnum):
-    """What a token is for. Loss weights and metrics are per role; PAD has neither."""
+    """What a token is used for. Each role has its own loss weight and metrics; PAD has neither."""
 
     PAD = 0
     TEXT = 1
@@ -33,19 +33,20 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes of the ranges, and hashes of the two tokenizers they belong to. Hashable: a static jit argument.
+    """Sizes of the ranges, and hashes of the two tokenizers that they belong to. Hashable: a static jit argument.
 
     Attributes:
-        text_size: number of text pieces; their ids are those of the text tokenizer, 0..text_size-1.
-        codebook_size: number of image codes; 0: text alone.
-        size_tokens: how many there are; token n says a side of n units (`layouts.SizeTokens`). 0 for layouts without.
-        text_hash, image_hash: of the tokenizers ("" where there is none yet).
+        text_size: number of text pieces; they keep the ids of the text tokenizer, 0..text_size-1.
+        codebook_size: number of image codes; 0: only text.
+        size_tokens: number of size tokens; token n means a side of n units (`layouts.SizeTokens`). 0 if the layout has
+            none.
+        text_hash, image_hash: hashes of the tokenizers ("" if there is none yet).
         controls: names of the control tokens, in order; "pad", "bos" and "eos" among them.
-        rest: how many ids behind the image codes are never written but take part in the softmax, such as ids of a
-        published table that its tokenizer never gives. None: as many as fill the padded width.
+        rest: how many ids after the image codes are never written but take part in the softmax, such as ids of a
+        published table that its tokenizer never produces. None: as many as fill the padded width.
 
     Raises:
-        ValueError: a size out of range, a control twice, or one of the three missing.
+        ValueError: a size is out of range, a control occurs twice, or one of these three is missing.
     """
 
     text_size: int
@@ -65,7 +66,7 @@ class Vocabulary:
             raise ValueError(f"controls: expected pad, bos, eos and others, each once; found {self.controls}")
 
     def control(self, name: str) -> int:
-        """The id of a control token. Raises ValueError, naming those there are."""
+        """The id of a control token. Raises ValueError with a list of those that exist."""
         if name not in self.controls:
             raise ValueError(f"this vocabulary has no control token {name!r}, only {', '.join(self.controls)}")
         return self.text_size + self.controls.index(name)
@@ -81,7 +82,7 @@ class Vocabulary:
 
     @property
     def size_offset(self) -> int:
-        """Id of the size token that says 1."""
+        """Id of the size token for 1."""
         return self.text_size + len(self.controls)
 
     @property
@@ -91,12 +92,12 @@ class Vocabulary:
 
     @property
     def rest_offset(self) -> int:
-        """Id behind the last image code."""
+        """Id after the last image code."""
         return self.image_offset + self.codebook_size
 
     @property
     def used(self) -> int:
-        """Number of ids that have a probability. The head's rows behind them are padding."""
+        """Number of ids that have a probability. The rows of the head after these are padding."""
         return self.size if self.rest is None else self.rest_offset + self.rest
 
     @property
@@ -105,21 +106,21 @@ class Vocabulary:
         return -(-(self.rest_offset + (self.rest or 0)) // _ALIGNMENT) * _ALIGNMENT
 
     def role(self, ids: Any) -> Any:
-        """The Role of every id, int32 of the same shape; numpy in, numpy out; traced jax arrays likewise.
+        """The Role of every id, int32 of the same shape. Takes numpy or (traced) jax arrays and returns the same kind.
 
-        It sees the id alone, so digits that spell a size are TEXT here; `Encoded.roles` gives SIZE. Ids
-        that nothing writes (negative, rest, beyond the end) have role PAD.
+        It sees only the id, so digits of a size are TEXT here, while `Encoded.roles` gives SIZE. Ids that are never
+        written (negative, rest, beyond the end) have role PAD.
         """
 
         def inside(role: Role) -> Any:
             there = self.ids(role)
             return (ids >= there.start) & (ids < there.stop) & (ids != self.pad)
 
-        # The ranges are disjoint, so a sum picks the range that the id lies in.
+        # The ranges are disjoint, so a sum selects the range of the id.
         return sum(inside(role).astype(np.int32) * np.int32(role) for role in Role if role != Role.PAD)
 
     def ids(self, role: Role) -> range:
-        """All ids of a role. PAD has one id, which lies among the control tokens."""
+        """All ids of a role. PAD has one id, which is a control token."""
         offsets = (0, self.control_offset, self.size_offset, self.image_offset, self.rest_offset)
         return range(self.pad, self.pad + 1) if role == Role.PAD else range(offsets[role - 1], offsets[role])
 
@@ -136,7 +137,7 @@ class Vocabulary:
         return f"id {token}, which nothing writes"
 
     def manifest(self) -> dict[str, Json]:
-        """Everything two artefacts must agree on, as JSON values. `Grammar.manifest` adds to it."""
+        """Everything that two artefacts must agree on, as JSON values. `Grammar.manifest` adds to it."""
         return {
             "version": VERSION,
             "text_size": self.text_size,
@@ -158,10 +159,10 @@ class Vocabulary:
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Vocabulary:
-        """The vocabulary a manifest describes.
+        """The vocabulary that a manifest describes.
 
         Raises:
-            ManifestMismatch: a field is missing, or this version would assign other ids than the manifest says.
+            ManifestMismatch: a field is missing, or this version would assign ids that differ from the manifest's.
         """
         fields = ("text_size", "codebook_size", "size_tokens", "text_hash", "image_hash")
         for name in (*fields, "controls", "used", "size"):

@@ -1,11 +1,11 @@
 """The transformer: ids [B, T] -> hidden states [B, T, D] -> losses or logits, on one device or a mesh.
 
-config.py        its shape, and the presets by name
+config.py        the shape of a transformer, and the presets by name
 transformer.py   parameters, blocks, KV cache, head
-attention.py     the door to the kernels; context.py for rows that lie over several devices
-embedding.py     the lookup in a table that a mesh has cut
-loss.py          cross-entropy that never holds all logits
-code_vectors.py  where the rows of image codes begin
+attention.py     calls the attention kernels; context.py does so for rows that are split over several devices
+embedding.py     the lookup in a table that is split over a mesh
+loss.py          cross-entropy that never stores all logits
+code_vectors.py  the initial rows of image codes
 
-It knows of ids, positions and documents' borders, and nothing of what the ids say.
+It knows ids, positions and the borders of documents, but not the meaning of ids.
 """

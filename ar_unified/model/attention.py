@@ -1,7 +1,8 @@
-"""The door from the transformer to the attention kernels: each device of the mesh runs them on its part.
+"""Calls the attention kernels for the transformer: each device of the mesh runs them on its part.
 
-The compiler (GSPMD) cannot split a Pallas kernel, so the split is written here: rows are cut by batch, heads by tensor,
-and the sequence by context (model/context.py). Without a mesh in scope (`jax.set_mesh`) the kernels are simply called.
+The compiler (GSPMD) cannot split a Pallas kernel, so the split is written here: rows over the batch axes, heads over
+tensor, and the sequence over context (model/context.py). Without a mesh in scope (`jax.set_mesh`) the kernels are
+called directly.
 
 B batch, T query position, S key position, N query heads, K KV heads, H head dim.
 """
@@ -19,7 +20,7 @@ from ar_unified.model import context as contexts
 from ar_unified.model.cache import AXES, Layer
 from ar_unified.parallel.rules import spec
 
-FEW = 8  # positions of a row that are decoded at once, at most; more are a prompt
+FEW = 8  # most positions of a row decoded at once; more are a prompt
 
 
 def attend_to_documents(
@@ -30,13 +31,14 @@ def attend_to_documents(
     backend: str = "auto",
     context: str = "gather",
 ) -> jax.Array:
-    """Attention of each position of packed rows to its own document up to itself: [B, T, N, H].
+    """Attention in packed rows, [B, T, N, H]: each position sees its own document up to itself.
 
     Args:
-      query: [B, T, N, H], rotated.  key, value: [B, T, K, H].  doc_start: int32 [B, T]; T on padding. Where the mesh
-        cuts sequences, all in the order of parallel/zigzag.py; doc_start still counts in the sequence's.
-      backend: of kernels.backend.BACKENDS.
-      context: how a device sees the keys of others, "gather" or "ring".
+      query: [B, T, N, H], rotated.  key, value: [B, T, K, H].  doc_start: int32 [B, T]; T on padding. If the mesh
+        splits sequences, all are in the order of parallel/zigzag.py, but the values of doc_start count in sequence
+        order.
+      backend: one of kernels.backend.BACKENDS. context: how a device gets the keys of other devices, "gather" or
+      "ring".
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -51,7 +53,7 @@ def attend_to_documents(
             return way(backend, query, key, value, doc_start)
         return attention(query, key, value, doc_start=doc_start, backend=backend)
 
-    # check_vma=False: what a kernel does to replication is not known to JAX.
+    # check_vma=False: JAX does not know what a kernel does to replication.
     return jax.shard_map(part, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         query, key, value, doc_start
     )
@@ -61,8 +63,8 @@ def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: s
     """Attention over a cache in which slot s holds the key of position s: [B, T, N, H].
 
     Args:
-      query: [B, T, N, H], rotated, of the positions start[b] .. start[b] + T - 1; each sees the slots up to its own.
-      cache: of model/cache.py, with the keys and values of the queries already in it.
+      query: [B, T, N, H], rotated, at the positions start[b] .. start[b] + T - 1; each sees the slots up to its own.
+      cache: as in model/cache.py; it already has the keys and values of the queries' positions.
       start: int32 [B].
       backend: as above.
     """
@@ -90,7 +92,7 @@ def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: s
 
 
 def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array:
-    """x with each KV head, on `axis`, repeated so often that each of `ways` devices has a whole one: mostly once."""
+    """Repeats the KV heads of x along `axis`, if needed, so that each of `ways` devices has a whole head."""
     times = ways // math.gcd(x.shape[axis], ways)
     if query_heads % (x.shape[axis] * times):
         raise ValueError(

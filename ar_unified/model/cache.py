@@ -1,4 +1,4 @@
-"""Makes the KV cache and writes it in place; each device of the mesh has its own rows and heads.
+"""Makes the KV cache and updates it in place; each device of the mesh has its own rows and heads.
 
 B batch, T position, S cache slot, N query heads, K KV heads, H head dim.
 """
@@ -15,21 +15,21 @@ from ar_unified.kernels.decode_attention import quantize
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.rules import spec
 
-# Keys and values [B, K, S, H]; in an int8 cache also the scale of each, float32 [B, K, 1, S].
+# Keys and values [B, K, S, H]; an int8 cache also has the scale of each, float32 [B, K, 1, S].
 Layer = tuple[jax.Array, ...]
-Cache = tuple[Layer, ...]  # of each layer
-AXES = ("batch", "kv_heads", None, None)  # logical, of every array
+Cache = tuple[Layer, ...]  # per layer
+AXES = ("batch", "kv_heads", None, None)  # logical, for every array
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
     """An empty cache of `length` positions for `batch` rows, in the compute dtype unless told otherwise.
 
-    dtype "int8": half the bytes of bfloat16; each vector is rounded by its own scale (kernels/decode_attention).
+    dtype "int8" needs half the bytes of bfloat16; each vector is rounded with its own scale (kernels/decode_attention).
     """
     shape = (batch, config.n_kv_heads, length, config.head_dim)
     dtype = jnp.dtype(dtype or config.dtype)
     scales = (jnp.zeros((*shape[:2], 1, length)),) * 2 if dtype == jnp.int8 else ()
-    # Arrays of their own: a buffer that two share cannot be donated.
+    # Separate arrays, because a buffer that two of them share cannot be donated.
     return tuple(
         tuple(jnp.array(x) for x in (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales))
         for _ in range(config.n_layers)
@@ -37,7 +37,7 @@ def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = 
 
 
 def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, backend: str = "auto") -> Layer:
-    """A layer's cache with T more positions of each row, from start[b] on; those beyond its end are not written.
+    """A layer's cache with T more positions in each row, from start[b] on. Positions beyond its end are not written.
 
     Args:
       key, value: [B, T, K, H].  start: int32 [B].
@@ -69,9 +69,9 @@ def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, b
 
 
 def with_rows(layer: Layer, rows: jax.Array, key: jax.Array, value: jax.Array) -> Layer:
-    """A layer's cache in which rows int32 [M] begin with the slots of key and value [M, K, S', H], S' <= S.
+    """A layer's cache after copying key and value [M, K, S', H], S' <= S, to the first slots of `rows`, int32 [M].
 
-    Rows beyond the last are dropped.
+    Row numbers beyond the last row are ignored.
     """
     length = key.shape[2]
     new = tuple(x if x.ndim == 4 else x[:, :, None] for x in _as_kept(layer, key, value))
@@ -82,12 +82,12 @@ def with_rows(layer: Layer, rows: jax.Array, key: jax.Array, value: jax.Array) -
 
 
 def slots_of(layer: Layer, slots: slice) -> Layer:
-    """Some slots of all rows."""
+    """Copies some slots of all rows."""
     return tuple(x[:, :, slots] if i < 2 else x[..., slots] for i, x in enumerate(layer))
 
 
 def with_slots(layer: Layer, slots: slice, kept: Layer) -> Layer:
-    """A layer's cache with those slots set back to what `slots_of` gave."""
+    """A layer's cache with the slots restored from the result of `slots_of`."""
     return tuple(
         (old.at[:, :, slots] if i < 2 else old.at[..., slots]).set(x)
         for i, (old, x) in enumerate(zip(layer, kept, strict=True))
@@ -95,7 +95,7 @@ def with_slots(layer: Layer, slots: slice, kept: Layer) -> Layer:
 
 
 def _as_kept(layer: Layer, key: jax.Array, value: jax.Array) -> Layer:
-    """Keys and values [..., H] in the cache's dtype, and the scales [...] of int8 ones."""
+    """Keys and values [..., H] in the cache's dtype, and for int8 their scales [...]."""
     if layer[0].dtype == jnp.int8:
         (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
         return key, value, key_scale, value_scale

@@ -1,11 +1,10 @@
-"""The first values of the rows of image codes, in the embedding and in the head: similar for codes with similar
-vectors.
+"""Initial values for the rows of image codes in the embedding and the head: codes with similar vectors get similar
+rows.
 
-The number of a code says nothing, but its image tokenizer has a vector for it. A transformer that starts from random
-rows has to learn from its data which codes are neighbours. Here the rows say so from the start, and training may change
-them.
+The number of a code has no meaning, but its image tokenizer has a vector for it. A transformer with random rows must
+learn from its data which codes are similar. These rows show it from the start, and training may change them.
 
-K codes, C numbers in a code's vector, V vocabulary, D model.
+K codes, C length of a code's vector, V vocabulary, D model.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ import numpy as np
 
 from ar_unified.tensors import Params
 
-CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # how they may begin; the last in `extended_tables` alone
+CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # initial rows; the last only in `extended_tables`
 
 
 def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:
-    """`transformer.init`'s parameters with other rows offset ... offset + K - 1 in "embedding" and, untied, in "head".
+    """The parameters of `transformer.init` with new rows offset ... offset + K - 1 in "embedding" and, if untied, in
+    "head".
 
-    Both get the same features, as large as init would have made them. Jittable.
+    Both tables get the same features, scaled as in `transformer.init`. Jittable.
 
     Args:
       vectors: f32 [K, C], as `ImageTokenizer.vectors()` returns them.
@@ -41,18 +41,19 @@ def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax
 def extended_tables(
     params: Params, rows: np.ndarray, text_size: int, codes: range, how: str, vectors: jax.Array | None, key: jax.Array
 ) -> Params:
-    """Parameters of a language model with new rows in its tables. The new rows begin around the mean of its text rows.
+    """The parameters of a language model with new rows in its tables. The new rows start near the mean of its text
+    rows.
 
-    A new id is then as likely as an average text piece, and not as likely as a logit of 0 makes it (Hewitt,
-    "Initializing new word embeddings for pretrained language models", 2021). If the new rows are not all equal to the
-    mean, they differ from it as much as the rows of text do. Jittable.
+    A new id is then as likely as an average text piece; with rows of zeros it would have a logit of 0 (Hewitt,
+    "Initializing new word embeddings for pretrained language models", 2021). New rows that are not equal to the mean
+    differ from it as much as the text rows do. Jittable.
 
     Args:
-      params: f32, with "embedding" and, untied, "head" [V_old, D].
-      rows: int32 [V], for each row the number of the old row that it keeps, or -1.
-      codes: the rows of image codes. text_size: of the old tables, the rows of text, which are the first.
-      how: of CODE_EMBEDDING_INITS, for image codes: "mean", "random" about it, or "codebook": features of `vectors`,
-        f32 [K, C], about it. Other new rows are the mean.
+      params: f32, with "embedding" and, if untied, "head" [V_old, D].
+      rows: int32 [V], the number of the old row that each row keeps, or -1.
+      codes: the rows of image codes. text_size: number of text rows in the old tables, which are the first rows.
+      how: one of CODE_EMBEDDING_INITS, for image codes: "mean", "random" (mean plus noise), or "codebook" (mean plus
+        features of `vectors`, f32 [K, C]). All other new rows are the mean.
     """
     features_key, *keys = jax.random.split(key, 3)
     known = jnp.asarray(rows >= 0)[:, None]
@@ -74,11 +75,11 @@ def extended_tables(
 
 
 def random_features(vectors: jax.Array, width: int, key: jax.Array) -> jax.Array:
-    """f32 [K, C] -> f32 [K, width], of mean square 1: two rows' product / width is about exp(-distance^2 / 2).
+    """f32 [K, C] -> f32 [K, width], with mean square 1. The product of two rows / width is about exp(-distance^2 / 2).
 
-    Distances are those of the vectors in units of the codebook's radius, the root of their mean squared length about
-    their mean, so that two codes at random are about sqrt(2) apart. Random Fourier features: Rahimi & Recht, "Random
-    features for large-scale kernel machines", 2007.
+    Distances between vectors are in units of the codebook's radius (the root of the mean squared distance to their
+    mean), so that two random codes are about sqrt(2) apart. Random Fourier features: Rahimi & Recht, "Random features
+    for large-scale kernel machines", 2007.
     """
     centred = vectors - vectors.mean(axis=0)
     radius = jnp.sqrt(jnp.mean(jnp.sum(centred**2, axis=1)))

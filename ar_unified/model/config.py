@@ -28,25 +28,25 @@ class TransformerConfig:
       n_heads, n_kv_heads, head_dim: N, K and H; K divides N; H is even (RoPE turns pairs).
       d_mlp: F, the width of SwiGLU.
       rope_theta: base of the RoPE wavelengths.
-      norm_eps: added under every root of the norms, QK-norm included.
-      norm_placement: "pre": x + f(norm(x));  "swin": x + norm(f(x)) (Chameleon-34B). A last norm in both.
-      rope_scaling: "linear" or "llama3", how the wavelengths grow by rope_factor for longer texts (model/rope.py, which
-        says what rope_low, rope_high and rope_original_length are); "none": they do not.
+      norm_eps: added under the root in every norm, including QK-norm.
+      norm_placement: "pre": x + f(norm(x));  "swin": x + norm(f(x)) (Chameleon-34B). Both have a final norm.
+      rope_scaling: "linear" or "llama3": how rope_factor stretches the wavelengths for longer texts (model/rope.py,
+        which explains rope_low, rope_high and rope_original_length); "none": no change.
       norm_offset: added to the weights of the norms of the residual stream: 1 in Gemma.
       qk_norm: over head_dim, before RoPE. "layernorm" has a bias.
-      qk_norm_per_head: each head has weights of its own for it; else all share one set.
-      qkv_bias: of the projections to queries, keys and values.
-      activation: of the MLP's gate; gelu_tanh is GELU by its tanh approximation.
-      embedding_scale: what token vectors are multiplied with; the root of D in Gemma.
+      qk_norm_per_head: each head has its own weights for QK-norm; else all heads share one set.
+      qkv_bias: whether the projections to queries, keys and values have a bias.
+      activation: of the MLP's gate; gelu_tanh is the tanh approximation of GELU.
+      embedding_scale: token vectors are multiplied by it; sqrt(D) in Gemma.
       tie_embeddings: the output head is the embedding table.
-      dropout: rate on the embeddings and on the output of each residual branch; drawn only with a dropout key.
+      dropout: rate on the embeddings and on the output of each residual branch; active only with a dropout key.
       dtype: of the matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
-      scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
-      remat: what is kept of a layer for backward, and what is computed again: a name of model/remat.py's POLICIES, from
-        "none", which keeps all, to "offload", which leaves the least on the device.
-      attention: the backend of kernels/backend.py; "auto": the device's own kernel, or XLA where there is none.
-      context: only read on a mesh whose context axis cuts rows. "gather" collects a layer's keys and values on each
-        device, which waits least; "ring" passes them round, for rows whose keys would fill the memory.
+      scan_layers: compile one layer for all (short compile times, TPU); False unrolls the layers (faster on CPU).
+      remat: what backward keeps of a layer and what it computes again: a name in model/remat.py's POLICIES, from
+        "none", which keeps everything, to "offload", which leaves the least on the device.
+      attention: a backend of kernels/backend.py; "auto": the device's own kernel, or XLA if there is none.
+      context: only used if the mesh's context axis splits rows. "gather" collects a layer's keys and values on each
+        device and waits least; "ring" passes them round, for rows with more keys than fit in memory.
     """
 
     vocab_size: int
@@ -105,7 +105,7 @@ class TransformerConfig:
                 raise ValueError(f"model.{field}: expected more than 0; found {getattr(self, field)}")
 
     def _require_used(self) -> None:
-        """Raises ValueError for a field that is set but has no effect without another."""
+        """Raises ValueError for a field that is set but has no effect without another field."""
         read = _ROPE[self.rope_scaling]
         idle = {name: f"rope_scaling {self.rope_scaling!r}" for name in _ROPE["llama3"] if name not in read}
         if self.qk_norm == "none":
@@ -115,7 +115,7 @@ class TransformerConfig:
                 raise ValueError(f"model.{name}: expected {default} with {why}, which does not read it; found {found}")
 
 
-_ROPE: dict[str, tuple[str, ...]] = {  # what each rope_scaling reads
+_ROPE: dict[str, tuple[str, ...]] = {  # the fields that each rope_scaling uses
     "none": (),
     "linear": ("rope_factor",),
     "llama3": ("rope_factor", "rope_low", "rope_high", "rope_original_length"),
@@ -131,12 +131,12 @@ CHOICES = {
     "context": ("gather", "ring"),
 }
 
-# What a training or a machine chooses: weights are right with any of them.
+# Chosen for a training or a machine: weights are valid with any value.
 _RUNTIME = ("dropout", "scan_layers", "remat", "attention", "context", "dtype")
 
 
 def decisive(config: TransformerConfig) -> dict[str, Json]:
-    """The fields that the weights depend on: a bundle or an imported model has them all."""
+    """The fields that the weights depend on. A bundle or an imported model has all of them."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUNTIME}
 
 
@@ -157,9 +157,9 @@ _QWEN2_5_7B = _sizes(3584, 28, 28, 4, 128, 18944, qkv_bias=True, **_QWEN)
 _GEMMA: dict[str, Json] = dict(activation="gelu_tanh", norm_offset=1.0, norm_eps=1e-6, tie_embeddings=True, **_BIG)
 _GEMMA_7B = _sizes(3072, 28, 16, 16, 256, 24576, embedding_scale=3072**0.5, **_GEMMA)
 
-# Presets of published systems carry the size of their own vocabulary, which `config_from` replaces by yours.
+# Presets of published systems have the size of the published vocabulary; `config_from` replaces it by yours.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours, named after the parameters of their layers. 25m is the size of the CPU benchmark against transformers.
+    # Ours, named after the number of parameters in their layers. The CPU benchmark against transformers uses 25m.
     "debug": _sizes(32, 2, 4, 2, 8, 64),
     "2m": _sizes(192, 4, 6, 6, 32, 512, qk_norm="rmsnorm", tie_embeddings=True),
     "5m": _sizes(256, 6, 8, 8, 32, 704, qk_norm="rmsnorm", tie_embeddings=True),
@@ -167,26 +167,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "125m": _sizes(768, 12, 12, 12, 64, 2048, qk_norm="rmsnorm", dtype="bfloat16"),
     "350m": _sizes(1024, 24, 16, 16, 64, 2816, qk_norm="rmsnorm", **_BIG),
     "1b": _sizes(2048, 20, 16, 8, 128, 5632, qk_norm="rmsnorm", **_BIG),
-    # Chameleon (arXiv 2405.09818; facebookresearch/chameleon), which Anole is too: QK-norm has a vector for each head,
-    # as transformers' files have it. Lumina-mGPT's (Alpha-VLLM/Lumina-mGPT) have one for each of the shards that
-    # Chameleon was trained in: one in the 7B; four in the 34B, for 16 heads each.
+    # Chameleon and Anole (arXiv 2405.09818; facebookresearch/chameleon): QK-norm has a vector for each head, as in the
+    # files of transformers. Lumina-mGPT (Alpha-VLLM/Lumina-mGPT) has one for each shard that Chameleon was trained in:
+    # one in the 7B; four in the 34B, for 16 heads each.
     "chameleon_7b": _sizes(*_7B, **_CHAMELEON),
     "chameleon_34b": _sizes(*_34B, norm_placement="swin", **_CHAMELEON),
     "lumina_mgpt_7b": _sizes(*_7B, **_CHAMELEON | dict(qk_norm_per_head=False)),
     "lumina_mgpt_34b": _sizes(*_34B, norm_placement="swin", **_CHAMELEON),
-    # Emu3 (baaivision/Emu3, configuration_emu3.py). Emu3.5 has the shape of Qwen3-32B, and here its theta and eps.
+    # Emu3 (baaivision/Emu3, configuration_emu3.py). Emu3.5 has the shape of Qwen3-32B; the theta and eps here are
+    # Qwen3-32B's too.
     "emu3_8b": _sizes(4096, 32, 32, 8, 128, 14336, vocab_size=184622, rope_theta=1e6, **_BIG),
     "emu3_5_34b": _sizes(5120, 64, 64, 8, 128, 25600, vocab_size=282926, qk_norm="rmsnorm", **_QWEN),
-    # LWM-7B (LargeWorldModel/LWM): its text and vision tables (32,000 + 8,448) as the one vocabulary they become.
+    # LWM-7B (LargeWorldModel/LWM): its text and vision tables (32,000 + 8,448) are joined into one vocabulary.
     "lwm_7b": _sizes(*_7B, vocab_size=40448, rope_theta=5e7, norm_eps=1e-6, **_BIG),
-    # Text alone, as transformers' config.json of each and pytorch/torchtune's model builders say it.
+    # Text only, from each model's config.json for transformers and the model builders of pytorch/torchtune.
     "llama3_8b": _sizes(4096, 32, 32, 8, 128, 14336, vocab_size=128256, rope_theta=5e5, **_BIG),
     "qwen2_5_1_5b": _QWEN2_5_1_5B | dict(vocab_size=151936),
     "qwen2_5_7b": _QWEN2_5_7B | dict(vocab_size=152064),
     "qwen3_8b": _sizes(4096, 36, 32, 8, 128, 12288, vocab_size=151936, qk_norm="rmsnorm", **_QWEN),
     "gemma_7b": _GEMMA_7B | dict(vocab_size=256000),
-    # Gemma and 8,192 image codes (FoundationVision/Liquid). Qwen2.5, its table cut to the 151,665 tokens that there
-    # are, and 7 marks and 64,000 codes (wdrink/SimpleAR, simpar/train/train.py), or 5 and 65,536 (csuhan/Tar,
+    # Gemma and 8,192 image codes (FoundationVision/Liquid). Qwen2.5, with its table cut to the 151,665 tokens that
+    # exist, and 7 marks and 64,000 codes (wdrink/SimpleAR, simpar/train/train.py), or 5 and 65,536 (csuhan/Tar,
     # llava/model/llava_arch.py).
     "liquid_7b": _GEMMA_7B | dict(vocab_size=264192),
     "simplear_1_5b": _QWEN2_5_1_5B | dict(vocab_size=215672),
@@ -198,9 +199,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def config_from(
     preset: str | Mapping[str, object], vocab_size: int | None = None, **overrides: object
 ) -> TransformerConfig:
-    """The config of a preset's name or of a mapping of fields (which may itself name a `preset`), with changes.
+    """Makes a config from a preset's name or a mapping of fields (which may itself name a `preset`), with changes.
 
-    `vocab_size` may stay None only where the preset brings its own. Raises ValueError on an unknown preset, an
+    `vocab_size` may be None only if the preset has one. Raises ValueError on an unknown preset, an
     unknown field or a value out of range.
     """
     fields: dict[str, Any] = {"preset": preset} if isinstance(preset, str) else dict(preset)
@@ -228,12 +229,12 @@ def layer_matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
 
 
 def summed(name: str) -> tuple[int, ...]:
-    """The axes of a stack of the layers' matrices, by the name of the product, that the product sums over."""
+    """The axes that each product sums over in the stacked matrices of the layers, by the product's name."""
     return (1, 2) if name == "output" else (1,)
 
 
 def offloaded_bytes(config: TransformerConfig) -> int:
-    """Bytes that `remat` sends to the host's memory for each token, of all layers."""
+    """Bytes that `remat` sends to the host's memory per token, over all layers."""
     policy = POLICIES[config.remat]
     if policy is None:
         return 0
@@ -243,14 +244,14 @@ def offloaded_bytes(config: TransformerConfig) -> int:
 
 
 def matmul_parameters(config: TransformerConfig) -> tuple[int, int]:
-    """Weights that a token is multiplied with: of all layers, and of the head. No embedding table, no norms."""
+    """Number of weights that a token is multiplied with: all layers and the head, without embedding table and norms."""
     layer = sum(rows * columns for rows, columns in layer_matrices(config).values())
     return config.n_layers * layer, config.vocab_size * config.d_model
 
 
 def parameter_count(config: TransformerConfig, *, embedding: bool = True) -> int:
-    """The number of parameters, by formula; `embedding=False` leaves out the lookup table (a tied one still counts as
-    head).
+    """The number of parameters, by formula; `embedding=False` leaves out the embedding table (a tied one still counts
+    as head).
 
     With embedding=False, 6 * parameters * tokens estimates the matrix FLOPs of a training step.
     """

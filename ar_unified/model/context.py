@@ -1,10 +1,10 @@
-"""Attention of rows that lie over the devices of the context axis in zigzag order (parallel/zigzag.py), in two ways.
+"""Two ways to compute attention for rows split over the context axis in zigzag order (parallel/zigzag.py).
 
-`gather`: each device collects the keys and values of the whole row. It waits least, and needs memory for the keys of a
-whole row. `ring`: keys and values go round, and what each device has seen of them is merged by log-sum-exp (Ring
-Attention, arXiv 2310.01889). Memory does not grow with the number of devices, a step's transfer hides behind its work,
-and pieces that share no document are not computed; but a turn has as many small kernels and hand-overs as there are
-devices.
+`gather`: each device collects the keys and values of the whole row. It waits least, but needs memory for the keys of a
+whole row. `ring`: keys and values are passed round the devices, and the partial results of each device are merged by
+log-sum-exp (Ring Attention, arXiv 2310.01889). Memory does not grow with the number of devices, the transfer of a step
+overlaps with its work, and pieces that share no document are not computed. However, one round has as many small kernels
+and transfers as there are devices.
 
 Both run on each device, inside `jax.shard_map`; gradients are exact.
 
@@ -35,7 +35,7 @@ def gather(backend: str, query: jax.Array, key: jax.Array, value: jax.Array, doc
 
     key, value = whole_row(key), whole_row(value)
     begins = pieces(jax.lax.axis_index("context"), jax.lax.axis_size("context"), query.shape[1] // 2)
-    reach = key.shape[1] // 2, key.shape[1]  # an early piece sees the row's first half at most
+    reach = key.shape[1] // 2, key.shape[1]  # an early piece sees only the row's first half
     return jnp.concatenate(
         [
             attention(query, key[:, :seen], value[:, :seen], doc_start=first, q_offset=begin, backend=backend)
@@ -78,7 +78,7 @@ def _ring_backward(backend, residuals, dout):
     delta = jnp.einsum("BTNH,BTNH->BTN", out.astype(jnp.float32), dout.astype(jnp.float32))
     queries, others = _halves(query), tuple(zip(*map(_halves, (lse, delta, dout)), strict=True))
 
-    def turn(state, step):  # the sums of a piece's keys travel with it, and are at home after the last turn
+    def turn(state, step):  # the sums for a piece's keys travel with it, and return after the last turn
         (keys, values, dkeys, dvalues), dqueries = state
         dqueries, dkeys, dvalues = list(dqueries), list(dkeys), list(dvalues)
         for mine, theirs, meets, where in _meetings(doc_start, step):
@@ -104,8 +104,8 @@ ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, jax.Array]]]:
-    """Which own piece of queries meets which visiting piece of keys after `step` turns: (own, visiting, whether some
-    query of the first may see some key of the second, the arguments of `attention` for the two). 0 is early, 1 late.
+    """The pairs of an own piece of queries and a visiting piece of keys after `step` turns: (own, visiting, whether a
+    query of the first may see a key of the second, the arguments of `attention` for the two). 0 is early, 1 is late.
     """
     ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     first = _halves(doc_start)

@@ -1,7 +1,7 @@
-"""Parameters as decoding reads them: a list of layers, and matrices [inputs, outputs], perhaps in 8 bits.
+"""Parameters in the form for decoding: a list of layers, and matrices [inputs, outputs], optionally in 8 bits.
 
-Every step of decoding reads every weight once. From a stack it would first have to copy each layer, and TPUs would
-first have to lay out a matrix with heads [N, H] anew.
+Every step of decoding reads every weight once. With stacked layers it would first copy each layer, and TPUs would first
+change the layout of matrices with heads [N, H].
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _LANES = 128  # of a TPU's matrix unit
 
 
 def unstacked(config: TransformerConfig, params: dict[str, Any], weights_dtype: str | None = None) -> dict[str, Any]:
-    """Stacked parameters in the form of decoding, for the mesh in scope.
+    """Converts stacked parameters to the form for decoding, for the mesh in scope.
 
-    weights_dtype: of the layers' matrices, of model.quantized.LARGEST; None: the compute dtype.
+    weights_dtype: the dtype of the layers' matrices, one of model.quantized.LARGEST; None: the compute dtype.
     """
     width = mlp_width(config)
     outside = {name: leaf for name, leaf in params.items() if name not in ("layers", "adapters", "rows")}
@@ -39,9 +39,9 @@ def unstacked(config: TransformerConfig, params: dict[str, Any], weights_dtype: 
 
 
 def as_decoded(name: str, leaf: jax.Array, width: int, weights_dtype: str | None) -> Any:
-    """A leaf of one layer, by its last name, in the form of decoding, but not cast to the compute dtype.
+    """Converts a leaf of one layer, given its last name, to the form for decoding, without a cast to the compute dtype.
 
-    width: of the MLP. Channels beyond the leaf's are zeros.
+    width: width of the MLP. Channels that the leaf does not have are zeros.
     """
     if name not in MATRICES:
         return leaf
@@ -52,7 +52,7 @@ def as_decoded(name: str, leaf: jax.Array, width: int, weights_dtype: str | None
 
 
 def adapters_as_decoded(adapters: dict[str, Any], width: int) -> dict[str, Any]:
-    """params["adapters"] (model/lora.py), of a layer or stacked, beside matrices of an MLP of `width` channels."""
+    """params["adapters"] (model/lora.py), of one layer or stacked, for an MLP with `width` channels."""
     if "mlp" not in adapters:
         return adapters
     sides = {"gate": ("b", -1), "up": ("b", -1), "down": ("a", -2)}
@@ -65,7 +65,7 @@ def adapters_as_decoded(adapters: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 def _filled(array: Any, axis: int, size: int) -> Any:
-    """An array with zeros behind it along an axis, up to a size."""
+    """The array, padded with zeros at the end of an axis to a size."""
     if array.shape[axis] == size:
         return array
     more = [(0, 0)] * array.ndim
@@ -76,8 +76,8 @@ def _filled(array: Any, axis: int, size: int) -> Any:
 def mlp_width(config: TransformerConfig) -> int:
     """F of the matrices that decoding reads, for the mesh in scope.
 
-    A TPU's part of them is filled up to whole lanes of the matrix unit. A product that sums over 2,752 channels, a
-    quarter of Llama-7B's, costs 2.6 times the cycles of one over 2,816 (docs/tpu_programs.md).
+    A TPU's part of them is padded to whole lanes of the matrix unit. A product that sums over 2,752 channels, a quarter
+    of Llama-7B's, costs 2.6 times the cycles of one over 2,816 (docs/tpu_programs.md).
     """
     mesh = jax.sharding.get_abstract_mesh()
     lanes = _LANES * (1 if mesh.empty else mesh.shape["tensor"])
@@ -87,7 +87,7 @@ def mlp_width(config: TransformerConfig) -> int:
 
 
 def each_layer(layers: Any, n_layers: int) -> list[dict[str, Any]]:
-    """The parameters of each layer, of layers that are stacked or a list already."""
+    """The parameters of each layer; the layers may be stacked or a list."""
     if isinstance(layers, list):
         return layers
     return [jax.tree.map(lambda p, index=index: p[index], layers) for index in range(n_layers)]

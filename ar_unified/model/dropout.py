@@ -1,4 +1,4 @@
-"""Dropout with a key for each token, so that the result depends on neither the batch nor the device."""
+"""Dropout with one key per token, so that the result does not depend on the batch or the device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zeroes a fraction `rate` (to 1/65536) of x and scales the rest up; the identity without keys.
+    """Sets a fraction `rate` (rounded to 1/65536) of x to zero and scales the rest up. Without keys it returns x.
 
     Args:
       x: [..., D].
-      keys: [...], one for each vector: what a token loses then depends on neither its batch nor its device.
+      keys: [...], one for each vector, so that the zeros of a token do not depend on its batch or its device.
     """
     if keys is None or rate == 0.0:
         return x
@@ -27,6 +27,6 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 def fold(keys: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
-    """Another key from each of keys [B, T]."""
+    """Derives a new key from each of keys [B, T]."""
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
     return None if keys is None else fold(keys, index)

@@ -1,4 +1,4 @@
-"""In which dtype a transformer's parameters are: where they are computed with, and where they are not trained."""
+"""The dtypes of a transformer's parameters: in computation, and in storage if they are not trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a lay
 
 
 def cast(params: Any, dtype: str) -> Any:
-    """The matrices in the compute dtype; weights of norms, and biases, stay float32, and quantized ones as they are."""
+    """Casts matrices to the compute dtype. Norm weights and biases stay float32; quantized matrices do not change."""
 
     def one(path: KeyPath, p: Any) -> Any:
         return p if isinstance(p, Quantized) or is_vector(path) else p.astype(dtype)
@@ -24,16 +24,16 @@ def cast(params: Any, dtype: str) -> Any:
 
 
 def is_vector(path: KeyPath) -> bool:
-    """Whether the leaf at that path is of a norm or a bias, which are float32 in every computation."""
+    """Whether the leaf at that path is a norm's weight or a bias, which are float32 in every computation."""
     return any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
 
 
 def held(path: KeyPath, leaf: jax.Array, dtype: str) -> Any:
-    """A leaf of stacked parameters in the form in which it is kept if it is not trained: in `dtype`; norms and biases
-    as they are.
+    """The form in which a leaf of stacked parameters is stored if it is not trained: in `dtype`, but norms and biases
+    unchanged.
 
-    With "int8" the layers' matrices are `Quantized`. The tables are bfloat16: in their products, rounding errors are
-    not averaged over a sum as long as in a layer.
+    With "int8" the layers' matrices are `Quantized`. The tables are bfloat16, because their products average rounding
+    errors over shorter sums than a layer's.
     """
     name = path[-1].key
     if is_vector(path):

@@ -1,10 +1,10 @@
-"""The lookup of token vectors in a table that tensor cuts by id and fsdp by column.
+"""Looks up token vectors in a table that is split by id over tensor and by column over fsdp.
 
-Tokens travel, not the table. Each device looks up its columns for the rows of its whole fsdp group; the devices of a
-tensor group add up their results (one has the vector, the others zeros); and an exchange over fsdp returns each row to
-its device. That moves as many bytes as the result has; the table of a large vocabulary is larger than a device's share
-of any batch. It is written out here because the compiler would collect the result of all devices on each device, if
-sequences are cut too.
+Devices exchange tokens, not the table. Each device looks up its columns for the rows of its whole fsdp group. Then the
+devices of a tensor group add up their results (one has the vector, the others zeros). Last, an exchange over fsdp
+returns each row to its device. This moves as many bytes as the result has, while the table of a large vocabulary is
+larger than a device's share of any batch. It is explicit here because, if sequences are split too, the compiler would
+collect the result of all devices on each device.
 
 B batch, T position, V vocabulary, D model.
 """
@@ -18,11 +18,11 @@ from ar_unified.parallel.rules import spec
 
 
 def look_up(table: jax.Array, tokens: jax.Array, dtype: str, sequence: str | None = None) -> jax.Array:
-    """table[tokens], [B, T, D] in `dtype`; gradients are added up in the table's.
+    """table[tokens], [B, T, D] in `dtype`; gradients are summed in the table's dtype.
 
     Args:
       table: [V, D].  tokens: int32 [B, T].
-      sequence: the logical axis of T, "sequence" where the mesh may cut it; None where it is whole.
+      sequence: the logical axis of T: "sequence" if the mesh may split it, None if it is not split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -1,4 +1,4 @@
-"""The transformer's parameters by their paths, and their way into files, one after another."""
+"""The transformer's parameters by path, and writing them to files one after another."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ar_unified.tensors import Kind, TensorWriter
 
 
 class Streamed(NamedTuple):
-    """Parameters that come one after another, as they are read: only one of them is in memory.
+    """Parameters that are read one after another, so that only one of them is in memory.
 
     Attributes:
-        dtypes: of each leaf by its path.
-        pieces: (path, None, the leaf), or (path, i, entry i of its first axis), each once.
+        dtypes: the dtype of each leaf, by path.
+        pieces: (path, None, leaf), or (path, i, entry i of the leaf's first axis), each once.
     """
 
     dtypes: Mapping[str, str]
@@ -27,14 +27,14 @@ class Streamed(NamedTuple):
 
     @classmethod
     def of(cls, params: Params) -> Streamed:
-        """From parameters that lie on devices, gathered leaf by leaf."""
+        """Streams parameters that are on devices, gathering them leaf by leaf."""
         leaves = named(params)
         pieces = ((name, None, np.asarray(jax.device_get(leaf))) for name, leaf in leaves.items())
         return cls({name: str(leaf.dtype) for name, leaf in leaves.items()}, pieces)
 
 
 def write_leaves(folder: Path, config: TransformerConfig, params: Streamed, shard_bytes: int) -> None:
-    """Writes the parameters into safetensors files of about `shard_bytes` each, piece by piece as they come."""
+    """Writes the parameters to safetensors files of about `shard_bytes` each, piece by piece."""
     leaves = named(abstract_params(config))
     kinds = {name: Kind(leaf.shape, params.dtypes[name]) for name, leaf in leaves.items()}
     with TensorWriter(folder, kinds, shard_bytes) as writer:
@@ -43,6 +43,6 @@ def write_leaves(folder: Path, config: TransformerConfig, params: Streamed, shar
 
 
 def named(params: Params) -> dict[str, Any]:
-    """Every leaf by its path, as "layers.mlp.up", in the order of the paths."""
+    """Every leaf by its path, such as "layers.mlp.up", in the order of the paths."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))

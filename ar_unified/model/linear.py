@@ -1,4 +1,4 @@
-"""The product of a layer with one of its matrices.
+"""The product of a layer's input with one of its matrices.
 
 B batch, T position, I inputs, O outputs.
 """
@@ -18,7 +18,7 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 
 @jax.custom_vjp
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The gradient of the weight is JAX's own, turned round: 2.5x faster on XLA CPU."""
+    """The weight's gradient is the transpose of JAX's product: 2.5x faster on XLA CPU."""
     return product("BTI,IO->BTO", x, weight)
 
 

@@ -1,16 +1,17 @@
-"""LoRA: beside a matrix W that stays as it is, two small ones that are trained (Hu et al., arXiv:2106.09685).
+"""LoRA: a matrix W stays fixed, and two small matrices beside it are trained (Hu et al., arXiv:2106.09685).
 
     x W  becomes  x W + scale * (dropout(x) A) B,   A [I, r], B [r, O],  scale = alpha / r
 
-A begins as PEFT begins it (Kaiming-uniform with a = sqrt(5), which is uniform in +-1 / sqrt(I)), B with zeros, so that
-the first step starts from the base model. `rslora`: scale = alpha / sqrt(r), which keeps the size of what is learnt
-over ranks (Kalajdzievski, arXiv:2312.03732). The matrix W + scale A B is made for an export alone (`merged`).
+A is initialised as in PEFT (Kaiming-uniform with a = sqrt(5), which is uniform in +-1 / sqrt(I)) and B with zeros, so
+that the first step starts from the base model. `rslora`: scale = alpha / sqrt(r), so that the size of updates does not
+depend on the rank (Kalajdzievski, arXiv:2312.03732). The matrix W + scale A B is only made for an export (`merged`).
 
 Two forms. A training has one adapter, params["lora"], with the layers stacked: {"attention": {"query": {"a": [L, I, r],
-"b": [L, r, O]}}, ...}. A sampler may have several, params["adapters"], each row of a batch with its own: a [L, A, I, r]
-(or a list of layers [A, I, r]) and b, which has the scale in it; adapter 0 is none, zeros.
+"b": [L, r, O]}}, ...}. A sampler may have several, params["adapters"], and each row of a batch chooses one: a [L, A, I,
+r] (or a list of layers [A, I, r]) and b, which includes the scale. Adapter 0 is zeros and means no adapter.
 
-B batch, T position, L layers, A adapters, I inputs, O outputs, r rank. Heads [N, H] of a matrix are one axis here.
+B batch, T position, L layers, A adapters, I inputs, O outputs, r rank. The axes [N, H] of a matrix's heads are one axis
+here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ar_unified.tensors import Params
 
 _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
-ADAPTING = ("lora", "adapters")  # top-level keys of adapters, one that is trained and several that are served
+ADAPTING = ("lora", "adapters")  # top-level keys: one adapter in training, several in serving
 BASE_DTYPES = ("float32", "bfloat16", "int8")
 _FIRST_KEY = 2  # of dropout in a layer; those before are the residual branches'
 Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # x, an adapter's two matrices, whose path, dropout keys
@@ -45,19 +46,19 @@ class LoraConfig:
     """An adapter; hashable.
 
     Attributes:
-      rank: r; 0: no LoRA, all of the model is trained.
+      rank: r; 0: no LoRA, the whole model is trained.
       alpha: the numerator of the scale.
-      ranks, alphas: PLACE=NUMBER for the matrices that a place names, in the way of `targets`; if several name one
-        matrix, the last counts.
-      dropout: rate of dropout on what A reads, drawn for each matrix by itself.
-      targets: which of a layer's matrices have an adapter: names of MATRICES, in which * stands for anything, or of a
-        group of them, as "attention.query", "mlp", "*". QLoRA found that all of them are needed to match full tuning
+      ranks, alphas: PLACE=NUMBER, with places written like `targets`; if several name a matrix, the last is used.
+      dropout: dropout rate on the input of A, drawn separately for each matrix.
+      targets: which of a layer's matrices have an adapter: names in MATRICES or of a group of them, where * matches
+        anything, such as "attention.query", "mlp", "*". QLoRA found that all of them are needed to match full tuning
         (Dettmers et al., arXiv:2305.14314, section 4).
       rslora: scale = alpha / sqrt(rank).
-      base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory,
-        int8 quarters that of the layers' (`dtypes.held`); what is trained, and norms, are float32.
+      base_dtype: dtype of the matrices that a training does not change, one of BASE_DTYPES. bfloat16 halves their
+        memory; int8 cuts the memory of layers' matrices to a quarter (`dtypes.held`). Trained parameters and norms are
+        float32.
 
-    Raises ValueError, naming the field, for a number out of range and a target that names no matrix.
+    Raises ValueError, naming the field, if a number is out of range or a target names no matrix.
     """
 
     rank: int = 0
@@ -93,21 +94,21 @@ class LoraConfig:
                     raise ValueError(f"{name}: {each!r}: expected {expected}, found {number:g}")
 
     def rank_of(self, path: str) -> int:
-        """r of one of MATRICES."""
+        """The rank of one of MATRICES."""
         return int(_last(self.ranks, path, self.rank))
 
     def alpha_of(self, path: str) -> float:
-        """The numerator of its scale."""
+        """The numerator of the scale of one of MATRICES."""
         return _last(self.alphas, path, self.alpha)
 
     def scale_of(self, path: str) -> float:
-        """What its adapter's product is multiplied by."""
+        """The factor of the adapter's product for one of MATRICES."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (rank**0.5 if self.rslora else rank)
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Those of MATRICES that have an adapter, in their order."""
+        """The MATRICES that have an adapter, in order."""
         return tuple(name for name in MATRICES if any(_under(name, target) for target in self.targets))
 
 
@@ -123,7 +124,7 @@ def _require_place(key: str, place: str) -> None:
 
 
 def _of_place(key: str, said: str) -> tuple[str, float]:
-    """PLACE=NUMBER. Raises ValueError."""
+    """Parses PLACE=NUMBER. Raises ValueError."""
     place, _, number = said.rpartition("=")
     try:
         found = float(number)
@@ -142,7 +143,7 @@ def _last(said: Sequence[str], path: str, default: float) -> float:
 
 
 def init(config: TransformerConfig, lora: LoraConfig, key: jax.Array) -> Params:
-    """A fresh adapter, float32, as params["lora"] holds it. Each matrix and layer draws from a key of its own."""
+    """A new float32 adapter in the form of params["lora"]. Each matrix and layer draws from its own key."""
     L, sizes = config.n_layers, layer_matrices(config)
     made: Params = {}
     for index, path in enumerate(MATRICES):
@@ -158,9 +159,9 @@ def init(config: TransformerConfig, lora: LoraConfig, key: jax.Array) -> Params:
 
 
 def logical_axes(matrices: Mapping[str, tuple[str, ...]], tree: Any) -> Any:
-    """A tree like params["lora"] or params["adapters"] of the logical names of each leaf's axes.
+    """A tree like params["lora"] or params["adapters"] with the logical axis names of each leaf.
 
-    matrices: those of each matrix's inputs and outputs, by its name in MATRICES.
+    matrices: the logical axes of each matrix's inputs and outputs, by its name in MATRICES.
     """
 
     def axes(path: KeyPath, leaf: Any) -> tuple[str | None, ...]:
@@ -174,7 +175,7 @@ def logical_axes(matrices: Mapping[str, tuple[str, ...]], tree: Any) -> Any:
 
 
 def with_adapters(params: Params) -> Any:
-    """The layers of a transformer, stacked or a list, each with its adapters under "beside"."""
+    """The layers of a transformer (stacked or a list), with the adapters of each layer under its key "beside"."""
     layers = params["layers"]
     beside = next((params[name] for name in ADAPTING if name in params), None)
     if beside is None:
@@ -187,7 +188,7 @@ def with_adapters(params: Params) -> Any:
 def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Adapt | None:
     """What a layer adds to its product with a matrix that has adapters; None if it has none.
 
-    lora: of the one that is trained. adapter: int32 [B], the number of each row's adapter, of those that are served.
+    lora: the config of a trained adapter. adapter: int32 [B], the number of each row's adapter, in serving.
     """
     if lora is not None:
         return functools.partial(_trained, lora)
@@ -197,7 +198,7 @@ def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Ada
 def _trained(
     lora: LoraConfig, x: jax.Array, pair: Mapping[str, jax.Array], path: str, keys: jax.Array | None
 ) -> jax.Array:
-    """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: of each token, [B, T]; None: no dropout."""
+    """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: one per token, [B, T]; None: no dropout."""
     if lora.dropout:
         x = dropout(x, lora.dropout, fold(keys, _FIRST_KEY + MATRICES.index(path)))
     return linear(linear(x, pair["a"]), pair["b"]) * lora.scale_of(path)
@@ -212,9 +213,9 @@ def _chosen(
 
 
 def merged(lora: LoraConfig, params: Params, dtype: str = "float32") -> Params:
-    """The parameters without "lora"; instead each matrix is W + scale A B, summed in float32, in the dtype of W.
+    """The parameters without "lora": each adapted matrix becomes W + scale A B, summed in float32, in the dtype of W.
 
-    params: stacked by layers, as a training has them; the adapter in any dtype. dtype: of matrices that are in 8 bits.
+    params: with stacked layers, as in training; the adapter may have any dtype. dtype: for matrices that are in 8 bits.
     """
     layers = {group: dict(leaves) for group, leaves in params["layers"].items()}
     rounded = {path for path in MATRICES if isinstance(_at(layers, path), Quantized)}
@@ -234,6 +235,6 @@ def merged(lora: LoraConfig, params: Params, dtype: str = "float32") -> Params:
 
 
 def _at(groups: Mapping[str, Any], path: str) -> Any:
-    """What stands at a path of MATRICES."""
+    """The value at a path of MATRICES."""
     group, _, name = path.partition(".")
     return groups[group][name]

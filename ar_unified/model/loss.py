@@ -1,10 +1,10 @@
-"""Cross-entropy over a large vocabulary in chunks of tokens: logits exist for one chunk at a time.
+"""Cross-entropy over a large vocabulary in chunks of tokens. Logits exist only for one chunk at a time.
 
-On a mesh (`jax.set_mesh`) each device takes its own rows and columns against its part of the vocabulary, and a chunk
-exchanges only three numbers for each token. The head is collected over fsdp once, not once a chunk, and its gradient is
-scattered once: left to the compiler, both would happen inside the loop.
+On a mesh (`jax.set_mesh`) each device combines its own rows and columns with its part of the vocabulary, and a chunk
+exchanges only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
+scattered once. The compiler would do both inside the loop.
 
-B batch, T position, D model, V vocabulary (of a device, inside), C chunks.
+B batch, T position, D model, V vocabulary (the device's part, in device code), C chunks.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ def token_losses(
     split: int | None = None,
     spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and log-partition of each position; the caller weighs, masks and sums.
+    """Negative log-likelihood and log-partition of each position. The caller weights, masks and sums them.
 
-    Backward computes each chunk's logits again (one more product with the head), so neither direction holds more than
-    [chunk, V] of them. Any function of the two outputs has its right gradient: `(w * nll).sum()` for weighted
+    Backward computes each chunk's logits again (one more product with the head), so neither pass stores more than
+    [chunk, V] logits. Gradients are right for any function of the two outputs: `(w * nll).sum()` for weighted
     cross-entropy, `+ z * (w * lse**2).sum()` for z-loss (PaLM, arXiv 2204.02311).
 
     Args:
       hidden: [B, T, D].
-      head: [V, D]; taken to the dtype of `hidden`, products accumulate in float32.
-      targets: int32 [B, T], in 0 .. used - 1. Padding needs any such id, and a weight of 0 from the caller.
-      chunk: tokens of one device whose logits exist at once; a chunk takes the same columns of each of its rows.
-      used: rows of the head from this one on have no probability and no gradient; None: all V are used.
-      split: the ids below it and the ids from it on have one softmax each, and each target uses the softmax of its
-        side; None: one softmax for all.
-      spans: int32 [B, T, K, 2], the ids that a position's softmax is over: K ranges, first and behind the last of each;
-        an empty range is none. None: all of `used` and `split`.
+      head: [V, D]; cast to the dtype of `hidden`; products accumulate in float32.
+      targets: int32 [B, T], in 0 .. used - 1. Padding may have any of these ids; the caller gives it weight 0.
+      chunk: number of a device's tokens with logits at the same time; a chunk has the same columns of each row.
+      used: rows of the head from this index on have no probability and no gradient; None: all V rows are used.
+      split: ids below it have one softmax and ids from it on another, and each target uses the softmax of its side;
+        None: one softmax for all.
+      spans: int32 [B, T, K, 2], K ranges [first id, one past the last] of the ids in a position's softmax; ranges may
+        be empty. None: all ids that `used` and `split` allow.
 
     Returns:
       nll and lse, float32 [B, T]; nll = lse - logit of the target.
@@ -69,9 +69,9 @@ def in_softmax(
     split: int | None = None,
     spans: jax.Array | None = None,
 ) -> jax.Array:
-    """The logits [..., V] of ids [V], -inf where an id has no part in the softmax of its position's target [...].
+    """The logits [..., V] of ids [V], set to -inf for ids outside the softmax of the position's target [...].
 
-    `used`, `split` and `spans` [..., K, 2] as of `token_losses`.
+    `used`, `split` and `spans` [..., K, 2] are as in `token_losses`.
     """
     if spans is not None:
         first, behind = spans[..., 0, None], spans[..., 1, None]  # [..., K, 1]
@@ -116,7 +116,7 @@ _losses.defvjp(_forward, _backward)
 
 
 class _Placement:
-    """How the arrays lie on the mesh in scope, and which of its axes are summed over; without a mesh, nothing is
+    """How arrays are placed on the mesh in scope, and which mesh axes are summed over. Without a mesh, nothing is
     sharded.
     """
 
@@ -151,11 +151,11 @@ class _Placement:
         return collective(x, "tensor") if self.sharded else x
 
     def local(self, ids: Any, size: int) -> Any:
-        """Ids counted from the first of this device's `size`; outside 0 .. size - 1 if another device has them."""
+        """Ids relative to the first of this device's `size` ids; outside 0 .. size - 1 if another device has them."""
         return ids - jax.lax.axis_index("tensor") * size if self.sharded else ids
 
     def ids(self, head: jax.Array) -> jax.Array:
-        """The part for the rows that this device has."""
+        """The part of an array for this device's rows."""
         return jnp.arange(head.shape[0]) - self.local(0, head.shape[0])
 
     def logits(self, hidden: jax.Array, head: jax.Array, targets: jax.Array, spans: jax.Array | None) -> jax.Array:
@@ -205,7 +205,7 @@ def _backward_part(placement, chunk, hidden, head, targets, spans, lse, nll_bar,
 
 
 def _chunks(chunk: int, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
-    """From arrays [B, T, ...] to [C, B, width, ...] and back."""
+    """Converts arrays [B, T, ...] to [C, B, width, ...] and back."""
     B, T = shape
     width = max(1, min(chunk // B, T))
     pad = -T % width

@@ -1,9 +1,9 @@
-"""Rows of the tables of ids that each adapter of a sampler has of its own, as of ids that its language model had not.
+"""Table rows that each adapter of a sampler has for itself, such as rows for ids that its language model lacked.
 
 params["rows"]: {"embedding": {"at": i32 [V], which of the own rows an id has, or -1; "own": [A, n, D]},
                  "head": {part: {"at": i32 [n], ids, ascending; "own": [A, n, D]}}}, parts as in PARTS.
 
-Number 0 is no adapter: there the own rows are the model's.
+Number 0 means no adapter: its own rows are those of the model.
 
 A adapters, n own rows, B rows of a batch, T positions, D model, V vocabulary.
 """
@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TABLES = ("embedding", "head")  # of ids, one row each
-PARTS = ("text", "image", "rest")  # of the head: ids before image codes, image codes, ids behind them
+TABLES = ("embedding", "head")  # tables with one row per id
+PARTS = ("text", "image", "rest")  # of the head: ids before image codes, image codes, ids after them
 
 
 def looked_up(x: jax.Array, tokens: jax.Array, rows: Mapping[str, jax.Array], adapter: jax.Array) -> jax.Array:
-    """Embeddings x [B, T, D] of tokens int32 [B, T], where row b has the own rows of adapter[b]."""
+    """Embeddings x [B, T, D] of tokens int32 [B, T], with the own rows of adapter[b] in batch row b."""
     which = rows["at"][tokens]
     own = rows["own"][adapter[:, None], jnp.maximum(which, 0)]
     return jnp.where((which >= 0)[..., None], own.astype(x.dtype), x)
@@ -30,9 +30,10 @@ def looked_up(x: jax.Array, tokens: jax.Array, rows: Mapping[str, jax.Array], ad
 def with_own(
     logits: jax.Array, hidden: jax.Array, rows: Mapping[str, jax.Array], adapter: jax.Array, first: int = 0
 ) -> jax.Array:
-    """logits f32 [B, ..., ids from `first`] of hidden states [B, ..., D], where row b has the own rows of adapter[b].
+    """logits f32 [B, ..., ids from `first`] of hidden states [B, ..., D], with the own rows of adapter[b] in batch row
+    b.
 
-    One product for each adapter, so that a row's numbers do not depend on how many there are.
+    Computes one product per adapter, so that a row's values do not depend on the number of adapters.
     """
     mine = adapter.reshape(-1, *[1] * (hidden.ndim - 1))
 
@@ -47,5 +48,5 @@ def with_own(
 
 
 def logical_axes(rows: Any) -> Any:
-    """A tree like params["rows"] of the logical names of each leaf's axes: nothing is split."""
+    """A tree like params["rows"] with the logical axis names of each leaf. No axis is split."""
     return jax.tree.map(lambda leaf: (None,) * leaf.ndim, rows)

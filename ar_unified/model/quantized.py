@@ -1,8 +1,8 @@
-"""Matrices in 8 bits: each output channel by its own largest value, restored behind the product.
+"""Matrices in 8 bits: each output channel is scaled by its own largest value, and scaled back after the product.
 
-A step of decoding reads every weight once and computes little with it, so half the bytes are half the time. Rounding
-each channel alone is what keeps the error of a product below a percent (LLM.int8(), arXiv 2208.07339, section 2).
-A training of an adapter beside them (model/lora.py) has a quarter of what it need not change in memory.
+A step of decoding reads every weight once and computes little with it, so half the bytes take half the time. A separate
+scale for each channel keeps the error of a product below a percent (LLM.int8(), arXiv 2208.07339, section 2). Training
+an adapter (model/lora.py) needs a quarter of the memory for these fixed matrices.
 
 L layers, I inputs, O output channels.
 """
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from ar_unified.kernels.product import product
 
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # by dtype, what a channel's largest value becomes
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # by dtype: the value that a channel's largest becomes
 
 
 class Quantized(NamedTuple):
-    """values [I, O] of a dtype of LARGEST, scale float32 [O]: the matrix is about values * scale.
+    """values [I, O] in a dtype of LARGEST, and scale float32 [O]: the matrix is about values * scale.
 
-    In a training the layers are stacked and heads apart, as [L, D, N, H] and [L, N, H]: `scale` has no axis of inputs.
+    In training, layers are stacked and heads are an axis: [L, D, N, H] and [L, N, H]. `scale` has no input axis.
     """
 
     values: jax.Array
@@ -31,18 +31,18 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix."""
+        """Shape of the matrix."""
         return self.values.shape
 
     def flat(self, inputs: int) -> Quantized:
-        """[I, O] of one layer's, whose first `inputs` axes are summed over."""
+        """One layer's matrix as [I, O]; a product sums over its first `inputs` axes."""
         scale = self.scale.reshape(-1)
         return Quantized(self.values.reshape(math.prod(self.shape[:inputs]), scale.size), scale)
 
 
 def quantized(matrix: jax.Array, dtype: str, inputs: tuple[int, ...] = (0,)) -> Quantized:
-    """[I, O] rounded, or a stack of such, `inputs` being the axes that a product sums over. A channel of zeros stays
-    exact zeros, one that is not finite has a scale that shows it."""
+    """Rounds a matrix [I, O] or a stack of them. `inputs`: the axes that a product sums over. A channel of zeros stays
+    exactly zero; a channel that is not finite gets a scale that is not finite."""
     matrix = matrix.astype(jnp.float32)
     scale = jnp.abs(matrix).max(inputs, keepdims=True) / LARGEST[dtype]
     values = matrix / jnp.where(scale > 0, scale, 1.0)
@@ -50,15 +50,15 @@ def quantized(matrix: jax.Array, dtype: str, inputs: tuple[int, ...] = (0,)) -> 
 
 
 def widened(matrix: Quantized, inputs: tuple[int, ...]) -> jax.Array:
-    """The matrix that `quantized` left, float32."""
+    """The matrix of a `Quantized`, in float32."""
     return matrix.values.astype(jnp.float32) * jnp.expand_dims(matrix.scale, inputs)
 
 
 @jax.custom_vjp
 def widened_product(x: jax.Array, matrix: Quantized) -> jax.Array:
-    """x [..., I] times the matrix [I, O], in the dtype of x. The values are widened as they are read, not before.
+    """x [..., I] times the matrix [I, O], in the dtype of x. Values are widened while they are read, not before.
 
-    The gradient is of x alone. It keeps the 8 bits for backward, where JAX's own would keep the widened values.
+    Only x has a gradient. Backward keeps the 8-bit values; JAX's own gradient would keep the widened ones.
     """
     return (product("...I,IO->...O", x, matrix.values.astype(x.dtype)) * matrix.scale).astype(x.dtype)
 

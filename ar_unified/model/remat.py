@@ -1,9 +1,9 @@
-"""What is kept of a layer for backward, and what is computed again: policies that name what they keep.
+"""Rematerialisation policies: what backward keeps of a layer, and what it computes again.
 
-A layer names what it makes: its products with weights by the weight ("query", ..., "down"), and attention's outputs. A
-policy leaves each in the device's memory, sends it to the host's, or drops it; backward makes again what it needs and
-does not find. No policy runs attention's kernel again: its output takes as much memory as the layer's input. Its
-log-sum-exp and lists of work, two numbers a head, stay on the device under all of them.
+A layer names its results: products with weights by the weight ("query", ..., "down"), and attention's outputs. A policy
+keeps each in the device's memory, sends it to the host's, or drops it; backward recomputes what was dropped, if it
+needs it. No policy runs attention's kernel again, because its output takes only as much memory as the layer's input.
+The kernel's log-sum-exp and work lists, two numbers per head, stay on the device with every policy.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ _ATTENTION = ("query", "key", "value", OUT, "output")
 
 
 class Policy(NamedTuple):
-    """Names of what is saved on the device and of what is sent to the host; the input is saved unless it is sent."""
+    """Names of the results saved on the device and of those sent to the host. The input is saved unless it is sent to
+    the host."""
 
     saved: tuple[str, ...]
     offloaded: tuple[str, ...] = ()
 
 
-# From what takes the most of a device's memory to what takes the least.
+# From the most device memory to the least.
 POLICIES: dict[str, Policy | None] = {
-    "none": None,  # all is saved: for a model that fits
-    "dots": Policy((*_ATTENTION, "gate", "up", "down")),  # all products: norms and activations again
-    "attention": Policy(_ATTENTION),  # the MLP again
-    "full": Policy((OUT,)),  # all products again
-    # MaxText's recipe for Llama 3.1 8B on v6e (benchmarks/maxtext_trillium_model_configs.py): 45% MFU with rows enough.
+    "none": None,  # saves everything: for a model that fits
+    "dots": Policy((*_ATTENTION, "gate", "up", "down")),  # saves all products: recomputes norms and activations
+    "attention": Policy(_ATTENTION),  # recomputes the MLP
+    "full": Policy((OUT,)),  # recomputes all products
+    # MaxText's recipe for Llama 3.1 8B on v6e (benchmarks/maxtext_trillium_model_configs.py): 45% MFU with enough rows.
     "offload_attention": Policy((), (INPUT, *_ATTENTION)),
-    "offload": Policy((), (INPUT, OUT)),  # for rows that fill the memory
+    "offload": Policy((), (INPUT, OUT)),  # for rows that would fill the memory
 }
 
 
 def rematerialised(layer: Callable, policy: str, scanned: bool) -> Callable:
-    """`layer` (x, ...) -> x, with only what `policy` keeps for backward. scanned: it is the body of a scan."""
+    """`layer` (x, ...) -> x, which keeps only what `policy` says for backward. scanned: whether it is the body of a
+    scan."""
     found = POLICIES[policy]
     if found is None:
         return layer
@@ -56,8 +58,8 @@ def rematerialised(layer: Callable, policy: str, scanned: bool) -> Callable:
 
 
 def made_again(policy: str, swin: bool) -> tuple[str, ...]:
-    """The products with weights that backward makes again. swin: whether a norm follows the MLP; its backward pass
-    needs the MLP's output."""
+    """The products with weights that backward computes again. swin: whether a norm follows the MLP; that norm's
+    backward pass needs the MLP's output."""
     found = POLICIES[policy]
     if found is None:
         return ()

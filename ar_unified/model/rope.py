@@ -1,4 +1,4 @@
-"""Angles of rotary positions (RoPE, arXiv 2104.09864), and how two published ways stretch them for longer texts.
+"""Angles of rotary positions (RoPE, arXiv 2104.09864), and two published ways to stretch them for longer texts.
 
 B batch, T position, H head dim.
 """
@@ -15,7 +15,7 @@ from ar_unified.model.config import TransformerConfig
 
 
 def rope_angles(config: TransformerConfig, positions: jax.Array) -> Rope:
-    """cos and sin of position * frequency, as `qk_norm_rope` takes them: float32 [B, T, 1, H] of positions [B, T]."""
+    """cos and sin of position * frequency for positions [B, T], float32 [B, T, 1, H], as `qk_norm_rope` takes them."""
     angles = positions.astype(jnp.float32)[..., None, None] / _wavelengths(config)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
@@ -24,7 +24,7 @@ def rope_angles(config: TransformerConfig, positions: jax.Array) -> Rope:
 def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> Rope:
     """`rope_angles` looked up in a table of `length` positions; NaN for a position beyond it.
 
-    For XLA CPU, which otherwise computes cos and sin anew for each head of each layer.
+    For XLA CPU, which otherwise computes cos and sin again for each head of each layer.
     """
 
     def look_up(x: jax.Array) -> jax.Array:
@@ -38,9 +38,9 @@ def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> 
 def _wavelengths(config: TransformerConfig) -> jax.Array:
     """theta^(2i/H), over 2 pi: float32 [H/2], stretched as the config says.
 
-    "linear": all by the factor. "llama3" (Llama 3.1's model card and code): frequencies that turn less than `rope_low`
-    times in the original length by the factor, those that turn more than `rope_high` times not at all, and a blend
-    between.
+    "linear" stretches all by the factor. "llama3" (Llama 3.1's model card and code) stretches frequencies that turn
+    less than `rope_low` times in the original length by the factor, does not change those that turn more than
+    `rope_high` times, and blends in between.
     """
     H = config.head_dim
     wavelengths = config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)

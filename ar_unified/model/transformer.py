@@ -1,15 +1,15 @@
-"""The decoder-only transformer: Llama's block, with Chameleon's norms as options.
+"""The decoder-only transformer: Llama's block, optionally with Chameleon's norms.
 
 B batch, T query position, S cache slot, D model, N query heads, K KV heads, H head dim, F MLP, V vocabulary, L layers.
 
-Parameters are plain nested dicts of float32 arrays, the layers stacked on a leading axis L whether they are scanned or
-unrolled. A module is bound to them inside the function that is traced, so every transform is a plain `jax.*` one:
+Parameters are plain nested dicts of float32 arrays. Layers are stacked on a leading axis L, whether they are scanned or
+unrolled. A module is bound to its parameters inside the traced function, so every transform is a plain `jax.*` one:
 
     params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
     hidden = Transformer.bind(config, params)(tokens, positions, doc_start)
 
-The parts (Llama arXiv 2302.13971; RoPE 2104.09864; GQA 2305.13245; QK-norm and the swin placement of norms from
-Chameleon, 2405.09818) are the published ones.
+All parts are as published: Llama (arXiv 2302.13971), RoPE (2104.09864), GQA (2305.13245), QK-norm and the swin
+placement of norms (Chameleon, 2405.09818).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-Product = Callable[[jax.Array, str, Any], jax.Array]  # of x with a layer's matrix, by its path
+Product = Callable[[jax.Array, str, Any], jax.Array]  # product of x and a layer's matrix, by its path
 
-# The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
+# The logical axes of every parameter, by its path; parallel/rules.py maps them to a mesh.
 AXES: dict[str, tuple[str, ...]] = {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),
@@ -62,7 +62,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/attention/query_bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_bias": ("layers", "kv_heads", "head_dim"),
     "layers/attention/value_bias": ("layers", "kv_heads", "head_dim"),
-    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # of all heads alike: no axis of heads
+    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # shared by all heads: no axis of heads
     "layers/attention/query_norm/bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_norm/scale": ("layers", "kv_heads", "head_dim"),
     "layers/attention/key_norm/bias": ("layers", "kv_heads", "head_dim"),
@@ -71,7 +71,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/mlp/up": ("layers", "embed", "mlp"),
     "layers/mlp/down": ("layers", "mlp", "embed"),
 }
-# The inputs and outputs of each of a layer's matrices; heads and what is in them are one axis.
+# The inputs and outputs of each matrix of a layer; heads and head dim are one axis.
 _MATRIX_AXES = {
     path.removeprefix("layers/").replace("/", "."): tuple(axis for axis in axes[1:] if axis != "head_dim")
     for path, axes in AXES.items()
@@ -80,7 +80,7 @@ _MATRIX_AXES = {
 
 
 def logical_axes(params: Params) -> Params:
-    """A tree like `params`, stacked or unstacked, with the logical names of each leaf's axes (tuples of str)."""
+    """A tree like `params`, stacked or unstacked, with the logical axis names of each leaf (tuples of str)."""
     beside = {name: lora_axes(_MATRIX_AXES, params[name]) for name in ADAPTING if name in params}
     if "rows" in params:
         beside["rows"] = own_rows.logical_axes(params["rows"])
@@ -94,7 +94,7 @@ def logical_axes(params: Params) -> Params:
         if stacked or names[-1] not in MATRICES:
             return found if len(found) == leaf.ndim else (*found[:-2], found[-1])
         flat = tuple(axis for axis in found if axis != "head_dim")
-        return flat[-leaf.ndim :]  # of a quantized matrix also a scale for each output
+        return flat[-leaf.ndim :]  # a quantized matrix also has a scale for each output
 
     own = {name: leaf for name, leaf in params.items() if name not in beside}
     return jax.tree_util.tree_map_with_path(axes, own) | beside
@@ -103,10 +103,10 @@ def logical_axes(params: Params) -> Params:
 def init(config: TransformerConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; works under `jax.jit` (with `out_shardings`) and `jax.eval_shape`.
 
-    Recipe: a matrix is normal of variance 1 / fan-in, so that its output is as large as its input at any width (LeCun
+    Recipe: a matrix is normal with variance 1 / fan-in, so that its output is as large as its input at any width (LeCun
     et al., "Efficient BackProp", 1998); the two projections that write into the residual stream are smaller by sqrt(2
-    L), so that its variance does not grow with depth (GPT-2). An embedding of its own is normal of variance 1; one that
-    is tied to the head is a matrix. Norms start as the identity.
+    L), so that its variance does not grow with depth (GPT-2). An untied embedding is normal with variance 1; a tied one
+    is initialised as a matrix. Norms start as the identity.
     """
     L, D, F, V = config.n_layers, config.d_model, config.d_mlp, config.vocab_size
     N, K, H = config.n_heads, config.n_kv_heads, config.head_dim
@@ -149,10 +149,10 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = None) -> Params:
-    """Shapes and dtypes of the parameters, and their shardings on a mesh; nothing is allocated or computed.
+    """Shapes and dtypes of the parameters, and their shardings on a mesh. Nothing is allocated or computed.
 
-    The key is made inside, so that nothing is computed: a config is checked with this before the processes of a job
-    have met, and a process that has computed cannot join them any more.
+    The key is made inside, so that nothing is computed. A config is checked with this before the processes of a job
+    join, and a process that has already computed something cannot join.
     """
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     if mesh is None:
@@ -168,7 +168,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with RoPE; the caller's `attend` says how keys and values are stored and looked at."""
+    """Grouped-query attention with RoPE. The caller's `attend` stores keys and values and computes attention over
+    them."""
 
     def __init__(self, config: TransformerConfig, params: Params):
         self.eps = config.norm_eps
@@ -181,7 +182,7 @@ class Attention(nnx.Module):
         self.biases = nnx.data([params.get(f"{name}_bias") for name in ("query", "key", "value")])
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Callable, product: Product) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> ([B, T, D], the state of `attend`, which has the keys and values)."""
+        """[B, T, D] -> ([B, T, D], the state of `attend`, with the keys and values)."""
         weights = {"query": self.query, "key": self.key, "value": self.value}
         query, key, value = (
             self._heads(product(x, f"attention.{name}", _flat(w)), name, b)
@@ -199,14 +200,14 @@ class Attention(nnx.Module):
 
 
 def _flat(weight: jax.Array | Quantized, inputs: int = 1) -> jax.Array | Quantized:
-    """[I, O] of [I, N, H], or of a matrix whose first `inputs` axes are summed over."""
+    """Reshapes [I, N, H] to [I, O], or any matrix whose first `inputs` axes are summed over."""
     if isinstance(weight, Quantized):
         return weight.flat(inputs)
     return weight.reshape(math.prod(weight.shape[:inputs]), -1)
 
 
 class MLP(nnx.Module):
-    """SwiGLU, or with another activation."""
+    """A gated MLP: SwiGLU, or the same with another activation."""
 
     def __init__(self, config: TransformerConfig, params: Params):
         self.activation = _ACTIVATIONS[config.activation]
@@ -222,7 +223,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: x + f(norm(x)) ("pre") or x + norm(f(x)) ("swin"), f the attention and then the MLP.
 
-    params: of one layer; "beside" holds the layer's adapters, if there are any.
+    params: parameters of one layer; "beside" has the layer's adapters, if there are any.
     """
 
     def __init__(self, config: TransformerConfig, params: Params):
@@ -241,7 +242,8 @@ class Block(nnx.Module):
         dropout_keys: jax.Array | None = None,
         adapt: Adapt | None = None,
     ) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> ([B, T, D], the state of `attend`): attention, then the MLP, each added to what came in."""
+        """[B, T, D] -> ([B, T, D], the state of `attend`): attention, then the MLP, each added to the residual
+        stream."""
         pre, eps, rate = self.config.norm_placement == "pre", self.config.norm_eps, self.config.dropout
         attention_norm, mlp_norm = (_norm(self.config, x[...]) for x in (self.attention_norm, self.mlp_norm))
 
@@ -260,8 +262,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Tokens to hidden states, hidden states to logits. Made by `Transformer.bind(config, params)`.
 
-    With params["lora"] that adapter is part of the model; with params["adapters"] each row names one of them
-    (model/lora.py), and with params["rows"] it has rows of the tables with it (model/own_rows.py).
+    If there is params["lora"], that adapter is part of the model. If there is params["adapters"], each row names one of
+    them (model/lora.py); with params["rows"], each adapter also has its own table rows (model/own_rows.py).
     """
 
     def __init__(self, config: TransformerConfig, params: Params, lora: LoraConfig | None = None):
@@ -276,9 +278,10 @@ class Transformer(nnx.Module):
 
     @classmethod
     def bind(cls, config: TransformerConfig, params: Params, lora: LoraConfig | None = None) -> Transformer:
-        """A module over `params`, which still belong to the caller; cheap, and meant for inside a traced function.
+        """A module that uses `params`, which still belong to the caller. Binding is cheap; do it inside a traced
+        function.
 
-        lora: of the adapter in params["lora"]. Raises ValueError where there is one without the other.
+        lora: the config of params["lora"]. Raises ValueError if only one of the two is given.
         """
         return cls(config, params, lora)
 
@@ -295,8 +298,8 @@ class Transformer(nnx.Module):
         Args:
           tokens, positions: int32 [B, T]; positions count from the beginning of each document.
           doc_start: int32 [B, T], where in the row the document of each position begins; T on padding.
-          dropout_keys: keys [B], one for each row; None for no dropout.
-          adapter: int32 [B], which of params["adapters"] each row has; None: none.
+          dropout_keys: keys [B], one per row; None: no dropout.
+          adapter: int32 [B], the number of each row's adapter in params["adapters"]; None: no adapter.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype. `token_losses` or `logits` take them.
@@ -328,14 +331,14 @@ class Transformer(nnx.Module):
         return unzigzag(rms_norm(x, _norm(config, self.norm[...]), config.norm_eps))
 
     def observe(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array, look: Callable[..., Any]) -> Any:
-        """The same forward, without dropout; it returns what `look` gives for the attention of each layer.
+        """The same forward without dropout, which returns the results of `look` for the attention of each layer.
 
         Args:
           tokens, positions, doc_start: as above.
           look: called in each layer with the rotated query [B, T, N, H] and key [B, T, K, H], in the order of the row.
 
         Returns:
-          The arrays that `look` gave, stacked on a leading axis L.
+          The arrays that `look` returned, stacked on a leading axis L.
         """
         config = self.config
         tokens, positions, doc_start, _, rope = self._begin(tokens, positions, doc_start)
@@ -359,22 +362,22 @@ class Transformer(nnx.Module):
     def extend(
         self, tokens: jax.Array, cache: Cache, start: jax.Array, adapter: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Reads T more tokens of each row behind what the cache holds: the one path of prefill and decode.
+        """Processes T more tokens of each row after those in the cache. Prefill and decode both use it.
 
         Row b's tokens take the positions start[b] .. start[b] + T - 1, and each sees all positions up to its own.
-        Rows of different lengths are padded on the right: what padding wrote lies after the row's end, and the row's
-        next tokens overwrite it before anything reads it. Positions beyond the cache's length are not written.
+        Rows of different lengths are padded on the right. Padding writes after the row's end, and the row's next tokens
+        overwrite this before anything reads it. Positions beyond the cache's length are not written.
 
         Args:
           tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].
-          adapter: as of `__call__`.  Parameters may be stacked or unstacked.
+          adapter: as in `__call__`. Parameters may be stacked or unstacked.
 
         Returns:
           Hidden states [B, T, D] as `__call__` gives them, and the cache with the new keys and values.
         """
         config = self.config
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        # Behind a barrier: XLA CPU would otherwise compute cos and sin anew for each head of each layer.
+        # The barrier is needed because XLA CPU would otherwise compute cos and sin again for each head of each layer.
         rope = jax.lax.optimization_barrier(rope_angles(config, positions))
         x, states = self._look_up(tokens, None, adapter), []
         for params, cached in zip(each_layer(self.layers, config.n_layers), cache, strict=True):
@@ -397,13 +400,14 @@ class Transformer(nnx.Module):
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def head(self) -> jax.Array:
-        """The output weight [V, D], float32: the embedding table itself where the two are tied."""
+        """The output weight [V, D], float32; the embedding table if the two are tied."""
         return (self.embedding if self.output is None else self.output)[...]
 
     def logits(self, hidden: jax.Array, adapter: jax.Array | None = None) -> jax.Array:
-        """float32 [B, ..., V] of hidden states [B, ..., D]. For sampling; a loss takes `head` and never holds these.
+        """float32 [B, ..., V] of hidden states [B, ..., D]. For sampling; a loss uses `head` and never stores all
+        logits.
 
-        adapter: as of `__call__`.
+        adapter: as in `__call__`.
         """
         head = self.head().astype(hidden.dtype)
         logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
@@ -414,5 +418,5 @@ class Transformer(nnx.Module):
 
 
 def _norm(config: TransformerConfig, weight: jax.Array) -> jax.Array:
-    """The factor of a norm: its weight, and in Gemma 1 + its weight."""
+    """The factor of a norm: its weight, or in Gemma 1 + its weight."""
     return weight + config.norm_offset if config.norm_offset else weight

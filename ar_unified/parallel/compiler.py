@@ -1,14 +1,14 @@
-"""Options of the compiler, by kind of device: part of a program, like its mesh.
+"""Compiler options by kind of device; they are part of a program, like its mesh.
 
-They are compile options and not environment variables. So a plan is compiled with the options of its target, and a
-checkpoint records what was really used. What each is for:
+They are compile options and not environment variables, so that a plan is compiled with the options of its target, and a
+checkpoint records the options that were really used. The purpose of each:
 
   async_collective_fusion, overlap_compute_collective_tc, enable_async_all_gather
-      a gather of weights becomes steps of the fusion that computes meanwhile
+      a gather of weights is split into steps inside a fusion that computes meanwhile
   minor_sharding_for_major_trivial_input, relayout_group_size_threshold, assign_all_reduce_scatter_layout
-      a gradient's layout suits the scatter: one reduce-scatter takes the place of an all-reduce of the whole and a cut
+      a gradient's layout suits the scatter: one reduce-scatter replaces an all-reduce of the whole gradient and a slice
 
-Names and values: MaxText's benchmarks/xla_flags_library.py. What they do to our programs: docs/tpu_training.md.
+Names and values: MaxText's benchmarks/xla_flags_library.py. Their effect on our programs: docs/tpu_training.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SCATTER = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
 }
-# By the name of parallel/hardware.py. For other kinds the compiler's own defaults hold.
+# By the name in parallel/hardware.py. Other kinds use the compiler's own defaults.
 OPTIONS: dict[str, dict[str, str]] = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), _OVERLAP | _SCATTER)
 
 _BOOLEANS = {"true": "True", "false": "False"}
@@ -45,18 +45,19 @@ _UNKNOWN = re.compile(r"No such compile option: '([^']*)'")
 
 
 def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
-    """Options with which to compile a program for the devices of `mesh`.
+    """The options to compile a program for the devices of `mesh`.
 
     Args:
-      own: "name=value" each, beside OPTIONS or instead of one of them.
+      own: strings "name=value", each added to OPTIONS or replacing one of them.
 
-    What LIBTPU_INIT_ARGS sets stays as it says. One of OPTIONS that this compiler does not know is left out with a
-    warning: the next libtpu may rename it. Raises UserError for one of `own` that it does not know or cannot read.
+    Options set by LIBTPU_INIT_ARGS are not changed. If this compiler does not know one of OPTIONS, it is left out with
+    a warning, because the next libtpu may rename it. Raises UserError if the compiler does not know one of `own` or
+    cannot read its value.
     """
     device = mesh.devices.flat[0]
     hardware = of_kind(device.device_kind)
     chosen = dict(each.removeprefix("--").split("=", 1) for each in own)
-    if device.platform != "tpu":  # XLA_FLAGS and libtpu take true and false; as a compile option XLA takes these alone
+    if device.platform != "tpu":  # unlike flags, compile options take only these booleans
         chosen = {name: _BOOLEANS.get(value, value) for name, value in chosen.items()}
     set_already = re.findall(r"--([^\s=]+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
     ours = dict(OPTIONS.get(hardware.name, {}) if hardware else {})
@@ -73,7 +74,7 @@ def _refused(mesh: Mesh, options: Mapping[str, str]) -> tuple[str, str] | None:
     """(option, message) for the first option that the compiler refuses; the option is "" if the message does not name
     it. None: it accepts all.
 
-    It is tried with an empty program, because the real one takes minutes to compile.
+    This compiles an empty program, because the real one takes minutes.
     """
     if not options:
         return None

@@ -1,6 +1,6 @@
-"""Copies the parameters of a training from the mesh of all devices to the devices of each process.
+"""Copies the parameters in training from the mesh of all devices to the devices of each process.
 
-They travel over the network between the devices, and never through a host's memory or a file.
+The copies use the network between devices, never a host's memory or a file.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ar_unified.parallel.rules import specs
 
 
 def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
-    """A copy of `params` on a mesh of this process's own devices; other processes have one on theirs.
+    """A copy of `params` on a mesh of this process's devices; each other process gets a copy on its own.
 
-    All processes call it at the same time. An array that already lies where it is wanted is shared and not copied, so
-    whoever donates `params` takes the copy away, too.
+    All processes must call it at the same time. An array that is already in the right place is shared, not copied, so
+    donating `params` also deletes the copy.
 
     Args:
-        params: arrays of one mesh. logical_axes: of each, as `rules.specs` takes them.
-        here: a mesh of devices of this process; the other processes give the same mesh of devices of their own.
+        params: arrays on one mesh. logical_axes: the axes of each array, as `rules.specs` takes them.
+        here: a mesh of this process's devices; the other processes pass the same mesh shape with their own devices.
     """
     wanted = specs(here, logical_axes, params)
     if jax.process_count() == 1:
@@ -39,7 +39,7 @@ def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
 
 
 def _like(mesh: Mesh, process: int) -> np.ndarray:
-    """The devices of another process, arranged as `mesh` arranges those of this one."""
+    """The devices of another process, in the arrangement that `mesh` has for this process's devices."""
     mine, theirs = (
         sorted((d for d in jax.devices() if d.process_index == each), key=lambda d: d.id)
         for each in (jax.process_index(), process)

@@ -1,7 +1,7 @@
-"""What one device can do, by kind: the numbers that MFU is measured against and that a plan estimates with.
+"""The speed and memory of a device, by kind. MFU and the estimates of a plan use these numbers.
 
-A device is what JAX counts: one chip from v4 on (v4 with its two cores as one, "megacore"), half a chip of TPU7x. All
-numbers are the vendors', dense, per device and in one direction; what a program reaches of them is another matter.
+A device is what JAX counts as one: one chip from v4 on (v4's two cores as one, "megacore"), half a chip of TPU7x. All
+numbers are the vendors' peaks: dense, per device and in one direction. A program reaches only part of them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _CLOUD = "docs.cloud.google.com/tpu/docs/"
 class Hardware:
     """
     Attributes:
-      name: as a target is written, "v5p".
-      kind: how `device_kind` begins.
-      flops: bf16 matrix products, FLOP/s.
-      hbm: bytes of memory; for TPUs, what libtpu 0.0.42 leaves to a program (its message says so when a program does
-      not fit).
+      name: as written in a target, such as "v5p".
+      kind: the beginning of `device_kind`.
+      flops: FLOP/s of bf16 matrix products.
+      hbm: bytes of memory; for TPUs, the bytes that libtpu 0.0.42 leaves to a program (from its error for a program
+      that does not fit).
       hbm_bandwidth: bytes/s.
-      link: bytes/s of one link to one neighbour, one direction (TPU); of all links together (GPU).
+      link: bytes/s in one direction, of one link to one neighbour (TPU) or of all links together (GPU).
       torus: axes of the network that joins the devices of a slice; a device has two links along each. 0: a switch.
-      ring: an axis is closed to a ring where its size is a multiple of this.
-      largest: devices of the largest slice (TPU) or node (GPU).
+      ring: an axis is closed to a ring if its size is a multiple of this.
+      largest: number of devices in the largest slice (TPU) or node (GPU).
       dcn: bytes/s to other slices or nodes.
       host: devices on one host.
-      source: where the numbers are from.
+      source: the source of the numbers.
     """
 
     name: str
@@ -84,5 +84,5 @@ HARDWARE = (
 
 
 def of_kind(device_kind: str) -> Hardware | None:
-    """The hardware of a device as JAX names its kind; None for what the table does not know (CPUs among them)."""
+    """The hardware of a device, from JAX's name for its kind; None for kinds that the table lacks, such as CPUs."""
     return next((each for each in HARDWARE if device_kind.startswith(each.kind)), None)

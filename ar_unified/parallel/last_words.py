@@ -1,13 +1,12 @@
-"""The log of one process of a job, and the last message in it, which is written even if the process itself no longer
-can.
+"""Writes the log of one process of a job, and its last message, even if the process itself cannot write it any more.
 
-If another process is gone, JAX ends this one with abort(); a killed process ends at once. Neither can run any Python of
-ours. So each process writes its stderr to a small reader, this file run as a script, which outlives it:
+If another process is gone, JAX ends this one with abort(); a killed process ends at once. In both cases our Python code
+cannot run. So each process sends its stderr to a small reader, this file run as a script, which lives longer:
 
     python last_words.py LOG PROCESS PROCESSES COORDINATOR < the stderr of the process
 
-It puts every line with the time into LOG, and on the terminal too for process 0. When the lines end without FAREWELL,
-it says what happened, in words of ours. Needs nothing but the standard library; starts in 20 ms.
+The reader writes every line with the time to LOG, and for process 0 also to the terminal. If the lines end without
+FAREWELL, it says what happened. It needs only the standard library and starts in 20 ms.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ import signal
 import sys
 import time
 
-FAREWELL = "\x04"  # the last line of a process that ends in order
+FAREWELL = "\x04"  # the last line of a process that ends normally
 
-# How jaxlib's coordination service (0.10 to 0.12) names the processes that it misses, and that it is gone itself.
+# How jaxlib's coordination service (0.10 to 0.12) names missing processes, and how its own end is reported.
 _NAMED = re.compile(r"(?:timed out task names|stopped sending heartbeats\)):\s*((?:\d+\s+)+)")
 _START = "RegisterTask"
 _NO_COORDINATOR = re.compile(r"Failed to send RPC to coordination service|Deadline Exceeded\s+RPC: \S*RegisterTask")
 
 
 def missing(text: str) -> list[int]:
-    """The processes that an error of the coordination service blames; [] if it blames none."""
+    """The processes that an error of the coordination service names as missing; [] if it names none."""
     named = {int(number) for group in _NAMED.findall(f"{text}\n") for number in group.split()}
     return sorted(named) or ([0] if _NO_COORDINATOR.search(text) else [])
 
@@ -44,7 +43,7 @@ AGAIN = "Nothing is lost: the same command, started again, continues from the la
 
 
 def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
-    """What to say of a process that ended without FAREWELL, from the end of its stderr."""
+    """The message for a process that ended without FAREWELL, from the end of its stderr."""
     who, blamed = f"process {process} of {processes}", missing(text)
     if not blamed:
         return f"{who} was ended from outside: killed, or out of memory. {AGAIN}"
@@ -59,11 +58,11 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
 
 
 def main() -> None:
-    """The main function of the reader: it outlives the process that it watches, and writes into the log what became of
-    that process."""
+    """The main function of the reader. It lives longer than the process that it watches, and logs how that process
+    ended."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # signals are meant for the process; its last lines are still to come
+        signal.signal(number, signal.SIG_IGN)  # signals are for the process, whose last lines are still to come
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def say(line: str) -> None:

@@ -1,10 +1,10 @@
 """The device mesh: four named axes, configured by name, `make_mesh({"data": -1, "fsdp": 8, "tensor": 4})`.
 
-`data` repeats the parameters, `fsdp` splits them and the batch with them, `tensor` splits heads, MLP and vocabulary,
-`context` splits the sequence. An axis that is not named has size 1, so that one program serves a laptop and a pod.
+`data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads, MLP and vocabulary,
+`context` splits the sequence. An axis that is not named has size 1, so that one program works on a laptop and a pod.
 
 TPU slices are joined by the data centre's network (DCN), some hundred times slower than the links inside one (ICI).
-They become the outer part of `data`, over which one gradient a step travels; no other axis crosses a slice.
+Slices are the outer part of `data`, which transfers one gradient per step; no other axis crosses slices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-# From the slowest links to the fastest: neighbours in the device order end up in the same tensor/context group.
+# From the slowest links to the fastest, so that neighbours in the device order are in the same tensor/context group.
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 
@@ -25,10 +25,10 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """A mesh with the axes `data, fsdp, tensor, context` over `devices` (default: all of them).
 
     Args:
-      shape: size by axis name; absent axes have size 1, one axis may be -1 (all that is left). None: `data=-1`.
-      devices: what to build it from.
+      shape: size by axis name; absent axes have size 1, one axis may be -1 (all remaining devices). None: `data=-1`.
+      devices: the devices of the mesh.
 
-    Axis types are always Auto (jax.make_mesh defaults to Explicit, under which shardings become part of the types).
+    Axis types are always Auto (the default of jax.make_mesh is Explicit, which makes shardings part of the types).
 
     Raises ValueError for an unknown axis, two -1, sizes that do not multiply to the number of devices, or axes other
     than `data` that do not fit into a slice.
@@ -59,7 +59,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             f"a product of them that divides {len(slices[0])}, and let data span the slices"
         )
     shape_of_slice = (sizes["data"] // len(slices), *(sizes[axis] for axis in MESH_AXES[1:]))
-    # Where a TPU's own axes do not give these sizes, one of them may serve two of ours.
+    # If a TPU's axes do not match these sizes, one of them may serve two of ours.
     parts = [mesh_utils.create_device_mesh(shape_of_slice, part, allow_split_physical_axes=True) for part in slices]
     return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -68,14 +68,15 @@ def decoding_axes(shape: Mapping[str, int]) -> dict[str, int]:
     """The mesh for decoding, from a config's mesh and the devices of one process: `tensor` splits heads, all other axes
     split rows.
 
-    Each process serves requests of its own. The axes fsdp and context, which save memory in training, would make every
-    step of decoding wait for weights; the devices they name split rows.
+    Each process serves requests of its own. The axes fsdp and context save memory in training, but would make every
+    decoding step wait for weights. So their devices split rows instead.
     """
     return {"data": -1, "tensor": shape.get("tensor", 1)}
 
 
 def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """The devices by TPU slice. A GPU's slice_index names its host, and fsdp over several of those is usual."""
+    """The devices by TPU slice. GPUs are not grouped: their slice_index is the host, and fsdp over several hosts is
+    usual."""
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)

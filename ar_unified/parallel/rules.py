@@ -1,7 +1,7 @@
-"""Logical axis -> mesh axis: models name what an axis means, this table says where it lives.
+"""Logical axis -> mesh axis: models name the meaning of an axis, and this table says which mesh axis splits it.
 
-A parameter names each of its axes ("embed", "heads", ...); nothing in a model knows of a mesh. Changing how a model is
-spread over a machine is changing a row here. The compiler (GSPMD) derives the communication.
+A parameter names each of its axes ("embed", "heads", ...); models do not know the mesh. To change how a model is split
+over devices, change a row here. The compiler (GSPMD) derives the communication.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from jax.tree_util import KeyPath
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
     "batch": ("data", "fsdp"),  # fsdp devices hold different rows too: splitting parameters must not idle compute
-    "draws": ("data", "fsdp", "tensor"),  # rows of logits when a token is drawn, which is work for every device
-    "sequence": "context",  # long rows are cut along T; keys and values travel
+    "draws": ("data", "fsdp", "tensor"),  # rows of logits in sampling, which every device shares
+    "sequence": "context",  # long rows are split along T; keys and values travel
     # Parameters.
     "embed": "fsdp",  # every matrix has a model axis, so this one row shards all of them, ZeRO-3 style
-    "vocab": "tensor",  # the largest matrix, and the logits of a chunk stay split by vocabulary
+    "vocab": "tensor",  # the largest matrix; a chunk's logits stay split too
     "heads": "tensor",  # attention is independent by head: no communication until the output projection
-    "kv_heads": "tensor",  # beside the query heads that read them
-    "mlp": "tensor",  # columns of the first matrix and rows of the second: one all-reduce a block
+    "kv_heads": "tensor",  # on the devices of the query heads that read them
+    "mlp": "tensor",  # columns of the first matrix and rows of the second: one all-reduce per block
     "channels": "fsdp",  # output channels of a convolution: tokenizers are small, only their state is worth splitting
-    "head_dim": None,  # summed inside a head: splitting it would make every score an all-reduce
+    "head_dim": None,  # summed inside a head: if split, every score would need an all-reduce
     "layers": None,  # the axis that scan walks: a layer must be whole on every device that runs it
 }
 
-# Axes that may stay whole where the mesh axis does not divide them; any other such case is a mistake in the config.
+# Axes that may stay whole if the mesh axis does not divide them. For other axes this is a mistake in the config.
 MAY_STAY_WHOLE = {
     "kv_heads": "grouped-query attention often has fewer key heads than tensor has devices; K and V are then repeated",
     "channels": "the first and last convolutions have 3 or a few channels, whatever the mesh",
@@ -38,10 +38,10 @@ MAY_STAY_WHOLE = {
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> P:
-    """The PartitionSpec of one array from the logical names of its axes (None: never split).
+    """The PartitionSpec of one array, from the logical names of its axes (None: never split).
 
-    Raises ValueError, naming the array, for an unknown logical axis, a wrong number of axes, two axes that want one
-    mesh axis, and a size that its mesh axis does not divide (unless MAY_STAY_WHOLE says it may).
+    Raises ValueError, naming the array, for an unknown logical axis, a wrong number of axes, two axes that need the
+    same mesh axis, and a size that its mesh axis does not divide (except in MAY_STAY_WHOLE).
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name}: {len(axes)} logical axes {axes} for shape {shape}")
@@ -88,13 +88,13 @@ def on_mesh(shapes: Any, shardings: Any) -> Any:
 
 
 def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:
-    """How one array of a batch is split: [B, T] by batch and sequence, anything else by its leading axis alone."""
+    """How an array of a batch is split: [B, T] by batch and sequence, any other shape only by its leading axis."""
     axes = ("batch", "sequence") if len(shape) == 2 else ("batch",) + (None,) * (len(shape) - 1)
     return spec(mesh, axes, shape, name)
 
 
 def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): all rows that this process's devices hold are in part `index` of `count` equal parts of a batch.
+    """(index, count): all rows on this process's devices are in part `index` of `count` equal parts of a batch.
 
     It is (0, 1), the whole batch, for a single process, or if the mesh spreads a process's rows over several parts.
     """
@@ -119,7 +119,7 @@ def batch_shardings(mesh: Mesh, batch: Any) -> Any:
 def place_batch(mesh: Mesh, batch: Any, part: tuple[int, int] = (0, 1)) -> Any:
     """Puts a global batch onto the mesh, from `part` (index, count) of it: a pytree of numpy arrays [B / count, ...].
 
-    Each process copies the rows of its own devices; they must lie in its part (`batch_part`).
+    Each process copies the rows of its own devices, which must be in its part (`batch_part`).
     """
     index, count = part
 

@@ -1,11 +1,11 @@
-"""Many processes as one program: the one door to `jax.distributed`.
+"""Many processes as one program: the only module that uses `jax.distributed`.
 
-Every process of a job runs the same command. `start` joins them, from flags or from what the cluster says; `barrier`
-lets them wait for each other; `ending` ends them together. One process is the usual case and costs nothing: nothing is
-started, and every function here returns at once.
+Every process of a job runs the same command. `start` joins them, from flags or the cluster's environment; `barrier`
+lets them wait for each other; `ending` ends them together. A single process is the usual case and costs nothing:
+nothing is started, and every function returns at once.
 
-JAX's coordination service watches over the processes: when one is gone, it ends the others within the heartbeat
-time-out, also those that wait inside a collective. `last_words.py` says so in words.
+JAX's coordination service watches over the processes: if one is gone, it ends the others within the heartbeat time-out,
+even those that wait inside a collective. `last_words.py` then says what happened.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from absl import flags
 
-# Private, for want of a public way: what cluster this is before anything is started (jax.distributed.initialize tells
-# only by starting), a service that names who did not come (initialize does not pass its own time-out on to it), and a
-# word to all processes that needs no device.
+# These are private. No public API offers: finding the cluster before anything starts (jax.distributed.initialize only
+# tells after starting), a service that names missing processes (initialize does not pass its time-out on to it), and a
+# message to all processes that needs no device.
 from jax._src import clusters, distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
@@ -42,15 +42,15 @@ from ar_unified.errors import RunError, UserError
 from ar_unified.parallel import last_words
 
 _TICK = 0.5  # seconds, of `apart`
-_LATE = 20  # ticks by which one process may be behind another when both have passed a barrier
-ALONE = 14 * 86400.0  # seconds that some wait for others: as long as these live
-_GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them to say what they have to say
-# Errors of collectives that lost a peer: gloo's, NCCL's, the coordination service's.
+_LATE = 20  # most ticks between two processes after a barrier
+ALONE = 14 * 86400.0  # seconds to wait for others: as long as these live
+_GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them for their messages
+# Errors of collectives that lost a peer, from gloo, NCCL and the coordination service.
 _PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
 
 
 class ProcessesMissing(RunError):
-    """Others did not come to a barrier in time; the message names them. `processes`: their numbers, if known."""
+    """Other processes did not reach a barrier in time; the message names them. `processes`: their numbers, if known."""
 
     def __init__(self, message: str, processes: list[int]):
         super().__init__(message)
@@ -58,7 +58,7 @@ class ProcessesMissing(RunError):
 
 
 class _Log:
-    """Where this process writes when there are several: its log, and the reader that its stderr goes to."""
+    """Where this process writes if there are several: its log, and the reader that receives its stderr."""
 
     def __init__(self, folder: Path, process: int, processes: int, coordinator: str, heartbeat_timeout: int):
         self.heartbeat_timeout = heartbeat_timeout
@@ -106,13 +106,13 @@ def start(
 
     Args:
       coordinator: HOST:PORT of process 0. processes: their number. process: which of them this is, from 0. Give all
-        three or none. With none, the environment decides as JAX reads it (SLURM, GKE, TPU metadata, Open MPI,
-        Kubernetes); if it names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is
-        started.
+        three or none. With none, JAX reads the environment (SLURM, GKE, TPU metadata, Open MPI, Kubernetes); if it
+        names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is started.
       logs: folder for `process-<i>.log`, on storage that all processes share; not touched by a single process.
-      start_timeout: seconds until all must have come. heartbeat_timeout: until a silent process is given up.
+      start_timeout: seconds until all must have come. heartbeat_timeout: seconds until a silent process counts as dead.
 
-    Raises UserError for flags that do not fit together. Time-outs end the process: its last words name who is missing.
+    Raises UserError for flags that do not fit together. A time-out ends the process; its last message names who is
+    missing.
     """
     global _log
     given = [value is not None for value in (coordinator, processes, process)]
@@ -136,7 +136,8 @@ def start(
     _log.write(
         f"process {process} of {processes}, coordinator {coordinator}, pid {os.getpid()} on {os.uname().nodename}"
     )
-    # The service gives up first, and says who is missing to all who came; the clients' own time-out is for its silence.
+    # The service times out first and tells all present clients who is missing; their own time-out is for a silent
+    # service.
     service = _jax.get_distributed_runtime_service
     _jax.get_distributed_runtime_service = partial(service, cluster_register_timeout=start_timeout)
     try:
@@ -151,7 +152,7 @@ def start(
     finally:
         _jax.get_distributed_runtime_service = service
     interrupts.forward_to_sigterm()  # the one signal that JAX lets all processes agree on
-    # Orbax's manager waits by device collectives unless told otherwise; those would cross the step's own.
+    # By default, Orbax's manager waits with device collectives, which would mix with those of the step.
     flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -159,7 +160,7 @@ def start(
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """A context for a whole program: all processes end together, and one that fails ends at once and says why."""
+    """A context for a whole program: all processes end together; a process that fails ends at once and says why."""
     try:
         yield
     except Exception as error:
@@ -213,27 +214,29 @@ def _explain(error: Exception, explained: str | None) -> None:
 
 
 def first() -> bool:
-    """Whether this is process 0, which writes what is written once."""
+    """Whether this is process 0, which writes everything that is written only once."""
     return jax.process_index() == 0
 
 
 def say(line: str) -> None:
-    """A line for people: on the terminal from process 0 alone; in the log of every process where there are several."""
+    """Prints a line for people: only process 0 prints to the terminal; with several processes, each writes it to its
+    log."""
     if first():
         try:
             print(line, flush=True)
-        except OSError:  # the terminal was closed, or the pipe: files go on telling
+        except OSError:  # the terminal or the pipe was closed; the log continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if _log is not None:
         _log.write(line)
 
 
 def barrier(name: str, timeout: float = 600.0) -> None:
-    """Waits until every process is at the barrier of this name, through the coordination service: no device is asked.
+    """Waits until every process is at the barrier of this name, through the coordination service, without using a
+    device.
 
     After the barrier, this process sees what the others wrote into the workdir before it, in an object store too.
 
-    Raises ProcessesMissing after `timeout` seconds, naming those that did not come.
+    Raises ProcessesMissing after `timeout` seconds, naming those that did not arrive.
     """
     if jax.process_count() == 1:
         return
@@ -256,17 +259,18 @@ def preempted() -> bool:
     global _asked
     if _log is None:
         return False
-    _asked += 1  # not the step: a second training starts from 0 again, behind what was agreed
+    _asked += 1  # not the step: a second training restarts at 0, before the agreed step
     return multihost_utils.reached_preemption_sync_point(_asked)
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[Callable[[], None]]:
-    """A context for work that each process does at its own pace. It yields a function that each calls again and again;
-    a second or so after a SIGTERM to one process, it raises Preempted in all. All leave the block together.
+    """A context for work that each process does at its own pace. It yields a function that each process calls
+    repeatedly. About a second after a SIGTERM to one process, this function raises Preempted in all. All leave the
+    block together.
 
-    `preempted` needs equally many calls in all processes. Here they have only the time in common, so it is called once
-    a tick.
+    `preempted` needs equally many calls in all processes. Here processes share only the time, so it is called once per
+    tick.
     """
     barrier("apart", timeout=ALONE)
     asked, began, stop = _asked, time.monotonic(), None
@@ -282,7 +286,7 @@ def apart() -> Iterator[Callable[[], None]]:
     except interrupts.Preempted as raised:
         stop = raised
     barrier("together", timeout=ALONE)
-    if stop is None:  # one that has finished may not have seen yet that the others were stopped
+    if stop is None:  # a finished process may not know yet that the others were stopped
         until(_told(f"ticks {asked}", _asked + _LATE))
     else:
         _told(f"ticks {asked}", _asked + _LATE)
@@ -290,7 +294,7 @@ def apart() -> Iterator[Callable[[], None]]:
 
 
 def _told(name: str, number: int) -> int:
-    """Process 0's `number`, for all processes."""
+    """Sends process 0's `number` to all processes."""
     client = distributed.global_state.client
     if client is None:
         return number
@@ -300,9 +304,9 @@ def _told(name: str, number: int) -> int:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays on any mesh -> the same tree of numpy arrays on process 0, None on the others; all must call it.
+    """Copies arrays on any mesh to numpy arrays on process 0; other processes get None. All must call it.
 
-    It goes leaf by leaf; for a moment each leaf is whole on every device.
+    It copies leaf by leaf; each leaf is briefly whole on every device.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)

@@ -1,11 +1,10 @@
 """The order of a row's columns under context parallelism: device i of C holds pieces i and 2C - 1 - i of 2C.
 
-If a causal row were cut into C stretches, the last device would have 2C - 1 times the work of the first, and all would
-wait for it. With one early and one late piece, each device sees the same number of keys. A batch lies on the devices in
-the order of the sequence, and the model itself changes to zigzag order; that sends little compared with the keys of one
-layer.
+If a causal row were split into C pieces, the last device would have 2C - 1 times the work of the first, and all would
+wait for it. With one early and one late piece, each device sees the same number of keys. A batch is on the devices in
+sequence order, and the model changes it to zigzag order. This sends little data compared with the keys of one layer.
 
-C devices of the context axis, B batch, T position.
+C number of devices on the context axis, B batch, T position.
 """
 
 from __future__ import annotations
@@ -18,27 +17,26 @@ from ar_unified.parallel.rules import spec
 
 
 def zigzag(x: jax.Array) -> jax.Array:
-    """[B, T, ...] from the order of the sequence; the identity where the mesh in scope does not cut sequences.
+    """[B, T, ...] from sequence order to zigzag order; unchanged if the mesh in scope does not split sequences.
 
-    Raises ValueError where T is not a multiple of 2C.
+    Raises ValueError if T is not a multiple of 2C.
     """
     return _exchange(x, _to_zigzag)
 
 
 def unzigzag(x: jax.Array) -> jax.Array:
-    """[B, T, ...] back to the order of the sequence."""
+    """[B, T, ...] back to sequence order."""
     return _exchange(x, _to_sequence)
 
 
 def pieces(device: jax.Array, ways: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Where in the sequence the early and the late piece of each of `ways` devices begin; a piece has `width`
-    columns.
-    """
+    """Where the early and the late piece of each of `ways` devices begin in the sequence, for pieces of `width`
+    columns."""
     return device * width, (2 * ways - 1 - device) * width
 
 
 def require_pieces(length: int, ways: int) -> None:
-    """Raises ValueError unless rows of `length` tokens can lie over `ways` devices."""
+    """Raises ValueError unless rows of `length` tokens can be split over `ways` devices."""
     if ways > 1 and length % (2 * ways):
         raise ValueError(
             f"rows of {length} tokens do not split into the 2 x context = {2 * ways} equal pieces that "
@@ -56,7 +54,7 @@ def _exchange(x: jax.Array, part) -> jax.Array:
 
 
 def _homes(ways: int) -> tuple[list[int], list[int]]:
-    """The devices of pieces 0, 2, 4, ... and of pieces 1, 3, 5, ...: each is every device once."""
+    """The devices of pieces 0, 2, 4, ... and of pieces 1, 3, 5, ...; each list has every device once."""
     home = [min(piece, 2 * ways - 1 - piece) for piece in range(2 * ways)]
     return home[0::2], home[1::2]
 

@@ -1,12 +1,11 @@
-"""Fused attention of one query per row, or a few, over the row's KV cache: one public function, a kernel for each
-device.
+"""Fused attention of one or a few queries per row over the row's KV cache: one public function, one kernel per device.
 
-The time of decoding is the time of reading the cache. So the kernels read only the live part of each row, once for all
+Reading the cache takes most of the time of decoding. So the kernels read only the live part of each row, once for all
 query heads of a KV head. A cache in int8 with one scale per vector (`quantize`) is read as int8.
 
-spec.py       the arguments as every implementation takes them
+spec.py       the arguments of every implementation
 reference.py  what it computes, in a few lines
-xla.py        by XLA: any platform and shape, the whole cache
+xla.py        with XLA: any platform and shape, the whole cache
 tpu.py        Pallas for TPU
 hopper.py     Pallas for Hopper GPUs
 int8.py       keys and values to int8
@@ -39,23 +38,23 @@ def decode_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
-    """Attention of one query a row over a cache that already holds the query's own key and value.
+    """Attention of one query per row over a cache that already has the query's own key and value.
 
     Row b's query is at position lengths[b] - 1 and sees the slots max(0, lengths[b] - window) <= s < lengths[b]. A row
     of length 0 gets exact zeros, and a log-sum-exp of -inf. The values of unseen slots do not matter but must be
-    finite. If a row has several queries, this holds for the last one, and each query sees one slot more than the query
-    before. Queries beyond the cache get some finite value. XLA reads the cache once for all queries, the kernels once
-    for each query. `attention` computes the same with q_offset = lengths - 1, and can be differentiated; this function
-    cannot, and raises TypeError if it is.
+    finite. If a row has several queries, this is true for the last one, and each query sees one slot more than the
+    query before. Queries beyond the cache get an unspecified finite value. XLA reads the cache once for all queries;
+    the kernels read it once per query. `attention` computes the same with q_offset = lengths - 1, and can be
+    differentiated; this function cannot, and raises TypeError if it is.
 
     Args:
       q: [B, N, H], or [B, T, N, H], rotated, not scaled.
       k, v: [B, K, S, H]; K divides N, and query head n reads KV head n // (N / K). Floating point, or int8 with scales.
       lengths: int32 [B], live slots of each row, 0 .. S; with T queries per row, live slots of the last query, 0 .. S +
           T - 1.
-      k_scale, v_scale: float32 [B, K, 1, S], only for an int8 cache: key and value s are k[..., s, :] * k_scale[..., s]
-        and v[..., s, :] * v_scale[..., s], as `quantize` makes them. TPUs read this shape without a copy.
-      scale: of the scores; None: H ** -0.5.
+      k_scale, v_scale: float32 [B, K, 1, S], only for an int8 cache: the key and value of slot s are k[..., s, :] *
+        k_scale[..., s] and v[..., s, :] * v_scale[..., s], as from `quantize`. TPUs read this shape without a copy.
+      scale: factor of the scores; None: H ** -0.5.
       window: most slots that a query sees, including its own; None: all live slots.
       soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: plain scores.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, N].

@@ -2,14 +2,14 @@
 
 A thread block computes one KV head of one row, over a share of the row's live slots. Rows are split into equal parts
 until there are enough for every SM, and the parts are merged by their log-sum-exps. A thread block goes through its
-share in blocks that TMA copies into a ring of shared memory. When a block was used, the copy of the next begins. While
+share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of the next begins. While
 one thread block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
 bytes per clock from HBM, which are 7.5 bfloat16 numbers. It does 64 multiply-adds with each number, a quarter of the
 2048 that its tensor cores do per clock (a third on an H200). CUDA cores, with 128 lanes, would have to widen each
-number and then use it G times. At G = 8 this is half of what they can do, with int8 all of it, even without the
-softmax.
+number and then use it G times. At G = 8 this uses half of their throughput, and with int8 all of it, without counting
+the softmax.
 
 An int8 block is copied as int8, and widened once from shared memory to shared memory.
 
@@ -34,16 +34,16 @@ from ar_unified.kernels.merge import merge
 HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # rows of a wgmma
 BLOCK = 64  # slots
-RING_BYTES = 64 * 1024  # bytes of keys and values in copy for a thread block; an SM has room for more than two of these
-THREAD_BLOCKS = 4 * 132  # to split rows for: two at once on each SM of an H100 or H200, and two after them
-SHORTEST_PART = 4 * BLOCK  # slots of a row that are worth a thread block
+RING_BYTES = 64 * 1024  # of keys and values being copied per thread block; an SM has room for more than two
+THREAD_BLOCKS = 4 * 132  # to split rows into: two at once on each SM of an H100 or H200, and two after them
+SHORTEST_PART = 4 * BLOCK  # fewest slots of a row that are worth a thread block
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # the maximum of no scores; finite, because -inf - -inf is NaN
 _WGMMA, _BY_ROW, _BY_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these cannot be computed here; None if they can."""
+    """Why this module cannot compute these arguments; None if it can."""
     if q.dtype != jnp.bfloat16 or k.dtype not in (jnp.bfloat16, jnp.int8):
         return f"expected q in bfloat16 and a cache in bfloat16 or int8; found {q.dtype} and {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
@@ -62,7 +62,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     G = N // K
     parts = min(pl.cdiv(THREAD_BLOCKS, B * K), pl.cdiv(S, SHORTEST_PART))
     stages = max(2, RING_BYTES // (2 * BLOCK * H * cache.k.dtype.itemsize))
-    query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # whole rows of tiles
+    query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # only whole rows of tiles
     quantized = cache.scales is not None
     # TMA copies whole blocks only if strides are multiples of 16 bytes; the cache itself is never padded.
     scales = [jnp.pad(x[:, :, 0], [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in cache.scales or ()]
@@ -166,7 +166,7 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
 
 
 def _operand(smem, wide_smem):
-    """The block in the form that wgmma takes, in shared memory. wide_smem: where an int8 block is widened; None for
+    """The block in shared memory, in the form that wgmma takes. wide_smem: memory for a widened int8 block; None for
     other blocks."""
     if wide_smem is None:
         return smem
@@ -191,9 +191,9 @@ def _product(a, b) -> jax.Array:
 
 def _accumulate(spec: Spec, acc: jax.Array, a: jax.Array, b) -> jax.Array:
     """acc + a @ b, a in registers and b in shared memory."""
-    if spec.interpret:  # JAX's emulation of a GPU has neither run_state nor a left operand in registers
+    if spec.interpret:  # JAX's GPU emulation lacks run_state and left operands in registers
         b = b[...]
-        plgpu.commit_smem()  # wgmma reads as TMA writes, in the async proxy; this read is ordinary and needs the fence
+        plgpu.commit_smem()  # wgmma uses the async proxy; this ordinary read needs the fence
         return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
     def run(ref):
@@ -207,12 +207,12 @@ def _full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
 
 
 def _down(x: jax.Array, tile: jax.Array) -> jax.Array:
-    """A value for each row of a tile, in the tile's shape."""
+    """Broadcasts a value for each row of a tile to the tile's shape."""
     return lax.broadcast_in_dim(x, tile.shape, [0])
 
 
 def _tiled(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory for an operand of wgmma: rows of at most 128 bytes, swizzled over their length."""
+    """Shared memory for an operand of wgmma, with rows of at most 128 bytes, swizzled over their length."""
     width = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
     transforms = plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width)
     return plgpu.SMEM(shape, dtype, transforms=transforms)

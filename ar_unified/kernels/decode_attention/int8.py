@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits: each vector by its own largest value, so that one float32 scale restores it."""
+"""Keys and values in 8 bits: each vector is scaled by its own largest value, so one float32 scale restores it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [..., H] as int8 [..., H] and scale float32 [...]: x is about int8 * scale, to half a scale in each place.
+    """x [..., H] as int8 [..., H] and scale float32 [...]: x is about int8 * scale, with an error of at most half a
+    scale in each element.
 
-    Symmetric, scale = max |x| / 127; a vector of zeros has scale 0 and stays exact zeros. A vector with an infinity or
-    a NaN has a scale that is not finite either, so the result shows it.
+    Symmetric, scale = max |x| / 127; a vector of zeros has scale 0 and stays exactly zero. A vector with an infinity or
+    a NaN gets a scale that is not finite, so the result is not finite either.
     """
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / 127

@@ -1,4 +1,4 @@
-"""What decode attention computes, in a screenful: the cache made whole, and every score at once."""
+"""A short definition of decode attention: it restores the whole cache and computes all scores at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these cannot be computed here; None: they can."""
+    """Why this module cannot compute these arguments; None if it can."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""One decoding step of attention as its implementations take it."""
+"""The arguments of decode attention in the form that its implementations take."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 
 class Cache(NamedTuple):
-    """The slots that queries look at: in row b, begin[b] <= s < end[b]; none if that is empty.
+    """The slots that queries see: in row b, begin[b] <= s < end[b], which may be empty.
 
-    k, v: [B, K, S, H].  scales: float32 [B, K, 1, S] twice, the factors of each key and value; None: they need none.
-    begin, end: int32 [B], 0 <= begin < end <= S or both 0.
+    k, v: [B, K, S, H].  scales: the factors of keys and of values, float32 [B, K, 1, S] each; None: no factors. begin,
+    end: int32 [B], 0 <= begin < end <= S or both 0.
     """
 
     k: jax.Array
@@ -36,11 +36,11 @@ class Cache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a kernel is compiled for, besides shapes.
+    """The settings that a kernel is compiled for, besides shapes.
 
     Attributes:
-      scale: of the scores.
-      soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
+      scale: factor of the scores.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap); None: no change.
       interpret: emulate the kernel on a CPU.
     """
 

@@ -1,13 +1,13 @@
-"""Decode attention on TPU: one walk over the live blocks of all rows; the query heads of a KV head are the rows of one
+"""Decode attention on TPU: one pass over the live blocks of all rows; the query heads of a KV head are the rows of one
 product.
 
-The grid is as long as the list of live blocks, not as B * S. A block of slots that no query sees, left of a window or
-right of a row's end, is neither fetched nor visited. The next row's first block is being copied while the last one of
-this row is computed. A core takes its steps one after the other and softmax runs along them, so there is nothing to
-split and merge here; where a chip has two cores (v4, v5p), they share the KV heads.
+The grid is as long as the list of live blocks, not as B * S. Blocks of slots that no query sees, before a window or
+after a row's end, are not fetched and not visited. The next row's first block is being copied while the last one of
+this row is computed. A core runs its steps one after the other and carries the softmax along, so nothing is split and
+merged here. If a chip has two cores (v4, v5p), each takes half of the KV heads.
 
-If the last axis of an array does not fill rows of 128 lanes, XLA lays the axis before it along the lanes. So a cache of
-head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
+If the last axis of an array does not fill rows of 128 lanes, XLA puts the axis before it along the lanes. So a cache of
+head dim 64 is passed as [B, K, H, S], which is its layout in memory: no copy is made.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -24,13 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
 BLOCK_BYTES = 512 * 1024  # bytes of keys in a step: a copy long enough to hide the step's fixed cost of 0.3 us
-HEADS = 8  # KV heads a step at most; each is a product of its own
+HEADS = 8  # most KV heads per step; each is a separate product
 DTYPES = (jnp.float32, jnp.bfloat16)
-SMALL_DTYPES = (jnp.int8, jnp.float8_e4m3fn)  # of a cache alone
+SMALL_DTYPES = (jnp.int8, jnp.float8_e4m3fn)  # only for a cache
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these cannot be computed here; None: they can."""
+    """Why this module cannot compute these arguments; None if it can."""
     if q.dtype not in DTYPES or k.dtype not in (*DTYPES, *SMALL_DTYPES):
         expected = "q in float32 or bfloat16 and a cache in one of these, int8 or float8_e4m3fn"
         return f"expected {expected}; found {q.dtype} and {k.dtype}"
@@ -57,7 +57,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     else:
         slots = pl.BlockSpec((1, heads, block, H), lambda h, i, row_of, block_of, *_: (row_of[i], h, block_of[i], 0))
         k, v = cache.k, cache.v
-    # Of [B, K, S] a block of some of the heads would be no whole tile; with an axis of one between, it is.
+    # A block of some heads of [B, K, S] would not be a whole tile; with an axis of size 1 in between, it is.
     scales = pl.BlockSpec((1, heads, 1, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
     quantized = [] if cache.scales is None else list(cache.scales)
     out, lse = pl.pallas_call(
@@ -81,15 +81,16 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
 
 
 def _tiles(K: int, S: int, H: int, itemsize: int) -> tuple[int, int]:
-    """KV heads and slots a step: half of the heads at most, for two cores to share, and BLOCK_BYTES of keys."""
+    """KV heads and slots per step: at most half of the heads, so that two cores can share them, and BLOCK_BYTES of
+    keys."""
     heads = max(n for n in range(1, max(K // 2, 1) + 1) if K % n == 0 and n <= HEADS)
-    fit = BLOCK_BYTES // (heads * max(H, 128) * itemsize)  # a power of two for every head dim that is one
+    fit = BLOCK_BYTES // (heads * max(H, 128) * itemsize)  # a power of two if the head dim is one
     return heads, min(S, max(fit // 128 * 128, 128))
 
 
 def _live_blocks(cache: Cache, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each live block its row and its place in the row, int32 [B * blocks a row], and how many there are; the rest
-    of the list is never read. A row without a live slot is listed with its first block, so that its zeros are
+    """The row of each live block and its place in the row, int32 [B * blocks per row], and the number of live blocks;
+    the rest of the list is never read. A row without live slots is listed with its first block, so that its zeros are
     written.
     """
     B, S = cache.k.shape[0], cache.k.shape[2]
@@ -97,7 +98,7 @@ def _live_blocks(cache: Cache, block: int) -> tuple[jax.Array, jax.Array, jax.Ar
     count = jnp.maximum(pl.cdiv(cache.end, block) - first, 1)
     behind = jnp.cumsum(count)  # of each row: one more than its last place in the list
     i = jnp.arange(B * pl.cdiv(S, block), dtype=jnp.int32)
-    # By comparing all with all: a search and look-ups would be loops and gathers on TPU, once a layer.
+    # Compares all with all, because a search with look-ups would be loops and gathers on TPU, in every layer.
     row = jnp.minimum((behind <= i[:, None]).sum(1, dtype=jnp.int32), B - 1)
     shift = jnp.where(row[:, None] == jnp.arange(B), first - (behind - count), 0).sum(1, dtype=jnp.int32)
     return row, i + shift, behind[-1]
@@ -137,7 +138,7 @@ def _kernel(spec, block, turned, row_of, block_of, begin, end, q, k, v, *refs):
 
 
 def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
-    """Takes one block of slots into the running softmax; `seen` masks it, where it is an edge."""
+    """Adds one block of slots to the running softmax. `seen` masks it if it is an edge block."""
     precise = dict(preferred_element_type=jnp.float32)
     if q.dtype == jnp.float32:
         precise["precision"] = jax.lax.Precision.HIGHEST
@@ -150,7 +151,7 @@ def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     if seen is not None:
         scores = jnp.where(seen(scores.shape, 2), scores, -jnp.inf)
-        # What lies behind the array's end is whatever the memory held: no weight of zero makes it harmless.
+        # Memory after the array's end has arbitrary values, perhaps NaN, and a weight of zero does not remove these.
         values = jnp.where(seen(values.shape, cached.index("S")), values, 0)
     new = jnp.maximum(highest[...], scores.max(-1, keepdims=True))  # finite: each listed block has a seen slot
     weights, shrink = jnp.exp(scores - new), jnp.exp(highest[...] - new)

@@ -1,8 +1,8 @@
-"""Decode attention by XLA alone: any platform, any shape.
+"""Decode attention with XLA only: any platform, any shape.
 
-XLA's shapes are static, so it reads the whole cache, a half, a quarter or an eighth of it: as much as the longest row
-of the batch needs. The result of a row does not depend on that, because more slots add exact zeros in the same order.
-On a CPU it is the same bit for bit if the cache's length is a multiple of SHORTEST.
+XLA's shapes are static, so it reads the whole cache, or a half, a quarter or an eighth of it, depending on the longest
+row of the batch. The result of a row does not depend on this, because more slots add exact zeros in the same order. On
+a CPU it is the same bit for bit if the cache's length is a multiple of SHORTEST.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -15,21 +15,21 @@ import jax.numpy as jnp
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 from ar_unified.kernels.row_max import row_max
 
-PREFIXES = (8, 4, 2, 1)  # parts of the cache; finer ones do not pay for the copy that XLA makes of a part
-SHORTEST = 64  # slots of a prefix at least, and what all but the whole cache are multiples of
-_HIDDEN = -1e30  # added to the score of a slot that is not seen; finite: a row that sees no slot must not make NaN
+PREFIXES = (8, 4, 2, 1)  # parts of the cache; XLA copies a part, so more choices do not pay off
+SHORTEST = 64  # the shortest prefix; prefixes except the whole cache are multiples of it
+_HIDDEN = -1e30  # added to the score of an unseen slot; finite, so that a row that sees no slot gives no NaN
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these cannot be computed here; None: they can."""
+    """Why this module cannot compute these arguments; None if it can."""
     return None
 
 
 def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, N, H] in the dtype of q, and log-sum-exp float32 [B, N].
 
-    For several queries a row they are [B, T, N, H] and [B, T, N]. The queries are at the row's last positions, and each
-    sees the slots up to its own.
+    For several queries per row the shapes are [B, T, N, H] and [B, T, N]. Queries are at the row's last positions, and
+    each sees the slots up to its own.
     """
     lengths = prefixes(cache.k.shape[2])
     if len(lengths) == 1:
@@ -39,7 +39,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
 
 
 def prefixes(length: int) -> list[int]:
-    """The slots that a cache of `length` is read in, in rising order."""
+    """The numbers of slots that may be read of a cache of `length`, in rising order."""
     parts = (-(-length // (SHORTEST * part)) * SHORTEST for part in PREFIXES)
     return sorted({min(part, length) for part in parts})
 
@@ -52,8 +52,8 @@ def _first(cache: Cache, slots: int) -> Cache:
 def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
     B, *_, N, H = q.shape
     K, T = cache.k.shape[1], q.shape[1] if q.ndim == 4 else 1
-    # The queries of a row and the heads of a group are the rows of one matrix, without an axis for one query: XLA CPU's
-    # product of these is up to 3x faster at B = 1 than the same with that axis.
+    # The queries of a row and the heads of a group are the rows of one matrix, without an axis for a single query: at B
+    # = 1, XLA CPU's product is up to 3x faster without that axis.
     query = _rows(q * jnp.asarray(spec.scale, q.dtype), T, K)
     k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
     scores = jnp.einsum("BKGH,BKSH->BKGS", query, k, preferred_element_type=jnp.float32)
@@ -61,11 +61,11 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
         scores *= cache.scales[0]
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    # Added, not selected: layers and heads share the bias, which costs less than masking the scores of each.
+    # A bias is added instead of masking scores, because all layers and heads share it, which costs less.
     scores += _bias(cache, T, N // K)
-    highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
+    highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # for a row that sees no slot: its weights become exactly 0
     weights = jnp.exp(scores - highest)
-    # A product, not a sum: XLA CPU adds up a row of S numbers in an order that depends on S.
+    # A product, because XLA CPU's sum of a row of S numbers has an order that depends on S.
     ones = jax.lax.optimization_barrier(jnp.ones(weights.shape[-1], weights.dtype))
     total = jnp.einsum("BKGS,S->BKG", weights, ones)[..., None]
     if cache.scales is not None:
@@ -90,7 +90,7 @@ def _queries(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _bias(cache: Cache, T: int, G: int) -> jax.Array:
-    """What is added to scores [B, K, T * G, S]."""
+    """The bias that is added to scores [B, K, T * G, S]."""
     if T == 1:
         return jnp.where(cache.seen, 0.0, _HIDDEN)[:, None, None]
     seen = jnp.stack([cache.before(T - 1 - t).seen for t in range(T)], axis=1)
