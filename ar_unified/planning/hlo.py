@@ -46,7 +46,7 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """Splits an instruction into its type, which comes first, and the rest. A tuple type ends at its own parenthesis."""
+    """Splits an instruction into its type, which comes first, and the rest. A tuple ends at its own parenthesis."""
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
         return kind, rest

@@ -64,7 +64,7 @@ def turn(hlo: str, without: str = "") -> Turn:
 
 
 def _reached(computations: dict[str, list[Instruction]], names: list[str], without: str) -> Iterator[str]:
-    """The computations with these names and all computations that they run, each once, without the inside of fusions."""
+    """The computations with these names and all that they run, each once, without the inside of fusions."""
 
     def runs(each: Instruction) -> bool:
         left_out = without and each.opcode == "conditional" and f"/{without}/" in source_of(each)

@@ -367,7 +367,7 @@ def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
 
 
 class _Spelling:
-    """Stands in for a text tokenizer if a layout writes its marks as text. The compiled part never turns text into ids."""
+    """Stands in for a text tokenizer if a layout writes its marks as text. Compiled code never turns text into ids."""
 
     def __init__(self, size: int):
         self.size = size

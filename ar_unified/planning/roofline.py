@@ -92,7 +92,7 @@ class Roofline(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """One collective on the machine's networks: the bytes that a device sends on each network, and the seconds needed."""
+    """One collective on the machine's networks: the bytes that a device sends on each, and the seconds needed."""
 
     ici: float
     dcn: float

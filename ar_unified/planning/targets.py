@@ -80,7 +80,7 @@ class Target:
         name = self.hardware.name
         options: dict[str, Json] = {"num_slices": self.slices} if self.slices > 1 else {}
         if name == "v4":
-            options["chip_config_name"] = "megacore"  # JAX joins both v4 cores to one device
+            options["chip_config_name"] = "megacore"  # JAX sees two cores as one device
         if self.chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         try:
