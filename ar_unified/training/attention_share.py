@@ -5,11 +5,11 @@ modality of the key), the share is
 
     share(a -> b) = mean over queries q of modality a, and over heads, of  sum over keys k of modality b of  w(q, k)
 
-where w(q, k) is the softmax of q . k / sqrt(H) over the keys that q sees (its own document up to
-itself, without padding). Only queries that see keys of both modalities count. A share is a number in [0, 1]. The shares of one a sum to at most 1; control and
-size tokens get the rest. `uniform` is reported beside the layers: it would be the share if the same queries gave equal
-weight to all keys that they see. It depends only on the data. If a layer has a larger share than this, it attends to
-that modality more than by chance.
+where w(q, k) is the softmax of q . k / sqrt(H) over the keys that q sees (its own document up to itself,
+without padding). Only queries that see keys of both modalities count. A share is a number in [0, 1]. The shares of one
+a sum to at most 1; control and size tokens get the rest. `uniform` is reported beside the layers: it would be the share
+if the same queries gave equal weight to all keys that they see. It depends only on the data. If a layer has a larger
+share than this, it attends to that modality more than by chance.
 
 The training step does not store attention weights. The shares come from a separate forward pass over a held-out batch,
 which computes the weights for one chunk of queries at a time.

@@ -52,7 +52,7 @@ class Goodput:
         self.seconds[activity] += seconds
 
     def write(self, step: int, *, finished: bool = False) -> dict[str, float]:
-        """Writes the record after `step` steps to disk. Returns {"goodput": share of steps, "time/ACTIVITY": its share}.
+        """Writes the record after `step` steps. Returns {"goodput": share of steps, "time/ACTIVITY": its share}.
 
         finished: the training is complete, so the time until somebody asks for more steps is not "down".
         """
