@@ -88,7 +88,7 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
 
 
 class StageMismatch(Mismatch):
-    """A stage's folder has the result, or part of it, of other settings. `old`: the value of `field` there."""
+    """A stage's folder was made with other settings. `old`: the value of `field` in the folder's record."""
 
     def __init__(self, field: str, message: str, old: Any = None):
         super().__init__(field, message)

@@ -150,7 +150,7 @@ def fit(
         keep_best=config.keep_best,
     )
     start = checkpoints.latest() or 0
-    runtime.barrier(f"{task.name} from step {start}")  # names a process with another checkpoint, so nothing hangs
+    runtime.barrier(f"{task.name} from step {start}")  # fails, and does not hang, if checkpoints differ
     clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
     finished = start >= config.steps
     kept = Kept(task, mesh, begin if kept_elsewhere else None)

@@ -30,7 +30,7 @@ class OptimizerConfig:
     the root mean square of AdamW's, 0.2 of the rate (Liu et al., arXiv:2502.16982), so a learning rate and a decay for
     AdamW are a good first choice for Muon.
 
-    WSD is warm-up, stable, decay (arXiv:2404.06395): a long run, from any checkpoint of which the decay can be started.
+    WSD is warm-up, stable, decay (arXiv:2404.06395): a long run; the decay can start from any of its checkpoints.
     `decay="sqrt"` falls as 1 - sqrt(x), the best shape in the comparison of arXiv:2405.18392.
 
     A restart repeats the whole schedule with its warm-up (Loshchilov & Hutter, arXiv:1608.03983), for training in

@@ -38,7 +38,7 @@ class BatchOfStep(Protocol):
     """Makes the batch of a step. It is a pure function of the step."""
 
     def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Batch:
-        """Returns part `index` if the rows of the global batch are divided into `count` equal parts."""
+        """Divides the rows of the global batch into `count` equal parts, and returns part `index`."""
 
 
 class Drawing(abc.ABC):
