@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w codes. Lengths here are in codes, unless said otherwise.
 
-A window does not see beyond its edge, so its results near an edge inside the image are wrong, as far as the network's
-receptive field reaches. Each code is taken from the window in whose middle it is: on either side, half of each overlap
-is discarded. Pixels are blended over the middle half of each overlap; on either side a quarter is discarded.
+A window does not see beyond its edge. So its results near an edge inside the image are wrong within the network's
+receptive field. Each code is taken from the window in which it is nearer to the middle: each window discards half of
+the overlap. Pixels are blended over the middle half of each overlap; on either side a quarter is discarded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def map_windows(
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where windows begin, evenly spread."""
+    """The beginnings of windows, evenly spaced."""
     if length <= tile:
         return [0]
     last = math.ceil((length - tile) / (tile - overlap))
