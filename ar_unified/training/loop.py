@@ -131,8 +131,7 @@ def fit(
         parameters to start from. None: fresh parameters.
       kept_elsewhere: if True, `begin` provides the untrained parameters at every start, and checkpoints store only the
         trained ones.
-      profile: (first, last): a trace of the steps between these step counts is written to `folder`/profile. None: no
-        trace.
+      profile: (first, last) steps taken, between which a trace is written to `folder`/profile; None: no trace.
       logger: receives the console lines.
 
     Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, manifests.ManifestMismatch,
@@ -239,7 +238,7 @@ def fit(
             return hand.submit(lambda: place_batch(mesh, source(step, *part), part))
         drawn: concurrent.futures.Future = concurrent.futures.Future()
         began = time.perf_counter()
-        drawn.set_result(source(step, params))  # here, to have the parameters, and one order on all processes
+        drawn.set_result(source(step, params))  # not on `hand`: all processes need the same order
         meter.waited += time.perf_counter() - began
         clock.add("drawing", time.perf_counter() - began)
         return drawn

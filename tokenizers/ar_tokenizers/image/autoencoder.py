@@ -30,7 +30,7 @@ class Reconstruction(NamedTuple):
     pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1]: not clipped
     codes: jax.Array  # int32 [B, h, w]
     quantizer_loss: jax.Array  # float32 []
-    quantizer_sums: dict[str, jax.Array]  # for the quantizer's `update_state`; {} without keys
+    quantizer_sums: dict[str, jax.Array]  # sums for the quantizer's `update_state`; {} without keys
 
 
 class Autoencoder(nnx.Module):

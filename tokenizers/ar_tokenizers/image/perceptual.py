@@ -36,7 +36,7 @@ class Perceptual:
     kind: Kind
     params: Params
     hash: str  # sha256 of the weight file; empty if there is none
-    dtype: str  # of the network's arithmetic; the distance is float32
+    dtype: str  # dtype of the network's arithmetic; the distance is float32
 
     @classmethod
     def load(

@@ -72,8 +72,7 @@ def from_published(
     """The tokenizer of a file's tensors.
 
     Args:
-      tensors: by their names; from a file that holds a language model too, only names with the dialect's prefix are
-        taken.
+      tensors: by their names; if the file also has a language model, only names with the dialect's prefix are read.
       dialect: of taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a decoder.
 
     Raises:
@@ -92,7 +91,7 @@ def to_published(
     """The inverse: every tensor of a published file.
 
     Args:
-      prefix: before every name, as `prefix_of` a file with a language model has it.
+      prefix: put before every name; for a file with a language model, the result of `prefix_of`.
       dtype: the dtype of all tensors that are not integers.
 
     Raises:

@@ -279,7 +279,7 @@ def _theirs(spoken: Dialect, name: str, levels: int) -> str:
 
 
 def published_name(name: str) -> str:
-    """Ours, as "encoder.level0.block0.norm1.scale" -> taming's."""
+    """Our name, such as "encoder.level0.block0.norm1.scale", -> taming's name."""
     name = re.sub(r"\.down(\d)", lambda match: f".down.{int(match[1]) - 1}.downsample.conv", name)
     return _renamed(name, _TAMING)
 

@@ -30,7 +30,7 @@ def map_windows(
       function: [n, th * scales[0], tw * scales[0], ...] -> [n, th * scales[1], tw * scales[1], ...].
       x: [B, h * scales[0], w * scales[0], ...].
       scales: entries of x and of the result along the side of one code: (factor, 1) to encode, (1, factor) to decode.
-      tile: side of a window; an image that is smaller is its own window. overlap: of neighbours, at least.
+      tile: side of a window; a smaller image is a single window. overlap: the least overlap of neighbouring windows.
       blend: mix the overlaps (pixels), or cut them in their middle (codes).
 
     Returns:

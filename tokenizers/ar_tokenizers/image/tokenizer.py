@@ -110,8 +110,8 @@ class ImageTokenizer:
           images: uint8 [B, H, W, 3].
           tile: 0: the network sees whole images. Else it sees windows of tile x tile pixels, and `batch_size` of them
             at once, whatever H and W are.
-          overlap: of neighbouring windows, in pixels, at least; by default a quarter of a tile. Both are multiples of
-            the factor. With backbone "space_to_depth" the windows change nothing if the overlap is 2 x
+          overlap: the least overlap of neighbouring windows, in pixels; by default a quarter of a tile. Both are
+            multiples of the factor. With backbone "space_to_depth" the windows change nothing if the overlap is 2 x
             `space_to_depth.receptive_radius(config)`, 4 x in `decode`. With "vqgan" each window has its own norms and
             attention, and its codes are not those of the whole image.
 
