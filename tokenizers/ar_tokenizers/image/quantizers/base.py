@@ -56,7 +56,7 @@ class Quantizer(nnx.Module):
         """Codes int32 [...] in [0, K) -> float32 [..., C]."""
 
     def alone(self) -> jax.Array:
-        """float32 [K, C]: the vector of each code; at a depth above 1, the part that it adds to the position's vector."""
+        """float32 [K, C]: the vector of each code; at a depth above 1, its part of the position's vector."""
         return self.vectors(jnp.arange(self.codebook_size))
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
