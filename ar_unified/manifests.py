@@ -1,4 +1,4 @@
-"""Manifests and fingerprints: nested dicts of JSON values that say what an artefact is. Here they are compared."""
+"""Compares manifests and fingerprints: nested dicts of JSON values that say what an artefact is."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, TypeAlias
 
 from ar_unified.errors import UserError
 
-ABSENT = "(absent)"  # in place of the value of a field that is not there
+ABSENT = "(absent)"  # stands for the value of a missing field
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"  # a value of JSON
+Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"  # a JSON value
 Changes = dict[str, list[Any]]  # {dotted field: [old, new]}
 
 
 class Mismatch(UserError):
-    """Two records that should be the same differ. `field`: the first that differs, dotted."""
+    """Two records differ that should be equal. `field`: the first field that differs, with dots."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)
@@ -24,7 +24,7 @@ class Mismatch(UserError):
 
 
 class ManifestMismatch(Mismatch):
-    """Two artefacts that do not speak the same vocabulary."""
+    """Two artefacts do not have the same vocabulary."""
 
 
 def manifest_hash(manifest: Mapping[str, Json]) -> str:
@@ -43,7 +43,7 @@ def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Mapping[str, Json], new: Mapping[str, Json]) -> Changes:
-    """The fields of two records that differ, in the order of `new`; those that only `old` has come last."""
+    """The fields in which two records differ, in the order of `new`. Fields that only `old` has come last."""
     a, b = dict(flat(old)), dict(flat(new))
     pairs = {field: [a.get(field, ABSENT), b.get(field, ABSENT)] for field in (b | a)}
     return {field: [x, y] for field, (x, y) in pairs.items() if x != y}
@@ -56,10 +56,10 @@ def require_same(
 
     Args:
         expected, found: the two manifests.
-        expected_from, found_from: where each comes from, for the message: "checkpoint runs/a/model".
+        expected_from, found_from: the source of each, for the message, such as "checkpoint runs/a/model".
 
     Raises:
-        ManifestMismatch: naming both sides and the first field that differs, in the order of `expected`.
+        ManifestMismatch: names both sides and the first field that differs, in the order of `expected`.
     """
     for field, (theirs, ours) in differences(found, expected).items():
         raise ManifestMismatch(

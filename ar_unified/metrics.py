@@ -1,7 +1,7 @@
-"""What metrics.jsonl holds: the names that training writes and the report reads, its rows, and what is concluded from
+"""The contents of metrics.jsonl: the names that training writes and the report reads, its rows, and conclusions from
 them.
 
-A training has turned when the loss on held-out data rises while that on the training data still falls.
+A training has turned if the loss on held-out data rises while the loss on training data still falls.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 
 from ar_unified.manifests import Json
 
-# How the names of metrics begin that come once for each role, for each task, for each pair of modalities (attention),
-# and for held-out data.
+# Prefixes of metrics that exist for each role, for each task, for each pair of modalities (attention), and for held-out
+# data.
 LOSS_BY_ROLE, LOSS_BY_TASK, LOG_Z_BY_ROLE = "loss/role/", "loss/task/", "log_z/role/"
-# Metrics of preference pairs (training/preference.py), under the names that are usual for them.
+# Metrics of preference pairs (training/preference.py), under their usual names.
 REWARDS, LOGPS, LOSS_OF_PAIRS, LOSS_OF_CHOSEN = "rewards/", "logps/", "loss/preference", "loss/chosen"
 TOKENS_PER_SECOND, ATTENTION, VALIDATION = "tokens_per_second/", "attention/", "validation/"
 VALIDATION_LOSS = VALIDATION + "loss"
 
-_RISE = 0.01  # share of the lowest validation loss; a smaller rise is noise
-_LINES = 5  # log lines whose mean is the training loss of a time
+_RISE = 0.01  # share of the lowest validation loss; smaller rises are noise
+_LINES = 5  # the training loss at a step is the mean of so many log lines
 
 
 def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl up to a step; a torn line is left out."""
+    """The complete lines of a metrics.jsonl up to a step. An incomplete last line is left out."""
     rows = []
-    for line in Path(path).read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:  # text after the last newline is incomplete
         try:
             row = json.loads(line)
         except ValueError:
@@ -40,27 +40,27 @@ def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, An
 
 
 def losses_of(rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
-    """Rows of metrics.jsonl with only those values that are used here, because a long run has many rows."""
+    """Rows of metrics.jsonl with only the values that are used here, because a long run has many rows."""
     return [{key: row[key] for key in ("step", "loss", VALIDATION_LOSS) if key in row} for row in rows]
 
 
 def last_validation(rows: Sequence[Mapping[str, Json]]) -> dict[str, Any]:
-    """The last scores on held-out data by name, without their prefix; {} if there are none."""
+    """The last scores on held-out data, by name without prefix; {} if there are none."""
     last: Mapping[str, Json] = next((row for row in reversed(rows) if VALIDATION_LOSS in row), {})
     return {key.removeprefix(VALIDATION): value for key, value in last.items() if key.startswith(VALIDATION)}
 
 
 def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: int | None = None) -> str:
-    """A sentence that says where the validation loss was lowest and how far it has risen; "" where it has not turned.
+    """A sentence that says where the validation loss was lowest and how much it has risen; "" if it has not turned.
 
     It has turned if the last validation loss is more than 1 % above the lowest while the training loss has not risen
-    since. If both losses rise, the training is unstable, which is another matter. A single validation may be chance:
-    before the end, two in a row must lie above.
+    since. If both losses rise, the training is unstable, which is a different problem. A single high validation may be
+    chance, so before the end two in a row must be above.
 
     Args:
-      rows: of metrics.jsonl, in order of steps: "loss" of training, "validation/loss", in nats per token.
-      finished: no more validations will come.
-      kept: the step whose checkpoint training.keep_best keeps, to be told; None: it keeps none.
+      rows: rows of metrics.jsonl in order of steps, with "loss" (of training) and "validation/loss" in nats per token.
+      finished: whether this was the last validation.
+      kept: the step of the checkpoint that training.keep_best keeps, for the sentence; None if it keeps none.
     """
     losses = [(row["step"], row[VALIDATION_LOSS]) for row in rows if _number(row, VALIDATION_LOSS)]
     if len(losses) < 2:

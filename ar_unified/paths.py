@@ -1,21 +1,21 @@
-"""The one way in for a path that a person wrote, and for the name of an experiment that comes with the package."""
+"""Resolves every path that a person wrote, and every name of an experiment that comes with the package."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# In a wheel beside the modules; in a clone of the repository beside the package.
+# In a wheel they are beside the modules, in a clone of the repository beside the package.
 _SHIPPED = [Path(__file__).parent / "experiments", Path(__file__).parents[1] / "experiments"]
 
 
 def home(path: str | os.PathLike[str]) -> str:
-    """The path with a leading `~` or `~name` as that home folder; every other one, and a URL, as it is.
+    """The path, with a leading `~` or `~name` replaced by that home folder. Other paths and URLs do not change.
 
     A shell does this for `--workdir ~/x`, but not inside a word, as in `--workdir='~/x'` or `folder.py:path=~/x`.
 
     Raises:
-        ValueError: there is no such person here: a folder named `~name` is written `./~name`.
+        ValueError: there is no such user on this machine. A folder named `~name` must be written as `./~name`.
     """
     found = os.path.expanduser(os.fspath(path))
     if found.startswith("~"):
@@ -25,16 +25,16 @@ def home(path: str | os.PathLike[str]) -> str:
 
 
 def experiment_file(given: str) -> str:
-    """The "FILE[:arg]" that is meant by `given`: a file as it stands, or an experiment that comes with the package.
+    """The "FILE[:arg]" that `given` means: an existing file, or an experiment that comes with the package.
 
     "shapes", "folder:path=DIR" and "image_tokenizers/ibq:path=DIR" name such an experiment wherever the command runs.
-    So does "experiments/shapes.py" where no such file is there. A file of the person's own always comes first.
+    So does "experiments/shapes.py" if there is no such file. An existing file of the user always comes first.
 
     Raises:
-        ValueError: a single word that is neither a file nor the name of an experiment; the message has the names.
+        ValueError: a single word is neither a file nor the name of an experiment. The message lists the names.
     """
     path, colon, arg = home(given).partition(":")
-    if Path(path).is_file():  # a folder `photos` is what the experiment `photos` may be about
+    if Path(path).is_file():  # a folder `photos` may be the data of the experiment `photos`
         return path + colon + arg
     name = path.removeprefix("experiments/").removesuffix(".py")
     for folder in _SHIPPED:
@@ -47,6 +47,6 @@ def experiment_file(given: str) -> str:
 
 
 def _experiments(folder: Path) -> dict[str, Path]:
-    """Experiments below a folder, by name. Scripts that make data, launch jobs or measure are left out."""
+    """The experiments below a folder, by name, without scripts that make data, launch jobs or measure."""
     files = [*folder.glob("*.py"), *folder.glob("image_tokenizers/*.py"), *folder.glob("published/*.py")]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}

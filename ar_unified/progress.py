@@ -1,4 +1,4 @@
-"""Progress with rate and time left: a bar for a person, a line now and then for a log file."""
+"""Progress with rate and time left: a bar on a terminal, and occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_LINES = 20.0  # where nobody watches
+_SECONDS_BETWEEN_LINES = 20.0  # if stderr is not a terminal
 
 
 def bar(total: int, unit: str, what: str, *, done: int = 0, shown: bool = True) -> tqdm:
     """A tqdm bar on stderr.
 
     Args:
-      total, done: how many there are, and how many were done by an earlier attempt (they do not count in the rate).
-      unit: in the plural. what: what is being done. shown: False for silence.
+      total: the number of items. done: how many of them an earlier attempt has done; the rate leaves them out.
+      unit: the name of the items, in the plural. what: what is being done. shown: False hides the bar.
     """
     watched = sys.stderr.isatty()
     interval = 0.2 if watched else _SECONDS_BETWEEN_LINES

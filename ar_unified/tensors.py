@@ -1,8 +1,8 @@
-"""Writes named tensors into a folder of .safetensors files. Each part is written to its place as it comes, so none is
-held in memory.
+"""Writes named tensors into a folder of .safetensors files. Each part is written to its place at once, so none stays in
+memory.
 
 A file is [8 bytes: length of the header][header: name -> dtype, shape, begin and end][the tensors, one after another],
-so the place of each part is known before any number is (github.com/huggingface/safetensors, "Format").
+so the place of each part is known before its values (github.com/huggingface/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
+import ml_dtypes  # noqa: F401 (adds bfloat16 to numpy)
 import numpy as np
 from ar_tokenizers.files import write_bytes
 from safetensors import safe_open
 from safetensors.numpy import save
 
-Params = dict[str, Any]  # nested, of arrays, or of what is said of each: its shape, its sharding, names of its axes
+Params = dict[str, Any]  # nested dicts of arrays, or of a fact about each: its shape, sharding or axis names
 INDEX = "model.safetensors.index.json"
 _NAMES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
@@ -30,19 +30,19 @@ _NAMES = {
 
 
 class Kind(NamedTuple):
-    """shape, and dtype by numpy's name."""
+    """A shape, and a dtype by its numpy name."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the numbers."""
+        """The size of the values in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Pieces:
-    """Keeps track of which parts of named tensors were written: each once, and in the end all of them."""
+    """Checks that each part of the named tensors is written exactly once."""
 
     def __init__(self, kinds: Mapping[str, Kind]):
         self._kinds = kinds
@@ -52,7 +52,7 @@ class Pieces:
     def take(self, name: str, array: np.ndarray, at: int | None) -> tuple[memoryview, int]:
         """The bytes of a tensor, or of its part at index `at` of the first axis, and their offset in the tensor.
 
-        Raises ValueError for another kind, and for an index that is out of range or was written before.
+        Raises ValueError for another kind, or for an index that is out of range or already written.
         """
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
@@ -65,21 +65,22 @@ class Pieces:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, (at or 0) * array.nbytes
 
     def require_all(self) -> None:
-        """Raises AssertionError, naming it, for a tensor of which bytes are missing."""
+        """Raises AssertionError, which names the tensor, if bytes of a tensor are missing."""
         if wrong := [name for name, left in self._left.items() if left]:
             raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
 
 
 class TensorWriter:
-    """A context that writes tensors by name. At its end, every tensor is complete, or an error is raised.
+    """A context that writes tensors by name. When it ends, every tensor is complete, or an error is raised.
 
     Args:
-        folder: is there, and has none of the files.
-        kinds: of every tensor, in the order in which they are put into files.
-        shard_bytes: of a file at most; a larger tensor has a file of its own.
-        alone: if one file holds all tensors, it is called model.safetensors and has no index, as in transformers.
-        stem: what files are called in place of "model".
-        metadata: of each file's header.
+        folder: an existing folder without any of the files.
+        kinds: the kind of every tensor, in the order in which they are put into files.
+        shard_bytes: the largest size of a file; a larger tensor has its own file.
+        alone: if one file is enough for all tensors, it is called model.safetensors and has no index, as in
+            transformers.
+        stem: the beginning of file names, instead of "model".
+        metadata: the metadata in each file's header.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class TensorWriter:
             shards[-1][name] = kind
             size += kind.nbytes
         self._folder, self._pieces = folder, Pieces(kinds)
-        self._places: dict[str, tuple[int, int]] = {}  # file handle, and where in it
+        self._places: dict[str, tuple[int, int]] = {}  # file handle, and position in the file
         self._handles: list[int] = []
         self.files: dict[str, str] = {}
         only = alone and len(shards) == 1
@@ -116,7 +117,7 @@ class TensorWriter:
 
     def _begin(self, file: str, shard: Mapping[str, Kind], metadata: dict[str, str]) -> None:
         header: dict[str, object] = {"__metadata__": metadata}
-        # The widest numbers first, as its readers want every tensor aligned.
+        # The widest dtypes come first, because readers want every tensor aligned.
         order = sorted(shard, key=lambda name: (-np.dtype(shard[name].dtype).itemsize, name))
         end = 0
         begins = {}
@@ -154,10 +155,10 @@ class TensorWriter:
 
 
 def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Bytes of a file, uint8, of (begin, length) one after another.
+    """The bytes of a file at each (begin, length), one after another, as uint8.
 
-    They are read, not mapped: pages of a mapped file count as memory of this process for as long as it is mapped.
-    Raises OSError, also where the file ends too early.
+    They are read and not mapped, because the pages of a mapped file count as memory of this process while it is mapped.
+    Raises OSError, also if the file ends too early.
     """
     out = np.empty(sum(length for _, length in pieces), np.uint8)
     view = memoryview(out.data)
@@ -175,7 +176,7 @@ def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def write_bytes_at(handle: int, data: bytes | memoryview, at: int) -> None:
-    """All of the bytes at a place of an open file. Raises OSError."""
+    """Writes all bytes at a place in an open file. Raises OSError."""
     view = memoryview(data)
     while view:
         written = os.pwrite(handle, view[: 1 << 30], at)
@@ -183,11 +184,11 @@ def write_bytes_at(handle: int, data: bytes | memoryview, at: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A few tensors into one file, whole or not at all. Raises OSError."""
+    """Writes a few tensors into one file, completely or not at all. Raises OSError."""
     write_bytes(path, save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All of a file. Raises SafetensorError, OSError."""
+    """Reads all tensors of a file. Raises SafetensorError, OSError."""
     with safe_open(path, framework="numpy") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}

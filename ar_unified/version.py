@@ -1,4 +1,4 @@
-"""The version, which pyproject.toml alone says."""
+"""The version, which is defined only in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 
 def version() -> str:
-    """The version of the installed package; in a clone that is not installed, the version that its pyproject.toml
-    says."""
+    """The version of the installed package, or, in a clone that is not installed, the version in its pyproject.toml."""
     try:
         return metadata.version("ar_unified")
     except metadata.PackageNotFoundError:

@@ -1,14 +1,14 @@
-"""Where each stage leaves its result, whole or not at all. A finished stage is skipped. A stage that was made with
-other settings is refused.
+"""The folder in which each stage leaves its result, completely or not at all. A finished stage is skipped. A stage that
+was made with other settings is refused.
 
     config.json  text_tokenizer/  image_tokenizer/  image_codes/  data/  model/  samples/  tokenizer_evaluation/
     evaluation.json  report.html
 
-A stage owns one folder. `started.json` in it holds the fingerprint it was begun with (all that decides its result).
-`done.json` is written last. `history.json` lists what changed meanwhile (ar_unified.history). If a stage stops before
-it has made anything, its folder is removed, at once or when it is opened again. While a process makes a stage it holds
-the lock `.locks/STAGE`, which is released when the process ends, in whatever way. In a job of many processes, process 0
-writes and the others read, on storage that all share.
+A stage owns one folder. Its `started.json` contains the fingerprint at the start (everything that determines the
+result). `done.json` is written last. `history.json` lists later changes (ar_unified.history). If a stage stops before
+it has made anything, its folder is removed, at once or when it is opened again. The process that makes a stage keeps
+the lock `.locks/STAGE`. The lock is released when the process ends for any reason. In a job of many processes, process
+0 writes and the others read, on shared storage.
 
 A workdir may be a folder of an object store (`opened`). This machine then has a mirror of it: each file is uploaded
 when it is complete, and the lock is in the store (`storage`).
@@ -37,18 +37,19 @@ from ar_unified.errors import UserError
 from ar_unified.history import Changeable
 from ar_unified.manifests import Changes, Json, Mismatch, flat
 
-# For a workdir in an object store: folders whose files are downloaded one by one as they are opened; and folders that
-# are not mirrored, because Orbax writes checkpoints into the store itself, and TFDS can make its data sets again.
+# For a workdir in an object store: folders with files that are downloaded one by one when they are opened, and folders
+# that are not mirrored, because Orbax writes checkpoints into the store itself and TFDS can make its data sets again.
 _LAZY = re.compile(r"data/[^/]+/[^/]+|image_codes|samples(/.+)?/(images|prompts)")
 _KEPT = re.compile(r"tfds|.+/checkpoints")
 
 
 @contextmanager
 def opened(path: str) -> Iterator[Path]:
-    """A context that gives a workdir as a local folder: for the URL of an object store its mirror, else the path
-    itself.
+    """A context that gives a workdir as a local folder. For the URL of an object store, this is its mirror, otherwise
+    the path itself.
 
-    At its end, all that was written is in the store. Raises UserError, storage.StoreRefused, storage.StoreFailed.
+    When it ends, everything that was written is in the store. Raises UserError, storage.StoreRefused,
+    storage.StoreFailed.
     """
     if not storage.is_url(path):
         yield Path(path)
@@ -58,26 +59,26 @@ def opened(path: str) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Like `write_bytes`, UTF-8, line ends as they are."""
+    """Like `write_bytes`, in UTF-8, with line ends unchanged."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Like `write_bytes`; indented JSON. numpy scalars and arrays are written as numbers and lists."""
+    """Like `write_bytes`, as indented JSON. numpy scalars and arrays are written as numbers and lists."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """The value `write_json` wrote. Raises OSError, and UserError for a file that holds something else."""
+    """The value that `write_json` wrote. Raises OSError, and UserError if the file contains something else."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # of UTF-8, or of JSON
+    except ValueError as error:  # from UTF-8 or JSON
         raise UserError(f"{path}: expected JSON, as it was written: {error}. It was changed, or cut short") from error
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
-    """Removes the unfinished files of killed writers in `folder`, and below it if `deep`. Returns their paths. It must
-    not be called while others write there.
+    """Removes unfinished files of killed writers in `folder`, and below it if `deep`. Returns their paths. It must not
+    be called while other processes write there.
     """
     pattern = f".*{UNFINISHED}"
     leftovers = sorted(Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern))
@@ -87,7 +88,7 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
 
 
 class StageMismatch(Mismatch):
-    """A stage's folder holds (part of) the result of something else. `old`: what `field` was."""
+    """A stage's folder was made with other settings. `old`: the value of `field` in the folder's record."""
 
     def __init__(self, field: str, message: str, old: Any = None):
         super().__init__(field, message)
@@ -99,10 +100,10 @@ class Stage:
     """One stage's folder.
 
     Attributes:
-        fingerprint: all that decides its result. cost: its other settings, as a flat dict.
-        done: its result is there and may be used. summary: what `finish` was given.
+        fingerprint: everything that determines its result. cost: its other settings, as a flat dict.
+        done: whether its result is complete and may be used. summary: the argument of `finish`.
         changed: the allowed differences from the folder's record, by kind (ar_unified.history); `begin` records them.
-        aside: if the stage was begun anew, the folder that now holds the former result.
+        aside: if the stage was started again, the folder with the former result.
     """
 
     name: str
@@ -116,16 +117,16 @@ class Stage:
 
     @property
     def fields(self) -> list[str]:
-        """The dotted names of all settings that it is made with."""
+        """The dotted names of all its settings."""
         return [*self.cost, *dict(flat(self.fingerprint))]
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The entries of history.json, oldest first; [] where nothing changed."""
+        """The entries of history.json, oldest first; [] if nothing changed."""
         return read_history(self.folder)
 
     def begin(self, *entries: Mapping[str, Any]) -> None:
-        """Writes `entries` to the history, then the record of how the stage is made from now on. It then counts as not
+        """Writes `entries` to the history, and then the record of the present settings. The stage is then no longer
         done.
 
         Raises StageBusy.
@@ -133,7 +134,7 @@ class Stage:
         own(self.folder)
         told = self.history
         for entry in entries:
-            if not told or not history.same(told[-1], entry):  # killed behind this, it comes here again
+            if not told or not history.same(told[-1], entry):  # if it is killed after this line, it comes here again
                 told.append(dict(entry))
         if entries:
             write_json(self.folder / "history.json", told)
@@ -143,7 +144,7 @@ class Stage:
         clean(self.folder)
 
     def begin_anew(self) -> None:
-        """Renames the folder with the first free number, and begins an empty one."""
+        """Renames the folder with the first free number, and begins with an empty one."""
         numbers = (self.folder.with_name(f"{self.name}.old-{n}") for n in itertools.count(1))
         own(self.folder)
         self.aside = next(path for path in numbers if not path.exists())
@@ -151,7 +152,7 @@ class Stage:
         self.begin(history.entry("anew", None, self.changed["anew"], aside=self.aside.name))
 
     def finish(self, summary: Mapping[str, Json]) -> None:
-        """Marks the stage as done; to be called when everything it leaves is in its place."""
+        """Marks the stage as done. It must be called after all results are in place."""
         self.summary = _as_json(summary)
         storage.push(self.folder)
         record = {"fingerprint": self.fingerprint, "cost": self.cost, "summary": self.summary}
@@ -159,35 +160,37 @@ class Stage:
         self.done = True
 
     def made_nothing(self) -> bool:
-        """Whether it was begun and has made nothing so far."""
+        """Whether it was begun, but has not made anything so far."""
         files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
         return not {name for name in files - {"started.json"} if not name.endswith(UNFINISHED)}
 
     def abandon(self) -> None:
-        """Removes the folder of a stage that failed before it made anything, so that the next attempt begins anew."""
+        """Removes the folder of a stage that failed before it made anything, so that the next attempt starts from
+        nothing.
+        """
         if not self.done and self.made_nothing():
             storage.remove_tree(self.folder)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """What changed while the stage of a folder was made, oldest first."""
+    """The changes while the stage in a folder was made, oldest first."""
     path = folder / "history.json"
     return read_json(path) if path.exists() else []
 
 
 class StageBusy(UserError):
-    """Another process is making this stage; the message says which."""
+    """Another process is making this stage. The message says which one."""
 
 
 class NotShared(UserError):
     """This process does not see what process 0 wrote."""
 
 
-_held: dict[Path, IO[str]] = {}  # the locks of this process
+_held: dict[Path, IO[str]] = {}  # the locks that this process has
 
 
 def own(folder: Path) -> None:
-    """Takes the lock of a stage's folder for the rest of this process. Raises StageBusy."""
+    """Takes the lock of a stage's folder until this process ends. Raises StageBusy."""
     path = (folder.parent / ".locks" / folder.name).resolve()
     if path in _held:
         return
@@ -215,9 +218,9 @@ def own(folder: Path) -> None:
 
 
 class Workdir:
-    """The folder of one run, made when the first stage begins. `reader`: another process writes; this one only looks.
+    """The folder of one run, made when the first stage begins. `reader`: another process writes, this one only reads.
 
-    What is finished is only read, so it may lie on storage that cannot be written.
+    Finished stages are only read, so they may be on read-only storage.
     """
 
     def __init__(self, path: str | Path, *, reader: bool = False):
@@ -236,28 +239,28 @@ class Workdir:
     def stage(self, name: str, fingerprint: Mapping[str, Json], may: Changeable = history.NOTHING) -> Stage:
         """Opens a stage: a finished one as `done`, an interrupted one to continue, a new one to begin.
 
-        A reader opens it when the writer has opened it.
+        A reader waits until the writer has opened it.
 
         Args:
-            name: of its folder, e.g. "data".
-            fingerprint: as JSON values, all that decides the result (part of the config, hashes of inputs), and those
-            settings of cost alone that are worth recording.
-            may: what may differ from the folder's record; the stage then has it as `changed`.
+            name: the name of its folder, such as "data".
+            fingerprint: JSON values of everything that determines the result (part of the config, hashes of inputs),
+            and of those settings that affect only the cost but are worth recording.
+            may: the allowed differences from the folder's record. They are then in the stage's `changed`.
 
         Raises:
-            StageMismatch: the folder was finished, or begun, with something else that may not change.
+            StageMismatch: the folder was begun or finished with other settings that may not change.
             StageBusy: another process is making it.
-            NotShared: a reader does not find the writer's record.
+            NotShared: a reader does not find the record of the writer.
         """
         stage = self.undecided(name, fingerprint, may)
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         if not self.reader and storage.is_mirrored(stage.folder) and not done.exists():
-            own(stage.folder)  # which may download what its last holder left
+            own(stage.folder)  # this may download the files of its last owner
         if self.reader:
             self._await_record(stage, may)
         elif not done.exists() and started.exists() and stage.made_nothing():
             own(stage.folder)
-            storage.remove(started)  # it was killed before it made anything, so its record does not matter
+            storage.remove(started)  # it was killed before it made anything, so its record is ignored
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)
@@ -272,11 +275,11 @@ class Workdir:
         return stage
 
     def undecided(self, name: str, fingerprint: Mapping[str, Json], may: Changeable) -> Stage:
-        """A stage as it is to be made, whatever its folder holds: nothing is read or written."""
+        """A stage as it would be made, regardless of its folder. Nothing is read or written."""
         return Stage(name, self.path / name, *history.divide(_as_json(fingerprint), may.cost))
 
     def _await_record(self, stage: Stage, may: Changeable, patience: float = 60.0) -> None:
-        """For a reader: waits until it sees the writer's record, which must be of this config."""
+        """For a reader: waits until it sees the writer's record, which must match this config."""
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         deadline = time.monotonic() + patience
         while True:
@@ -285,14 +288,14 @@ class Workdir:
             record, state = (done, "finished") if done.exists() else (started, "begun")
             if not _changes(stage, read_json(record), state, may):
                 return
-            if time.monotonic() > deadline:  # raises, because the record does not say this
+            if time.monotonic() > deadline:  # raises, because the record differs
                 self.await_file(record, {"fingerprint": stage.fingerprint, "cost": stage.cost}, patience=0)
             time.sleep(0.1)
 
     def await_file(self, path: Path, content: object = None, *, patience: float = 60.0) -> None:
-        """For a reader: waits until it sees a JSON file that the writer wrote, with this `content` unless None.
+        """For a reader: waits until it sees a JSON file from the writer, with this `content` unless it is None.
 
-        Network file systems show new files late; after `patience` seconds NotShared is raised.
+        Network file systems show new files late. After `patience` seconds, NotShared is raised.
         """
         deadline = time.monotonic() + patience
         while not (_now(path).exists() and (content is None or read_json(path) == content)):
@@ -306,7 +309,7 @@ class Workdir:
 
 
 def _now(path: Path) -> Path:
-    """The path, after its file was updated from the store, where others may have written it."""
+    """The path, after its file was updated from the store, because others may have written it there."""
     storage.refresh(path)
     return path
 
@@ -323,7 +326,7 @@ def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeabl
             f"{may.among(stage.fields)}".rstrip(),
             old,
         )
-    if state == "finished" and "extended" not in changed:  # nothing is left to do with other settings
+    if state == "finished" and "extended" not in changed:  # no work is left for which other settings matter
         changed.pop("cost", None)
     return changed
 

@@ -1,4 +1,4 @@
-"""What would make a program fit: changes of one thing each, tried.
+"""Tries changes that may make a program fit. Each changes one thing.
 
 Arithmetic rules out changes that cannot be enough: the sizes of parameters, optimizer state and gradients are known
 exactly. All other changes are compiled, and the compiler's answer is reported.
@@ -20,9 +20,9 @@ from ar_unified.planning.targets import Target
 class Trial(NamedTuple):
     """
     Attributes:
-      change: in words, with the key to set.
-      fits: None: not compiled, because arithmetic rules it out.
-      peak: bytes a device: the compiler's, or the least that arithmetic allows.
+      change: what is changed, in words, with the config key to set.
+      fits: whether it fits; None if it was not compiled, because arithmetic rules it out.
+      peak: bytes per device, from the compiler if it was compiled, else the least that arithmetic allows.
     """
 
     change: str
@@ -31,7 +31,7 @@ class Trial(NamedTuple):
 
 
 def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], object]) -> Iterator[Trial]:
-    """Every change that applies, the cheapest for training speed first; each that may fit is compiled."""
+    """All changes that apply, those that slow training least first. Each one that may fit is compiled."""
     for change, variant, shape in _changes(run, mesh, job):
         try:
             other = target.mesh(shape)
@@ -52,9 +52,9 @@ def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], 
 
 
 def _changes(run: Run, mesh: Mesh, job: str) -> Iterator[tuple[str, Run, dict[str, int]]]:
-    """(what, the run, the sizes of its mesh), one change each."""
+    """Yields (what is changed, the changed run, the sizes of its mesh) for each change."""
     shape = dict(mesh.shape)
-    rows = shape["data"] * shape["fsdp"]  # devices that hold different rows
+    rows = shape["data"] * shape["fsdp"]  # the number of devices that hold different rows
     if job == "sample":
         if run.requests % 2 == 0 and run.requests // 2 >= rows:
             yield f"config.sampling.batch_size={run.requests // 2}", _with(run, requests=run.requests // 2), shape

@@ -1,10 +1,11 @@
-"""The collectives of a compiled module: what each moves, between whom, and how often a step runs it.
+"""The collectives of a compiled module: what each one moves, between which devices, and how often a step runs it.
 
-Read from the text of the optimised HLO, which is what will run: inside a loop an instruction counts as often as the
-loop turns. Replica groups are positions in the mesh (row-major), in any of the three notations XLA prints.
+They are read from the text of the optimised HLO, which is what will run. An instruction inside a loop counts once for
+each iteration. Replica groups are positions in the mesh (row-major), in any of the three notations XLA prints.
 
-Exchanges of TPUs between slices are not written as collectives: each device sends its share, already summed inside its
-slice, to its host, whose runtime (megascale) does the rest. Such a send is read as the collective that it names.
+On TPUs, exchanges between slices are not written as collectives. Each device sends its share, already summed inside its
+slice, to its host, and the host's runtime (megascale) does the rest. Such a send is read as the collective that it
+names.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ class Collective(NamedTuple):
     """One collective instruction, per device.
 
     Attributes:
-      kind: of KINDS.
-      bytes: of the whole array: what all-gather gives, what reduce-scatter takes, what the others give.
-      groups: int [groups, size], positions in the mesh of the devices that exchange; of a permute the pairs.
+      kind: one of KINDS.
+      bytes: the size of the whole array: the input of reduce-scatter, the output of all others.
+      groups: int [groups, size], the mesh positions of the devices that exchange data; for a permute, the pairs.
       times: how often a step runs it.
-      known: False if it is in a loop whose length depends on data; such a loop counts once.
-      overlapped: the compiler runs it beside computation: in one fusion with it, or between its start and its done.
-      source: the operation of the program it was made for, as XLA names it.
+      known: False if it is in a loop with a length that depends on data; such a loop counts once.
+      overlapped: whether the compiler runs it at the same time as computation: in the same fusion, or between its start
+        and its done.
+      source: the operation of the program that it was made for, as XLA names it.
     """
 
     kind: str
@@ -52,10 +54,10 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """All collectives of a module over `devices` devices that join at least two of them.
+    """All collectives of a module for `devices` devices that connect at least two devices.
 
-    A collective that TPU's compiler overlaps appears in several fusions with one channel, and is counted once. The
-    channel alone is not enough to recognise it: all collectives of shard_map share one.
+    If the TPU compiler overlaps a collective, it appears in several fusions with the same channel and is counted once.
+    The channel alone does not identify a collective, because all collectives of shard_map share one.
     """
     computations, entry = parse(hlo)
     times, known = times_of(computations, entry)
@@ -69,7 +71,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             kind = between.group(2).lower().replace("_", "-") if between else each.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            if between:  # slices are the outermost part of the mesh
+            if between:  # slices are the outermost mesh axis
                 groups = np.arange(devices).reshape(between.group(1).count(",") + 1, -1).T
                 size = bytes_of(each.type.partition("]")[0] + "]")  # of (what is sent, context, token)
             else:
@@ -77,7 +79,8 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 size = bytes_of(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
             if kind == "reduce-scatter":
                 size *= groups.shape[1]
-            # TPU's fused reduce-scatter: an all-reduce of which the same fusion keeps this device's part.
+            # The TPU's fused reduce-scatter is an all-reduce in a fusion that keeps only this device's part of the
+            # result.
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             if groups.shape[1] > 1:
@@ -99,7 +102,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """The number of loops that run but whose number of turns the module does not say."""
+    """The number of loops that run, but for which the module does not state the number of iterations."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(
@@ -114,7 +117,7 @@ _WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call", "condit
 
 
 def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
-    """Whether computation lies between a start and its done, in the order in which they run."""
+    """Whether there is computation between a start and its done, in the order in which instructions run."""
     if not start.opcode.endswith("-start"):
         return False
     behind = instructions[instructions.index(start) + 1 :]
@@ -127,11 +130,11 @@ def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
     return False
 
 
-# ---- who exchanges ------------------------------------------------------------------------------------------------
+# ---- which devices exchange ---------------------------------------------------------------------------------------
 
 
 def _groups(rest: str, devices: int, kind: str) -> np.ndarray:
-    """int [groups, size] of positions."""
+    """The groups as mesh positions, int [groups, size]."""
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
         numbers = [int(n) for n in re.findall(r"\d+", pairs.group(1))] if pairs else []
@@ -151,7 +154,7 @@ def _groups(rest: str, devices: int, kind: str) -> np.ndarray:
 
 
 def _mesh_groups(given: str) -> np.ndarray:
-    """mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}: the devices that differ on the named axes only."""
+    """Reads mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}: a group differs only on the named axes."""
     match = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", given)
     if match is None:
         raise ValueError(f"replica groups in a notation that is not known: {given[:120]}")
@@ -159,7 +162,7 @@ def _mesh_groups(given: str) -> np.ndarray:
     named = re.findall(r"'?([^'=,]+)'?=(\d+)", axes)
     sizes = [int(size) for _, size in named]
     ids = _iota(order or "", math.prod(sizes)).reshape(-1)
-    # Every axis as (before, chosen part, after): a part of an axis is written 'axis':(before)size.
+    # Each axis becomes (before, chosen part, after). A part of an axis is written 'axis':(before)size.
     shape: list[int] = []
     inner: list[int] = []
     parts = {name: (int(pre or 1), int(size or 0)) for name, pre, size in _CHOSEN.findall(chosen)}
@@ -178,7 +181,9 @@ _CHOSEN = re.compile(r"'?([^',:{}\s]+)'?(?::\((\d+)\)(\d+))?")
 
 
 def _iota(order: str, devices: int) -> np.ndarray:
-    """[4,16]T(1,0): 0 .. 63 as 4 x 16, axes exchanged; a plain list of ids; nothing: in order."""
+    """Reads [4,16]T(1,0), which is 0 .. 63 as 4 x 16 with the axes exchanged, or a plain list of ids, or nothing (in
+    order).
+    """
     if match := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
         ids = np.arange(devices).reshape(_numbers(match.group(1)))
         return ids.transpose(_numbers(match.group(2))) if match.group(2) else ids

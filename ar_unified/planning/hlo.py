@@ -1,7 +1,7 @@
 """The text of an optimised HLO module: its instructions, and how often each of them runs in one run of the module.
 
-It is what will run on the device: after fusion, layout assignment and scheduling. Inside a loop an instruction counts
-as often as the loop turns.
+This text is what will run on the device, after fusion, layout assignment and scheduling. An instruction inside a loop
+counts once for each iteration.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    """One line of a compiled module, taken apart."""
+    """One line of a compiled module, parsed."""
 
     type: str
     opcode: str
@@ -29,7 +29,7 @@ _MANY_CALLED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}
 
 
 def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Instructions by computation, and the name of the entry."""
+    """The instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", []
     for line in hlo.splitlines():
@@ -46,7 +46,7 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """The type an instruction begins with, and what follows: a tuple ends with its own parenthesis."""
+    """Splits an instruction into its type, which comes first, and the rest. A tuple ends at its own parenthesis."""
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
         return kind, rest
@@ -59,22 +59,22 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def bytes_of(kind: str, last: bool = False) -> int:
-    """Bytes of a type: of all arrays of a tuple; or of the result alone, where the type of a start holds the operand
-    too.
+    """Bytes of a type. A tuple counts all its arrays. The type of a start includes the operand, but only the result
+    counts.
     """
     arrays = []
     for letters, bits, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", kind)):
         width = 8 if letters == "pred" else int(bits or 0)
         if width:
             arrays.append(math.prod(int(n) for n in shape.split(",") if n) * width // 8)
-    if last and len(arrays) > 1:  # (operands..., results...), and for a permute two u32 [] of context
+    if last and len(arrays) > 1:  # (operands..., results...); a permute adds two u32 [] of context
         arrays = [a for a in arrays if a > 4] or arrays
         arrays = arrays[len(arrays) // 2 :]
     return sum(arrays)
 
 
 def times_of(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[str, int], dict[str, bool]]:
-    """How often one run of the module runs each computation, and whether that is known."""
+    """How often one run of the module runs each computation, and whether that number is known."""
     times: dict[str, int] = defaultdict(int)
     known: dict[str, bool] = defaultdict(lambda: True)
 
@@ -82,7 +82,7 @@ def times_of(computations: dict[str, list[Instruction]], entry: str) -> tuple[di
         times[name] += count
         known[name] &= certain
         for each in computations.get(name, ()):
-            if each.opcode in ("async-update", "async-done"):  # the start has called the computation already
+            if each.opcode in ("async-update", "async-done"):  # the start has already called the computation
                 continue
             turns = trips_of(each, computations) if each.opcode == "while" else 1
             for callee in called_by(each):
@@ -93,7 +93,7 @@ def times_of(computations: dict[str, list[Instruction]], entry: str) -> tuple[di
 
 
 def called_by(each: Instruction) -> list[str]:
-    """The computations that an instruction runs: of a loop body and condition, of a conditional all branches."""
+    """The computations that an instruction runs: body and condition of a loop, all branches of a conditional."""
     called = CALLED.findall(each.rest)
     for names in _MANY_CALLED.findall(each.rest):
         called += [word.strip().lstrip("%") for word in names.split(",")]
@@ -101,9 +101,10 @@ def called_by(each: Instruction) -> list[str]:
 
 
 def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Turns of a loop: as XLA states it, or the constant that its counter (from 0, in steps of 1) is compared with.
+    """Iterations of a loop, as XLA states them, or the constant with which its counter (from 0, in steps of 1) is
+    compared.
 
-    A condition that compares anything else may end the loop earlier: its turns are not known.
+    If the condition compares anything else, the loop may end earlier, and the number is not known.
     """
     if stated := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest):
         return int(stated.group(1))
@@ -122,6 +123,6 @@ def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> i
 
 
 def source_of(each: Instruction) -> str:
-    """The name that JAX gave the operation an instruction comes from; "" where it gave none."""
+    """The name that JAX gave to the operation that an instruction comes from; "" if it gave none."""
     named = re.search(r'op_name="([^"]*)"', each.rest)
     return named.group(1) if named else ""

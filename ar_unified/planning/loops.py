@@ -1,7 +1,7 @@
-"""What one turn of a module's outermost loops does: a step of decoding, as it was compiled.
+"""What one iteration of a module's outermost loops does. In decoding, that is one step.
 
-TPU's compiler notes its estimate of cycles beside each instruction, but not for a Pallas kernel, which is a black box
-to XLA. For these the bytes of their arrays are counted.
+The TPU compiler writes its estimate of cycles beside each instruction, but not beside Pallas kernels, which are black
+boxes to XLA. For kernels, the bytes of their arrays are counted.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 from ar_unified.planning.hlo import Instruction, bytes_of, called_by, parse, source_of, times_of
 
 _COPIES = ("copy", "transpose", "reshape", "copy-start")
-_MOVES = (*_COPIES, "parameter", "bitcast", "fusion")  # what a fusion is made of that computes nothing
+_MOVES = (*_COPIES, "parameter", "bitcast", "fusion")  # a fusion of only these computes nothing
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 class Copy(NamedTuple):
-    """A copy of an array: its bytes on a device, how often it is made in a turn, and the operation that it is for."""
+    """A copy of an array: its bytes per device, how often one iteration makes it, and the operation that needs it."""
 
     bytes: int
     times: int
@@ -28,9 +28,9 @@ class Copy(NamedTuple):
 class Turn(NamedTuple):
     """
     Attributes:
-      copies: of arrays from one place of the device's memory to another, largest first.
-      cycles: the compiler's estimate for all but the kernels, with every branch that is not left out; 0 if it makes
-        none (not a TPU's).
+      copies: the copies of arrays from one place in the device's memory to another, largest first.
+      cycles: the compiler's estimate for everything except the kernels, with all branches that are not left out; 0 if
+        the compiler makes no estimate (it is not the TPU's).
       kernels: calls of Pallas kernels, by name.
     """
 
@@ -40,9 +40,10 @@ class Turn(NamedTuple):
 
 
 def turn(hlo: str, without: str = "") -> Turn:
-    """One turn of the loops that the entry of a module runs.
+    """One iteration of the loops that the entry computation of a module runs.
 
-    without: a name (jax.named_scope) whose conditionals are not taken, such as "words" if only images are drawn.
+    without: the name of a jax.named_scope. Its conditionals are not taken: "words", for example, if only images are
+        drawn.
     """
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
@@ -54,7 +55,7 @@ def turn(hlo: str, without: str = "") -> Turn:
                 cycles += int(said.group(1)) * times[name]
             if each.opcode in _COPIES or (each.opcode == "fusion" and _moves(computations, each)):
                 made = each.type.lstrip("(").partition("}")[0]
-                if "S(" not in made:  # into another memory (a space S) it is a fetch, not a copy
+                if "S(" not in made:  # a move into another memory (a space S) is a fetch, not a copy
                     copies.append(Copy(bytes_of(made.partition("{")[0]), times[name], source_of(each)))
             if 'custom_call_target="tpu_custom_call"' in each.rest:
                 kernel = source_of(each).split("/")[-2]
@@ -63,7 +64,7 @@ def turn(hlo: str, without: str = "") -> Turn:
 
 
 def _reached(computations: dict[str, list[Instruction]], names: list[str], without: str) -> Iterator[str]:
-    """The computations by these names and all that they run, each once; without the inside of fusions."""
+    """The computations with these names and all that they run, each once, without the inside of fusions."""
 
     def runs(each: Instruction) -> bool:
         left_out = without and each.opcode == "conditional" and f"/{without}/" in source_of(each)
@@ -78,7 +79,7 @@ def _reached(computations: dict[str, list[Instruction]], names: list[str], witho
 
 
 def _moves(computations: dict[str, list[Instruction]], fusion: Instruction) -> bool:
-    """Whether a fusion does nothing but copy."""
+    """Whether a fusion only copies."""
     inside = [each for name in called_by(fusion) for each in computations[name]]
     nested = [each for each in inside if each.opcode == "fusion"]
     alike = all(each.opcode in _MOVES for each in inside) and any(each.opcode in _COPIES for each in inside)

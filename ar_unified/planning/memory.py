@@ -1,8 +1,9 @@
-"""How a device's memory is used: the compiler's total, and its parts as far as they can be known.
+"""How a device's memory is used: the compiler's total, and the parts that can be known.
 
-Parameters, optimizer state, batch and cache are arithmetic on their shardings; the compiler's argument size checks it.
-For temporaries the compiler gives one number. Gradients and what the forward pass keeps for backward are computed from
-shapes. The remainder is reported as such: gathered weights, logits of a chunk, buffers of collectives, workspace.
+The sizes of parameters, optimizer state, batch and cache are computed from their shardings and checked against the
+compiler's argument size. For temporaries, the compiler gives one number. Gradients and the activations that the forward
+pass keeps for backward are computed from shapes. Whatever remains is reported as the rest: gathered weights, logits of
+a chunk, buffers of collectives, workspace.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from ar_unified.planning.programs import Compiled, Program, Run, gradient_bytes, local_bytes, saved_for_backward
 
-# Every part that a program may have, in the order they are shown, and where the number is from.
+# All parts that a program may have, in the order in which they are shown, and the source of each number.
 PARTS = {
     "parameters": "exact: shapes and shardings",
     "optimizer": "exact: shapes and shardings",
@@ -32,12 +33,12 @@ _EXACT = ("parameters", "optimizer", "reference", "cache")
 
 
 class Memory(NamedTuple):
-    """Bytes a device.
+    """Bytes per device.
 
     Attributes:
-      parts: by name of PARTS; they add up to `peak`.
-      peak: the compiler's, plus what else is held.
-      capacity: of the device.
+      parts: bytes by name, with names from PARTS; they add up to `peak`.
+      peak: the compiler's peak, plus what else is in memory.
+      capacity: the device's memory.
     """
 
     parts: dict[str, float]
@@ -46,12 +47,12 @@ class Memory(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within a device's memory."""
+        """Whether the peak fits into a device's memory."""
         return self.peak <= self.capacity
 
 
 def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> Memory:
-    """What a device's memory holds: exact parts, estimates, and the rest of what the compiler says."""
+    """The contents of a device's memory: exact parts, estimates, and the rest of the compiler's total."""
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {name: arguments.pop(name) for name in _EXACT if name in arguments}
     parts["inputs"] = max(compiled.arguments - sum(parts.values()), 0)
@@ -67,12 +68,14 @@ def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> M
 
 
 def state_of_backward(program: Program, run: Run) -> dict[str, int]:
-    """Gradients and kept activations, bytes a device, by arithmetic."""
+    """Bytes of gradients and kept activations per device, by arithmetic."""
     return {"gradients": gradient_bytes(run, program.mesh), "activations": saved_for_backward(run, program.mesh)}
 
 
 def at_least(program: Program, run: Run) -> dict[str, float]:
-    """The least memory of a program, bytes a device, by arithmetic alone; used where it does not compile."""
+    """The least memory that a program needs, in bytes per device, by arithmetic alone; for programs that do not
+    compile.
+    """
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {name: arguments.pop(name) for name in _EXACT if name in arguments}
     parts |= _held(program) | {"inputs": sum(arguments.values())}

@@ -1,4 +1,4 @@
-"""A plan as one self-contained page: images of where memory goes and what a step's time is made of, and the text."""
+"""A plan as one self-contained page: charts of memory and of a step's time, and the text of the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTH, _BAR = 1000, 46  # SVG units
 
 
 def write_page(path: str | Path, plan: PlanReport) -> None:
-    """Writes the page, whole or not at all."""
+    """Writes the page, either completely or not at all."""
     title = f"{plan['job']} on {plan['target']}"
     sections = "".join(_program(program) for program in plan["programs"])
     if "refused" in plan:
@@ -64,7 +64,7 @@ def _refused(refused: dict[str, Any]) -> str:
 
 
 def _stack(parts: Mapping[str, float], capacity: float) -> str:
-    """One bar: parts behind each other, and a mark where the device's memory ends."""
+    """One bar of consecutive parts, with a mark where the device's memory ends."""
     whole = max(capacity, sum(parts.values())) or 1
     at, boxes, legend = 0.0, [], []
     for name, n in parts.items():

@@ -1,4 +1,4 @@
-"""One plan: a run, on a target, for a job. Everything that is reported comes from here, as plain values."""
+"""Makes one plan, for a run, a target and a job. Everything that is reported comes from here, as plain values."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from ar_unified.planning.roofline import roofline, traffic
 from ar_unified.planning.scaling import scaling
 from ar_unified.planning.targets import Target, TargetError
 
-PlanReport = dict[str, Any]  # JSON values; `make_plan` says which
+PlanReport = dict[str, Any]  # JSON values, described in `make_plan`
 
 
 def make_plan(
     run: Run, target: Target, job: str = "train", *, advise: bool = True, say: Callable[[str], Any] = print
 ) -> PlanReport:
-    """Compiles the programs of `job` for `target` and reads them.
+    """Compiles the programs of `job` for `target` and analyses them.
 
     Args:
-      advise: where a program does not fit, try what would make it fit. Each trial compiles again.
-      say: is called with a line before work that takes minutes.
+      advise: if a program does not fit, tries changes that may make it fit. Each trial compiles again.
+      say: called with a line of text before work that takes minutes.
 
     Returns:
       {"target", "chips", "mesh", "job", "model", "lora", "stand_in", "warnings", "fits",
        "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
-       "refused": where a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
+       "refused": if a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
       Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
       program over all chips. For sampling, one process is planned, and "processes" says how many there are. Decode also
-      has "memory_share" (how near it comes to the time that reading weights and cache alone takes) and "images" (a
-      second, of one process). Both are [low, high], without prompts and with every row as long as the cache.
+      has "memory_share" (the time that only reading weights and cache would take, as a share of the step's time) and
+      "images" (images per second of one process). Both are [low, high]. They leave out prompts and assume that every
+      row is as long as the cache.
 
-    Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target
-    or the run asks for the attention kernel of another.
+    Raises ValueError if the sizes of mesh, batch and model do not divide each other, and TargetError if there is no
+    such target or if the run asks for an attention kernel of other hardware.
     """
-    part = target if job == "train" else target.process()  # each process serves requests of its own
+    part = target if job == "train" else target.process()  # each process serves its own requests
     mesh = part.mesh(run.mesh if job == "train" else decoding_axes(run.mesh))
     run = with_a_kernel(run, target)
     result: PlanReport = {
@@ -95,7 +96,9 @@ def make_plan(
 
 
 def with_a_kernel(run: Run, target: Target) -> Run:
-    """The run with an attention that can be compiled for the target: XLA's where CPUs stand in for GPUs."""
+    """The run with an attention that can be compiled for the target. If CPUs stand in for GPUs, that is XLA's
+    attention.
+    """
     wanted, theirs = run.model.attention.removesuffix("_interpret"), "tpu" if target.is_tpu else "hopper"
     if wanted in ("tpu", "hopper") and wanted != theirs:
         raise TargetError(
@@ -127,7 +130,7 @@ def _batch(run: Run, job: str) -> dict[str, Json]:
 
 
 def _warnings(program: dict[str, Any]) -> list[str]:
-    """Warnings about things that are allowed but cost much, as the compiled module shows them."""
+    """Warnings about things that are allowed but expensive, as the compiled module shows them."""
     sent = {row["kind"]: row["ici"] + row["dcn"] for row in program["collectives"] if row["over"] == "fsdp"}
     reduced = sent.pop("all-reduce", 0.0)
     if reduced <= sum(sent.values()) or program["name"] != "train":
@@ -175,7 +178,7 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
 
 
 def _grouped(found: Sequence[Collective], mesh: Mesh, target: Target) -> list[dict[str, Json]]:
-    """One row for the collectives of one kind over the same axes; the row that sends most comes first."""
+    """Adds up the collectives of one kind over the same axes into one row. The row that sends most comes first."""
     rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for each in found:
         moved = traffic(each, mesh, target.hardware)

@@ -1,6 +1,7 @@
-"""The programs of a job as they would run: traced from the real code, placed on a mesh, compiled, never executed.
+"""The programs of a job as they would run. They are traced from the real code, placed on a mesh and compiled, but never
+executed.
 
-B batch, T position, R requests, P prompt, S cache length, L layers.
+Axes: B batch, T position, R requests, P prompt, S cache length, L layers.
 """
 
 from __future__ import annotations
@@ -43,24 +44,26 @@ from ar_unified.training.tasks import TransformerTask
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The part of a config that decides its programs and their cost.
+    """The part of a config that determines its programs and their cost.
 
     Attributes:
-      model, vocabulary, layout: what is trained and sampled.
-      mesh: sizes by axis, one of which may be -1.
-      batch_size, sequence_length, accumulation: packed rows of a step, over all devices; tokens of each; microbatches.
-      loss_chunk: positions whose logits a device holds at one time.
-      softmax: of language.syntax.SOFTMAXES.
-      document: tokens of the longest document, for the FLOPs of attention.
-      optimizer, steps, compiler_options: of the training. only: what it trains, places of training.selection.select;
-        (): everything. lora: the adapter that is trained in place of everything; None: there is none. preference: how
-        it learns from preference pairs; None: it learns from documents.
-      policy: of a training by rewards; None: it trains on documents. drawn_contexts: contexts of an answer, 2 if
+      model, vocabulary, layout: the model that is trained and sampled, and its ids.
+      mesh: the size of each axis; one may be -1.
+      batch_size, sequence_length, accumulation: packed rows per step on all devices together; tokens per row;
+        microbatches per step.
+      loss_chunk: the number of positions for which a device has logits in memory at one time.
+      softmax: one of language.syntax.SOFTMAXES.
+      document: tokens in the longest document, for the FLOPs of attention.
+      optimizer, steps, compiler_options: settings of the training. only: what is trained, as places for
+        training.selection.select; () means everything. lora: the adapter that is trained instead of everything; None if
+        there is none. preference: how it learns from preference pairs; None if it learns from documents.
+      policy: settings of training by rewards; None if it trains on documents. drawn_contexts: contexts per answer: 2 if
         answers are drawn with guidance.
-      requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
-      kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
-      weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
-      window: of sampling.pace.WINDOWS; "auto" is planned as the widest.
+      requests, max_length, contexts: samples that a process decodes at once; the length of the KV cache; contexts per
+        sample, 2 with guidance.
+      kv_dtype: the dtype of the KV cache, one of sampling.engine.KV_DTYPES.
+      weights_dtype: the dtype of the layers' matrices in sampling, one of sampling.weights.WEIGHT_DTYPES.
+      window: one of sampling.pace.WINDOWS; "auto" is planned as the widest.
     """
 
     model: TransformerConfig
@@ -90,7 +93,9 @@ class Run:
 
 
 class OutOfMemory(Exception):
-    """The compiler refuses, in its own words. `used` and `capacity`: bytes, as it says them; None where it does not."""
+    """The program needs too much memory, in the compiler's words. `used`, `capacity`: the bytes that it states; None if
+    it states none.
+    """
 
     def __init__(self, message: str):
         super().__init__(message.splitlines()[0])
@@ -104,10 +109,10 @@ class OutOfMemory(Exception):
 class Compiled:
     """
     Attributes:
-      hlo: text of the optimised module.
-      arguments, outputs, aliased, temporaries, code: bytes a device, the compiler's own.
-      host: bytes of the host's memory, for each device.
-      seconds: it took.
+      hlo: the text of the optimised module.
+      arguments, outputs, aliased, temporaries, code: bytes per device, as the compiler counts them.
+      host: bytes of host memory per device.
+      seconds: how long the compilation took.
     """
 
     hlo: str
@@ -121,19 +126,19 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """Bytes of a device's memory: outputs that take an argument's place count once."""
+        """Bytes of a device's memory. An output that is stored in place of an argument counts once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One jitted function and what it will be called with.
+    """One jitted function and its arguments.
 
     Attributes:
       name: "train", "prefill" or "decode".
-      arguments: trees of ShapeDtypeStructs with shardings, by what they hold ("parameters", "optimizer", ...).
-      held: a tree of what else lies on the devices while it runs.
-      options: of the compiler (parallel/compiler.py).
+      arguments: trees of ShapeDtypeStructs with shardings, by name ("parameters", "optimizer", ...).
+      held: a tree of what else is in the devices' memory while it runs.
+      options: compiler options (parallel/compiler.py).
     """
 
     name: str
@@ -144,17 +149,17 @@ class Program:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def local_bytes(self) -> dict[str, int]:
-        """Bytes of each argument on one device, without the padding that layouts add. Exact, by arithmetic."""
+        """Exact bytes of each argument on one device, by arithmetic, without the padding that layouts add."""
         return {name: local_bytes(tree) for name, tree in self.arguments.items()}
 
     def lower(self) -> jax.stages.Lowered:
-        """Traced for the devices of the mesh, not compiled."""
+        """Traces the program for the devices of the mesh, without compiling it."""
         platform = self.mesh.devices.flat[0].platform
         with jax.set_mesh(self.mesh):
             return self._trace().lower(lowering_platforms=(platform,))
 
     def compile(self) -> Compiled:
-        """Raises OutOfMemory."""
+        """Compiles the program. Raises OutOfMemory."""
         start = time.perf_counter()
         lowered = self.lower()
         with jax.set_mesh(self.mesh):
@@ -184,7 +189,9 @@ def local_bytes(tree: Any) -> int:
 
 
 def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
-    """The programs of a job on a mesh, traced when they are compiled. Raises ValueError where the mesh does not fit."""
+    """The programs of a job on a mesh. They are traced when they are compiled. Raises ValueError if the mesh does not
+    fit.
+    """
     return [train_program(run, mesh)] if job == "train" else sample_programs(run, mesh)
 
 
@@ -197,8 +204,8 @@ def make_task(run: Run) -> TransformerTask:
 
 
 class _OfTask(NamedTuple):
-    """Arguments of the task: where the softmax is split, what is trained, and from which pairs or by which policy
-    gradient.
+    """Arguments of the task: where the softmax is split, what is trained, and the settings of preference pairs or of
+    the policy gradient.
     """
 
     split: int | None
@@ -235,12 +242,12 @@ def _task(
 
 
 class _Rows(NamedTuple):
-    """What a batch holds.
+    """What the rows of a batch contain.
 
     Attributes:
-      pairs: preference pairs of a row, of the longest documents; 0: it has none.
-      contexts, ranges: of drawn answers, and ranges of ids that a token is drawn from; 0: nothing is drawn.
-      old: whether the drawing policy's log-probabilities are beside them.
+      pairs: preference pairs per row if all documents have the longest length; 0 if there are no pairs.
+      contexts, ranges: contexts per drawn answer, and ranges of ids from which a token is drawn; 0 if nothing is drawn.
+      old: whether the batch includes the log-probabilities under the policy that drew the answers.
     """
 
     rows: int
@@ -270,16 +277,16 @@ def _batch(
 
 
 def _drawn(run: Run) -> tuple[int, int]:
-    """Contexts of an answer, and ranges of ids that a token is drawn from."""
+    """The number of contexts per answer, and of ranges of ids from which a token is drawn."""
     machine = _grammar(run).automaton
     state = jax.eval_shape(lambda: machine.resume(Opened(jnp.zeros(1, jnp.int32)), Wanted()))
     return run.drawn_contexts, jax.eval_shape(partial(spans, machine), state).shape[1]
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
-    """The real training step for a mesh, with abstract arguments: ready to be compiled, nothing is run."""
+    """The real training step for a mesh, with abstract arguments. It is ready to compile; nothing is run."""
     task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
-    # Both run small programs of their own. They must not see the mesh, because nothing can run on it.
+    # Both calls run small programs. They must not see the mesh, because nothing can run on it.
     state = abstract_state(task, tx, mesh)
     options = compiler_options(mesh, run.compiler_options)
     step = make_train_step(
@@ -301,7 +308,7 @@ def train_program(run: Run, mesh: Mesh) -> Program:
 
 
 def _resident(run: Run, mesh: Mesh) -> Any:
-    """The sampler's weights, which a training by rewards keeps on each process's devices beside its own."""
+    """The sampler's weights. Training by rewards keeps them on each process's devices beside the trained parameters."""
     axes = dict(data=mesh.size // mesh.shape["tensor"], fsdp=1, tensor=mesh.shape["tensor"], context=1)
     sampler = Mesh(mesh.devices.reshape([axes[name] for name in mesh.axis_names]), mesh.axis_names)
     params = transformer.abstract_params(run.model)
@@ -311,7 +318,7 @@ def _resident(run: Run, mesh: Mesh) -> Any:
 
 
 def _prepared(run: Run, grammar: Grammar, params: transformer.Params, mesh: Mesh) -> Weights:
-    """Shapes and dtypes of the sampler's weights; on a TPU some are larger than the model's."""
+    """Shapes and dtypes of the sampler's weights. On a TPU, some are larger than in the model."""
     with jax.set_mesh(mesh):
         return jax.eval_shape(partial(steps.prepare, run.model, grammar, run.weights_dtype), params)
 
@@ -323,20 +330,20 @@ def gradient_bytes(run: Run, mesh: Mesh) -> int:
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
-    """Bytes that a device keeps from the forward pass for backward, without parameters; computed from JAX's trace.
+    """Bytes that a device keeps from the forward pass for the backward pass, without parameters, from JAX's trace.
 
-    They are the arrays that `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence.
-    XLA may drop or share some; with remat "full" there is little to drop. What a policy sends to the host is not
-    counted.
+    They are the arrays that `jax.vjp` of the loss closes over, divided among the devices that split rows and sequence.
+    XLA may drop or share some; with remat "full" there is little to drop. Arrays that a remat policy sends to the host
+    are not counted.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
     return _saved(_rows(run, rows), run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
 
 
-@lru_cache(maxsize=256)  # kept, because a search asks again for every mesh
+@lru_cache(maxsize=256)  # cached, because a search asks for every mesh
 def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
-    """The same for all devices together. of_task: the further arguments of `_task`."""
+    """The same bytes, for all devices together. of_task: the other arguments of `_task`."""
     task = _task(model, *of_task)
     batch = _batch(of)
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -350,7 +357,7 @@ def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, model_state, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
-    # A residual without the rows' axis is a parameter, cast or not; it counts elsewhere.
+    # A residual without the axis of rows is a parameter, perhaps cast to another dtype. It is counted elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % of.rows == 0 and of.rows in x.shape]
     offloaded = of.rows * of.length * offloaded_bytes(model) if task.through_layers else 0
     return sum(x.size * x.dtype.itemsize for x in per_row) - offloaded
@@ -360,7 +367,7 @@ def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
 
 
 class _Spelling:
-    """Stands for a text tokenizer where a layout spells its marks; the compiled part never turns text into ids."""
+    """Stands in for a text tokenizer if a layout writes its marks as text. Compiled code never turns text into ids."""
 
     def __init__(self, size: int):
         self.size = size
@@ -377,10 +384,11 @@ def _grammar(run: Run) -> Grammar:
 
 
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
-    """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
+    """Prefill of as many prompts as the engine reads at once, each half as long as the cache, and decode with a full
+    pool.
 
-    Beside the weights that it reads, the engine holds the whole head (for scores) and the prompts it has read. The pool
-    waits while prompts are read (sampling/engine.py).
+    Besides the weights that it reads, the engine keeps the whole head (for scores) and the prompts that it has read in
+    memory. The pool waits while prompts are read (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:

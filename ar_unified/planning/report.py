@@ -11,7 +11,7 @@ from ar_unified.planning.roofline import ASSUMPTIONS
 
 
 def size(n: float | None) -> str:
-    """Bytes in words: GiB and MiB, as memory is counted."""
+    """Bytes as text, in GiB or MiB."""
     if n is None:
         return "?"
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
@@ -21,17 +21,17 @@ def size(n: float | None) -> str:
 
 
 def billions(n: float) -> str:
-    """A count in billions or millions, for a person."""
+    """A count as text, in billions or millions."""
     return f"{n / 1e9:.2f}B" if n >= 1e8 else f"{n / 1e6:.2f}M"
 
 
 def duration(seconds: float) -> str:
-    """Seconds or milliseconds, for a person."""
+    """A time as text, in seconds or milliseconds."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def text(plan: PlanReport) -> str:
-    """All of it, for a terminal."""
+    """The whole plan, for a terminal."""
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
     alone = f"each of {plan['processes']} processes by itself, " if plan["processes"] > 1 else ""
     lines = [
@@ -40,7 +40,7 @@ def text(plan: PlanReport) -> str:
         f"remat {plan['model']['remat']}, {plan['model']['dtype']}",
         f"  batch: {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in plan['batch'].items())}",
     ]
-    if lora := plan.get("lora"):  # not said by earlier versions
+    if lora := plan.get("lora"):  # earlier versions did not write it
         lines.append(
             f"  LoRA: rank {lora['rank']} on {', '.join(lora['targets'])}; frozen matrices are {lora['base_dtype']}"
         )

@@ -1,16 +1,16 @@
-"""Estimates the least time of a step: what it needs of four resources, at data-sheet rates.
+"""Estimates the least time of a step from the time that it needs on each of four resources at data-sheet rates.
 
-  matmuls   matrix FLOPs that run (recomputation included) / bf16 peak
+  matmuls   executed matrix FLOPs (recomputation included) / bf16 peak
   memory     weights, operands of matmuls, optimizer state / HBM bandwidth
   ICI        bytes sent inside a slice / the links that the group of each collective can use
   DCN        bytes sent between slices / a device's share of its host's network
 
-The fast end of a step's time is the slowest of the four, plus the collectives that the compiled program does not run
-beside computation. The slow end is the sum of all four, with matmuls at ATTAINABLE of the peak.
-The truth lies between. Nothing here was timed: latency, small kernels, the host and stragglers are left out, and they
-matter more the smaller a step is.
+The lower bound of a step's time is the slowest of the four, plus the collectives that the compiled program does not
+overlap with computation. The upper estimate is the sum of all four, with matmuls at ATTAINABLE times the peak. The real
+time lies between. Nothing here was timed. Latency, small kernels, the host and stragglers are left out; they matter
+more if steps are small.
 
-B batch, T position, D model, N query heads, K KV heads, H head dim, F MLP, L layers, V vocabulary.
+Axes: B batch, T position, D model, N query heads, K KV heads, H head dim, F MLP, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ ASSUMPTIONS = (
 
 
 class Roofline(NamedTuple):
-    """Seconds of one step (for decode: of one token of each row), by resource, and the numbers behind them.
+    """Seconds of one step (in decode, of one token in each row) by resource, and the numbers that they come from.
 
     Attributes:
-      seconds: by resource: "matmuls", "memory", "ICI", "DCN".
-      model_flops: of all devices, as MFU counts them; `executed` with recomputation.
-      exposed: seconds of the collectives beside which the compiled program runs no computation.
-      open_ici: seconds on ICI if no axis of the network were a closed ring.
-      sent: bytes a device sends, by network.
-      tokens: of a step, all devices.
+      seconds: seconds by resource: "matmuls", "memory", "ICI", "DCN".
+      model_flops: FLOPs of all devices, as MFU counts them; `executed` includes recomputation.
+      exposed: seconds of the collectives that the compiled program does not overlap with computation.
+      open_ici: seconds on ICI if no axis of the network formed a ring.
+      sent: bytes that a device sends, by network.
+      tokens: tokens per step on all devices.
     """
 
     seconds: dict[str, float]
@@ -71,28 +71,28 @@ class Roofline(NamedTuple):
 
     @property
     def fastest(self) -> float:
-        """Seconds of a step if everything overlaps that the compiled module lets overlap."""
+        """Seconds of a step if everything overlaps that can overlap in the compiled module."""
         hidden = self.seconds["ICI"] + self.seconds["DCN"] - self.exposed
         return max(self.seconds["matmuls"], self.seconds["memory"], hidden) + self.exposed
 
     @property
     def slowest(self) -> float:
-        """Seconds of a step if nothing overlaps and products reach ATTAINABLE of the peak."""
+        """Seconds of a step if nothing overlaps and matmuls reach ATTAINABLE times the peak."""
         matmuls = self.seconds["matmuls"] / ATTAINABLE
         return matmuls + sum(s for name, s in self.seconds.items() if name != "matmuls")
 
     @property
     def bound(self) -> str:
-        """What takes longest by itself: "matmuls", "memory", "ICI" or "DCN"."""
+        """The resource that takes longest: "matmuls", "memory", "ICI" or "DCN"."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilisation of a step of that many seconds."""
+        """The model FLOPs utilisation if a step takes so many seconds."""
         return self.model_flops / seconds / self.peak_flops
 
 
 class Traffic(NamedTuple):
-    """One collective on the machine's networks: bytes a device sends on each, and seconds that takes."""
+    """One collective on the machine's networks: the bytes that a device sends on each, and the seconds needed."""
 
     ici: float
     dcn: float
@@ -102,7 +102,9 @@ class Traffic(NamedTuple):
 
 
 def traffic(each: Collective, mesh: Mesh, hardware: Hardware) -> Traffic:
-    """Between slices a hierarchical algorithm is assumed: inside each slice first, the parts across."""
+    """The traffic of a collective. Between slices, it assumes a hierarchical algorithm: inside slices, then across
+    them.
+    """
     devices = mesh.devices.flat
     group = [devices[i] for i in each.groups[0]]
     slices = len({_slice(device) for device in group})
@@ -123,7 +125,7 @@ def _slice(device: object) -> int:
 
 
 def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> tuple[int, int]:
-    """The number of links on which a device can send to its group at once; and the same if no axis were closed to a
+    """The number of links on which a device can send to its group at once, and the same number if no axis formed a
     ring.
     """
     if not hardware.torus:
@@ -158,8 +160,8 @@ def roofline(program: Program, run: Run, hardware: Hardware, found: Sequence[Col
 
 
 class _Work(NamedTuple):
-    """FLOPs of all devices as MFU counts them, and as they are executed; bytes moved by a device's memory; tokens of
-    all devices.
+    """FLOPs of all devices, as MFU counts them and as executed; bytes that one device reads and writes in its memory;
+    tokens on all devices.
     """
 
     model: float
@@ -169,7 +171,7 @@ class _Work(NamedTuple):
 
 
 def _operands(run: Run, tensor: int) -> float:
-    """Bytes that the matmuls of all layers read and write for a token, in the compute dtype, on a device."""
+    """Bytes that the matmuls of all layers read and write per token on one device, in the compute dtype."""
     c = run.model
     split = 2 * (c.n_heads * 2 + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp
     return float(jnp.dtype(c.dtype).itemsize * c.n_layers * (7 * c.d_model + split / tensor))
@@ -182,34 +184,34 @@ def _train(run: Run, program: Program) -> _Work:
     layers, head = matmul_parameters(run.model)
     task = make_task(run)
     model = task.flops({"tokens": tokens, "attended": attended})
-    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one matmul of scores or of values
+    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one attention matmul: scores, or values
     deep = task.through_layers
     sizes = layer_matrices(c)
     again = deep * c.n_layers * sum(math.prod(sizes[name]) for name in made_again(c.remat, c.norm_placement == "swin"))
-    scores = 3.0 * deep  # the backward kernels make scores twice and dP twice
+    scores = 3.0 * deep  # the backward kernels compute scores twice and dP twice
     executed = model + 2.0 * (again + head) * tokens + scores * attention + _orthogonal(run)
     if "reference" in program.arguments:
         executed += 2.0 * (layers + head) * tokens + 2.0 * attention
-    # Per device from here on.
-    back = deep + task.trains("layers.")  # matmuls of backward: with what is read, and with what is trained
+    # Everything below is per device.
+    back = deep + task.trains("layers.")  # backward matmuls: for gradients of inputs, and of trained weights
     passes = 1 + back + again / layers  # forward, backward, perhaps forward again
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tensor = mesh.shape["tensor"]
-    width = jnp.dtype(c.dtype).itemsize  # of the weights that travel: written by the gather, and read
+    width = jnp.dtype(c.dtype).itemsize  # gathered weights: the gather writes them, matmuls read them
     weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
     chunks = run.accumulation * math.ceil(tokens / ways / run.accumulation / run.loss_chunk)
     if task.trains("head", "embedding"):
         weights += 8.0 * head / tensor * chunks  # its float32 gradient: each chunk of the loss reads and writes it
     held = program.local_bytes()
-    # Read and written: the trained parameters, their gradients, which are as large, and their moments.
+    # The trained parameters, their gradients (of the same size) and their moments are read and written.
     state = 4.0 * gradient_bytes(run, mesh) + 2.0 * held["optimizer"]
     return _Work(model, executed, weights + passes * _operands(run, tensor) * tokens / ways + state, tokens)
 
 
 def _orthogonal(run: Run) -> float:
-    """FLOPs of Muon's Newton-Schulz iterations over the layers' matrices, [m, n], m <= n: 4 m m n + 2 m m m each.
+    """FLOPs of Muon's Newton-Schulz iterations: 4 m m n + 2 m m m for each matrix [m, n] of the layers, m <= n.
 
-    It counts all of the layers' matrices, also those that are not trained.
+    It counts all matrices of the layers, even untrained ones.
     """
     if run.optimizer.optimizer != "muon" or not make_task(run).trains("layers."):
         return 0.0
@@ -218,7 +220,7 @@ def _orthogonal(run: Run) -> float:
 
 
 def _prefill(run: Run, program: Program) -> _Work:
-    """The work of prefill for one batch of prompts, each of half the cache. No logits are made."""
+    """The work of prefill for one batch of prompts, each half as long as the cache. Prefill computes no logits."""
     c, mesh = run.model, program.mesh
     rows, prompt = program.arguments["requests"][0].shape
     tokens = float(rows * prompt)
@@ -229,8 +231,8 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """The work of one step of decode: all weights and the whole cache are read, for one token of every row; a window
-    has one or more.
+    """The work of one step of decode. It reads all weights and the whole cache, and every row gets one token; with a
+    window, one or more.
     """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)
@@ -239,7 +241,9 @@ def _decode(run: Run, program: Program) -> _Work:
 
 
 def _read(program: Program) -> float:
-    """Weights that a device reads, as the sampler keeps them; the embedding is only looked up."""
+    """Bytes of the weights that a device reads, as the sampler stores them, without the embedding, which is only looked
+    up.
+    """
     weights = program.arguments["parameters"]
     layers = weights.layers if program.name == "decode" else weights
     return float(program.local_bytes()["parameters"] - local_bytes(layers["embedding"]))

@@ -1,10 +1,10 @@
-"""Weak scaling by arithmetic: the batch of a device stays the same and the slice grows. It finds the size up to which
-matmuls bound a step.
+"""Weak scaling by arithmetic: the batch per device stays the same while the slice grows. It finds the largest size at
+which matmuls still bound a step.
 
-What a device computes and reads stays the same, and so does what it sends over fsdp, tensor and context; over data it
-sends (n - 1) / n of its gradients, twice, which hardly grows. In a larger slice a group may lie on axes on which it
-forms no closed ring, with half the links. Beyond the largest slice, the gradients travel between slices, over the
-slowest link there is.
+A device computes and reads the same amount at every size, and sends the same amount over fsdp, tensor and context. Over
+data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, a group may lie on axes that
+form no ring for it, and then has half the links. Beyond the largest slice, gradients are sent between slices, over the
+slowest network.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from ar_unified.planning.programs import Program, Run, gradient_bytes
 from ar_unified.planning.roofline import Roofline
 from ar_unified.planning.targets import Target
 
-CRITICAL_TOKENS = 16e6  # tokens a step; the largest batch of a published dense run (Llama 3 405B, arXiv 2407.21783)
+CRITICAL_TOKENS = 16e6  # tokens per step in the largest batch of a published dense run (Llama 3 405B, arXiv 2407.21783)
 
 
 class Scaling(NamedTuple):
     """
     Attributes:
-      largest: chips up to which matmuls bound the step; 0: not even here; None: any number of slices.
-      per_slice: chips of the largest slice there is.
-      breaks: in words, the first thing that limits growth, at that size or before it.
-      tokens_needed: tokens a chip at which matmuls would take as long as the slowest other resource does now.
+      largest: the most chips at which matmuls bound the step; 0 if they do not even at this size; None if there is no
+        limit.
+      per_slice: chips in the largest slice that exists.
+      breaks: the first thing that limits growth, in words, at that size or at a smaller one.
+      tokens_needed: tokens per chip at which matmuls would take as long as the slowest other resource takes now.
     """
 
     largest: int | None
@@ -34,7 +35,7 @@ class Scaling(NamedTuple):
 
 
 def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> Scaling:
-    """For the train step. Growth is by `data`; fsdp, tensor and context stay as they are."""
+    """Weak scaling of the train step. Only `data` grows; fsdp, tensor and context stay the same."""
     hardware, mesh = target.hardware, program.mesh
     seconds, per_slice = estimate.seconds, target.hardware.largest
     matmuls, per_chip = seconds["matmuls"], estimate.tokens / mesh.size
@@ -49,11 +50,11 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
         breaks = f"ICI: where groups form no closed rings it takes {estimate.open_ici / matmuls:.2f} x the matmuls"
         return Scaling(mesh.size, per_slice, breaks, needed)
 
-    # A device's shard of gradients (float32) crosses between slices: 2 (s - 1) / s of it, sent in parts by all the
-    # devices of a slice that hold it.
+    # A device's shard of gradients (float32) is exchanged between s slices: 2 (s - 1) / s of its bytes are sent. All
+    # devices of a slice that have this shard send a part of it.
     inner = mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["context"]
     shard = gradient_bytes(run, mesh) / max(per_slice // inner, 1)
-    share = matmuls * hardware.dcn / (2 * shard)  # what (s - 1) / s may be at most
+    share = matmuls * hardware.dcn / (2 * shard)  # the largest allowed (s - 1) / s
     slices = None if share >= 1 else max(int(1 / (1 - share)), 1)
     largest = None if slices is None else slices * per_slice
     batch_chips = int(CRITICAL_TOKENS / per_chip)

@@ -1,8 +1,9 @@
-"""Which remat, rows a chip and mesh train fastest on a target: a few are compiled, and the best that fits is kept.
+"""Finds the remat, rows per chip and mesh that train fastest on a target. It compiles a few and keeps the best that
+fits.
 
-Arithmetic orders the candidates: those that cannot fit are left out, and the others are sorted by the least time of a
-token. Compiling shows what arithmetic cannot: the compiler's further memory, and which collectives it runs beside
-computation. If one candidate does not fit, those that need more are not tried.
+Arithmetic orders the candidates: it leaves out those that cannot fit, and sorts the others by the least time per token.
+Compiling shows what arithmetic cannot: the extra memory that the compiler needs, and which collectives it overlaps with
+computation. If one candidate does not fit, candidates that need more memory are not tried.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from ar_unified.planning.roofline import roofline
 from ar_unified.planning.scaling import CRITICAL_TOKENS
 from ar_unified.planning.targets import Target
 
-_ROWS, _FSDP = (1, 2, 4), (0.5, 1, 2)  # times those of the config
+_ROWS, _FSDP = (1, 2, 4), (0.5, 1, 2)  # factors on the config's values
 
 
 class Candidate(NamedTuple):
     """
     Attributes:
-      changes: keys of the config and their values.
-      least: bytes a device by arithmetic.
-      seconds: of a token at best, without collectives.
+      changes: config keys and their new values.
+      least: the least bytes per device, by arithmetic.
+      seconds: the least seconds per token, without collectives.
     """
 
     changes: dict[str, Any]
@@ -40,13 +41,12 @@ class Candidate(NamedTuple):
 
 
 def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callable[[str], Any] = print) -> PlanReport:
-    """The plan of the best candidate as `make_plan` gives it, with {"search": {"changes", "why", "tried"}} besides.
+    """The plan of the best candidate, as from `make_plan`, with {"search": {"changes", "why", "tried"}} added.
 
     Args:
-      compiled: how many candidates to compile, each of which takes as long as a plan. If none of them fits, more are
-      tried.
+      compiled: how many candidates to compile. Each takes as long as a plan. If none of them fits, more are tried.
 
-    Raises ValueError where no candidate fits the mesh or, by arithmetic, the memory.
+    Raises ValueError if no candidate fits the mesh, or if none fits the memory by arithmetic.
     """
     run = with_a_kernel(run, target)
     found = sorted(candidates(run, target), key=lambda each: each.seconds)
@@ -80,7 +80,7 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
 
 
 def candidates(run: Run, target: Target) -> Iterator[Candidate]:
-    """Every combination whose sizes divide each other, in no particular order."""
+    """All combinations with sizes that divide each other, in no particular order."""
     for remat, rows, wider in itertools.product(POLICIES, _ROWS, _FSDP):
         fsdp = int(run.mesh.get("fsdp", 1) * wider)
         changes: dict[str, Any] = {
@@ -106,13 +106,13 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
 
 
 def said(changes: dict[str, Json]) -> str:
-    """Changes of a config as flags for a command line."""
+    """Changes of a config, as command-line flags."""
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether this candidate, by arithmetic, needs at least as much memory as one that did not fit and that had as many
-    rows and no wider split.
+    """Whether this candidate needs, by arithmetic, at least as much memory as one that did not fit and had as many rows
+    and no wider split.
     """
     return (
         each.least >= other.least
@@ -122,7 +122,7 @@ def _needs_more(each: Candidate, other: Candidate) -> bool:
 
 
 def _seconds(plan: PlanReport) -> float:
-    """Seconds of a token, halfway between the fastest and the slowest estimate."""
+    """Seconds per token, halfway between the fastest and the slowest estimate."""
     (program,) = plan["programs"]
     return (program["fastest"] + program["slowest"]) / 2 / program["tokens"]
 

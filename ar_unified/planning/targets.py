@@ -1,7 +1,7 @@
-"""Hardware by name, "v5p:8x8x8,slices=2", and devices of it to compile for on a host that has none.
+"""Hardware by name, such as "v5p:8x8x8,slices=2", and devices to compile for on a host without that hardware.
 
-TPUs come from libtpu, which is their whole compiler and needs no TPU. For GPUs, JAX's CUDA plugin compiles if it is
-installed. Otherwise as many CPU devices stand in, and everything that depends on the compiler is that of XLA for CPUs.
+libtpu compiles for TPUs. It is the complete compiler and needs no TPU. For GPUs, JAX's CUDA plugin compiles if it is
+installed. Otherwise the same number of CPU devices stands in, and all numbers from the compiler come from XLA for CPUs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LIBTPU = (
     "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
 )
 
-# This host has no TPU: with these, libtpu asks no server where the host is, locks no other process out, and prints no
-# complaints.
+# This host has no TPU. With these settings, libtpu does not ask a server where the host is, does not lock out other
+# processes, and prints no complaints.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -47,9 +47,9 @@ class TargetError(UserError):
 class Target:
     """
     Attributes:
-      hardware: of each device.
-      shape: chips of a slice along each axis of its network, (8, 8, 8); of GPUs (devices,).
-      slices: slices of that shape, joined by the data-centre network.
+      hardware: the hardware of each device.
+      shape: chips in a slice along each axis of its network, such as (8, 8, 8); for GPUs, (devices,).
+      slices: the number of slices of that shape, joined by the data-centre network.
     """
 
     hardware: Hardware
@@ -58,29 +58,29 @@ class Target:
 
     @property
     def name(self) -> str:
-        """As a person writes it: "v6e:16x16,slices=2"."""
+        """The target as a person writes it: "v6e:16x16,slices=2"."""
         name = f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"
         return f"{name},slices={self.slices}" if self.slices > 1 else name
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def is_tpu(self) -> bool:
-        """Whether libtpu compiles for it; else CPU devices stand in."""
+        """Whether the hardware is a TPU, so that libtpu compiles for it."""
         return self.hardware.torus > 0
 
     def devices(self) -> list[jax.Device]:
-        """All devices, slice by slice. Raises TargetError where this host cannot give them."""
+        """All devices, slice by slice. Raises TargetError if this host cannot provide them."""
         if not self.is_tpu:
             return _cpu_devices(self)
         _find_libtpu()
         name = self.hardware.name
         options: dict[str, Json] = {"num_slices": self.slices} if self.slices > 1 else {}
         if name == "v4":
-            options["chip_config_name"] = "megacore"  # as JAX runs on v4: two cores as one device
+            options["chip_config_name"] = "megacore"  # JAX sees two cores as one device
         if self.chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         try:
@@ -101,7 +101,7 @@ class Target:
         return Target(self.hardware, tuple(int(n) for n in np.ptp(mine, axis=0)[: self.hardware.torus] + 1))
 
     def mesh(self, shape: Mapping[str, int]) -> Mesh:
-        """The mesh of a config on these devices, slices as the outer part of `data`.
+        """The mesh of a config on these devices. Slices are the outer part of `data`.
 
         Raises ValueError, as make_mesh does, for sizes that do not fit.
         """
@@ -109,7 +109,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """ "v5p:8x8x8", "v5e:16x16,slices=2", "h200:8". Raises TargetError."""
+    """Reads "v5p:8x8x8", "v5e:16x16,slices=2" or "h200:8". Raises TargetError."""
     known = {hardware.name: hardware for hardware in HARDWARE}
     head, *options = text.split(",")
     name, _, shape = head.partition(":")

@@ -1,12 +1,12 @@
-"""Best of n: of the samples of each request the one with the highest reward, and pairs to learn preferences from.
+"""Best of n: chooses the sample with the highest reward for each request, and makes preference pairs.
 
-    best.jsonl         for each request the chosen line of samples.jsonl, with its "reward" and the "rewards" of all
+    best.jsonl         for each request, the chosen line of samples.jsonl, with its "reward" and the "rewards" of all
                        samples
-    preferences.jsonl  {"prompt" or "messages", "chosen", "rejected"}: the best and the worst, where they differ
-    unrewarded.jsonl   every sample that has no reward, and why; no other sample is lost by it
+    preferences.jsonl  {"prompt" or "messages", "chosen", "rejected"}: the best and the worst, if they differ
+    unrewarded.jsonl   every sample without a reward, and the reason; other samples are not affected
 
-All stand in the folder of a finished job (sampling/job.py), and images are named as there, relative to it. Rejection
-sampling trains on best.jsonl, DPO on preferences.jsonl.
+All three files are in the folder of a finished job (sampling/job.py). Paths of images are relative to this folder.
+Rejection sampling trains on best.jsonl, DPO on preferences.jsonl.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ar_unified.sampling import results
 from ar_unified.workdir import write_text
 
 NAMES = ("best.jsonl", "preferences.jsonl", "unrewarded.jsonl")
-_TOGETHER = 32  # requests whose samples a reward is asked about at once
+_TOGETHER = 32  # requests per call of the reward
 
 
 @dataclass(frozen=True)
 class BestReport:
-    """requests, pairs: how many. unrewarded: samples without a reward. best, mean: mean reward of the chosen, and of
-    all.
+    """requests, pairs: how many there are. unrewarded: the number of samples without a reward. best: the mean reward of
+    the chosen samples. mean: the mean reward of all samples.
     """
 
     requests: int
@@ -53,9 +53,10 @@ class BestReport:
 
 
 def keep_best(folder: str | Path, reward: Reward) -> BestReport:
-    """Chooses among the samples of a finished job and writes the three files, each whole or not at all.
+    """Chooses among the samples of a finished job and writes the three files, each completely or not at all.
 
-    Of equal rewards the first sample is the best. A request whose samples have no reward is in none of the first two.
+    If rewards are equal, the first sample is the best. A request without any rewarded sample is left out of best.jsonl
+    and preferences.jsonl.
     """
     folder = Path(folder)
     rows = sorted(
@@ -93,7 +94,7 @@ def keep_best(folder: str | Path, reward: Reward) -> BestReport:
 def _judged(
     folder: Path, groups: Sequence[list[dict[str, Any]]], reward: Reward
 ) -> Iterator[tuple[list[dict[str, Any]], list[Verdict]]]:
-    """The lines of each request, each with its verdict; that of a line with an error is the error."""
+    """The lines of each request, each with its verdict. The verdict of a line with an error is the error."""
     for start in range(0, len(groups), _TOGETHER):
         some = groups[start : start + _TOGETHER]
         lines = [row for group in some for row in group if "error" not in row]
@@ -107,7 +108,7 @@ def _judged(
 
 
 def _document(folder: Path, prompt: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Document:
-    """What was asked, with an empty answer."""
+    """The request as a document with an empty answer."""
     told = [(part.get("role", "user"), part) for part in prompt if part["type"] in ("text", "image")]
     turns = [
         Turn(role, _parts(folder, [part for _, part in parts]))  # type: ignore[arg-type]
@@ -125,7 +126,7 @@ def _parts(folder: Path, segments: Sequence[Mapping[str, Any]]) -> tuple[Part, .
 
 
 def _plain(segments: Sequence[Mapping[str, Json]]) -> Any:
-    """A text alone, or parts as `language.rows.read_parts` takes them."""
+    """A single text as a string, or parts as `language.rows.read_parts` takes them."""
     if len(segments) == 1 and segments[0]["type"] == "text":
         return segments[0]["text"]
     keys = ("type", "text", "image")

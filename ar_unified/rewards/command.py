@@ -1,10 +1,11 @@
-"""A command as a reward, for programs in other languages: a line of JSON for each answer in, a line with a number out.
+"""A command as a reward, for programs in other languages. It reads one line of JSON per answer and writes one number
+per line.
 
     {"id": "...", "sample": 0, "prompt": [parts], "answer": [parts], "expected": [parts], "meta": {...}}
 
-Parts are {"type": "text", "text": ...} and {"type": "image", "image": PATH}, of PNG files that are there while the
-command runs. Its lines are the rewards in the order of the answers, and nothing else; what it says to stderr is shown
-where it fails. It is started once for each drawing.
+Parts are {"type": "text", "text": ...} and {"type": "image", "image": PATH}. The PNG files exist while the command
+runs. The command must print only the rewards, in the order of the answers. If it fails, its stderr is shown. It is
+started once for each drawing of samples.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ar_unified.rewards.reward import Failure, Verdict, verdict
 
 
 class Command:
-    """The reward that a command says. Raises UserError for one that is not there."""
+    """The reward that a command prints. Raises UserError if the command does not exist."""
 
     def __init__(self, line: str, timeout: float):
         try:
@@ -43,7 +44,7 @@ class Command:
         self.timeout = timeout
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
-        """What the program says of each answer, or why it said nothing."""
+        """The program's reward for each answer, or the reason why there is none."""
         with tempfile.TemporaryDirectory() as folder:
             pairs = zip(prompts, answers, strict=True)
             rows = [_row(Path(folder) / f"{i:05d}", *pair) for i, pair in enumerate(pairs)]
@@ -51,12 +52,12 @@ class Command:
         lines = said.splitlines()
         if not why and len(lines) != len(rows):
             why = f"expected {len(rows)} lines, a number each, found {len(lines)}"
-        if why:  # which line is whose is not known
+        if why:  # it is unclear which line belongs to which answer
             return [Failure(f"{self.words[0]}: {why}")] * len(rows)
         return [verdict(line) for line in lines]
 
     def _run(self, asked: str) -> tuple[str, str]:
-        """What the program said, and what went wrong; the program and all that it started end here."""
+        """The program's output, and what went wrong. The program and all processes that it started are ended here."""
         patience = self.timeout * max(asked.count("\n"), 1)
         try:
             process = subprocess.Popen(
@@ -86,7 +87,7 @@ class Command:
 
 
 def _row(stem: Path, prompt: Document, answer: Document) -> dict[str, Json]:
-    """What a command is told of an answer; its images are files beginning with `stem`."""
+    """The JSON that a command reads for an answer. The names of image files begin with `stem`."""
     count = 0
 
     def save(pixels: np.ndarray) -> str:

@@ -1,6 +1,6 @@
-"""A Python function (prompt, answer) -> number as a reward: its errors are reported, and the wait for it is limited.
+"""A Python function (prompt, answer) -> number as a reward. Its errors are reported, and its time is limited.
 
-It runs on a thread of its own. A function that hangs cannot be stopped: its thread is abandoned and ends with the
+The function runs on its own thread. If it hangs, it cannot be stopped. Its thread is then abandoned and ends with the
 process, and the next answers get another thread.
 """
 
@@ -19,9 +19,9 @@ Function = Callable[[Document, Document], object]
 
 
 def named(module: str, name: str) -> Function:
-    """The function that "module:name" means. Raises UserError where there is none.
+    """The function with the name "module:name". Raises UserError if there is none.
 
-    The module is imported: a config names code that is to be run, as a command line does.
+    The module is imported, so a config can run code, as a command line can.
     """
     where = f"{module}:{name}"
     try:
@@ -37,12 +37,12 @@ def named(module: str, name: str) -> Function:
 
 
 def guarded(function: Function, timeout: float) -> Reward:
-    """The function as a reward: it is called for one answer after another, and has `timeout` seconds for each."""
+    """The function as a reward. It is called for one answer at a time, and each call may take `timeout` seconds."""
 
     def reward(prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         pairs = list(zip(prompts, answers, strict=True))
-        while len(verdicts) < len(pairs):  # a turn more for each that hangs
+        while len(verdicts) < len(pairs):  # one more turn for each answer that hangs
             said: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
             left = pairs[len(verdicts) :]
             threading.Thread(target=_ask, args=(function, left, said), name="reward", daemon=True).start()

@@ -1,4 +1,4 @@
-"""A reward by its name."""
+"""Opens a reward by its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FORMS = 'a shipped one, "module:function", "command:PROGRAM ARGUMENTS" or "score
 
 
 def open_reward(config: RewardConfig) -> Reward:
-    """The reward of a config. Raises UserError, naming what is not there, for one that cannot be opened."""
+    """The reward of a config. If it cannot be opened, raises UserError, which names what is missing."""
     kind, colon, rest = config.function.partition(":")
     if not config.function:
         raise UserError(f"expected {FORMS}; found none")

@@ -1,7 +1,7 @@
 """What a reward is.
 
 A reward is asked about many answers at once. For each it gives a number or says what went wrong. If it raises, hangs or
-says NaN for one answer, the other answers keep theirs, and the caller decides what happens then.
+returns NaN for one answer, the other answers keep their numbers, and the caller decides what to do.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ ON_ERROR = ("skip", "stop")
 
 
 class RewardFailed(RunError):
-    """A reward could not be had, and training stops for it (`RewardConfig.on_error`)."""
+    """An answer got no reward, so training stops (`RewardConfig.on_error`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """
     Attributes:
-        function: how good an answer is: a shipped reward's name, "module:function" of Python, "command:PROGRAM ..."
-            for another language, "scores:FILE" of samples that are there.
-        timeout: seconds that a reward may take for one answer; a command that gets n answers at once has n times as
-            many.
-        on_error: what follows when a reward raises, hangs or is no finite number. "skip": its group is left out,
-            counted and named, and training goes on. "stop": training stops before the step.
+        function: the reward: the name of a shipped reward, "module:function" for Python, "command:PROGRAM ..." for
+            another language, or "scores:FILE" for existing samples.
+        timeout: seconds that a reward may take for one answer. A command that gets n answers at once has n times as
+            long.
+        on_error: what happens if a reward raises, hangs or is not a finite number. "skip": the group of its answer is
+            left out, counted and named, and training goes on. "stop": training stops before the step.
 
-    Raises ValueError, naming the field.
+    Raises ValueError, which names the field.
     """
 
     function: str = ""
@@ -49,20 +49,20 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why there is no reward, in words."""
+    """The reason why there is no reward, in words."""
 
     reason: str
 
 
 Verdict = float | Failure
-# (prompts, answers) -> verdicts. A prompt is the document that asks: its turns, the right answer where it has one, and
-# its `meta`. An answer is a document without turns, its images as pixels; its `id` is the prompt's, and its
-# `meta["sample"]` says which of the answers to that prompt it is.
+# (prompts, answers) -> verdicts. A prompt is the document with the request: its turns, the right answer if there is
+# one, and its `meta`. An answer is a document without turns, with images as pixels. It has the `id` of its prompt, and
+# its `meta["sample"]` is its number among the answers to that prompt.
 Reward = Callable[[Sequence[Document], Sequence[Document]], list[Verdict]]
 
 
 def verdict(value: Any) -> Verdict:
-    """A value as a reward, or why it is none."""
+    """A value as a reward, or the reason why it is not a reward."""
     if isinstance(value, Failure):
         return value
     try:
@@ -73,7 +73,7 @@ def verdict(value: Any) -> Verdict:
 
 
 def words(prompt: Document) -> str:
-    """The prompt for a message: its name and how it begins."""
+    """The prompt as text for a message: its id and its first words."""
     texts = [part.text for turn in (prompt.asked or prompt.turns) for part in turn.parts if isinstance(part, TextPart)]
     name = f"prompt {prompt.id!r}" if prompt.id else "the prompt"
     return f"{name} ({' '.join(texts)[:80]!r})" if texts else name

@@ -1,6 +1,6 @@
-"""A file of scores as a reward: what another program, or a person, said of samples that are there.
+"""A file of scores as a reward. Another program, or a person, has scored existing samples.
 
-A line of JSON each, {"id", "sample", "score"}: the id and the number that samples.jsonl has for a sample.
+Each line is JSON, {"id", "sample", "score"}, with the id and the sample's number from samples.jsonl.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ar_unified.rewards.reward import Failure, Verdict, verdict
 
 
 class Scores:
-    """Raises UserError for a file that is not there or has a line of another kind."""
+    """Scores from a file. Raises UserError if the file is missing or has a line of another form."""
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
@@ -34,7 +34,7 @@ class Scores:
                 raise UserError(f"{self.file}:{number}: {expected}, found {found!r}") from error
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
-        """The score that the file has of each answer."""
+        """The score of each answer in the file."""
         keys = [(answer.id, int(answer.meta.get("sample", 0))) for answer in answers]
         none = f"{self.file} has no score of sample"
         return [self.known.get(key, Failure(f"{none} {key[1]} of {key[0]!r}")) for key in keys]

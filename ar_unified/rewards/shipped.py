@@ -1,12 +1,12 @@
-"""Rewards that are here: by their names in `reward.function`.
+"""Rewards that come with the package, by their names in `reward.function`.
 
-exact_answer  1 where the answer's text is the right one, white space at the ends apart
-shapes        1 where the image shows the scene that the prompt's `meta` says (evaluation/shapes.py)
-shapes_objects  of all objects of that scene and of the image the share that is in both: 1 where `shapes` is 1
-shapes_closeness  the mean over all places where that scene or the image has an object: half for the right one, half
-              for pixels near its own: finer still, for what is hardly ever drawn right
-easy_vqa      1 where the image shows the figure that the prompt names (evaluation/easy_vqa.py)
-brevity       -1 for each character of the answer's text: the shorter the better
+exact_answer  1 if the answer's text is right, except for white space at the ends
+shapes        1 if the image shows the scene in the prompt's `meta` (evaluation/shapes.py)
+shapes_objects  the share of the objects in that scene or in the image that are in both; 1 if `shapes` is 1
+shapes_closeness  the mean over all places with an object in that scene or in the image. The right object counts half,
+              the closeness of its pixels counts half. A finer reward, for scenes rarely drawn right
+easy_vqa      1 if the image shows the figure that the prompt names (evaluation/easy_vqa.py)
+brevity       -1 for each character of the answer's text: shorter is better
 length        the number of characters of the answer's text
 """
 
@@ -21,7 +21,7 @@ from ar_unified.language.document import Document, ImagePart
 
 
 def exact_answer(prompt: Document, answer: Document) -> float:
-    """Raises ValueError for a prompt that has no right answer: its own, or a request's column "expected"."""
+    """Raises ValueError if a prompt has no right answer, neither its own nor in a request's column "expected"."""
     expected = (text_of(prompt, answer=True) if prompt.asks else "") or str(prompt.meta.get("expected", ""))
     if not expected:
         raise ValueError("the prompt has no right answer of text to compare with")
@@ -33,7 +33,7 @@ def _pixels(protocol: str) -> Callable[[Document, Document], float]:
     assert matches is not None
 
     def reward(prompt: Document, answer: Document) -> float:
-        """0 for an answer without an image, and for one with several."""
+        """The reward is 0 if an answer has no image or several."""
         images = [part for part in answer.parts if isinstance(part, ImagePart)]
         return float(len(images) == 1 and matches(prompt, images[0].pixels))
 
@@ -41,7 +41,7 @@ def _pixels(protocol: str) -> Callable[[Document, Document], float]:
 
 
 def shapes_objects(prompt: Document, answer: Document) -> float:
-    """Intersection over union of what is to be seen and what is, each object by its shape, colour and place."""
+    """Intersection over union of the wanted objects and the drawn objects. An object is its shape, colour and place."""
     if (scenes := _wanted_and_found(prompt, answer)) is None:
         return 0.0
     wanted, found = ({(each.shape, each.colour, each.place) for each in objects} for objects in scenes)
@@ -49,9 +49,11 @@ def shapes_objects(prompt: Document, answer: Document) -> float:
 
 
 def shapes_closeness(prompt: Document, answer: Document) -> float:
-    """The mean over the places of both scenes: half for the right object, half for how near its pixels are.
+    """The mean over the places of both scenes. The right object counts half, and the closeness of its pixels counts
+    half.
 
-    The fourth power of the closeness tells apart what is nearly right, as a square in place of a circle (0.91).
+    The fourth power of the closeness separates nearly right objects, such as a square for a circle (0.91), from right
+    ones.
     """
     if (scenes := _wanted_and_found(prompt, answer)) is None:
         return 0.0
@@ -63,7 +65,7 @@ def shapes_closeness(prompt: Document, answer: Document) -> float:
 
 
 def _wanted_and_found(prompt: Document, answer: Document) -> tuple[Scene, Scene] | None:
-    """The scene of the prompt and that of the answer's image; None where there is not one image."""
+    """The scene of the prompt and the scene of the answer's image; None unless there is exactly one image."""
     images = [part.pixels for part in answer.parts if isinstance(part, ImagePart)]
     if len(images) != 1:
         return None
@@ -71,7 +73,7 @@ def _wanted_and_found(prompt: Document, answer: Document) -> tuple[Scene, Scene]
 
 
 def length(prompt: Document, answer: Document) -> float:
-    """Characters of the answer's texts."""
+    """The number of characters in the answer's texts."""
     return float(len(text_of(answer)))
 
 

@@ -1,18 +1,18 @@
-"""How much of their attention the positions of one modality give to the other, layer by layer.
+"""How much attention the positions of one modality give to the other modality, for each layer.
 
-A model of text and images may come to ignore one of them. For each layer, and each pair of a query's and a key's
-modality among text and image,
+A model of text and images may learn to ignore one of them. For each layer, and for each pair (modality of the query,
+modality of the key), the share is
 
     share(a -> b) = mean over queries q of modality a, and over heads, of  sum over keys k of modality b of  w(q, k)
 
-with w(q, k) = softmax over the keys that q sees (its own document up to itself, packing and padding respected) of
-q . k / sqrt(H). Only queries that see keys of both modalities count. A share is a number in [0, 1]; the shares of one a
-sum to at most 1, and controls and sizes have the rest. `uniform`, beside the layers, is the share that the same queries
-would give if all the keys they see weighed alike. It depends on the data alone; a layer above it attends to that
-modality more than by chance.
+where w(q, k) is the softmax of q . k / sqrt(H) over the keys that q sees (its own document up to itself,
+without padding). Only queries that see keys of both modalities count. A share is a number in [0, 1]. The shares of one
+a sum to at most 1; control and size tokens get the rest. `uniform` is reported beside the layers: it would be the share
+if the same queries gave equal weight to all keys that they see. It depends only on the data. If a layer has a larger
+share than this, it attends to that modality more than by chance.
 
-The training step holds no attention weights. This is a forward of its own over a held-out batch, with the weights of
-a chunk of queries at a time.
+The training step does not store attention weights. The shares come from a separate forward pass over a held-out batch,
+which computes the weights for one chunk of queries at a time.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim, L layers, M modality.
 """
@@ -30,7 +30,7 @@ from ar_unified.parallel.rules import spec
 from ar_unified.training.step import Metrics
 
 MODALITIES = (Role.TEXT, Role.IMAGE)
-_WEIGHTS = 2**23  # weights of a device that exist at one time, 32 MiB: 64 queries of 32 heads over 4,096 keys
+_WEIGHTS = 2**23  # attention weights per device at one time, 32 MiB: 64 queries of 32 heads over 4,096 keys
 
 
 def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBatch[jax.Array]) -> Metrics:
@@ -57,18 +57,18 @@ def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBa
 def layer_shares(
     query: jax.Array, key: jax.Array, doc_start: jax.Array, modality: jax.Array, room: int = _WEIGHTS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over one layer, of shares and of uniform shares, over the queries that count, f32 [M, M], and how many, [M].
+    """Sums of shares and of uniform shares in one layer over the queries that count, f32 [M, M], and their number, [M].
 
     Args:
       query: [B, T, N, H], rotated. key: [B, T, K, H]. doc_start: int32 [B, T]; T on padding.
       modality: bool [B, T, M].
-      room: how many attention weights may exist on a device at one time; at least those of one column of queries.
+      room: how many attention weights may exist on a device at one time; at least one column of queries is computed.
     """
     B, T, N, H = query.shape
     K = key.shape[2]
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1
-    if not mesh.empty and mesh.size > 1:  # columns whole on each device: chunks are cut along them
+    if not mesh.empty and mesh.size > 1:  # each device has whole columns; chunks are cut along them
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         query, key, doc_start, modality = (
             jax.lax.with_sharding_constraint(x, spec(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))

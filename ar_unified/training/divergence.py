@@ -1,4 +1,4 @@
-"""Training that has gone wrong without a NaN: the loss stands above where it began."""
+"""Detects training that has gone wrong without a NaN: the loss stays above its first values."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 from ar_unified.errors import RunError
 
-_BEGINNING = 10  # steps whose mean loss is where training began
-_MEMORY = 0.9  # of the running mean: about ten steps, so that one bad batch is none
+_BEGINNING = 10  # first steps; their mean loss is the beginning
+_MEMORY = 0.9  # for the running mean: about ten steps, so one bad batch does not count
 
 
 class Diverged(RunError):
-    """The loss rose far above its beginning and stayed there; training stopped before the next checkpoint."""
+    """The loss rose far above its first values and stayed there. Training stopped before the next checkpoint."""
 
 
 class Watch:
-    """Takes the loss of every step and raises Diverged once their running mean exceeds 1.5 x the beginning + 1.
+    """Takes the loss of every step, and raises Diverged when the running mean exceeds 1.5 x the first losses + 1.
 
-    An untrained model has about the loss that it began with. A model far above that is worse than untrained, and almost
-    never recovers. The `+ 1` leaves room for a model that began well (a fine-tuning).
+    The first losses are those of an untrained model. A model with a much higher loss is worse than untrained, and
+    almost never recovers. The `+ 1` leaves room for a model that began with a low loss (fine-tuning).
 
     Args:
-      rows: of an earlier part of this run, from metrics.jsonl: the first says where it began.
+      rows: the rows of metrics.jsonl from an earlier part of this run; the first one gives the first loss.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
@@ -32,7 +32,7 @@ class Watch:
         self._mean: float | None = None
 
     def add(self, step: int, loss: float, latest: Callable[[], int | None]) -> None:
-        """step: its number, from 0. latest: finds the last checkpoint, for the message."""
+        """Adds the loss of a step. step: its number, from 0. latest: finds the last checkpoint, for the message."""
         if self.began is None:
             self._first.append(loss)
             if len(self._first) < _BEGINNING:

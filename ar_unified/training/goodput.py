@@ -1,9 +1,9 @@
-"""Goodput: the fraction of a run's wall time that went into steps it kept, and what took the rest.
+"""Goodput: the fraction of a run's wall time spent on steps that were kept, and what used the rest of the time.
 
-Every second since the first attempt at a run belongs to one activity. Time that no other activity claims is "step": the
-devices were working on a step. "down" is the time between two attempts. "redone" is the time of steps after the
-checkpoint that the next attempt began from. `goodput.json` beside the metrics holds the attempts, so the account
-survives interruptions.
+Every second since the first attempt at a run counts for one activity. Time that counts for no other activity is "step":
+the devices were working on a step. "down" is the time between two attempts. "redone" is the time of steps that came
+after the checkpoint from which the next attempt started. The attempts are stored in `goodput.json` beside the metrics,
+so they survive interruptions.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 from ar_unified.errors import UserError
 from ar_unified.workdir import read_json, write_json
 
-# The activities besides "step". "input" is time in which only the batch of the next step was missing. "drawing" is time
-# in which samples were drawn to learn from; it begins when the host's part of the step before ends.
+# The activities besides "step". "input" is time when only the batch of the next step was missing. "drawing" is time
+# when samples to learn from were drawn; it starts when the host has finished its part of the previous step.
 ACTIVITIES = ("down", "redone", "start", "compile", "input", "drawing", "validation", "preview", "checkpoint")
 
 
 class Goodput:
-    """The account of one attempt, after those of earlier ones.
+    """Records the time of one attempt, after the earlier attempts.
 
     Args:
-      path: goodput.json. first: steps taken when this attempt begins.
-      active: False on all processes but one: they measure and write nothing.
+      path: of goodput.json. first: the number of steps taken before this attempt.
+      active: True on one process only; the others measure and write nothing.
     """
 
     def __init__(self, path: str | Path, first: int, *, active: bool = True):
@@ -40,7 +40,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def during(self, activity: str) -> Iterator[None]:
-        """A context whose time belongs to `activity` and not to steps. It must not be nested."""
+        """A context; its time counts for `activity` and not for steps. It must not be nested."""
         began = time.perf_counter()
         try:
             yield
@@ -52,9 +52,9 @@ class Goodput:
         self.seconds[activity] += seconds
 
     def write(self, step: int, *, finished: bool = False) -> dict[str, float]:
-        """Puts the account after `step` steps on disk; returns {"goodput": its share, "time/ACTIVITY": others'}.
+        """Writes the record after `step` steps. Returns {"goodput": share of steps, "time/ACTIVITY": its share}.
 
-        finished: nothing is left to do, so the time until somebody asks for more steps is not "down".
+        finished: the training is complete, so the time until somebody asks for more steps is not "down".
         """
         elapsed = time.perf_counter() - self._began
         spent = {"step": 0.0} | self.seconds
@@ -69,9 +69,11 @@ class Goodput:
 
 
 def shares(attempts: list[dict[str, Any]]) -> dict[str, float]:
-    """Fractions of the wall time of all attempts, as `Goodput.write` returns them; an activity without any is left out.
+    """Fractions of the wall time of all attempts, as `Goodput.write` returns them. Activities that took no time are
+    left out.
 
-    An attempt: began and seen (Unix seconds), first and last (steps taken then), seconds by activity, and `finished`.
+    An attempt has began and seen (Unix seconds), first and last (steps taken at these times), seconds by activity, and
+    `finished`.
     """
     total = dict.fromkeys(("step", *ACTIVITIES), 0.0)
     for attempt, following in itertools.zip_longest(attempts, attempts[1:]):
@@ -90,19 +92,19 @@ def shares(attempts: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def describe(account: dict[str, float]) -> str:
-    """goodput 91.2% (compile 5.1%, validation 3.0%, checkpoint 0.7%): what took most first."""
+    """Text like "goodput 91.2% (compile 5.1%, validation 3.0%, checkpoint 0.7%)", the largest shares first."""
     rest = sorted(((v, k.removeprefix("time/")) for k, v in account.items() if k != "goodput"), reverse=True)
     named = ", ".join(f"{activity} {share:.1%}" for share, activity in rest if share >= 5e-4)
     return f"goodput {account['goodput']:.1%}" + (f" ({named})" if named else "")
 
 
 def wall(path: str | Path) -> float:
-    """Seconds that all attempts in a goodput.json were at work; 0 if there is no such file."""
+    """The total working time of all attempts in a goodput.json, in seconds; 0 if there is no such file."""
     return sum(each["seen"] - each["began"] for each in _attempts(Path(path)) if "seen" in each)
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:
-    """The earlier attempts; [] if there are none. A broken or foreign file must not stop a training."""
+    """The earlier attempts; [] if there are none. A broken file, or one of another form, must not stop training."""
     try:
         return read_json(path)
     except (OSError, UserError):

@@ -1,7 +1,7 @@
-"""Which parameters a checkpoint holds: all of them, or only the trained ones if the rest can be read elsewhere.
+"""Which parameters a checkpoint stores: all of them, or only the trained ones if the rest can be read elsewhere.
 
-If an adapter of a few megabytes is trained beside a model of many gigabytes, every save would write the unchanged model
-again. The bundle that the training began with has it already.
+If an adapter of a few megabytes is trained with a model of many gigabytes, every save would write the unchanged model
+again, although the bundle that training started from already contains it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from ar_unified.training.step import Params, TrainingTask, abstract_trained
 class Kept:
     """
     Args:
-        read: gives the parameters that the training began with, by their shapes, dtypes and shardings; trained parts
-            are fresh in them. None: they cannot be read again, and a checkpoint holds all.
+        read: takes shapes, dtypes and shardings, and returns the parameters that training started from, with fresh
+            values for the trained parts. None: they cannot be read again, and a checkpoint stores all parameters.
     """
 
     def __init__(self, task: TrainingTask, mesh: Mesh, read: Callable[[Params], Params] | None):
         self._task, self._mesh, self._read = task, mesh, read
 
     def abstract(self, params: Params) -> Params:
-        """Shapes, dtypes and shardings of what is stored, from those of all parameters."""
+        """Shapes, dtypes and shardings of the stored parameters, selected from those of all parameters."""
         return params if self._read is None else abstract_trained(self._task, params, self._mesh)
 
     def stored(self, params: Params) -> Any:
-        """What goes into a checkpoint."""
+        """The parameters that a checkpoint stores."""
         return params if self._read is None else self._task.selection(params).take(params)
 
     def whole(self, abstract: Params, stored: Params) -> Params:
-        """All parameters again, from the result of `stored`."""
+        """All parameters, restored from the result of `stored`."""
         if self._read is None:
             return stored
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)

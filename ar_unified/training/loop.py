@@ -1,9 +1,9 @@
-"""The one training loop, for every task: read it once from top to bottom.
+"""The one training loop, for every task. Read it once from top to bottom.
 
-A run is a folder. `fit` continues what it finds there: a finished training is recognised, an interrupted one goes on
-from its last checkpoint and ends with the parameters it would have had (bit for bit in fp32 on a CPU), because the
-state holds everything but the data, and the data is a function of the step. Every process of a job runs this loop;
-process 0 alone writes the shared files and prints.
+A run is a folder. `fit` continues what it finds there. It recognises a finished training. An interrupted training
+continues from its last checkpoint and ends with the same parameters as without the interruption (bit for bit in fp32 on
+a CPU), because the state contains everything except the data, and the data is a function of the step. Every process of
+a job runs this loop. Only process 0 writes the shared files and prints.
 """
 
 from __future__ import annotations
@@ -69,23 +69,24 @@ _INTERVALS = ("log_every", "validate_every", "preview_every", "checkpoint_every"
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how often, and from which seed. Intervals are in steps; 0: never. A checkpoint is made at the end.
+    """The length, intervals and seed of training. Intervals are in steps; 0 means never. The last step has a
+    checkpoint.
 
-    Raises ValueError, naming the field, for a number out of range.
+    Raises ValueError, which names the field, if a number is out of range.
     """
 
     steps: int
     seed: int = 0
     accumulation: int = 1  # microbatches per step
     optimizer: OptimizerConfig = OptimizerConfig()
-    compiler_options: tuple[str, ...] = ()  # NAME=VALUE of the training step, over those of parallel/compiler.py
+    compiler_options: tuple[str, ...] = ()  # NAME=VALUE for the training step; they override parallel/compiler.py
     log_every: int = 20
     validate_every: int = 200
     preview_every: int = 0
     checkpoint_every: int = 200
-    keep: int = 3  # newest checkpoints that survive
-    keep_every: int = 0  # and every multiple of this, itself a multiple of checkpoint_every; 0: none
-    keep_best: bool = True  # and that of the lowest validation loss, which is saved when it is found
+    keep: int = 3  # how many of the newest checkpoints are kept
+    keep_every: int = 0  # also kept: multiples of this, itself a multiple of checkpoint_every; 0: none
+    keep_best: bool = True  # also kept: the lowest validation loss, saved when it is found
 
     def __post_init__(self) -> None:
         whole = dict.fromkeys(("steps", "accumulation", "keep"), "[1, inf)")
@@ -102,7 +103,7 @@ class TrainingConfig:
 
 
 class NonFinite(RunError):
-    """A step had a loss or gradient that is not finite; nothing was learnt from it and training stopped."""
+    """A step had a loss or gradient that is not finite. The step changed no parameters, and training stopped."""
 
 
 def fit(
@@ -122,16 +123,16 @@ def fit(
     """Trains `task` to `config.steps` in `folder` and returns the parameters on `mesh`.
 
     Args:
-      manifest: of the vocabulary; goes into every checkpoint, and a checkpoint of another is refused.
-      preview: called with (steps taken, params); the images it returns, uint8 [H, W, 3], go to TensorBoard. In a job of
-        many processes, process 0 calls it, with the parameters as numpy arrays.
-      checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
-      begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives the parameters
-        to begin with; None: fresh ones.
-      kept_elsewhere: parameters that are not trained come from `begin` at every start, and checkpoints hold only the
+      manifest: the vocabulary's manifest. It goes into every checkpoint, and a checkpoint with another one is refused.
+      preview: called with (steps taken, params); returns images, uint8 [H, W, 3], for TensorBoard. In a job of many
+        processes, process 0 calls it with the parameters as numpy arrays.
+      checkpoint_folder: the folder of checkpoints, or a URL such as gs://bucket/run; default: `folder`/checkpoints.
+      begin: called before the first step with the shapes, dtypes and shardings of the parameters; returns the
+        parameters to start from. None: fresh parameters.
+      kept_elsewhere: if True, `begin` provides the untrained parameters at every start, and checkpoints store only the
         trained ones.
-      profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
-      logger: takes console lines.
+      profile: (first, last) steps taken, between which a trace is written to `folder`/profile; None: no trace.
+      logger: receives the console lines.
 
     Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, manifests.ManifestMismatch,
     checkpoint.CheckpointMismatch.
@@ -148,7 +149,7 @@ def fit(
         keep_best=config.keep_best,
     )
     start = checkpoints.latest() or 0
-    runtime.barrier(f"{task.name} from step {start}")  # a process with another checkpoint is named, and nothing hangs
+    runtime.barrier(f"{task.name} from step {start}")  # fails, and does not hang, if checkpoints differ
     clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
     finished = start >= config.steps
     kept = Kept(task, mesh, begin if kept_elsewhere else None)
@@ -207,7 +208,7 @@ def fit(
         return checkpoints.latest()
 
     def read(taken: int, report: StepReport) -> None:
-        """Waits for a step that was dispatched, checks it, and writes the log line if one is due."""
+        """Waits for a dispatched step, checks it, and writes the log line if one is due."""
         values, loss, norm, finite = jax.device_get((report.values, report.loss, report.grad_norm, report.finite))
         if not finite:
             raise NonFinite(_diagnosis(taken, report, float(loss), float(norm), good()))
@@ -226,24 +227,24 @@ def fit(
             warnings.update(found)
             meter.reset()
 
-    # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
+    # ---------------------------------------------------------------------- Data: this process's rows of a global batch
     source = task.batch
-    every = source.every if isinstance(source, Drawing) else 1  # what is saved goes on where a drawing begins
+    every = source.every if isinstance(source, Drawing) else 1  # a saved run resumes where a drawing begins
     part = (0, 1) if isinstance(source, Drawing) else batch_part(mesh, len(jax.tree.leaves(source(start))[0]))
-    hand = concurrent.futures.ThreadPoolExecutor(1, "batches")  # makes the next batch while the devices work
+    hand = concurrent.futures.ThreadPoolExecutor(1, "batches")  # prepares the next batch while the devices work
 
     def fetch(step: int, params: Params) -> concurrent.futures.Future:
         if not isinstance(source, Drawing):
             return hand.submit(lambda: place_batch(mesh, source(step, *part), part))
         drawn: concurrent.futures.Future = concurrent.futures.Future()
         began = time.perf_counter()
-        drawn.set_result(source(step, params))  # here: it waits for the parameters, and processes do it in one order
+        drawn.set_result(source(step, params))  # not on `hand`: all processes need the same order
         meter.waited += time.perf_counter() - began
         clock.add("drawing", time.perf_counter() - began)
         return drawn
 
-    # ---------------------------------------------------------------------- Signals: stop at the next step border
-    # In a job of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
+    # ---------------------------------------------------------------------- Signals: stop after the current step
+    # In a job of many processes, all must agree on the step. JAX's SIGTERM handler and runtime.preempted ensure this.
     listening = contextlib.ExitStack()
     asked = listening.enter_context(interrupts.noted()) if alone else lambda: 0
 
@@ -254,11 +255,11 @@ def fit(
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in programs:
             began = time.perf_counter()
-            with clock.during("compile"), jax.set_mesh(mesh):  # for what is traced; previews may use other devices
+            with clock.during("compile"), jax.set_mesh(mesh):  # for tracing; previews may use other devices
                 programs[shapes] = train_step.lower(state, batch).compile()
             new = f" for batches of {' x '.join(map(str, shapes[0]))}" if len(programs) > 1 else ""
             telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s{new}")
-            # gloo gives up on a process that comes 30 s late to the first collective
+            # gloo gives up on a process that reaches the first collective 30 s late
             runtime.barrier(f"compiled for step {step}", timeout=3600)
             meter.skip(began)
         return programs[shapes]
@@ -274,7 +275,7 @@ def fit(
                 telemetry.say(f"{task.name}: steps {profile} are traced in {profiler.folder}")
             waiting = time.perf_counter()
             batch = following.result()
-            if pending is None or pending[1].loss.is_ready():  # type: ignore[attr-defined]  # devices were idle meanwhile
+            if pending is None or pending[1].loss.is_ready():  # type: ignore[attr-defined]  # devices were idle
                 waited = time.perf_counter() - waiting
                 meter.waited += waited
                 clock.add("input", waited)
@@ -284,29 +285,29 @@ def fit(
             following = fetch(step + 1, state.params) if step + 1 < config.steps else following
             taken = step + 1
             checkpoints.check()
-            # The devices work on this step while the host reads the one before.
+            # The devices work on this step while the host reads the previous step.
             if pending:
                 read(*pending)
                 if not meter.steps and report.loss.is_ready():  # type: ignore[attr-defined]
-                    meter.started = dispatched  # a CPU took this step before the one before it was read
+                    meter.started = dispatched  # on a CPU, this step ran before the previous one was read
             pending = (taken, report)
 
             border = taken % every == 0
-            came = border and (asked() or (signal.SIGTERM if runtime.preempted() else 0))  # the checkpoint comes first
+            came = border and (asked() or (signal.SIGTERM if runtime.preempted() else 0))  # the checkpoint has priority
             validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not came
             show = _due(taken, config.preview_every, config.steps) and preview is not None and not came
             save = border and (_due(taken, config.checkpoint_every, config.steps) or taken == config.steps or came)
             if not (validate or show or save):
                 continue
 
-            # What follows uses the parameters: they must be known to be good.
+            # The code below uses the parameters, so they must be checked first.
             read(*pending)
             pending = None
             paused = time.perf_counter()
             if validate:
                 with clock.during("validation"), jax.set_mesh(mesh):
                     totals = _held_out(task, eval_step, mesh, state.params, state.model_state)
-                    first = place_batch(mesh, task.validation[0])  # enough for what costs a pass of its own
+                    first = place_batch(mesh, task.validation[0])  # enough, because this needs an extra pass
                     inspected = jax.device_get(inspection(state.params, state.model_state, first))
                 scores = task.summary(totals | inspected)
                 telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
@@ -317,7 +318,7 @@ def fit(
                 rows.append({"step": taken, VALIDATION_LOSS: scores["loss"]})
                 ends = taken == config.steps
                 words = turned(rows, finished=ends, kept=best[0] if config.keep_best and best else None)
-                if words and ends:  # said with the last numbers, even if it was said before
+                if words and ends:  # printed with the last numbers, even if it was printed before
                     telemetry.say(f"{task.name}: {words}")
                 else:
                     turning.update({"turned": f"{task.name}: {words}"} if words else {})
@@ -328,10 +329,10 @@ def fit(
                     if runtime.first():
                         telemetry.images(taken, preview(taken, params) or {})
                     runtime.barrier("preview", timeout=3600)
-            if save:  # after what was said of this step: a run killed here says it once
+            if save:  # after the lines of this step, so that a run killed here prints them once
                 story = {"model": task.describe(), "training": dataclasses.asdict(config), "compiler_options": options}
                 with clock.during("checkpoint"):
-                    telemetry.keep()  # before the checkpoint: a run that goes on from it finds all lines
+                    telemetry.keep()  # before the checkpoint, so that a run resumed from it finds all lines
                     checkpoints.save(
                         taken,
                         params=kept.stored(state.params),
@@ -349,13 +350,13 @@ def fit(
         profiler.close()
         telemetry.close()
         with clock.during("checkpoint"):
-            checkpoints.close()  # waits for the disk, and raises if the last save failed
+            checkpoints.close()  # waits for the disk; raises if the last save failed
     logger(f"{task.name}: {goodput.describe(clock.write(config.steps, finished=True))}")
     return task.inference_params(state.params, state.model_state)
 
 
 def held_out_scores(task: TrainingTask, params: Params, mesh: Mesh) -> dict[str, float]:
-    """What a validation measures of parameters on `mesh`, but for `task.inspect`: the scores that `fit` writes."""
+    """The validation scores of parameters on `mesh`, as `fit` writes them, without those of `task.inspect`."""
     with jax.set_mesh(mesh):
         return task.summary(_held_out(task, make_eval_step(task, mesh), mesh, params, task.init_state(params)))
 
@@ -371,13 +372,13 @@ def _held_out(
 
 
 def _rest(state: TrainState) -> dict[str, object]:
-    """The state that a checkpoint holds besides the parameters."""
+    """The state that a checkpoint stores besides the parameters."""
     model_state = {"model_state": state.model_state} if state.model_state else {}
     return {"step": state.step, "state": state.optimizer, **model_state}
 
 
 def _agreed(loss: float) -> float:
-    """Process 0's value of a loss, in float32: all processes must decide by the same bits."""
+    """Process 0's value of a loss, in float32, because all processes must decide from the same bits."""
     value = np.float32(loss)
     return float(value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value))
 
@@ -387,11 +388,11 @@ def _due(taken: int, every: int, steps: int) -> bool:
 
 
 def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: int | None) -> str:
-    """What a person needs to go on after a NaN."""
+    """What a person needs to know after a NaN."""
     leaves = {name: np.atleast_1d(flags) for name, flags in jax.device_get(report.finite_leaves).items()}
     bad = {name: np.flatnonzero(~flags) for name, flags in leaves.items() if not flags.all()}
     if bad:
-        # Backward runs from the last layer to the first: the highest bad layer is nearest to the cause.
+        # The backward pass runs from the last layer to the first, so the highest bad layer is nearest to the cause.
         stacked = tuple(f"{name}." for name in STACKED)
         name = max(bad, key=lambda name: (name.startswith(stacked), bad[name][-1]))
         where = f"gradient of {name}" + (f", layer {bad[name][-1]}" if name.startswith(stacked) else "")

@@ -1,4 +1,6 @@
-"""AdamW with decay on matrices only, Muon for the matrices of layers, and schedules: warm-up + cosine, and WSD."""
+"""AdamW with weight decay only on matrices, Muon for the layers' matrices, and two schedules: warm-up + cosine, and
+WSD.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,20 @@ CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "decay
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (decoupled decay, Loshchilov & Hutter, arXiv:1711.05101) or Muon, and the schedule of either.
+    """AdamW (decoupled decay, Loshchilov & Hutter, arXiv:1711.05101) or Muon, and the learning-rate schedule.
 
-    Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) moves the matrices of the layers by their momentum
-    made orthogonal, and leaves embeddings, head and norms to AdamW (b1, b2 and eps are AdamW's alone). Its steps have
-    the root mean square of AdamW's, 0.2 of the rate (Liu et al., arXiv:2502.16982), so that a learning rate and a decay
-    for AdamW are a good first choice for Muon.
+    Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) updates the layers' matrices by their orthogonalised
+    momentum. AdamW updates embeddings, head and norms (b1, b2 and eps are only for AdamW). Muon's updates are scaled to
+    the root mean square of AdamW's, 0.2 of the rate (Liu et al., arXiv:2502.16982), so a learning rate and a decay for
+    AdamW are a good first choice for Muon.
 
-    WSD is warm-up, stable, decay (arXiv:2404.06395): one long run whose decay can be started from any checkpoint.
-    `decay="sqrt"` falls as 1 - sqrt(x), the better of the shapes compared in arXiv:2405.18392.
+    WSD is warm-up, stable, decay (arXiv:2404.06395): a long run; the decay can start from any of its checkpoints.
+    `decay="sqrt"` falls as 1 - sqrt(x), the best shape in the comparison of arXiv:2405.18392.
 
-    A restart begins the schedule anew, warm-up and all (Loshchilov & Hutter, arXiv:1608.03983): for training in stages.
+    A restart repeats the whole schedule with its warm-up (Loshchilov & Hutter, arXiv:1608.03983), for training in
+    stages.
 
-    Raises ValueError, naming the field, for an unknown choice and a number out of range.
+    Raises ValueError, which names the field, for an unknown choice or a number out of range.
     """
 
     optimizer: str = "adamw"  # or "muon"
@@ -41,14 +44,14 @@ class OptimizerConfig:
     warmup_steps: int = 100  # linear from 0
     schedule: str = "cosine"  # or "wsd"
     decay: str = "sqrt"  # WSD only; or "linear"
-    decay_fraction: float = 0.2  # WSD only: the last part of the steps, in which the rate falls
-    final_fraction: float = 0.1  # of the peak, reached at the last step
-    restarts: Sequence[float] = ()  # shares of the steps, rising; the steps from one to the next are a schedule
+    decay_fraction: float = 0.2  # WSD only: the last part of the steps, with a falling rate
+    final_fraction: float = 0.1  # share of the peak at the last step
+    restarts: Sequence[float] = ()  # rising shares of the steps; each stretch between two has its own schedule
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0  # of the whole gradient (of each loss's, where there are several); 0: no clipping
+    clip_norm: float = 1.0  # norm of the whole gradient, or of each loss's if there are several; 0: no clipping
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -72,7 +75,7 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of step s (0-based) of a training of `steps` steps, as a jittable function.
 
-    Raises ValueError for restarts out of order, and for a warm-up and decay longer than the steps.
+    Raises ValueError if restarts are out of order, or if warm-up and decay are longer than the steps.
     """
     begins = [0, *(math.ceil(share * steps) for share in config.restarts)]
     lengths = [end - begin for begin, end in itertools.pairwise([*begins, steps])]
@@ -82,7 +85,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Once up and down, in `steps` steps."""
+    """One schedule, up and down, over `steps` steps."""
     warmup = config.warmup_steps
     decay_steps = steps - warmup if config.schedule == "cosine" else max(1, round(config.decay_fraction * steps))
     if decay_steps < 1 or warmup + decay_steps > steps:
@@ -92,7 +95,7 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         )
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        done = jnp.asarray(step, jnp.float32) + 1  # the first step already moves, the last ends the decay
+        done = jnp.asarray(step, jnp.float32) + 1  # the first step has a rate above 0; the last ends the decay
         rise = jnp.minimum(done / (warmup + 1), 1.0)
         x = jnp.clip((done - (steps - decay_steps)) / decay_steps, 0.0, 1.0)
         if config.schedule == "cosine":
@@ -105,16 +108,16 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_decayed(path: Sequence[Any], leaf: Any) -> bool:
-    """Matrices shrink; norms, biases and codebooks, whose size has a meaning of its own, do not."""
+    """Matrices have weight decay. Norms, biases and codebooks have none, because their size has a meaning."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     axes = leaf.ndim - (names[0] == "layers")
     return axes >= 2 and not any(word in name for name in names for word in ("norm", "bias", "codebook"))
 
 
 def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
-    """Which axes of a layer's stacked matrix are its inputs, and which its outputs; None: the leaf is left to AdamW.
+    """The input axes and the output axes of a layer's stacked matrix. None: AdamW updates this leaf.
 
-    All heads are one matrix, [L, D, N H] or [L, N H, D].
+    All heads together form one matrix, [L, D, N H] or [L, N H, D].
     """
     names = [str(getattr(key, "key", key)) for key in path]
     if names[0] != "layers" or not is_decayed(path, leaf):
@@ -124,10 +127,10 @@ def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update over plain parameter trees. The train step does the clipping, because it knows the norm already, and
+    """The update for plain parameter trees. The train step does the clipping, because it already knows the norm, and
     applies the rates of parts (`rates`).
 
-    Raises ValueError for what `learning_rate` refuses.
+    Raises ValueError as `learning_rate` does.
     """
     rate = learning_rate(config, steps)
     tx = optax.adamw(
@@ -152,12 +155,12 @@ def _moved_by_muon(params: Any) -> Any:
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:
-    """Shardings for `tx.init(params)`: moments lie where their parameters lie, counters as `other` says."""
+    """Shardings for `tx.init(params)`: moments are sharded like their parameters, counters as `other` says."""
     return optax.tree_map_params(
         tx,
         lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         jax.eval_shape(tx.init, params),
         param_shardings,
         transform_non_params=lambda _: other,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # where one group's state leaves out another's parameters
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # for parameters that belong to another group's state
     )

@@ -1,12 +1,12 @@
-"""Training by rewards: groups of samples, their advantages, and the clipped policy gradient on them (GRPO).
+"""Training by rewards: groups of samples, their advantages, and the clipped policy gradient (GRPO).
 
 Group relative policy optimisation (Shao et al., arXiv:2402.03300) compares the samples of a prompt with each other and
-needs no value network. Later variants are options: from DAPO (Yu et al., arXiv:2503.14476) a higher clip above than
-below, the mean over tokens, and leaving out groups without a signal; from Dr. GRPO (Liu et al., arXiv:2503.20783) no
-division by the deviation, and a constant in place of lengths.
+needs no value network. Later variants are options. From DAPO (Yu et al., arXiv:2503.14476): a higher upper clip, the
+mean over tokens, and no groups without a signal. From Dr. GRPO (Liu et al., arXiv:2503.20783): no division by the
+standard deviation, and a constant instead of lengths.
 
-The policy is exactly the distribution that was sampled: with contexts mixed by guidance, at the temperature, over the
-ids that the grammar allows. So the ratio of new and old probability begins at 1 exactly.
+The policy is exactly the distribution from which samples were drawn: with contexts mixed by guidance, with the
+temperature, and over the ids that the grammar allows. So the ratio of new and old probability starts at exactly 1.
 
 Axes: B samples, T positions, C contexts, K ranges of ids, D model, P prompts, G samples of a group.
 """
@@ -32,27 +32,29 @@ from ar_unified.training.tasks import TransformerTask, ratios
 
 CHOICES = {"normalisation": ("token", "sequence", "constant")}
 
-_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # bins of differences; bins for a factor of 2; the first bin
-_MANY = 0.999  # share of the groups that counts as all of them
+_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # number of bins for differences; bins per factor of 2; the first bin
+_MANY = 0.999  # a share of groups that counts as all groups
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
     """
     Attributes:
-      group_size: G, samples that are drawn of a prompt and compared with each other.
-      scale_rewards: advantages are (reward - mean) / deviation of the group; False: reward - mean (Dr. GRPO), which
-        gives no extra weight to prompts that are answered right nearly always or nearly never.
-      kl: weight of the divergence from the weights that the training began with, a second forward pass; 0: none.
-      clip_low, clip_high: the ratio counts between 1 - clip_low and 1 + clip_high. DAPO: 0.2 and 0.28.
-      normalisation: what is averaged. "token": all tokens alike. "sequence": tokens of a sample, then samples, so that
-        a token of a long one weighs less. "constant": the sum of each sample over the positions of a row.
-      drop_flat: groups whose rewards are all the same are left out of all means, which they would only dilute.
-      redraws: how often other prompts are drawn in place of those whose groups have no signal.
-      minibatches, epochs: a drawing has samples for so many steps, and is used so many times. Beyond 1 x 1 the policy
-        has changed since the drawing, and the clip matters.
+      group_size: G, the number of samples that are drawn per prompt and compared with each other.
+      scale_rewards: if True, advantages are (reward - mean) / standard deviation of the group. If False, they are
+        reward - mean (Dr. GRPO), which gives no extra weight to prompts that are nearly always or nearly never answered
+        right.
+      kl: the weight of the KL divergence from the initial model. It needs a second forward pass. 0: no divergence.
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. DAPO: 0.2 and 0.28.
+      normalisation: how the loss is averaged. "token": all tokens have the same weight. "sequence": over the tokens of
+        each sample, then over samples, so a token of a long sample weighs less. "constant": the sum of each sample,
+        divided by the positions of a row.
+      drop_flat: groups with equal rewards are left out of all means, because they would only dilute them.
+      redraws: how often prompts with groups without a signal are replaced by other prompts.
+      minibatches, epochs: a drawing has samples for `minibatches` steps, and is used `epochs` times. If either is above
+        1, the policy changes after the drawing, and the clip matters.
 
-    Raises ValueError, naming the field, for a number out of range and an unknown choice.
+    Raises ValueError, which names the field, for a number out of range or an unknown choice.
     """
 
     group_size: int = 8
@@ -77,34 +79,36 @@ class PolicyConfig:
 
     @property
     def steps(self) -> int:
-        """How many steps one drawing serves."""
+        """The number of steps for which one drawing is used."""
         return self.epochs * self.minibatches
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PolicyBatch(Generic[A]):
-    """Samples, one a row, groups side by side: numpy arrays, jax arrays, or shapes. A pytree."""
+    """Samples, one per row, with the samples of a group in adjacent rows: numpy arrays, jax arrays, or shapes. A
+    pytree.
+    """
 
-    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images of all contexts stand in the same columns
-    positions: A  # i32 [B, C, T], in the context; 0 on padding
-    doc_start: A  # i32 [B, C, T], where in the row it begins; T on padding
-    mix: A  # f32 [B, C, T], what a context's logits count for, over the temperature
-    targets: A  # i32 [B, T], the next token of the sample, else pad
-    drawn: A  # bool [B, T], whether the target was drawn: not given, not forced
-    spans: A  # i32 [B, T, K, 2], the ids that it was drawn from; of the others the target alone
+    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images have the same columns in all
+    positions: A  # i32 [B, C, T], positions in the context; 0 on padding
+    doc_start: A  # i32 [B, C, T], where the context begins in the row; T on padding
+    mix: A  # f32 [B, C, T], factor on a context's logits, divided by the temperature
+    targets: A  # i32 [B, T], the next token of the sample, or pad
+    drawn: A  # bool [B, T], whether the target was drawn (neither given nor forced)
+    spans: A  # i32 [B, T, K, 2], the ids it was drawn from; if not drawn, only the target
     sampled: A  # f32 [B, T], the sampler's log-probability of the target
-    reward: A  # f32 [B]; 0 where there is none
+    reward: A  # f32 [B]; 0 if there is none
     advantage: A  # f32 [B]
-    deviation: A  # f32 [B], of the rewards of its group
-    scored: A  # bool [B], every sample of its group has a reward
-    flat: A  # bool [B], and all have the same
-    cut: A  # bool [B], the sample ended with its budget
-    old: A | None = None  # f32 [B, T], the policy's log-probabilities when the sample was drawn; None: as they are now
+    deviation: A  # f32 [B], standard deviation of the rewards of its group
+    scored: A  # bool [B], whether every sample of its group has a reward
+    flat: A  # bool [B], whether all rewards of its group are equal
+    cut: A  # bool [B], whether the token budget ended the sample
+    old: A | None = None  # f32 [B, T], the policy's log-probabilities at the drawing; None: the present ones
 
     @classmethod
     def shapes(cls, rows: int, length: int, contexts: int, ranges: int, old: bool) -> PolicyBatch[jax.ShapeDtypeStruct]:
-        """ShapeDtypeStructs; `ranges` is K."""
+        """The batch as ShapeDtypeStructs; `ranges` is K."""
         deep, wide, alone = (rows, contexts, length), (rows, length), (rows,)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             **dict.fromkeys(("tokens", "positions", "doc_start"), (deep, np.int32)),
@@ -125,9 +129,9 @@ class PolicyBatch(Generic[A]):
 
 
 def group_advantages(rewards: np.ndarray, scale: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(advantages, deviations, whether all rewards are the same), float64 and bool [P, G], of rewards [P, G].
+    """(advantages, standard deviations, whether all rewards are equal), float64 and bool [P, G], from rewards [P, G].
 
-    The deviation divides by G. A group of equal rewards has advantages of exactly 0.
+    The standard deviation divides by G. A group with equal rewards has advantages of exactly 0.
     """
     rewards = np.asarray(rewards, np.float64)
     flat = np.broadcast_to(np.all(rewards == rewards[:, :1], axis=1, keepdims=True), rewards.shape)
@@ -146,11 +150,12 @@ def divergence(logp: jax.Array, reference: jax.Array) -> jax.Array:
 def token_objective(
     config: PolicyConfig, logp: jax.Array, old: jax.Array, advantage: jax.Array, reference: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(the objective to minimise at each token, whether the clip holds it back), [B, T] each.
+    """(the objective to minimise at each token, whether it is clipped), [B, T] each.
 
     Args:
-      logp, old, reference: log-probabilities [B, T] of the policy, of the one that drew, and of the reference or None.
-      advantage: [B].
+      logp, old, reference: log-probabilities [B, T] of the policy, of the policy that drew the samples, and of the
+        reference (or None).
+      advantage: the advantage of each sample, [B].
     """
     ratio = jnp.exp(logp - old)
     clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
@@ -162,7 +167,7 @@ def token_objective(
 
 
 def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(weight of each token [B, T], the divisor of the weighted sum []), from drawn [B, T] and kept [B], bool."""
+    """(the weight of each token [B, T], the divisor of the weighted sum []), from bool drawn [B, T] and kept [B]."""
     there = drawn & kept[:, None]
     weight = there.astype(jnp.float32)
     if config.normalisation == "token":
@@ -179,11 +184,11 @@ def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tu
 def log_probabilities(
     config: TransformerConfig, chunk: int, params: Params, batch: Batch, lora: LoraConfig | None = None
 ) -> jax.Array:
-    """f32 [B, T]: the log-probability of each target in the distribution that it was drawn from; 0 where it was not
-    drawn. `batch` is a PolicyBatch; lora: of an adapter in `params`.
+    """f32 [B, T]: the log-probability of each target in the distribution that it was drawn from; 0 if it was not drawn.
+    `batch` is a PolicyBatch. lora: settings of an adapter in `params`.
 
-    Logits are linear in the hidden state, so those of all contexts, mixed and over the temperature, are the logits of
-    the mixed hidden state: guidance costs a row for each context, but no second product with the head.
+    Logits are linear in the hidden state. So the mixed logits of all contexts, divided by the temperature, are the
+    logits of the mixed hidden state. Guidance needs one row per context, but only one product with the head.
     """
     B, C, T = batch.tokens.shape
     model = Transformer.bind(config, params, lora)
@@ -198,25 +203,25 @@ def log_probabilities(
 class PolicyTask(TransformerTask):
     """The policy gradient on samples with rewards: `batch` is a `step.Drawing` of PolicyBatches.
 
-    Dropout is off, as it is when samples are drawn. The weights of roles, tasks and prompts are not used: a sample is
-    weighed by its advantage. With `policy.kl` the weights that the training began with are its model state, so that a
-    checkpoint has them and a training that goes on compares with the same.
+    Dropout is off, as it is when samples are drawn. The weights of roles, tasks and prompts are not used, because the
+    advantage is the weight of a sample. With `policy.kl`, the initial parameters are the model state, so they are in
+    the checkpoint and a resumed training compares with the same reference.
     """
 
     policy: PolicyConfig = PolicyConfig()
 
     def init_state(self, params: Params) -> Params:
-        """The reference, if the loss compares with one: what is trained, as it is when training begins."""
+        """The reference, if the loss uses one: the trained parameters before the first step."""
         return {"reference": self.selection(params).take(params)} if self.policy.kl else {}
 
     def state_axes(self, params: Params, model_state: Params) -> Any:
-        """The axes' names of the reference."""
+        """The axis names of the reference."""
         return {name: self.selection(params).axes(self.logical_axes(params)) for name in model_state}
 
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        """The clipped policy gradient's objective, with the divergence from the reference."""
+        """The clipped objective of the policy gradient, with the divergence from the reference."""
         logp = log_probabilities(self.config, self.chunk, params, batch, self.lora)
         reference = None
         if self.policy.kl:
@@ -236,8 +241,10 @@ class PolicyTask(TransformerTask):
         return jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32))
 
     def _told(self, batch: Batch, logp: jax.Array, old: jax.Array, held: jax.Array) -> Metrics:
-        """Sums over a batch. `entropy` is estimated by the drawn tokens: nats a token. `sampler_trainer` are the
-        absolute differences of the sampler's log-probabilities and those of this forward pass at the same weights."""
+        """Sums over a batch. `entropy` is estimated from the drawn tokens, in nats per token. `sampler_trainer` is the
+        absolute difference between the log-probabilities of the sampler and of this forward pass, with the same
+        weights.
+        """
         everywhere = jnp.ones_like(batch.scored)
         drawn = batch.drawn
         apart = jnp.abs(old - batch.sampled)
@@ -262,12 +269,12 @@ class PolicyTask(TransformerTask):
         }
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
-        """Nothing: batches are samples, not packed rows."""
+        """No further metrics, because batches are samples and not packed rows."""
         return {}
 
     def summary(self, totals: Metrics) -> dict[str, float]:
-        """Means, and `sampler_trainer/max`: an upper bound of the differences, at most about a tenth above the
-        largest.
+        """Means, and `sampler_trainer/max`, an upper bound of the differences. It exceeds the largest one by at most
+        about a tenth.
         """
         counted = np.flatnonzero(np.asarray(totals["sampler_trainer"]))
         most = _LEAST * 2.0 ** (counted[-1] / _A_FACTOR) if len(counted) else math.nan

@@ -1,11 +1,11 @@
-"""Learning from preference pairs: DPO and its variants, on a model's log-probabilities of the chosen and the rejected
+"""Learning from preference pairs: DPO and its variants, from a model's log-probabilities of the chosen and the rejected
 answer.
 
-A pair's loss is a function of the log-probabilities of its two answers under the model and under a reference, which is
-the model as it was before the first step. The reference is never in memory beside the model: its sums are computed once
-(`answers`), and come with the batches.
+The loss of a pair is a function of the log-probabilities of its two answers under the model and under a reference. The
+reference is the model before the first step. It is never in memory beside the model: its log-probabilities are computed
+once (`answers`), and are part of the batches.
 
-Axes: B rows, T position, P pairs of a row at most, R roles of targets; 2: the chosen answer and the rejected one.
+Axes: B rows, T position, P the most pairs in a row, R roles of targets; 2: the chosen answer and the rejected answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ar_unified.training.step import Metrics, Params
 from ar_unified.training.tasks import TransformerTask
 
 LOSSES = ("dpo", "ipo", "simpo")
-_MODALITIES = (Role.TEXT, Role.IMAGE)  # the modalities whose parts of rewards and log-probabilities are logged
+_MODALITIES = (Role.TEXT, Role.IMAGE)  # modalities with separately logged rewards and log-probabilities
 _ANSWERS = ("chosen", "rejected")
 
 
@@ -37,15 +37,15 @@ class PreferenceConfig:
     ipo: the same s; loss = (s_chosen - s_rejected - 1 / (2 beta))^2 (arXiv:2310.12036).
     simpo: s = log p / tokens, no reference; loss = -log sigmoid(r_chosen - r_rejected - gamma) (arXiv:2405.14734).
 
-    Raises ValueError, naming the field, for a number out of range.
+    Raises ValueError, which names the field, for a number out of range.
     """
 
-    loss: str = "dpo"  # of LOSSES
-    beta: float = 0.1  # how dear it is to leave the reference; of simpo the scale of its scores, there 2 or more
-    gamma: float = 1.0  # of simpo: how much more reward the chosen answer is to have
-    label_smoothing: float = 0.0  # of dpo and simpo: how often a pair is taken to be the wrong way round (cDPO)
-    length_normalised: bool = False  # of dpo and ipo: s is divided by the answer's tokens (arXiv:2411.15124); simpo is
-    sft: float = 0.0  # weight of the chosen answer's -log p a token, as in RPO (arXiv:2404.19733); 0: none
+    loss: str = "dpo"  # one of LOSSES
+    beta: float = 0.1  # cost of leaving the reference; for simpo the scale of the scores, 2 or more
+    gamma: float = 1.0  # for simpo: by how much the chosen answer's reward should be higher
+    label_smoothing: float = 0.0  # for dpo and simpo: the assumed share of swapped pairs (cDPO)
+    length_normalised: bool = False  # for dpo and ipo: divide s by the tokens (arXiv:2411.15124), as simpo does
+    sft: float = 0.0  # weight of the chosen answer's -log p per token, as in RPO (arXiv:2404.19733); 0: none
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -58,17 +58,19 @@ class PreferenceConfig:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the loss compares with the model that training begins with."""
+        """Whether the loss compares with the model before training."""
         return self.loss != "simpo"
 
     @property
     def by_token(self) -> bool:
-        """Whether scores are divided by the answer's tokens."""
+        """Whether scores are divided by the number of tokens in the answer."""
         return self.length_normalised or not self.uses_reference
 
 
 def scores(config: PreferenceConfig, logps: Array, reference: Array, tokens: Array) -> Array:
-    """The score s of answers: log-probabilities of both models, and tokens, which broadcast, in any shape."""
+    """The score s of answers, from the log-probabilities of both models and the numbers of tokens. All shapes
+    broadcast.
+    """
     found = logps - reference if config.uses_reference else logps
     return found / jnp.maximum(tokens, 1e-9) if config.by_token else found
 
@@ -84,7 +86,7 @@ def pair_losses(config: PreferenceConfig, scored: Array) -> Array:
 
 
 def trained(batch: PackedBatch[jax.Array]) -> Array:
-    """bool [B, T]: the targets that belong to the answers of pairs."""
+    """bool [B, T]: whether a target belongs to an answer of a pair."""
     return ~batch.prompt & (batch.roles != Role.PAD) & (batch.segment_ids > 0)
 
 
@@ -92,7 +94,7 @@ def by_answer(values: Array, batch: PackedBatch[jax.Array], pairs: int) -> Array
     """Sums of values f32 [B, T] over the trained targets of each answer, by role: f32 [B, P, 2, R]."""
     places = 2 * pairs * len(Role)
     own = (batch.segment_ids - 1) * len(Role) + batch.roles
-    where = jnp.where(trained(batch), own, places)  # tokens of no answer have a place of their own
+    where = jnp.where(trained(batch), own, places)  # one more place for tokens outside answers
 
     def of_row(values: Array, where: Array) -> Array:
         return jax.ops.segment_sum(values, where, places + 1)[:-1]
@@ -106,25 +108,23 @@ class Pairs(NamedTuple):
     logps: Array  # f32 [B, P, 2, R], weighted by role
     scored: Array  # f32 [B, P, 2, R], the parts of each answer's score
     tokens: Array  # f32 [B, P, 2, R], not weighted
-    there: Array  # bool [B, P], whether there is such a pair
-    weight: Array  # f32 [B, P], of its chosen document's task; 0 where there is none
+    there: Array  # bool [B, P], whether the pair exists
+    weight: Array  # f32 [B, P], weight of its chosen document's task; 0 if there is no pair
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreferenceTask(TransformerTask):
-    """Preference pairs in packed rows (`data.batch.PreferenceBatch`); all other args as of `TransformerTask`.
+    """Preference pairs in packed rows (`data.batch.PreferenceBatch`); all other arguments are as in `TransformerTask`.
 
-    The loss of a step is the mean over its pairs; a pair has the weight of its chosen answer's task. role_weights weigh
-    log-probabilities, and so each modality's part of the scores; prompts have no part in them. z_loss is over the
-    tokens of the SFT term.
+    The loss of a step is the mean over its pairs. A pair has the weight of its chosen answer's task. role_weights weigh
+    the log-probabilities, and so the part of each modality in the scores. Prompts are not part of the scores. z_loss is
+    computed on the tokens of the SFT term.
     """
 
     preference: PreferenceConfig = PreferenceConfig()
 
     def answers(self, params: Params, batch: PackedBatch[jax.Array], pairs: int) -> Array:
-        """Log-probabilities of each answer by role of the target, f32 [B, P, 2, R], under `params`, those of the
-        reference.
-        """
+        """Log-probabilities of each answer, by the target's role, under `params`, the reference: f32 [B, P, 2, R]."""
         return -by_answer(self.of_targets(params, batch)[0], batch, pairs)
 
     def loss(
@@ -141,18 +141,18 @@ class PreferenceTask(TransformerTask):
             count = pairs.logps.shape[1]
             learned = by_answer(of_chosen * (nll + self.z_loss * jnp.square(lse)), rows, count)[:, :, 0]
             total = total + config.sft * jnp.sum(learned, -1) / self._length(pairs.tokens)[:, :, 0]
-        metrics = super().token_metrics(rows, of_chosen, nll, lse)  # by role and task: of the chosen answers
+        metrics = super().token_metrics(rows, of_chosen, nll, lse)  # by role and task, for the chosen answers
         metrics[LOSS_OF_CHOSEN] = jnp.sum(of_chosen * nll), jnp.sum(of_chosen)
         metrics[LOSS_OF_PAIRS] = jnp.sum(pairs.weight * losses), jnp.sum(pairs.weight)
         metrics["loss"] = jnp.sum(pairs.weight * total), jnp.sum(pairs.weight)
         return *metrics["loss"], metrics | _told(config, pairs)
 
     def inspect(self, params: Params, model_state: Params, batch: PreferenceBatch[jax.Array]) -> Metrics:
-        """As of `TransformerTask`, on the rows of the pairs."""
+        """As in `TransformerTask`, on the rows of the pairs."""
         return super().inspect(params, model_state, batch.documents)
 
     def _length(self, tokens: Array) -> Array:
-        """f32 [B, P, 2]: the number of an answer's tokens, each with the weight of its role."""
+        """f32 [B, P, 2]: the number of tokens in each answer, weighted by role."""
         return jnp.maximum(jnp.sum(tokens * self.of_role, -1), 1e-9)
 
     def _pairs(self, batch: PreferenceBatch[jax.Array], nll: Array) -> Pairs:
@@ -160,18 +160,18 @@ class PreferenceTask(TransformerTask):
         logps = -by_answer(nll, rows, count) * self.of_role
         tokens = by_answer(jnp.ones_like(nll), rows, count)
         scored = scores(self.preference, logps, batch.reference * self.of_role, self._length(tokens)[..., None])
-        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # its weight, once a token
+        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # its weight, once per token
         there = jnp.all(jnp.sum(tokens, -1) > 0, -1)
         weight = jnp.where(there, task / jnp.maximum(tokens[:, :, 0].sum(-1), 1.0), 0.0)
         return Pairs(logps, scored, tokens, there, weight)
 
 
 def _told(config: PreferenceConfig, pairs: Pairs) -> Metrics:
-    """Means over pairs under the usual names, and their parts by modality, `/text` and `/image`, over the pairs with
-    that modality in an answer.
+    """Means over pairs under the usual names. Their parts by modality, `/text` and `/image`, are means over the pairs
+    with this modality in an answer.
 
-    `logps/` are sums of log-probabilities in nats, `rewards/` are beta times the scores, `rewards/margins` chosen minus
-    rejected, `rewards/accuracies` the share of pairs whose margin is above 0.
+    `logps/` are sums of log-probabilities in nats, and `rewards/` are beta times the scores. `rewards/margins` is the
+    chosen reward minus the rejected reward. `rewards/accuracies` is the share of pairs with a margin above 0.
     """
     metrics: Metrics = {}
     whole = [("", pairs.logps.sum(-1), pairs.scored.sum(-1), pairs.there)]

@@ -1,11 +1,11 @@
-"""How well a small transformer predicts image ids: a part of a tokenizer's worth that neither entropy nor rFID shows.
+"""Measures how well a small transformer predicts image ids, which neither entropy nor rFID shows about a tokenizer.
 
-Of two tokenizers with equally good images, one may have ids that are far harder to model. So a transformer of a fixed
-small size is trained for a fixed small budget on ids of training images, in reading order, and its bits per id are
-measured on others. It is this repository's transformer, task and training step, on one device, without a checkpoint:
-a probe that is interrupted begins again.
+Two tokenizers may have equally good images, but the ids of one may be far harder to model. So a transformer of a fixed
+small size is trained with a fixed small budget on ids of training images, in reading order, and its bits per id are
+measured on other images. It uses this repository's transformer, task and training step, on one device, without a
+checkpoint: an interrupted probe starts again.
 
-Axes: N images, h w ids of an image, B rows, T = h * w.
+Axes: N images, h and w rows and columns of ids in an image, B rows, T = h * w.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import TrainState, abstract_state, make_eval_step, make_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
 
-TOKENS = 2048  # of a step, in whole images
+TOKENS = 2048  # per step, in whole images
 SHAPE: dict[str, Any] = dict(
     d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_mlp=384, qk_norm="rmsnorm"
 )
@@ -34,8 +34,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, b2=0.99, weight
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A trained probe: call it with ids int32 [N, h, w] that it has not seen. budget: the settings that its numbers
-    depend on.
+    """A trained probe. Call it with ids int32 [N, h, w] that it has not seen. budget: the settings that determine its
+    numbers.
     """
 
     task: TransformerTask
@@ -61,15 +61,15 @@ class Probe:
 
 
 def images_wanted(steps: int, ids_per_image: int) -> int:
-    """How many training images a probe of `steps` steps sees, each once."""
+    """The number of training images that a probe of `steps` steps sees, each once."""
     return steps * _rows_of(ids_per_image)
 
 
 def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 0) -> Probe:
-    """Trains on ids int32 [N, h, w] for `steps` steps of about TOKENS ids; deterministic, by `seed`.
+    """Trains on ids int32 [N, h, w] for `steps` steps of about TOKENS ids. The result is deterministic for a `seed`.
 
     Raises:
-        ValueError: no ids, or fewer than 1 step. RuntimeError: the loss became infinite or NaN.
+        ValueError: there are no ids, or fewer than 1 step. RuntimeError: the loss became infinite or NaN.
     """
     if not ids.size or steps < 1:
         raise ValueError(f"probe: expected at least 1 step on the ids of at least 1 image, got {steps} and {ids.shape}")
@@ -111,7 +111,9 @@ def _rows_of(ids_per_image: int) -> int:
 
 
 def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> PackedBatch[np.ndarray]:
-    """A batch of `count` rows of one image each, the last ones empty: <boi> and all ids but the last -> the ids."""
+    """A batch of `count` rows with one image each; the last rows are empty. Inputs are <boi> and all ids except the
+    last, targets are the ids.
+    """
     T = ids[0].size
     targets = np.full((count, T), vocabulary.pad, np.int32)
     targets[: len(ids)] = ids.reshape(-1, T) + vocabulary.image_offset

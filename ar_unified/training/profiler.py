@@ -1,4 +1,4 @@
-"""A trace of a few steps, for xprof or Perfetto: where the time inside a step goes."""
+"""A trace of a few steps for xprof or Perfetto. It shows how the time inside a step is spent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import jax
 
 
 class Profiler:
-    """Traces the steps of `window` (steps taken when it begins and when it ends; None: nothing) into `folder`."""
+    """Traces the steps of `window` into `folder`. `window`: steps taken at the start and at the end of the trace, or
+    None.
+    """
 
     def __init__(self, window: tuple[int, int] | None, folder: str | Path):
         self.window, self.folder = window, Path(folder)
         self._tracing = False
 
     def at(self, taken: int, state: Any) -> bool:
-        """Call it before every step, with the number of steps taken and their state. Returns whether a trace was
-        finished just now. Both ends of a trace wait for `state`, so that it holds its own steps and no others.
+        """Must be called before every step, with the number of steps taken and the state after them. Returns whether a
+        trace was finished by this call. At the start and at the end of a trace it waits for `state`, so that the trace
+        contains exactly its own steps.
         """
         if self.window is None:
             return False
@@ -33,7 +36,7 @@ class Profiler:
         return False
 
     def close(self) -> None:
-        """Ends a trace that is under way."""
+        """Ends a trace that is still running."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

@@ -1,12 +1,11 @@
-"""How fast each part of the parameters is trained: a factor on the learning rate by place, and phases in which parts
-rest.
+"""How fast each part of the parameters is trained: factors on the learning rate, and phases in which parts are frozen.
 
-    rates=("layers.*=0.1", "embedding[new]=2")        the last rate that names a part counts; a part without one has 1
-    phases=((0, ("embedding[new]", "head[new]")), (200, ()))    from step 0 these alone move, from step 200 all
+    rates=("layers.*=0.1", "embedding[new]=2")        the last match counts; without one, the factor is 1
+    phases=((0, ("embedding[new]", "head[new]")), (200, ()))    from step 0 only these are trained, from 200 all
 
-A factor scales the whole update, including decoupled weight decay, as a learning rate does. A part that rests in a
-phase has a gradient of zero there: its moments stay or fade, and its bits do not change. It still has optimizer state,
-because it moves in another phase; parts that never move are left out by `selection`.
+A factor scales the whole update, including decoupled weight decay, as a learning rate does. A part that is frozen in a
+phase has a gradient of zero there: its moments stay or decay, and its bits do not change. It still has optimizer state,
+because it is trained in another phase. Parts that are never trained are left out by `selection`.
 
 Axes: P phases, V rows of a table.
 """
@@ -42,7 +41,9 @@ def read_rate(rate: str) -> tuple[str, float]:
 
 
 def trained_in(only: Sequence[str], phases: Sequence[tuple[int, Sequence[str]]]) -> tuple[str, ...]:
-    """The places that are trained at all: those of `only`, or with phases those of any phase; (): everything."""
+    """The places that are ever trained: the places of `only`, or of all phases if there are phases; () means
+    everything.
+    """
     if not phases:
         return tuple(only)
     places = [tuple(places) for _, places in phases]
@@ -53,16 +54,16 @@ def trained_in(only: Sequence[str], phases: Sequence[tuple[int, Sequence[str]]])
 class Rates:
     """
     Attributes:
-        begins: first step of each phase; (0,) where there is one.
-        factors: by path of what is trained, f32 [P] or, where rows differ, [P, rows that are trained]; {}: all move
-            alike, always.
+        begins: the first step of each phase; (0,) if there is only one.
+        factors: by path of trained parameters, f32 [P], or [P, trained rows] if rows differ; {} if all factors are
+            always 1.
     """
 
     begins: tuple[int, ...] = (0,)
     factors: Mapping[str, np.ndarray] | None = None
 
     def moving(self, tree: Any, step: jax.Array) -> Any:
-        """The gradients of trained parameters, with zeros for the parts that rest in the phase of a step."""
+        """The gradients of trained parameters, with zeros for the parts that are frozen in the phase of a step."""
         if len(self.begins) == 1:
             return tree
         return self._each(tree, step, lambda leaf, factor: jnp.where(factor > 0, leaf, 0))
@@ -99,9 +100,9 @@ def make_rates(
 
     Args:
         rates, phases: as above; () for none.
-        axes, shapes: of all parameters. vocabulary, new: of `select`.
+        axes, shapes: axes and shapes of all parameters. vocabulary, new: as in `select`.
 
-    Raises ValueError, naming the rate, for one that is no rate, that names nothing, or that names nothing trained.
+    Raises ValueError, which names the rate, if it is not a rate, or if it matches nothing or nothing that is trained.
     """
     if not rates and not phases:
         return UNIFORM
@@ -146,7 +147,7 @@ def make_rates(
 
 
 def _taken(factor: np.ndarray, runs: Rows) -> np.ndarray:
-    """[P, V] or [P, 1] -> of the trained rows, or [P] where all are alike."""
+    """[P, V] or [P, 1] -> [P, trained rows], or [P] if all rows are equal."""
     if factor.shape[1] > 1 and runs:
         factor = np.concatenate([factor[:, begin:end] for begin, end in runs], axis=1)
     return factor[:, 0] if (factor == factor[:, :1]).all() else factor

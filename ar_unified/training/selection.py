@@ -1,11 +1,11 @@
-"""Which parameters are trained: leaves by their paths, and rows of a table by the kind of their ids.
+"""Selects the parameters that are trained: leaves by their paths, and rows of a table by the kind of their ids.
 
-    ("layers.attention", "*.norm")    every leaf below a path, and every leaf whose path looks so
-    ("head[image]",)                  of the head, the rows of image codes: all that Anole trains
-    ("embedding[new]", "head[new]")   rows of ids that the language model before did not have (`language.extension`)
+    ("layers.attention", "*.norm")    every leaf below a path, and every leaf with a path that matches
+    ("head[image]",)                  only the head's rows of image codes, as Anole trains
+    ("embedding[new]", "head[new]")   rows of ids that the original language model did not have (`language.extension`)
 
-Parameters that are not selected are constants of the step. They get no gradient, so none passes through layers below
-which nothing is trained. They have no optimizer state, no decay shrinks them, and their bits stay the same.
+Parameters that are not selected are constants of the step. They get no gradient, so no gradient passes through layers
+below which nothing is trained. They have no optimizer state and no weight decay, and their bits stay the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ar_unified.model.dtypes import held
 from ar_unified.model.own_rows import TABLES
 from ar_unified.tensors import Params
 
-Rows = tuple[tuple[int, int], ...]  # begin and end of each run of rows, ascending
+Rows = tuple[tuple[int, int], ...]  # begin and end of each range of rows, ascending
 NEW = "new"
 _PLACE = re.compile(r"([\w.*?]+)(?:\[(\w+)\])?")
 
@@ -36,16 +36,13 @@ _PLACE = re.compile(r"([\w.*?]+)(?:\[(\w+)\])?")
 class Selection:
     """
     Attributes:
-        parts: by the path of a trained leaf, which of its rows are trained, () for all of them; None: all parameters
-            are trained.
+        parts: the trained rows of each trained leaf, by its path; () means all rows. None: all parameters are trained.
     """
 
     parts: Mapping[str, Rows] | None = None
 
     def take(self, params: Params) -> Params:
-        """The trained part: a tree like `params` with the selected leaves alone, and only the selected rows of a
-        table.
-        """
+        """The trained part: a tree like `params` with only the selected leaves and the selected rows of tables."""
         return self._taken(params, lambda leaf, rows: jnp.concatenate([leaf[begin:end] for begin, end in rows]))
 
     def put(self, params: Params, taken: Params) -> Params:
@@ -63,7 +60,7 @@ class Selection:
         return whole
 
     def fixed(self, params: Params, dtype: str) -> Params:
-        """`params` with matrices and tables of which nothing is trained in a dtype, as `dtypes.held` says."""
+        """`params`, with matrices and tables that are not trained cast to a dtype by the rules of `dtypes.held`."""
         trained = params if self.parts is None else self.take(params)
         kept = {path for path, _ in _leaves(trained)}
 
@@ -74,7 +71,7 @@ class Selection:
         return jax.tree_util.tree_map_with_path(cast, params)
 
     def axes(self, axes: Params) -> Params:
-        """The logical axes of the trained part, from those of all parameters. Selected rows are never split."""
+        """The logical axes of the trained part, from the axes of all parameters. Selected rows are never split."""
         return self._taken(axes, lambda found, rows: (None, *found[1:]))
 
     def _taken(self, tree: Params, of_rows: Callable[[Any, Rows], object]) -> Params:
@@ -89,7 +86,7 @@ class Selection:
         return taken
 
     def told(self, shapes: Params) -> str:
-        """What is trained, in words; "" where that is all. shapes: of all parameters."""
+        """What is trained, in words; "" if everything is trained. shapes: shapes of all parameters."""
         if self.parts is None:
             return ""
         words, count = list[str](), 0
@@ -97,7 +94,7 @@ class Selection:
             leaf = _folder(shapes, path)[0][path.rpartition(".")[2]]
             selected = _count(rows) if rows else leaf.shape[0]
             count += selected * math.prod(leaf.shape[1:])
-            shown = "lora" if path.startswith("lora.") else path  # of an adapter not each matrix
+            shown = "lora" if path.startswith("lora.") else path  # does not list each matrix of an adapter
             shown = f"{selected:,} of {leaf.shape[0]:,} rows of {path}" if rows else shown
             words += [shown] if shown not in words else []
         total = sum(math.prod(leaf.shape) for _, leaf in _leaves(shapes))
@@ -108,15 +105,15 @@ EVERYTHING = Selection()
 
 
 def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
-    """The selection that places name; without places, everything.
+    """The selection for places; without places, it is everything.
 
     Args:
-        places: paths of leaves, or of nodes above them, in which * stands for anything. A path of a table of ids may
-            end with [text], [control], [size], [image] or [new]: those rows of it.
-        axes: logical axes of every parameter, which say what a table of ids is.
-        new: ids that "new" names.
+        places: paths of leaves, or of nodes above them, in which * matches anything. If the path is a table of ids, it
+            may end with [text], [control], [size], [image] or [new] to select only these rows.
+        axes: logical axes of every parameter, which show what a table of ids is.
+        new: the ids that "new" means.
 
-    Raises ValueError, beginning with the place, for one that names nothing.
+    Raises ValueError if a place matches nothing. The message begins with the place.
     """
     if not places:
         return EVERYTHING
@@ -139,10 +136,11 @@ def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Col
 
 
 def beside_adapter(places: Sequence[str], params: Params, new: Collection[int]) -> tuple[str, ...]:
-    """The places that are trained with an adapter: its own, rows of new ids, which nobody has trained, and `places`.
+    """The places that are trained with an adapter: the adapter, `places`, and rows of new ids, which are untrained.
 
     Args:
-        params: of the model, or their axes, which say whether the head is a table of its own. new: as for `select`.
+        params: the model's parameters, or their axes, which show whether the head is a separate table. new: as in
+            `select`.
     """
     rows = [f"{table}[{NEW}]" for table in TABLES if table in params] if new else []
     return ("lora", *rows, *places)
@@ -151,7 +149,7 @@ def beside_adapter(places: Sequence[str], params: Params, new: Collection[int]) 
 def _ids(
     place: str, kind: str | None, others: Sequence[str], vocabulary: Vocabulary, new: Collection[int]
 ) -> Collection[int] | None:
-    """The ids that a place names; None: it names whole leaves. others: leaves that it names and that are no tables of
+    """The ids that a place selects; None if it selects whole leaves. others: the selected leaves that are not tables of
     ids.
     """
     if kind is None:

@@ -1,11 +1,11 @@
 """One training step: (state, batch) -> (state, metrics), compiled once for a mesh.
 
-The loss of a step is sum(weight * loss) / sum(weight) over the whole global batch: over microbatches and devices alike,
-so that neither the mesh nor the accumulation changes what is optimised (a row counts by its tokens, not as 1/rows). A
-step whose gradient is not finite changes nothing and names the leaf and layer at fault.
+The loss of a step is sum(weight * loss) / sum(weight) over the whole global batch, across microbatches and devices. So
+neither the mesh nor the accumulation changes the objective (the weight of a row depends on its tokens and is not
+1/rows). If the gradient is not finite, the step changes nothing and names the leaf and layer at fault.
 
-A task may have several losses, each moving its own group of the parameters, as an autoencoder and its discriminator
-do: one forward pass, and one pull-back for each loss (the step of MAGVIT, google-research/magvit).
+A task may have several losses, each of which trains its own group of parameters, as for an autoencoder and its
+discriminator. Then there is one forward pass, and one backward pass per loss (as in MAGVIT, google-research/magvit).
 """
 
 from __future__ import annotations
@@ -27,48 +27,49 @@ from ar_unified.training.optimizer import state_shardings
 from ar_unified.training.rates import UNIFORM, Rates
 from ar_unified.training.selection import EVERYTHING, Selection
 
-Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch, or {"pixels"}
+Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch or {"pixels"}
 Metrics = dict[str, Any]
 
 STATISTICS = "statistics"
-STACKED = ("layers", "lora")  # top-level keys of parameters whose first axis counts layers
+STACKED = ("layers", "lora")  # top-level keys of parameters with a first axis of layers
 
 
 class BatchOfStep(Protocol):
-    """A pure function of the step."""
+    """Makes the batch of a step. It is a pure function of the step."""
 
     def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Batch:
-        """Part `index` of `count` equal parts of the rows of a global batch."""
+        """Divides the rows of the global batch into `count` equal parts, and returns part `index`."""
 
 
 class Drawing(abc.ABC):
-    """Batches that are drawn with the parameters: the batch of a step is a function of (data, seed, step, parameters).
+    """Batches that are drawn with the parameters. The batch of a step is a function of (data, seed, step, parameters).
 
     Attributes:
-      every: steps that one drawing serves; a run can only be resumed at the first of them.
+      every: the number of steps that use one drawing. A run can only be resumed at the first of them.
     """
 
     every: int
 
     @abc.abstractmethod
     def __call__(self, step: int, params: Params) -> Batch:
-        """The batch of a step on the mesh, drawn with the parameters that the first step of the drawing begins with.
-        All processes call it at the same time."""
+        """The batch of a step on the mesh. It is drawn with the parameters before the first step of the drawing. All
+        processes call it at the same time.
+        """
 
 
 class TrainingTask(Protocol):
     """What is trained: a model, its loss, its data, and the metrics of a step (training/tasks.py).
 
-    Metrics are sums, never means: a (sum, count) pair is divided after it was added over microbatches, devices and
-    steps; a bare array is a plain sum (a count of tokens, a histogram of codes). Sums under STATISTICS, a dict, are for
-    `update_state` alone and are not reported.
+    Metrics are sums, never means. A (sum, count) pair is divided after it was summed over microbatches, devices and
+    steps. A single array is a plain sum (a count of tokens, a histogram of codes). The sums in the dict STATISTICS are
+    only for `update_state` and are not reported.
 
-    `model_state` holds what no gradient changes: averaged weights, statistics of a codebook.
+    `model_state` contains values that no gradient changes: averaged weights, statistics of a codebook.
     """
 
     @property
     def name(self) -> str:
-        """What is trained, for messages and file names."""
+        """The name of what is trained, for messages and file names."""
 
     @property
     def unit(self) -> str:
@@ -76,11 +77,11 @@ class TrainingTask(Protocol):
 
     @property
     def batch(self) -> BatchOfStep | Drawing:
-        """The global batch of a step, or a part of it; or a `Drawing`, which draws it with the parameters."""
+        """Gives the global batch of a step or a part of it, or is a `Drawing`, which uses the parameters."""
 
     @property
     def validation(self) -> Sequence[Batch]:
-        """Held-out batches, the same every time."""
+        """Held-out batches, always the same."""
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
@@ -92,51 +93,54 @@ class TrainingTask(Protocol):
         """Which parameters (or shapes of parameters) are trained."""
 
     def rates_of(self, params: Params) -> Rates:
-        """How fast each trained part moves, and when."""
+        """How fast each part is trained, and in which steps."""
 
     def init_state(self, params: Params) -> Params:
         """The model state before the first step."""
 
     def state_axes(self, params: Params, model_state: Params) -> Any:
-        """A tree like model_state, of tuples of logical axis names. params: whose state it is, or their shapes."""
+        """A tree like model_state, of tuples of logical axis names. params: the parameters of this state, or their
+        shapes.
+        """
 
     def of_whole(self, batch: Batch) -> TrainingTask:
-        """This task with the facts of the whole global batch that its loss of a part needs. For a whole batch, `loss`
-        finds them itself.
+        """This task with the facts about the whole global batch that its loss needs if it gets only a part of the
+        batch. For a whole batch, `loss` finds them itself.
         """
 
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array | dict[str, jax.Array], jax.Array, Metrics]:
-        """(sum of weight * loss, sum of weight, metric sums); keys [B], one for each row; None: held out, no dropout.
+        """(sum of weight * loss, sum of weight, metric sums). keys [B]: one for each row; None: held-out data, no
+        dropout.
 
-        Several losses come as a dict, by the top-level key of the parameters that each of them moves.
+        Several losses are a dict, by the top-level key of the parameters that each of them trains.
         """
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
-        """(params, model_state) after the optimizer moved `params`. sums: the step's sums under STATISTICS."""
+        """(params, model_state) after the optimizer has updated `params`. sums: the step's sums under STATISTICS."""
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
-        """The model to validate, show and use: the parameters, or their averages."""
+        """The parameters for validation, previews and later use: the trained ones, or their averages."""
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
-        """Metric sums of a held-out batch that the loss does not compute: a pass of its own. {}: none."""
+        """Metric sums of a held-out batch that the loss does not compute, from an extra pass. {} if there are none."""
 
     def warning(self, line: Mapping[str, float]) -> str:
-        """A warning about a log line (the `summary` of some steps); "" if there is none."""
+        """A warning about a log line (the `summary` of some steps), or ""."""
 
     def summary(self, totals: Metrics) -> dict[str, float]:
-        """The numbers to write down, from metric sums on the host."""
+        """The numbers to log, from metric sums on the host."""
 
     def flops(self, totals: Metrics) -> float | None:
-        """Matrix-multiply FLOPs of training on the work that `totals` counts; None: not known."""
+        """Matrix-multiply FLOPs of training for the work that `totals` counts; None if not known."""
 
     def describe(self) -> dict[str, object]:
-        """JSON for the checkpoint: enough to build the model again."""
+        """JSON for the checkpoint, sufficient to build the model again."""
 
 
 class Stateless:
-    """For a task without a model state, whose loss is a sum over rows."""
+    """For tasks without a model state and with a loss that is a sum over rows."""
 
     def of_whole(self, batch: Batch) -> Any:
         """The task itself: the loss of a part does not depend on the whole batch."""
@@ -147,7 +151,7 @@ class Stateless:
         return EVERYTHING
 
     def rates_of(self, params: Params) -> Rates:
-        """All parameters move alike."""
+        """All parameters have the same rate."""
         return UNIFORM
 
     def init_state(self, params: Params) -> Params:
@@ -159,7 +163,7 @@ class Stateless:
         return {}
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
-        """Both as they are."""
+        """Changes nothing."""
         return params, model_state
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
@@ -176,35 +180,35 @@ class Stateless:
 
 
 class TrainState(NamedTuple):
-    """The whole state of a run. The data is a function of `step`, so restoring the state resumes exactly."""
+    """The whole state of a run. The data is a function of `step`, so a restored state resumes exactly."""
 
     step: jax.Array  # i32 [], steps taken
     params: Params
-    optimizer: optax.OptState  # of what is trained
-    model_state: Params  # the task's: what no gradient moves
+    optimizer: optax.OptState  # for the trained part
+    model_state: Params  # the task's values that no gradient changes
 
 
 class StepReport(NamedTuple):
-    """What one step says. `values` holds sums, (sum, count) pairs and histograms; the rest is the NaN guard."""
+    """What one step reports. `values`: sums, (sum, count) pairs and histograms; the others are the NaN guard."""
 
     values: Metrics
-    loss: jax.Array  # f32 [], of several their sum
+    loss: jax.Array  # f32 []; the sum if there are several
     grad_norm: jax.Array  # f32 [], before clipping
-    finite: jax.Array  # bool [], False: the step was not taken
-    finite_leaves: dict[str, jax.Array]  # by leaf: bool [], or bool [L] for stacked layers
+    finite: jax.Array  # bool []; False: the step changed nothing
+    finite_leaves: dict[str, jax.Array]  # for each leaf: bool [], or bool [L] for stacked layers
 
 
 def make_state(
     task: TrainingTask, tx: optax.GradientTransformation, seed: int, params: Params | None = None
 ) -> TrainState:
-    """The state before the first step, with fresh parameters or those given. Jittable, and the same on every mesh."""
+    """The state before the first step, with fresh or given parameters. Jittable, and the same on every mesh."""
     params = task.init(jax.random.key(seed)) if params is None else params
-    model_state = jax.tree.map(jnp.copy, task.init_state(params))  # no buffer twice: the state is donated
+    model_state = jax.tree.map(jnp.copy, task.init_state(params))  # no shared buffers, because the state is donated
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(task.selection(params).take(params)), model_state)
 
 
 def abstract_trained(task: TrainingTask, params: Params, mesh: Mesh) -> Params:
-    """The trained part of parameters, or of their shapes, as shapes, dtypes and shardings on `mesh`."""
+    """Shapes, dtypes and shardings on `mesh` of the trained part of parameters (or of their shapes)."""
     selection = task.selection(params)
     shapes = jax.eval_shape(selection.take, params)
     return on_mesh(shapes, shardings(mesh, selection.axes(task.logical_axes(params)), shapes))
@@ -223,9 +227,9 @@ def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: M
 
 
 def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
-    """[B, ...] -> [count, B / count, ...], microbatch i being rows i, i + count, ...
+    """[B, ...] -> [count, B / count, ...]; microbatch i has rows i, i + count, ...
 
-    Strided, because a device holds consecutive rows: each microbatch is spread over all devices without moving a row.
+    A device holds consecutive rows, so with this stride each microbatch is on all devices and no row is moved.
     """
 
     def split(path: KeyPath, array: jax.Array) -> jax.Array:
@@ -250,10 +254,10 @@ def gradients(
     accumulation: int,
     mesh: Mesh,
 ) -> tuple[jax.Array | dict[str, jax.Array], Params, Metrics]:
-    """(loss or losses, gradients of what is trained, metric sums) of one global batch, in `accumulation` sequential
-    parts of it.
+    """(loss or losses, gradients of the trained part, metric sums) of one global batch, computed in `accumulation`
+    sequential parts.
 
-    Random numbers are keyed by row, fold_in(key, row of the global batch), and so are the same for any number of parts.
+    Each row has its own random key, fold_in(key, row of the global batch), so the numbers do not depend on the parts.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
@@ -275,7 +279,7 @@ def gradients(
             grads = {name: pull_back(none | {name: one[name]})[0][name] for name in trained}
         else:
             (grads,) = pull_back(jnp.ones_like(loss))
-        # Without this the compiler may keep gradients whole, and the memory that fsdp saves is lost.
+        # Without this, the compiler may not shard the gradients, and the memory that fsdp saves is lost.
         return loss, weight, metrics, jax.lax.with_sharding_constraint(grads, placement)
 
     if accumulation == 1:
@@ -289,13 +293,13 @@ def gradients(
         first = jax.tree.map(lambda x: x[0], (parts, keys))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(summed, *first))
         (loss, weight, metrics, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
-    scale = jnp.where(weight > 0, 1.0 / weight, 0.0)  # a batch without weight moves nothing
+    scale = jnp.where(weight > 0, 1.0 / weight, 0.0)  # a batch without weight changes nothing
     loss, grads = jax.tree.map(lambda x: (x * scale).astype(x.dtype), (loss, grads))
     return loss, grads, metrics
 
 
 def squared_norms(grads: Params) -> dict[str, jax.Array]:
-    """Sum of squares by leaf, f32 []; by leaf and layer, f32 [L], under `layers` and `lora`."""
+    """The sum of squares of each leaf, f32 []; under `layers` and `lora`, of each leaf and layer, f32 [L]."""
 
     def one(path: KeyPath, g: jax.Array) -> jax.Array:
         first = 1 if path[0].key in STACKED else 0
@@ -306,7 +310,7 @@ def squared_norms(grads: Params) -> dict[str, jax.Array]:
 
 
 def clipped(grads: Params, norm: jax.Array, largest: float) -> Params:
-    """Gradients of the given norm, shrunk to at most `largest`."""
+    """Gradients with the given norm, scaled down so that the norm is at most `largest`."""
     shrink = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda g: (g * shrink).astype(g.dtype), grads)
 
@@ -321,9 +325,10 @@ def make_train_step(
     accumulation: int = 1,
     compiler_options: Mapping[str, str] | None = None,
 ) -> jax.stages.Wrapped:
-    """The jitted (state, batch) -> (state, report). State is donated; the key of step s is fold_in(key(seed), s).
+    """The jitted function (state, batch) -> (state, report). State is donated. The key of step s is fold_in(key(seed),
+    s).
 
-    compiler_options: of parallel/compiler.py, for the devices of the mesh.
+    compiler_options: options from parallel/compiler.py for the devices of the mesh.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
@@ -337,7 +342,7 @@ def make_train_step(
         squares = squared_norms(grads)
         norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
         leaves = {name: jnp.isfinite(s) for name, s in squares.items()}
-        if clip_norm and isinstance(loss, dict):  # what one loss moves is clipped by its own norm
+        if clip_norm and isinstance(loss, dict):  # the group of each loss is clipped by its own norm
             grads = {name: clipped(part, optax.global_norm(part), clip_norm) for name, part in grads.items()}
         elif clip_norm:
             grads = clipped(grads, norm, clip_norm)
@@ -362,7 +367,9 @@ def make_train_step(
 
 
 def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted (params, model_state, batch) -> metric sums of a held-out batch: no dropout, no gradient."""
+    """The jitted function (params, model_state, batch) -> metric sums of a held-out batch, without dropout or
+    gradients.
+    """
 
     def eval_step(params: Params, model_state: Params, batch: Batch) -> Metrics:
         values = task.loss(task.inference_params(params, model_state), model_state, batch, None)[2]
@@ -372,7 +379,7 @@ def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def make_inspection(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted (params, model_state, batch) -> metric sums of `task.inspect`."""
+    """The jitted function (params, model_state, batch) -> metric sums of `task.inspect`."""
 
     def inspection(params: Params, model_state: Params, batch: Batch) -> Metrics:
         return task.inspect(task.inference_params(params, model_state), model_state, batch)

@@ -37,12 +37,14 @@ from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Drawing, Me
 
 
 def ratios(totals: Metrics) -> dict[str, float]:
-    """sum / count of every pair that counted anything."""
+    """sum / count of every pair with a count above 0."""
     return {k: float(v[0] / v[1]) for k, v in totals.items() if isinstance(v, tuple) and v[1] > 0}
 
 
 def wrong_weights(roles: Mapping[str, float], tasks: Mapping[str, float]) -> list[str]:
-    """What is wrong with the weights of a `TransformerTask`, a line each, beginning with "role_weights" or so."""
+    """One line per error in the weights of a `TransformerTask`. Each begins with the name of the field, as
+    "role_weights".
+    """
     problems = []
     known_roles = [role.name.lower() for role in Role if role != Role.PAD]
     for what, given, known in (("role_weights", roles, known_roles), ("task_weights", tasks, TASKS)):
@@ -57,34 +59,34 @@ def wrong_weights(roles: Mapping[str, float], tasks: Mapping[str, float]) -> lis
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransformerTask(Stateless):
-    """Next-token prediction on packed rows of every task at once.
+    """Next-token prediction on packed rows that mix all tasks.
 
-    The weight of a target is role_weights[its role] * task_weights[its document's task], times `prompt_weight` where
-    the target belongs to the prompt. Absent names weigh 1, padding 0.
+    The weight of a target is role_weights[its role] * task_weights[its document's task], times `prompt_weight` if the
+    target belongs to the prompt. Missing names have weight 1, padding has weight 0.
 
     Args:
       config: the model.
-      vocabulary: gives each target its role, and says how many rows of the head have a probability.
-      batch: batch(step), a `data.batch.PackedBatch`.
-      validation: held-out batches, the same every time.
-      text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
-      split: the first of the ids with a softmax of their own (`ImageLayout.split`); None: one softmax for all.
-      mean_split: targets from this id on form one side, all others the other, and the loss is half of one side's mean
-        plus half of the other's, however many of either there are in a batch (LargeWorldModel/LWM, train.py). None: one
+      vocabulary: determines the role of each target, and how many rows of the head have a probability.
+      batch: batch(step) returns a `data.batch.PackedBatch`.
+      validation: held-out batches, always the same.
+      text_bytes: i32 [text_size], the number of UTF-8 bytes of each text token; None: bits per byte are not reported.
+      split: the first id of those with a separate softmax (`ImageLayout.split`); None: one softmax for all ids.
+      mean_split: targets from this id on are one side, all others are the other side. The loss is half of one side's
+        mean plus half of the other's, for any number of targets on each side (LargeWorldModel/LWM, train.py). None: one
         mean over all targets.
-      z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
-      chunk: positions whose logits exist at one time.
-      attention_share: measure at each validation how much text and images look at each other, by layer
-        (training/attention_share.py): about the time of two forward passes over one held-out batch.
-      code_vectors: f32 [K, C] of the image tokenizer: rows of similar image codes then begin similar. None: they begin
-        at random, like those of text.
-      only: what is trained, places of `selection.select`; (): all of it.
-      rates: PLACE=FACTOR, factors on the learning rate (`rates.make_rates`).
-      phases: (first step, places): from that step on only these places move; the first is from step 0. `only` is then
-        not read: the places of all phases are trained. (): no phases.
-      new: ids that the place [new] names.
-      lora: of an adapter that is trained in place of the model; places of `only`, and rows of `new`, are trained as
-        well. None or rank 0: no adapter.
+      z_loss: the weight of log(Z)^2, which prevents drifting logits (PaLM, arXiv:2204.02311, uses 1e-4).
+      chunk: the number of positions for which logits exist at one time.
+      attention_share: measures at each validation how much text and images attend to each other, by layer
+        (training/attention_share.py). This takes about as long as two forward passes over one held-out batch.
+      code_vectors: f32 [K, C] from the image tokenizer. Similar image codes then have similar initial rows. None: their
+        rows are initialised at random, like rows of text.
+      only: what is trained, as places for `selection.select`; (): everything.
+      rates: factors on the learning rate, each PLACE=FACTOR (`rates.make_rates`). phases: (first step, places): from
+        this step on, only these places are trained. The first phase starts at step 0. `only` is then ignored, and the
+        places of all phases are trained. (): no phases.
+      new: the ids that the place [new] means.
+      lora: settings of an adapter that is trained instead of the model. Places of `only` and rows of `new` are trained,
+        too. None or rank 0: no adapter.
     """
 
     config: TransformerConfig
@@ -108,7 +110,7 @@ class TransformerTask(Stateless):
     lora: LoraConfig | None = None
     name: str = "transformer"
     unit: str = "tokens"
-    side_factors: jax.Array | None = None  # of a global batch: `of_whole`
+    side_factors: jax.Array | None = None  # facts of a global batch (`of_whole`)
 
     def __post_init__(self) -> None:
         if problems := wrong_weights(self.role_weights, self.task_weights):
@@ -124,7 +126,7 @@ class TransformerTask(Stateless):
             self.rates_of(self._shapes)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters. With `code_vectors`, codes that are near each other have rows that are near each other."""
+        """Fresh parameters. With `code_vectors`, similar codes have similar rows."""
         params = transformer.init(self.config, key)
         if self.code_vectors is not None:
             params = init_from_codebook(
@@ -137,43 +139,43 @@ class TransformerTask(Stateless):
 
     @functools.cached_property
     def _shapes(self) -> Params:
-        """Shapes of the parameters. The key is made inside; `transformer.abstract_params` says why."""
+        """Shapes of the parameters. The key is made inside, as explained in `transformer.abstract_params`."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def bind(self, params: Params) -> transformer.Transformer:
-        """The model of these parameters, its adapter included."""
+        """The model with these parameters, including its adapter."""
         return transformer.Transformer.bind(self.config, params, self.lora)
 
     def logical_axes(self, params: Params) -> Any:
-        """The axes' names of every parameter (parallel/rules.py)."""
+        """The axis names of every parameter (parallel/rules.py)."""
         return transformer.logical_axes(params)
 
     def selection(self, params: Params) -> Selection:
-        """The parameters that `only` or a phase names, together with an adapter's and, beside one, rows of new ids;
-        without either, all parameters.
+        """The parameters that `only` or a phase names. If there is an adapter, its parameters and the rows of new ids
+        are added. Without any of these, all parameters.
         """
         places = trained_in(self.only, self.phases)
         places = beside_adapter(places, params, self.new) if self.lora is not None else places
         return select(places, transformer.logical_axes(params), self.vocabulary, self.new)
 
     def rates_of(self, params: Params) -> Rates:
-        """How fast each part of the parameters, or of their shapes, moves."""
+        """How fast each part of the parameters (given as values or shapes) is trained."""
         axes = transformer.logical_axes(params)
         return make_rates(self.rates, self.phases, axes, params, self.vocabulary, self.selection(params), self.new)
 
     def describe(self) -> dict[str, object]:
-        """The model's shape, and the adapter's."""
+        """The config of the model and of the adapter."""
         adapter = {} if self.lora is None else {"lora": dataclasses.asdict(self.lora)}
         return {"kind": self.name, **dataclasses.asdict(self.config), **adapter}
 
     @property
     def of_role(self) -> jax.Array:
-        """f32 [R], the weight of targets by their role, 0 of padding."""
+        """f32 [R], the weight of targets by role; 0 for padding."""
         return jnp.array([self.role_weights.get(role.name.lower(), 1.0) * (role != Role.PAD) for role in Role])
 
     @property
     def of_task(self) -> jax.Array:
-        """f32, the weight of documents by their task, as in TASKS."""
+        """f32, the weight of documents by task, in the order of TASKS."""
         return jnp.array([self.task_weights.get(task, 1.0) for task in TASKS])
 
     def weights(self, batch: Batch) -> jax.Array:
@@ -182,7 +184,7 @@ class TransformerTask(Stateless):
         return self.of_role[batch.roles] * self.of_task[batch.tasks] * prompt
 
     def of_targets(self, params: Params, batch: Batch, keys: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """f32 [B, T] each, of every target: -log p, and log Z of its softmax. keys: for dropout; None: without."""
+        """-log p of every target, and log Z of its softmax, f32 [B, T] each. keys: for dropout; None: no dropout."""
         model = self.bind(params)
         drops = self.config.dropout or (self.lora is not None and self.lora.dropout)
         dropout_keys = keys if drops else None
@@ -190,22 +192,22 @@ class TransformerTask(Stateless):
         return token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
 
     def of_whole(self, batch: Batch) -> TransformerTask:
-        """This task with what the two means of `mean_split` need to know of a global batch: the weight of each side."""
+        """This task with the weight of each side in a global batch, which the two means of `mean_split` need."""
         return self if self.mean_split is None else dataclasses.replace(self, side_factors=self._side_factors(batch))
 
     def _of_images(self, batch: Batch) -> jax.Array:
         return batch.targets >= self.mean_split
 
     def _side_factors(self, batch: Batch) -> jax.Array:
-        """f32 [2], for text and images: the factor that turns a weight into its share of half the loss. A side without
-        targets has no mean, and the other keeps its half, as in the original.
+        """f32 [2], for text and images: the factor by which a weight becomes its share of half the loss. If one side
+        has no targets, it has no mean, and the other side still counts half, as in the original.
         """
         weight, image = self.weights(batch), self._of_images(batch)
         sides = jnp.stack([jnp.sum(jnp.where(side, weight, 0.0)) for side in (~image, image)])
         return jnp.where(sides > 0, 0.5 * jnp.sum(sides) / jnp.where(sides > 0, sides, 1.0), 0.0)
 
     def _shares(self, batch: Batch, weight: jax.Array) -> jax.Array:
-        """f32 [B, T], the weight of each target in the loss, which is divided by sum(weight)."""
+        """f32 [B, T], the weight of each target in the loss. The loss is divided by sum(weight)."""
         if self.mean_split is None:
             return weight
         factors = self._side_factors(batch) if self.side_factors is None else self.side_factors
@@ -223,18 +225,18 @@ class TransformerTask(Stateless):
         return *loss, metrics | {"loss": (jnp.sum(share * nll), loss[1])}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
-        """The attention that text and images give to each other, if `attention_share` asks for it."""
+        """The attention that text and images give to each other, if `attention_share` is on."""
         if not self.attention_share:
             return {}
         return attention_shares(self.bind(params), self.vocabulary, batch)
 
     def token_metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
-        """Sums over a batch, of values that the loss has computed anyway.
+        """Sums over a batch, from values that the loss has already computed.
 
-        `loss/role/ROLE` and `log_z/role/ROLE` are means, in nats, over the trained positions whose target has the role:
-        of -log p(target), and of log Z = log sum_v exp(logit_v), the log-partition of the target's softmax. Where the
-        logits of one modality drift, its log Z shows it first. `tokens/ROLE` counts the tokens that are read: the parts
-        of `tokens`.
+        `loss/role/ROLE` and `log_z/role/ROLE` are means in nats over the trained positions with a target of this role.
+        The first is the mean of -log p(target). The second is the mean of log Z = log sum_v exp(logit_v), the
+        log-partition function of the target's softmax. If the logits of one modality drift, its log Z shows it first.
+        `tokens/ROLE` counts the input tokens of each role; together they are `tokens`.
         """
         role = batch.roles
         trained = weight > 0
@@ -244,7 +246,7 @@ class TransformerTask(Stateless):
             return jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32))
 
         metrics: Metrics = {
-            "log_z": pair(lse, trained),  # the logit norm: log-sum-exp of a position's logits
+            "log_z": pair(lse, trained),  # log-sum-exp of a position's logits
             "fill": (jnp.sum(present, dtype=jnp.float32), jnp.float32(present.size)),
             "tokens": jnp.sum(present, dtype=jnp.float32),
             "attended": jnp.sum(jnp.where(present, batch.positions + 1, 0), dtype=jnp.float32),
@@ -268,21 +270,21 @@ class TransformerTask(Stateless):
         return metrics
 
     def summary(self, totals: Metrics) -> dict[str, float]:
-        """Means of all sums that have a count."""
+        """The means of all sums that have a count."""
         return ratios(totals)
 
     @functools.cached_property
     def _trained(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of what is trained, by path."""
+        """Shapes of the trained parameters, by path."""
         return named(jax.eval_shape(self.selection(self._shapes).take, self._shapes))
 
     @property
     def through_layers(self) -> bool:
-        """Whether the backward pass goes through the layers: something is trained in them or below."""
+        """Whether the backward pass goes through the layers, because something in them or below is trained."""
         return self.trains("layers.", "lora.", "embedding")
 
     def trains(self, *beginnings: str) -> bool:
-        """Whether a trained path begins like this."""
+        """Whether a trained path begins with one of these."""
         return any(path.startswith(beginnings) for path in self._trained)
 
     def flops(self, totals: Metrics) -> float:
@@ -290,9 +292,9 @@ class TransformerTask(Stateless):
 
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
         counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not work.
-        If only a part is trained, backward counts what it computes: 2 for each trained weight of a product, and 2 for
-        each weight from the first trained one on, for the gradient of its input. An adapter's matrices count as
-        products, too.
+        If only a part is trained, the backward pass counts what it computes: 2 for each trained weight of a matmul,
+        and, for the gradients of inputs, 2 for each weight from the first trained one on. The matrices of an adapter
+        count as matmuls, too.
         """
         c, (layers, head) = self.config, matmul_parameters(self.config)
         looked_up, below_head = not c.tie_embeddings, self._trained.keys() - {"head"}
@@ -312,8 +314,8 @@ class TransformerTask(Stateless):
 class TokenizerTask:
     """The image autoencoder, and its adversary if it has one, on batches {"pixels": uint8 [B, H, W, 3]}.
 
-    Parameters and losses are by the names "autoencoder" and "discriminator" (ar_tokenizers.image.objective).
-    rates: PLACE=FACTOR, factors on the learning rate (`rates.make_rates`).
+    Parameters and losses have the keys "autoencoder" and "discriminator" (ar_tokenizers.image.objective). rates:
+    factors on the learning rate, each PLACE=FACTOR (`rates.make_rates`).
     """
 
     objective: Objective
@@ -336,29 +338,29 @@ class TokenizerTask:
         return EVERYTHING
 
     def rates_of(self, params: Params) -> Rates:
-        """The rates by place."""
+        """The rates of the places."""
         return make_rates(self.rates, (), self.logical_axes(params), params, Vocabulary(1, 0), EVERYTHING)
 
     def init_state(self, params: Params) -> Params:
-        """Averaged weights and statistics of the codebook, before the first step."""
+        """The averaged weights and the statistics of the codebook before the first step."""
         return self.objective.init_state(params)
 
     def state_axes(self, params: Params, model_state: Params) -> Any:
-        """Axes as of the parameters, whose averages most of the state is."""
+        """The same axes as for the parameters, because most of the state is their averages."""
         return self.logical_axes(model_state)
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
-        """The autoencoder, by its averaged weights if there are any."""
+        """The autoencoder's averaged weights if there are any, else its parameters."""
         return self.objective.inference_params(params, model_state)
 
     def logical_axes(self, params: Params) -> Any:
-        """Output channels of every kernel; vectors and numbers stay whole."""
+        """Names the output channels of every kernel. Vectors and scalars have no named axis."""
         return jax.tree.map(
             lambda x: (None,) * (x.ndim - 1) + ("channels",) if x.ndim > 1 else (None,) * x.ndim, params
         )
 
     def describe(self) -> dict[str, object]:
-        """The autoencoder's shape, its losses, and the hash of the network that compares features."""
+        """The autoencoder's config, its losses, and the hash of the perceptual network."""
         objective = self.objective
         return {
             "kind": self.name,
@@ -370,7 +372,7 @@ class TokenizerTask:
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array, Metrics]:
-        """The losses of autoencoder and discriminator, each for its own parameters, from one forward pass."""
+        """The losses of the autoencoder and the discriminator, each for its own parameters, from one forward pass."""
         images = jnp.float32(batch["pixels"].shape[0])
         losses, metrics, sums = self.objective.losses(params, model_state, batch["pixels"], keys)
         return losses, images, {"images": images, STATISTICS: sums, **metrics}
@@ -380,11 +382,11 @@ class TokenizerTask:
         return {}
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
-        """Moves the averages and the codebook by the statistics of the batch."""
+        """Updates the averages and the codebook with the statistics of the batch."""
         return self.objective.update_state(params, model_state, sums)
 
     def summary(self, totals: Metrics) -> dict[str, float]:
-        """Means of all sums that have a count, and how the codebook is used."""
+        """The means of all sums with a count, and the usage of the codebook."""
         codes = usage(totals["code_counts"]) if "code_counts" in totals else {}
         return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
 

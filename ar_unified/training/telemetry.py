@@ -1,4 +1,4 @@
-"""What a run reports: JSONL always, TensorBoard beside it, a console line for each log, and how fast it is."""
+"""What a run reports: JSONL, TensorBoard, a console line for each log, and its speed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ar_unified.training.step import Metrics
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of all devices together, where the number comes from). On a CPU, or unknown hardware: measured, once.
+    """(FLOP/s of all devices together, the source of the number). On a CPU or unknown hardware, it is measured once.
 
-    The measured peak is the best of a few fp32 products of 1024 x 1024 matrices on one device: faked CPU devices share
-    one processor, so it is not multiplied by their number there.
+    The measured peak is the best of a few fp32 products of 1024 x 1024 matrices on one device. Simulated CPU devices
+    share one processor, so for them it is not multiplied by their number.
     """
     device = jax.devices()[0]
     if (known := of_kind(device.device_kind)) is not None:
@@ -46,20 +46,20 @@ def peak_flops() -> tuple[float, str]:
 
 
 def device_memory() -> dict[str, float]:
-    """GiB in use now and at most so far on the fullest device of this process; {} where JAX does not say (CPU)."""
+    """GiB in use now, and the peak so far, on the fullest device of this process; {} if JAX does not say (CPU)."""
     stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
     keys = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
     return {name: max(s[key] for s in stats) / 2**30 for name, key in keys.items() if stats and key in stats[0]}
 
 
 def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
-    """{"process I": a warning that names it} for the process that the others wait for; {} if there is none.
+    """{"process I": a warning with its name} for the process that the others wait for; {} if there is none.
 
-    Steps begin together: one process whose batches are slow makes all devices idle.
+    All processes begin a step together, so one process with slow batches makes all devices idle.
 
     Args:
-      before: by process, mean seconds that its devices waited for the batch of a step.
-      step_seconds: mean seconds of a step. A wait of a tenth of it is reported.
+      before: for each process, the mean seconds that its devices waited for the batch of a step.
+      step_seconds: the mean seconds of a step. A wait of a tenth of it is reported.
     """
     slowest = int(np.argmax(before))
     usual = float(np.median(before))
@@ -73,20 +73,20 @@ def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
 
 
 class Warnings:
-    """Prints a warning when it becomes true, and not again at every log line while it stays true.
+    """Prints a warning when it becomes true, but does not repeat it at every log line while it stays true.
 
-    A warning that was absent from `_GONE` calls in a row has ended; if it comes again, it is printed again. So a number
-    that swings round a threshold causes one warning.
+    If a warning is absent from `_GONE` calls in a row, it has ended, and is printed again if it returns. So a number
+    that oscillates around a threshold causes only one warning.
     """
 
     _GONE = 3
 
     def __init__(self, say: Callable[[str], object]):
         self._say = say
-        self._absent: dict[str, int] = {}  # calls since a warning was last true, by kind
+        self._absent: dict[str, int] = {}  # by kind, calls since the warning was last true
 
     def update(self, found: Mapping[str, str]) -> None:
-        """found: the warnings that are true now, by kind; numbers in their words may differ from call to call."""
+        """found: the warnings that are true now, by kind. Numbers in their text may change from call to call."""
         for kind, words in found.items():
             if kind not in self._absent:
                 self._say(words)
@@ -101,28 +101,28 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begins to count anew, from now on."""
+        """Starts counting again from zero."""
         self.totals: Metrics = {}
         self.steps = 0
-        self.waited = 0.0  # seconds in which the devices had nothing to do until a batch came
+        self.waited = 0.0  # seconds in which idle devices waited for a batch
         self.started = time.perf_counter()
 
     def add(self, values: Metrics) -> None:
-        """Metric sums of one step, on the host."""
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), values)  # sums over many steps outgrow float32
+        """Adds the metric sums of one step, on the host."""
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), values)  # float32 is too small for long sums
         self.totals = jax.tree.map(np.add, self.totals, wide) if self.totals else wide
         self.steps += 1
 
     def skip(self, since: float) -> None:
-        """The time since `since` (of perf_counter) was not training but validation or previews."""
+        """Excludes the time since `since` (of perf_counter), which was validation or previews and not training."""
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:
-        """Seconds per step, the part of them that waits for input, units per second, and MFU = FLOPs the model needs /
-        (time * peak).
+        """Seconds per step, the part of them spent waiting for input, units per second, and MFU = FLOPs the model needs
+        / (time * peak).
 
-        Plain sums named "UNIT/KIND" are parts of the units: each that counted anything has a rate of its own,
-        "UNIT_per_second/KIND", and together they are the whole.
+        Plain sums named "UNIT/KIND" are parts of the units. Each sum above 0 has its own rate, "UNIT_per_second/KIND";
+        the rates add up to the rate of all units.
         """
         seconds = max(time.perf_counter() - self.started, 1e-9)
         rates = {"step_seconds": seconds / self.steps, "input_seconds": self.waited / self.steps}
@@ -133,16 +133,16 @@ class Meter:
 
 
 class Telemetry:
-    """Writes `<folder>/metrics.jsonl` and `<folder>/tensorboard`; only the first process of a run does.
+    """Writes `<folder>/metrics.jsonl` and `<folder>/tensorboard`; only the first process of a run writes.
 
-    A line is one JSON object with "step" (steps taken) and numbers; validation has lines of its own with keys
-    "validation/...". A number that is not finite is written as null: NaN is not JSON.
+    A line is one JSON object with "step" (steps taken) and numbers. Validation has separate lines with keys
+    "validation/...". A number that is not finite is written as null, because NaN is not JSON.
 
     Args:
-      folder: of the run.
-      resume_step: the step the run starts from; lines of later steps, and a line torn by a kill, are dropped, so that
-        a run that was killed leaves the curve of one that was not.
-      console: takes the lines for people.
+      folder: the folder of the run.
+      resume_step: the step from which the run starts. Lines of later steps, and an incomplete last line, are dropped,
+        so that a killed and resumed run has the same curve as an uninterrupted one.
+      console: receives the lines for people.
     """
 
     def __init__(self, folder: str | Path, *, resume_step: int = 0, console: Callable[[str], object] = print):
@@ -161,7 +161,7 @@ class Telemetry:
         self._board = _summary_writer()(str(Path(folder) / "tensorboard"), purge_step=resume_step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One whole line, in one write, and the same numbers to TensorBoard."""
+        """Writes one whole line in one write, and the same numbers to TensorBoard."""
         if not self.active:
             return
         row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -170,13 +170,13 @@ class Telemetry:
             self._board.add_scalar(key, value, step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Images uint8 [H, W, 3] by name, to TensorBoard."""
+        """Writes images, uint8 [H, W, 3] by name, to TensorBoard."""
         if self.active:
             for name, pixels in images.items():
                 self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
 
     def keep(self) -> None:
-        """For a run in an object store, uploads what was written until now."""
+        """Uploads everything written so far, if the run is in an object store."""
         if self.active:
             self._board.flush()
             storage.push(self._folder)
@@ -195,9 +195,8 @@ class Telemetry:
 def _summary_writer() -> Any:
     """tensorboardX's SummaryWriter, imported only by the process that writes.
 
-    tensorboardX imports torch wherever torch is installed, for a type in its annotations: that takes seconds, or ends
-    the run if that torch is broken. It works without torch, so during this import torch is hidden, unless it is loaded
-    already.
+    If torch is installed, tensorboardX imports it for a type annotation. This takes seconds, or ends the run if torch
+    is broken. tensorboardX works without torch, so torch is hidden during this import unless it is already loaded.
     """
     if "torch" in sys.modules:
         from tensorboardX import SummaryWriter
@@ -220,7 +219,7 @@ def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) 
     hours, minutes = divmod(left // 60, 60)
     parts = [
         f"step {step}/{steps}",
-        f"loss {values['loss']:.4f}" if "loss" in values else "no loss",  # where no token of a batch is learned
+        f"loss {values['loss']:.4f}" if "loss" in values else "no loss",  # if no token of a batch is trained
         *([f"reward {values['reward']:.4f}"] if "reward" in values else ()),
         f"grad {values['grad_norm']:.3g}",
         f"{_short(values[rate])} {unit}/s" + (f" ({parted})" if len(kinds) > 1 else ""),

@@ -1,4 +1,4 @@
-"""The interface of every text tokenizer, ours and the published ones; and which file of a folder is one.
+"""The interface of all text tokenizers, ours and published ones, and how the tokenizer's file in a folder is found.
 
 A folder has at most one of the files `FILES`, byte for byte as it was made or published.
 """
@@ -22,12 +22,12 @@ class Codec(Protocol):
     """Text to ids in [0, size) and back.
 
     Attributes:
-      size: how many ids there are, including those that no text is spelled with.
-      hash: sha256 of all that decides which ids a text gets.
-      losses: how it loses text; none: decode(encode(text)) == text for every text without surrogates.
-      file, data: its file's name, one of FILES, and what is in it.
+      size: the number of ids, including ids that no text is encoded with.
+      hash: sha256 of everything that determines the ids of a text.
+      losses: how it loses text. If empty, decode(encode(text)) == text for every text without surrogates.
+      file, data: the name of its file, one of FILES, and the content.
       symbols: pieces that text can spell but that weights may have learned to treat as commands.
-      piece_bytes: int32 [size], UTF-8 bytes of text that each id stands for; 0 for those of no text.
+      piece_bytes: int32 [size], the number of UTF-8 bytes of text that each id stands for; 0 for ids without text.
     """
 
     @property
@@ -36,11 +36,11 @@ class Codec(Protocol):
 
     @property
     def hash(self) -> str:
-        """sha256 of all that decides which ids a text gets."""
+        """sha256 of everything that determines the ids of a text."""
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """How it loses text; none: it does not."""
+        """How it loses text; empty if it does not."""
 
     @property
     def file(self) -> str:
@@ -48,7 +48,7 @@ class Codec(Protocol):
 
     @property
     def data(self) -> bytes:
-        """What is in that file."""
+        """The content of that file."""
 
     @property
     def symbols(self) -> list[str]:
@@ -62,7 +62,7 @@ class Codec(Protocol):
         """Raises ValueError for a text with a surrogate."""
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """Bytes that are no UTF-8 come back as U+FFFD. Raises ValueError for an id that is none."""
+        """Bytes that are not UTF-8 become U+FFFD. Raises ValueError for an invalid id."""
 
     def is_byte(self, id: int, /) -> bool:
         """Whether an id stands for one byte of a character that has no piece."""
@@ -77,7 +77,7 @@ def find(folder: Path) -> Path | None:
 
 
 def refuse_surrogates(text: str) -> None:
-    """Raises ValueError, with its position, for a character that has no UTF-8 form."""
+    """Raises ValueError for a character that has no UTF-8 form. The message has its position."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

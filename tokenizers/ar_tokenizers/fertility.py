@@ -1,4 +1,4 @@
-"""How many tokens a text tokenizer needs for texts, and whether the texts come back."""
+"""Measures how many tokens a text tokenizer needs for texts, and whether decoding restores the texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Fertility:
     Attributes:
       bytes, characters, tokens: of UTF-8, Unicode code points, ids. byte_tokens: ids that stand for one byte of a
         character without a piece.
-      failed: texts that do not come back.
+      failed: the number of texts that decoding does not restore.
       first_failure: "origin", and "text" and "back" around the first difference; empty if nothing failed.
     """
 
@@ -33,17 +33,17 @@ class Fertility:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes that a token stands for, in the mean; 0 without text."""
+        """The mean number of UTF-8 bytes per token; 0 without text."""
         return self.bytes / max(self.tokens, 1)
 
     @property
     def tokens_per_character(self) -> float:
-        """Tokens for each character, in the mean; 0 without text."""
+        """The mean number of tokens per character; 0 without text."""
         return self.tokens / max(self.characters, 1)
 
     @property
     def byte_share(self) -> float:
-        """The part of the tokens that stand for one byte."""
+        """The share of tokens that stand for one byte."""
         return self.byte_tokens / max(self.tokens, 1)
 
     def add(self, tokenizer: Codec, text: str, origin: str = "") -> None:
@@ -67,7 +67,7 @@ class Fertility:
 
 
 def table(rows: Mapping[str, Fertility]) -> str:
-    """A line for each name, and one for each first text that does not come back."""
+    """One line per name, and one for each first text that decoding does not restore."""
     width = max([8, *map(len, rows)])
     lines = [f"{'':<{width}}     bytes    tokens  bytes/token  tokens/char  byte tokens  come back"]
     for name, row in rows.items():

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Writes files and folders that appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill that appears when the block ends without an error, or not at all.
 
-    What a killed process left of it is removed first: it may be as large as a model.
+    Remains from a killed process are removed first, because they may be as large as a model.
 
     Raises FileExistsError if something is there already, or was put there meanwhile; OSError.
     """
@@ -65,7 +65,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         _hold(handle)
         yield written
-        os.rename(written, path)  # which fails where there is more than an empty folder
+        os.rename(written, path)  # which fails if there is more than an empty folder
     finally:
         shutil.rmtree(written, ignore_errors=True)
         os.close(handle)

@@ -27,7 +27,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
 def right_reductions() -> None:
     """Adds the flag to XLA_FLAGS if jaxlib needs it. JAX may be imported already, but must not have computed yet.
 
-    A flag that a user gave wins. Warns (RuntimeWarning) where JAX already runs on a CPU, which reads flags only once.
+    A flag from the user has priority. Warns (RuntimeWarning) if JAX already runs on a CPU, because it reads flags once.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     version = _jaxlib_version()
@@ -45,9 +45,7 @@ def right_reductions() -> None:
 
 
 def keep_memory() -> None:
-    """Makes glibc keep the memory that it has once taken, so the process stays at its peak. Does nothing without
-    glibc.
-    """
+    """Makes glibc keep all memory it has allocated; the process stays at its peak. Does nothing without glibc."""
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  (an AttributeError here means: not glibc)

@@ -1,4 +1,4 @@
-"""Finds how a SentencePiece model loses text: its settings show why, and short texts that do not come back are
+"""Finds how a SentencePiece model loses text: its settings show why, and short texts that decoding does not restore are
 examples.
 
 The settings travel in every model file; sentencepiece_model.proto (github.com/google/sentencepiece) numbers them. They
@@ -53,9 +53,9 @@ class Loss:
 def find_losses(
     model_bytes: bytes, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
 ) -> tuple[Loss, ...]:
-    """Every setting of a SentencePiece model that loses text, with an example; none: the model is lossless.
+    """All settings of a SentencePiece model that lose text, each with an example. Without any, the model is lossless.
 
-    A setting counts even if no probe shows it. A text that does not come back counts even if no setting explains it.
+    A setting counts even if no probe shows it. A text that is not restored counts even if no setting explains it.
     """
     trainer, normalizer, denormalizer = (_settings(model_bytes, part) for part in (2, 3, 5))
     rules = [
@@ -113,7 +113,7 @@ def shown(
 
 
 def refusal(losses: Sequence[Loss]) -> str:
-    """Why a tokenizer that loses text is not taken, and what to do."""
+    """Why a tokenizer that loses text is refused, and what to do."""
     return (
         "this text model loses text.\n"
         + "".join(f"  {loss}\n" for loss in losses)

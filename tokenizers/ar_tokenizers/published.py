@@ -1,4 +1,4 @@
-"""Text tokenizers in the files that others publish: tokenizer.json of the `tokenizers` package, and tiktoken's ranks.
+"""Text tokenizers from published files: tokenizer.json of the `tokenizers` package, and tiktoken's ranks.
 
 A text never becomes a special token: "<s>" is three characters and does not begin a document. Nothing is added before
 or after it, nothing is cut or padded, and no merge is dropped at random, even if the file asks for it.
@@ -38,7 +38,7 @@ from ar_tokenizers.lossless import (
 )
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-_LARGEST = 1 << 24  # ids of a file: more than any has, and less than memory holds
+_LARGEST = 1 << 24  # most ids in a file: more than any file has, but few enough for memory
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -79,11 +79,11 @@ class PublishedTokenizer:
         """The tokenizer of a tokenizer.json.
 
         Args:
-          text_ids: the ids that text may be spelled with; text is never spelled with other added tokens. None: all but
+          text_ids: the ids that text may be encoded with. Text never becomes other added tokens. None: all ids except
             those that the file calls special.
 
         Raises:
-          ValueError: it is no tokenizer.json, or of another kind than BPE and Unigram, or has wrong ids, or loses text.
+          ValueError: it is not a tokenizer.json, is neither BPE nor Unigram, has wrong ids, or loses text.
         """
         spec = _checked(data)
         for token in spec["added_tokens"]:
@@ -121,10 +121,10 @@ class PublishedTokenizer:
         tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         return cls(tokenizer, json.loads(tokenizer.to_str()), TIKTOKEN, data, lossy)
 
-    # ---- there and back -----------------------------------------------------------------------------------------
+    # ---- encoding and decoding ----------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, none of a special token. Raises ValueError for a text with a surrogate."""
+        """The ids of a text, without special tokens. Raises ValueError for a text with a surrogate."""
         refuse_surrogates(text)
         if SPACE not in text or not self._space_as_bytes:
             return self._encode(text)
@@ -142,7 +142,7 @@ class PublishedTokenizer:
         """The text of valid ids, special tokens by their names. Bytes that are not UTF-8 come back as U+FFFD.
 
         Raises:
-          ValueError: an id is none.
+          ValueError: an id is invalid.
         """
         pieces = np.asarray(ids, np.int64).tolist()
         if bad := [id for id in pieces if id not in self._names]:
@@ -282,8 +282,9 @@ def _ranks(data: bytes) -> dict[bytes, int]:
 
 @functools.cache
 def _signs() -> tuple[str, ...]:
-    """The character that stands for each byte in a byte-level vocabulary: itself where it can be seen, else one of
-    those from U+0100 on, in order. After GPT-2 (openai/gpt-2, encoder.py)."""
+    """The character that stands for each byte in a byte-level vocabulary: itself if it is printable, else the next one
+    from U+0100 on. After GPT-2 (openai/gpt-2, encoder.py).
+    """
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return tuple(chr(byte if byte in seen else next(others)) for byte in range(256))

@@ -1,4 +1,4 @@
-"""Any text tokenizer from its file."""
+"""Reads any text tokenizer from its file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ar_tokenizers.text import TextTokenizer
 def codec(file: str, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None) -> Codec:
     """The tokenizer in `data`, by its file's name: *.json and *.tiktoken as published, others SentencePiece.
 
-    text_ids: the ids that text may be spelled with; None: as the file says. Raises ValueError for a file that is no
-    tokenizer, and for one that loses text where `lossy` does not allow it.
+    text_ids: the ids that text may be encoded with; None: as the file says. Raises ValueError if the file is not a
+    tokenizer, or if it loses text and `lossy` does not allow that.
     """
     if file.endswith(".json"):
         return PublishedTokenizer.from_json(data, lossy=lossy, text_ids=text_ids)
@@ -25,7 +25,7 @@ def codec(file: str, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collecti
 
 
 def load_codec(path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> Codec:
-    """`codec` of a file. Raises ValueError naming it, and OSError."""
+    """`codec` of a file. Raises OSError, and ValueError with the file's name."""
     try:
         return codec(os.path.basename(path), Path(path).read_bytes(), lossy=lossy)
     except ValueError as error:

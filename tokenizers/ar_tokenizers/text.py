@@ -1,8 +1,8 @@
 """A lossless SentencePiece text tokenizer: decode(encode(text)) == text for every text without surrogates.
 
-The pieces are all there is in the model: one <unk> that encoding never produces (bytes stand in for characters that
-have no piece), newline and tab as pieces of their own, 256 bytes, and what was learned. Begin, end and image tokens are
-not in it but in the vocabulary of the model that reads the text, so that no text can spell them.
+The model has only these pieces: one <unk> that encoding never produces (characters without a piece become bytes),
+newline, tab, 256 bytes, and the learned pieces. Begin, end and image tokens are in the vocabulary of the language model
+instead, so that no text can produce them.
 
 SentencePiece writes a space as U+2581 and reads every U+2581 in a piece back as a space. A U+2581 in the text is
 therefore encoded as its three bytes, which come back as they were. In training texts, U+2581 and U+2585 count as a line
@@ -56,14 +56,14 @@ class TextTokenizer:
       model_bytes: a serialised SentencePiece model.
       lossy: what to do with a model that loses text (a normaliser such as nmt_nfkc, a dummy prefix, no byte fallback):
         "refuse" it, or "warn": it is taken as it is, and `losses` says how it loses text.
-      text_ids: the ids that text may be spelled with; other user-defined symbols cannot be. None: all.
+      text_ids: the ids that text may be encoded with; other user-defined symbols are never used. None: all ids.
 
     Attributes:
-      losses: how the model loses text, empty for those that `train` makes.
-      size: how many ids there are. hash: sha256 of the model. model_bytes: the model.
+      losses: how the model loses text; empty for models from `train`.
+      size: the number of ids. hash: sha256 of the model. model_bytes: the model.
 
     Raises:
-      ValueError: the bytes are no SentencePiece model, or the model loses text and `lossy` does not allow it.
+      ValueError: the bytes are not a SentencePiece model, or the model loses text and `lossy` does not allow it.
     """
 
     file = SENTENCEPIECE
@@ -145,7 +145,7 @@ class TextTokenizer:
         return [id for block in _BLOCK.findall(text) for id in self._processor.encode(block)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of any ids in [0, size). Bytes that are no UTF-8, and <unk>, come back as U+FFFD.
+        """The text of any ids in [0, size). Bytes that are not UTF-8, and <unk>, become U+FFFD.
 
         Raises:
           ValueError: an id is outside [0, size).
@@ -172,7 +172,7 @@ class TextTokenizer:
         Args:
           texts: read once; may be larger than memory: a random sample of the texts (of parts of 65,536 characters, for
             long ones) is kept.
-          vocab_size: how many pieces at most. A corpus with less to learn gives a smaller `size`, not an error.
+          vocab_size: the largest number of pieces. A corpus with less to learn gives a smaller `size` and no error.
           model_type: "bpe", or "unigram" (many times slower).
           character_coverage: the share of characters that get a piece; the rest are spelled in bytes, losing nothing.
           max_bytes: of text that is kept. Peak memory is 22 (bpe) or 31 (unigram) times that for words, and 93 or 19
@@ -230,12 +230,12 @@ class TextTokenizer:
         return cls(model.getvalue())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to one file, whole or not at all."""
+        """Writes the model to one file, completely or not at all."""
         write_bytes(path, self.model_bytes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> TextTokenizer:
-        """Read what `save` wrote, or any SentencePiece model. Raises ValueError naming the file, and OSError."""
+        """Read what `save` wrote, or any SentencePiece model. Raises OSError, and ValueError with the file's name."""
         try:
             return cls(Path(path).read_bytes(), lossy=lossy)
         except ValueError as error:
@@ -246,7 +246,7 @@ def _draw(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Texts in parts of at most _LONGEST characters, in order; if they have more than max_bytes, a random sample of at
     least one part.
 
-    The sample is the parts with the smallest random numbers, so that no more than the sample is ever held.
+    The sample is the parts with the smallest random numbers, so that never more than the sample is in memory.
     """
     kept: list[tuple[float, int, str]] = []  # a heap, the largest number first
     size, random_number = 0, random.Random(0).random

@@ -20,7 +20,7 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
 
     Args:
       tokenizer: lossless, as `TextTokenizer.train` makes them.
-      added: names of tokens that no text is spelled with, ids from `size` on.
+      added: names of tokens that text never becomes, with ids from `size` on.
 
     Raises:
       ValueError: the tokenizer loses text (such a one has its own published file), or a name is also a piece.

@@ -1,4 +1,4 @@
-"""The adversary of an image tokenizer: its network, its losses and penalties, and when they count.
+"""The adversary of an image tokenizer: its network, its losses and penalties, and the steps in which they count.
 
 Axes: B batch, H W pixels.
 
@@ -40,7 +40,7 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdversaryConfig:
-    """What an adversary is. Raises ValueError where the numbers make no sense."""
+    """The settings of an adversary. Raises ValueError if the numbers make no sense."""
 
     kind: Literal["none", "patch", "style"] = "none"
     width: int = 64  # features of the finest layer; they double with every halving, up to eight times as many
@@ -137,8 +137,8 @@ def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array
 def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> jax.Array:
     """gamma / 2 |d logit / d pixels|^2 of real images [B, H, W, 3] -> float32 [B], for the discriminator's loss.
 
-    Mescheder et al. 2018, arXiv:1801.04406. An image's logit is the mean over its patches. Penalties are dear: ask
-    for them in few steps, and multiply them by what `r1_weight` says.
+    Mescheder et al. 2018, arXiv:1801.04406. An image's logit is the mean over its patches. Penalties are expensive, so
+    compute them in few steps, and multiply them by `r1_weight`.
     """
 
     def total(pixels: jax.Array) -> jax.Array:  # of images that do not see each other: one gradient for all
@@ -148,7 +148,7 @@ def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> ja
 
 
 def lecam_init() -> dict[str, jax.Array]:
-    """The averages before the first step: the values of a discriminator that tells nothing apart."""
+    """The averages before the first step: the values of a discriminator that cannot distinguish anything."""
     return {"real": jnp.zeros((), jnp.float32), "fake": jnp.zeros((), jnp.float32)}
 
 
@@ -181,7 +181,7 @@ def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, ja
     """(weight of the generator's loss, 1.0 where the discriminator learns and 0.0 where not), float32 [] each.
 
     The discriminator learns for `warmup` steps before its loss reaches the generator: a discriminator that has just
-    started knows nothing of reconstructions, and its gradients are noise (taming-transformers#44).
+    started knows nothing about reconstructions, and its gradients are noise (taming-transformers#44).
     """
     step = jnp.asarray(step, jnp.float32)
     if config.kind == "none":

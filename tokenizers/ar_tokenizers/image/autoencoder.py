@@ -2,8 +2,8 @@
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), K codebook size.
 
-An encoder, a quantizer and a decoder; which ones is the config's choice. A quantizer with D codes a position makes the
-grid of codes D times as wide, depth innermost: readers of codes see one wider grid of single codes.
+It has an encoder, a quantizer and a decoder, which the config chooses. If a quantizer has D codes per position, the
+grid of codes is D times as wide, with depth innermost, so readers of codes see one wider grid of single codes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ NO_DECODER = (
 
 
 class Reconstruction(NamedTuple):
-    """What a training pass of the autoencoder gives."""
+    """The result of a training pass of the autoencoder."""
 
     pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1]: not clipped
     codes: jax.Array  # int32 [B, h, w]
     quantizer_loss: jax.Array  # float32 []
-    quantizer_sums: dict[str, jax.Array]  # for the quantizer's `update_state`; {} without keys
+    quantizer_sums: dict[str, jax.Array]  # sums for the quantizer's `update_state`; {} without keys
 
 
 class Autoencoder(nnx.Module):
     """pixels float32 [B, H, W, 3] in [-1, 1] -> Reconstruction.
 
     Args:
-      decoder: False: there is none, and only `encode` works.
+      decoder: if False, there is no decoder, and only `encode` works.
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, decoder: bool = True) -> None:
@@ -69,7 +69,7 @@ class Autoencoder(nnx.Module):
         return self._in_grid(self.quantizer.encode(self._latents(pixels)))
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """int32 [B, h, w] in [0, K) -> float32 [B, H, W, 3]: exactly what the training pass makes of these codes."""
+        """int32 [B, h, w] in [0, K) -> float32 [B, H, W, 3]: exactly as in the training pass."""
         if self.decoder is None:
             raise ValueError(NO_DECODER)
         depth = self.quantizer.depth

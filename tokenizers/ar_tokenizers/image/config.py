@@ -15,7 +15,7 @@ from ar_tokenizers.image import quantizers
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """What an image tokenizer is. Raises ValueError where the numbers do not fit together."""
+    """The settings of an image tokenizer. Raises ValueError if the numbers do not fit together."""
 
     # small and cheap on a CPU | the field's | vqgan whose decoder reads the codes in every norm
     backbone: Literal["space_to_depth", "vqgan", "movq"] = "space_to_depth"
@@ -87,7 +87,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
-        """Raises ValueError naming the keys that are no field."""
+        """Raises ValueError, which names the keys that are not fields."""
         values = {_NAMED_BEFORE.get(name, name): _renamed(value, _NAMED_BEFORE) for name, value in values.items()}
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -116,7 +116,7 @@ class AutoencoderConfig:
 
     @property
     def codebook_size(self) -> int:
-        """How many codes there are."""
+        """The number of codes."""
         return self.abstract_quantizer.codebook_size
 
     @property
@@ -150,7 +150,7 @@ class AutoencoderConfig:
 _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 
 
-# Settings that came later, and the value that tokenizers from before have: it is no part of their hash.
+# Newer settings, and their value in older tokenizers, which is not part of the hash.
 _ADDED = {"temporal_blocks": 0, "space": "sphere", "decoder_multipliers": (), "decoder_blocks": ()}
 
 

@@ -27,7 +27,7 @@ from ar_tokenizers.image.weights import Arrays, check_weights
 
 
 def read_torch(path: str) -> Arrays:
-    """The arrays of a state dict that torch.save wrote, float32. Raises ValueError where it holds anything else."""
+    """The arrays of a state dict that torch.save wrote, float32. Raises ValueError if it contains anything else."""
     import torch
 
     state = torch.load(path, map_location="cpu", weights_only=True)

@@ -23,7 +23,7 @@ _RESULT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0]
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H, W, F'], padded with zeros on all sides.
 
-    On a CPU, wide float32 convolutions take half of the products (`winograd`), and differ by 1e-5 from the plain sum.
+    On a CPU, wide float32 convolutions need half of the products (`winograd`), and differ by 1e-5 from the plain sum.
     """
     wide = x.shape[1] % 4 == 0 and x.shape[3] >= 128
     if wide and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
@@ -42,8 +42,8 @@ def halving_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """conv3x3 of x with every position repeated twice each way: [B, H, W, F] * [3, 3, F, F'] -> [B, 2H, 2W, F'].
 
-    Where a window covers a position twice, its two taps are added first. So each of the four kinds of results (even and
-    odd rows, even and odd columns) is a 2 x 2 convolution of x itself, with 16 products in place of 36.
+    If a window covers a position twice, its two taps are added first. So each of the four kinds of results (even and
+    odd rows, even and odd columns) is a 2 x 2 convolution of x itself, with 16 products instead of 36.
     """
     b, h, w, _ = x.shape
     rows = [

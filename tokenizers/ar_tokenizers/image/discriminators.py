@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-No layer looks beyond its own image: no batch statistics and no minibatch standard deviation. So a batch of one
-trains, real and reconstructed images may be judged in one call or in two, and neither microbatches nor the mesh
-change a logit. All layers are smooth enough to be differentiated twice, which R1 asks for.
+No layer uses other images: there are no batch statistics and no minibatch standard deviation. So training works with a
+batch of one, real and reconstructed images may be judged in one call or in two, and neither microbatches nor the mesh
+change a logit. All layers can be differentiated twice, as R1 needs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class PatchDiscriminator(Discriminator):
     """Judges overlapping patches, each by itself: logits [B, h, w], of patches of 70 x 70 pixels with 3 layers.
 
     After pix2pix (Isola et al. 2016, arXiv:1611.07004), as VQGAN and LlamaGen use it: `layers` convolutions of stride
-    2, one of stride 1 and one that gives the logits, all 4 x 4. In place of their batch norm there is a group norm, for
-    the reason above.
+    2, one of stride 1 and one that gives the logits, all 4 x 4. Their batch norm is replaced by a group norm, for the
+    reason above.
     """
 
     def __init__(self, width: int, layers: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

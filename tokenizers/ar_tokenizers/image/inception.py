@@ -3,8 +3,8 @@
 Axes: B batch, H W pixels, h w positions, F features.
 
 FID (Heusel et al. 2017, arXiv:1706.08500) is the distance of features of one network with one set of weights: the
-TF-2015 Inception, which mseitzer/pytorch-fid translated and everybody compares by. torchvision's weights, or another
-resize, give another number; call that FD-<name>.
+TF-2015 Inception, which mseitzer/pytorch-fid translated and which everybody uses for comparison. torchvision's weights,
+or another resize, give a different number, which should be called FD-<name>.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ NETWORK: Node = (
     _mixed_c("Mixed_6e", 192),
     _mixed_d("Mixed_7a"),
     _mixed_e("Mixed_7b", _average),
-    _mixed_e("Mixed_7c", _largest),  # a maximum: a slip of TF-2015 that FID's numbers contain
+    _mixed_e("Mixed_7c", _largest),  # a maximum: a mistake in TF-2015 that is part of FID
 )
 
 
@@ -172,7 +172,7 @@ def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
 
 
 def pool3(params: Params, pixels: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> the features whose distance is FID, float32 [B, 2048].
+    """uint8 [B, H, W, 3] -> the features of FID, float32 [B, 2048].
 
     Resized to 299 x 299 pixels as pytorch-fid does: bilinear, half-pixel centres, not antialiased, not rounded.
 

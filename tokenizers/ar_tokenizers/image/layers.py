@@ -1,4 +1,4 @@
-"""What both backbones are built of.
+"""The layers of both backbones.
 
 Axes: B batch, H W rows and columns, F features. Parameters are float32, arithmetic is in `dtype`.
 """
@@ -44,8 +44,8 @@ class Conv3x3(nnx.Module):
 class GroupNorm(nnx.Module):
     """Zero mean and unit variance over the image and each of 32 groups of features (Wu & He, arXiv:1803.08494).
 
-    Statistics are float32 whatever the dtype. If 32 does not divide the width, the number of groups is their greatest
-    common divisor.
+    Statistics are always float32. If 32 does not divide the width, the number of groups is their greatest common
+    divisor.
     """
 
     def __init__(self, width: int, *, dtype: jnp.dtype) -> None:

@@ -40,7 +40,7 @@ SHAPES = _shapes()  # 13 convolutions of torchvision's VGG16, and the five heads
 
 
 def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
-    """The arrays of SHAPES, as a file holds them, -> the parameters that `distance` takes."""
+    """The arrays of SHAPES, as in a file, -> the parameters that `distance` takes."""
     heads = {f"lin{i}": arrays[f"lin{i}.model.1.weight"].reshape(-1) for i in range(len(_VGG))}
     return heads | {name: conv_params(arrays, name) for names in _vgg_names() for name in names}
 
@@ -52,7 +52,7 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
     difference weighted by learned heads, averaged over positions and added over stages.
 
     Raises:
-      ValueError: images shorter than 16 pixels, of which four halvings leave nothing.
+      ValueError: images are smaller than 16 pixels, so nothing is left after four halvings.
     """
     if min(a.shape[1:3]) < 16:
         raise ValueError(f"LPIPS needs images of at least 16 x 16 pixels, got {a.shape[1]} x {a.shape[2]}")

@@ -1,4 +1,4 @@
-"""What an image tokenizer is worth, without any pretrained network: distances of images, and how codes are used.
+"""Scores of an image tokenizer without any pretrained network: distances of images, and the usage of codes.
 
 Everything is float64 numpy, per image: a mean over a data set does not depend on how images were batched.
 
@@ -20,7 +20,7 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # SSIM's constants for 8 bit
 def mse(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Mean squared error of each image, of values in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Raises ValueError, like all distances here, where the images differ in shape or are not uint8.
+    Raises ValueError, like all distances here, if the images differ in shape or are not uint8.
     """
     a, b = _pair("mse", a, b)
     return np.mean(np.square(a - b), axis=(-3, -2, -1)) / 255.0**2
@@ -93,15 +93,15 @@ def ms_ssim_side(scales: int = len(SCALE_WEIGHTS)) -> int:
 
 
 def usage(counts: np.ndarray) -> dict[str, float]:
-    """How a codebook is used, from how often each of its K codes was.
+    """How a codebook is used, computed from how often each of its K codes was used.
 
-    All of it depends on how much was counted: count a whole evaluation set, not a batch.
+    All numbers depend on how much was counted, so count a whole evaluation set and not a batch.
 
     Returns:
       usage: the share of codes used at all; dead: the number of codes that were not; entropy_bits of the empirical
       distribution, at most log2(K); normalised_entropy: entropy_bits / log2(K), in [0, 1]; perplexity: 2 **
       entropy_bits, the number of equally used codes with that entropy; top_percent: the share of the most used 1 % of
-      the codes (of K, rounded up) in all that was counted: 0.01 if all codes are used alike, 1 if only few are used;
+      the codes (of K, rounded up) in all that was counted: 0.01 if all codes are used equally, 1 if only few are used;
       counted: how many codes were counted.
     """
     counts = np.asarray(counts, np.float64).ravel()
@@ -122,11 +122,11 @@ def usage(counts: np.ndarray) -> dict[str, float]:
 
 
 def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = "") -> str:
-    """A warning where a codebook is hardly used, with the numbers that show it; "" where all is well.
+    """A warning if a codebook is hardly used, with the numbers that show it; "" if all is well.
 
     Args:
       found: the result of `usage`. If few codes were counted, a tenth as many different ones are enough.
-      quantizer: its name. "fsq" has no codebook that could collapse, so its advice is another.
+      quantizer: its name. "fsq" has no codebook that could collapse, so it gets different advice.
     """
     if not found:
         return ""

@@ -1,10 +1,10 @@
-"""The backbone of SBER-MoVQGAN and of Emu3's vision tokenizer: VQGAN whose decoder reads the codes in every norm.
+"""The backbone of SBER-MoVQGAN and of Emu3's vision tokenizer: VQGAN with a decoder that reads the codes in every norm.
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
 
 Zheng et al. 2022, arXiv:2209.09002 (MoVQ). The encoder is vqgan's. Lumina-mGPT 2.0 has the network as it is
-(ai-forever/MoVQGAN, movqgan_270M); Emu3 (arXiv:2409.18869) added layers in time on both sides of the codes, which for
-single pictures are 2-D layers too: temporal.py has them.
+(ai-forever/MoVQGAN, movqgan_270M); Emu3 (arXiv:2409.18869) added layers in time on both sides of the codes, which are
+2-D layers for single pictures (temporal.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Encoder(vqgan.Encoder):
         self.temporal = BeforeCodes(config.z_channels, blocks, rngs=rngs) if blocks else None
 
     def features(self, pixels: jax.Array) -> jax.Array:
-        """As VQGAN's, followed by the layers in time if there are any."""
+        """The features of VQGAN, followed by the layers in time if there are any."""
         z = super().features(pixels)
         return self.temporal(z) if self.temporal else z
 
 
 class Decoder(vqgan.Decoder):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: vqgan's, whose every norm is a SpatialNorm of the code vectors."""
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: vqgan's, with SpatialNorms of the code vectors as norms."""
 
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, dim, rngs=rngs, norm=functools.partial(SpatialNorm, dim, rngs=rngs))
@@ -46,17 +46,17 @@ class Decoder(vqgan.Decoder):
     def __call__(self, vectors: jax.Array) -> jax.Array:
         """Vectors of codes -> pixels; every norm reads the vectors again (SpatialNorm)."""
         z = self.from_code(vectors)
-        if self.temporal:  # the norms read the codes as they are after these layers
+        if self.temporal:  # the norms read the codes after these layers
             z, vectors = self.temporal(z), self.temporal(vectors)
         return self.pixels(z, vectors)
 
 
 class SpatialNorm(nnx.Module):
-    """GroupNorm, whose result is scaled and shifted by the code at each place; plain GroupNorm at the start of
+    """GroupNorm with a result that the code at each place scales and shifts. It is plain GroupNorm at the start of
     training.
 
     The original repeats the code vectors to the size of the level (nearest) before the two 1 x 1 convolutions, `gain`
-    and `shift`. Here the convolutions come first: the same numbers, from fewer products.
+    and `shift`. Here the convolutions come first, which gives the same numbers with fewer products.
     """
 
     def __init__(self, dim: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

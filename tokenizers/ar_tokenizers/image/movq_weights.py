@@ -1,4 +1,4 @@
-"""The movq backbone under the names of those who published it: MoVQGAN, Emu3, and Emu3 in transformers.
+"""The movq backbone under its published names: MoVQGAN, Emu3, and Emu3 in transformers.
 
 movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. Moving averages (ema_*) and losses are not read: the
          weights that are loaded are not averaged.
@@ -119,7 +119,7 @@ def _quantizer(codes: int, dim: int) -> dict[str, Any]:
 
 
 def dialect_of(names: Iterable[str]) -> str:
-    """Whose names these are, of DIALECTS. Raises ValueError: nobody's."""
+    """The dialect of these names, one of DIALECTS. Raises ValueError if there is none."""
     names = set(names)
     starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
     if starts("encoder.down_block."):

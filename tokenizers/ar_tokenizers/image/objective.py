@@ -3,9 +3,9 @@
 Axes: B batch, H W pixels, K codebook size.
 
 The parameters are {"autoencoder": ..., "discriminator": ...}, the second only with an adversary. The losses have the
-same names: each moves the parameters of its name, and both come from one forward pass. The model state is what no
-gradient changes: the number of steps, averaged weights, statistics of the codebook, averages of the discriminator, and
-the weights of a pretrained network that images are compared with.
+same names. Each loss trains the parameters of its name, and both come from one forward pass. The model state contains
+what no gradient changes: the number of steps, averaged weights, statistics of the codebook, averages of the
+discriminator, and the weights of a pretrained network that images are compared with.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Metrics = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """The weights of the losses, and whether the weights are averaged. ValueError where the numbers make no sense."""
+    """The weights of the losses, and whether the weights are averaged. ValueError if the numbers make no sense."""
 
     l1_weight: float = 0.0  # weight of the mean absolute error of pixels in [-1, 1]
     l2_weight: float = 1.0  # and of the mean squared error
-    tolerance: float = 0.0  # errors up to this, of pixels in [-1, 1], cost nothing: no code is spent on faint tints
+    tolerance: float = 0.0  # pixel errors up to this are free, so no code is used for faint tints
     perceptual: str = "none"  # none | ms_ssim | match | lpips | features (perceptual.Kind)
     perceptual_weight: float = 1.0
     adversary: AdversaryConfig = AdversaryConfig()
-    ema: float = 0.0  # decay of the averaged weights that are used in the end, e.g. 0.9999; 0: the last ones
+    ema: float = 0.0  # decay of the averaged weights that are finally used, e.g. 0.9999; 0: the last weights
 
     def __post_init__(self) -> None:
         for name in ("l1_weight", "l2_weight", "tolerance", "perceptual_weight"):
@@ -58,7 +58,7 @@ class ObjectiveConfig:
 class Objective:
     """An autoencoder, its losses, and the network that images are compared with.
 
-    Raises ValueError where `perceptual` is not the distance that the config asks for.
+    Raises ValueError if `perceptual` is not the distance that the config asks for.
     """
 
     autoencoder: AutoencoderConfig
@@ -93,17 +93,17 @@ class Objective:
         return model_state
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
-        """The same tree, with the averaged weights in place where there are any."""
+        """The same tree, with averaged weights if there are any."""
         return {**params, "autoencoder": model_state.get("average", params["autoencoder"])}
 
     def losses(
         self, params: Params, model_state: Params, pixels: jax.Array, keys: jax.Array | None
     ) -> tuple[dict[str, jax.Array], Metrics, dict[str, Any]]:
-        """What to minimise for a batch.
+        """The losses to minimise for a batch.
 
         Args:
           pixels: [B, H, W, 3], uint8, or float32 in [-1, 1].
-          keys: PRNG keys [B], one for each image; None: held-out images, whose losses are without the adversary.
+          keys: PRNG keys [B], one for each image; None: held-out images; their losses leave out the adversary.
 
         Returns:
           losses, float32 [] by the parameters that each moves, summed over the images; metrics, (sum, count) over the
@@ -133,7 +133,7 @@ class Objective:
         seen = jnp.mean(jnp.square(jnp.clip(made.pixels, -1, 1) - target), axis=(1, 2, 3))
         parts["psnr"] = 10 * jnp.log10(4 / jnp.maximum(seen, 4e-10))  # at most 100 dB, as in metrics.psnr
         parts["quantizer_loss"] = jnp.broadcast_to(made.quantizer_loss, loss.shape)
-        parts["loss"] = loss  # without the adversary, whose loss says nothing over time
+        parts["loss"] = loss  # without the adversary: its loss is not comparable over time
         losses, sums = {"autoencoder": jnp.sum(loss)}, {"quantizer": made.quantizer_sums}
         if "discriminator" in params:
             losses["discriminator"] = jnp.zeros(())

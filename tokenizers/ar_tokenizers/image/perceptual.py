@@ -1,9 +1,10 @@
-"""Perceptual distances: how different a reconstruction looks from its image, as losses besides that of the pixels.
+"""Perceptual distances: how different a reconstruction looks from its image, as losses besides the pixel loss.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-`ms_ssim` and `match` need no pretrained weights; `lpips` and `features` need a file that the user names, whose sha256
-belongs beside every number that came from it. All are zero for equal images and float32 [B], one for each image.
+`ms_ssim` and `match` need no pretrained weights. `lpips` and `features` need a file that the user names. Its sha256
+should be reported with every number that came from it. All are zero for equal images and float32 [B], one for each
+image.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Perceptual:
 
     kind: Kind
     params: Params
-    hash: str  # sha256 of the weight file; empty where there is none
-    dtype: str  # of the network's arithmetic; the distance is float32
+    hash: str  # sha256 of the weight file; empty if there is none
+    dtype: str  # dtype of the network's arithmetic; the distance is float32
 
     @classmethod
     def load(
         cls, kind: str, path: str | os.PathLike[str] = "", dtype: Literal["float32", "bfloat16"] = "float32"
     ) -> Perceptual:
-        """Read the weights, where the kind has any.
+        """Reads the weights, if the kind has any.
 
         Args:
           path: the weight file of `lpips` or `features` (weights.py says what it holds); of the others: nothing.
@@ -68,7 +69,7 @@ class Perceptual:
         """float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B].
 
         `match` compares the discriminator's activations, which adversary.logits returns; the other kinds do not use
-        them. Raises ValueError where images are too small, or `match` is given no activations.
+        them. Raises ValueError if images are too small, or if `match` gets no activations.
         """
         dtype = jnp.dtype(self.dtype)
         match self.kind:
@@ -131,7 +132,7 @@ def ms_ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 def feature_matching(a: Features, b: Features) -> jax.Array:
     """Mean |difference| of two lists of activations [B, h, w, F], each layer counting the same -> float32 [B].
 
-    Wang et al. 2017 (pix2pixHD), arXiv:1711.11585. Raises ValueError where there are none.
+    Wang et al. 2017 (pix2pixHD), arXiv:1711.11585. Raises ValueError if there are none.
     """
     if not a or len(a) != len(b):
         raise ValueError(

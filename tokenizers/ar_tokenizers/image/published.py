@@ -1,12 +1,11 @@
-"""Image tokenizers as others published them: their files in, the same files out.
+"""Imports image tokenizers from published files, and exports them as the same files.
 
     config = config_of("llamagen_vq", {}, names=tensors)
     tokenizer = from_published(config, tensors, "llamagen")
     tensors = to_published(tokenizer, "llamagen")
 
-A system gives the names of its settings, and settings that none of its files has; a dialect gives the names of its
-weights (taming.DIALECTS, movq_weights.DIALECTS). Both directions are exact: every array comes back with its name and
-bits.
+A system determines the names of settings, and adds settings that its files do not have. A dialect determines the names
+of weights (taming.DIALECTS, movq_weights.DIALECTS). Both directions are exact: every array keeps its name and its bits.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _PREFIXES = ("gen_vision_model.", "model.vqmodel.", "vqmodel.")
 
 
 def prefix_of(names: Iterable[str], dialect: str) -> str:
-    """The prefix of the tokenizer's names in a file that holds a language model too; "" in a file of its own."""
+    """The prefix of the tokenizer's names in a file that holds a language model too; "" in a separate file."""
     prefix = taming.DIALECTS[dialect].prefix if dialect in taming.DIALECTS else ""
     return prefix if prefix and any(name.startswith(prefix) for name in names) else ""
 
@@ -73,8 +72,7 @@ def from_published(
     """The tokenizer of a file's tensors.
 
     Args:
-      tensors: by their names; from a file that holds a language model too, only names with the dialect's prefix are
-        taken.
+      tensors: by their names; if the file also has a language model, only names with the dialect's prefix are read.
       dialect: of taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a decoder.
 
     Raises:
@@ -93,8 +91,8 @@ def to_published(
     """The inverse: every tensor of a published file.
 
     Args:
-      prefix: before every name, as `prefix_of` a file with a language model has it.
-      dtype: of all that are no whole numbers.
+      prefix: put before every name; for a file with a language model, the result of `prefix_of`.
+      dtype: the dtype of all tensors that are not integers.
 
     Raises:
       ValueError: the tokenizer's network, or what was kept of its file, does not belong to the dialect.
@@ -123,7 +121,7 @@ _CHAMELEON: dict[str, Any] = dict(
 )
 _JANUS = _CHAMELEON | dict(codes=16384, code_dim=8)  # LlamaGen's VQ-16
 _LEVELS: dict[int, dict[str, Any]] = {5: PRESETS["taming_f16"], 4: PRESETS["taming_f8"]}  # LlamaGen's, by their number
-# What these networks are not, wherever a record says so.
+# Settings that these networks do not have, wherever a record states them.
 _ONLY: dict[str, object] = {
     **dict.fromkeys(("double_z", "double_latent", "tanh_out", "cosine_similarity", "use_linear_attn"), False),
     **dict.fromkeys(("in_channels", "out_channels", "out_ch", "in_ch"), 3),
@@ -140,7 +138,7 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
       record: of chameleon_vq vqgan.yaml, or a config.json with vq_config, or that part of it; of ibq config.yaml; of
         janus_vq config.json; of emu3_vq config.json or vq_config of one; of llamagen_vq the arguments of its class, if
         any. For showo_vq, lwm_vq and movqgan no settings were published, and there is only one tokenizer of each.
-      names: of the tensors, by which LlamaGen's VQ-8 and VQ-16 are told apart where the record does not.
+      names: names of the tensors, which distinguish LlamaGen's VQ-8 and VQ-16 if the record does not.
 
     Raises:
       ValueError: a setting that is missing, or that no published tokenizer has, by name.

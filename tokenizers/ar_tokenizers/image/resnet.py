@@ -43,7 +43,7 @@ SHAPES = _shapes()  # torchvision's resnet50
 
 
 def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
-    """The arrays of SHAPES, as a file holds them, -> the parameters that `logits` takes."""
+    """The arrays of SHAPES, as in a file, -> the parameters that `logits` takes."""
     convs = {name: conv_params(arrays, name, norm) for name, (norm, *_) in _convs().items()}
     return convs | {"fc": {"kernel": arrays["fc.weight"].T, "bias": arrays["fc.bias"]}}
 

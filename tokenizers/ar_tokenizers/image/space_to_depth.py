@@ -1,4 +1,4 @@
-"""The small backbone: space-to-depth first, so that nothing is computed at the resolution of pixels.
+"""The small backbone. It begins with space-to-depth, so that nothing is computed at pixel resolution.
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
 
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
 
 
 def receptive_radius(config: AutoencoderConfig) -> int:
-    """How many pixels beyond its own edge a code depends on, or influences."""
+    """The number of pixels beyond its own edge that a code depends on or influences."""
     blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # of two convolutions each
     return config.patch * (1 + blocks)
 
@@ -99,7 +99,7 @@ class Block(nnx.Module):
         self.conv2 = Conv3x3(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> the same shape: two convolutions, added to what came in."""
+        """[B, h', w', F] -> the same shape: two convolutions, added to the input."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         return x + self.conv2(jax.nn.silu(self.norm2(y)))
 

@@ -1,4 +1,4 @@
-"""The vqgan backbone's weights under the names of those who published them: taming-transformers and its descendants.
+"""The vqgan backbone's weights under their published names: taming-transformers and its descendants.
 
 taming        taming-transformers (model.py): Meta's vqgan.ckpt of Chameleon, and model.ckpt of Emu3.5's IBQ.
 chameleon_hf  transformers' ChameleonVQVAE: the same, and no decoder.
@@ -83,13 +83,13 @@ _EUCLIDEAN: dict[str, object] = dict(quantizer="vq", space="euclidean")
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one of them names a tokenizer's weights.
+    """How one of these systems names a tokenizer's weights.
 
     Attributes:
         name: in DIALECTS.
         names: patterns that are applied in turn to taming's names; for flax to ours.
-        demands: settings of the config without which the names would be of another network.
-        prefix: before every name where the file holds a language model too.
+        demands: config settings that a network with these names must have.
+        prefix: comes before every name if the file has a language model, too.
         coarse_first: whether the decoder's levels are counted from the coarsest.
         highest_first: whether the first number of a latent is the highest digit of its code.
         decoder: whether a file has one.
@@ -126,9 +126,9 @@ DIALECTS = {
 
 
 class Read(NamedTuple):
-    """What was read of a file in taming-transformers' names."""
+    """The contents of a file with taming-transformers' names."""
 
-    params: Params  # float32, as `init` makes them; without "decoder" where the file has none
+    params: Params  # float32, as `init` makes them; without "decoder" if the file has none
     kept: dict[str, np.ndarray]  # what the file has and the network does not need, for its export; float32 or int64
 
 
@@ -192,7 +192,7 @@ def to_taming(
 
 
 def dialect_of(names: Iterable[str]) -> str:
-    """The dialect of these names, of DIALECTS. Raises ValueError: they are of none.
+    """The dialect of these names, of DIALECTS. Raises ValueError if there is none.
 
     LlamaGen's and Janus' are the same ("llamagen"), and so are all that are taming's ("taming").
     """
@@ -234,7 +234,7 @@ def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
 
 
 class Place(NamedTuple):
-    """Where a parameter of ours stands in such a file."""
+    """Where one of our parameters is in such a file."""
 
     name: str  # theirs
     shape: tuple[int, ...]  # theirs
@@ -271,7 +271,7 @@ def _theirs(spoken: Dialect, name: str, levels: int) -> str:
     if spoken.coarse_first:
         name = re.sub(r"^decoder\.(level|up)(\d)", lambda m: f"decoder.{m[1]}{levels - 1 - int(m[2])}", name)
     if spoken.flax:
-        # Theirs counts a halving to the level before it, ours to the level after it.
+        # Their names count a halving to the level before it, ours to the level after it.
         name = re.sub(r"\.down(\d)", lambda match: f".down{int(match[1]) - 1}", name)
     else:
         name = published_name(name)
@@ -279,7 +279,7 @@ def _theirs(spoken: Dialect, name: str, levels: int) -> str:
 
 
 def published_name(name: str) -> str:
-    """Ours, as "encoder.level0.block0.norm1.scale" -> taming's."""
+    """Our name, such as "encoder.level0.block0.norm1.scale", -> taming's name."""
     name = re.sub(r"\.down(\d)", lambda match: f".down.{int(match[1]) - 1}.downsample.conv", name)
     return _renamed(name, _TAMING)
 
@@ -296,7 +296,7 @@ def check_names(
     found: Mapping[str, Any],
     optional: Iterable[str] = (),
 ) -> None:
-    """Raises ValueError naming what is missing, left over, or of another shape."""
+    """Raises ValueError, which names arrays that are missing, left over, or of another shape."""
     if missing := wanted.keys() - found.keys():
         encode_only = dialect == "taming" and not any(name.startswith("decoder.") for name in found)
         hint = f"; {NO_DECODER}" if encode_only and any(name.startswith("decoder.") for name in missing) else ""

@@ -1,15 +1,15 @@
-"""The layers in time of Emu3's vision tokenizer, as the two-dimensional layers that they are for a single picture.
+"""The layers in time of Emu3's vision tokenizer, as equivalent two-dimensional layers for a single picture.
 
 Axes: B batch, h w codes, Z features at the codes; in published kernels F' features out, F features in, T taps.
 
 Emu3 (arXiv:2409.18869; baaivision/Emu3, modeling_emu3visionvq.py) encodes a picture as four equal frames. Two
 convolutions in time make one frame of them; its decoder makes four frames, and the first is the picture. Every
-convolution pads two frames of zeros before the first, so it is known beforehand which frame each tap sees:
+convolution pads two frames of zeros before the first, so it is known in advance which frame each tap sees:
 
 - the first halving (four taps, every second frame) sees on its first step two of the padding and two equal frames, on
   its second four equal frames: a convolution by the sum of the last two taps and one by the sum of all;
 - the second sees the padding and those two: its third tap on the one, its fourth on the other;
-- all other convolutions see one frame behind the padding: their last tap.
+- all other convolutions see one frame after the padding, with their last tap.
 
 Batch norms use the statistics they were trained with: a scale and a shift.
 
@@ -84,7 +84,7 @@ class Block(nnx.Module):
         self.conv2 = Conv3x3(width, width, dtype=_FLOAT32, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Two convolutions, added to what came in."""
+        """Two convolutions, added to the input."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         return x + self.conv2(jax.nn.silu(self.norm2(y)))
 

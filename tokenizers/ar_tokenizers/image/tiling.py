@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w codes. Lengths here are in codes, unless said otherwise.
 
-A window does not see beyond its edge, so its results near an edge inside the image are wrong, as far as the network's
-receptive field reaches. Each code is taken from the window in whose middle it is: on either side, half of each overlap
-is discarded. Pixels are blended over the middle half of each overlap; on either side a quarter is discarded.
+A window does not see beyond its edge. So its results near an edge inside the image are wrong within the network's
+receptive field. Each code is taken from the window in which it is nearer to the middle: each window discards half of
+the overlap. Pixels are blended over the middle half of each overlap; on either side a quarter is discarded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def map_windows(
       function: [n, th * scales[0], tw * scales[0], ...] -> [n, th * scales[1], tw * scales[1], ...].
       x: [B, h * scales[0], w * scales[0], ...].
       scales: entries of x and of the result along the side of one code: (factor, 1) to encode, (1, factor) to decode.
-      tile: side of a window; an image that is smaller is its own window. overlap: of neighbours, at least.
+      tile: side of a window; a smaller image is a single window. overlap: the least overlap of neighbouring windows.
       blend: mix the overlaps (pixels), or cut them in their middle (codes).
 
     Returns:
@@ -54,7 +54,7 @@ def map_windows(
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where windows begin, evenly spread."""
+    """The beginnings of windows, evenly spaced."""
     if length <= tile:
         return [0]
     last = math.ceil((length - tile) / (tile - overlap))

@@ -1,4 +1,4 @@
-"""The trained image tokenizer: images to codes and back, and the folder it is kept in."""
+"""The trained image tokenizer: converts images to codes and back, and is saved in a folder."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class ImageTokenizer:
     h is H/factor and w is W/factor x codes_per_position: see AutoencoderConfig.grid.
 
     Args:
-      params: as `init` makes them; without "decoder" for a tokenizer that can read images but not draw them
+      params: parameters as `init` makes them, without "decoder" if the tokenizer can read images but not draw them
         (`no_decoder`).
       batch_size: images in one call of the compiled network; the last batch is padded. One size means one compiled
         program per image size, and codes that do not depend on how many images came together.
-      published: of a tokenizer that was imported: arrays of the published file that the network does not compute with,
-        by their names there and in their dtypes. They are kept for an export, and are no part of the hash.
+      published: for an imported tokenizer, the arrays of the published file that the network does not use, with their
+        original names and dtypes. They are kept for an export and are not part of the hash.
 
     Raises:
       ValueError: the parameters are not those of the config, by name.
@@ -67,7 +67,7 @@ class ImageTokenizer:
 
     @property
     def codebook_size(self) -> int:
-        """How many codes there are."""
+        """The number of codes."""
         return self.config.codebook_size
 
     @property
@@ -77,17 +77,17 @@ class ImageTokenizer:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one code."""
+        """Pixels along each side of one code."""
         return self.config.factor
 
     @property
     def codes_per_position(self) -> int:
-        """Codes side by side for one place of an image."""
+        """The number of adjacent codes for one place in an image."""
         return self.config.codes_per_position
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 of the config and of every weight: what makes two tokenizers the same."""
+        """sha256 of the config and of every weight. Equal tokenizers have equal hashes."""
         digest = hashlib.sha256(self.config.identity().encode())
         for name, leaf in sorted(_flatten(self.params).items()):
             digest.update(f"{name}{leaf.shape}".encode())
@@ -110,8 +110,8 @@ class ImageTokenizer:
           images: uint8 [B, H, W, 3].
           tile: 0: the network sees whole images. Else it sees windows of tile x tile pixels, and `batch_size` of them
             at once, whatever H and W are.
-          overlap: of neighbouring windows, in pixels, at least; by default a quarter of a tile. Both are multiples of
-            the factor. With backbone "space_to_depth" the windows change nothing if the overlap is 2 x
+          overlap: the least overlap of neighbouring windows, in pixels; by default a quarter of a tile. Both are
+            multiples of the factor. With backbone "space_to_depth" the windows change nothing if the overlap is 2 x
             `space_to_depth.receptive_radius(config)`, 4 x in `decode`. With "vqgan" each window has its own norms and
             attention, and its codes are not those of the whole image.
 
@@ -119,7 +119,7 @@ class ImageTokenizer:
           int32 [B, h, w].
 
         Raises:
-          ValueError: another dtype, sides or windows that do not divide, windows that overlap by more than a half.
+          ValueError: the dtype is wrong, sides or windows do not divide, or windows overlap by more than a half.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -152,7 +152,7 @@ class ImageTokenizer:
         return self._in_windows(run, by_position, (1, self.factor), tile, overlap, blend=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder.
+        """Writes weights.safetensors and then config.json. A folder without config.json has no tokenizer.
 
         If the tokenizer has `published` arrays, there is also a published.safetensors.
         """
@@ -172,8 +172,8 @@ class ImageTokenizer:
         """Read what `save` wrote.
 
         Raises:
-          FileNotFoundError: the folder holds no (complete) tokenizer.
-          ValueError: the weights are not the ones the config was written with.
+          FileNotFoundError: the folder has no (complete) tokenizer.
+          ValueError: the weights do not belong to the config.
         """
         folder = Path(folder)
         config, record = _saved(folder)
@@ -223,7 +223,7 @@ class ImageTokenizer:
         return out
 
 
-# Compiled once for a config, a size and a device, however many tokenizers there are: a training makes one for each
+# Compiled once for a config, a size and a device, for all tokenizers together, because a training makes one for each
 # preview, and every stage loads its own.
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(config: AutoencoderConfig, params: Params, rows: jax.Array) -> jax.Array:
@@ -238,7 +238,7 @@ def _decode(config: AutoencoderConfig, params: Params, rows: jax.Array) -> jax.A
 
 
 def saved_config(folder: str | os.PathLike[str]) -> AutoencoderConfig:
-    """The config in a folder that `ImageTokenizer.save` wrote; no weight is read. Raises like `ImageTokenizer.load`."""
+    """The config in a folder that `ImageTokenizer.save` wrote; reads no weights. Raises like `ImageTokenizer.load`."""
     return _saved(Path(folder))[0]
 
 

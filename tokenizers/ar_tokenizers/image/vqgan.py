@@ -1,4 +1,4 @@
-"""The backbone of the field: the encoder and decoder of VQGAN.
+"""The usual backbone: the encoder and decoder of VQGAN.
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, S = h'w', C code dim, F features.
 
@@ -8,7 +8,7 @@ taming-transformers, so that its weights and those of `ChameleonVQVAE` in transf
 transposing. Differences: residual branches start at zero, the 1 x 1 convolutions around the quantizer are `to_code` and
 `from_code` in float32, and `patch` may fold pixels first (1 in the published systems).
 
-GroupNorm looks at the whole image and attention at every position: a code depends on all pixels, if weakly.
+GroupNorm uses the whole image, and attention uses every position, so a code depends on all pixels, though weakly.
 
 Clips are not here. The network itself would need little: frames in the batch, and after each block a temporal
 convolution over past frames only, added and zero at first, so that a single frame is exactly an image. Everything else
@@ -160,7 +160,7 @@ class Block(nnx.Module):
         self.shortcut = linear(fan_in, width, dtype=dtype, rngs=rngs) if fan_in != width else None
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> [B, h', w', F']: two convolutions, added to what came in."""
+        """[B, h', w', F] -> [B, h', w', F']: two convolutions, added to the shortcut."""
         y = self.conv1(jax.nn.silu(self.norm1(x, *codes)))
         y = self.conv2(jax.nn.silu(self.norm2(y, *codes)))
         return y + (self.shortcut(x) if self.shortcut else x)
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         self.out = linear(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> the same shape: every position looks at all, added to what came in."""
+        """[B, h', w', F] -> the same shape: every position attends to all; the result is added to the input."""
         y = self.norm(x, *codes).reshape(x.shape[0], -1, x.shape[-1])
         scores = jnp.einsum("bqf,bsf->bqs", self.query(y), self.key(y), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * x.shape[-1] ** -0.5).astype(y.dtype)

@@ -1,6 +1,6 @@
-"""Weights that other people trained, from a file that the user names; nothing is ever downloaded.
+"""Reads pretrained weights from a file that the user names. Nothing is ever downloaded.
 
-Files hold torch's names and torch's layout ([O, I, h, w] kernels, batch norms beside them), as `convert_perceptual`
+Files have torch's names and torch's layout ([O, I, h, w] kernels, batch norms beside them), as `convert_perceptual`
 writes them, in safetensors or npz. Arrays are checked and turned to this package's layout, and batch norms become part
 of the convolution before them.
 """
@@ -75,7 +75,7 @@ class _Header(NamedTuple):
 
 
 def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Raises ValueError where names or shapes are others than those asked for, naming the first few of each."""
+    """Raises ValueError if names or shapes are not as requested. The message has the first few of each."""
     missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
     wrong = [
         f"{name} is {tuple(arrays[name].shape)}, not {shapes[name]}"

@@ -28,7 +28,7 @@ State = dict[str, jax.Array]
 
 
 class Quantized(NamedTuple):
-    """What a training pass of a quantizer gives."""
+    """The result of a training pass of a quantizer."""
 
     vectors: jax.Array  # float32 [B, ..., C]: exactly `vectors(codes)`, with the gradient of the latent
     codes: jax.Array  # int32 [B, ...] in [0, K); of depth D > 1: [B, ..., D]
@@ -45,7 +45,7 @@ class Quantizer(nnx.Module):
 
     @abstractmethod
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents [..., C] of any size -> float32 [..., C] in the space the codes live in; differentiable."""
+        """Latents [..., C] of any size -> float32 [..., C] in the space of the codes; differentiable."""
 
     @abstractmethod
     def nearest(self, bounded: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class Quantizer(nnx.Module):
         """Codes int32 [...] in [0, K) -> float32 [..., C]."""
 
     def alone(self) -> jax.Array:
-        """float32 [K, C]: the vector of each code; at a depth above 1, what it adds to its position's."""
+        """float32 [K, C]: the vector of each code; at a depth above 1, its part of the position's vector."""
         return self.vectors(jnp.arange(self.codebook_size))
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ class Quantizer(nnx.Module):
         return straight_through(bounded, vectors)
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """What to add to the loss of the autoencoder."""
+        """The term that is added to the loss of the autoencoder."""
         return jnp.zeros((), jnp.float32)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""A table of K vectors: finding the nearest, softmax over all, and keeping every code in use.
+"""A table of K vectors: finds the nearest, computes a softmax over all, and keeps every code in use.
 
 Axes: B batch, N positions (any axes before the last), C code dim, K codebook size.
 
@@ -20,7 +20,7 @@ from ar_tokenizers.image.quantizers.base import GRADIENTS, Params, Quantizer, St
 SCORES = 2**24  # scores held at one time, over all devices: 64 MB of float32
 DECAY = 0.99  # of the moving averages, per step (VQ-VAE, arXiv:1711.00937, appendix A)
 UPDATES = ("gradient", "ema")
-_NEVER = -1e30  # the score of a code that is not there: finite, because 0 * inf is not a number
+_NEVER = -1e30  # the score of a missing code; finite, because 0 * inf is NaN
 
 
 # ---- all codes, a block at a time -------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def log_partition(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0)
 def soft_lookup(x: jax.Array, table: jax.Array) -> jax.Array:
     """x [N, C], table [K, C] -> [N, C]: the mean of the codes under softmax(x . t).
 
-    The gradient goes through the softmax alone, to x and to all codes; that of the looked-up values is left out.
+    The gradient goes only through the softmax, to x and to all codes. The gradient of the looked-up values is left out.
     """
 
     @jax.checkpoint
@@ -77,8 +77,8 @@ def soft_lookup(x: jax.Array, table: jax.Array) -> jax.Array:
 def entropy_penalty(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
     """x [N, C], table [K, C] -> []: the mean entropy of p = softmax(x . t + bias) less the entropy of the mean p, nats.
 
-    Small where each position is sure of its code and all codes are used alike (Yu et al. 2023, arXiv:2310.05737). The
-    mean is over the positions of this call: the sum over parts of a batch is a little below the value of the whole.
+    It is small if each position is sure of its code and all codes are used equally (Yu et al. 2023, arXiv:2310.05737).
+    The mean is over the positions of this call: the sum over parts of a batch is a little below the value of the whole.
     """
 
     @jax.checkpoint
@@ -187,7 +187,7 @@ class CodebookQuantizer(Quantizer):
         return sums
 
     def init_state(self, params: Params) -> State:
-        """The averages that are needed: how often each code is used, and of the latents that chose it."""
+        """The averages that are needed: of each code's usage, and of the latents that chose it."""
         state = {}
         if self.restart or self.codebook_update == "ema":
             state["count"] = jnp.zeros(self.codebook_size)
@@ -238,5 +238,5 @@ def pull_together(bounded: jax.Array, vectors: jax.Array, beta: float) -> jax.Ar
 
 
 def commitment(bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-    """How far latents are from their codes: a mean square whose gradient moves the latents alone."""
+    """The mean squared distance of latents from their codes. Its gradient moves only the latents."""
     return jnp.mean(jnp.square(bounded - jax.lax.stop_gradient(vectors)))

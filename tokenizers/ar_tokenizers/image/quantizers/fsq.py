@@ -1,4 +1,4 @@
-"""FSQ: a grid in place of a codebook. Axes: C code dim, K codebook size."""
+"""FSQ: a grid instead of a codebook. Axes: C code dim, K codebook size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ ACTIVATIONS = {"tanh": 1.0, "ifsq": 0.8}  # the slope of the tanh: 2 * sigmoid(1
 class FSQ(Quantizer):
     """Finite scalar quantisation: each of C numbers is rounded to one of levels[C] values, and K = prod(levels).
 
-    No codebook, no loss, nothing that can collapse. Mentzer et al. 2023, arXiv:2309.15505. The shift that puts a zero
-    latent on the middle level is atanh, the inverse of the bound (the paper's code has tan, which is slightly off).
+    It has no codebook and no loss, so nothing can collapse. Mentzer et al. 2023, arXiv:2309.15505. The shift that puts
+    a zero latent on the middle level is atanh, the inverse of the bound (the paper's code has tan, which is slightly
+    off).
 
     Args:
       activation: "tanh" as in the paper, or "ifsq", 2 * sigmoid(1.6 z) - 1, which spreads a normal latent nearly

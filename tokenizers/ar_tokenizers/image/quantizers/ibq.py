@@ -29,7 +29,7 @@ class IBQ(Quantizer):
         self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))  # as latents
 
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents as they are, in float32."""
+        """The unchanged latents, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:

@@ -12,10 +12,10 @@ from ar_tokenizers.image.quantizers.codebook import commitment, entropy
 class LFQ(Quantizer):
     """Lookup-free quantisation: each of C numbers becomes its sign, and the signs are the binary digits of the code.
 
-    Yu et al. 2023, arXiv:2310.05737 (MAGVIT-v2). The entropy penalty is what keeps the codes in use. Under
-    softmax(-|z - code|^2) over all K codes the digits are independent, and digit i is 1 with probability
-    sigmoid(4 z_i): the entropy of a position is a sum over its digits, and the mean probability of all K codes is one
-    product of two [N, sqrt(K)] matrices. Both are exact, at any K, and no [N, K] is ever made.
+    Yu et al. 2023, arXiv:2310.05737 (MAGVIT-v2). The entropy penalty keeps the codes in use. Under softmax(-|z -
+    code|^2) over all K codes the digits are independent, and digit i is 1 with probability sigmoid(4 z_i): the entropy
+    of a position is a sum over its digits, and the mean probability of all K codes is one product of two [N, sqrt(K)]
+    matrices. Both are exact for any K, and no [N, K] array is ever made.
 
     Raises:
       ValueError: K is not a power of two of at least 4.
@@ -28,7 +28,7 @@ class LFQ(Quantizer):
         self.length = 1.0  # of one number of a vector
 
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents as they are, in float32."""
+        """The unchanged latents, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
@@ -42,8 +42,8 @@ class LFQ(Quantizer):
         return jnp.where(digits == 1, jnp.float32(self.length), jnp.float32(-self.length))
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """Commitment, and the entropy penalty, which is small if each latent is sure of its code and all codes are used
-        alike.
+        """Commitment, and the entropy penalty, which is small if each latent is sure of its code and all codes are
+        equally used.
         """
         loss = self.beta * commitment(bounded, vectors)
         if self.entropy:
@@ -72,7 +72,7 @@ class BSQ(LFQ):
 
 
 def _binary_entropy(logits: jax.Array) -> jax.Array:
-    # Computed from the logits, because log(1 - p) is lost where p rounds to 1.
+    # It is computed from the logits, because log(1 - p) is wrong if p rounds to 1.
     return jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)
 
 

@@ -1,5 +1,5 @@
-"""RQ: D codes a position, each for the remainder that the ones before it left. Axes: C code dim, K codebook size, D
-depth.
+"""RQ: D codes per position. Each code approximates what the previous codes left over. Axes: C code dim, K codebook
+size, D depth.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RQ(CodebookQuantizer):
         return self.table()
 
     def __call__(self, z: jax.Array, keys: jax.Array | None = None) -> Quantized:
-        """The training pass: each depth codes what the depths before have left over."""
+        """The training pass. Each depth encodes what the previous depths left over."""
         bounded = self.bound(z)
         codes, rests = self._descend(jax.lax.stop_gradient(bounded))
         sums = {} if keys is None else self.sums(rests, codes, keys)
@@ -71,7 +71,7 @@ class RQ(CodebookQuantizer):
         return Quantized(self.through(bounded, self.vectors(codes)), codes, loss, sums)
 
     def _without_depth(self, codes: jax.Array) -> jax.Array:
-        """At depth 1 a code describes a whole position, as with other quantizers."""
+        """At depth 1, one code describes a whole position, as in other quantizers."""
         return codes[..., 0] if self.depth == 1 else codes
 
     def _descend(self, bounded: jax.Array) -> tuple[jax.Array, jax.Array]:

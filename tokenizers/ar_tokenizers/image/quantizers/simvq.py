@@ -11,13 +11,13 @@ from ar_tokenizers.image.quantizers.codebook import check_gradient, check_sizes,
 
 
 class SimVQ(Quantizer):
-    """Vector quantisation whose codes move together: K random vectors that stay, and one linear layer that is trained.
+    """Vector quantisation with codes that move together: K fixed random vectors, and one trained linear layer.
 
-    Every code gets a gradient from every choice, which is what keeps all of them in use. Zhu et al. 2024,
-    arXiv:2411.02038. Looking up goes through the layer (the authors' code forgets it in `get_codebook_entry`).
-    The codebook can collapse with the rotation gradient (lucidrains/vector-quantize-pytorch#177), and also with many
-    dimensions, because few random codes lie near the encoder's first outputs: with 32 numbers a code, 10 of 1,024 were
-    left (experiments/benchmarks/quantizers.py). Hence 8, as of vq.
+    Every code gets a gradient from every choice, which keeps all codes in use. Zhu et al. 2024, arXiv:2411.02038.
+    The lookup uses the layer (the authors' code forgets it in `get_codebook_entry`). The codebook can collapse
+    with the rotation gradient (lucidrains/vector-quantize-pytorch#177), and also with many dimensions, because few
+    random codes lie near the encoder's first outputs: with 32 numbers a code, 10 of 1,024 were left
+    (experiments/benchmarks/quantizers.py). So the default is 8, as for vq.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class SimVQ(Quantizer):
         return self.layer(jax.lax.stop_gradient(self.codebook[...]))
 
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents as they are, in float32."""
+        """The unchanged latents, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ class SimVQ(Quantizer):
         return nearest(bounded, table, nearness(table))
 
     def vectors(self, codes: jax.Array) -> jax.Array:
-        """The codes' rows of the table, which one linear map makes of the fixed codebook."""
+        """The codes' rows in the table, which is a linear map of the fixed codebook."""
         return self.table()[codes]
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -51,5 +51,5 @@ class SimVQ(Quantizer):
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """What pulls latents and codes together."""
+        """The loss that pulls latents and codes together."""
         return pull_together(bounded, vectors, self.beta)

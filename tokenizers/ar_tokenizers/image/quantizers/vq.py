@@ -1,4 +1,4 @@
-"""VQ on the unit sphere or in all of space. Axes: C code dim, K codebook size."""
+"""VQ on the unit sphere or in Euclidean space. Axes: C code dim, K codebook size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VQ(CodebookQuantizer):
     Args:
       space: "sphere"; or "euclidean": the code at the smallest distance, nothing normalised, as in VQGAN
         (arXiv:2012.09841) and the systems that kept its quantizer: Chameleon, LWM, MoVQGAN, Emu3.
-      entropy: weight of the entropy penalty; 0: none, and none computed.
+      entropy: the weight of the entropy penalty; 0: it is not computed.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class VQ(CodebookQuantizer):
         return self._placed(self.table())[codes]
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """What pulls latents and codes together, and the entropy penalty if there is one."""
+        """The loss that pulls latents and codes together, and the entropy penalty if there is one."""
         if self.codebook_update == "ema":
             loss = self.beta * commitment(bounded, vectors)
         else:
