@@ -141,7 +141,7 @@ def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
     kind, size = data.get("resize"), data.get("image_size")
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
         raise BundleError(f"data.image_size: expected a height and a width in pixels, found {size!r:.80}")
-    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0])  # type: ignore[arg-type]  # Resize checks the kind
+    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0])  # type: ignore[arg-type]  # it checks the kind
 
 
 class Model:

@@ -34,14 +34,12 @@ Read = Callable[[], Mapping[str, Json]]
 def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
     """The rows of a CSV or TSV file, numbered from 1 after its header.
 
-    lines: of the file, with their line ends. Raises RequestError if it has no column of prompts, or ends inside a cell.
+    lines: of the file, with their line ends. Raises RequestError if there is no column of prompts, or a cell breaks off.
     """
     lines = iter(lines)
     first = next(lines, "")
     tabs = path.suffix.lower() != ".csv" or ("\t" in first and "," not in first)
-    delimiter = (
-        "\t" if tabs else ";" if ";" in first and "," not in first else ","
-    )  # used by spreadsheets in some countries
+    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","  # some spreadsheets
     records = _tabs([first, *lines]) if tabs else csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         names = _names(path, next(records, []))
