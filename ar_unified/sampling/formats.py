@@ -114,7 +114,7 @@ def _rows(
 
 
 def _hidden(name: str) -> bool:
-    """Whether a path in an archive or folder is a file that operating systems create: .DS_Store, ._a.txt, __MACOSX/a."""
+    """Whether a path in an archive or folder is a file made by operating systems: .DS_Store, ._a.txt, __MACOSX/a."""
     return any(hidden(part) for part in name.split("/") if part not in ("", "."))
 
 

@@ -34,7 +34,7 @@ Read = Callable[[], Mapping[str, Json]]
 def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
     """The rows of a CSV or TSV file, numbered from 1 after its header.
 
-    lines: of the file, with their line ends. Raises RequestError if there is no column of prompts, or a cell breaks off.
+    lines: of the file, with line ends. Raises RequestError if there is no column of prompts, or a cell is cut off.
     """
     lines = iter(lines)
     first = next(lines, "")
