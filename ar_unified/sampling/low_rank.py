@@ -87,8 +87,8 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
 def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
     """params["rows"] (model/own_rows.py) of adapters that have their own rows; {} if none has.
 
-    Rows that an adapter lacks, and all rows of number 0, are the model's. Raises UserError if the adapters' rows are
-    for different ids.
+    Rows that an adapter lacks, and all rows of number 0, are the model's. Raises UserError if an adapter's
+    rows belong to another vocabulary.
     """
     rows_of = [own_rows(adapter, grammar) for adapter in adapters]
     tables: dict[str, Any] = {}

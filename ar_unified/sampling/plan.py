@@ -72,9 +72,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         size = layout.height, layout.width
     inside = at.opened.phase not in (PARTS, DONE)
     given = _given(grammar, request, size) if request.mode == "image" and not inside else np.zeros(0, np.int32)
-    given = (
-        given[len(prompt) - at.begin :] if len(given) else given
-    )  # the part of a spelled `open` that the prompt already has
+    given = given[len(prompt) - at.begin :] if len(given) else given  # without what the prompt has
     own = np.concatenate([prompt, given])
     if len(given):
         at = grammar.breaks_off(own)
@@ -97,11 +95,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         starts.append(len(base))
         resets.append(context != "image_only")
     if len(prefixes) == 3 and most == 1 and np.array_equal(prefixes[1], prefixes[2]):
-        prefixes, starts, resets = (
-            prefixes[:2],
-            starts[:2],
-            resets[:2],
-        )  # without an image in the prompt, both contexts are the same
+        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # no image in the prompt
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
     wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape

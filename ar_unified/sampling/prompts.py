@@ -28,9 +28,7 @@ class Prompts:
 
     def __init__(self, prefill: Callable[[np.ndarray, np.ndarray, np.ndarray], Prefix], rows: int, pad: int):
         self._prefill, self._rows, self._pad = prefill, rows, pad
-        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = (
-            OrderedDict()
-        )  # the most recently used one last
+        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # last used one last
 
     def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
         """The batches with the prompts; each comes with one row number for each prompt, -1 if the prompt is in another

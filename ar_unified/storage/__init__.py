@@ -164,7 +164,7 @@ def move(old: Path, new: Path) -> None:
 
 
 def names_in(folder: Remote) -> list[str]:
-    """The names of the objects in a folder of a read-only store. Raises FileNotFoundError if there is no such folder."""
+    """The names of the objects in a folder of a read-only store. Raises FileNotFoundError if it does not exist."""
     found, folders = listed(str(folder))
     if not found and not folders:
         raise FileNotFoundError(2, "no such folder", str(folder))
