@@ -107,7 +107,7 @@ def nearly(key: str, known: Iterable[str]) -> str:
 
 
 def _no_filter(key: str, value: object) -> bool:
-    """Whether a column "text" or "image" contains something other than settings for drawing tokens."""
+    """Whether this is a column "text" or "image" without settings for drawing tokens."""
     return key in ("text", "image") and not isinstance(value, Mapping)
 
 

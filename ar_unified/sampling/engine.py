@@ -48,7 +48,7 @@ from ar_unified.sampling.weights import check_weights_dtype
 
 KV_DTYPES = (None, "int8", "float8_e4m3fn", "bfloat16", "float32")
 _AHEAD = 4  # samples planned ahead, as a multiple of the slots
-_SHORT = 16  # steps of a chunk while samples wait and no slot has a known end
+_SHORT = 16  # steps of a chunk while samples wait and a slot's end is unknown
 _SHORTEST = 8  # least steps of any other chunk that is cut short
 
 

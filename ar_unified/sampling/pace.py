@@ -23,8 +23,8 @@ from ar_unified.sampling.steps import CHUNK, Shape
 WIDTHS = (1, 2, 4, FEW)
 WINDOWS = (*map(str, WIDTHS), "auto")
 _AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
-# Steps that are timed together. They take about as long for every width, because load on the machine favours short
-# timings.
+# Steps that are timed together. The two numbers make timings of one-token steps and of wide steps about equally long,
+# because a busy machine slows short ones less.
 _ALONE, _WIDE = 16, 6
 _PROBES = 3  # trials of a width, alternating with the other; the fastest counts
 _COMPILING = 5.0  # least seconds assumed for compiling: `window=1` may have come from a cache

@@ -60,8 +60,8 @@ Scored = Document | tuple[Request, Sequence[Part | TokensPart]]
 def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     """The token ids of the prompt, of each part to be scored, and of <eos>. Raises GrammarError or RequestError.
 
-    For a Document, the prompt is what its turns ask; without turns, all parts are scored. For a request and an answer,
-    it is the request's prompt; without turns, the answer goes on where the prompt's text ends.
+    For a Document, the prompt is everything before its last answer; if it has no turns, all parts are scored. For a
+    request and an answer, it is the request's prompt; without turns, the answer goes on where the prompt's text ends.
     """
     if isinstance(item, Document):
         grammar.encode(item)  # a part that no grammar can hold is named by its index in the document

@@ -81,7 +81,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
 
 
 def _place(path: KeyPath, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
-    """The sharding of each layer's part, as `form` makes it, in a hashable form; None: the default."""
+    """The sharding of each layer's part of the result of `form`, as a hashable value; None: the default."""
     if mesh is None:
         return None
     tree: Any = jax.eval_shape(form, jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype))

@@ -139,7 +139,7 @@ def _machine() -> str:
 
 
 def _is_gone(said: dict[str, Any]) -> bool:
-    """Whether a holder is known, without waiting, to have ended: it said so, or its process on this machine is gone."""
+    """Whether a holder has certainly ended: it said so, or its process on this machine is gone. This does not wait."""
     if not said or said.get("released"):
         return True
     if said.get("host") != _machine() or not isinstance(said.get("pid"), int):
