@@ -1,12 +1,12 @@
-"""Uses a trained model: requests in; texts, images and log-likelihoods out.
+"""Uses a trained model. It takes requests and returns texts, images and log-likelihoods.
 
-model.py     `load`: what a notebook and the adapters hold (conversation.py: one that goes on)
-request.py   what is asked, and what comes back (requests, formats, tables, openai_batch, columns: read from files)
-plan.py      a request -> arrays; answer.py: tokens -> what they say
+model.py     `load`: `load` and Model, for notebooks and adapters (conversation.py keeps the KV cache between turns)
+request.py   Request and Sample (requests, formats, tables, openai_batch, columns read requests from files)
+plan.py      turns a request into arrays; answer.py turns tokens into a Sample
 engine.py    continuous batching over steps.py, the compiled part (decoding.py, guidance.py)
-score.py     how likely the model finds what is given
+score.py     log-likelihoods of given texts and images
 job.py       a file of requests -> a folder of samples (results, batch_output, benchmark_folders, gallery)
 adapters/    for evaluation harnesses
 
-It needs nothing of training: a bundle is enough.
+This package needs only a bundle, no files of a training run.
 """

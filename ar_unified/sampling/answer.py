@@ -1,4 +1,4 @@
-"""Makes a Sample of the tokens of an answer: where it stops, its document, and why it ended."""
+"""Turns the tokens of an answer into a Sample: finds where it stops, its document, and why it ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Stop = str | tuple[int, ...]  # a text, or ids of text pieces
 
 
 def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broken: bool = False) -> Sample:
-    """The sample of a row that has ended: tokens int32 [n], <eos> among them; broken: its logits were NaN."""
+    """The sample of a row that has ended. tokens: int32 [n], <eos> included. broken: the row's logits were NaN."""
     request = plan.request
     if broken:
         reason = "the model's logits were NaN: the weights are broken, or overflow in the compute dtype"
@@ -26,7 +26,7 @@ def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broke
         document = _document(grammar, plan, tokens)
     except GrammarError as error:
         return Sample(request, index, tokens, None, "error", str(error))
-    # Ended by the budget: something more was allowed, but nothing of that kind would have fitted.
+    # The budget ended it: the grammar allowed more, but nothing that it allowed would have fitted.
     left = plan.budget - len(tokens)
     if request.mode == "image":
         images = sum(not isinstance(part, TextPart) for part in document.parts)
@@ -37,8 +37,8 @@ def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broke
 
 
 def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sample | None:
-    """The sample, if tokens int32 [n] contain one of the request's stops; else None. The tokens then end with the stop,
-    the document before it.
+    """The sample if tokens int32 [n] contain one of the request's stops; else None. The sample's tokens end with the
+    stop, and its document ends before the stop.
     """
     found = _first_stop(grammar, plan, tokens)
     if found is None:
@@ -59,7 +59,7 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
 
 
 def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
-    """The document of what follows the prompt. If text continues the prompt's text, it is a part of its own."""
+    """The document that follows the prompt. Text that continues the prompt's text becomes a part of its own."""
     prompt = plan.prompt
     at = grammar.breaks_off(prompt)
     opened = prompt[at.begin :]
@@ -67,8 +67,8 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     *_, (begin, end) = (0, 0), *grammar.texts(prompt)
     before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
     runs = grammar.texts(np.append(prompt[:1], tokens)) if len(before) else []
-    if runs and runs[0][0] == 1:  # else the first to come is a control, or an image that text opens
-        # Said again with the text before: what ids stand for may depend on it.
+    if runs and runs[0][0] == 1:  # else a control comes first, or an image that text opens
+        # Parsed again with the text before, because the meaning of ids may depend on it.
         first = tokens[: runs[0][1] - 1]
         whole, known = (grammar.text_codec.decode([int(i) for i in ids])
                         for ids in (np.concatenate([before, first]), before))  # fmt: skip
@@ -79,8 +79,8 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
 
 
 def _first_stop(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> tuple[int, Stop] | None:
-    """(n, stop) for the stop that comes first; n is the smallest number of tokens that contain it. A stop never reaches
-    across an image.
+    """(n, stop) for the stop that comes first; n is the smallest number of tokens that contain it. A stop never spans
+    an image.
     """
     stops = plan.request.stop
     before = np.append(plan.prompt[:1], plan.prompt[grammar.breaks_off(plan.prompt).begin :])
@@ -95,11 +95,11 @@ def _first_stop(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> tuple[int, 
 
 
 def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
-    """The smallest number of ids, from the first on, whose text contains `stop`."""
+    """The smallest n such that the text of ids[:n] contains `stop`."""
     decode = grammar.text_codec.decode
     if stop not in decode(ids):
         return None
-    low, high = 0, len(ids)  # decode(ids[:high]) has it, decode(ids[:low]) has not
+    low, high = 0, len(ids)  # decode(ids[:high]) has it, decode(ids[:low]) does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if stop in decode(ids[:middle]) else (middle, high)

@@ -1,6 +1,7 @@
-"""The least time that decoding can take: every step reads the weights once, and every row its part of the cache.
+"""The least time that decoding can take: every step reads the weights once, and each row's part of the cache.
 
-After "How to Scale Your Model" (jax-ml/scaling-book, inference): decoding is bound by memory up to hundreds of rows.
+This follows "How to Scale Your Model" (jax-ml/scaling-book, inference): memory bandwidth limits decoding up to hundreds
+of rows.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from ar_unified.sampling.engine import Engine
 
 
 class MemoryTime:
-    """Adds up the time, in seconds, to read what the samples of an engine need at `rate` bytes a second.
+    """Adds up the time, in seconds, to read the weights and cache for an engine's samples at `rate` bytes a second.
 
-    Prompts are left out: the bound is a little low.
+    The bound is a little low, because prompts are left out.
     """
 
     def __init__(self, engine: Engine, rate: float):
         config = engine.config
         element = 1 if engine.kv_dtype == "int8" else jnp.dtype(engine.kv_dtype or config.dtype).itemsize
         self._position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * element
-        # A step reads the weights in the compute dtype, or in fewer bits, for all the samples that are decoded at once.
+        # A step reads the weights, in the compute dtype or in fewer bits, once for all samples that are decoded
+        # together.
         width = jnp.dtype(config.dtype).itemsize
         weights = sum(leaf.size * min(leaf.dtype.itemsize, width) for leaf in jax.tree.leaves(engine.params))
         self._token = weights / engine.batch_size

@@ -1,4 +1,4 @@
-"""A finished job's answers to the lines of an OpenAI batch file, in the format of OpenAI's own output files.
+"""Writes a finished job's answers to the lines of an OpenAI batch file, in the format of OpenAI's output files.
 
     batch_output.jsonl   {"id", "custom_id", "response": {"status_code": 200, "request_id", "body"}, "error": null}
     batch_errors.jsonl   the same, status_code 400 (the line cannot be served) or 500 (drawing failed), and a body that
@@ -7,7 +7,7 @@
 Every line of the batch is in one of them, in the batch's order. The body is a chat completion, or an answer of
 /v1/images/generations. The content of a chat answer with images is a list of parts in reading order, {"type": "text"}
 and {"type": "image_url"}, with the images as PNG in data: URLs. So it can be copied into a later conversation. Both
-files depend on the requests and samples.jsonl alone: ids are hashes, and "created" is always 0.
+files depend only on the requests and samples.jsonl, because ids are hashes and "created" is always 0.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def write(folder: Path, lines: Sequence[Line], weights: str) -> None:
     with whole(answers) as output, whole(failures) as errors:
         for line in lines:
             if line.batch is None and not line.error:
-                continue  # a request of ours beside the batch's
+                continue  # one of our own requests among the batch's
             try:
                 body = _body(folder, line, samples[line.number], weights)
                 _put(output, line, 200, body)
@@ -110,7 +110,7 @@ def _body(folder: Path, line: Line, rows: Iterable[dict[str, Any]], weights: str
 
 
 def _content(folder: Path, segments: Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any]]:
-    """A text, or parts where there are images."""
+    """A text, or a list of parts if there are images."""
     if all(part["type"] == "text" for part in segments):
         return "".join(part["text"] for part in segments)
     parts: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""A job's samples as the files that benchmarks of text-to-image models read.
+"""Writes a job's samples as the files that benchmarks of text-to-image models read.
 
     geneval         00000/metadata.jsonl, 00000/samples/0000.png        djghosh13/geneval, evaluate_images.py
     dpg             ID.png, a request's images as one 2 x 2 grid        TencentQQGYLab/ELLA, compute_dpg_bench.py
@@ -6,8 +6,9 @@
     mjhq            CATEGORY/ID.png                                     MJHQ-30K, whose FID compares folders
     folder          ID_00_00.png and metadata.jsonl                     Hugging Face's `imagefolder`; FID on any set
 
-A sample's image is its first; `folder` has all. Files that are links to the job's own take no room. A running job may
-be exported, too, and again when there is more: an image has the same name each time.
+Only the first image of a sample is used, except that `folder` has all. Files are links to the job's own files where
+possible, which take no space. A running job can be exported, and exported again when it has more samples: an image gets
+the same name each time.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from ar_unified.manifests import Json
 from ar_unified.sampling.results import read, shards
 from ar_unified.workdir import write_bytes, write_text
 
-_NAME_BYTES = 255  # of a file's name, on every file system in use
+_NAME_BYTES = 255  # most bytes of a file's name, on every file system in use
 
 
 class ExportError(UserError):
-    """The requests do not say what a benchmark needs."""
+    """The requests lack what a benchmark needs."""
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request of a job: its name (its id, if that can be a file's name), its line, and by sample the first image of
-    each finished sample.
+    """A request of a job: its name (its id, if that can be a file's name), its line, and the first image of each
+    finished sample, by sample number.
     """
 
     id: str
@@ -49,7 +50,7 @@ class _Asked:
 
 @dataclass
 class ExportReport:
-    """What was written where, and why requests were left out, by id."""
+    """What was written where, and for each left-out request, by id, the reason."""
 
     folder: Path
     images: int = 0
@@ -64,7 +65,7 @@ class ExportReport:
 def export(job: str | Path, benchmark: str, folder: str | Path) -> ExportReport:
     """Writes what `benchmark` reads into `folder`, from the samples in the folder of a job.
 
-    Raises ExportError for an unknown benchmark or requests that lack what it needs (the message says what), OSError.
+    Raises ExportError for an unknown benchmark, or if requests lack what it needs (the message says what); OSError.
     """
     if benchmark not in BENCHMARKS:
         raise ExportError(f"layout: expected one of {', '.join(BENCHMARKS)}, found {benchmark!r}")
@@ -97,7 +98,7 @@ def _asked(job: Path, report: ExportReport) -> Iterator[_Asked]:
 
 
 def _put(source: Path, target: Path, report: ExportReport) -> None:
-    """The file under another name: a link where the file system has them, else a copy."""
+    """Puts the file under another name: as a link if the file system has links, else as a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     report.images += 1
     if target.exists() and os.path.samefile(source, target):
@@ -149,7 +150,7 @@ def _dpg(job: Path, report: ExportReport) -> None:
 
 
 def _t2i_compbench(job: Path, report: ExportReport) -> None:
-    """The prompt ends at the first "_" of the name; the number behind the last orders the images."""
+    """The prompt ends at the first "_" of the name; the number after the last "_" orders the images."""
     for asked in _asked(job, report):
         name = f"{asked.prompt}_000000.png"
         if re.search(r"[_/\0]", asked.prompt) or len(name.encode()) > _NAME_BYTES:
@@ -194,7 +195,7 @@ def _folder(job: Path, report: ExportReport) -> None:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`n`: samples of a request that the benchmark asks for. `write`: (job, report) -> the files."""
+    """`n`: samples for each request that the benchmark asks for. `write`: writes the files, from (job, report)."""
 
     n: int
     write: Callable[[Path, ExportReport], None]

@@ -1,10 +1,10 @@
-"""Sorts the keys of a row into settings, misspelled settings and columns of its own, and makes a name for a folder of
-its id.
+"""Sorts the keys of a row into settings, misspelled settings and columns of its own, and makes a folder name from its
+id.
 
-A key that nobody could have meant as a setting ("category", "prompt_id") is a column of the row's own and is kept in
-`meta`. A key that is nearly one of ours ("guidence", "imageSize"), or another system's name for one ("guidance_scale"),
-is an error that names ours. Tables and the metadata of shards were not written for this program: there only
-misspellings are errors, and names of other systems are kept in `meta`, too.
+A key that is clearly not a setting ("category", "prompt_id") is the row's own column and is kept in `meta`. A key that
+resembles a setting ("guidence", "imageSize"), or is another system's name for it ("guidance_scale"), is an error that
+names our setting. Tables and the metadata of shards were not written for this program. So in them only misspellings are
+errors, and names of other systems are also kept in `meta`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FILTER: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (in
 CANVAS: dict[str, tuple[type, ...]] = {"image": (str,), "mask": (str,), "top": (int,)}
 ROW = ("id", "prompt", "content", "messages", *SETTINGS, "canvas", "meta")  # the keys of a request
 
-# What other systems call a setting, without "_"
+# Names of settings in other systems, without "_"
 _ELSEWHERE = {
     **dict.fromkeys(("guidancescale", "cfg", "cfgscale", "classifierfreeguidance", "guidanceweight"), "guidance"),
     **dict.fromkeys(("numimages", "nimages", "numsamples", "nsamples"), "n"),
@@ -53,7 +53,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("stopsequences", "stopstrings"), "stop"),
     **dict.fromkeys(("frequencypenalty", "presencepenalty"), "repetition_penalty"),
 }
-_ORDINARY = {"model"}  # words that look like a slip ("mode") and are none
+_ORDINARY = {"model"}  # words that resemble a setting ("mode") but are no misspelling
 _ALIKE = 0.85  # difflib's ratio: "sed" and "seed" have 0.86, "step" and "stop" 0.75
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}[A-Za-z0-9_-]|[A-Za-z0-9]")
@@ -61,9 +61,9 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  
 
 
 def own_columns(row: Mapping[str, Json], *, foreign: bool = False) -> dict[str, Json]:
-    """The columns of a row that are its own.
+    """The row's own columns.
 
-    foreign: the row was not written for us. Raises RequestError for the first key that somebody may have meant as a
+    foreign: the row was not written for this program. Raises RequestError for the first key that may be a mistaken
     setting.
     """
     own = {key: value for key, value in row.items() if key not in ROW or (foreign and _no_filter(key, value))}
@@ -78,7 +78,7 @@ def own_columns(row: Mapping[str, Json], *, foreign: bool = False) -> dict[str, 
 
 
 def check_keys(row: Mapping[str, Json], known: Iterable[str], where: str) -> None:
-    """Raises RequestError for the first key that is not in `known`; here no columns of the row's own are allowed."""
+    """Raises RequestError for the first key that is not in `known`; here a row may have no columns of its own."""
     names = list(known)
     for key in row:
         if key not in names:
@@ -88,12 +88,12 @@ def check_keys(row: Mapping[str, Json], known: Iterable[str], where: str) -> Non
 
 
 def elsewhere(key: str) -> str:
-    """The setting of ours that other systems call `key`, or ""."""
+    """Our setting that other systems call `key`, or ""."""
     return _ELSEWHERE.get(_plain(key), "")
 
 
 def nearly(key: str, known: Iterable[str]) -> str:
-    """The one of `known` that `key` misspells, or "". "prompt_en" and "seed2" are no misspellings."""
+    """The name in `known` that `key` misspells, or "". "prompt_en" and "seed2" are not misspellings."""
     if key in _ORDINARY or key[-1:].isdigit():
         return ""
     spelled = re.sub(r"\W", "_", key).casefold().strip("_")
@@ -107,7 +107,7 @@ def nearly(key: str, known: Iterable[str]) -> str:
 
 
 def _no_filter(key: str, value: object) -> bool:
-    """A column "text" or "image" that does not say how tokens are drawn."""
+    """Whether this is a column "text" or "image" without settings for drawing tokens."""
     return key in ("text", "image") and not isinstance(value, Mapping)
 
 
@@ -115,7 +115,7 @@ def _suggestion(key: str, row: Mapping[str, Json], foreign: bool) -> str:
     if elsewhere(key) and not foreign:
         return repr(elsewhere(key))
     near = nearly(key, ROW)
-    if near and near not in row:  # if the right key stands beside it, it is no slip of that key
+    if near and near not in row:  # if the row also has the right key, this one does not misspell it
         return repr(near)
     inner = nearly(key, FILTER)
     if inner and not foreign:
@@ -128,7 +128,7 @@ def _plain(key: str) -> str:
 
 
 def _swapped(a: str, b: str) -> bool:
-    """Whether two neighbours changed places: "mdoe"."""
+    """Whether the two differ by one swap of adjacent letters, as "mdoe"."""
     return len(a) == len(b) and any(a[:i] + a[i + 1] + a[i] + a[i + 2 :] == b for i in range(len(a) - 1))
 
 
@@ -136,9 +136,10 @@ def _swapped(a: str, b: str) -> bool:
 
 
 class Names:
-    """The name of the folder of images for each id. It is the id itself, if that is a valid name on every file system.
+    """Names the folder of images for each id. The name is the id itself if that is a valid name on every file system.
 
-    Else it is made of the id's letters and digits and a hash. The same requests in the same order get the same names.
+    Otherwise it combines the id's letters and digits with a hash. The same requests in the same order get the same
+    names.
     """
 
     def __init__(self) -> None:
@@ -146,12 +147,12 @@ class Names:
         self._taken: set[str] = set()
 
     def add(self, id: str, number: int) -> str:
-        """The name of the id of row `number`. Raises RequestError if another row has that id."""
+        """The name for the id of row `number`. Raises RequestError if another row has that id."""
         if id in self._ids:
             raise RequestError(f"id {id!r:.120} is that of line {self._ids[id]} already: give every request its own")
         self._ids[id] = number
         name = id if _NAME.fullmatch(id) and not _RESERVED.fullmatch(id) else _made(id)
-        if name.casefold() in self._taken:  # "Cat" and "cat" are one folder on some file systems
+        if name.casefold() in self._taken:  # "Cat" and "cat" are the same folder on some file systems
             name = _made(id)
         self._taken.add(name.casefold())
         return name
@@ -164,5 +165,5 @@ def _made(id: str) -> str:
 
 
 def digest(text: str) -> bytes:
-    """sha256 of a text, which may have lone surrogates."""
+    """The sha256 of a text, which may have lone surrogates."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

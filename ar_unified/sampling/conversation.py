@@ -1,4 +1,4 @@
-"""A conversation whose cache is kept from turn to turn, so that each turn reads only what is new.
+"""A conversation that keeps its KV cache from turn to turn, so that each turn reads only what is new.
 
     talk = Conversation(engine)
     talk.say((TextPart("Draw a circle."),), mode="image", guidance=3.0)
@@ -6,11 +6,11 @@
 
 `Engine.generate` reads the whole prompt of each request, so that a sample is a function of weights, request, seed and
 index, bit for bit. A conversation keeps the keys and values of the steps that drew an answer, and a prefill would round
-them differently. So its answers are a function of all turns and their requests. They do not depend on the other
-conversations of a batch (`say_all`).
+them differently. So its answers depend on all turns and their requests, but not on the other conversations of a batch
+(`say_all`).
 
-The tokens that a context has read are remembered. A turn's plan says what each context is to read; as much of its
-beginning as the cache already holds is not read again.
+A conversation remembers which tokens each context has read. A turn's plan says what each context must read. The
+beginning that the cache already contains is not read again.
 
 Axes: R slots, C contexts, rows side by side [R * C]; W text pieces and more (`steps`).
 """
@@ -38,11 +38,12 @@ from ar_unified.sampling.request import Request, RequestError, Sample, TooLong
 from ar_unified.sampling.slots import Job, row_arrays
 from ar_unified.sampling.steps import CHUNK, Shape, State
 
-_BEFORE = (Turn("user"), Turn("assistant"))  # stands for all turns before one
+_BEFORE = (Turn("user"), Turn("assistant"))  # stands for all earlier turns
 
 
 class _Kept(NamedTuple):
-    """The tokens that a context has read, int32 [n], and its row of the cache, whose first n slots hold them."""
+    """The tokens that a context has read, int32 [n], and its row of the cache, with these tokens in the first n
+    slots."""
 
     tokens: np.ndarray
     cache: Cache
@@ -52,12 +53,12 @@ class Conversation:
     """Turns with one model. Several are served at once by `say_all`.
 
     Args:
-        engine: its max_length holds the whole conversation, its kv_dtype is the kept cache's.
-        history: turns to begin with, as a system's.
+        engine: its max_length limits the whole conversation, and the kept cache has its kv_dtype.
+        history: turns to begin with, such as a system turn.
 
     Attributes:
-        turns: all that was said.
-        tokens: int32 [n], the same, the answers as they were drawn.
+        turns: all turns so far.
+        tokens: int32 [n], the tokens of all turns, with the answers as they were drawn.
         prefilled: how many tokens each context of the last turn read before its answer, its own context first.
     """
 
@@ -68,15 +69,16 @@ class Conversation:
         self.prefilled: tuple[int, ...] = ()
         self._kept: dict[
             tuple[str, str], _Kept
-        ] = {}  # by adapter and context; those that begin anew at each image are not kept
-        self._params: Any = None  # that computed it
+        ] = {}  # by adapter and context, without contexts that reset at each image
+        self._params: Any = None  # that computed the caches
 
     def say(self, parts: Sequence[Part], **settings: object) -> Sample:
         """The answer to the user's next turn.
 
-        settings: of a Request. Its seed may be the same in all turns: what is drawn depends on its place, too.
+        settings: of a Request. All turns may have the same seed, because draws also depend on the position.
 
-        Raises RequestError, saying what to change, if it cannot be served; the conversation is then as it was.
+        Raises RequestError that says what to change, if the turn cannot be served, and then leaves the conversation
+        unchanged.
         """
         request = Request(**{"id": f"turn {len(self.turns)}", "parts": tuple(parts)} | settings)  # type: ignore[arg-type]
         (sample,) = say_all([(self, request)])
@@ -85,7 +87,7 @@ class Conversation:
         return sample
 
     def plan(self, request: Request) -> Plan:
-        """How the next turn is served. Raises RequestError or GrammarError if it cannot be."""
+        """The plan of the next turn. Raises RequestError or GrammarError if it cannot be served."""
         if request.history or not request.turn or request.n != 1:
             raise RequestError(
                 "history, turn, n: a conversation has its own history, and goes on from one answer to a turn; "
@@ -100,7 +102,7 @@ class Conversation:
             raise RequestError(f"{error}, or begin another conversation: the prompt is the whole of this one") from None
 
     def _prompt(self, request: Request) -> np.ndarray:
-        """All that the answer comes after, int32 [n]."""
+        """All tokens before the answer, int32 [n]."""
         grammar, asked = self.engine.grammar, request.turns[-1]
         if not len(self.tokens):
             return grammar.prompt([*self.turns, asked])
@@ -108,7 +110,8 @@ class Conversation:
         return np.concatenate([self.tokens, new])
 
     def kept(self, context: tuple[str, str], prefix: np.ndarray) -> tuple[int, Cache | None]:
-        """How many of a context's tokens are in its cache already, and the tokens; the last one is always read."""
+        """How many of a context's tokens are already in its cache, and the tokens. The last token is always read
+        again."""
         found = self._kept.get(context)
         if found is None or self._params is not self.engine.params:
             return 0, None
@@ -120,7 +123,7 @@ class Conversation:
         """Adds an answer and keeps the rows of the cache that drew it, one for each context."""
         assert sample.document is not None
         grammar = self.engine.grammar
-        # The last token of an answer is drawn, and not read by any context.
+        # The last token of an answer is drawn, but no context reads it.
         read = np.concatenate([plan.prompt, sample.tokens[:-1]])
         if self._params is not self.engine.params:
             self._kept, self._params = {}, self.engine.params
@@ -135,15 +138,15 @@ class Conversation:
 def say_all(asked: Sequence[tuple[Conversation, Request]]) -> list[Sample]:
     """The answers to the next turns of several conversations of one engine, in their order.
 
-    A request holds the user's turn alone and asks for one sample. The answer's `request.history` has all earlier turns.
-    A request that cannot be served gives an `error` and leaves its conversation as it was.
+    A request contains only the user's turn and asks for one sample. The answer's `request.history` has all earlier
+    turns. A request that cannot be served gives an `error` and leaves its conversation unchanged.
 
-    Raises ValueError for a conversation that is there twice, or engines that differ.
+    Raises ValueError if a conversation is given twice, or the engines differ.
     """
     if len({id(each) for each, _ in asked}) < len(asked) or len({id(each.engine) for each, _ in asked}) > 1:
         raise ValueError("say_all: expected conversations of one engine, each once")
     samples: dict[int, Sample] = {}
-    pools: dict[int, list[tuple[int, Conversation, Plan]]] = {}  # by how many contexts they are guided with
+    pools: dict[int, list[tuple[int, Conversation, Plan]]] = {}  # by their number of contexts
     for i, (conversation, request) in enumerate(asked):
         try:
             plan = conversation.plan(request)
@@ -182,7 +185,7 @@ def _programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) ->
 
 
 def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[Sample]:
-    """A turn of at most R conversations, guided with equally many contexts."""
+    """Serves a turn of at most R conversations with equally many contexts."""
     R, C = engine.batch_size, len(group[0][1].prefixes)
     own = _programs(engine.config, engine.grammar, engine.mesh)
     jobs = {i: Job(plan, 0, None) for i, (_, plan) in enumerate(group)}
@@ -190,7 +193,7 @@ def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[S
 
     state = engine.empty(shape)
     seen = np.zeros((R, state.seen.shape[1]), bool)
-    new: dict[int, tuple[int, np.ndarray]] = {}  # by row: from where on what is read
+    new: dict[int, tuple[int, np.ndarray]] = {}  # by row: the place of the first token to read, and the tokens
     for i, (conversation, plan) in enumerate(group):
         pieces = plan.prefixes[0]
         seen[i, pieces[pieces < engine.grammar.vocabulary.text_size]] = True
@@ -220,7 +223,7 @@ def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[S
 
 
 def _read(engine: Engine, own: _Programs, state: State, new: dict[int, tuple[int, np.ndarray]]) -> State:
-    """The state after each row has read its new tokens. What a row gets depends on its own length, not on the other
+    """The state after each row has read its new tokens. A row's result depends on its own length, not on the other
     rows.
     """
     count = len(state.hidden)
@@ -235,17 +238,17 @@ def _read(engine: Engine, own: _Programs, state: State, new: dict[int, tuple[int
 
 
 def _contexts(plan: Plan) -> list[tuple[str, str]]:
-    """The adapter that reads, and names of a plan's contexts; "" is the conversation itself."""
+    """Keys for a plan's contexts: the adapter, and the name of the context; "" is the conversation itself."""
     names = ["", plan.request.context, "image_only"][: len(plan.prefixes)]
     return [(plan.request.adapter, name) for name in names]
 
 
 def _ended(grammar: Grammar, sample: Sample) -> np.ndarray:
-    """The ids of an answer before the next turn, int32 [n]; without the stop that ended it."""
+    """The ids of an answer as the next turn sees them, int32 [n], without the stop that ended it."""
     if sample.finish_reason != "stop" or sample.document is None:
         return sample.tokens
     try:
         said = grammar.parts(sample.document.parts)
-    except GrammarError:  # the text tokenizer cannot spell the text that was cut: the ids stay as they were drawn
+    except GrammarError:  # the text tokenizer cannot encode the cut text, so the ids stay as drawn
         said = sample.tokens
     return np.append(said, grammar.syntax.end).astype(np.int32)

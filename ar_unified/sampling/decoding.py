@@ -1,8 +1,8 @@
 """Logits -> one token per row: temperature, top-k and top-p per row and modality, then Gumbel-argmax.
 
-No sort: a row's top-k or top-p set is {values >= t} for one threshold t, and t is searched for (as T5X and
-tpu-inference do, here on the bits of the floats, so it is exact up to ties, which are all kept). Noise belongs to
-(seed, sample, position) and to nothing else, so a row draws the same token in any slot of any batch.
+No sort: a row's top-k or top-p set is {values >= t} for one threshold t, and a search finds t. T5X and tpu-inference do
+the same; this search runs on the bits of the floats, so the set is exact, except that all ties are kept. Noise depends
+only on (seed, sample, position), so a row draws the same token in any slot of any batch.
 
 Axes: B rows, V vocabulary.
 """
@@ -20,7 +20,7 @@ from jax import Array
 
 from ar_unified.kernels.row_max import row_max
 
-_FLOOR = -1e30  # where NaN and -inf of an allowed token go: below everything real, above everything forbidden
+_FLOOR = -1e30  # stands for NaN and -inf of an allowed token: below every finite logit, above every forbidden one
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Filter:
     top_p: float = 1.0
 
     def check(self, name: str) -> None:
-        """Raises ValueError naming `name` and the first field no token could be drawn with."""
+        """Raises ValueError that names `name` and the first invalid field."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"{name}.temperature: expected a finite number >= 0, found {self.temperature}")
         if self.top_k < 0 or self.top_k != int(self.top_k):
@@ -61,8 +61,8 @@ class Filters(NamedTuple):
 
 
 def row_keys(seed: Array, sample: Array) -> Array:
-    """uint32 [B], int32 [B] -> keys [B]. The random generator is fixed by name, so that a change of jax's default
-    changes nothing.
+    """uint32 [B], int32 [B] -> keys [B]. The code names the random generator, so that a change of jax's default changes
+    nothing.
     """
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), i))(seed, sample)
 
@@ -70,12 +70,13 @@ def row_keys(seed: Array, sample: Array) -> Array:
 def choose(
     logits: Array, allowed: Array | None, active: Array, filters: Filters, keys: Array, position: Array
 ) -> tuple[Array, Array]:
-    """The next token of every row: int32 [B], an index into the logits; and bool [B], whether its logits were NaN.
+    """The next token of every row, int32 [B], an index into the logits; and whether the row's logits were NaN, bool
+    [B].
 
     Args:
         logits: f32 [B, V], guidance already mixed in. NaN and -inf count as the least likely.
-        allowed: bool [B, V]; nothing outside it is ever returned, whatever the logits are. None: all are.
-        active: bool [B]; all other rows get an arbitrary token, without any work for it.
+        allowed: bool [B, V]; only allowed tokens are ever returned, whatever the logits are. None: all are allowed.
+        active: bool [B]; all other rows get an arbitrary token at no cost.
         filters: [B] each (`Filters.at`).
         keys: [B] from `row_keys`. position: int32 [B], of the token in its sequence, prompt included.
     """
@@ -102,8 +103,8 @@ def choose(
 
 
 def log_probability(logits: Array, allowed: Array | None, filters: Filters, token: Array) -> Array:
-    """f32 [B]: the log-probability with which `choose` draws `token`, int32 [B]; 0 at temperature 0. Arguments as
-    there; an id outside the logits gives some number."""
+    """f32 [B]: the log-probability with which `choose` draws `token`, int32 [B]; 0 at temperature 0. The other
+    arguments are those of `choose`. The result is arbitrary for an id outside the logits."""
     drawn = filters.temperature > 0
     scaled = jnp.clip(logits, _FLOOR, -_FLOOR) / jnp.where(drawn, filters.temperature, 1.0)[:, None]
     if allowed is not None:
@@ -114,7 +115,8 @@ def log_probability(logits: Array, allowed: Array | None, filters: Filters, toke
 
 
 def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
-    """f32 [B, V]: logits of tokens `seen`, bool [B, V], above 0 divided by `penalty` [B], others multiplied."""
+    """f32 [B, V]: the logits with a penalty on tokens `seen`, bool [B, V]: logits above 0 are divided by `penalty` [B],
+    others are multiplied by it."""
 
     def penalized(logits: Array) -> Array:
         factor = penalty[:, None]
@@ -124,17 +126,18 @@ def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
 
 
 def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Which tokens stay, bool [B, V]: the top_k of a row, and of these the fewest whose probability reaches top_p.
+    """Which tokens stay, bool [B, V]: the top_k of a row, and of these the smallest set with probability top_p or more.
 
     logits f32 [B, V] (-inf: not there), top_k i32 [B] (0: off), top_p f32 [B] (1: off; probabilities are renormalised
-    after top_k). If logits are equal at the border, all of them stay. A filter that no row uses costs nothing.
+    after top_k). If logits tie at the threshold, all of them stay. A filter that no row uses costs nothing.
     """
     ranks = _ranks(logits)
     used = jnp.stack([(top_k > 0) & (top_k < logits.shape[-1]), top_p < 1])
     least = jnp.where(used, jnp.stack([top_k.astype(jnp.float32), top_p]), 0)
 
     def cut(i: Array, floor: Array) -> Array:
-        """The floor of a row's top_k (i = 0), where each token weighs 1, then of its top_p, where it weighs p."""
+        """The threshold of a row's top_k (i = 0), where each token weighs 1, or of its top_p (i = 1), where a token
+        weighs its p."""
         kept = jnp.where(ranks >= floor[:, None], logits, -jnp.inf)
         p = jnp.exp(kept - row_max(kept))
         weight = jnp.where(i == 0, 1.0, p / jnp.sum(p, axis=-1, keepdims=True))
@@ -149,8 +152,8 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
 
 
 def _argmax(x: Array) -> Array:
-    """jnp.argmax(x, -1) for x [B, V] without NaN, int32 [B]. XLA on CPUs does not vectorise jnp.argmax, but it does
-    vectorise the two reductions used here. The barrier keeps it from computing the noise once for each of them.
+    """jnp.argmax(x, -1) for x [B, V] without NaN, int32 [B]. XLA on CPUs does not vectorise jnp.argmax, but it
+    vectorises the two reductions used here. The barrier stops XLA from computing the noise once for each reduction.
     """
     x = jax.lax.optimization_barrier(x)
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
@@ -158,19 +161,20 @@ def _argmax(x: Array) -> Array:
 
 
 def _ranks(x: Array) -> Array:
-    """uint32 in the order of the floats: flip every bit of a negative one, the sign bit of a positive one."""
+    """uint32 in the order of the floats: flips every bit of a negative float, and the sign bit of a positive one."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
-    """For each row that is `used`, a t with {rank >= t} the smallest such set that weighs `least` or more: uint32 [B].
+    """For each row that is `used`: a threshold t, uint32 [B], such that {rank >= t} is the smallest such set with
+    weight `least` or more.
 
     Args:
         ranks: uint32 [B, V]. weight: f32 [B, V], >= 0. least: f32 [B], less than the weight of the whole row.
 
-    The search brackets t, in turn by interpolation and by halving. A row is done as soon as its bracket holds one token
-    alone, after 6 to 12 passes over the logits; no distribution takes more than 64.
+    The search narrows a bracket around t, by interpolation and bisection in turn. A row is done as soon as its bracket
+    contains a single token. This takes 6 to 12 passes over the logits, and never more than 64.
     """
 
     def measure(t: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""What a pool keeps of guesses between two steps of `window.py`.
+"""The guesses that a pool keeps between two steps of `window.py`.
 
 Axes: R slots, C contexts, n guesses, D model.
 """
@@ -18,17 +18,17 @@ from ar_unified.model.config import TransformerConfig
 
 
 class Drafts(NamedTuple):
-    """n guesses of what each row has after its next token, which `window.py` makes, reads and checks."""
+    """n guesses of the tokens after each row's next token. `window.py` makes, reads and checks them."""
 
     tokens: Array  # i32 [R, n]; -1: none, from there on
-    hidden: Array  # [R * C, n, D], behind each of them
-    automaton: automaton.State  # [R, n] each, behind each of them
+    hidden: Array  # [R * C, n, D], after each of them
+    automaton: automaton.State  # [R, n] each, after each of them
     position: Array  # i32 [R, n, C], the same
-    codes: Array  # i32 [R, codes of the largest image], of the image at hand
+    codes: Array  # i32 [R, codes of the largest image], of the current image
 
 
 def no_drafts(config: TransformerConfig, grammar: Grammar, slots: int, contexts: int, width: int) -> Drafts | None:
-    """Those of a pool that begins to draw `width` positions at once: none yet. None where it draws one by one."""
+    """The empty drafts of a pool that begins to draw `width` positions at once. None if it draws one by one."""
     if width == 1:
         return None
     n, machine = width - 1, grammar.automaton.resume(Opened(jnp.zeros(slots, jnp.int32)), Wanted())
@@ -42,7 +42,7 @@ def no_drafts(config: TransformerConfig, grammar: Grammar, slots: int, contexts:
 
 
 def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None:
-    """The state without drafts in `rows`, bool [R], whose next tokens are not those that the drafts were made for."""
+    """The state without drafts in `rows`, bool [R]: the rows with other next tokens than their drafts were made for."""
     if drafts is None:
         return None
     gone = jnp.broadcast_to(rows, drafts.tokens.shape[:1])[:, None]

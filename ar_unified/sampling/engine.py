@@ -1,13 +1,13 @@
-"""Many requests in, many samples out, by continuous batching.
+"""Turns many requests into many samples by continuous batching.
 
-Requests are served in pools (`steps.Shape`): by how many contexts they are guided with and which length of cache they
-need. Both follow from the request alone, and no row depends on another, so a sample does not depend on the rest of its
-batch, its slot, or its time. For each pool three programs are compiled, and no request ever adds another: its
-temperature, guidance, size, seed and budget are arrays.
+Requests are served in pools (`steps.Shape`). The pool depends on how many contexts a request is guided with and which
+length of cache it needs. Both follow from the request alone, and no row depends on another, so a sample does not depend
+on the rest of its batch, its slot, or its time. For each pool, three programs are compiled. Temperature, guidance,
+size, seed and budget are arrays, so no request makes the engine compile another program.
 
-The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. If it knows how many tokens a sample takes,
-as for images of a given size, it knows without reading when the slot becomes free: the chunk ends there and the next
-sample starts at once.
+The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. For images of a given size, the host knows
+how many tokens a sample takes. So it knows in advance when the slot becomes free, ends the chunk there, and starts the
+next sample at once.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
 from ar_unified.sampling.weights import check_weights_dtype
 
 KV_DTYPES = (None, "int8", "float8_e4m3fn", "bfloat16", "float32")
-_AHEAD = 4  # requests planned ahead, times the slots
-_SHORT = 16  # steps of a chunk while samples wait for a slot that nobody knows the end of
-_SHORTEST = 8  # and of any other chunk that is cut short
+_AHEAD = 4  # samples planned ahead, as a multiple of the slots
+_SHORT = 16  # steps of a chunk while samples wait and a slot's end is unknown
+_SHORTEST = 8  # least steps of any other chunk that is cut short
 
 
 class Programs(NamedTuple):
@@ -69,7 +69,8 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> Programs:
-    """One set for all engines of a model; `mesh` is an argument only because each mesh needs programs of its own."""
+    """One set of programs for all engines of a model; `mesh` is an argument only because each mesh needs its own
+    programs."""
     return Programs(
         prepare=jax.jit(functools.partial(steps.prepare, config, grammar), static_argnums=0),
         head_parts=jax.jit(functools.partial(head.head_parts, config, grammar)),
@@ -85,7 +86,8 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
 
 
 def ways_of(batch_size: int, mesh: Mesh | None) -> int:
-    """Over how many devices of the mesh the rows of an engine are split. Raises ValueError unless that divides them."""
+    """The number of devices over which the mesh splits an engine's rows. Raises ValueError unless it divides the
+    rows."""
     ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
         raise ValueError(f"batch_size: expected a multiple of the mesh's {ways} data devices, found {batch_size}")
@@ -96,23 +98,23 @@ class Engine:
     """Draws samples from one model.
 
     Args:
-        config, params: the transformer, its parameters those of a training or `sampling.weights.settled`. They may be
-            replaced between calls by others of the same shapes. Parameters of a training stay in memory beside the form
-            that the sampler makes of them.
-        grammar: what may be written, and the vocabulary it is written in.
-        batch_size: R, samples decoded at once (with guidance two or three rows each).
+        config, params: the transformer and its parameters, from training or from `sampling.weights.settled`. Parameters
+            of the same shapes may replace them between calls. Training parameters stay in memory beside the sampler's
+            converted copy.
+        grammar: the grammar of documents, and its vocabulary.
+        batch_size: R, samples decoded at once (two or three rows each with guidance).
         max_length: tokens of prompt and answer together; the longest KV cache.
         kv_dtype: of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each vector.
         weights_dtype: of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute dtype.
         window: positions of an image that are drawn at once (`window.py`), one of sampling.pace.WINDOWS.
-        mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
-        softmax: of `language.syntax.SOFTMAXES`, the one that the model was trained with; likelihoods are of it.
+        mesh: devices to decode on; its data axes split the samples and its tensor axis splits the heads (`parallel`).
+        softmax: one of `language.syntax.SOFTMAXES`, the softmax that the model was trained with; `score` uses it.
         adapters: by the names that requests use (`low_rank`); a request without a name uses the model alone.
-        logprobs: whether samples have log-probabilities; not possible with a window.
+        logprobs: whether samples have log-probabilities; this excludes a window.
 
     Raises:
-        ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
-            kv_dtype, weights_dtype, window or softmax is none there is, or logprobs are asked for with a window.
+        ValueError: the model's vocabulary differs from the grammar's, a size is not positive or the mesh does not
+            divide it, kv_dtype, weights_dtype, window or softmax is unknown, or logprobs are combined with a window.
     """
 
     def __init__(
@@ -164,16 +166,16 @@ class Engine:
         self._drawn = np.zeros(2, np.int64)  # tokens, and steps that samples took for them
 
     def generate(self, requests: Iterable[Request | Plan]) -> Iterator[Sample]:
-        """All samples of all requests as they finish, which is not the order of the requests.
+        """Yields all samples of all requests as they finish, which is not the order of the requests.
 
-        A request that cannot be served gives one sample with an `error`; the others are not touched by it. `requests`
-        is read as slots become free, so it may be endless. One that was planned (`plan`) is not planned again.
+        A request that cannot be served gives one sample with an `error`, and the other requests go on. `requests` is
+        read as slots become free, so it may be endless. A Plan (from `plan`) is not planned again.
         """
         counted = ((asked, asked.request.n if isinstance(asked, Plan) else asked.n) for asked in requests)
         return self.draw((asked, index) for asked, n in counted for index in range(max(n, 1)))
 
     def draw(self, samples: Iterable[tuple[Request | Plan, int]]) -> Iterator[Sample]:
-        """Like `generate` for chosen samples, (request, index) each."""
+        """Like `generate`, for chosen samples given as pairs (request, index)."""
         waiting = _Waiting(self, samples)
         prompts = Prompts(self.prefill, self._prefill_rows, self.grammar.vocabulary.pad)
         while (shape := waiting.shape()) is not None or waiting.refused:
@@ -182,12 +184,14 @@ class Engine:
                 yield from self._serve(shape, waiting, prompts)
 
     def score(self, items: Iterable[Scored]) -> list[Score]:
-        """How likely the model finds what is given: one Score an item, in their order.
+        """Log-likelihoods of the items: one Score for each, in the same order.
 
-        Items are documents, of which the answer is scored (without a turn: all of it), or pairs of a request and the
-        parts that might answer it. Log-probabilities are the model's own, over all ids of the softmax.
+        An item is a document, or a pair of a request and the parts of a possible answer. In a document the answer is
+        scored; if it has no turns, all of it is scored. Log-probabilities are the model's own, over all ids of the
+        softmax.
 
-        Raises GrammarError or RequestError for the first item that has no tokens, or more than max_length.
+        Raises GrammarError or RequestError for the first item that cannot be tokenized, or has more than max_length
+        tokens.
         """
         found: dict[int, Score] = {}
         width, items = self._prefill_rows, list(items)
@@ -214,32 +218,32 @@ class Engine:
 
     @property
     def widest(self) -> int:
-        """Positions of a row that are drawn at once, at most."""
+        """The largest number of positions of a row that are drawn at once."""
         return self._pace.most
 
     @property
     def tokens_a_step(self) -> float:
-        """How many tokens a step gave a sample, over all steps so far: 1 unless there is a window."""
+        """The mean number of tokens that a sample got from a step, over all steps so far: 1 without a window."""
         return float(max(self._drawn[0], 1) / max(self._drawn[1], 1))
 
     def plan(self, request: Request) -> Plan:
-        """How the request is served. Raises RequestError or GrammarError, saying what to change, if it cannot be."""
+        """The request's plan. Raises RequestError or GrammarError that says what to change, if it cannot be served."""
         self.number(request.adapter)
         return plan(self.grammar, request, self.max_length)
 
     def number(self, adapter: str) -> int:
-        """The number of an adapter, by its name; "": 0, none. Raises RequestError for one that the engine does not
-        have.
+        """The number of the adapter with this name; 0 for "", no adapter. Raises RequestError if the engine does not
+        have it.
         """
         return number(self.adapters, adapter)
 
     # ---- one pool ------------------------------------------------------------------------------------------------
 
     def _serve(self, shape: Shape, waiting: _Waiting, prompts: Prompts) -> Iterator[Sample]:
-        """Samples of one shape until none of them waits any more."""
+        """Serves samples of one shape until no more of them wait."""
         state = self.empty(shape)
         slots: list[Job | None] = [None] * self.batch_size
-        behind: tuple[Any, list[Job | None]] | None = None  # the chunk before: what came of it, and for whom
+        behind: tuple[Any, list[Job | None]] | None = None  # the chunk before: its result, and the jobs in its slots
         begun = ended = 0
         while True:
             fresh = {i: job for i, slot in enumerate(slots) if slot is None and (job := waiting.next(shape))}
@@ -284,7 +288,7 @@ class Engine:
         batches = prompts.read([prefix for _, prefix in where])
         arrays = row_arrays(self.grammar.layout, shape, R, fresh, self.adapters)
         new = np.isin(np.arange(R), list(fresh))
-        for batch, rows in batches:  # rows of `batch`, for each prefix in order; -1: it is in another
+        for batch, rows in batches:  # each prefix's row in `batch`, in order; -1: it is in another batch
             there = [(slot, row) for (slot, _), row in zip(where, rows, strict=True) if row >= 0]
             slots, source = np.full(R * C, R * C, np.int32), np.zeros(R * C, np.int32)
             slots[: len(there)], source[: len(there)] = zip(*there, strict=True)
@@ -319,7 +323,7 @@ class Engine:
         self._pace.drew(shape, rows.shape[1] // CHUNK, *many)
 
     def _learn(self, shape: Shape, sample: Sample) -> None:
-        """Has the codes that came for the guesses of others, and tells the pace how these would have been guessed."""
+        """Learns from a sample's codes for later guesses, and tells the pace which of them would have been guessed."""
         if sample.document is not None and self._pace.asks(shape):
             images = [part.codes for part in sample.document.parts if isinstance(part, CodesPart)]
             self._pace.saw(shape, len(sample.tokens), [self._pairs.learn(codes) for codes in images])
@@ -331,7 +335,8 @@ class Engine:
         return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.first)
 
     def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:
-        """`steps.decode_chunk`, or its like with a window, and how many steps were taken: `count` or fewer."""
+        """Calls `steps.decode_chunk` or its variant with a window; also returns how many steps it asked for: `count` or
+        fewer."""
         width, count, timed = self._pace.next(shape, count)
         drafts = state.drafts
         if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):
@@ -357,7 +362,7 @@ class Engine:
 
     @property
     def weights(self) -> Weights:
-        """`params` as the steps read them, made when they are first needed."""
+        """`params` in the form that the steps read, made when first needed."""
         if self._prepared[0] is not self.params:
             if isinstance(self.params["layers"], list):
                 made = head.with_head(self.params, *self.call(self._programs.head_parts, self.params))
@@ -373,16 +378,16 @@ class Engine:
 
 
 class _Waiting:
-    """Samples that wait for a slot, planned a little ahead, by the pool that they need."""
+    """Samples that wait for a slot, planned a little ahead and sorted by the pool that they need."""
 
     def __init__(self, engine: Engine, samples: Iterable[tuple[Request | Plan, int]]):
         self._engine, self._samples = engine, iter(samples)
         self._queues: dict[Shape, deque[Job]] = {}
-        self._plan: tuple[Request | None, Plan | None] = (None, None)  # the last one: samples of a request share it
+        self._plan: tuple[Request | None, Plan | None] = (None, None)  # the last plan: samples of a request share it
         self.refused: list[Sample] = []
 
     def shape(self) -> Shape | None:
-        """The pool that most samples wait for."""
+        """The pool for which most samples wait."""
         self._fill()
         return max(self._queues, key=lambda shape: len(self._queues[shape]), default=None)
 
@@ -421,7 +426,7 @@ class _Waiting:
 
 
 def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> int:
-    """How many steps to take: up to the next known end of a sample, if another one waits for its slot."""
+    """How many steps to take: up to the next known end of a sample, if another sample waits for a slot."""
     if not waiting:
         return CHUNK
     if len(slots) == 1:

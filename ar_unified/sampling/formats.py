@@ -1,16 +1,17 @@
-"""Files of requests -> rows: one small reader per format, each giving what a line of our own JSONL says.
+"""Reads rows from files of requests. Each format has a small reader that returns what a line of our own JSONL would
+say.
 
     *.jsonl   a line is a request of ours, a plain {"prompt"}, a line of an OpenAI batch, or one of GenEval's metadata
     *.txt     a line is a prompt; so are T2I-CompBench's files
     *.tsv, *.csv, *.parquet   a row is a request (`sampling.tables`): PartiPrompts.tsv, DiffusionDB's metadata
     *.tar     WebDataset: key.txt is a prompt, key.json a request, key.png, key.jpg, ... images in front of the prompt
     *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list; an entry that is a text is a prompt a
-    folder  of ID.txt, a prompt each (DPG-Bench's prompts)
+    folder of ID.txt, a prompt each (DPG-Bench's prompts)
 
-What cannot be read becomes a row with an error, and the following rows are still read. These never become prompts: the
-header of a table, other members of a tar, README and LICENSE files, hidden files, and what macOS puts into archives
-(__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Images are named by the rows and read later: files
-under the folder of the requests (`data.files`), members of the tar, or data: URLs. Nothing is fetched.
+An unreadable row becomes a row with an error, and the following rows are still read. These never become prompts: the
+header of a table, other members of a tar, README and LICENSE files, hidden files, and files that macOS adds to archives
+(__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Rows name their images, which are read later: files under the folder
+of the requests (`data.files`), members of the tar, or data: URLs. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from ar_unified.manifests import Json
 from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
 
-_MOST_TEXT = 1 << 24  # bytes of a prompt's file
+_MOST_TEXT = 1 << 24  # most bytes of a prompt's file
 _IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
-_TEXTS = (".txt", ".jsonl", ".csv", ".tsv")  # in these a zero byte is an error of its line
+_TEXTS = (".txt", ".jsonl", ".csv", ".tsv")  # here a zero byte is an error of its line
 _GENEVAL = {"tag", "include", "prompt"}
 _MJHQ = {"category", "prompt"}
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.\w+)?", re.IGNORECASE)  # names of files
@@ -44,13 +45,13 @@ _ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.\w
 
 @dataclass(frozen=True)
 class Row:
-    """One request as it stands in its file.
+    """One request as its file has it.
 
     Attributes:
         number: from 1; the line, where the file has lines.
-        data: what the request says, with the keys of our JSONL. error: why there is no data, or "".
-        load: the bytes of an image by the name that the row gives it; raises RequestError, FileError or OSError.
-        foreign: it was written for others (a table, a shard's metadata), not as a request.
+        data: the request's settings, with the keys of our JSONL. error: why there is no data, or "".
+        load: returns the bytes of an image by the name that the row uses; raises RequestError, FileError or OSError.
+        foreign: the row was written for other programs (a table, a shard's metadata), not as a request.
     """
 
     number: int
@@ -60,23 +61,22 @@ class Row:
     foreign: bool = False
 
 
-Left = Callable[[str], None]  # is told each thing that is left out, by its kind
+Left = Callable[[str], None]  # is called with the kind of each thing that is left out
 
 
 def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = False) -> Iterator[Row]:
     """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
 
     The name's suffix gives the format. Without a known suffix, a file whose lines begin with "{" is JSONL. `leave` is
-    called with what is there but is no prompt: "README.txt", "members .cls". `links`: whether links that lead out of
-    the
-    requests' folder are followed, to images and to prompts in a folder.
+    called for everything that is not a prompt: "README.txt", "members .cls". `links`: whether to follow links that lead
+    out of the requests' folder, to images and to prompts in a folder.
     """
     path = Path(path)
     suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)
     if path.is_dir():
         return _rows(folder, _folder(folder, leave))
     if path.exists():
-        require_file(path)  # a pipe could be read once only
+        require_file(path)  # a pipe can be read only once
     if suffix in _PACKED:
         raise RequestError(f"{path}: expected a file that is not compressed: unpack it first")
     if suffix == ".tar":
@@ -114,9 +114,7 @@ def _rows(
 
 
 def _hidden(name: str) -> bool:
-    """Whether a file of an archive or folder, by its path there, is one that systems make: .DS_Store, ._a.txt,
-    __MACOSX/a.
-    """
+    """Whether a path in an archive or folder is a file made by operating systems: .DS_Store, ._a.txt, __MACOSX/a."""
     return any(hidden(part) for part in name.split("/") if part not in ("", "."))
 
 
@@ -124,7 +122,7 @@ def _hidden(name: str) -> bool:
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file with their ends, without a byte order mark. Raises RequestError: it is no UTF-8."""
+    """The lines of a file with their line ends, without a byte order mark. Raises RequestError if it is not UTF-8."""
     with open(path, "rb") as file:
         try:
             start = encoding.begin(file)
@@ -145,7 +143,7 @@ def _begins_with_object(path: Path) -> bool:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """The lines of a table with their ends; blank ones may stand within a cell."""
+    """The lines of a table with their line ends, blank lines included, because a cell may contain them."""
     for number, line in enumerate(_raw_lines(path), 1):
         try:
             yield encoding.text(line)
@@ -154,11 +152,11 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
-    """A prompt a line, unless the first is the header of a table."""
+    """Each line is a prompt, unless the first line is the header of a table."""
     try:
         first = _text(next((line for _, line in _lines(path)), b"")).strip()
     except RequestError:
-        first = ""  # its row says so
+        first = ""  # its row has the error
     if "\t" in first and tables.header(first):
         yield from _rows(folder, tables.delimited(path, _texts(path)), foreign=True)
         return
@@ -190,7 +188,7 @@ def _text(data: bytes) -> str:
 
 
 def _whole(data: bytes) -> bytes:
-    """A file without a byte order mark. Raises RequestError: it is no UTF-8."""
+    """The text of a file without a byte order mark. Raises RequestError if it is not UTF-8."""
     try:
         return encoding.unmarked(data)
     except encoding.EncodingError as error:
@@ -256,7 +254,7 @@ def _prompt_files(folder: Path) -> list[Path]:
 
 
 def _tar(path: Path, leave: Left) -> Iterator[Row]:
-    """The samples of a WebDataset shard: consecutive members whose names are alike up to the first dot."""
+    """The samples of a WebDataset shard: consecutive members with equal names up to the first dot."""
 
     def regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         try:

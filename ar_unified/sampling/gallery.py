@@ -1,7 +1,7 @@
-"""The page to look at a job's samples with: one file that needs no server and no network, beside its images.
+"""Writes the web page that shows a job's samples: one file beside the images that needs no server and no network.
 
-The rows travel inside the page; cards are built as they come into view, and load thumbnails, so ten thousand samples
-scroll like ten. A click shows the image itself.
+The page contains the job's rows. It builds cards as they come into view and loads thumbnails, so ten thousand samples
+scroll like ten. A click shows the full image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write(folder: str | Path, title: str = "Samples") -> Path:
 
 
 def _page(title: str, data: str) -> str:
-    """The parts that lie beside this file as one page."""
+    """The page, made of the gallery.* files beside this module."""
     here = files("ar_unified.sampling")
     page, style, script = (
         here.joinpath(f"gallery.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
@@ -54,7 +54,7 @@ def _page(title: str, data: str) -> str:
 
 
 def _shown(folder: Path, part: dict[str, Any]) -> dict[str, Json]:
-    """A part of a line as the page shows it: a large image by its thumbnail, if the job made one (older versions did
+    """A part of a line in the page's form: a large image has its thumbnail, if the job made one (older versions did
     not).
     """
     if max(part.get("height", 0), part.get("width", 0)) <= THUMBNAIL:

@@ -1,12 +1,12 @@
-"""Classifier-free guidance: an image's logits as a weighted sum over the C contexts of its request.
+"""Classifier-free guidance: an image's logits are a weighted sum over the C contexts of its request.
 
-Context 0 is the request itself. The others are unconditional contexts, with which the image is compared: a prefix, then
+Context 0 is the request itself. The others are unconditional contexts to compare with. Each is a prefix followed by
 images alone. One of them "resets" if each new image starts again from the prefix; otherwise (the context "image_only")
 it keeps the images before. Only image codes are guided: text, sizes and control tokens come from the request's own
 logits, and unconditional contexts never see text.
 
 All contexts of a request run in one forward, as rows side by side: [R * C]. So mixing is a reshape, and all contexts of
-a request are on one device, however rows are split.
+a request are on one device, no matter how rows are split over devices.
 
     C = 2   own | unconditional                   weights [s, 1 - s]
     C = 3   own | unconditional | images only     weights [s, 1 - s_i, s_i - s]
@@ -23,10 +23,10 @@ from ar_unified.language.automaton import Event
 
 
 def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
-    """The weight of each context; they add up to 1. image_scale is the scale of the third.
+    """The weights of the contexts, which add up to 1. image_scale is the scale of the third context.
 
-    C = 2 is Ho & Salimans' u + s (c - u), C = 3 InstructPix2Pix's u + s_i (i - u) + s (c - i). It may be applied to
-    logits or to log-probabilities: the two differ by a constant per row.
+    C = 2 is Ho & Salimans' u + s (c - u), C = 3 InstructPix2Pix's u + s_i (i - u) + s (c - i). The weights may be
+    applied to logits or to log-probabilities, because the two differ by a constant per row.
     """
     if contexts == 1:
         return [1.0]
@@ -38,7 +38,7 @@ def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
 def mix(logits: Array, weights: Array) -> Array:
     """f32 [R, V] from logits f32 [R, C, V] and weights f32 [R, C].
 
-    Rows whose unconditional contexts weigh nothing keep their own logits bit for bit.
+    Rows that give their unconditional contexts weight 0 keep their own logits bit for bit.
     """
     if weights.shape[1] == 1:
         return logits[:, 0]
@@ -47,15 +47,15 @@ def mix(logits: Array, weights: Array) -> Array:
 
 
 def advance(event: Event, position: Array, start: Array, resets: Array) -> tuple[Array, Array]:
-    """(where, next), int32 [R, C] each: the place where each context writes a token, and the place of the one after it.
+    """(where, next), int32 [R, C] each: the place where each context writes a token, and the place of its next token.
 
     Args:
         event: what the token means for images, [R].
-        position: int32 [R, C], behind what each context has read so far.
-        start: int32 [R, C], behind its prefix. resets: bool [R, C]; False for context 0.
+        position: int32 [R, C], the place after everything that each context has read so far.
+        start: int32 [R, C], the place after its prefix. resets: bool [R, C]; False for context 0.
 
-    An unconditional context does not read text. It writes each text token to the same place, after its last image or,
-    if it resets, after its prefix. The next <boi> overwrites that place.
+    An unconditional context does not read text. It writes all text tokens to one place: after its last image or, if it
+    resets, after its prefix. The next <boi> overwrites that place.
     """
     begins, image, ends = (x[:, None] for x in event)
     writes = jnp.where(begins & resets, start, position)

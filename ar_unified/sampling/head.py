@@ -1,4 +1,4 @@
-"""Logits of the part of the head that a step needs: of text, controls and sizes, or of image codes.
+"""Computes logits with only the part of the head that a step needs: text, controls and sizes, or image codes.
 
 Axes: R rows, C contexts, D model, W text pieces, control tokens and sides.
 """
@@ -27,12 +27,12 @@ class Weights(NamedTuple):
 
 
 def text_ids(grammar: Grammar) -> int:
-    """W: the ids in front of the image codes, and some more, so that a mesh can split them."""
+    """W: the number of ids before the image codes, rounded up so that a mesh can split them."""
     return min(-(-grammar.vocabulary.image_offset // 128) * 128, grammar.vocabulary.size)
 
 
 def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> tuple[Array, Array]:
-    """The head's rows of text, and its rows of image codes, in the compute dtype: never in fewer bits."""
+    """The head's text rows and its image-code rows, in the compute dtype, never in fewer bits."""
     v = grammar.vocabulary
     head = Transformer.bind(config, params).head().astype(config.dtype)
     parts = head[: text_ids(grammar)], head[v.image_offset : v.image_offset + v.codebook_size]
@@ -44,7 +44,7 @@ def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> t
 
 
 def with_head(layers: Params, text: Array, image: Array) -> Weights:
-    """Weights of `decoded.unstacked` parameters, which stay where they are, and the head's parts."""
+    """Makes Weights from `decoded.unstacked` parameters, which are not copied, and the parts of the head."""
     return Weights({name: leaf for name, leaf in layers.items() if name != "head"}, text, image)
 
 
@@ -59,8 +59,8 @@ def code_logits(grammar: Grammar, weights: Weights, hidden: Array, adapter: Arra
 
 
 def _project(weights: Weights, part: str, hidden: Array, adapter: Array, head: Array, first: int) -> Array:
-    """A mesh splits the head, and each device reads its part. Then the rows are dealt out: logits travel, which are
-    small, and not the head, and each device draws for its rows."""
+    """A mesh splits the head, and each device reads its part. Then the logits are split by rows, and each device draws
+    for its own rows. Only the logits are sent between devices, because they are smaller than the head."""
     logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:

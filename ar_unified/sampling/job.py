@@ -1,15 +1,16 @@
-"""Requests in, a folder of samples out. A job that was killed at any moment goes on where it was.
+"""Turns requests into a folder of samples. A job that was killed at any moment can continue where it stopped.
 
-    manifest.json   what decides the samples: vocabulary, weights, requests, defaults, engine shape
-    samples*.jsonl  one line per sample, appended when its images are in their place; bad requests are lines, too
+    manifest.json   what determines the samples: vocabulary, weights, requests, defaults, engine shape
+    samples*.jsonl  one line per sample, appended after its images are written; bad requests are lines, too
     images/NAME/00_00.png   image 00 of sample 00; prompt_00.png, an image of the prompt as the model saw it; beside
                             one of more than 256 pixels a side its thumbnail, 00_00.jpg. NAME is the request's id, or,
                             where that cannot name a folder, what its lines have as "name"
     index.html      the gallery, when all is done
-    batch_output.jsonl, batch_errors.jsonl   when all is done: what an OpenAI batch answers, if the requests are one
+    batch_output.jsonl, batch_errors.jsonl   when all is done: the output files of an OpenAI batch, if the requests are
+                                             one
 
-A sample depends on its request alone. So a job ends with the same lines and images, whether it was interrupted, split
-over several processes, or neither; only the order of the lines may differ.
+A sample depends only on its request. So an interrupted job, or one split over several processes, ends with the same
+lines and images as any other; only the order of the lines may differ.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from ar_unified.sampling.requests import Canvas, Line, PromptImage, PromptImageE
 from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shard_name, shards, write_image
 from ar_unified.workdir import clean, own, read_json, write_json
 
-_WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
+_WINDOW = 4  # batches of requests that are prepared together, while the engine works on the previous ones
 
 
 class JobMismatch(Mismatch):
@@ -53,10 +54,10 @@ class JobMismatch(Mismatch):
 
 @dataclass(frozen=True)
 class JobReport:
-    """What a process did: samples and errors of this run, lines found done, tokens drawn, seconds.
+    """What a process did: samples and errors of this run, lines that were done before, tokens drawn, seconds.
 
     `complete`: no process has anything left to do. `first_error`: the first of this run, with its line, or "".
-    `tokens_a_step`: tokens that a sample got from one step of the engine, by window.
+    `tokens_a_step`: tokens that a sample got from one step of the engine, more than 1 with a window.
     """
 
     samples: int
@@ -90,27 +91,28 @@ def run_job(
     show_progress: bool = True,
     warn: Callable[[str], object] = warnings.warn,
 ) -> JobReport:
-    """Serves every request of a file (`sampling.formats` has the kinds); what is done already is not done again.
+    """Serves every request of a file (`sampling.formats` lists the formats), except samples that are done already.
 
     Args:
-        engine: its grammar is that of `image_tokenizer`.
+        engine: its grammar must fit `image_tokenizer`.
         requests: the file, or several. output: the folder, made if it is missing.
-        defaults: settings of requests that do not say, with the keys of a request.
-        weights: names the weights (a hash, or checkpoint and step): samples of others are not mixed in.
-        resize: what data preparation did to an image, uint8 [H, W, 3] to uint8; None: what the layout implies.
-        links: whether links that lead out of the requests' folder are followed (`data.files`).
-        process: (k, n): this is process k of n that share the job; it serves every n-th request. Each has an engine of
-            its own. The number may change when the job is run again.
+        defaults: values for settings that a request does not give, with the keys of a request.
+        weights: a name of the weights (a hash, or checkpoint and step), so that samples of other weights are not mixed
+            in.
+        resize: the resizing of data preparation, from uint8 [H, W, 3] to uint8; None: what the layout implies.
+        links: whether to follow links that lead out of the requests' folder (`data.files`).
+        process: (k, n): this is process k of n that share the job; it serves every n-th request. Each process has its
+            own engine. Their number may change when the job is run again.
         show_progress: a bar with rate and time left, on stderr.
-        warn: is called with remarks on the files of requests, once for each file.
+        warn: called with remarks on the files of requests, once for each file.
 
     Raises:
         JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape (the batch
         size may differ).
-        JobBusy: another process writes what this one would.
+        JobBusy: another process writes to the same files.
         RequestError: `defaults` are wrong, or a file of requests is broken or empty.
-        OSError: the requests cannot be read, or the output not be written (a full disk); what is there stays, and the
-            same call goes on from there. ValueError: samples.jsonl holds a line that no job wrote.
+        OSError: the requests cannot be read, or the output cannot be written (a full disk); finished samples stay, and
+            the same call continues from them. ValueError: samples.jsonl contains a line that no job wrote.
     """
     rank, count = process
     if not 0 <= rank < count:
@@ -121,7 +123,7 @@ def run_job(
     _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
     resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
-    if storage.is_mirrored(output):  # where no other machine sees a lock of the file
+    if storage.is_mirrored(output):  # other machines cannot see a lock on the file here
         own(output / shard_name(rank, count))
     with open_shard(output, rank, count) as file:
         done = Done.read(output)
@@ -162,22 +164,22 @@ def _count(line: Line) -> int:
 
 
 def _undone(line: Line, done: Done) -> list[int]:
-    """Samples of a line that are to be drawn, or [0] for an error that is to be written."""
+    """Samples of a line that must still be drawn, or [0] for an error that must still be written."""
     if line.request is None:
         return [] if done.has(line.number, None) else [0]
     return [i for i in range(line.request.n) if not done.has(line.number, i)]
 
 
 class _Tally:
-    """Counts what was written, and reports speed: tokens a second, busy slots and, on known devices, the share of the
-    speed that memory bandwidth allows.
+    """Counts what was written, and reports speed: tokens a second, busy slots and, on known devices, the fraction of
+    the speed that memory bandwidth allows.
     """
 
     def __init__(self, engine: Engine, advance: Callable[[float], object], say: Callable[..., object]):
         self._engine, self._advance, self._say = engine, advance, say
         self._started = time.monotonic()
         hardware = of_kind(jax.devices()[0].device_kind)
-        devices = engine.mesh.size if engine.mesh else 1  # those of this engine: others serve requests of their own
+        devices = engine.mesh.size if engine.mesh else 1  # the samples of this engine only
         self._memory = MemoryTime(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
         self.first_error = ""
@@ -200,7 +202,7 @@ class _Tally:
             for row in rows:
                 contexts = 1 if "context" not in row else 3 if "image_guidance" in row else 2
                 self._memory.add(len(row.get("tokens", ())), contexts)
-            read = self._memory.seconds / self._engine.tokens_a_step  # a window reads once for several tokens
+            read = self._memory.seconds / self._engine.tokens_a_step  # with a window, one read serves several tokens
             said += f", {read / self.seconds:.0%} of memory bandwidth"
         self._say(said, refresh=False)
 
@@ -221,18 +223,18 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, J
             "dtype": str(engine.config.dtype),
             "kv_dtype": engine.kv_dtype,
         }
-        # Older jobs lack it, because there was no choice: they go on.
+        # Older jobs lack this key, because there was no choice then. They can still continue.
         | ({"weights_dtype": engine.weights_dtype} if engine.weights_dtype else {}),
     } | ({"adapters": engine.adapter_hashes} if engine.adapter_hashes else {})
     return json.loads(json.dumps(manifest))
 
 
 def _begin(output: Path, manifest: Mapping[str, Json], *, mend: bool) -> None:
-    """Writes the manifest, or compares it with the one there. mend: also removes files that killed processes left."""
+    """Writes the manifest, or compares it with an existing one. mend: also removes files that killed processes left."""
     path = output / "manifest.json"
     if path.exists():
         for field, (a, b) in differences(read_json(path), manifest).items():
-            if field != "engine.batch_size":  # after a lack of memory it goes on with another
+            if field != "engine.batch_size":  # after running out of memory, a job may continue with another
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "
@@ -260,7 +262,7 @@ class _Ready(NamedTuple):
 
 
 class _Preparation:
-    """Gives requests their parts, or an error. Images are read, encoded, and put in the folder."""
+    """Gives requests their parts, or an error. It reads and encodes images, and writes them to the folder."""
 
     def __init__(self, engine: Engine, tokenizer: ImageCodec, resize: Callable[[np.ndarray], np.ndarray], output: Path):
         self._engine, self._tokenizer, self._resize, self._output = engine, tokenizer, resize, output
@@ -271,7 +273,7 @@ class _Preparation:
         return [self._ready(line, images, [next(codes) for _ in images], mask) for line, images, mask in opened]
 
     def _open(self, line: Line) -> tuple[Line, list[np.ndarray], np.ndarray | None]:
-        """The images of a line, the canvas last, and which of the canvas's codes are to be drawn, bool [h, w]."""
+        """The images of a line, with the canvas last, and which of the canvas's codes must be drawn, bool [h, w]."""
         try:
             if not self._engine.grammar.vocabulary.codebook_size:
                 if line.canvas or _images(line):
@@ -332,7 +334,7 @@ class _Preparation:
         return _Ready(line, self._prompt(request, line.name, images), plan)
 
     def _prompt(self, request: Request, name: str, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """The parts as JSON; their images are written to files that are not there yet."""
+        """The parts as JSON; writes their images to files that do not exist yet."""
         segments: list[dict[str, Any]] = []
         given = iter(enumerate(images))
         for turn in request.turns:
@@ -352,7 +354,7 @@ class _Preparation:
     def _save(self, name: str, pixels: np.ndarray) -> dict[str, Json]:
         path = self._output / name
         if not path.exists():
-            clean(path.parent)  # what a killed process left of it
+            clean(path.parent)  # left by a killed process
             write_image(path, pixels)
         return _image(name, *pixels.shape[:2])
 

@@ -1,8 +1,8 @@
 """The log-probability with which each token was drawn, for training on samples.
 
-The distribution is the one that was drawn from: contexts mixed, over the ids that the grammar allows, at the
-temperature, and after the filters. A token that the grammar forces has probability 1. It takes one more product with
-the head for each step, so an engine only computes it when asked to.
+The distribution is the one that the token was drawn from: it mixes the contexts, covers the ids that the grammar
+allows, and includes temperature and filters. A token that the grammar forces has probability 1. It needs one more
+product with the head for each step, so an engine computes it only on request.
 
 Axes: R slots, C contexts, V vocabulary, W text pieces, control tokens and sides.
 """
@@ -25,9 +25,7 @@ from ar_unified.sampling.steps import CHUNK, State
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, count: Array
 ) -> tuple[State, Array]:
-    """`steps.decode_chunk`, with the log-probabilities packed in front of its result: the bits of float32 [R,
-    CHUNK].
-    """
+    """`steps.decode_chunk`, with the bits of the log-probabilities, float32 [R, CHUNK], packed before its result."""
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
     keys = decoding.row_keys(state.rows.seed, state.rows.sample)
     tokens = jnp.full((len(halted), CHUNK), grammar.vocabulary.pad, jnp.int32)
@@ -49,7 +47,7 @@ def decode_chunk(
 
 
 def of_token(grammar: Grammar, weights: Weights, state: State, token: Array) -> Array:
-    """f32 [R]: the log-probability that `token`, int32 [R], had in `state`, the one before it; 0 where it was forced or
+    """f32 [R]: the log-probability that `token`, int32 [R], had in `state`, the state before it; 0 if it was forced or
     given."""
     machine, vocabulary, rows = grammar.automaton, grammar.vocabulary, state.rows
     R, C = state.position.shape

@@ -1,7 +1,7 @@
-"""Several LoRA adapters beside one model, in the sampler's form: each row of a batch has its own.
+"""Several LoRA adapters beside one model, in the sampler's form. Each row of a batch has its own adapter.
 
 The adapters of a matrix are stacked. Number 0 is no adapter: it is zeros, so a row without an adapter has the model's
-own numbers. A smaller rank than the largest is filled up with zeros, too. The scale is in B.
+own numbers. Ranks smaller than the largest are padded with zeros. The scale is multiplied into B.
 
 L layers, A adapters, I inputs, O outputs, r the largest rank.
 """
@@ -33,7 +33,8 @@ _NONE = TokenRows(np.zeros(0, np.int64), np.zeros((0, 0), np.float32))
 
 
 def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, *bases: str) -> dict[str, Adapter]:
-    """The adapters in those folders, by name. bases: of `interop.peft.read`. Raises UserError, naming the adapter."""
+    """Reads the adapters in those folders, by name. bases: as in `interop.peft.read`. Raises UserError that names the
+    adapter."""
     found = {}
     for name, folder in folders.items():
         if not name:
@@ -53,7 +54,7 @@ def number(adapters: Mapping[str, int], name: str) -> int:
 
 def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
     """params["adapters"] (model/lora.py), in the compute dtype: a [L, A + 1, I, r] and b [L, A + 1, r, O] of each
-    matrix that any of them has; for settled parameters a list of layers of [A + 1, ...].
+    matrix that any adapter changes; for settled parameters, a list with [A + 1, ...] for each layer.
     """
     rank = max(a.shape[-1] for adapter in adapters for a, _ in adapter.matrices.values())
     stacked: dict[str, Any] = {}
@@ -84,15 +85,15 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
 
 
 def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
-    """params["rows"] (model/own_rows.py) of adapters that have rows of their own; {}: none has.
+    """params["rows"] (model/own_rows.py) of adapters that have their own rows; {} if none has.
 
-    Rows that an adapter does not have, and those of number 0, are the model's. Raises UserError for an adapter whose
-    rows are of other ids.
+    Rows that an adapter lacks, and all rows of number 0, are the model's. Raises UserError if an adapter's
+    rows belong to another vocabulary.
     """
     rows_of = [own_rows(adapter, grammar) for adapter in adapters]
     tables: dict[str, Any] = {}
     for name in TABLES:
-        # A head that is the embedding has the embedding's rows.
+        # A tied head uses the embedding's rows.
         own = [rows.get(name if name in params else TABLES[0], _NONE) for rows in rows_of]
         ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(found[0] for found in own)])).astype(np.int32)
         if not len(ids):

@@ -1,7 +1,7 @@
 """A model for notebooks and scripts: texts and images in, texts and images out.
 
     model = ar_unified.load("bundle")
-    model.draw("a red circle", seed=3, n=4)          # four images of Pillow
+    model.draw("a red circle", seed=3, n=4)          # four Pillow images
     model.ask(image, "How many circles are there?")
 
 Axes: B rows, T position, V vocabulary; H, W pixels of an image, h, w its codes.
@@ -55,7 +55,7 @@ from ar_unified.sampling.score import Score, Scored
 from ar_unified.sampling.weights import check_weights_dtype, read, read_as, settled
 
 Content = str | Image.Image | np.ndarray | Part | TokensPart  # pixels are uint8 [H, W, 3]
-_ROWS = 8  # samples at once, unless told: a notebook asks for few
+_ROWS = 8  # default batch size: a notebook asks for few samples
 
 
 def load(
@@ -70,22 +70,24 @@ def load(
     window: int | str = 1,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> Model:
-    """The model of a bundle, as `ar-unified export` wrote it.
+    """Loads the model of a bundle that `ar-unified export` wrote.
 
     Args:
-        mesh: devices to decode on, or the sizes of its axes over all devices, as {"data": -1, "tensor": 2}: samples are
-            split by `data`, heads by `tensor`. None: this process's first device.
-        batch_size: samples drawn at once, and images coded at once; default 8, or the next that the mesh divides.
-        max_length: tokens of prompt and answer together; default: the bundle's.
+        mesh: the mesh to decode on, or the sizes of its axes over all devices, such as {"data": -1, "tensor": 2}.
+            `data` splits the samples and `tensor` the heads. None: this process's first device.
+        batch_size: samples drawn at once, and images coded at once; default: 8, rounded up to what the mesh divides.
+        max_length: most tokens of prompt and answer together; default: the bundle's.
         dtype: of the matrix products, "float32" or "bfloat16"; default: the bundle's.
         kv_dtype: of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
         weights_dtype: of the layers' matrices, one of weights.WEIGHT_DTYPES; default: `dtype`.
-        window: positions of an image that are drawn at once, one of pace.WINDOWS: fewer steps, the same samples.
+        window: positions of an image that are drawn at once, one of pace.WINDOWS. A window takes fewer steps for the
+            same samples.
         adapters: folders of LoRA adapters in PEFT's form (`ar-unified export --to peft`), by names of your choice. A
-            request names the one it is drawn with, as draw("a circle", adapter="sketches"); without, the model alone.
+            request names its adapter, as in draw("a circle", adapter="sketches"); without a name, it uses the model
+            alone.
 
-    Raises bundle.BundleError for a folder that is no bundle or a damaged one, UserError where a setting does not fit or
-    an adapter is broken or another model's.
+    Raises bundle.BundleError if the folder is not a bundle or is damaged, and UserError if a setting does not fit, or
+    an adapter is broken or belongs to another model.
     """
     bundle = Bundle(folder)
     with about(f"bundle {bundle.folder}"):
@@ -126,13 +128,13 @@ def _length(sampling: Mapping[str, Json]) -> int:
 
 
 def _none_needed(defaults: Mapping[str, Json]) -> dict[str, Json]:
-    """Settings to add where the default context needs a negative prompt and the defaults give none."""
+    """Settings to add if the default context needs a negative prompt and the defaults have none."""
     needs_one = defaults.get("context") == "negative_prompt" and not defaults.get("negative_prompt")
     return {"negative_prompt": "-"} if needs_one else {}
 
 
 def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
-    """What data preparation did to an image."""
+    """The resizing that data preparation applied to images."""
     if tokenizer is None:
         return None
     data = bundle.sections["data"]
@@ -140,7 +142,7 @@ def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
         raise BundleError(f"data.image_size: expected a height and a width in pixels, found {size!r:.80}")
     way = {name: data[name] for name in WAY if name in data}
-    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0], **way)  # type: ignore[arg-type]  # it says which kinds there are
+    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0], **way)  # type: ignore[arg-type]  # it checks the kind
 
 
 class Model:
@@ -148,9 +150,9 @@ class Model:
 
     Args:
         engine: the transformer, and the grammar of both tokenizers.
-        image_tokenizer: None: there is text alone. resize: as in `run_job`.
-        defaults: settings of requests that do not say, with the keys of a request.
-        weights: names the weights, for `run_job`. warning: a note for people who draw images with it.
+        image_tokenizer: None: the model has text only. resize: as in `run_job`.
+        defaults: values for settings that a request does not give, with the keys of a request.
+        weights: a name of the weights, for `run_job`. warning: shown to users who draw images with the model.
     """
 
     def __init__(
@@ -182,12 +184,12 @@ class Model:
         """Images for a prompt: texts, and images too, if the model was trained to edit them.
 
         Args:
-            seed, n: n images; image i of a seed is the same however many are drawn.
+            seed, n: draws n images. Image i of a seed does not depend on n.
             guidance: scale of classifier-free guidance; default: the bundle's.
-            size: in pixels, a side or (height, width), where images may have any size.
+            size: in pixels, a side or (height, width), for models whose images may have any size.
             settings: further settings of a request (`sampling.request`), such as context="bos_boi".
 
-        Raises RequestError, saying what to change, if it cannot be served.
+        Raises RequestError that says what to change, if the request cannot be served.
         """
         if why := draws_none(self.image_tokenizer):
             raise RequestError(why)
@@ -202,9 +204,10 @@ class Model:
         return [Image.fromarray(pixels) for pixels in by_size(self.image_tokenizer.decode, codes)]
 
     def ask(self, *content: Content, **settings: object) -> str:
-        """The text of the answer to a prompt of images and texts, as ask(image, "How many?").
+        """The text of the answer to a prompt of images and texts, as in ask(image, "How many?").
 
-        settings: of a request, as seed=1, max_tokens=50, text={"temperature": 0.7}. Raises RequestError like `draw`.
+        settings: of a request, such as seed=1, max_tokens=50, text={"temperature": 0.7}. Raises RequestError like
+        `draw`.
         """
         settings = {"seed": 0} | settings | {"mode": "text", "n": 1}
         (document,) = self._answers(self.request(*content, **settings))
@@ -215,11 +218,11 @@ class Model:
 
         Args:
             messages: turns, {"role": "system" | "user" | "assistant", "content": a text, or a list of {"type": "text",
-                "text"} and {"type": "image", "image": an image}}, the user's the last.
+                "text"} and {"type": "image", "image": an image}}. The last one is the user's.
             settings: of a request; mode "text" keeps the answer to words.
 
-        Returns {"role": "assistant", "content": ...} in the same form: a text, or a list where it drew something.
-        Raises RequestError like `draw`.
+        Returns {"role": "assistant", "content": ...} in the same form: the content is a text, or a list if the model
+        drew an image. Raises RequestError like `draw`.
         """
         settings = self._chatting | settings | {"n": 1}
         *history, asked = self._turns(messages)
@@ -228,12 +231,12 @@ class Model:
         return self.message(document)
 
     def conversation(self, system: str = "") -> Chat:
-        """A conversation. Each call of `.say(*content)` is a turn, and reads only what is new."""
+        """A conversation. Each call of `.say(*content)` is a turn, and the model reads only what is new."""
         return Chat(self, system)
 
     @property
     def _chatting(self) -> dict[str, Json]:
-        """Settings of a request that is a turn."""
+        """The settings of a request for one turn."""
         draws = self.vocabulary.codebook_size and not draws_none(self.image_tokenizer)
         return {"mode": "free" if draws else "text", "seed": 0}
 
@@ -250,7 +253,7 @@ class Model:
         return {"role": "assistant", "content": parts}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """All samples of all requests as they finish (`Engine.generate`); images in prompts may be pixels."""
+        """Yields all samples of all requests as they finish (`Engine.generate`); images in prompts may be pixels."""
         return self.engine.generate(map(self._request, requests))
 
     def _request(self, request: Request) -> Request:
@@ -258,10 +261,10 @@ class Model:
         return dataclasses.replace(request, history=history, parts=self._coded(request.parts))
 
     def request(self, *content: Content, **settings: Any) -> Request:
-        """A request for that prompt, with the model's defaults for what `settings` do not say.
+        """A request for that prompt, with the model's defaults for all settings that are not given.
 
-        They have the keys of a line of requests (`sampling.requests`): image_size is in pixels, text and image are
-        dicts, or Filters. Raises RequestError.
+        `settings` have the keys of a line of requests (`sampling.requests`): image_size is in pixels, text and image
+        are dicts or Filters. Raises RequestError.
         """
         row = {name: dataclasses.asdict(x) if isinstance(x, Filter) else x for name, x in settings.items()}
         request = request_of(row, "", self.image_tokenizer, self.defaults)
@@ -276,10 +279,10 @@ class Model:
                 raise RequestError(sample.error)
         return [sample.document for sample in samples if sample.document is not None]
 
-    # ---- what it makes of what is there -----------------------------------------------------------------------------
+    # ---- likelihoods, ids and image codes --------------------------------------------------------------------------
 
     def score(self, items: Iterable[Scored]) -> list[Score]:
-        """How likely the model finds documents, or answers to requests (`Engine.score`); images may be pixels."""
+        """Log-likelihoods of documents, or of answers to requests (`Engine.score`); images may be pixels."""
         return self.engine.score(map(self._scored, items))
 
     def _scored(self, item: Scored) -> Scored:
@@ -306,29 +309,31 @@ class Model:
 
     @functools.cached_property
     def ids(self) -> Ids:
-        """Ids across the border to the published model that this one came from; the same on both sides without one.
+        """Translates ids to and from the published model that this one came from; without one, ids stay the same.
 
         model.logits(model.ids.ours(tokens))[..., model.ids.ours(range(V))] are the published model's logits.
         """
         return Ids(getattr(self.grammar.text_codec, "border", None), self.vocabulary.used)
 
     def encode(self, document: Document) -> np.ndarray:
-        """The document as int32 [n]; images may be pixels, of any size. Raises GrammarError."""
+        """The ids of the document, int32 [n]; its images may be pixels of any size. Raises GrammarError."""
         return self.grammar.encode(document.changed(self._coded_part)).tokens
 
     def parse(self, ids: np.ndarray | Sequence[int]) -> Document:
-        """The document that ids [n] say, images as codes. Raises GrammarError with the position that is wrong."""
+        """The document that ids [n] stand for, with images as codes. Raises GrammarError with the position that is
+        wrong."""
         return self.grammar.parse(ids)
 
     def tokenize_image(self, pixels: np.ndarray | Image.Image) -> np.ndarray:
-        """uint8 [H, W, 3], or an image of Pillow, of any size -> int32 [h, w], resized as in training."""
+        """Turns uint8 [H, W, 3] or a Pillow image, of any size, into codes int32 [h, w], after resizing it as in
+        training."""
         pixels = to_rgb(pixels) if isinstance(pixels, Image.Image) else np.asarray(pixels)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise ValueError(f"image: expected uint8 [H, W, 3], found {pixels.dtype} {list(pixels.shape)}")
         return self.image_tokenizer.encode(self.resize(pixels)[None])[0]
 
     def detokenize_image(self, codes: np.ndarray) -> np.ndarray:
-        """int32 [h, w] -> uint8 [H, W, 3]. Raises UserError where there is no decoder."""
+        """Turns codes int32 [h, w] into pixels uint8 [H, W, 3]. Raises UserError if there is no decoder."""
         if why := draws_none(self.image_tokenizer):
             raise UserError(why)
         return self.image_tokenizer.decode(np.asarray(codes)[None])[0]
@@ -340,10 +345,10 @@ class Model:
         return CodesPart(self.tokenize_image(part.pixels)) if isinstance(part, ImagePart) else part
 
     def _turns(self, messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-        """A conversation's turns, images as codes. Raises RequestError."""
+        """The turns of a conversation, with images as codes. Raises RequestError."""
         images: list[Any] = []
 
-        def named(part: object) -> Any:  # the reader of rows takes names of images
+        def named(part: object) -> Any:  # read_messages expects images by name
             if not isinstance(part, Mapping) or part.get("type") != "image":
                 return part
             images.append(part.get("image"))
@@ -364,7 +369,7 @@ class Model:
         return turns
 
     def parts(self, content: Iterable[Content]) -> tuple[Part | TokensPart, ...]:
-        """A prompt as parts of a Request: texts side by side joined by a line end, images as codes."""
+        """A prompt as parts of a Request: adjacent texts are joined by a line end, and images become codes."""
         parts: list[Part | TokensPart] = []
         for item in content:
             part = self._part(item)
@@ -386,16 +391,16 @@ class Model:
 
 
 class Chat:
-    """A conversation with a model whose cache is kept from turn to turn (`sampling.conversation`)."""
+    """A conversation that keeps the model's KV cache from turn to turn (`sampling.conversation`)."""
 
     def __init__(self, model: Model, system: str = ""):
         self.model = model
         self.conversation = Conversation(model.engine, [Turn("system", (TextPart(system),))] if system else [])
 
     def say(self, *content: Content, **settings: Any) -> dict[str, Any]:
-        """The assistant's answer to texts and images, and settings of a request, as `Model.chat` gives it.
+        """The assistant's answer to texts and images, in the form of `Model.chat`. `settings` are those of a request.
 
-        Raises RequestError like `Model.draw`; the conversation is then as it was.
+        Raises RequestError like `Model.draw`, and then leaves the conversation unchanged.
         """
         (sample,) = say_all([(self.conversation, self.model.request(*content, **self.model._chatting | settings))])
         if sample.document is None:

@@ -1,10 +1,10 @@
-"""Lines of an OpenAI batch file -> requests of ours.
+"""Turns lines of an OpenAI batch file into requests of ar_unified.
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": [...]}}
     {"custom_id": "b", "method": "POST", "url": "/v1/images/generations", "body": {"prompt": "a cat", "size": "64x64"}}
 
-Messages are turns (`language.rows`), the user's the last; developer is another word for system. Images are data: URLs
-or files (`data.files`).
+Messages are turns (`language.rows`), and the last one is the user's. The role "developer" means the same as "system".
+Images are data: URLs or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
     temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how images are
@@ -13,9 +13,9 @@ or files (`data.files`).
     metadata                        meta
     keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
 
-A key without a counterpart here is accepted only with the value that changes nothing ("frequency_penalty": 0). Keys
-about the user and billing ("user", "store") are ignored. null means that a key is not given. The answers in
-OpenAI's format are written by `sampling.batch_output`.
+A key without a counterpart in this list is accepted only with a value that changes nothing ("frequency_penalty": 0).
+Keys about the user and billing ("user", "store") are ignored. null means that a key is not given.
+`sampling.batch_output` writes the answers in OpenAI's format.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _UNREAD = {
 _NO_TOOLS = "there are no tools here: leave it out"
 _NO_LOGPROBS = "an answer has no log-probabilities: leave it out"
 _PENALTY = 'leave it out, or set "repetition_penalty", a key of ours'
-# key -> the values that ask for nothing, and what to do about others
+# key -> the values that change nothing, and advice for any other value
 _NEUTRAL: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     "chat": {
         "frequency_penalty": ((0,), _PENALTY),
@@ -97,7 +97,8 @@ def asked(row: Mapping[str, Json]) -> Asked | None:
 
 
 def request(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of a batch with the keys of our lines, all but its id. Raises RequestError saying what to change."""
+    """Rewrites a line of a batch with the keys of our own lines, without its id. Raises RequestError that says what to
+    change."""
     if row.get("custom_id") in (None, ""):
         raise RequestError("custom_id: expected a text of its own, found none")
     if row.get("method", "POST") != "POST":
@@ -125,7 +126,7 @@ def _endpoint(url: Any) -> Literal["chat", "images"] | None:
 
 
 def _check(body: dict[str, Json], endpoint: str) -> None:
-    """Removes keys whose value changes nothing from the body; raises RequestError for any other value."""
+    """Removes keys from the body if their value changes nothing; raises RequestError for any other value."""
     ours = (*SETTINGS, "canvas")
     known = (*_READ[endpoint], *_NEUTRAL[endpoint], *ours)
     for key, value in list(body.items()):

@@ -1,13 +1,13 @@
-"""How many positions a pool draws at once: a number that was asked for, or the one that is fastest.
+"""Chooses how many positions a pool draws at once: the number that the user set, or the fastest one.
 
-A wider window takes fewer steps, but each costs more. How many fewer depends on the model and on what it draws, what a
-step costs on the device and the batch.
+A wider window takes fewer steps, but each costs more. How many fewer steps depends on the model and on what it draws.
+The cost of a step depends on the device and the batch.
 
-What a window would bring is known without one: the codes that were drawn one by one say which of them `pairs.Pairs`
-would have guessed, and so how many steps a window would have taken with these guesses. It gets more from its own draws
-behind wrong guesses; how much more is known once it was used. What a step costs is measured on a few real steps. So
-trying loses the time of these steps and the compiler's, and a pool may lose a small share of its time so: a short job
-tries nothing, and what was measured in this process is not measured again.
+The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
+`pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
+also guesses from its own draws after wrong guesses; how much more is known once it was used. The cost of a step is
+measured on a few real steps. A trial therefore costs these steps and the compile time, and a pool may spend only a
+small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one process.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from ar_unified.sampling.steps import CHUNK, Shape
 
 WIDTHS = (1, 2, 4, FEW)
 WINDOWS = (*map(str, WIDTHS), "auto")
-_AFTER = 2 * CHUNK  # steps of a pool before anything is measured
-# Steps that are timed together, about as long for one width as for another: a busy machine spares what is short.
+_AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
+# Steps that are timed together. The two numbers make timings of one-token steps and of wide steps about equally long,
+# because a busy machine slows short ones less.
 _ALONE, _WIDE = 16, 6
-_PROBES = 3  # of a width, in turn with the other; the fastest counts
-_COMPILING = 5.0  # seconds that compiling is thought to take at least: `window=1` may have come from a cache
-_AGAIN = 64 * CHUNK  # steps before they are measured again
-_SHARE, _DOUBTFUL = 0.02, 0.004  # of a pool's time that trying may cost, where a gain is foreseen and where it is not
-_PROMISING = 1.3  # tokens a step that are foreseen, for the greater share
-_BETTER = 1.1  # times faster than drawing one by one, or it is not worth it
-_FIRST, _EACH = 32, 8  # samples that are looked at where nothing is guessed yet: the first ones, then each so many
-_KEEP = 0.97, 0.9  # how much a sample, and a chunk, leaves of what was counted before
+_PROBES = 3  # trials of a width, alternating with the other; the fastest counts
+_COMPILING = 5.0  # least seconds assumed for compiling: `window=1` may have come from a cache
+_AGAIN = 64 * CHUNK  # steps until the next measurement
+_SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
+_PROMISING = 1.3  # expected tokens a step that allow the greater share
+_BETTER = 1.1  # a window must be this many times faster than drawing one by one
+_FIRST, _EACH = 32, 8  # without a window, saw() gets the first 32 samples, then every 8th
+_KEEP = 0.97, 0.9  # decay of earlier counts, by each sample and by each chunk
 
 
 @dataclass
 class Costs:
-    """Of one pool's programs, by width: seconds of a step, and of the first call, in which it is compiled."""
+    """Costs of one pool's programs by width: seconds of a step, and of the first call, which includes compiling."""
 
     step: dict[int, float] = field(default_factory=dict)
     first: dict[int, float] = field(default_factory=dict)
 
     def of(self, width: int) -> float:
-        """Seconds of a step: as measured, or between narrower and wider ones, or as many as single ones take."""
+        """Seconds of a step: as measured; else interpolated between a narrower and a wider one; else those of a
+        single-token step."""
         if width in self.step or len(self.step) < 2:
             return self.step.get(width, width * self.step.get(1, 0.0))
         return float(np.interp(width, sorted(self.step), [self.step[each] for each in sorted(self.step)]))
@@ -58,8 +60,8 @@ class _Pool:
 
     costs: Costs
     width: int = 1
-    seconds: float = 0.0  # of its steps, about
-    lost: float = 0.0  # of them by trying
+    seconds: float = 0.0  # spent in its steps, about
+    lost: float = 0.0  # of these, spent on trials
     steps: int = 0
     samples: int = 0
     again: int = _AFTER  # when to measure
@@ -67,10 +69,10 @@ class _Pool:
     found: dict[int, float] = field(default_factory=dict)
     foreseen: np.ndarray = field(default_factory=lambda: np.zeros(1 + len(WIDTHS)))  # tokens, and steps by width
     drawn: dict[int, np.ndarray] = field(default_factory=dict)  # by width: tokens, and steps that samples took
-    more: dict[int, float] = field(default_factory=dict)  # times what was foreseen beyond one token
+    more: dict[int, float] = field(default_factory=dict)  # measured gain over expected gain, beyond one token
 
     def tokens(self, width: int) -> float:
-        """Those of a sample that are expected of a step."""
+        """The expected tokens of a sample in one step."""
         foreseen = self.foreseen[0] / max(self.foreseen[1 + WIDTHS.index(width)], 1e-9) if self.foreseen[0] else 1.0
         more = self.more.get(width, next(reversed(self.more.values()), 1.0))
         return min(float(width), 1 + more * max(foreseen - 1, _LEAST))
@@ -80,7 +82,7 @@ class _Pool:
         return (1.0 if width == 1 else self.tokens(width)) / self.costs.of(width)
 
     def affordable(self, width: int) -> bool:
-        """Whether trying a width costs no more than it may."""
+        """Whether a trial of a width stays within the allowed share of time."""
         tokens, one = self.tokens(width), self.costs.step[1]
         compiling = 0.0 if width in self.costs.first else max(2 * self.costs.first.get(1, 0.0), _COMPILING)
         loss = compiling + (1 + _PROBES) * _WIDE * max(self.costs.of(width) - tokens * one, 0.0)
@@ -108,23 +110,23 @@ class _Pool:
         self.width = best
 
     def begin(self, width: int) -> None:
-        """A trial. The first steps of a width do not count: its program may be compiled in them."""
+        """Begins a trial. The first steps of a width do not count, because they may include compiling."""
         self.trial = [(width, False), *[(1, True), (width, True)] * _PROBES]
         self.found, self.again = {}, self.steps + _AGAIN
 
     def _worth(self, width: int) -> float:
-        """The speed; the present width is left for what is more than a little faster."""
+        """The speed, with a bonus for the present width, so that only a clearly faster width replaces it."""
         return self.speed(width) * (_BETTER if width == 1 and self.width == 1 else 1.02 if width == self.width else 1.0)
 
 
-_LEAST = 0.02  # tokens beyond one that a step is foreseen to have: more may come than is foreseen
+_LEAST = 0.02  # least expected tokens beyond one in a step, because more may come than expected
 
 
 class Pace:
     """The window of each pool of an engine.
 
-    window: one of WINDOWS, or its number. program: what decides what a step costs, besides the pool's shape; None:
-    measured here alone. Raises ValueError for another window.
+    window: one of WINDOWS, or its number. program: what a step's cost depends on besides the pool's shape; engines with
+    an equal program share their measurements; None: shares with nobody. Raises ValueError for another window.
     """
 
     def __init__(self, window: int | str, program: Hashable = None):
@@ -132,8 +134,8 @@ class Pace:
             raise ValueError(f"window: expected one of {', '.join(WINDOWS)}; found {window!r}")
         self._measured, self._program = window == "auto", program
         self.most = FEW if self._measured else int(window)
-        self.first = 1 if self._measured else self.most  # what a pool begins with
-        self.guesses = self.most > 1  # or may, later
+        self.first = 1 if self._measured else self.most  # the first width of a pool
+        self.guesses = self.most > 1  # it uses guesses now, or may later
         self._pools: dict[Shape, _Pool] = {}
 
     def next(self, shape: Shape, steps: int) -> tuple[int, int, bool]:
@@ -151,17 +153,17 @@ class Pace:
         return pool.width, steps, False
 
     def expected(self, shape: Shape) -> float:
-        """Tokens that a step of a pool gives a sample."""
+        """The expected tokens that a sample gets from a step of its pool."""
         pool = self._pool(shape)
         width = pool.width if self._measured else self.most
         return 1.0 if width == 1 else pool.tokens(width)
 
     def called(self, shape: Shape, width: int, seconds: float) -> None:
-        """Adds how long a call took to come back. Of a program's first one that is the compiler's time."""
+        """Adds how long a call took to return. For a program's first call, this is the compile time."""
         self._pool(shape).costs.first.setdefault(width, seconds)
 
     def took(self, shape: Shape, seconds: float, tokens: float, steps: int) -> None:
-        """Adds a measurement: seconds of `steps` steps, and tokens that one of them gave a sample."""
+        """Adds a measurement: the seconds of `steps` steps, and the tokens that a sample got from one of them."""
         pool = self._pools[shape]
         width, counts = pool.trial.pop(0)
         steps = max(steps, 1)
@@ -175,7 +177,7 @@ class Pace:
             pool.costs.step.update(pool.found)
 
     def drew(self, shape: Shape, width: int, tokens: int, steps: int, samples: int) -> None:
-        """Adds what a chunk of a width gave: tokens, and steps that so many samples took for them."""
+        """Adds the result of a chunk: its tokens, and the steps that its samples took for them."""
         if width == 1 or not self.guesses:
             return
         if self._measured and steps <= samples * _WIDE:  # a probe: its first step had no guesses
@@ -184,11 +186,12 @@ class Pace:
         count = pool.drawn[width] = pool.drawn.get(width, np.zeros(2)) * _KEEP[1] + (tokens, steps)
         foreseen = pool.foreseen[0] / pool.foreseen[1 + WIDTHS.index(width)] - 1 if pool.foreseen[0] else 0.0
         if count[1]:
-            pool.more.pop(width, None)  # the last one used stands last
+            pool.more.pop(width, None)  # keeps the last used width last
             pool.more[width] = (count[0] / count[1] - 1) / max(foreseen, _LEAST)
 
     def asks(self, shape: Shape) -> bool:
-        """Whether the next sample that ends is for `saw`. Learning from each one would cost as much as it may bring."""
+        """Whether the next finished sample goes to `saw`. Learning from every sample would cost as much as it may
+        gain."""
         if not self.guesses:
             return False
         pool = self._pool(shape)
@@ -196,10 +199,11 @@ class Pace:
         return pool.width > 1 or not self._measured or pool.samples <= _FIRST or pool.samples % _EACH == 0
 
     def saw(self, shape: Shape, tokens: int, images: Sequence[np.ndarray]) -> None:
-        """Adds a sample: how many tokens it has, and which codes of its images would have been guessed, bool [codes].
+        """Adds a sample: how many tokens it has, and for each of its images, which codes would have been guessed, bool
+        [codes].
 
-        A step keeps what it draws first, and one more as long as the guess before was right: so a wrong guess ends one,
-        and a right last one brings the end of the image, too.
+        A step keeps its first draw, and each further draw as long as the guess before it was right. So a wrong guess
+        ends the step, and if the last code was guessed right, the step also draws the end of the image.
         """
         ends = [np.flatnonzero(~right) for right in images]
         runs = [np.diff([-1, *end, len(right)]) for end, right in zip(ends, images, strict=True)]

@@ -1,8 +1,9 @@
-"""Which code came last behind a pair of codes, the one before and the one above: a table for `window.py` to guess by.
+"""A table from which `window.py` guesses codes: which code last followed a pair of codes, the code before and the code
+above.
 
-It is learned from images as they are drawn, by the host, and handed to the device beside the weights. Behind pairs
-where the code above has been right more often, the table has nothing, and the code above is the guess. A wrong entry
-costs a step that could have been saved and nothing else, so entries may collide.
+The host learns it from images as they are drawn, and passes it to the device with the weights. If the code above has
+been right more often for a pair, the table has no entry, and the code above is the guess. A wrong entry only costs a
+step that could have been saved, so entries may collide.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 SIZE = 1 << 15
-_STEP = 257  # codes below it have entries of their own, as far as SIZE goes
-_SURE = 4  # by how much an entry's count may be ahead or behind: what is drawn changes
+_STEP = 257  # codes below it have their own entries, as far as SIZE allows
+_SURE = 4  # limit of an entry's count, because what is drawn changes
 
 
 class Pairs:
@@ -22,7 +23,7 @@ class Pairs:
     def __init__(self) -> None:
         self.table = np.full(SIZE, -1, np.int32)
         self._last = self.table.copy()
-        self._ahead = np.zeros(SIZE, np.int32)  # how often it was right, less how often the code above was
+        self._ahead = np.zeros(SIZE, np.int32)  # how often it was right, minus how often the code above was
 
     def learn(self, codes: np.ndarray) -> np.ndarray:
         """Adds an image's codes, int [h, w]; returns which of them the table would have guessed, bool [h * w]."""
@@ -43,12 +44,12 @@ class Pairs:
 
 
 def place(before: Any, above: Any) -> Any:
-    """Where the table has what follows these codes, integers of any shape; -1: there is no such code."""
+    """The index of the entry for these codes, integers of any shape; a code of -1 means that there is no such code."""
     return (before * _STEP + above) & (SIZE - 1)
 
 
 def likely(learned: Any, before: Any, above: Any, numpy: Any) -> Any:
-    """The guess: what the table has, or the code above, or in the first row the code before; at the very beginning 0.
+    """The guess: the table's entry, else the code above, or the code before in the first row; at the very beginning 0.
 
     numpy: the module that the arrays are of, numpy or jax.numpy.
     """

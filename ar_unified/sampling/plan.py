@@ -1,8 +1,8 @@
 """Turns a request into arrays: what each of its contexts reads first, how many tokens it may take, and whether it can
 be served.
 
-Tokens that are known before the first step are read with the prompt and not decoded. In mode "image" these are the
-first <boi>, the size, and the codes of a canvas up to its first hole.
+Tokens that are known before the first step are prefilled with the prompt instead of decoded. In mode "image" these are
+the first <boi>, the size, and the codes of a canvas up to its first hole.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from ar_unified.sampling import guidance
 from ar_unified.sampling.request import MODES, Request, RequestError, TooLong
 from ar_unified.sampling.steps import Shape, Start
 
-_SHARES = (4, 2, 1)  # of max_length, that a cache is long
+_SHARES = (4, 2, 1)  # lengths of a cache, as parts of max_length
 _SLOTS = 64  # its length is a multiple of
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How one request is served; its samples differ in their index alone.
+    """How one request is served; its samples differ only in their index.
 
     Attributes:
-        request: what was asked for. prompt: int32 [n], its tokens.
-        given: int32 [m], the first tokens of every sample, as far as they are known.
-        prefixes: what each context reads, tokens int32 [...]; the first is prompt and given.
-        starts: where the images of each context begin again. resets: whether each <boi> makes them begin again.
-        budget: tokens of a sample at most, including `given`. smallest: tokens of the smallest image that it may make.
+        request: the request itself. prompt: int32 [n], its tokens.
+        given: int32 [m], the first tokens of every sample that are known in advance.
+        prefixes: what each context reads, tokens int32 [...]; the first context reads prompt and given.
+        starts: where each context's images begin, after its prefix. resets: whether each new <boi> goes back there.
+        budget: most tokens of a sample, including `given`. smallest: tokens of the smallest image that it may make.
         steps: how many are drawn, if that is known; else None.
-        start: what the automaton resumes from.
-        shape: of the pool that serves it.
+        start: the state from which the automaton resumes.
+        shape: the shape of the pool that serves it.
     """
 
     request: Request
@@ -61,7 +61,7 @@ class Plan:
 
 
 def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
-    """Raises RequestError or GrammarError, saying what to change, if the request cannot be served."""
+    """Plans a request. Raises RequestError or GrammarError that says what to change, if it cannot be served."""
     request.check()
     layout, syntax = grammar.layout, grammar.syntax
     prompt = prompt_tokens(grammar, request)
@@ -72,7 +72,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         size = layout.height, layout.width
     inside = at.opened.phase not in (PARTS, DONE)
     given = _given(grammar, request, size) if request.mode == "image" and not inside else np.zeros(0, np.int32)
-    given = given[len(prompt) - at.begin :] if len(given) else given  # what is there of a spelled `open`
+    given = given[len(prompt) - at.begin :] if len(given) else given  # without what the prompt has
     own = np.concatenate([prompt, given])
     if len(given):
         at = grammar.breaks_off(own)
@@ -82,20 +82,20 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
     least = max(least, int(request.mode == "image"))
     smallest = syntax.block(*(size or layout.units))
     largest = syntax.block(*(size or (layout.height, layout.width)))
-    # What the image at hand still takes, and those that are owed after it.
+    # The tokens that the current image still needs, and those of the images that must follow.
     rest = syntax.block(*_sides(layout, at.opened, size)) - (len(own) - at.begin) if inside else 0
     needed = len(given) + rest + max(least - inside, 0) * smallest + 1
     budget = _budget(request, needed, most * largest + 1, len(prompt), max_length)
 
     prefixes, starts, resets = [own], [0], [False]
-    opening = np.asarray(syntax.open[:-1], np.int32)  # the last id of `open` is where an image begins
+    opening = np.asarray(syntax.open[:-1], np.int32)  # an image begins at the last id of `open`
     for context in (request.context, "image_only")[: request.contexts - 1]:
         base = np.concatenate([_base(grammar, request, context, own), opening])
         prefixes.append(base if context == "image_only" else np.concatenate([base, own[at.begin + len(opening) :]]))
         starts.append(len(base))
         resets.append(context != "image_only")
     if len(prefixes) == 3 and most == 1 and np.array_equal(prefixes[1], prefixes[2]):
-        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # no image in the prompt: both are the same
+        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # no image in the prompt
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
     wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape
@@ -121,7 +121,8 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
 
 
 def prompt_tokens(grammar: Grammar, request: Request) -> np.ndarray:
-    """The request's prompt, int32 [n]. Raises GrammarError or RequestError where it is none."""
+    """The tokens of the request's prompt, int32 [n]. Raises GrammarError or RequestError if it is not a valid
+    prompt."""
     if not any(isinstance(part, TokensPart) for part in request.parts):
         return grammar.prompt(request.turns)
     v, record = grammar.vocabulary, grammar.layout.record
@@ -138,16 +139,14 @@ def prompt_tokens(grammar: Grammar, request: Request) -> np.ndarray:
 
 
 def part_tokens(grammar: Grammar, *parts: Part | TokensPart) -> np.ndarray:
-    """The ids of parts in a document, int32 [n]. The parts are either all ids, or none of them is. Raises like
-    `prompt_tokens`.
-    """
+    """The ids of parts in a document, int32 [n]. Either all parts are ids, or none is. Raises like `prompt_tokens`."""
     if isinstance(parts[0], TokensPart):
         return np.concatenate([_ids(part, grammar.vocabulary.used) for part in parts])  # type: ignore[arg-type]
     return grammar.parts(parts)  # type: ignore[arg-type]
 
 
 def _groups(parts: Sequence[Part | TokensPart]) -> Iterator[list[Part | TokensPart]]:
-    """Runs of successive parts that are all ids, or all not."""
+    """Splits parts into runs: all parts of a run are ids, or none is."""
     for _, group in groupby(parts, lambda part: isinstance(part, TokensPart)):
         yield list(group)
 
@@ -159,9 +158,7 @@ def _ids(part: TokensPart, size: int) -> np.ndarray:
 
 
 def _sides(layout: ImageLayout, opened: Opened, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width, in codes, of the image that was begun: as the prompt says, else as the request wants, else the
-    smallest.
-    """
+    """Height and width, in codes, of the image that was begun: the prompt's, else the request's, else the smallest."""
     said, wanted = [opened.height, opened.width], size or (0, 0)
     sides = []
     for axis, unit in enumerate(layout.units):
@@ -171,7 +168,7 @@ def _sides(layout: ImageLayout, opened: Opened, size: tuple[int, int] | None) ->
 
 
 def _given(grammar: Grammar, request: Request, size: tuple[int, int] | None) -> np.ndarray:
-    """The beginning of the first image as far as it is known."""
+    """The known beginning of the first image."""
     if size is None:
         return np.asarray(grammar.syntax.open, np.int32)
     canvas = np.full(size, -1, np.int32) if request.canvas is None else request.canvas
@@ -182,7 +179,7 @@ def _given(grammar: Grammar, request: Request, size: tuple[int, int] | None) -> 
 
 
 def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> np.ndarray:
-    """The ids that a context reads before its images; if it keeps earlier images, all ids that it reads."""
+    """The ids that a context reads before its images, or all its ids if it keeps earlier images."""
     if context == "empty_prompt":
         return grammar.unconditional.tokens
     if context == "bos_boi":
@@ -196,10 +193,9 @@ def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> 
 
 
 def without_text(grammar: Grammar, tokens: np.ndarray) -> np.ndarray:
-    """Ids [n] that begin a document without its text: what the context "image_only" reads of them.
+    """Removes the text from ids [n] that begin a document, for the context "image_only".
 
-    If the layout's `unconditional` has no mark for the end of a question, as in Chameleon's, that mark is left out,
-    too.
+    It also removes the mark for the end of a question if the layout's `unconditional` has none, as in Chameleon.
     """
     record = grammar.layout.record
     kept = np.ones(len(tokens), bool)
@@ -238,7 +234,7 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
 
 
 def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> None:
-    """Raises RequestError if the prompt has begun to say another size, in digits, than the one that is wanted."""
+    """Raises RequestError if the prompt already has digits of a size that differs from the requested size."""
     wanted = [side // unit for side, unit in zip(size, grammar.layout.units, strict=True)]
     for axis, (phase, said) in enumerate(((HEIGHT, opened.height), (WIDTH, opened.width))):
         if opened.phase == phase and said and not str(wanted[axis]).startswith(str(said)):
@@ -247,7 +243,7 @@ def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> Non
 
 
 def _budget(request: Request, needed: int, most: int, prompt: int, max_length: int) -> int:
-    """Tokens of a sample at most."""
+    """The most tokens of a sample."""
     room = max_length - prompt
     images = f"{max(request.images[0], int(request.mode == 'image'))} images with <eos>"
     if room < needed:
@@ -272,10 +268,10 @@ def cache_length(max_length: int, part: int = 1) -> int:
 
 
 def _length_class(n: int, max_length: int) -> int:
-    """The length of the cache that n tokens go to: max_length, a half or a quarter of it, in multiples of 64.
+    """The cache length for n tokens: max_length, or a half or a quarter of it, in multiples of 64.
 
-    It is a multiple of 64 because XLA on a CPU adds up a row in vectors. With an incomplete vector, the bits of a row
-    would depend on how much of the cache its batch makes it read (kernels/decode_attention/xla.py).
+    It is a multiple of 64 because XLA on a CPU sums a row in vectors. With an incomplete vector, a row's bits would
+    depend on how much of the cache is read for its batch (kernels/decode_attention/xla.py).
     """
     classes = [cache_length(max_length, part) for part in _SHARES]
     fitting = [length for length in classes if length >= n]

@@ -1,4 +1,5 @@
-"""Reads prompts before their samples are drawn: in batches by length, each prompt once; the last batches are kept."""
+"""Reads prompts before their samples are drawn. It batches them by length, reads each once, and keeps the last
+batches."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from ar_unified.sampling.steps import Prefix
 
-_SMALLEST = 16  # tokens of the smallest bucket of prompts
+_SMALLEST = 16  # tokens in the smallest bucket of prompts
 _PREFILL = 16  # prompts read at once, at most
-KEPT = 4  # batches of prompts that are kept for samples to come
+KEPT = 4  # batches of prompts that are kept for later samples
 
 _Prompt = tuple[int, np.ndarray]  # the number of its adapter, and its tokens
 _Key = tuple[int, bytes]
@@ -22,15 +23,16 @@ class Prompts:
 
     Args:
         prefill: reads a batch: tokens [rows, size], lengths [rows], adapter [rows], int32 each.
-        rows: of a batch. pad: the id behind the end of a prompt.
+        rows: of a batch. pad: the id that fills the places after a prompt.
     """
 
     def __init__(self, prefill: Callable[[np.ndarray, np.ndarray, np.ndarray], Prefix], rows: int, pad: int):
         self._prefill, self._rows, self._pad = prefill, rows, pad
-        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # the last used one last
+        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # last used one last
 
     def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
-        """The batches that hold the prompts, and for each prompt its row in the batch, or -1."""
+        """The batches with the prompts; each comes with one row number for each prompt, -1 if the prompt is in another
+        batch."""
         wanted = {_key(prompt): prompt for prompt in prompts}
         kept = {id: batch for id, batch in self._batches.items() if wanted.keys() & batch[1].keys()}
         known = {key for _, rows in kept.values() for key in rows}
@@ -72,5 +74,5 @@ def prefill_rows(batch_size: int, ways: int) -> int:
 
 
 def bucket(n: int) -> int:
-    """The smallest of 16, 32, 64, ... that holds n tokens."""
+    """The smallest of 16, 32, 64, ... that is at least n."""
     return max(_SMALLEST, 1 << (n - 1).bit_length()) if n else _SMALLEST

@@ -1,8 +1,8 @@
-"""Which ids could have been drawn for each token of a sample: runs the tokens through the automaton again, all samples
-at once.
+"""Finds which ids could have been drawn for each token of a sample. It runs the tokens of all samples through the
+automaton again, in parallel.
 
-A trainer needs it to compute the probability with which a token was drawn: only some ids were allowed, and if there was
-only one, nothing was drawn.
+A trainer needs this to compute the probability with which a token was drawn, because the grammar allowed only some ids.
+If it allowed only one id, nothing was drawn.
 
 Axes: B samples, n their tokens, K ranges.
 """
@@ -24,14 +24,15 @@ from ar_unified.sampling.steps import Start
 
 
 def replay(grammar: Grammar, served: Sequence[tuple[Plan, Sample]], length: int) -> tuple[np.ndarray, ...]:
-    """For samples and their plans: which ids each token was drawn from.
+    """Finds, for samples and their plans, which ids each token was drawn from.
 
     Args:
-        length: n, tokens of the longest sample at most.
+        length: n, an upper bound on the tokens of a sample.
 
     Returns:
-        drawn, bool [B, n]: there was a choice; not what was given or forced. spans, int32 [B, n, K, 2], the ids that
-        were allowed (`language.spans`). image, bool [B, n]: it is an image code. All are False or empty behind the end.
+        drawn, bool [B, n]: whether there was a choice, so False for given and forced tokens. spans, int32 [B, n, K, 2]:
+        the ids that were allowed (`language.spans`). image, bool [B, n]: whether the token is an image code. After the
+        end of a sample, all are False or empty.
     """
     tokens = np.full((len(served), length), -1, np.int32)
     for row, (plan, sample) in zip(tokens, served, strict=True):

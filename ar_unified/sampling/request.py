@@ -1,4 +1,4 @@
-"""What a sampler is asked for and what it gives back."""
+"""Request and Sample: the input and the output of the sampler."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _MANY = 1 << 20  # more images than any budget holds
 
 
 class RequestError(UserError):
-    """What is wrong with one request; the rest of the job goes on."""
+    """One request is wrong; the rest of the job goes on."""
 
 
 class TooLong(RequestError):
-    """The engine's max_length does not hold the prompt with what is asked for."""
+    """The prompt and the requested answer together exceed the engine's max_length."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,33 @@ class Request:
         id: names the request in samples and messages.
         parts: the prompt: text, images as codes of the image tokenizer, and token ids, in reading order.
         turn: True: answer the prompt; False: go on writing the document it begins.
-        history: the turns before it: a system's, and questions with their answers.
-        mode: "text": no images; "image": only images; "interleaved": text and at least one image; "free": both,
-            as the model likes. Whatever the mode, the answer is one the grammar can parse.
-        n: how many samples. seed: 0 <= seed < 2**32; sample i of a request is the same however many are drawn.
-        max_tokens: budget of a sample, <eos> included; None: what its images need ("image"), else what fits.
-        stop: where to stop: a text, before which the answer is cut, or consecutive ids of text pieces.
+        history: the turns before it: a system turn, and questions with their answers.
+        mode: "text": no images; "image": only images; "interleaved": text and at least one image; "free": the model
+            chooses. In every mode, the grammar can parse the answer.
+        n: how many samples. seed: 0 <= seed < 2**32; sample i of a request does not depend on n.
+        max_tokens: budget of a sample, <eos> included; None: as many as its images need in mode "image", else as many
+            as fit.
+        stop: where to stop: each a text or consecutive ids of text pieces. The answer is cut before the stop.
         min_images, max_images: images in a sample; None: exactly one in mode "image", at least one in "interleaved",
             any number in "free".
-        image_size: (height, width) of every image in codes; None: the canvas's, the fixed grid's, or as the model
-            likes.
-        canvas: int32 [h, w], codes the first image is to have, -1 where they are to be drawn: an image is
-            completed (its first rows given) or repaired (all but a hole given).
-        guidance: scale of classifier-free guidance on image codes; 1: none, and then it costs nothing.
+        image_size: (height, width) of every image in codes; None: the canvas's size, the fixed grid's, or the model's
+            choice.
+        canvas: int32 [h, w], codes that the first image must have, -1 where codes are drawn. This completes an image
+            (its first rows are given) or repairs it (all but a hole is given).
+        guidance: scale of classifier-free guidance on image codes; 1: no guidance, at no cost.
         image_guidance: a second scale, for the effect of the prompt's images besides its text (InstructPix2Pix, arXiv
-            2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), with i the images
-            alone. 0: one scale.
-        context: u, what guidance compares with: one of CONTEXTS, followed by the present image:
-            "empty_prompt": <bos> <eot>, what condition dropout trains. "bos_boi": <bos> (Chameleon, LWM).
+            2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), where i is the context
+            with the images alone. 0: only one scale.
+        context: u, the unconditional context of guidance, one of CONTEXTS. The current image follows it.
+            "empty_prompt": <bos> <eot>, as trained by condition dropout. "bos_boi": <bos> (Chameleon, LWM).
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
             "negative_prompt": that text as the prompt (Emu3).
         negative_prompt: its text.
-        prompt_suffix: a text after that of a prompt for an image (mode "image", turn True), such as Emu3-Gen's words of
-            praise; the contexts that guidance compares with do not have it.
+        prompt_suffix: a text appended to the text of a prompt for an image (mode "image", turn True), such as
+            Emu3-Gen's words of praise. The unconditional contexts do not have it.
         repetition_penalty: of text pieces that the prompt or the answer already has; 1: none. Logits above 0 are
-            divided by it, others multiplied (CTRL, arXiv 1909.05858).
-        adapter: the name of the adapter it is drawn with, of those that the engine has; "": none.
+            divided by it, others are multiplied by it (CTRL, arXiv 1909.05858).
+        adapter: the name of one of the engine's adapters, used for drawing; "": none.
         text, image: how text (and control) tokens and image codes are drawn.
         meta: copied to the samples.
     """
@@ -101,26 +102,26 @@ class Request:
 
     @classmethod
     def asking(cls, document: Document, **settings: Any) -> Request:
-        """The request for the last answer of a document; for a document without turns, from its beginning on."""
+        """The request for the last answer of a document; if the document has no turns, the request draws all of it."""
         asked = document.asked[-1].parts if document.asks else ()
         named = {"id": document.id} | settings
         return cls(parts=asked, turn=document.asks, history=document.asked[:-1], **named)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """All that the answer comes after."""
+        """All turns before the answer."""
         return *self.history, Turn("user" if self.turn else "document", self.asked)  # type: ignore[arg-type]
 
     @property
     def asked(self) -> tuple[Part | TokensPart, ...]:
-        """The prompt, `prompt_suffix` behind it if it ends with text."""
+        """The prompt, with `prompt_suffix` after it if it ends with text."""
         *before, last = self.parts or (None,)
         if not (self.prompt_suffix and self.turn and self.mode == "image" and isinstance(last, TextPart)):
             return self.parts
         return *before, TextPart(last.text + self.prompt_suffix)  # type: ignore[return-value]
 
     def check(self) -> None:
-        """Raises RequestError naming the first field that no engine could serve."""
+        """Raises RequestError that names the first field that no engine could serve."""
         if self.mode not in MODES:
             raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
         if self.history and not self.turn:
@@ -179,7 +180,7 @@ class Request:
 
     @property
     def images(self) -> tuple[int, int]:
-        """Fewest and most images of a sample."""
+        """The fewest and the most images of a sample."""
         if self.mode == "text":
             return self.min_images or 0, self.max_images or 0
         least = self.min_images if self.min_images is not None else int(self.mode in ("image", "interleaved"))
@@ -201,11 +202,12 @@ class Sample:
     Attributes:
         request, index: sample `index` of `request`.
         tokens: int32 [n], generated, <eos> included unless it was stopped.
-        document: what they say: the parts behind the prompt, images as codes. None if there was an error.
+        document: the document of these tokens: the parts after the prompt, with images as codes. None if there was an
+            error.
         finish_reason: "eos": the model ended it; "length": the budget did; "stop": one of `request.stop` did; "error".
         error: what went wrong, in words; "" if nothing.
         logprobs: float32 [n], the log-probability with which each token was drawn (`logprobs.py`), 0 where it was given
-            or forced; None from an engine that is not asked for them.
+            or forced; None if the engine was not asked for them.
     """
 
     request: Request

@@ -1,18 +1,19 @@
-"""A row of a requests file -> a request, or what is wrong with it in one line.
+"""Turns a row of a requests file into a request, or into a one-line error.
 
     {"id": "cat", "prompt": "a cat"}                                             an image of that text
     {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}], "mode": "text"}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}, ...]}
     {"prompt": "a cat", "n": 4, "seed": 7, "guidance": 3, "image_size": [32, 48], "image": {"temperature": 0.9}}
-    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that image, drawn anew where the mask
+    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that image, redrawn where the mask
     is white {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that image, below its first 64
     pixels
 
 Parts of "content", and of the content of messages, are texts, images and {"type": "tokens", "ids": [...]}. Images
-are files under the requests' folder, or data: URLs. Sizes are in pixels. Everything but "prompt", "content" or
-"messages" is optional; `sampling.request` says what the settings mean, and `defaults` of a job has the same keys.
-A row's own columns are kept in "meta", with one warning for each file (`sampling.columns` says which keys they are); an
-id may be any text, and names its folder of images.
+are files under the requests' folder, or data: URLs. Sizes are in pixels. Every row needs one of "prompt", "content" and
+"messages"; all other keys are optional. `sampling.request` explains the settings, and the `defaults` of a job have the
+same keys.
+A row's own columns are kept in "meta", with one warning for each file (`sampling.columns` says which keys they are). An
+id may be any text; the request's folder of images is named after it.
 """
 
 from __future__ import annotations
@@ -40,23 +41,23 @@ from ar_unified.sampling.formats import Row, read_rows
 from ar_unified.sampling.openai_batch import Asked
 from ar_unified.sampling.request import CONTEXTS, MODES, Request, RequestError
 
-_MOST = {"n": 100_000, "seed": 2**32}  # of whole numbers; others fit an int32
-_NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # what JSON calls them
+_MOST = {"n": 100_000, "seed": 2**32}  # bounds of whole numbers; others must fit an int32
+_NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # JSON's names of the types
 
 
 class PromptImageError(RequestError):
-    """An image cannot be read now. The request itself may be right, and works once the file is repaired."""
+    """An image cannot be read now. The request itself may be right, and will work once the file is repaired."""
 
 
 @dataclass(frozen=True)
 class PromptImage:
-    """An image of a prompt that was not opened yet: its `name`, and how to get the bytes."""
+    """An image of a prompt before it is opened: its `name`, and a function that loads its bytes."""
 
     name: str
     read: Callable[[str], bytes]
 
     def load(self) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises PromptImageError or RequestError naming it and what is wrong."""
+        """uint8 [H, W, 3]. Raises PromptImageError or RequestError that names the image and what is wrong with it."""
         where = f"image {self.name!r:.80}"
         try:
             return images.decode(self.read(self.name))
@@ -83,14 +84,14 @@ class Line:
     """One entry of a requests file.
 
     Attributes:
-        number: of its row, from 1. id: its own, else its number. name: of its folder of images: the id, where that
+        number: of its row, from 1. id: its own, else its number. name: of its folder of images, which is the id if that
             can be a folder's name.
-        content: text, ids, and images. history: the turns before it, with images, too.
+        content: text, ids, and images. history: the turns before it, which may have images, too.
         canvas: an image that the answer's first image completes.
-        request: without parts and canvas yet; None if there is an `error`.
+        request: its parts and canvas are still missing; None if there is an `error`.
         retry: whether the request may succeed if the job is run again.
-        batch: what an answer in OpenAI's format repeats, if the row is one of theirs.
-        prompt_tokens: of the request with its parts, once it has them.
+        batch: what an answer in OpenAI's format repeats, if the row is a line of an OpenAI batch.
+        prompt_tokens: the number of prompt tokens, known once the request has its parts.
     """
 
     number: int
@@ -114,14 +115,15 @@ def read_requests(
     links: bool = False,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[Line]:
-    """Every request of the files, in order; those that cannot be read have an `error`.
+    """Every request of the files, in order; requests that cannot be read have an `error`.
 
     Args:
-        paths: a file or folder that `formats.read_rows` reads, or several, numbered on.
+        paths: a file or folder that `formats.read_rows` reads, or several, with row numbers that continue across them.
         cells: the image tokenizer, or another object that knows how many pixels a code stands for.
-        defaults: settings of requests that do not say.
-        links: whether links that lead out of the requests' folder are followed.
-        warn: called once for a file with columns of its own, and once for one where something is no prompt.
+        defaults: values for settings that a request does not give.
+        links: whether to follow links that lead out of the requests' folder.
+        warn: called once for each file with columns of its own, and once for each file with entries that are no
+            prompts.
 
     Raises:
         RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file holds no request
@@ -196,7 +198,7 @@ def _typed(row: Mapping[str, Json], types: Mapping[str, tuple[type, ...]], where
 
 
 def _turns(row: Mapping[str, Json], read: Callable[[str], bytes]) -> tuple[Turn, ...]:
-    """The turns that the answer comes after; their images are Image."""
+    """The turns before the answer; their images are Image."""
     said = [key for key in ("prompt", "content", "messages") if key in row]
     if len(said) != 1:
         raise RequestError('expected either "prompt" (a text), "content" (a list of parts) or "messages" (turns)')
@@ -242,7 +244,7 @@ def _text(text: object, where: str) -> TextPart:
 def request_of(
     row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[str, Any], foreign: bool = False
 ) -> Request:
-    """The settings of a row as a Request without parts. Raises RequestError for the first that is wrong."""
+    """The settings of a row as a Request without parts. Raises RequestError for the first wrong setting."""
     columns = own_columns(row, foreign=foreign)
     own = {key: value for key, value in row.items() if key in SETTINGS and key not in columns}
     meta = row.get("meta", {})
@@ -256,14 +258,14 @@ def request_of(
     for modality in ("text", "image"):
         if modality in own:
             merged[modality] = {**defaults.get(modality, {}), **own[modality]}
-    # A default that only makes sense with another setting goes if that setting is gone.
+    # A default that needs another setting is dropped if the request changes that setting.
     if merged.get("context") != "negative_prompt" and "negative_prompt" not in own:
         merged.pop("negative_prompt", None)
     if (own.get("guidance") == 1 or own.get("context") == "image_only") and "image_guidance" not in own:
         merged.pop("image_guidance", None)
     settings = _settings(merged, cells, "")
     settings.setdefault("mode", "image" if "prompt" in row else "free")
-    # Requests without a seed draw differently from each other, but the same in every run.
+    # Requests without a seed get different seeds, which are the same in every run.
     settings.setdefault("seed", int.from_bytes(digest(id)[:4], "big"))
     request = Request(id, (), meta={**columns, **meta}, **settings)
     request.check()

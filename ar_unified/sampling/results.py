@@ -1,10 +1,10 @@
-"""The lines of a job's folder: each process appends to a file of its own, and every sample is read once.
+"""Writes and reads the lines in a job's folder. Each process appends to its own file, and every sample is read once.
 
     samples.jsonl                    of a job of one process
     samples-00003-of-00016.jsonl     of process 3 of 16
 
 A job may continue with another number of processes, so finished samples are read from all files. A line is appended
-after the images it names were written. So every complete line is a finished sample.
+only after the images that it names are written. So every complete line is a finished sample.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ar_unified.manifests import Json
 from ar_unified.workdir import clean, write_bytes
 
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
-THUMBNAIL = 256  # pixels of the longer side; an image that has no more is its own
-_TOLD_EVERY = 30.0  # seconds, in which the lines of a job in an object store are put there, all of them each time
-_PATIENCE = 5.0  # seconds that a finished sample may wait for others to be decoded with
+THUMBNAIL = 256  # pixels of the longer side; a smaller image has no thumbnail
+_TOLD_EVERY = 30.0  # seconds between uploads to an object store; each one uploads all lines
+_PATIENCE = 5.0  # seconds that a finished sample may wait for others, to be decoded together
 
 
 class JobBusy(UserError):
-    """Another process writes where this one would."""
+    """Another process writes to the same files."""
 
 
 def shard_name(process: int, processes: int) -> str:
@@ -46,14 +46,14 @@ def shard_name(process: int, processes: int) -> str:
 
 
 def shards(folder: str | Path) -> list[Path]:
-    """The files of all processes, whatever their number was."""
+    """The files of all processes, for any number of processes."""
     return sorted(path for path in Path(folder).glob("samples*.jsonl") if _NAME.fullmatch(path.name))
 
 
 def read(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Every line of a job, finished or running, each sample once. A torn last line is left out.
+    """Every line of a job, finished or running, with each sample once. An incomplete last line is left out.
 
-    An error that was put right later is left out, too. Raises OSError, and UserError for a line that no job wrote.
+    An error is left out if a later run succeeded. Raises OSError, and UserError for a line that no job wrote.
     """
     seen: set[tuple[int, int | None]] = set()
     failed: dict[int, dict[str, Json]] = {}
@@ -70,18 +70,18 @@ def read(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Done:
-    """The samples that are finished according to the files.
+    """The finished samples, according to the files.
 
     Attributes:
-        samples: (line of the requests, sample), sample None for a bad request.
-        failed: by line, the error of a request that may succeed when it is tried again.
+        samples: pairs (line of the requests, sample); sample is None for a bad request.
+        failed: by line, the errors of requests that may succeed on another try.
     """
 
     samples: set[tuple[int, int | None]] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
 
     def has(self, line: int, sample: int | None) -> bool:
-        """Whether a sample is written already, or its whole line is an error."""
+        """Whether a sample is already written, or its whole line is an error."""
         return (line, sample) in self.samples or (line, None) in self.samples
 
     @classmethod
@@ -97,10 +97,10 @@ class Done:
 
 
 def open_shard(folder: Path, process: int, processes: int) -> IO[bytes]:
-    """The file of this process, locked and without a torn last line, to append to.
+    """Opens the file of this process to append to, locks it, and cuts off an incomplete last line.
 
-    Torn lines in the files of an earlier run with another number of processes are cut off, too. Raises OSError, and
-    JobBusy if one of them is still being written.
+    It also cuts off incomplete lines in files of an earlier run with another number of processes. Raises OSError, and
+    JobBusy if another process still writes one of them.
     """
     name = shard_name(process, processes)
     ending = f"-of-{processes:05d}.jsonl"
@@ -119,13 +119,13 @@ def open_shard(folder: Path, process: int, processes: int) -> IO[bytes]:
 
 
 def _own(file: IO[bytes], path: Path) -> None:
-    """Locks a file and cuts off a torn last line, which a killed writer left; that sample is drawn again."""
+    """Locks a file and cuts off an incomplete last line that a killed writer left; that sample is drawn again."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise JobBusy(f"{path} is being written by another process: wait for it, or end it") from None
-        # some network file systems have no locks
+        # some network file systems do not support locks
     size, block = file.seek(0, os.SEEK_END), 1 << 16
     end = size
     while end > 0:
@@ -158,22 +158,22 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line to be written, and the images it names: file names under the folder, and codes int32 [h, w]."""
+    """A line to write, and the images that it names: file names under the folder, and codes int32 [h, w]."""
 
     row: Mapping[str, Json]
     images: tuple[tuple[str, np.ndarray], ...] = ()
 
 
 class Writer:
-    """Decodes images and appends lines on a thread of its own, while the engine goes on.
+    """Decodes images and appends lines on its own thread, while the engine goes on.
 
     Args:
         folder: of the job. file: from `open_shard`.
         decode: codes int32 [B, h, w] -> images uint8 [B, H, W, 3].
         batch: how many entries are decoded and written together; an entry waits at most five seconds for others.
-        written: called on the thread with the rows that are safely there.
+        written: called on the thread with the rows that are safely on disk.
 
-    It is a context: leaving it writes all entries. An error of the thread is raised by `put`, or on leaving.
+    It is a context manager; on exit, it writes all entries. `put` or the exit raises an error of the thread.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Writer:
             raise self._error
 
     def put(self, entry: Entry) -> None:
-        """Hands an entry over; waits while the thread is four batches behind."""
+        """Passes an entry to the thread; waits while the thread is four batches late."""
         if self._error:
             raise self._error
         self._queue.put(entry)
@@ -222,7 +222,7 @@ class Writer:
                 pass
             if waiting and (len(waiting) >= self._batch or not going or time.monotonic() > since + _PATIENCE):
                 try:
-                    if not self._error:  # behind an error nothing is written, but `put` must not wait for ever
+                    if not self._error:  # after an error nothing is written, but `put` must not wait for ever
                         self._write(waiting)
                 except Exception as error:
                     self._error = error
@@ -235,13 +235,13 @@ class Writer:
             path = self._folder / name
             if path.parent not in self._touched:
                 self._touched.add(path.parent)
-                clean(path.parent)  # what a killed process left of the same request
+                clean(path.parent)  # left by a killed process for the same request
             write_image(path, pixels)
         for entry in entries:
             # A lone surrogate of a bad request becomes its JSON escape.
             line = json.dumps(entry.row, ensure_ascii=False).encode("utf-8", "backslashreplace")
             rest = memoryview(line + b"\n")
-            while rest:  # one write for a line; on a full disk the next write raises
+            while rest:  # one write for each line; on a full disk the next write raises
                 rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
         if time.monotonic() > self._told + _TOLD_EVERY:
@@ -251,7 +251,7 @@ class Writer:
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
-    """Writes a PNG and, before it, the thumbnail of a large one: if the PNG is there, both are whole. Raises
+    """Writes a PNG. A large image first gets a thumbnail, so if the PNG exists, both files are complete. Raises
     OSError.
     """
     if max(pixels.shape[:2]) > THUMBNAIL:
@@ -260,5 +260,5 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def thumbnail(image: Path) -> Path:
-    """Where the thumbnail of an image is, if it has one: beside it."""
+    """The path of an image's thumbnail, if it has one: beside the image."""
     return image.with_suffix(".jpg")

@@ -1,4 +1,4 @@
-"""How likely a model finds given parts: their log-likelihoods, teacher-forced.
+"""Log-likelihoods of given parts under a model, by teacher forcing.
 
 Axes: b rows of a batch, P bucket, D model, V vocabulary.
 """
@@ -22,13 +22,13 @@ from ar_unified.model.transformer import Transformer
 from ar_unified.sampling.plan import part_tokens, prompt_tokens
 from ar_unified.sampling.request import Request
 
-_POSITIONS = 64  # whose logits [b, 64, V] exist at once
+_POSITIONS = 64  # positions whose logits [b, 64, V] exist at once
 
 
 @dataclass(frozen=True)
 class PartScore:
-    """The score of one part: its log-likelihood in nats given all that precedes it, its number of tokens, and whether
-    every token was the likeliest at its place.
+    """The score of one part: its log-likelihood in nats given everything before it, its number of tokens, and whether
+    every token was the likeliest at its position.
     """
 
     log_likelihood: float
@@ -38,7 +38,7 @@ class PartScore:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of an answer: the scores of its parts, and that of the <eos> behind them."""
+    """The score of an answer: the scores of its parts, and the score of the <eos> after them."""
 
     parts: tuple[PartScore, ...]
     eos: PartScore
@@ -60,11 +60,11 @@ Scored = Document | tuple[Request, Sequence[Part | TokensPart]]
 def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     """The token ids of the prompt, of each part to be scored, and of <eos>. Raises GrammarError or RequestError.
 
-    For a Document, the prompt is what its turns ask; without turns, all parts are scored. For a request and an answer,
-    it is the request's prompt; without turns, the answer goes on where the prompt's text ends.
+    For a Document, the prompt is everything before its last answer; if it has no turns, all parts are scored. For a
+    request and an answer, it is the request's prompt; without turns, the answer goes on where the prompt's text ends.
     """
     if isinstance(item, Document):
-        grammar.encode(item)  # a part that no grammar carries is named by its place in the document
+        grammar.encode(item)  # a part that no grammar can hold is named by its index in the document
         request = Request.asking(item)
         answer: Sequence[Part | TokensPart] = item.answer
     else:
@@ -76,9 +76,9 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
 def forward(
     config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array, adapter: Array
 ) -> tuple[Array, Array]:
-    """For tokens int32 [b, P]: f32 [b, P - 1], the log-probability of each token but the first given those before it,
-    and bool [b, P - 1], whether it was the likeliest id. `used` and `split` are those of `token_losses`; adapter: of
-    each row, int32 [b].
+    """For tokens int32 [b, P]: f32 [b, P - 1], the log-probability of each token after the first, given the tokens
+    before it, and bool [b, P - 1], whether it was the likeliest id. `used` and `split` are arguments of `token_losses`;
+    adapter: of each row, int32 [b].
     """
     model = Transformer.bind(config, params)
     b, P = tokens.shape
@@ -101,7 +101,7 @@ def forward(
 
 
 def scores(items: Sequence[list[np.ndarray]], log_likelihood: np.ndarray, greedy: np.ndarray) -> Iterator[Score]:
-    """The Score of each row's `pieces`, from what `forward` found of them."""
+    """The Score of each row's `pieces`, from the results of `forward` for that row."""
     for row, parts in enumerate(items):
         found, at = [], len(parts[0]) - 1
         for part in parts[1:]:
@@ -118,7 +118,7 @@ def adapter_of(item: Scored) -> str:
 
 
 def batches(items: Iterable[tuple[int, list[np.ndarray]]], width: int, bucket: Any) -> Iterator[tuple[int, list[Any]]]:
-    """Yields (bucket, up to `width` items of that bucket), in the order of the items."""
+    """Yields pairs of a bucket and up to `width` items of that bucket, in the order of the items."""
     waiting: dict[int, list[Any]] = {}
     for item in items:
         size = bucket(sum(map(len, item[1])))

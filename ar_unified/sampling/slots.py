@@ -1,4 +1,4 @@
-"""The slots of a pool: each holds a sample, and the arrays that the device gets for it.
+"""The slots of a pool, and the arrays that the device gets for the sample in each slot.
 
 R slots, C contexts.
 """
@@ -23,7 +23,7 @@ from ar_unified.sampling.steps import Shape
 @dataclass(eq=False)
 class Job:
     """One sample in a slot. left: steps until its end, if known. tokens: ids drawn so far, without the given ones.
-    logprobs: their log-probabilities, if they are asked for.
+    logprobs: the log-probabilities of `tokens`, if they are asked for.
     """
 
     plan: Plan
@@ -34,7 +34,7 @@ class Job:
     finished: bool = False
 
     def drawn(self) -> np.ndarray:
-        """int32 ids of the sample so far: those that were given, then those that were drawn."""
+        """int32 ids of the sample so far: the given ids, then the drawn ids."""
         return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
     def drawn_logprobs(self) -> np.ndarray:
@@ -45,7 +45,8 @@ class Job:
 def row_arrays(
     layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job], adapters: Mapping[str, int]
 ) -> tuple[Any, ...]:
-    """The arguments of `steps.insert` for these samples: rows, start, position. adapters: their numbers by name."""
+    """The arguments rows, start and position of `steps.insert` for these samples. adapters: the number of each adapter
+    by its name."""
     jobs = [fresh.get(i) for i in range(slots)]
     C = shape.contexts
 

@@ -1,12 +1,11 @@
-"""The compiled part of the sampler: prefill, insert and decode_chunk, three functions from state to state.
+"""The compiled part of the sampler: the functions prefill, insert and decode_chunk.
 
-A pool of R slots decodes R samples at once. Its shapes are static (`Shape`, the batch, the cache length); everything
-that a request may ask for is an array, so that requests of all kinds run in one program. The host fills free slots
-between chunks.
+A pool of R slots decodes R samples at once. Its shapes are static (`Shape`, the batch, the cache length); all settings
+of a request are arrays, so requests of all kinds run in one program. The host fills free slots between chunks.
 
-Each step first asks the automaton what is to be drawn. A forced token needs no logits; an image code needs the head's
-rows of image codes, for all contexts; text needs the other rows, for the request's own context. So the state keeps
-hidden states, and a part of the head is only computed if some row needs it.
+Each step first asks the automaton what to draw. A forced token needs no logits. An image code needs the head's
+image-code rows, for all contexts; text needs the other rows, for the request's own context. So the state keeps hidden
+states, and each part of the head is computed only if some row needs it.
 
 Axes: R slots, C contexts, rows side by side [R * C]; b rows of a prefill, P its bucket; S cache length; D model;
 W text pieces, control tokens and sides; K KV heads, H head dim.
@@ -37,13 +36,13 @@ from ar_unified.sampling.decoding import Filters
 from ar_unified.sampling.drafts import Drafts, forgotten, no_drafts
 from ar_unified.sampling.head import Weights, code_logits, head_parts, text_ids, text_logits, with_head
 
-CHUNK = 64  # steps of a chunk at most
-FACTS = 3  # that stand behind the tokens of a chunk
+CHUNK = 64  # most steps of a chunk
+FACTS = 3  # columns after the tokens of a chunk
 PIECE = 1024  # tokens of a long prompt that are read at once
 
 
 class Shape(NamedTuple):
-    """What a pool is compiled for, besides the sizes of the engine: C and S."""
+    """The sizes C and S for which a pool is compiled, besides the sizes of the engine."""
 
     contexts: int
     length: int
@@ -57,17 +56,17 @@ class Start(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the requests say; constant while a row is decoded. Each [R, ...]."""
+    """The requests' settings, constant while a row is decoded. Each [R, ...]."""
 
     seed: Array  # u32 [R]
     sample: Array  # i32 [R]
     weights: Array  # f32 [R, C]
-    start: Array  # i32 [R, C], behind each context's prefix
+    start: Array  # i32 [R, C], the place after each context's prefix
     resets: Array  # bool [R, C]
     filters: Filters  # [R, 2] each
     penalty: Array  # f32 [R]
     canvas: Array  # i32 [R, codes of the largest image], of the first image; -1: to be drawn
-    adapter: Array  # i32 [R], of the weights' adapters; 0: none
+    adapter: Array  # i32 [R], number of the adapter; 0: none
 
     @property
     def adapters(self) -> Array:
@@ -83,13 +82,14 @@ class State(NamedTuple):
     position: Array  # i32 [R, C], where the next token of each context goes
     hidden: Array  # [R * C, D], for the next token
     cache: Cache
-    seen: Array  # bool [R, W], text pieces that are in the row's prompt or answer
+    seen: Array  # bool [R, W], text pieces in the row's prompt or answer
     broken: Array  # bool [R], the model's logits were NaN
-    drafts: Drafts | None = None  # where a token a step is all that is drawn
+    drafts: Drafts | None = None  # None: one token a step
 
 
 class Prefix(NamedTuple):
-    """Prompts that were read: their tokens [b, P], the hidden state of the last one [b, D], and a cache of length P."""
+    """Prompts that were read: their tokens [b, P], the hidden state of each prompt's last token [b, D], and a cache of
+    length P."""
 
     tokens: Array
     hidden: Array
@@ -97,7 +97,8 @@ class Prefix(NamedTuple):
 
 
 def prepare(config: TransformerConfig, grammar: Grammar, weights_dtype: str | None, params: Params) -> Weights:
-    """Parameters of a training as `decode_chunk` wants them: matrices in the compute dtype, or in `weights_dtype`."""
+    """Converts training parameters to the form that `decode_chunk` reads: matrices in the compute dtype or
+    `weights_dtype`."""
     layers = unstacked(config, params, weights_dtype)
     weights = with_head(layers, *head_parts(config, grammar, params))
     mesh = jax.sharding.get_abstract_mesh()
@@ -105,19 +106,20 @@ def prepare(config: TransformerConfig, grammar: Grammar, weights_dtype: str | No
 
 
 def placed(tree: Any) -> Any:
-    """A state or a prefix, split by the mesh in scope."""
+    """Splits a state or a prefix over the mesh in scope."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, row_specs(mesh, tree))
 
 
 def weight_specs(mesh: Mesh | AbstractMesh, weights: Weights) -> Any:
-    """Where the weights lie: as in training."""
+    """The sharding of the weights, the same as in training."""
     axes: Any = Weights(logical_axes(weights.layers), ("vocab", "embed"), ("vocab", "embed"))  # type: ignore[arg-type]
     return rules.specs(mesh, axes, weights)
 
 
 def row_specs(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Where a state, or what is made of rows, lies: rows by batch, a cache's heads by tensor."""
+    """The sharding of a state or of other arrays of rows: rows by the batch axes, a cache's heads by the tensor
+    axis."""
     axes: dict[int, tuple[str | None, ...]] = {1: ("batch",), 2: ("batch", None), 3: ("batch", None, None)}
     axes[4] = CACHE_AXES
     return jax.tree.map(lambda x: rules.spec(mesh, axes[x.ndim], x.shape, "sampler state"), tree)
@@ -126,7 +128,7 @@ def row_specs(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 def empty(
     config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int, kv_dtype: str | None, width: int = 1
 ) -> State:
-    """A pool in which every slot is free. width: positions of a row that are drawn at once, at most."""
+    """A pool in which every slot is free. width: the most positions of a row that are drawn at once."""
     R, C = slots, shape.contexts
 
     def full(value: Any, dtype: DTypeLike, *more: int) -> Array:
@@ -161,10 +163,10 @@ def empty(
 def prefill(
     config: TransformerConfig, weights: Weights, tokens: Array, lengths: Array, adapter: Array | None = None
 ) -> Prefix:
-    """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty one), each with its
-    adapter, int32 [b].
+    """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty prompt), and the adapter
+    of each, int32 [b].
 
-    Long ones are read in pieces, one after another, so that the memory besides the cache does not grow with P.
+    Long prompts are read piece by piece, so that memory other than the cache does not grow with P.
     """
     b, P = tokens.shape
     width = PIECE if P % PIECE == 0 else P
@@ -201,10 +203,10 @@ def insert(
     """Starts samples in slots.
 
     Args:
-        prefix: prompts. source: int32 [M], rows of it. slots: int32 [M], where in the pool's [R * C] rows they go, one
-            to any number of them; those beyond the end go nowhere.
-        fresh: bool [R], slots whose sample is new. They take rows and position, [R, ...] each, and the automaton
-            resumed from `start`, i32 [R] each.
+        prefix: prompts. source: int32 [M], rows of it. slots: int32 [M], the target rows among the pool's [R * C]. One
+            prompt may go to several rows; a slot beyond the end is ignored.
+        fresh: bool [R], slots whose sample is new. They take rows and position, [R, ...] each, and their automaton
+            resumes from `start`, i32 [R] each.
     """
     C, v = position.shape[1], grammar.vocabulary
     length = min(state.cache[0][0].shape[2], prefix.cache[0][0].shape[2])
@@ -216,8 +218,8 @@ def insert(
     def take(new: Array, old: Array) -> Array:
         return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-    # A prompt is read by the first context of each request; its text pieces are not to be said again. Prompts of other
-    # fresh slots may come by another call.
+    # The first context of each request reads the prompt, so its text pieces count for the repetition penalty. Another
+    # call may bring the prompts of other fresh slots.
     mine = jnp.where(slots % C == 0, slots // C, len(fresh))
     tokens = prefix.tokens[source]
     pieces = jnp.where(tokens < v.text_size, tokens, state.seen.shape[1])
@@ -237,13 +239,13 @@ def insert(
 
 
 def put(state: State, kept: Cache, row: Array) -> State:
-    """The state with one row of its cache replaced by `kept`, a cache of one row, of the same length and dtype."""
+    """Replaces one row of the state's cache by `kept`, a cache of one row with the same length and dtype."""
     cache = jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice_in_dim(x, one, row, 0), state.cache, kept)
     return placed(state._replace(cache=cache))
 
 
 def begin(grammar: Grammar, state: State, rows: Rows, start: Start, position: Array, seen: Array) -> State:
-    """The state with a new sample in each slot, whose prompt is read by `read_on`. Arguments as of `insert`.
+    """The state with a new sample in each slot; `read_on` then reads the prompts. The arguments are those of `insert`.
 
     seen: bool [R, W].
     """
@@ -255,29 +257,29 @@ def begin(grammar: Grammar, state: State, rows: Rows, start: Start, position: Ar
 def read_on(
     config: TransformerConfig, weights: Weights, state: State, tokens: Array, start: Array, lengths: Array
 ) -> State:
-    """Reads prompts behind what the rows of the cache hold already.
+    """Reads prompts after the tokens that the rows of the cache already contain.
 
     Args:
-        tokens: int32 [R * C, P], padded on the right. start: int32 [R * C], where they go.
+        tokens: int32 [R * C, P], padded on the right. start: int32 [R * C], the place of each row's first new token.
         lengths: int32 [R * C]; a row of 0 stays as it is.
     """
     model = Transformer.bind(config, weights.layers)
     reads, beyond = lengths > 0, state.cache[0][0].shape[2]
-    start = jnp.where(reads, start, beyond)  # there nothing is written
+    start = jnp.where(reads, start, beyond)  # a place past the end: nothing is written
     hidden, cache = model.extend(tokens, state.cache, start, state.rows.adapters)
     last = hidden[jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)]
     return placed(state._replace(hidden=jnp.where(reads[:, None], last, state.hidden), cache=cache))
 
 
 def first_slots(width: int, state: State) -> Cache:
-    """The slots of each row of the cache that decoding overwrites after the row has ended. width: positions of a row
-    that are drawn at once, at most.
+    """The slots in each row of the cache that decoding overwrites after the row has ended. width: the most positions of
+    a row that are drawn at once.
     """
     return tuple(slots_of(layer, slice(width)) for layer in state.cache)
 
 
 def take(state: State, first: Cache, row: Array) -> Cache:
-    """One row of the cache for `put`, its first slots as `first` has them."""
+    """Takes one row of the cache for `put`, with its first slots restored from `first`."""
     kept, first = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (state.cache, first))
     width = first[0][0].shape[2]
     return tuple(with_slots(layer, slice(width), slots) for layer, slots in zip(kept, first, strict=True))
@@ -286,11 +288,11 @@ def take(state: State, first: Cache, row: Array) -> Cache:
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, steps: Array
 ) -> tuple[State, Array]:
-    """Up to `steps` (at most CHUNK) more tokens of every row, fewer once all rows have ended.
+    """Up to `steps` (at most CHUNK) more tokens of every row. It stops early once all rows have ended.
 
-    halted: bool [R], rows to end first. Returns the state, and the results packed for one copy to the host, int32 [R,
-    CHUNK + 3]: the tokens (PAD after the end of a row), the number of steps, whether the row has ended, and whether it
-    is broken.
+    halted: bool [R], rows that end before the first step. Returns the state, and the results packed for one copy to the
+    host, int32 [R, CHUNK + 3]: the tokens (PAD after the end of a row), the number of steps, whether the row has ended,
+    and whether it is broken.
     """
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
     keys = decoding.row_keys(state.rows.seed, state.rows.sample)
@@ -310,7 +312,7 @@ def decode_chunk(
 
 
 def packed(grammar: Grammar, state: State, tokens: Array, taken: Array) -> Array:
-    """The result of a chunk for the host: tokens int32 [R, any], and the last columns of `decode_chunk`."""
+    """Packs the result of a chunk for the host: tokens int32 [R, any], then the last columns of `decode_chunk`."""
     facts = jnp.stack([taken, grammar.automaton.done(state.automaton), state.broken], axis=1)
     return jnp.concatenate([tokens, facts.astype(jnp.int32)], axis=1)
 
@@ -318,7 +320,7 @@ def packed(grammar: Grammar, state: State, tokens: Array, taken: Array) -> Array
 def step(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, keys: Array
 ) -> tuple[Array, State]:
-    """One token for every row, int32 [R], drawn, or forced by the grammar; then fed to all contexts of its row."""
+    """One token for every row, int32 [R], drawn or forced by the grammar, and then fed to all contexts of its row."""
     machine, rows = grammar.automaton, state.rows
     token, broken = placed(draw(grammar, weights, state, keys))
     after = machine.halt(machine.advance(state.automaton, token), broken)
@@ -326,7 +328,7 @@ def step(
     done = machine.done(after)[:, None]
 
     model = Transformer.bind(config, weights.layers)
-    # A row that has ended reads as little as there is, its first slot: a free slot costs next to nothing.
+    # A row that has ended reads only its first slot, so a free slot costs almost nothing.
     fed = jnp.repeat(token, position.shape[1])[:, None]
     hidden, cache = model.extend(fed, state.cache, jnp.where(done, 0, writes).reshape(-1), rows.adapters)
     piece = jnp.where(token < grammar.vocabulary.text_size, token, state.seen.shape[1])  # others are dropped
@@ -343,9 +345,9 @@ def step(
 
 
 def known(grammar: Grammar, state: automaton.State, canvas: Array) -> Array:
-    """The next token of every row where it is not to be drawn, else -1: int32 [R].
+    """The next token of every row if it is known, else -1 because it must be drawn: int32 [R].
 
-    The grammar leaves one choice, or the row's canvas, int32 [R, codes], has the code.
+    It is known if the grammar leaves one choice, or the row's canvas, int32 [R, codes], has the code.
     """
     machine = grammar.automaton
     given = jnp.take_along_axis(canvas, machine.code(state)[:, None], axis=1, mode="clip")[:, 0]
@@ -376,7 +378,7 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
         nothing = jnp.zeros(R, jnp.int32), jnp.zeros(R, bool)
         return jax.lax.cond(jnp.any(needed), function, lambda: nothing)
 
-    with jax.named_scope("words"):  # names that `planning` finds in what is compiled
+    with jax.named_scope("words"):  # names that `planning` looks for in the compiled program
         word, bad_word = where_any(drawn & ~image, words)
     if not vocabulary.codebook_size:
         return jnp.where(drawn, word, forced), bad_word

@@ -1,9 +1,9 @@
-"""Tables of prompts -> rows: CSV, TSV and Parquet files with a column named prompt, caption or text.
+"""Reads rows from tables of prompts: CSV, TSV and Parquet files with a column named prompt, caption or text.
 
-The first line of a CSV or TSV file names the columns. A TSV cell is what stands between two tabs (PartiPrompts.tsv has
-prompts with a quotation mark in them); a cell that is quoted as a whole, with its inner marks doubled, loses its
-quotes. If cells span lines, the file is read like CSV. Columns with the names of settings are settings, an empty cell
-counts as absent, and all other columns are kept in `meta`.
+The first line of a CSV or TSV file names the columns. A TSV cell is the text between two tabs, because PartiPrompts.tsv
+has prompts that contain a quotation mark. If the whole cell is quoted and its inner quotes are doubled, the quotes are
+removed. If cells span lines, the file is read like CSV. Columns with the names of settings are settings, and all other
+columns are kept in `meta`. An empty cell counts as absent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ar_unified.manifests import Json
 from ar_unified.sampling.columns import ROW, SETTINGS
 from ar_unified.sampling.request import RequestError
 
-PROMPTS = ("prompt", "caption", "text", "prompts", "captions")  # the first that a table has
+PROMPTS = ("prompt", "caption", "text", "prompts", "captions")  # the first of these in a table is used
 _TEXTS = {"prompt", "id", *(key for key, types in SETTINGS.items() if types == (str,))}
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"', re.DOTALL)
 
@@ -32,14 +32,14 @@ Read = Callable[[], Mapping[str, Json]]
 
 
 def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
-    """The rows of a CSV or TSV file, numbered from 1 behind its header.
+    """The rows of a CSV or TSV file, numbered from 1 after its header.
 
-    lines: of the file, with their ends. Raises RequestError: it has no column of prompts, or it breaks off in a cell.
+    lines: of the file, with line ends. Raises RequestError if there is no column of prompts, or a cell is cut off.
     """
     lines = iter(lines)
     first = next(lines, "")
     tabs = path.suffix.lower() != ".csv" or ("\t" in first and "," not in first)
-    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","  # spreadsheets of some countries
+    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","  # some spreadsheets
     records = _tabs([first, *lines]) if tabs else csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         names = _names(path, next(records, []))
@@ -53,11 +53,11 @@ def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
 
 
 def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Read]]:
-    """The rows of a Parquet file, from 1. `leave` is told the columns of bytes, which are not read."""
+    """The rows of a Parquet file, numbered from 1. Columns of bytes are not read; `leave` is called with them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    open(path, "rb").close()  # a missing file is not a broken one
+    open(path, "rb").close()  # a missing file raises OSError, not RequestError
     try:
         with pq.ParquetFile(path) as file:
             fields = list(file.schema_arrow)
@@ -76,9 +76,7 @@ def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Rea
 
 
 def header(line: str) -> bool:
-    """Whether the first line of a text file is a table's header and not a prompt: "Prompt", or
-    "prompt<tab>category".
-    """
+    """Whether the first line of a text file is a table's header, such as "Prompt" or "prompt<tab>category"."""
     names = [cell.strip().strip('"').casefold() for cell in line.split("\t")]
     return len(set(names)) == len(names) and any(name in PROMPTS and name != "text" for name in names)
 
@@ -99,7 +97,7 @@ def _tabs(lines: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _names(path: Path, header: Sequence[str]) -> list[str]:
-    """The keys of a table's columns: ours in our spelling, the prompts' as "prompt"."""
+    """The keys of a table's columns: settings in our spelling, and "prompt" for the column of prompts."""
     plain = [name.strip() for name in header]
     lower = [name.casefold() for name in plain]
     found = next((lower.index(name) for name in PROMPTS if name in lower), None)
@@ -128,7 +126,7 @@ def _says(name: str, cell: str) -> bool:
 
 
 def _cell(name: str, cell: str) -> Any:
-    """The value of a cell: a number or a list, if the column is a setting of that kind; else the text."""
+    """The value of a cell: a number or a list if the column is a setting of that kind; else the text."""
     if name in _TEXTS or name not in ROW:
         return cell.strip()
     try:
@@ -142,7 +140,7 @@ def _typed_row(names: Sequence[str], values: Sequence[Any]) -> dict[str, Json]:
 
 
 def _json(value: object) -> Any:
-    """What Arrow gives, as JSON has it."""
+    """Converts a value from Arrow to JSON's types."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, datetime | date | time):

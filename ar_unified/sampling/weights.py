@@ -1,8 +1,8 @@
-"""Brings weights from a checkpoint into the form that the sampler reads, without holding them twice.
+"""Converts weights from a checkpoint to the form that the sampler reads, without two full copies in memory.
 
-A training keeps float32 parameters, stacked by layers. The sampler reads a list of layers in the compute dtype, or in 8
-bits. They are read from disk directly in the compute dtype. Then one stack of matrices after the other is split into
-layers and freed, so only one stack is in memory twice at a time.
+Training keeps float32 parameters, stacked by layers. The sampler reads a list of layers in the compute dtype, or in 8
+bits. The weights are read from disk directly in the compute dtype. Then each stack of matrices in turn is split into
+layers and freed, so only one stack at a time is in memory twice.
 
 L layers.
 """
@@ -52,8 +52,7 @@ def read(bundle: Bundle, target: Params) -> Params:
 
 
 def settled(config: TransformerConfig, params: Params, mesh: Mesh | None, weights_dtype: str | None = None) -> Params:
-    """Turns parameters that were read as `read_as` says into the form of `decoded.unstacked`. The given arrays are
-    freed.
+    """Converts parameters that were read with `read_as` to the form of `decoded.unstacked`. The given arrays are freed.
 
     weights_dtype: one of WEIGHT_DTYPES. Raises ValueError for another.
     """
@@ -82,7 +81,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
 
 
 def _place(path: KeyPath, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
-    """The sharding of each layer's part, which `form` gives, hashable; None: the default."""
+    """The sharding of each layer's part of the result of `form`, as a hashable value; None: the default."""
     if mesh is None:
         return None
     tree: Any = jax.eval_shape(form, jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype))

@@ -1,19 +1,20 @@
 """Decodes several positions of an image at once, and gives the same tokens as decoding one by one.
 
-Noise belongs to (seed, sample, position), so a token is a function of what stands before it. A step guesses the next w
+Noise belongs to (seed, sample, position), so a token is a function of the tokens before it. A step guesses the next w
 - 1 tokens of a row, reads them in one forward after the known token, and draws at each of the w positions. The first
-draw is right; each further draw is right if all guesses before it equal what was drawn (Jacobi's iteration as in
-"Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding", arXiv
-2410.01699; here both draws have the same noise, so that a guess is either right or wrong and no distribution changes).
-So a step has between 1 and w tokens, and these are, in exact arithmetic, those of `steps.step`.
+draw is right; each further draw is right if all guesses before it equal the tokens that were drawn there. (This is
+Jacobi iteration as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi
+Decoding", arXiv 2410.01699; here both draws have the same noise, so a guess is either right or wrong and no
+distribution changes.) So a step gives between 1 and w tokens. In exact arithmetic, they equal the tokens of
+`steps.step`.
 
-A guess is the token that the last step drew at that position, after wrong guesses. If nothing was drawn there, it is
-the code that came last behind the same two codes, before and above, in images that were drawn already (`pairs.py`), or
-else the code above. Tokens that the grammar forces or a canvas gives are known and not guessed. Text is not guessed: if
-all rows are in text, `steps.step` takes the step. Guesses end where the contexts of a row would not write side by side,
-such as after an image.
+A guess is the token that the last step drew at that position after a wrong guess. If the last step drew nothing there,
+`pairs.py` looks up the code before and the code above: the guess is the code that last followed the same pair in
+earlier images. If there is none, the guess is the code above. Tokens that the grammar forces or a canvas gives are
+known, so they need no guess. Text is not guessed: if all rows are in text, `steps.step` takes the step. Guesses end
+where the contexts of a row would no longer write to consecutive places, such as after an image.
 
-What wrong guesses leave in the cache lies after the row's end, and is overwritten before anything reads it.
+Wrong guesses leave entries in the cache after the row's end. They are overwritten before anything reads them.
 
 Axes: R slots, C contexts, w positions (the window), n = w - 1 guesses, D model.
 """
@@ -45,10 +46,11 @@ def decode_chunk(
     count: Array,
     learned: Array,
 ) -> tuple[State, Array]:
-    """`count` (at most CHUNK) more steps of every row, of 1 to `width` tokens each, fewer once all rows have ended.
+    """`count` (at most CHUNK) more steps of every row, with 1 to `width` tokens each. It stops early once all rows have
+    ended.
 
-    Arguments and results are those of `steps.decode_chunk`, the tokens int32 [R, CHUNK * width]. The state has drafts
-    of this width. learned: the table of `pairs.Pairs`.
+    Arguments and results are those of `steps.decode_chunk`, but the tokens are int32 [R, CHUNK * width]. The state has
+    drafts of this width. learned: the table of `pairs.Pairs`.
     """
     machine, R = grammar.automaton, len(halted)
     state = state._replace(automaton=machine.halt(state.automaton, halted))
@@ -96,7 +98,8 @@ def step(
     keys: Array,
     learned: Array,
 ) -> tuple[Array, State, Array]:
-    """A step of every row: tokens int32 [R, w], the state, and how many of the tokens count, int32 [R]."""
+    """Takes a step of every row. Returns tokens int32 [R, w], the state, and how many of the tokens count, int32
+    [R]."""
     machine, rows = grammar.automaton, state.rows
     assert state.drafts is not None
     drafts, n = state.drafts, width - 1
@@ -127,7 +130,7 @@ def step(
     counts = jnp.arange(width) <= last[:, None]
     where = jnp.where(counts & machine.in_image(machines), machine.code(machines), drafts.codes.shape[1])
     codes = drafts.codes.at[every[:, None], where].set(token - grammar.vocabulary.image_offset, mode="drop")
-    # The tokens that were drawn after those now known, by their distance from these.
+    # The draws after the tokens that are now known, by their distance from the last known token.
     place = last[:, None] + 1 + jnp.arange(n)
     inside = jnp.minimum(place, n)
     again = jnp.where((place <= n) & jnp.take_along_axis(image, inside, 1), jnp.take_along_axis(token, inside, 1), -1)
@@ -164,10 +167,12 @@ def draw(
     hidden: Array,
     keys: Array,
 ) -> tuple[Array, Array, Array]:
-    """What `steps.draw` gives at each position of the window if the guesses before it are right.
+    """Draws at each position of the window as `steps.draw` does, on the assumption that the guesses before it are
+    right.
 
     Args:
-        machines: automata [R, w]. positions: int32 [R, w, C]. guesses: int32 [R, n], -1 from where there are none.
+        machines: automata [R, w]. positions: int32 [R, w, C]. guesses: int32 [R, n], -1 from the first missing guess
+            on.
         hidden: [R, C, w, D].
 
     Returns:
@@ -194,7 +199,8 @@ def draw(
         token, broken = decoding.choose(logits, None, active, filters, repeated(keys), at)
         return vocabulary.image_offset + token.reshape(R, width), broken.reshape(R, width)
 
-    # Text is not guessed, so of the window a row draws one word at most, behind guesses that may be pieces of text.
+    # Text is not guessed, so a row draws at most one text piece in the window. The guesses before it may be text
+    # pieces.
     word_at = jnp.argmax(drawn & ~image, axis=1)
     at_word = jnp.arange(R), word_at
 
@@ -238,7 +244,7 @@ def guess(
     Args:
         after: the automaton's state after the known tokens, [R] each. position, writes: int32 [R, C], of
         `guidance.advance`.
-        again: int32 [R, n], the tokens drawn there before; -1: none. codes: of the present image, as in `Drafts`.
+        again: int32 [R, n], the tokens drawn there before; -1: none. codes: of the current image, as in `Drafts`.
         learned: the table of `pairs.Pairs`.
     """
     machine, rows, offset = grammar.automaton, state.rows, grammar.vocabulary.image_offset

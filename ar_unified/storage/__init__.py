@@ -1,8 +1,8 @@
-"""Folders that may be an object store's: docs/object_stores.md has how, what is promised and what it costs.
+"""Folders that may be in an object store. docs/object_stores.md explains usage, guarantees and cost.
 
-`stores` has the requests, with every retry; `remote` has paths and files of sources, which are only read; `mirror`
-keeps a local copy of a workdir's folder, whose files are uploaded when they are complete. Whoever works in a workdir
-uses the functions below: for a folder that is not in a store, they do the same on disk.
+`stores` makes all requests and retries. `remote` has paths and files of read-only sources. `mirror` keeps a local copy
+of a workdir's folder and uploads its files when they are complete. Code that works in a workdir uses the functions
+below. For a folder that is not in a store, they do the same on disk.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _locks: dict[Path, Lock] = {}
 
 @contextmanager
 def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Iterator[Path]:
-    """A folder of a store as a local folder with its content (`mirror.Mirror`). Once it is closed, all of it is in the
-    store.
+    """A local folder with the content of a store's folder (`mirror.Mirror`). After the context ends, the store has all
+    of it.
 
-    Inside another such context of this process, for the same folder, it is that one's. Raises UserError for a URL that
-    names no folder; StoreRefused, StoreFailed.
+    Nested contexts of one process for the same folder share one mirror. Raises UserError for a URL that names no
+    folder; StoreRefused, StoreFailed.
     """
     if (open_already := next((each for each in _mirrors if each.url == url.rstrip("/")), None)) is not None:
         yield open_already.root
@@ -64,7 +64,7 @@ def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Itera
 
 
 def refuse(path: str | os.PathLike[str] | None, what: str) -> None:
-    """Raises UserError where a person gives a URL for what must be a path of this machine."""
+    """Raises UserError if a user gives a URL instead of a path of this machine."""
     if path is not None and is_url(path):
         raise UserError(
             f"{what}: expected a path of this machine, found {path}: only --workdir and sources may be URLs"
@@ -76,12 +76,12 @@ def _of(path: Path) -> Mirror | None:
 
 
 def is_mirrored(path: Path) -> bool:
-    """Whether a path is that of an object store's mirror."""
+    """Whether a path is in the mirror of an object store."""
     return _of(path) is not None
 
 
 def address(path: Path) -> str:
-    """Where others find what is here as `path`: for a store's file, its URL."""
+    """The address of `path` for others: the URL for a store's file, else the path."""
     mirror = _of(path)
     return str(path) if mirror is None else mirror.address(path)
 
@@ -90,13 +90,13 @@ def address(path: Path) -> str:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file, here or in the store."""
+    """Whether the file exists, here or in the store."""
     mirror = _of(path)
     return path.exists() if mirror is None else mirror.exists(path)
 
 
 def fetch(path: Path) -> Path:
-    """Brings the file of a path, if there is one, and returns the path. Call it before opening a file of a lazy
+    """Downloads the file of a path, if there is one, and returns the path. Call it before opening a file of a lazy
     folder.
     """
     mirror = _of(path)
@@ -104,7 +104,7 @@ def fetch(path: Path) -> Path:
 
 
 def refresh(path: Path | None = None) -> None:
-    """Brings what others have written until now: one file, or all that do not come lazily."""
+    """Downloads what others have written until now: one file, or all files outside lazy folders."""
     if path is None:
         for mirror in _mirrors:
             mirror.pull()
@@ -113,7 +113,7 @@ def refresh(path: Path | None = None) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    """The names of what is in a folder (in a store: of files alone). Empty where there is no folder."""
+    """The names of a folder's entries (in a store: only of files). Empty if there is no folder."""
     mirror = _of(folder)
     if mirror is not None:
         return mirror.names(folder)
@@ -121,7 +121,7 @@ def names(folder: Path) -> set[str]:
 
 
 def tell(path: Path) -> None:
-    """To be called when the file of this path is complete: the store gets it. Raises StoreFailed, LockLost."""
+    """Uploads the file of this path to the store; call it when the file is complete. Raises StoreFailed, LockLost."""
     mirror = _of(path)
     if mirror is not None:
         _check_locks()
@@ -129,7 +129,7 @@ def tell(path: Path) -> None:
 
 
 def push(folder: Path) -> None:
-    """Uploads those files of a folder that have grown or were written without `tell`, such as logs."""
+    """Uploads files of a folder that have grown or were written without `tell`, such as logs."""
     mirror = _of(folder)
     if mirror is not None:
         _check_locks()
@@ -146,7 +146,7 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder with all that is in it, as far as that can be done."""
+    """Removes a folder with all its content, as far as possible."""
     mirror = _of(folder)
     if mirror is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -155,7 +155,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Renames a file or a folder. In a store this is not one step: it is copied, then removed under its old name."""
+    """Renames a file or a folder. In a store this is not atomic: it is copied, then removed under its old name."""
     mirror = _of(old)
     if mirror is None:
         old.rename(new)
@@ -164,9 +164,7 @@ def move(old: Path, new: Path) -> None:
 
 
 def names_in(folder: Remote) -> list[str]:
-    """The names of the objects in a folder of a store that is only read. Raises FileNotFoundError: there is no such
-    folder.
-    """
+    """The names of the objects in a folder of a read-only store. Raises FileNotFoundError if it does not exist."""
     found, folders = listed(str(folder))
     if not found and not folders:
         raise FileNotFoundError(2, "no such folder", str(folder))
@@ -177,8 +175,8 @@ def names_in(folder: Remote) -> list[str]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes a file unless there is one, and returns whether it did. If many try, exactly one succeeds. Nobody else may
-    write the same `data`.
+    """Writes a file unless it exists, and returns whether it did. If many try, exactly one succeeds. Each writer must
+    use different `data`.
     """
     mirror = _of(path)
     if mirror is not None:
@@ -193,13 +191,13 @@ def create(path: Path, data: bytes) -> bool:
 
 
 def read(path: Path) -> bytes:
-    """What a file says now. Raises FileNotFoundError."""
+    """The current content of a file. Raises FileNotFoundError."""
     mirror = _of(path)
     return path.read_bytes() if mirror is None else _read(mirror.address(path))
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all; a file of a store leaves no copy here."""
+    """Writes a file atomically; for a store's file, no local copy remains."""
     mirror = _of(path)
     if mirror is None:
         files.write_bytes(path, data)
@@ -211,7 +209,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def lock(path: Path) -> None:
-    """Takes the lock of this name in the store for the rest of this process. Raises Held: another process has it."""
+    """Takes the lock of this name in the store for the rest of this process. Raises Held if another process has it."""
     mirror = _of(path)
     if mirror is None or path in _locks:
         return

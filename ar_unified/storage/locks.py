@@ -1,8 +1,8 @@
-"""One process at a time, by objects that are created only where there is none.
+"""Locks for one process at a time, built on objects that are created only if they do not exist.
 
-A lock is a row of objects, NAME.000001, NAME.000002, ...: whoever creates the next one has it. Its holder writes into
-it again and again. A holder that writes nothing new for the length of a lease (AR_UNIFIED_STORE_LEASE, 60 s) is given
-up, and another process takes the next number: the clocks of two machines are never compared. A holder that finds a
+A lock is a series of objects, NAME.000001, NAME.000002, ...: the process that creates the next one has the lock. This
+holder writes to its object again and again. If it writes nothing new for the length of a lease (AR_UNIFIED_STORE_LEASE,
+60 s), another process takes the next number. The clocks of two machines are never compared. A holder that finds a
 higher number than its own has lost the lock, and stops.
 """
 
@@ -26,22 +26,22 @@ _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
 class LockLost(RunError):
-    """Another process took the lock: this one had said nothing for too long."""
+    """Another process took the lock, because this one had written nothing for too long."""
 
 
 class Held(Exception):
-    """Somebody has the lock; the message says who."""
+    """Another process has the lock; the message says which."""
 
 
 class Lock:
     """A lock that this process has, until `release` or its end.
 
     Args:
-        url: of the row of objects, without the number.
+        url: of the series of objects, without the number.
 
     Attributes:
-        number: of the row, which is this process's. lost: another has a higher one.
-        waited: whether this process waited for a holder that had gone; that holder may have written files meanwhile.
+        number: of this process's object in the series. lost: another process has a higher number.
+        waited: whether this process waited for a previous holder to end; that holder may have written files meanwhile.
 
     Raises Held.
     """
@@ -84,10 +84,10 @@ class Lock:
                 for number in numbers:
                     stores.delete(self._at(number))
                 return last + 1
-            # another was faster: who it is, and whether it lives, is the next question
+            # another was faster: next, find out who it is and whether it is alive
 
     def _await(self, number: int) -> None:
-        """Waits until the holder of a number has gone. Raises Held: it lives."""
+        """Waits until the holder of a number has gone. Raises Held if it is alive."""
         first = self._read(number)
         if _is_gone(first):
             return
@@ -123,7 +123,7 @@ class Lock:
     def _beat(self) -> None:
         while not self._stop.wait(self._lease / 4):
             self._beats += 1
-            with contextlib.suppress(RunError):  # if the store is away, those who wait for it say so
+            with contextlib.suppress(RunError):  # if the store cannot be reached, processes that need it report that
                 if max(self._numbers(), default=0) > self.number:
                     self.lost = True
                     return
@@ -131,7 +131,7 @@ class Lock:
 
 
 def _machine() -> str:
-    """Names the place within which a process number means one process. Containers of one host may share its name."""
+    """Names the scope in which a process number is unique. Containers of one host may share its host name."""
     try:
         return f"{socket.gethostname()} {Path(_BOOT).read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -139,8 +139,7 @@ def _machine() -> str:
 
 
 def _is_gone(said: dict[str, Any]) -> bool:
-    """Whether a holder has ended, as far as can be known without waiting: it said so, or it ran on this machine and has
-    ended."""
+    """Whether a holder has certainly ended: it said so, or its process on this machine is gone. This does not wait."""
     if not said or said.get("released"):
         return True
     if said.get("host") != _machine() or not isinstance(said.get("pid"), int):

@@ -1,11 +1,11 @@
-"""A local copy of an object store's folder: files are uploaded when they are complete, and downloaded when asked for.
+"""A local copy of an object store's folder. Files are uploaded when they are complete, and downloaded on request.
 
-The store's content counts. A file that is here and not there, such as one of a killed process, is removed when the
-folder is opened. Every process has a mirror of its own, so nothing is shared but the store: `<cache>/<hash of the
-URL>-<number>` with the first number that no other process here has. <cache> is AR_UNIFIED_CACHE, else
-~/.cache/ar_unified/mirrors.
+The store's content is authoritative. When the folder is opened, local files that the store lacks, such as those of a
+killed process, are removed. Every process has its own mirror, so processes share only the store. The mirror is
+`<cache>/<hash of the URL>-<number>`, with the first number that no other process on this machine has. <cache> is
+AR_UNIFIED_CACHE, else ~/.cache/ar_unified/mirrors.
 
-Folders that are `lazy` come a file at a time; those that are `kept` here are neither downloaded nor uploaded.
+`lazy` folders are downloaded file by file; `kept` folders stay local and are neither downloaded nor uploaded.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class Mirror:
         if not re.fullmatch(r"\w+://[^/]+/.+", self.url):
             raise UserError(f"{url}: expected a folder in a bucket, as {url.partition('://')[0]}://bucket/run")
         self.root, self._lock = _place(self.url)
-        self._tags: dict[str, str] = {}  # of files that are here as they are there
-        self._sizes: dict[str, tuple[int, int]] = {}  # of files when they were last put there: bytes, time
+        self._tags: dict[str, str] = {}  # of files that are the same here and in the store
+        self._sizes: dict[str, tuple[int, int]] = {}  # of files at their last upload: bytes, time
         self._guard = threading.Lock()
         self._bring(self.root, removing=True)
 
     # ---- down ---------------------------------------------------------------------------------------------------
 
     def pull(self) -> None:
-        """Brings what others have put there since; what is lazy is brought when it is asked for."""
+        """Downloads what others have uploaded since; lazy files are downloaded on request."""
         self._bring(self.root, removing=False)
 
     def _bring(self, folder: Path, removing: bool) -> None:
-        """Brings what has changed. removing: deletes every file that is not in the store; else only those that have
-        gone from it since they were brought.
+        """Downloads what has changed. removing: deletes every file that the store lacks; else only files that the store
+        has lost since their download.
         """
         wanted: dict[str, stores.Facts] = {}
         left = [self.name(folder)]
@@ -80,10 +80,10 @@ class Mirror:
             list(pool.map(self._download, changed))
 
     def fetch(self, path: Path, *, fresh: bool = False) -> Path:
-        """Brings a file from the store, unless it is here, and returns its path; no file is there where the store has
-        none.
+        """Downloads a file, unless it is here, and returns its path. If the store has no such file, the path does not
+        exist.
 
-        fresh: ask the store even if this process has brought the file, or put it there, before.
+        fresh: ask the store even if this process has already downloaded or uploaded the file.
         """
         name = self.name(path)
         if (name in self._tags and not fresh) or self._is(self._kept, os.path.dirname(name)):
@@ -97,7 +97,7 @@ class Mirror:
         return path
 
     def exists(self, path: Path) -> bool:
-        """Whether the store has a file; nothing is brought."""
+        """Whether the store has a file; downloads nothing."""
         name = self.name(path)
         return name in self._tags or stores.facts(self._url(name)) is not None
 
@@ -117,19 +117,19 @@ class Mirror:
     def _download(self, name: str) -> None:
         try:
             self._note(name, stores.download(self._url(name), self.root / name))
-        except FileNotFoundError:  # removed since it was listed
+        except FileNotFoundError:  # removed since the listing
             (self.root / name).unlink(missing_ok=True)
 
     # ---- up -----------------------------------------------------------------------------------------------------
 
     def push(self, path: Path) -> None:
-        """Puts a file into the store."""
+        """Uploads a file to the store."""
         name = self.name(path)
         if _travels(name) and not self._is(self._kept, os.path.dirname(name)):
             self._note(name, stores.upload(path, self._url(name)))
 
     def push_changed(self, folder: Path) -> None:
-        """Uploads those files of a folder that differ from the store's, such as logs that have grown."""
+        """Uploads files of a folder that differ from the store's, such as logs that have grown."""
         for path in sorted(self._files(folder)):
             if self._sizes.get(self.name(path)) != _look(path):
                 self.push(path)
@@ -147,8 +147,8 @@ class Mirror:
         self._tags.pop(self.name(path), None)
 
     def remove_tree(self, folder: Path) -> None:
-        """Removes a folder with all that is in it; a stage's records go last, so that a killed removal is seen as
-        one.
+        """Removes a folder with all its content. A stage's records go last, so that an interrupted removal can be
+        recognised.
         """
         top = self.name(folder)
         names = [f"{top}/{name}" for name in stores.found_under(self._url(top))]
@@ -159,9 +159,7 @@ class Mirror:
         self._tags = {name: tag for name, tag in self._tags.items() if not name.startswith(f"{top}/")}
 
     def move(self, old: Path, new: Path) -> None:
-        """Renames a file, or a folder with all that is in it: copied inside the store, then removed under its old
-        name.
-        """
+        """Renames a file, or a folder with all its content: copies it inside the store, then removes the old name."""
         top = self.name(old)
         for name in stores.found_under(self._url(top)):
             stores.copy(self._url(f"{top}/{name}"), self._url(f"{self.name(new)}/{name}"))
@@ -173,11 +171,11 @@ class Mirror:
         self.remove(old) if alone else self.remove_tree(old)
 
     def address(self, path: Path) -> str:
-        """The URL of what is here as `path`."""
+        """The URL of the local `path`."""
         return self._url(self.name(path))
 
     def close(self, *, telling: bool = True) -> None:
-        """Uploads all that the store lacks, if `telling`, and lets another process have the mirror."""
+        """If `telling`, uploads everything that the store lacks; then frees the mirror for another process."""
         try:
             if telling:
                 self.push_changed(self.root)
@@ -210,7 +208,7 @@ class Mirror:
 
 
 def _place(url: str) -> tuple[Path, IO[str]]:
-    """A folder for this process alone, and the lock that says so."""
+    """A folder for this process alone, and the lock that reserves it."""
     cache = Path(os.environ.get("AR_UNIFIED_CACHE") or Path.home() / ".cache" / "ar_unified" / "mirrors")
     name = hashlib.sha256(url.encode()).hexdigest()[:16]
     for number in range(1 << 16):
@@ -235,12 +233,12 @@ def _look(path: Path) -> tuple[int, int]:
 
 
 def _travels(name: str) -> bool:
-    """Whether a file belongs to the store: files that are being written, and files for this machine alone, do not."""
+    """Whether a file belongs to the store: unfinished files, and files for this machine alone, do not."""
     return not (name.endswith((UNFINISHED, ".tmp")) or any(part.startswith(".") for part in name.split("/")))
 
 
 def _safe(name: str) -> bool:
-    """Whether a name of the store may be a file's here."""
+    """Whether a name in the store is safe as a local file name."""
     return bool(name) and name not in (".", "..") and "\0" not in name and _travels(name)
 
 

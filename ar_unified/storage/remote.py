@@ -1,4 +1,4 @@
-"""Paths of files or of objects in a store, and reading either of them at any place."""
+"""Paths of local files or of objects in a store, and random-access reading of both."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import BinaryIO
 
 from ar_unified.storage import stores
 
-_BLOCK = 1 << 19  # bytes that are read at once, and more where reading goes on
-_KEPT = 8  # blocks of an open file
+_BLOCK = 1 << 19  # bytes of a request, and more for sequential reads
+_KEPT = 8  # blocks that an open file keeps
 _AHEAD = 8  # blocks that one request reads at most
 
 
 @functools.total_ordering
 class Remote:
-    """The path of an object or of a folder of objects, with what `Path` can do that a reader needs."""
+    """The path of an object or of a folder of objects, with the methods of `Path` that a reader needs."""
 
     def __init__(self, url: str):
         scheme, _, rest = url.partition("://")
@@ -42,7 +42,8 @@ class Remote:
         return hash(str(self))
 
     def __truediv__(self, name: str) -> Remote:
-        # PurePosixPath would not do: for it "a//b" and "a/b" are one name, and an absolute name leads out.
+        # PurePosixPath does not work here: it treats "a//b" and "a/b" as the same, and an absolute name replaces the
+        # path.
         return self._with(PurePosixPath(posixpath.join(str(self._path), name.lstrip("/"))))
 
     def _with(self, path: PurePosixPath) -> Remote:
@@ -50,7 +51,7 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """As of `pathlib.Path`, like the next four."""
+        """The same as in `pathlib.Path`, like the next four."""
         return self._path.name
 
     @property
@@ -65,7 +66,7 @@ class Remote:
 
     @property
     def parent(self) -> Remote:
-        """The folder that it is in."""
+        """The folder that contains it."""
         return self._with(self._path.parent)
 
     def with_suffix(self, suffix: str) -> Remote:
@@ -73,7 +74,7 @@ class Remote:
         return self._with(self._path.with_suffix(suffix))
 
     def relative_to(self, other: Remote) -> PurePosixPath:
-        """The path below `other`. Raises ValueError where it is not below."""
+        """The path below `other`. Raises ValueError if it is not below."""
         return self._path.relative_to(other._path)
 
     def resolve(self) -> Remote:
@@ -89,7 +90,7 @@ class Remote:
         return stores.facts(str(self)) is not None
 
     def is_dir(self) -> bool:
-        """Whether there are objects below."""
+        """Whether there are objects below this path."""
         return any(stores.listed(str(self)))
 
     def exists(self) -> bool:
@@ -105,7 +106,7 @@ AnyPath = Path | Remote
 
 
 def path(text: str | os.PathLike[str] | Remote) -> AnyPath:
-    """What a person has named: a path of this machine's, or a URL of a store's."""
+    """The path that a user named: a path on this machine, or a store's URL."""
     if isinstance(text, Remote):
         return text
     return Remote(os.fspath(text)) if stores.is_url(os.fspath(text)) else Path(text)
@@ -129,7 +130,7 @@ def open_binary(path: AnyPath) -> BinaryIO:
 
 
 class Opened:
-    """An open file or object that is read at any place by any thread. Raises OSError.
+    """An open file or object that any thread can read at any place. Raises OSError.
 
     An object is read in blocks, and in larger requests while reads follow one another.
     """
@@ -147,7 +148,7 @@ class Opened:
             os.close(self._descriptor)
 
     def read(self, at: int, size: int) -> bytes:
-        """`size` bytes from `at` on; fewer than asked for only where the file ends."""
+        """`size` bytes from `at` on; fewer only at the end of the file."""
         if not self._url:
             return os.pread(self._descriptor, size, at)
         stop = min(at + size, self.size)

@@ -1,4 +1,4 @@
-"""Numbered folders that are made here and copied into a store, each whole by a mark that is written last."""
+"""Numbered folders that are made here and copied to a store. A mark, written last, shows that a folder is complete."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _THREADS = 8
 
 
 class Steps:
-    """Folders `<url>/<number>`; those that have the mark are whole.
+    """Folders `<url>/<number>`; a folder with the mark is complete.
 
     Args:
-        url: of the folder that they are in. mark: the name of the object that makes one whole.
+        url: of the folder that contains them. mark: the name of the object that marks a folder as complete.
 
     Attributes:
-        here: the folder where they are made and downloaded to; it is removed with this process.
+        here: the local folder where they are made and downloaded; it is removed when this process ends.
     """
 
     def __init__(self, url: str, mark: str):
@@ -34,12 +34,13 @@ class Steps:
         weakref.finalize(self, shutil.rmtree, self.here, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """The numbers of the whole ones, ascending."""
+        """The numbers of the complete folders, ascending."""
         numbers = sorted(int(name) for name in stores.listed(self._url)[1] if name.isdecimal())
         return [number for number in numbers if stores.facts(self._at(number, self._mark)) is not None]
 
     def put(self, step: int) -> None:
-        """Copies one into the store, in place of what a killed process left there, and removes the others here."""
+        """Copies a folder to the store, replacing what a killed process left there, and removes the other local
+        folders."""
         self._clear(step)
         top = self.here / str(step)
         files = [path for path in sorted(top.rglob("*")) if path.is_file() and path != top / self._mark]
@@ -51,7 +52,7 @@ class Steps:
                 shutil.rmtree(old, ignore_errors=True)
 
     def bring(self, step: int) -> Path:
-        """Brings one that is whole. Raises FileNotFoundError: it was removed meanwhile."""
+        """Downloads a complete folder. Raises FileNotFoundError if it was removed meanwhile."""
         top = self.here / str(step)
         if not top.is_dir():
             part = self.here / f".{step}"
@@ -63,7 +64,7 @@ class Steps:
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint here and in the store."""
-        stores.delete(self._at(step, self._mark))  # first: what is half deleted is not whole
+        stores.delete(self._at(step, self._mark))  # first, so that a half deleted folder is not complete
         self._clear(step)
         shutil.rmtree(self.here / str(step), ignore_errors=True)
 

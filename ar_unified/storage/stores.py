@@ -1,7 +1,7 @@
-"""Object stores behind one small door: whole objects by URL, with every retry and every check in this file.
+"""A small interface to object stores: whole objects by URL. All retries and checks are in this file.
 
-An object appears whole or not at all, so nothing is renamed here: what must come last is written last. A request that
-fails in passing (429, 5xx, a lost connection, fewer bytes than were asked for) is made again after a growing pause for
+An object appears whole or not at all, so nothing needs a rename: what must come last is written last. After a transient
+failure (429, 5xx, a lost connection, too few bytes), a request is repeated with growing pauses, for
 AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region and endpoint are found where s3fs and gcsfs look for them.
 """
 
@@ -26,7 +26,7 @@ from ar_tokenizers.files import whole
 
 from ar_unified.errors import UNUSABLE, RunError, UserError
 
-SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and the package that speaks it
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and its Python package
 PIECE = 1 << 24  # bytes of a large object that one request reads
 _PATIENCE = 120.0  # seconds
 _LONGEST_PAUSE = 16.0
@@ -35,24 +35,24 @@ _ENTRANCE = {
     "a store that is not Amazon's",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS (or `gcloud auth application-default login`, or the machine's account)",
 }
-# Faults that another try does not mend, by the names of their classes: their packages are not always there.
+# Errors for which a retry is useless. They are given by class name, because their packages may not be installed.
 _NO_ENTRANCE = re.compile(r"NoCredentials|PartialCredentials|ProfileNotFound|DefaultCredentials|RefreshError|Token")
 _FORBIDDEN = re.compile(r"Forbidden|Access ?Denied|Unauthorized|InvalidAccessKey|SignatureDoesNotMatch", re.I)
 
 
 class StoreFailed(RunError):
-    """A store did not do what it was asked to, although the request was repeated."""
+    """A request to a store failed, although it was repeated."""
 
 
 class StoreRefused(RunError):
-    """A store wants other credentials, or its package is missing. It is no ValueError, because no item of data is to
-    blame."""
+    """A store needs other credentials, or its package is missing. It is not a ValueError, because the data is not at
+    fault."""
 
     exit_status = UNUSABLE
 
 
 class _Torn(Exception):
-    """The bytes that came are fewer or others than those in the store."""
+    """The received bytes are too few, or differ from those in the store."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Facts:
 
 
 def is_url(path: str | os.PathLike[str] | object) -> bool:
-    """Whether a path is one of an object store: the one place that says which there are."""
+    """Whether a path is in an object store. Only this function decides which stores there are."""
     return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
 
 
 def patience() -> float:
-    """Seconds for which a request that fails in passing is repeated."""
+    """Seconds for which a request is repeated after transient failures."""
     try:
         return float(os.environ.get("AR_UNIFIED_STORE_PATIENCE", _PATIENCE))
     except ValueError as error:
@@ -93,7 +93,8 @@ def facts(url: str) -> Facts | None:
 
 
 def listed(url: str) -> tuple[dict[str, Facts], list[str]]:
-    """The objects one level below a folder, by name, and the names of the folders there; nothing for no folder."""
+    """The objects one level below a folder, by name, and the names of the folders there; both are empty if there is no
+    folder."""
 
     def ask() -> tuple[dict[str, Facts], list[str]]:
         try:
@@ -108,25 +109,27 @@ def listed(url: str) -> tuple[dict[str, Facts], list[str]]:
 
 
 def found_under(url: str) -> dict[str, Facts]:
-    """All objects below a folder, by their path in it, "/" between its parts; pages are turned as they come."""
+    """All objects below a folder, by their path in it with "/" between its parts. Long listings are read page by
+    page."""
 
     def ask() -> dict[str, Facts]:
         try:
             rows = list(_system(url).find(f"{url.rstrip('/')}/", detail=True).values())
         except FileNotFoundError:
             return {}
-        rows = [row for row in rows if not row["name"].endswith("/")]  # what some tools put there for a folder
+        rows = [row for row in rows if not row["name"].endswith("/")]  # some tools create it to stand for a folder
         return {name: _facts(row) for name, row in _below(url, rows) if name}
 
     return _patiently("list", url, ask)
 
 
 class TooLarge(ValueError):
-    """An object has more bytes than whoever reads it has room for."""
+    """An object has more bytes than its reader allows."""
 
 
 def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None = None) -> bytes:
-    """Bytes start..stop-1 of an object, all of it for None. Raises FileNotFoundError; TooLarge for more than `most`."""
+    """Bytes start..stop-1 of an object, or all of it if they are None. Raises FileNotFoundError; TooLarge for more than
+    `most`."""
 
     def ask() -> bytes:
         if stop is None:
@@ -145,15 +148,15 @@ def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None 
 
 
 def write(url: str, data: bytes) -> None:
-    """Puts an object there, in place of what there was."""
+    """Writes an object, and replaces an existing one."""
     _patiently("write", url, lambda: _system(url).pipe_file(url, data))
 
 
 def create(url: str, data: bytes) -> bool:
-    """Puts an object there unless there is one, and returns whether it did. If many try, exactly one succeeds.
+    """Writes an object unless it exists, and returns whether it did. If many try, exactly one succeeds.
 
-    Nobody else may write the same `data`: so a repeated request can tell by them whether the first one, whose answer
-    was lost, had succeeded.
+    Each writer must use different `data`. If the answer to a request is lost, the repeated request then recognises by
+    the data whether the first one succeeded.
     """
     tries = 0
 
@@ -180,12 +183,12 @@ def delete(url: str) -> None:
 
 
 def copy(old: str, new: str) -> None:
-    """Copies an object to one more name, inside the store. Raises FileNotFoundError."""
+    """Copies an object to another name inside the store. Raises FileNotFoundError."""
     _patiently("copy", old, lambda: _system(old).cp_file(old, new))
 
 
 def upload(path: Path, url: str) -> Facts:
-    """Uploads a file in place of what was there; returns what the store says of it."""
+    """Uploads a file, replacing an existing object; returns the store's facts about it."""
 
     def ask() -> Facts:
         _system(url).put_file(str(path), url)
@@ -197,7 +200,7 @@ def upload(path: Path, url: str) -> Facts:
 
 
 def download(url: str, path: Path) -> Facts:
-    """Brings an object into a file that appears whole or not at all, and checks it. Raises FileNotFoundError."""
+    """Downloads an object and checks it; the file appears whole or not at all. Raises FileNotFoundError."""
 
     def ask() -> Facts:
         known = _facts(_system(url).info(url))
@@ -223,7 +226,7 @@ def file_md5(path: Path) -> Any:
 
 
 def is_md5(tag: str) -> bool:
-    """Whether a tag is the MD5 of the content; it is not for an object written in parts."""
+    """Whether a tag is the MD5 of the content, which is false for an object that was written in parts."""
     return re.fullmatch(r"[0-9a-f]{32}", tag) is not None
 
 
@@ -231,7 +234,7 @@ def is_md5(tag: str) -> bool:
 
 
 def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
-    """The answer to a request, which is repeated while it fails in passing.
+    """The answer to a request, which is repeated after transient failures.
 
     Raises FileNotFoundError, StoreRefused, StoreFailed.
     """
@@ -255,8 +258,8 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
 
 
 def _pauses() -> Iterator[float | None]:
-    """Seconds to wait before the next try, None after the last. A part of it is random, because many processes are
-    refused together.
+    """Seconds to wait before the next try, None after the last. A part is random, because many processes may fail
+    together.
     """
     until, pause = time.monotonic() + patience(), 0.1
     while time.monotonic() + pause < until:
@@ -278,8 +281,8 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
         raise StoreRefused(
             f"{scheme}:// needs the package {package}, which is not here: pip install 'ar_unified[storage]'"
         ) from error
-    # No listing is cached, because what another process has just written must be seen. The package's own retries are
-    # turned off where that is possible: else each of our tries would be six of theirs.
+    # No listing is cached, because this process must see what another one has just written. The package's own retries
+    # are turned off if possible; otherwise each of our tries would be six of theirs.
     if scheme == "s3":
         # botocore's "max_attempts" counts tries behind the first, each after a pause of its own, and would hide from
         # `create` that a request was made twice.
@@ -293,7 +296,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
 def _system(url: str) -> Any:
     scheme = url.partition("://")[0]
     where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
-    return _open(scheme, where, os.getpid())  # a forked process has no thread that would answer
+    return _open(scheme, where, os.getpid())  # a forked process lacks the thread that answers
 
 
 def _facts(row: dict[str, Any]) -> Facts:
@@ -312,7 +315,7 @@ def _require_whole(known: Facts, size: int, md5: Callable[[], Any]) -> None:
 
 
 def _below(url: str, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a listing by their path below a folder."""
+    """The rows of a listing, by their path below a folder."""
     top = url.partition("://")[2].rstrip("/") + "/"
     named = ((row["name"], row) for row in rows)
     return [(name.removeprefix(top).rstrip("/"), row) for name, row in named if name.startswith(top)]

@@ -208,7 +208,7 @@ def test_the_bundle_of_the_demo_is_under_20_MB():
     vocabulary = Vocabulary(config.text_tokenizer.vocab_size, image.codebook_size)
     model = config_from(configs.plain(config.model), vocab_size=vocabulary.size)
     size = 4 * (parameter_count(model) + sum(leaf.size for leaf in weights))  # float32; the rest is a few kilobytes
-    assert 9e6 < size < 19e6
+    assert 4e6 < size < 19e6
 
 
 # ---- a training that begins with a bundle ---------------------------------------------------------------------------

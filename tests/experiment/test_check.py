@@ -60,7 +60,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("image_tokenizer.factor", 15, "patch x a power of two"),
         ("image_tokenizer", {"blocks": "(1,2)"}, "make 3 levels, fine to coarse, but blocks has 2"),
         ("image_tokenizer", {"levels": "(2,3)"}, "levels of at least 3"),
-        ("image_tokenizer", {"quantizer": "lfq", "codes": 1000}, "power of two"),
+        ("image_tokenizer", {"quantizer": "lfq", "activation": "tanh", "codes": 1000}, "power of two"),
         ("image_tokenizer.codebook_update", "ema", "is for vq, rq; fsq has 'gradient'"),
         ("image_tokenizer.beta", "nan", "at least 0, found nan"),
         ("image_tokenizer.l2_weight", -1, "0 or more"),
@@ -129,18 +129,17 @@ def test_a_value_out_of_range_is_told_by_its_key(key, value, words):
 
 def test_what_does_not_go_together_is_told():
     says(r"config.data.layout: expected 'rows' or .* with resize 'aspect'", {"data.resize": "aspect"})
-    rows = {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
+    plain = {"image_tokenizer.activation": "tanh"}  # the demo's is for its quantizer
+    rows = plain | {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
     check(load(**rows))  # its codes of a position stand side by side
     check(load(**{"data.layout": "rows", "data.resize": "aspect"}))
     check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))  # a training whose decays branch off
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
     says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
     check(load(**kept), ["samples"])  # the training may have kept it
-    check(load(**{"image_tokenizer.quantizer": "vq", "image_tokenizer.codebook_update": "ema"}))
-    assert (
-        autoencoder(load(image_tokenizer__quantizer="vq", image_tokenizer__codebook_update="ema")).codebook_update
-        == "ema"
-    )
+    averaged = plain | {"image_tokenizer.quantizer": "vq", "image_tokenizer.codebook_update": "ema"}
+    check(load(**averaged))
+    assert autoencoder(load(**averaged)).codebook_update == "ema"
 
 
 def test_all_problems_are_told_at_once():

@@ -1,4 +1,4 @@
-"""What all evaluation harnesses need: answers to prompts, and the likelihood of a text after a prompt."""
+"""The common part of all adapters: answers to prompts, and the likelihood of a text after a prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ar_unified.sampling.plan import prompt_tokens
 from ar_unified.sampling.request import Request, RequestError
 from ar_unified.sampling.score import pieces
 
-_BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # what the harnesses call it
+_BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # the harnesses' names for it
 
 log = logging.getLogger(__name__)
 
@@ -25,22 +25,22 @@ Prompt = Sequence[Content]  # in reading order
 
 
 class Harness:
-    """A model as harnesses ask it.
+    """A model with the functions that harnesses need.
 
     Args:
-        model: serves the prompts of one call together, in its slots.
+        model: decodes the prompts of one call together, in its slots.
         turn: True: prompts are answered; False: they are continued.
-        max_tokens: of an answer, where the harness does not say.
+        max_tokens: of an answer, if the harness does not say.
 
-    What cannot be served (a prompt that is too long) is logged, and answered by "" or a likelihood of 0.
+    If a prompt cannot be served (because it is too long), this is logged, and the answer is "" or a likelihood of 0.
     """
 
     def __init__(self, model: Model, *, turn: bool = True, max_tokens: int = 256):
         self.engine, self.parts, self.turn, self.max_tokens = model.engine, model.parts, turn, max_tokens
 
     def answers(self, asked: Sequence[tuple[Prompt, Mapping[str, Json]]]) -> list[str]:
-        """The text of the answer to each prompt, drawn as its settings say: greedily, unless `do_sample` or a
-        temperature; `until` a text, or several; up to `max_new_tokens`."""
+        """The text of the answer to each prompt. Decoding is greedy unless its settings have `do_sample` or a
+        temperature. The answer ends before the text or texts `until`, and has at most `max_new_tokens` tokens."""
         answers = [""] * len(asked)
         for sample in self.engine.generate(self._requests(asked)):
             if sample.document is None:
@@ -86,7 +86,7 @@ class Harness:
             try:
                 room = self.engine.max_length - len(prompt_tokens(self.engine.grammar, request))
                 if room > 0:
-                    request = replace(request, max_tokens=min(int(budget) + 1, room))  # ours counts <eos>
+                    request = replace(request, max_tokens=min(int(budget) + 1, room))  # our max_tokens counts <eos>
             except (RequestError, GrammarError):
                 pass  # the engine reports it with the sample, for example if a prompt leaves no room
             yield request

@@ -3,7 +3,7 @@
     from ar_unified.sampling.adapters.lm_eval import EngineLM
     lm_eval.simple_evaluate(model=EngineLM(ar_unified.load("bundle")), tasks=["hellaswag"])
 
-Prompts that are too long lose their beginning, as everywhere in that harness.
+Prompts that are too long lose their beginning, as usual in that harness.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ class EngineLM(LM):
 
     Args:
         turn: False: a text is continued; True: a prompt is answered.
-        max_gen_toks: tokens of an answer where the task does not say.
+        max_gen_toks: most tokens of an answer if the task does not say.
     """
 
     def __init__(self, model: Model, *, turn: bool = False, max_gen_toks: int = 256):
         super().__init__()
         self._model = Harness(model, turn=turn, max_tokens=max_gen_toks)
         self._encode = model.grammar.text_codec.encode
-        self._room = model.engine.max_length - 2 - turn  # for text, beside <bos>, <eos> and <eot>
+        self._room = model.engine.max_length - 2 - turn  # for text, besides <bos>, <eos> and <eot>
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """(context, continuation) each: log-likelihood in nats, and whether it is the greedy one."""
+        """For each (context, continuation): its log-likelihood in nats, and whether it is the greedy continuation."""
         pairs = []
         for context, continuation in (request.args for request in requests):
-            # A space at the border belongs to what follows, as tokenizers see it.
+            # A space between the two belongs to the continuation, because tokenizers put spaces at the start of pieces.
             bare = context if self._model.turn else context.rstrip()
             given = self._encode(bare) if bare else []
             if self._model.turn:
@@ -46,7 +46,7 @@ class EngineLM(LM):
         return self._model.likelihoods(pairs)
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """(text,) each: the log-likelihood of the whole text. In a long text every token counts once, after as much
+        """For each (text,): the log-likelihood of the whole text. In a long text every token counts once, given as much
         context as fits.
         """
         pairs, owners = [], []
@@ -63,7 +63,7 @@ class EngineLM(LM):
         return totals
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """(context, settings) each: the text up to one of `until`."""
+        """For each (context, settings): the text up to one of `until`."""
         asked = []
         for context, settings in (request.args for request in requests):
             budget = settings.get("max_gen_toks") or self._model.max_tokens
@@ -73,6 +73,6 @@ class EngineLM(LM):
         return self._model.answers(asked)
 
     def _behind(self, ids: list[int], more: int) -> tuple[TokensPart, ...]:
-        """The end of a context that leaves room for `more` tokens."""
+        """The last part of a context, short enough to leave room for `more` tokens."""
         kept = ids[max(0, len(ids) - max(self._room - more, 0)) :]
         return (TokensPart(tuple(kept)),) if kept else ()

@@ -14,7 +14,7 @@ from PIL import Image
 from ar_unified.sampling.adapters.harness import Harness, Prompt
 from ar_unified.sampling.model import Model
 
-_PLACE = "<image>"  # where a task wants an image in its text
+_PLACE = "<image>"  # marks the place of an image in the text
 
 
 class EngineLMM(lmms):
@@ -27,15 +27,15 @@ class EngineLMM(lmms):
         self._model = Harness(model, max_tokens=max_new_tokens)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """(context, settings, doc_to_visual, doc_id, task, split) each."""
+        """The text for each (context, settings, doc_to_visual, doc_id, task, split)."""
         asked = []
         for context, settings, doc_to_visual, id, task, split in (request.args for request in requests):
             asked.append((_content(context, doc_to_visual(self.task_dict[task][split][id])), settings))
         return self._model.answers(asked)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """(context, continuation, doc_to_visual, doc_id, task, split) each: log-likelihood in nats, and whether it is
-        the greedy one. The continuation may be a function of the document."""
+        """For each (context, continuation, doc_to_visual, doc_id, task, split): the continuation's log-likelihood in
+        nats, and whether it is the greedy one. The continuation may be a function of the document."""
         pairs = []
         for context, continuation, doc_to_visual, id, task, split in (request.args for request in requests):
             doc = self.task_dict[task][split][id]
@@ -44,9 +44,9 @@ class EngineLMM(lmms):
         return self._model.likelihoods(pairs)
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
-        """(context, settings, doc_to_visual, doc_to_text, doc_id, task, split) each: the answers of all its rounds.
+        """For each (context, settings, doc_to_visual, doc_to_text, doc_id, task, split): the answers of all its rounds.
 
-        Every round is a prompt of its own. `doc_to_text` gives the next prompt from the answers so far, until it says
+        Every round is a prompt of its own. `doc_to_text` makes the next prompt from the answers so far, until it says
         that there is none. Whether a prompt repeats earlier rounds is the task's decision.
         """
         answers: list[Any] = [[] for _ in requests]

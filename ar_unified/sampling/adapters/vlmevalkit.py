@@ -18,7 +18,7 @@ from ar_unified.sampling.model import Model
 
 
 class EngineVLM(BaseModel):
-    """A model as the kit's; `settings` are those of `Harness.answers`."""
+    """A model in the kit's form; `settings` are those of `Harness.answers`."""
 
     INTERLEAVE = True
     allowed_types = ["text", "image"]
