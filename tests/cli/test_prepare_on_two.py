@@ -14,16 +14,35 @@ from pathlib import Path
 import pytest
 
 from ar_unified.cli.main import main
+from ar_unified.data.prepare import prepare
 from tests.cli.test_text_alone import CONFIG
 from tests.parallel.job import environment, free_port
 
-pytestmark = pytest.mark.slow
-LINES = 130_000  # sixteen shards: the signal comes long before the last
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_shards")]
+LINES = 16_250  # sixteen shards of so many
+SHARD_ITEMS = 1024
+# The command with such shards, and a pause behind each of them: the signal comes long before the last, on any machine.
+PROGRAM = """
+import sys, time
+from ar_unified.cli.main import main
+from ar_unified.data.prepare import making, prepare
+make = making.ShardMaker.make
+making.ShardMaker.make = lambda *made: (make(*made), time.sleep(float(sys.argv[2])))
+prepare.__kwdefaults__["shard_items"] = int(sys.argv[1])
+sys.exit(main(sys.argv[3:]))
+"""
 
 
-def start(verb: str, arguments: list[str]) -> list[subprocess.Popen[str]]:
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process makes shards as `start`'s do."""
+    monkeypatch.setitem(prepare.__kwdefaults__, "shard_items", SHARD_ITEMS)
+
+
+def start(verb: str, arguments: list[str], pause: float = 0.0) -> list[subprocess.Popen[str]]:
+    """Two processes of a job, and `pause` seconds behind each shard that one has made."""
     job = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]
-    command = [sys.executable, "-m", "ar_unified.cli.main", verb, *arguments, *job]
+    command = [sys.executable, "-c", PROGRAM, str(SHARD_ITEMS), str(pause), verb, *arguments, *job]
     return [
         subprocess.Popen(
             [*command, str(i)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -53,7 +72,7 @@ def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_pat
     assert main(["tokenizer", *config, str(two)]) == 0
     shutil.copytree(two, one)
 
-    job = start("prepare", [*config, str(two)])
+    job = start("prepare", [*config, str(two)], pause=1.0)
     deadline = time.monotonic() + 200
     while not list((two / "data").rglob("*.array_record")) and time.monotonic() < deadline:
         time.sleep(0.01)

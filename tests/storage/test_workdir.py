@@ -17,7 +17,7 @@ import pytest
 
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.main import main
-from tests.cli.test_prepare_on_two import end, shards, start
+from tests.cli.test_prepare_on_two import LINES, end, shards, small_shards, start  # noqa: F401 - a fixture
 from tests.cli.test_text_alone import CONFIG
 from tests.parallel.job import environment
 from tests.stores import Disturbed, Store, objects, put_folder, using
@@ -151,13 +151,13 @@ def test_a_store_that_is_gone_is_named(
     assert main(["prepare", *config, url]) == 0, "and it goes on from there"
 
 
+@pytest.mark.usefixtures("small_shards")
 def test_two_processes_prepare_and_train_under_a_store(url: str, tmp_path: Path) -> None:
-    # Sixteen shards, so that the signal comes long before the last.
-    config, disk = set_up(tmp_path, 130_000), tmp_path / "disk"
+    config, disk = set_up(tmp_path, LINES), tmp_path / "disk"
     assert main(["tokenizer", *config, str(disk)]) == 0
     put_folder(disk, url)
 
-    job = start("prepare", [*config, url])
+    job = start("prepare", [*config, url], pause=1.0)
     deadline = time.monotonic() + 200
     while not any(name.endswith(".array_record") for name in objects_named(url)) and time.monotonic() < deadline:
         time.sleep(0.01)
