@@ -50,8 +50,8 @@ for config in Shapes.BUILDER_CONFIGS:
     config.train, config.held_out = 200, 50
 """
 
-# Command lines, one after the other, each of which must end with status 0. One process: a start takes two seconds of CPU,
-# and that a verb imports what it needs is a matter of the module, not of the process.
+# Command lines, one after the other, each of which must end with status 0. One process: a start takes two seconds of
+# CPU, and that a verb imports what it needs is a matter of the module, not of the process.
 CALLS = """
 import json, sys
 from ar_unified.cli.main import main
