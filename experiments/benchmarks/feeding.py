@@ -6,14 +6,16 @@
 Two tasks, each side in a process of its own, all sides in turns, --repeats times:
     images   --images JPEG files of --side pixels (windows of the photos in DIR) with captions, in tars (ours,
              webdataset), ArrayRecord (Grain) and TFRecord (tf.data): decoded, cut to a square from the middle, scaled
-             to 256 x 256 as uint8, in order, in batches of 64. All scale by Lanczos; tf.data by a cheaper filter, too.
+             to 256 x 256 as uint8, in order, in batches of 64. Ours and tf.data's by Lanczos and by bilinear, all
+             pixels or, where they are four times as many a side, halved by the JPEG decoder; Grain's and webdataset's
+             as ours by default.
     tokens   the documents of `loader_scale` (captions, texts, interleaved), shuffled anew and packed whole into rows of
              4,096, batches of 64. Ours reads the shards that `prepare` leaves, Grain the same records in ArrayRecord,
              webdataset tars of them. Ours makes eight fields; the others make tokens, positions and segments.
 Grain and webdataset run in one thread, with threads (Grain), with two and with three processes; tf.data takes what
 AUTOTUNE gives it. What is timed begins when the first --warm items are out. Printed: items (images; tokens that are no
-padding) a second by the clock, and a second of processor time of all processes of a side, medians; and ours over each,
-medians of the ratios of the repeats.
+padding) a second by the clock, and a second of processor time of all processes of a side, medians; and ours, in the
+same way where there is one, over each, medians of the ratios of the repeats.
 """
 
 from __future__ import annotations
@@ -80,13 +82,17 @@ def convert_images(folder: Path) -> None:
     records.close()
 
 
-def our_images(folder: Path) -> Batches:
+def our_images(folder: Path, resample: Any = "lanczos", decoding: Any = "full") -> Batches:
     """As `prepare` reads them."""
+    from ar_tokenizers.host import keep_memory
+
     from ar_unified.data.images import Resize
     from ar_unified.data.items import resized
     from ar_unified.data.sources import decoders, open_source, read
 
-    source = resized(open_source(dict(kind="webdataset", path=str(folder))), Resize("crop", PIXELS, PIXELS))
+    keep_memory()  # as `ar-unified` does
+    resize = Resize("crop", PIXELS, PIXELS, resample=resample, decoding=decoding)
+    source = resized(open_source(dict(kind="webdataset", path=str(folder))), resize)
     items: Iterable[Any] = (item for _, item in read(source, range(len(source)), decoders()))
     return _stacked(item.parts[-1].pixels for item in items)
 
@@ -103,12 +109,20 @@ def _square(data: bytes) -> np.ndarray:
         return np.asarray(small)
 
 
-def tf_images(folder: Path, method: str) -> Batches:
+def tf_images(folder: Path, method: str, decoding: str = "full") -> Batches:
     """tf.data: all in C++, in as many threads as it likes."""
     import tensorflow as tf
+    from PIL import Image
+
+    ratio = 1
+    if decoding == "reduced":  # one for all, so it is looked up in one image: all are of one size
+        with tarfile.open(folder / "000.tar") as tar:
+            first = next(info for info in tar if info.name.endswith(".jpg"))
+            with Image.open(tar.extractfile(first)) as image:  # type: ignore[arg-type]  # a file, by its name
+                ratio = max(n for n in (1, 2, 4, 8) if n == 1 or min(image.size) >= 2 * n * PIXELS)
 
     def square(data: Any) -> Any:
-        image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_FAST")
+        image = tf.io.decode_jpeg(data, channels=3, ratio=ratio, dct_method="INTEGER_FAST")
         side = tf.minimum(tf.shape(image)[0], tf.shape(image)[1])
         image = tf.image.resize_with_crop_or_pad(image, side, side)
         small = tf.image.resize(image, (PIXELS, PIXELS), method, antialias=True)
@@ -275,8 +289,13 @@ def _loader(data: Any, workers: str) -> Any:
 SIDES: dict[str, dict[str, Callable[[Path], Batches]]] = {
     "images": {
         "ours": our_images,
-        "tf.data, Lanczos": lambda folder: tf_images(folder, "lanczos3"),
-        "tf.data, bilinear": lambda folder: tf_images(folder, "bilinear"),
+        "ours, bilinear": partial(our_images, resample="bilinear"),
+        "ours, reduced": partial(our_images, decoding="reduced"),
+        "ours, bilinear, reduced": partial(our_images, resample="bilinear", decoding="reduced"),
+        "tf.data, Lanczos": partial(tf_images, method="lanczos3"),
+        "tf.data, bilinear": partial(tf_images, method="bilinear"),
+        "tf.data, Lanczos, reduced": partial(tf_images, method="lanczos3", decoding="reduced"),
+        "tf.data, bilinear, reduced": partial(tf_images, method="bilinear", decoding="reduced"),
         **{f"grain, {w}": partial(grain_images, workers=w) for w in ("0", "threads", "2", "3")},
         **{f"webdataset, {w}": partial(webdataset_images, workers=w) for w in ("0", "2", "3")},
     },
@@ -335,6 +354,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, nargs=2, default=[1536, 20_000_000], help="images, tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--task", choices=list(SIDES), nargs="+", default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", default=[""], help="only those whose names begin so, and ours")
     parser.add_argument("--output", type=Path, help="where raw numbers go, as JSON")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # a side, in this process
     arguments = parser.parse_args()
@@ -354,8 +374,8 @@ def main() -> None:
         make_tokens(places["tokens"], arguments.documents)
     raw: dict[str, dict[str, list[list[float]]]] = {task: {} for task in arguments.task}
     for task, _ in itertools.product(arguments.task, range(arguments.repeats)):
-        for side in SIDES[task]:
-            python = sys.executable if side == "ours" else arguments.peers
+        for side in (name for name in SIDES[task] if name.startswith(("ours", *arguments.sides))):
+            python = sys.executable if side.startswith("ours") else arguments.peers
             done = subprocess.run([python, *again, "--task", task, "--run", side], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{task}, {side}:\n{done.stderr}")
@@ -366,7 +386,8 @@ def main() -> None:
         for side, runs in sides.items():
             cells = []
             for at in (1, 2):
-                mine = [run[0] / run[at] for run in sides["ours"]]
+                same = side.replace("tf.data", "ours").replace(", Lanczos", "")
+                mine = [run[0] / run[at] for run in sides.get(same, sides["ours"])]
                 rates = [run[0] / run[at] for run in runs]
                 ratios = [a / b for a, b in zip(mine, rates, strict=True)]
                 cells.append((statistics.median(rates), statistics.median(ratios)))

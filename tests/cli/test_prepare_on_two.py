@@ -9,46 +9,44 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ar_unified.cli.main import main
-from ar_unified.data.prepare import prepare
+from tests.cli.held import HOLD
 from tests.cli.test_text_alone import CONFIG
 from tests.parallel.job import environment, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_shards")]
-LINES = 16_250  # sixteen shards of so many
-SHARD_ITEMS = 1024
-# The command with such shards, and a pause behind each of them: the signal comes long before the last, on any machine.
-PROGRAM = """
-import sys, time
-from ar_unified.cli.main import main
-from ar_unified.data.prepare import making, prepare
-make = making.ShardMaker.make
-making.ShardMaker.make = lambda *made: (make(*made), time.sleep(float(sys.argv[2])))
-prepare.__kwdefaults__["shard_items"] = int(sys.argv[1])
-sys.exit(main(sys.argv[3:]))
-"""
+pytestmark = pytest.mark.slow
+LINES = 26_000  # four shards
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process makes shards as `start`'s do."""
-    monkeypatch.setitem(prepare.__kwdefaults__, "shard_items", SHARD_ITEMS)
-
-
-def start(verb: str, arguments: list[str], pause: float = 0.0) -> list[subprocess.Popen[str]]:
-    """Two processes of a job, and `pause` seconds behind each shard that one has made."""
+def start(verb: str, arguments: list[str], hold: Path | None = None) -> list[subprocess.Popen[str]]:
+    """Two processes. hold: while this file is there, `prepare` makes the first shards alone (`held`)."""
     job = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]
-    command = [sys.executable, "-c", PROGRAM, str(SHARD_ITEMS), str(pause), verb, *arguments, *job]
+    command = [sys.executable, "-m", "tests.cli.held" if hold else "ar_unified.cli.main", verb, *arguments, *job]
+    variables = environment() | {HOLD: str(hold)}
     return [
-        subprocess.Popen(
-            [*command, str(i)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        subprocess.Popen([*command, str(i)], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for i in range(2)
     ]
+
+
+def stopped(arguments: list[str], hold: Path, shard: Callable[[], object]) -> tuple[list[int], list[str]]:
+    """`prepare` on two processes, of which one gets SIGTERM when `shard` says that one is there, and cannot end before.
+    Exit statuses and what they said.
+    """
+    hold.touch()
+    job = start("prepare", arguments, hold)
+    while not shard():
+        assert all(process.poll() is None for process in job), end(job)
+        time.sleep(0.05)
+    job[1].send_signal(signal.SIGTERM)
+    found = end(job)
+    hold.unlink()
+    return found
 
 
 def end(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
@@ -72,29 +70,26 @@ def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_pat
     assert main(["tokenizer", *config, str(two)]) == 0
     shutil.copytree(two, one)
 
-    job = start("prepare", [*config, str(two)], pause=1.0)
-    deadline = time.monotonic() + 200
-    while not list((two / "data").rglob("*.array_record")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    job[1].send_signal(signal.SIGTERM)
-    codes, said = end(job)
+    codes, said = stopped([*config, str(two)], tmp_path / "hold", lambda: list(two.rglob("*.array_record")))
     assert codes == [143, 143], said
     assert "SIGTERM: stopped; what is done stays" in said[0] and "Traceback" not in said[0]
-    written = len(list((two / "data").rglob("*.array_record")))
+    written = {path.relative_to(two): path.stat().st_mtime_ns for path in two.rglob("*.array_record")}
     assert not list((two / "data").rglob("*~")) and not (two / "data" / "done.json").exists()
 
     codes, said = end(start("prepare", [*config, str(two)]))
     assert codes == [0, 0], said
     assert main(["prepare", *config, str(one)]) == 0
     assert shards(two) == shards(one)
-    assert 0 < written < len(list((one / "data").rglob("*.array_record"))), "it was not stopped in the middle"
+    assert len(written) < len(list(one.rglob("*.array_record")))
+    assert all((two / name).stat().st_mtime_ns == when for name, when in written.items()), (
+        "what was there is not redone"
+    )
     codes, said = end(start("train", [*config, str(two)]))
     assert codes == [0, 0] and "step 2/2" in said[0], said
 
 
 def test_filters_on_two_leave_out_what_they_leave_out_on_one(tmp_path: Path) -> None:
-    """Process 0 compares all items, and both leave out the copies that it finds: every tenth line repeats an earlier
-    one."""
+    """Process 0 compares all items, both leave out what it found: every tenth line says what an earlier one says."""
     (tmp_path / "corpus").mkdir()
     lines = [f"the red circle {i} stands left of the blue square {i * i} and smiles" for i in range(20_000)]
     lines[9::10] = [line.upper() for line in lines[::10]]

@@ -1,11 +1,10 @@
-"""A workdir in a store works as on disk: the same command and results, on any machine, despite faults."""
+"""A workdir in a store is that on disk: the same command, the same results, from any machine, through any fault."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.main import main
-from tests.cli.test_prepare_on_two import LINES, end, shards, small_shards, start  # noqa: F401 - a fixture
+from tests.cli.test_prepare_on_two import end, shards, start, stopped
 from tests.cli.test_text_alone import CONFIG
 from tests.parallel.job import environment
 from tests.stores import Disturbed, Store, objects, put_folder, using
@@ -151,27 +150,24 @@ def test_a_store_that_is_gone_is_named(
     assert main(["prepare", *config, url]) == 0, "and it goes on from there"
 
 
-@pytest.mark.usefixtures("small_shards")
 def test_two_processes_prepare_and_train_under_a_store(url: str, tmp_path: Path) -> None:
-    config, disk = set_up(tmp_path, LINES), tmp_path / "disk"
+    config, disk = set_up(tmp_path, 26_000), tmp_path / "disk"  # four shards
     assert main(["tokenizer", *config, str(disk)]) == 0
     put_folder(disk, url)
 
-    job = start("prepare", [*config, url], pause=1.0)
-    deadline = time.monotonic() + 200
-    while not any(name.endswith(".array_record") for name in objects_named(url)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    job[1].send_signal(signal.SIGTERM)
-    codes, said = end(job)
+    def shards_there() -> int:
+        return sum(name.endswith(".array_record") for name in objects_named(url))
+
+    codes, said = stopped([*config, url], tmp_path / "hold", shards_there)
     assert codes == [143, 143], said
     assert "SIGTERM: stopped; what is done stays" in said[0] and "Traceback" not in said[0]
-    written = sum(name.endswith(".array_record") for name in objects_named(url))
+    written = shards_there()
 
     codes, said = end(start("prepare", [*config, url]))
     assert codes == [0, 0], said
     assert main(["prepare", *config, str(disk)]) == 0
     assert in_store(url) == shards(disk)
-    assert 0 < written < sum(name.endswith(".array_record") for name in shards(disk)), "stopped too late"
+    assert 0 < written < sum(name.endswith(".array_record") for name in shards(disk))
     codes, said = end(start("train", [*config, url]))
     assert 2 in codes and "cannot be written to s3://" in "".join(said), said
     shared = f"--config.checkpoint_folder={tmp_path / 'shared'}"
@@ -181,3 +177,30 @@ def test_two_processes_prepare_and_train_under_a_store(url: str, tmp_path: Path)
     assert codes == [0, 0], said
     assert same(str(tmp_path / "shared"), str(disk / "model" / "checkpoints"))
     assert {"logs/process-0.log", "logs/process-1.log", "model/metrics.jsonl"} <= objects_named(url)
+
+
+def test_either_of_two_processes_killed_in_training_goes_on_bit_for_bit(url: str, tmp_path: Path) -> None:
+    config, disk, shared = set_up(tmp_path, 600), tmp_path / "disk", tmp_path / "shared"
+    longer = ["--config.training.steps=40", "--config.training.checkpoint_every=5"]
+    config = [*config[:2], *longer, *(word for word in config[2:] if word not in STEPS[:2])]
+    for verb in ("tokenizer", "prepare"):
+        assert main([verb, *config, str(disk)]) == 0
+    put_folder(disk, url)
+    command = [f"--config.checkpoint_folder={shared}", *config, url]
+    kills = []
+    for killed, step in enumerate((5, 15)):
+        job = start("train", [*command, "--heartbeat-timeout", "10"])  # the other one ends by itself
+        while not (shared / str(step) / "commit_success.txt").exists() and job[0].poll() is None:
+            time.sleep(0.02)
+        job[killed].kill()
+        codes, said = end(job)
+        kills.append(codes[killed])
+        assert codes[1 - killed] != 0 or codes == [0, 0], said
+        assert "Traceback" not in said[1 - killed], said
+    assert -9 in kills
+    codes, said = end(start("train", command))
+    assert codes == [0, 0], said
+    codes, said = end(start("train", [*config, str(disk)]))
+    assert codes == [0, 0], said
+    assert same(str(shared), str(disk / "model" / "checkpoints"))
+    assert losses(objects(url)["model/metrics.jsonl"]) == losses((disk / "model" / "metrics.jsonl").read_bytes())
