@@ -18,8 +18,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("ar_tokenizers",),
     ),
     (
-        "words for errors, paths, progress, signals, bytes as text, any pixels as RGB, the version: they know nothing of "
-        "what is trained",
+        "words for errors, paths, progress, signals, bytes as text, any pixels as RGB, the version: they know nothing "
+        "of what is trained",
         ("errors", "paths", "progress", "interrupts", "data.encoding", "data.colours", "version"),
     ),
     (
