@@ -195,13 +195,17 @@ def _fail(error: Exception) -> None:
 
 def _explain(error: Exception, explained: str | None) -> None:
     assert _log is not None
-    if explained is None:
-        traceback.print_exception(error)
-    else:
+    lost = _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing)
+    if explained is not None:
         print(f"ar-unified: {explained}", file=sys.stderr, flush=True)
-    if _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing):
+    elif lost:  # a fault of the connection, and not of this process
+        _log.write("".join(traceback.format_exception(error)))
+    else:
+        traceback.print_exception(error)
+    if lost:
         print(
-            "ar-unified: a connection broke; within the heartbeat time-out JAX names the process",
+            "ar-unified: a connection broke (the log of this process has the error); within the heartbeat time-out JAX "
+            "names the process",
             file=sys.stderr,
             flush=True,
         )

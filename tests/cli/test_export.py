@@ -201,14 +201,14 @@ def test_a_recorded_config_is_the_config(tmp_path):
         configs.recorded(tmp_path / "config.json", ["--config.seed=a"])
 
 
-def test_the_bundle_of_the_demo_is_under_20_MB():
+def test_the_bundle_of_the_demo_is_under_6_MB():
     config = configs.load(f"{ROOT}/experiments/shapes.py")
     image = settings.autoencoder(config)
     weights = jax.tree.leaves(jax.eval_shape(functools.partial(init_image, image), jax.random.key(0)))
     vocabulary = Vocabulary(config.text_tokenizer.vocab_size, image.codebook_size)
     model = config_from(configs.plain(config.model), vocab_size=vocabulary.size)
     size = 4 * (parameter_count(model) + sum(leaf.size for leaf in weights))  # float32; the rest is a few kilobytes
-    assert 4e6 < size < 19e6
+    assert 5e6 < size < 6e6
 
 
 # ---- a training that begins with a bundle ---------------------------------------------------------------------------

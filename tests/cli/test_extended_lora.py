@@ -84,13 +84,13 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
     images_of = dict(steps=0, width=8, blocks="(0,0,1)", levels="(8,5,5,5)")  # as the bundle has them
     described = {f"image_tokenizer__{key}": value for key, value in images_of.items()}
     argv = command("train", folder, tmp_path / "w3", init=base.folder, **more | slow | described)
-    kinds = [f"{table}[{kind}]" for table in tables for kind in ("control", "image")]
-    refused(argv, r"config.training.only: expected embedding\[control\], embedding\[image\] in it, as the adapter")
+    kinds = [f"{table}[{kind}]" for table in tables for kind in ("size", "image")]
+    refused(argv, r"config.training.only: expected embedding\[size\], embedding\[image\] in it, as the adapter")
     begun = {"w2": fresh}
-    for verb in ("prepare", "train"):
+    for verb in ("tokenizer", "prepare", "train"):
         assert main([verb, *argv[1:], f"--config.training.only={tuple(kinds)}"]) == 0, capsys.readouterr().err
     vocabulary = base.grammar.vocabulary
-    begun["w3"] = [*vocabulary.ids(Role.CONTROL), *vocabulary.ids(Role.IMAGE)]
+    begun["w3"] = [*vocabulary.ids(Role.SIZE), *vocabulary.ids(Role.IMAGE)]
     for workdir, ids in begun.items():
         last = Checkpoints(tmp_path / workdir / "model" / "checkpoints", readonly=True).restore(params=None)["params"]
         for table in tables:
