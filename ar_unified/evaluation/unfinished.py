@@ -85,6 +85,8 @@ class Unfinished:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise UserError(f"{self.folder} is being written by another process: wait for it, or end it") from None
             # some network file systems have no locks
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise UserError(f"{self.output} was finished by another process meanwhile: nothing is left to do")
 
     def _require(self, facts: Mapping[str, Any]) -> None:
         """Raises UserError if the lines belong to other facts. Lines without a record are made again."""

@@ -52,3 +52,17 @@ def test_what_was_begun_with_something_else_is_refused_and_stays(tmp_path: Path)
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with Unfinished(tmp_path / "out", FACTS, 2), pytest.raises(UserError, match="being written by another process"):
         Unfinished(tmp_path / "out", FACTS, 2)
+
+
+def test_lines_that_another_process_finishes_between_opening_and_locking(tmp_path, monkeypatch):
+    other = Unfinished(tmp_path / "out", FACTS, 2)
+
+    def finish_first(file, how):
+        monkeypatch.undo()
+        with other:
+            other.finish()
+
+    monkeypatch.setattr("fcntl.flock", finish_first)
+    with pytest.raises(UserError, match="was finished by another process meanwhile"):
+        Unfinished(tmp_path / "out", FACTS, 2)
+    assert (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()

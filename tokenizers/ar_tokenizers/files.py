@@ -59,11 +59,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, "something is there already, and is never overwritten", str(path))
     for left in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*{UNFINISHED}"):
         _remove_unless_held(left)
-    written = unfinished(path)
-    written.mkdir(parents=True)
-    handle = os.open(written, os.O_RDONLY)
+    written, handle = _new_folder(unfinished(path))
     try:
-        _hold(handle)
         yield written
         os.rename(written, path)  # which fails if there is more than an empty folder
     finally:
@@ -72,10 +69,25 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync(path.parent)
 
 
-def _hold(handle: int) -> bool:
-    """Locks an open folder until its handle is closed, or the process ends. Returns False if another process has it."""
+def _new_folder(path: Path) -> tuple[Path, int]:
+    """Makes a folder. Returns it with an open handle that holds its lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path.mkdir()
+        # Until it is locked, another process may take it for a remnant and remove it: then it is made again.
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(path, os.O_RDONLY)
+            _hold(handle, wait=True)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return path, handle
+            os.close(handle)
+
+
+def _hold(handle: int, *, wait: bool = False) -> bool:
+    """Locks an open folder until its handle is closed, or the process ends. Returns False if it cannot be locked."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # also of a file system without locks, where nothing is removed then
         return False
     return True
