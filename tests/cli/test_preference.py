@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import pytest
+from safetensors.numpy import load_file
 
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli.main import main
+from ar_unified.interop import peft
 from ar_unified.metrics import REWARDS, read_metrics
 from tests import bundles
 from tests.cli.conftest import refused
@@ -121,6 +123,25 @@ def test_an_adapter_is_compared_with_what_it_stands_beside(folder: Path, trained
     rows = read_metrics(workdir / "model" / "metrics.jsonl")
     found = [row[f"{REWARDS}margins"] for row in rows if f"{REWARDS}margins" in row]
     assert found[-1] > found[0]
+
+
+@pytest.mark.slow
+def test_a_training_that_begins_with_an_adapter_and_its_rows_is_compared_with_both(
+    folder: Path, trained: Path, tmp_path: Path
+) -> None:
+    workdir, adapter = tmp_path / "w", tmp_path / "adapter"
+    shutil.copytree(trained, workdir)
+    changes = dict(lora__rank=2, training__only="('embedding[text]',)")
+    shutil.rmtree(workdir / "model")
+    assert main(["train", *arguments(folder, workdir, **changes)]) == 0
+    assert main(["export", "--workdir", str(workdir), "--to", "peft", "--output", str(adapter)]) == 0
+    assert any(name.endswith("trainable_tokens_delta") for name in load_file(adapter / peft.WEIGHTS))
+    shutil.rmtree(workdir / "model")
+    still = dict(lora__init=adapter, training__learning_rate=1e-9, training__log_every=1)
+    assert main(["train", *arguments(folder, workdir, **changes | still)]) == 0
+    rows = read_metrics(workdir / "model" / "metrics.jsonl")
+    assert max(abs(row[f"{REWARDS}margins"]) for row in rows if f"{REWARDS}margins" in row) < 1e-4
+    assert len(list(workdir.glob("reference/*"))) == 4, "the base's reference, and that with the adapter"
 
 
 def test_another_beta_is_another_training(folder: Path, trained: Path) -> None:
