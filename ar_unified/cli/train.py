@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.adapter import first_adapter, require_rows
 from ar_unified.experiment.beginning import beginning
-from ar_unified.experiment.branch import branch
+from ar_unified.experiment.branch import begin_branch, branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.likelihood import likelihood
@@ -73,10 +74,13 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Trains the transformer; with --branch, first makes a branch of another workdir. Returns the exit status. Raises
     UserError, RunError.
     """
-    experiment = open_experiment(arguments, overrides, ["model"])
-    if arguments.branch:
-        if storage.is_mirrored(experiment.workdir.path):
+    if not arguments.branch:
+        experiment = open_experiment(arguments, overrides, ["model"])
+    else:
+        if storage.is_mirrored(Path(arguments.workdir)):
             raise UserError("--branch: expected a --workdir on disk: in an object store no training is branched")
+        begin = partial(begin_branch, origin=arguments.branch[0], step=arguments.branch[1])
+        experiment = open_experiment(arguments, overrides, ["model"], begin)
         branch(experiment, *arguments.branch, lambda: _fingerprint(experiment, _objective(experiment)))
     train(experiment, profile=arguments.profile)
     return 0

@@ -33,43 +33,21 @@ def branch(
     origin's are noted in the history, after the origin's entries up to `step`. A second call for the same branch does
     nothing.
 
-    Raises UserError if the origin has no such checkpoint or is this workdir, or if this workdir has a model already;
-    StageMismatch if a difference concerns steps that were already taken.
+    Raises UserError as `begin_branch`; StageMismatch if a difference concerns steps that were already taken.
     """
-    origin, here = origin.resolve(), experiment.workdir.path.resolve()
-    wanted = experiment.config.training.steps
-    if origin == here:
-        raise UserError(f"--branch {origin}: expected another workdir than --workdir, found the same")
+    origin = origin.resolve()
     own(experiment.workdir.model)
-    if _begun(experiment.workdir.model) and not Stage("model", experiment.workdir.model, {}).made_nothing():
-        told = [entry for entry in read_history(experiment.workdir.model) if entry["kind"] == "branched"]
-        if told and told[-1]["from"] == str(origin) and step in (None, told[-1]["step"]):
-            return
-        raise UserError(f"--branch {origin}: {experiment.workdir.model} has a model already; use another --workdir")
-    records = _begun(origin / "model")
-    if not records:
-        raise UserError(f"--branch {origin}: expected a workdir whose training has begun, found no model in it")
+    step = _step(experiment, origin, step)
+    if step is None:
+        return
     there = _checkpoint_folder(origin)
-    if Path(there) == Path(experiment.checkpoint_folder):
-        raise UserError(f"config.checkpoint_folder: expected another than the origin's, found the same, {there}")
-    steps = steps_in(there)
-    step = max(steps, default=0) if step is None else step
-    if step not in steps:
-        raise UserError(
-            f"--branch {origin}: expected one of the steps that {there} has checkpoints of, {steps}; found {step}. "
-            "training.keep_every says which of them survive."
-        )
-    if wanted <= step:
-        raise UserError(
-            f"config.training.steps: expected more than the {step} that the branch begins with, found {wanted}"
-        )
-
     for name in _MADE_BEFORE:
-        _share(origin / name, experiment.workdir.path / name)
+        if (origin / name / "done.json").exists():
+            _share(origin / name, experiment.workdir.path / name)
     may = changeable()
     stage = experiment.workdir.undecided("model", fingerprint(), may)
     told = read_history(origin / "model")
-    there_then = history.as_of(read_json(records[0]), told, step)
+    there_then = history.as_of(read_json(_begun(origin / "model")[0]), told, step)
     refused, changed = history.compare(there_then, stage.fingerprint, stage.cost, may)
     if refused is not None:
         old, new = changed["extended"][refused]
@@ -90,6 +68,48 @@ def branch(
     experiment.say(f"model: {history.told(now)}")
 
 
+def begin_branch(experiment: Experiment, origin: Path, step: int | None) -> None:
+    """What process 0 does for a branch before it opens the sources: it shares the datasets that the origin has drawn.
+
+    Raises UserError if the origin has no such checkpoint or is this workdir, if this workdir has a model already, or if
+    there is no step left to train.
+    """
+    if _step(experiment, origin.resolve(), step) is None:
+        return
+    drawn = origin.resolve() / "tfds"
+    for info in sorted(drawn.glob("**/dataset_info.json")):
+        _share(info.parent, experiment.workdir.path / "tfds" / info.parent.relative_to(drawn))
+
+
+def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
+    """The step that the branch begins with; None if this workdir is that branch already. Raises UserError."""
+    wanted, model = experiment.config.training.steps, experiment.workdir.model
+    if origin == experiment.workdir.path.resolve():
+        raise UserError(f"--branch {origin}: expected another workdir than --workdir, found the same")
+    if _begun(model) and not Stage("model", model, {}).made_nothing():
+        told = [entry for entry in read_history(model) if entry["kind"] == "branched"]
+        if told and told[-1]["from"] == str(origin) and step in (None, told[-1]["step"]):
+            return None
+        raise UserError(f"--branch {origin}: {model} has a model already; use another --workdir")
+    if not _begun(origin / "model"):
+        raise UserError(f"--branch {origin}: expected a workdir whose training has begun, found no model in it")
+    there = _checkpoint_folder(origin)
+    if Path(there) == Path(experiment.checkpoint_folder):
+        raise UserError(f"config.checkpoint_folder: expected another than the origin's, found the same, {there}")
+    steps = steps_in(there)
+    step = max(steps, default=0) if step is None else step
+    if step not in steps:
+        raise UserError(
+            f"--branch {origin}: expected one of the steps that {there} has checkpoints of, {steps}; found {step}. "
+            "training.keep_every says which of them survive."
+        )
+    if wanted <= step:
+        raise UserError(
+            f"config.training.steps: expected more than the {step} that the branch begins with, found {wanted}"
+        )
+    return step
+
+
 def _begun(folder: Path) -> list[Path]:
     """The records of a stage; the valid record comes first."""
     return [path for name in ("done", "started") if (path := folder / f"{name}.json").exists()]
@@ -101,11 +121,12 @@ def _checkpoint_folder(origin: Path) -> str:
 
 
 def _share(there: Path, here: Path) -> None:
-    """Gives the folder of a finished stage a second name, whole or not at all; an existing folder stays."""
-    if here.exists() or not (there / "done.json").exists():
+    """Gives a finished folder a second name, whole or not at all; an existing folder stays."""
+    if here.exists():
         return
     unfinished = here.with_name(f".{here.name}.branch~")
     with about(f"--branch: {there}"):
         shutil.rmtree(unfinished, ignore_errors=True)
+        here.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(there, unfinished, copy_function=link_or_copy)
         unfinished.rename(here)

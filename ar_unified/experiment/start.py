@@ -23,11 +23,15 @@ from ar_unified.workdir import Workdir, write_json
 
 
 def open_experiment(
-    arguments: argparse.Namespace, overrides: Sequence[str], stages: Collection[str] = STAGES
+    arguments: argparse.Namespace,
+    overrides: Sequence[str],
+    stages: Collection[str] = STAGES,
+    before_sources: Callable[[Experiment], object] | None = None,
 ) -> Experiment:
     """Opens the experiment of a command line, with the other processes of its job, and checks it for the work to do.
 
     stages: the STAGES that will run, or "requests", "images" or "export" for work without sources.
+    before_sources: what process 0 does before it opens the sources, which may mean drawing a dataset.
     """
     if arguments.config is None:  # for verbs that do not need it
         config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
@@ -56,6 +60,8 @@ def open_experiment(
             experiment.workdir.await_file(logs / "asked.json", asked)
     check_bundle(experiment, stages)
     check_devices(experiment, stages)
+    if first and before_sources is not None:
+        before_sources(experiment)
     if first and not {"requests", "images", "export"} & set(stages):
         check_sources(experiment, stages)
     runtime.barrier("checked", timeout=runtime.ALONE)  # process 0 may have built a dataset

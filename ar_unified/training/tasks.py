@@ -28,7 +28,7 @@ from ar_unified.model.code_vectors import init_from_codebook
 from ar_unified.model.config import TransformerConfig, matmul_parameters
 from ar_unified.model.leaves import named
 from ar_unified.model.lora import LoraConfig
-from ar_unified.model.loss import token_losses
+from ar_unified.model.loss import token_losses, weighted_loss
 from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.optimizer import is_decayed
 from ar_unified.training.rates import Rates, make_rates, trained_in
@@ -185,11 +185,19 @@ class TransformerTask(Stateless):
 
     def of_targets(self, params: Params, batch: Batch, keys: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """-log p of every target, and log Z of its softmax, f32 [B, T] each. keys: for dropout; None: no dropout."""
+        return token_losses(*self._predictions(params, batch, keys), **self._softmax)
+
+    def _predictions(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Hidden states, head and targets."""
         model = self.bind(params)
         drops = self.config.dropout or (self.lora is not None and self.lora.dropout)
         dropout_keys = keys if drops else None
         hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
-        return token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
+        return hidden, model.head(), batch.targets
+
+    @property
+    def _softmax(self) -> dict[str, Any]:
+        return dict(chunk=self.chunk, used=self.vocabulary.used, split=self.split)
 
     def of_whole(self, batch: Batch) -> TransformerTask:
         """This task with the weight of each side in a global batch, which the two means of `mean_split` need."""
@@ -217,12 +225,13 @@ class TransformerTask(Stateless):
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Weighted cross-entropy and z-loss of the batch, with counts by role and task."""
-        nll, lse = self.of_targets(params, batch, keys)
         weight = self.weights(batch)
         share = self._shares(batch, weight)
-        loss = jnp.sum(share * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
+        predictions = self._predictions(params, batch, keys)
+        loss, nll, lse = weighted_loss(*predictions, share, self.z_loss, **self._softmax)
+        total = jnp.sum(weight)
         metrics = self.token_metrics(batch, weight, nll, lse)
-        return *loss, metrics | {"loss": (jnp.sum(share * nll), loss[1])}
+        return loss, total, metrics | {"loss": (jnp.sum(share * nll), total)}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         """The attention that text and images give to each other, if `attention_share` is on."""

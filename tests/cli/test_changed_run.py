@@ -18,7 +18,7 @@ from ar_unified.experiment import experiment as experiment_module
 from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.workdir import read_json
-from tests.cli.conftest import command
+from tests.cli.conftest import ROOT, command
 
 SETTINGS: dict[str, Any] = dict(
     image_tokenizer__steps=1, training__steps=36, training__log_every=1, training__validate_every=0,
@@ -97,3 +97,31 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
 
 def test_a_branch_is_a_workdir_and_perhaps_a_step() -> None:
     assert _branch("a:b/c:12") == (Path("a:b/c"), 12) and _branch("a:b") == (Path("a:b"), None)
+
+
+def test_a_branch_takes_the_datasets_that_were_drawn_and_is_refused_before_any_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Drawing `shapes` would take minutes, so here the origin's are damaged, which is said of those of the branch."""
+    origin, workdir = tmp_path / "origin", tmp_path / "branch"
+    drawn = "tfds/shapes/captions/1.1.0"
+    for folder, name in ((f"{origin}/{drawn}", "dataset_info.json"), (f"{origin}/model", "started.json")):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / name).write_text("{}")
+    (origin / "model" / "checkpoints" / "500" / "state").mkdir(parents=True)
+    (origin / "model" / "checkpoints" / "500" / "_CHECKPOINT_METADATA").write_text("{}")
+    (origin / "tfds" / "shapes" / "captions" / "1.1.0.incompleteABC").mkdir()
+
+    def branched(steps: int) -> str:
+        argv = ["train", "--config", str(ROOT / "experiments" / "shapes.py"), "--workdir", str(workdir)]
+        assert main([*argv, "--branch", f"{origin}:500", f"--config.training.steps={steps}"]) == 2
+        return capsys.readouterr().err
+
+    assert "expected more than the 500 that the branch begins with, found 500" in branched(500)
+    assert not (workdir / "tfds").exists()
+    assert "damaged ones (AssertionError): delete this folder" in branched(501)
+    found = workdir / drawn / "dataset_info.json"
+    assert found.samefile(origin / drawn / "dataset_info.json")
+    found.write_text("{")
+    assert f"below {workdir}/tfds/shapes/captions, found others or damaged ones (ParseError)" in branched(501)
+    assert [path.name for path in (workdir / "tfds/shapes/captions").iterdir()] == ["1.1.0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.model.loss import token_losses
+from ar_unified.model.loss import token_losses, weighted_loss
 from ar_unified.parallel.mesh import make_mesh
 
 B, T, D, V = 3, 11, 8, 50
@@ -50,10 +51,17 @@ def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def at_once(hidden, head):
+        loss, *parts = weighted_loss(hidden, head, targets, weights, z_loss, chunk)
+        return loss, tuple(parts)
+
     expected = objective(naive)
-    found = objective(lambda h, w, t: token_losses(h, w, t, chunk))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, found)
-    assert not np.asarray(found[1][0])[:, -3:].any()
+    for found in (objective(lambda h, w, t: token_losses(h, w, t, chunk)), at_once(hidden, head)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, found)
+        assert not np.asarray(found[1][0])[:, -3:].any()
+    assert weighted_loss(hidden, head, targets, weights, z_loss, chunk)[0] == at_once(hidden, head)[0][0]
 
 
 USED, PADDED = 1006, 1024  # 18 rows of no probability, all of them on the last device
@@ -77,12 +85,19 @@ def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape, sp
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def at_once(hidden, head):
+        loss, *parts = weighted_loss(hidden, head, targets, weights, 0.1, 16, USED, split)
+        return loss / weights.size, tuple(parts)
+
     expected = objective(lambda h, w, t: naive(h, w, t, split), head[:USED])
     with jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape.values())])) if shape else nullcontext():
-        (loss, parts), grads = jax.device_get(objective(lambda h, w, t: token_losses(h, w, t, 16, USED, split), head))
-    assert not grads[1][USED:].any() and grads[1][:USED].any(axis=1).all()
-    found = (loss, parts), (grads[0], grads[1][:USED])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)
+        either = objective(lambda h, w, t: token_losses(h, w, t, 16, USED, split), head), at_once(hidden, head)
+    for (loss, parts), grads in jax.device_get(either):
+        assert not grads[1][USED:].any() and grads[1][:USED].any(axis=1).all()
+        found = (loss, parts), (grads[0], grads[1][:USED])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)
 
 
 def test_a_head_that_is_used_whole_costs_nothing_more():
@@ -102,11 +117,35 @@ def test_a_head_that_is_used_whole_costs_nothing_more():
 
 
 def test_no_array_of_all_logits_forward_or_backward():
-    hidden, head, targets, _ = make_inputs()
-    grad = jax.grad(lambda h, w: sum(x.sum() for x in token_losses(h, w, targets, 2 * B)), argnums=(0, 1))
-    # Arrays of the logits' kind have an axis V; the head's own gradient is V * D.
-    sizes = [a.size for a in arrays_of(jax.make_jaxpr(grad)(hidden, head).jaxpr) if V in a.shape]
-    assert sizes and max(sizes) <= max(2 * B * V, V * D) < B * T * V
+    hidden, head, targets, weights = make_inputs()
+    for loss in (
+        lambda h, w: sum(x.sum() for x in token_losses(h, w, targets, 2 * B)),
+        lambda h, w: weighted_loss(h, w, targets, weights, 0.1, 2 * B)[0],
+    ):
+        # Arrays of the logits' kind have an axis V; the head's own gradient is V * D.
+        traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head).jaxpr
+        sizes = [a.size for a in arrays_of(traced) if V in a.shape]
+        assert sizes and max(sizes) <= max(2 * B * V, V * D) < B * T * V
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weighted_loss_multiplies_with_the_head_once_less(frozen):
+    """Three times; twice if the head is not trained; once without a gradient."""
+    hidden, head, targets, weights = make_inputs()
+
+    def products(function):
+        return len(re.findall(r" = .* dot\(", jax.jit(function).lower(hidden, head).compile().as_text()))
+
+    def loss(h, w):
+        return weighted_loss(h, w, targets, weights, 0.1, 2 * B)[0]
+
+    def recomputed(h, w):
+        return sum((weights * x).sum() for x in token_losses(h, w, targets, 2 * B))
+
+    trained = (0,) if frozen else (0, 1)
+    assert products(jax.grad(loss, trained)) == 3 - frozen
+    assert products(jax.grad(recomputed, trained)) == 4 - frozen
+    assert products(loss) == 1
 
 
 def arrays_of(jaxpr):
@@ -127,4 +166,7 @@ def test_bfloat16_hidden_gives_float32_losses_and_gradients_of_the_right_dtypes(
     grads = jax.grad(
         lambda h, w: (weights * token_losses(h, w, targets)[0]).sum(), argnums=(0, 1)
     )(hidden.astype(jnp.bfloat16), head)  # fmt: skip
-    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
+    at_once = jax.grad(lambda h, w: weighted_loss(h, w, targets, weights)[0], argnums=(0, 1))
+    for found in (grads, more := at_once(hidden.astype(jnp.bfloat16), head)):
+        assert [g.dtype for g in found] == [jnp.bfloat16, jnp.float32]
+    jax.tree.map(np.testing.assert_array_equal, grads, more)

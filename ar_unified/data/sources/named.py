@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -158,6 +161,12 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ModuleNotFoundError:  # its code imports TensorFlow; a prepared dataset needs no code
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir, file_format="array_record")
+    except (AssertionError, json_format.ParseError, json.JSONDecodeError) as error:
+        folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name.partition(":")[0]
+        raise UserError(
+            f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found others or "
+            f"damaged ones ({type(error).__name__}): delete this folder, and the dataset is made again"
+        ) from error
     if not builder.data_path.exists():
         _prepare(builder)
     return builder
