@@ -29,7 +29,7 @@ from ar_tokenizers.host import keep_memory
 
 from ar_unified.model.cache import init_cache
 from ar_unified.model.config import TransformerConfig, config_from
-from ar_unified.model.loss import token_losses
+from ar_unified.model.loss import weighted_loss
 from ar_unified.model.transformer import Transformer, init
 
 SIZES = {  # preset, vocabulary, (batch, length) of training
@@ -54,8 +54,8 @@ def our_train_step(config: TransformerConfig, params, tokens: np.ndarray, chunk:
     def loss_of(params, batch):
         model = Transformer.bind(config, params)
         hidden = model(batch["tokens"], batch["positions"], batch["doc_start"])
-        nll, _ = token_losses(hidden, model.head(), batch["targets"], chunk)
-        return (batch["weights"] * nll).sum() / batch["weights"].sum()
+        loss, *_ = weighted_loss(hidden, model.head(), batch["targets"], batch["weights"], chunk=chunk)
+        return loss / batch["weights"].sum()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, batch):
