@@ -27,7 +27,7 @@ class _Lying(NamedTuple):
     axes 2 and 3 of the cache are exchanged in memory.
 
     New entries come as [K, B, *], 32 bits, or [B, K, H, 1] for a turned cache. A projection to heads gives this form,
-    and one row can be read alone.
+    and one row can be read alone. New scales come as [K * B]; the kernel reads them as scalars.
     """
 
     cache: jax.Array
@@ -43,7 +43,7 @@ class _Lying(NamedTuple):
 
 def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
     if new.ndim == 2:
-        return _Lying(cache, jnp.broadcast_to(new.T[..., None], (*new.T.shape, LANES)), 3)
+        return _Lying(cache, new.T.reshape(-1), 3)
     if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why
         return _Lying(jnp.swapaxes(cache, 2, 3), new[..., None], 3, turned=True)
     wide = jnp.int32 if new.dtype == jnp.int8 else jnp.float32
@@ -86,14 +86,16 @@ def forward(
     assert rows is not None
     windows = [(heads, *(x.window if at == x.axis else x.cache.shape[at] for at in (2, 3))) for x in arrays]
     groups, in_place = B // rows, [pl.BlockSpec(memory_space=pltpu.HBM)] * len(arrays)
+    scalars = [slots, *(x.new for x in arrays if x.new.ndim == 1)]
+    vectors = [x.new for x in arrays if x.new.ndim > 1]
     out = pl.pallas_call(
-        functools.partial(_kernel, rows, groups, [(x.axis, x.window) for x in arrays]),
+        functools.partial(_kernel, rows, groups, [(x.axis, x.window) for x in arrays], len(scalars)),
         out_shape=[pltpu.HBM(x.cache.shape, x.cache.dtype) for x in arrays],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(scalars),
             grid=(K // heads, groups),
             in_specs=[
-                *(_of_rows(rows, heads, x.new) for x in arrays),
+                *(_of_rows(rows, heads, new) for new in vectors),
                 *in_place,
             ],
             out_specs=in_place,
@@ -102,24 +104,26 @@ def forward(
                 pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
-        input_output_aliases={1 + len(arrays) + i: i for i in range(len(arrays))},
+        input_output_aliases={len(scalars) + len(vectors) + i: i for i in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="cache_write",
-    )(slots, *(x.new for x in arrays), *(x.cache for x in arrays))
+    )(*scalars, *vectors, *(x.cache for x in arrays))
     return tuple(jnp.swapaxes(x, 2, 3) if each.turned else x for x, each in zip(out, arrays, strict=True))
 
 
 def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
     """The heads of one core, for a group of rows."""
     if new.ndim == 3:
-        return pl.BlockSpec((heads, rows, new.shape[2]), lambda h, g, slots: (h, g, 0))
-    return pl.BlockSpec((rows, heads, *new.shape[2:]), lambda h, g, slots: (g, h, 0, 0))
+        return pl.BlockSpec((heads, rows, new.shape[2]), lambda h, g, *_: (h, g, 0))
+    return pl.BlockSpec((rows, heads, *new.shape[2:]), lambda h, g, *_: (g, h, 0, 0))
 
 
-def _kernel(rows, groups, shapes, slots, *refs):
-    n = len(shapes)
-    new, caches, windows, arrived = refs[:n], refs[2 * n : 3 * n], refs[3 * n : 4 * n], refs[-1]
+def _kernel(rows, groups, shapes, n_scalars, slots, *refs):
+    n, scales = len(shapes), refs[: n_scalars - 1]
+    first = n  # of the caches: vectors and scales of new entries are as many
+    new = [*refs[len(scales) : first], *scales]  # scales are the last arrays of a layer
+    caches, windows, arrived = refs[first + n : first + 2 * n], refs[first + 2 * n : first + 3 * n], refs[-1]
     h, g = pl.program_id(0), pl.program_id(1)
 
     def begin(length: int, row: jax.Array, window: int) -> jax.Array:
@@ -150,7 +154,12 @@ def _kernel(rows, groups, shapes, slots, *refs):
         for (axis, window), x, cache, held in zip(shapes, new, caches, windows, strict=True):
             old = held[g & 1, r]
             slot = begin(cache.shape[axis], row, window) + jax.lax.broadcasted_iota(jnp.int32, old.shape, axis - 1)
-            added = x[:, pl.ds(r, 1), :] if len(x.shape) == 3 else x[r]
+            if len(x.shape) == 1:
+                at = h * old.shape[0] * (groups * rows) + row
+                each = [x[at + head * (groups * rows)] for head in range(old.shape[0])]
+                added = jnp.stack([jnp.full(old.shape[1:], scale) for scale in each])
+            else:
+                added = x[:, pl.ds(r, 1), :] if len(x.shape) == 3 else x[r]
             added = jnp.broadcast_to(added, old.shape).astype(old.dtype)
             held[g & 1, r] = jnp.where(slot == slots[row], added, old)
 

@@ -45,11 +45,13 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     K, S = cache.k.shape[1:3]
     G = N // K
     heads, block = _tiles(K, S, H, cache.k.dtype.itemsize)
-    query = (q * jnp.asarray(spec.scale, q.dtype)).reshape(B, K, G, H)
+    # The rows of a tile are the heads of a step where each has one query: an axis of size 1 would be padded to eight.
+    rows = (heads,) if G == 1 else (heads, G)
+    query = (q * jnp.asarray(spec.scale, q.dtype)).reshape(B, K // heads, *rows, H)
     row_of, block_of, count = _live_blocks(cache, block)
 
     def by_row(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, heads, G, width), lambda h, i, row_of, *_: (row_of[i], h, 0, 0))
+        return pl.BlockSpec((1, 1, *rows, width), lambda h, i, row_of, *_: (row_of[i], h, *(0 for _ in rows), 0))
 
     if turned := H % 128 != 0:
         slots = pl.BlockSpec((1, heads, H, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
@@ -64,7 +66,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
         functools.partial(_kernel, spec, block, turned),
         out_shape=(
             jax.ShapeDtypeStruct(query.shape, q.dtype),
-            jax.ShapeDtypeStruct((*query.shape[:3], 1), jnp.float32),
+            jax.ShapeDtypeStruct((*query.shape[:-1], 1), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -133,8 +135,8 @@ def _kernel(spec, block, turned, row_of, block_of, begin, end, q, k, v, *refs):
     @pl.when(last < start + block)
     def _():
         some = total[...] > 0
-        out[0] = (acc[...] / jnp.where(some, total[...], 1.0)).astype(out.dtype)
-        lse[0] = jnp.where(some, highest[...] + jnp.log(total[...]), -jnp.inf)
+        out[0, 0] = (acc[...] / jnp.where(some, total[...], 1.0)).astype(out.dtype).reshape(out.shape[2:])
+        lse[0, 0] = jnp.where(some, highest[...] + jnp.log(total[...]), -jnp.inf).reshape(lse.shape[2:])
 
 
 def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
@@ -144,7 +146,7 @@ def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
         precise["precision"] = jax.lax.Precision.HIGHEST
     cached = "KHS" if turned else "KSH"
     keys, values = k[0].astype(q.dtype), v[0].astype(q.dtype)
-    scores = jnp.einsum(f"KGH,{cached}->KGS", q[0], keys, **precise)
+    scores = jnp.einsum(f"KGH,{cached}->KGS", q[0, 0].reshape(acc.shape), keys, **precise)
     if scales:
         scores *= scales[0][0]
     if spec.soft_cap is not None:
