@@ -28,6 +28,7 @@ from ar_unified import storage
 from ar_unified.errors import RunError, UserError
 from ar_unified.manifests import Json, require_same
 
+_PART = 1 << 20  # bytes
 _COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
 
 # Orbax logs every save, and a failed one in pages of JSON. Failures are raised anyway; the rest is noise.
@@ -126,12 +127,13 @@ class Checkpoints:
         if self.readonly:
             raise RuntimeError(f"{self.folder} was opened read-only")
         self.wait()
-        response = self._orbax.save_checkpointables_async(
-            step,
-            {"params": params, "optimizer": optimizer},
-            force=True,  # when to save is the loop's decision
-            custom_metadata={**metadata, "step": step, "validation_loss": validation_loss},
-        )
+        with _in_large_parts():
+            response = self._orbax.save_checkpointables_async(
+                step,
+                {"params": params, "optimizer": optimizer},
+                force=True,  # when to save is the loop's decision
+                custom_metadata={**metadata, "step": step, "validation_loss": validation_loss},
+            )
         self._losses[step] = validation_loss
         if response is not None:
             self._saving = step, response
@@ -244,6 +246,14 @@ def _alone() -> ocp.Context:
     context = ocp.Context()
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
+def _in_large_parts() -> ocp.Context:
+    """Orbax's context for saving: arrays of which all devices hold a copy are shared out among these in parts of at
+    least _PART bytes. By default they are for every size, and each part is a program of its own to compile."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = _PART
     return context
 
 

@@ -46,7 +46,7 @@ import jax  # noqa: E402
 jax.devices()  # else a verb that plans for more devices would get them, and so would all later tests
 
 
-# Files whose slow tests take longest, the longest first (docs/ci_time.md). All tests of a file run on one worker, so
+# Files whose slow tests take longest, the longest first (docs/tests_time.md). All tests of a file run on one worker, so
 # the longest files start first; else one worker would be idle at the end.
 LONG = (
     "training/test_tokenizer_task", "cli/test_pages", "storage/test_workdir", "interop/test_parity",

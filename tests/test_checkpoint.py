@@ -53,6 +53,21 @@ def test_restored_onto_another_mesh_and_dtype(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("rows, shared", [(16, False), (1 << 15, True)], ids=["small", "large"])
+def test_only_large_arrays_are_shared_out_among_their_copies(tmp_path, monkeypatch, rows, shared):
+    """Each part is a program to compile: for a small model these took longer than its training step."""
+    cut = []
+    slice_in_dim = jax.lax.slice_in_dim
+    monkeypatch.setattr(jax.lax, "slice_in_dim", lambda *a, **k: cut.append(1) or slice_in_dim(*a, **k))
+    x = np.arange(rows * 64, dtype=np.float32).reshape(rows, 64)
+    everywhere = jax.NamedSharding(make_mesh(dict(data=8)), jax.P())
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, params={"x": jax.device_put(x, everywhere)}, optimizer={"mu": jnp.ones(3)}, metadata={})
+    checkpoints.close()
+    assert len(cut) == (8 if shared else 0)
+    np.testing.assert_array_equal(restore_params(tmp_path)["x"], x)
+
+
 def test_params_alone_without_knowing_the_model(tmp_path):
     save(tmp_path, 3).close()
     shutil.rmtree(tmp_path / "3" / "optimizer")  # not read, so not missed

@@ -22,10 +22,11 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.rewards.functions import guarded
 from ar_unified.rewards.reward import RewardConfig
 from ar_unified.sampling.engine import Engine
-from ar_unified.training.loop import TrainingConfig, fit
+from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.policy import PolicyConfig, PolicyTask
 from tests.sampling import tiny
+from tests.training.tiny import fit
 
 LENGTH, ROWS = 32, 16
 POLICY = PolicyConfig(group_size=4)

@@ -49,12 +49,12 @@ class Case:
 
 # For kernels with blocks of 128: what stands on a block's edge, what lies across one, what is smaller than one.
 CASES = {
-    "one document": Case(((384,),), 384),
+    "one document": Case(((384,), (384,)), 384),
     "padding at the end": Case(((300,), (120,)), 384),
     "T no multiple of a block": Case(((200, 101), (301,)), 301),
     "ends on a block's edge": Case(((128, 128, 128), (256, 100)), 384),
     "many tiny ones": Case((tuple([7, 1, 30, 3, 12] * 4), tuple([19] * 13)), 256),
-    "one token each": Case(((1,) * 140,), 160),
+    "one token each": Case(((1,) * 140, (1,) * 160), 160),
     "nothing but padding": Case(((), (70,)), 160),
     "multi-head": Case(((100, 60),), 160, heads=4, kv_heads=4),
     "multi-query": Case(((100, 60),), 160, heads=4, kv_heads=1),

@@ -61,7 +61,7 @@ def test_presets_have_their_sizes_and_any_shape_of_image(name):
     def made_and_used(
         key: jax.Array, pixels: jax.Array
     ) -> tuple:  # one trace of both: `init` and `bind` would be three
-        module = Autoencoder(config, rngs=nnx.Rngs(params=key))
+        module = Autoencoder(config, rngs=layers.fresh(key))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param)), module(pixels)
 
     pixels = jax.ShapeDtypeStruct((2, 3 * config.factor, 5 * config.factor, 3), jnp.float32)
@@ -118,6 +118,13 @@ def test_vqgan_starts_without_its_residual_branches():
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     zero = {name for name, leaf in flat.items() if leaf.ndim > 1 and not leaf.any()}
     assert zero == {name for name in flat if "conv2']['kernel" in name or "out']['kernel" in name}
+
+
+def test_fresh_keys_are_those_of_flax():
+    """So that a seed means the same parameters as before."""
+    theirs, ours = nnx.Rngs(params=jax.random.key(7)), layers.fresh(jax.random.key(7))
+    drawn = [[jax.random.key_data(rngs.params()) for _ in range(3)] for rngs in (theirs, ours)]
+    np.testing.assert_array_equal(*drawn)
 
 
 def test_group_norm_is_that_of_its_paper_in_float32():

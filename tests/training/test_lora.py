@@ -19,7 +19,6 @@ from ar_unified.model.lora import MATRICES, LoraConfig, merged
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings
-from ar_unified.training.loop import fit
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import gradients, make_state, make_train_step
 from tests.training import tiny
@@ -160,7 +159,7 @@ def test_a_run_goes_on_to_the_same_bits_from_checkpoints_without_the_base(tmp_pa
         config = dataclasses.replace(tiny.TRAINING, **{k: more.pop(k) for k in ("steps", "preview_every") if k in more})
         mesh = make_mesh({}, jax.devices()[:1])
         options = dict(mesh=mesh, begin=begin, kept_elsewhere=True, logger=lambda line: None)
-        return jax.device_get(fit(task, config, folder, **options, **more))
+        return jax.device_get(tiny.fit(task, config, folder, **options, **more))
 
     whole = run(tmp_path / "whole")
 

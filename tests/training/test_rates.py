@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ CODES = slice(tiny.VOCABULARY.image_offset, tiny.VOCABULARY.rest_offset)
 NEW = tuple(range(CODES.start - 2, CODES.stop))
 
 
+@functools.cache
 def steps(count=1, mesh=None, accumulation=1, optimizer="adamw", clip=1.0, **task):
     """Parameters, as numpy by path, after each of some steps; those before first."""
     mesh = mesh or make_mesh({}, jax.devices()[:1])

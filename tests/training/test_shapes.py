@@ -31,10 +31,15 @@ def growing(dies: int = -1) -> Any:
     return batch
 
 
+def task(dies: int = -1) -> Any:
+    """Of this file alone, whose programs no other has made: it is looked at when they are."""
+    return tiny.task(batch=growing(dies), z_loss=2e-3)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[str]]:
     folder, lines = tmp_path_factory.mktemp("whole"), []  # type: ignore[var-annotated]
-    params = tiny.run(folder, task=tiny.task(batch=growing()), validate_every=4, logger=lines.append)
+    params = tiny.run(folder, task=task(), validate_every=4, logger=lines.append)
     return folder, jax.device_get(params), lines
 
 
@@ -59,8 +64,8 @@ def test_each_shape_is_compiled_once_and_the_account_says_when(whole: tuple[Path
 @pytest.mark.parametrize("dies", (2, 5, 7))
 def test_it_goes_on_bit_for_bit_in_each_phase(whole: tuple[Path, Any, list[str]], tmp_path: Path, dies: int) -> None:
     with pytest.raises(Killed):
-        tiny.run(tmp_path, task=tiny.task(batch=growing(dies)), validate_every=4, checkpoint_every=2)
-    found = tiny.run(tmp_path, task=tiny.task(batch=growing()), validate_every=4)
+        tiny.run(tmp_path, task=task(dies), validate_every=4, checkpoint_every=2)
+    found = tiny.run(tmp_path, task=task(), validate_every=4)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), found, whole[1])
 
 
@@ -68,7 +73,7 @@ def test_it_goes_on_bit_for_bit_in_each_phase(whole: tuple[Path, Any, list[str]]
 @pytest.mark.slow
 def test_another_mesh_gives_the_same(whole: tuple[Path, Any, list[str]], tmp_path: Path) -> None:
     """Losses within 1e-5; what eight steps of Adam make of that is looser."""
-    found = tiny.run(tmp_path, task=tiny.task(batch=growing()), mesh=make_mesh(dict(data=2, fsdp=2, tensor=2)))
+    found = tiny.run(tmp_path, task=task(), mesh=make_mesh(dict(data=2, fsdp=2, tensor=2)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=1e-4), found, whole[1])
     losses = [
         [row["loss"] for row in read_metrics(each / "metrics.jsonl") if "loss" in row] for each in (tmp_path, whole[0])

@@ -5,19 +5,25 @@ As a script it is the run that tests kill: python tests/training/tiny.py FOLDER
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ar_unified.data.batch import PackedBatch
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.training.loop import TrainingConfig, fit
+from ar_unified.training import loop
+from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TransformerTask
 
@@ -33,6 +39,7 @@ TRAINING = TrainingConfig(
     checkpoint_every=3,
 )
 ROWS, LENGTH = 8, 24
+ROLE_WEIGHTS, TASK_WEIGHTS, TEXT_BYTES = {"image": 0.5}, {"interleaved": 2.0}, np.arange(1, 41)
 
 
 def packed(step: int, index: int = 0, count: int = 1, rows: int = ROWS, length: int = LENGTH) -> PackedBatch:
@@ -64,15 +71,49 @@ def task(**changes: Any) -> TransformerTask:
         vocabulary=VOCABULARY,
         batch=packed,
         validation=[packed(10_000)],
-        role_weights={"image": 0.5},
-        task_weights={"interleaved": 2.0},
+        role_weights=ROLE_WEIGHTS,
+        task_weights=TASK_WEIGHTS,
         prompt_weight=0.25,
         z_loss=1e-3,
-        text_bytes=np.arange(1, 41),
+        text_bytes=TEXT_BYTES,
         chunk=32,
         attention_share=False,
     )
     return TransformerTask(**settings | changes)
+
+
+def fit(task: Any, config: TrainingConfig, folder: str | Path, **options: Any) -> Any:
+    """The loop's `fit`, whose programs are made once for all tasks that differ in their data alone: to trace a step
+    takes longer than to run it, and what goes on after a kill has the program that it had.
+    """
+
+    def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+        def once(task: Any, *rest: Any, **options: Any) -> Any:
+            fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+            asked = [_hashable(value) for name, value in fields.items() if name not in ("batch", "validation")]
+            mesh = next(x for x in rest if isinstance(x, Mesh))
+            key = (make, type(task), *asked, config.optimizer, config.steps, mesh, repr(options))
+            if key not in _PROGRAMS:
+                _PROGRAMS[key] = task, make(task, *rest, **options)
+            return _PROGRAMS[key][1]
+
+        return once
+
+    with contextlib.ExitStack() as stack:
+        for name in ("abstract_state", "make_train_step", "make_eval_step", "make_inspection"):
+            stack.enter_context(mock.patch.object(loop, name, kept(getattr(loop, name))))
+        return loop.fit(task, config, folder, **options)
+
+
+_PROGRAMS: dict[Any, tuple[Any, Any]] = {}  # with the task, of whose fields a key may have the identity
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
 
 
 def run(folder: str | Path, *, task: Any = None, mesh: Any = None, **changes: Any) -> Any:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ar_tokenizers.image.discriminators import Discriminator, PatchDiscriminator, StyleDiscriminator
-from ar_tokenizers.image.layers import Params
+from ar_tokenizers.image.layers import Params, fresh
 
 LECAM_DECAY = 0.999  # of the averages: MAGVIT's and Open-MAGVIT2's; LeCAM's own code has 0.99
 
@@ -79,7 +79,7 @@ def init(config: AdversaryConfig, key: jax.Array) -> Params:
     """Parameters: a nested dict of float32 arrays, empty for kind "none". Works under jax.jit and jax.eval_shape."""
     if config.kind == "none":
         return {}
-    return nnx.to_pure_dict(nnx.state(config._discriminator(nnx.Rngs(params=key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(config._discriminator(fresh(key)), nnx.Param))
 
 
 def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -95,7 +95,7 @@ def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[
     Raises:
       ValueError: the images are too small for as many layers, or the kind is "none".
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: config._discriminator(nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: config._discriminator(fresh())))
     nnx.replace_by_pure_dict(state, params)
     discriminator = nnx.merge(graph, state)
     require_size(config, *pixels.shape[1:3])
@@ -104,7 +104,7 @@ def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[
 
 def require_size(config: AdversaryConfig, height: int, width: int) -> None:
     """Raises ValueError for images, in pixels, that leave the discriminator nothing to judge."""
-    least = nnx.eval_shape(lambda: config._discriminator(nnx.Rngs(0))).least
+    least = nnx.eval_shape(lambda: config._discriminator(fresh())).least
     if min(height, width) < least:
         raise ValueError(
             f"a {config.kind} discriminator of {config.layers} layers needs images of at least {least} "

@@ -8,6 +8,7 @@ grid of codes is D times as wide, with depth innermost, so readers of codes see 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 
 from ar_tokenizers.image import movq, space_to_depth, vqgan
 from ar_tokenizers.image.config import AutoencoderConfig
-from ar_tokenizers.image.layers import Params
+from ar_tokenizers.image.layers import Params, fresh
 
 NO_DECODER = (
     "this image tokenizer can read images but not draw them, as its file has no decoder. transformers "
@@ -53,8 +54,8 @@ class Autoencoder(nnx.Module):
 
         Params without "decoder" make a module without one.
         """
-        made = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0), decoder="decoder" in params))
-        graph, state = nnx.split(made)
+        graph, state = _abstract(config, "decoder" in params)
+        state = jax.tree.map(lambda leaf: leaf, state)  # a copy
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
 
@@ -87,7 +88,18 @@ class Autoencoder(nnx.Module):
 
 def init(config: AutoencoderConfig, key: jax.Array) -> Params:
     """Parameters: a nested dict of float32 arrays. Works under jax.jit and jax.eval_shape."""
-    return nnx.to_pure_dict(nnx.state(Autoencoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(Autoencoder(config, rngs=fresh(key)), nnx.Param))
+
+
+@functools.lru_cache(maxsize=64)
+def shapes(config: AutoencoderConfig) -> Params:
+    """What `init` makes, as shapes and dtypes. Not to be changed: the next caller gets the same dict."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: AutoencoderConfig, decoder: bool) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=fresh(), decoder=decoder)))
 
 
 def to_float(pixels: jax.Array) -> jax.Array:

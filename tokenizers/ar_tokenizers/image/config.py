@@ -11,6 +11,7 @@ from typing import Any, Literal
 from flax import nnx
 
 from ar_tokenizers.image import quantizers
+from ar_tokenizers.image.layers import fresh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class AutoencoderConfig:
     @functools.cached_property
     def abstract_quantizer(self) -> quantizers.Quantizer:
         """The quantizer without its arrays."""
-        return nnx.eval_shape(lambda: self.make_quantizer(nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: self.make_quantizer(fresh()))
 
     @property
     def codebook_size(self) -> int:

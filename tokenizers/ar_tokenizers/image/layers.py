@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,24 @@ from flax import nnx
 from ar_tokenizers.image.convolution import conv3x3
 
 Params = dict[str, Any]  # nested, of arrays
+
+
+class _Keys:
+    def __init__(self, key: jax.Array) -> None:
+        self._key, self._drawn = key, 0
+
+    def params(self) -> jax.Array:
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn - 1)
+
+
+def fresh(key: jax.Array | None = None) -> nnx.Rngs:
+    """Keys for the parameters of new layers: those of `nnx.Rngs(params=key)`. Without a key, for shapes alone.
+
+    The counter of nnx.Rngs is an array. While JAX traces, flax asks it for its sharding at every key, and JAX answers
+    with an error that it makes of the whole program so far: four fifths of the time to trace a large network.
+    """
+    return cast(nnx.Rngs, _Keys(jax.random.key(0) if key is None else key))
 
 
 class Conv3x3(nnx.Module):

@@ -13,12 +13,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import traverse_util
 
 from ar_tokenizers.image import temporal
-from ar_tokenizers.image.autoencoder import Params, init
+from ar_tokenizers.image.autoencoder import Params, shapes
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 from ar_tokenizers.image.taming import check_names, in_first, out_first, published_name, some
 
@@ -213,7 +212,7 @@ def _expected(config: AutoencoderConfig, dialect: str) -> tuple[dict[str, _Place
         )
     folded = (".temporal.", ".to_code.", ".from_code.") if blocks else ()
     network = {}
-    for name, leaf in _flat(jax.eval_shape(functools.partial(init, config), jax.random.key(0))).items():
+    for name, leaf in _flat(shapes(config)).items():
         if not any(part in name for part in folded):
             theirs = _theirs(name, dialect)
             shape = _to_theirs(theirs, np.broadcast_to(np.float32(), leaf.shape)).shape

@@ -20,11 +20,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import traverse_util
 
-from ar_tokenizers.image.autoencoder import NO_DECODER, Params, init
+from ar_tokenizers.image.autoencoder import NO_DECODER, Params, shapes
 from ar_tokenizers.image.config import AutoencoderConfig
 
 _TAMING = {
@@ -255,9 +254,9 @@ def _places(config: AutoencoderConfig, dialect: str) -> dict[str, Place]:
     for name, value in {**spoken.demands, "backbone": "vqgan", "patch": 1}.items():
         if (found := getattr(config, name)) != value:
             raise ValueError(f"weights named as in {dialect}: expected {name} {value!r}, found {found!r}")
-    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    parameters = shapes(config)
     places = {}
-    for name, leaf in traverse_util.flatten_dict(shapes, sep=".").items():
+    for name, leaf in traverse_util.flatten_dict(parameters, sep=".").items():
         if name.startswith("quantizer.") and name != "quantizer.codebook":
             raise ValueError(f"weights named as in {dialect}: there is no name for {name} of {config.quantizer!r}")
         if not spoken.decoder and name.startswith("decoder.") and not name.startswith("decoder.from_code."):

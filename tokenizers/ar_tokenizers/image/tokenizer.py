@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ar_tokenizers.files import write_bytes
-from ar_tokenizers.image.autoencoder import NO_DECODER, Autoencoder, Params, init, to_float, to_uint8
+from ar_tokenizers.image.autoencoder import NO_DECODER, Autoencoder, Params, shapes, to_float, to_uint8
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tiling import map_windows
 
@@ -52,7 +52,7 @@ class ImageTokenizer:
         batch_size: int = 64,
         published: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        expected = _flatten(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+        expected = _flatten(shapes(config))
         found = _flatten(params)
         if "decoder" not in params:
             expected = {name: leaf for name, leaf in expected.items() if not name.startswith("decoder.")}
