@@ -47,9 +47,10 @@ def scaled(image: Image.Image, height: int, width: int, box: Box, resample: Resa
     from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer  # few users have it
 
     name, reach = _VECTORS[resample]
-    image, box = _shrunk(image, height, width, box, reach, gap)
+    image, (left, top, right, bottom) = _shrunk(image, height, width, box, reach, gap)
+    left, across = _inside(left, right, image.width)
+    top, down = _inside(top, bottom, image.height)
     algorithm = ResizeAlg.convolution(FilterType[name])
-    (left, across), (top, down) = (_inside(*box[i::2], side) for i, side in enumerate(image.size))
     result = Image.new("RGB", (width, height))
     # A Resizer may not be used by two threads at once, and costs nothing to make.
     Resizer().resize_pil(image, result, ResizeOptions(algorithm, crop_box=CropBox(left, top, across, down)))
