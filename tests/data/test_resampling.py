@@ -85,14 +85,28 @@ shares = st.floats(0, 1)
 
 
 @pytest.mark.interop
+def test_a_first_result_on_the_centre_of_a_pixel() -> None:
+    """Weights of 0 beside it are dropped. With a bicubic filter, the process died of this window."""
+    for name in SIMD:
+        for _ in range(50):
+            image = Image.fromarray(smooth(14, 211))
+            found, theirs = (
+                scaled(image, 56, 17, (103.375, 0.0, 107.625, 14.0), each, 2.0).astype(float)
+                for each in (name, name.removesuffix("_simd"))
+            )
+            assert np.mean((found - theirs) ** 2) < 255**2 / 10**4
+
+
+@pytest.mark.interop
 @settings(deadline=None)
 @given(sides, sides, sides, sides, shares, shares, shares, shares, st.sampled_from(SIMD), st.sampled_from((2.0, 3.0)))
 @example(1, 1, 1, 1, 0.0, 0.0, 1.0, 1.0, "lanczos_simd", 3.0)
-@example(90, 90, 1, 1, 0.1, 0.3, 1.0, 1.0, "bicubic_simd", 2.0)
+@example(90, 90, 1, 1, 0.1, 0.3, 1.0, 1.0, "lanczos_simd", 2.0)
+@example(14, 50, 56, 17, 0.0, 0.5, 1.0, 0.1, "lanczos_simd", 3.0)
 def test_every_window_of_every_size(
     h: int, w: int, height: int, width: int, top: float, left: float, down: float, across: float, name: Any, gap: float
 ) -> None:
-    """White stays white, and a result lies between the darkest and the brightest pixel for a filter without lobes."""
+    """White stays white. Greys that no filter takes beyond black or white come out as Pillow's, but for rounding."""
     begin_x, begin_y = left * w * 0.9, top * h * 0.9
     length_x, length_y = (w - begin_x) * (0.05 + 0.95 * across), (h - begin_y) * (0.05 + 0.95 * down)
     box = (begin_x, begin_y, min(begin_x + length_x, w), min(begin_y + length_y, h))
@@ -100,10 +114,10 @@ def test_every_window_of_every_size(
     assert white.shape == (height, width, 3) and (white == 255).all()
     pixels = np.random.default_rng(h * 91 + w).integers(100, 141, (h, w, 3), np.uint8)
     found = scaled(Image.fromarray(pixels), height, width, box, name, gap)
+    theirs = scaled(Image.fromarray(pixels), height, width, box, name.removesuffix("_simd"), gap)
+    assert np.abs(found.astype(int) - theirs).max() <= 2
     if name == "bilinear_simd":
         assert pixels.min() <= found.min() and found.max() <= pixels.max()
-        theirs = scaled(Image.fromarray(pixels), height, width, box, "bilinear", gap)
-        assert np.abs(found.astype(int) - theirs).max() <= 2
 
 
 @pytest.mark.interop

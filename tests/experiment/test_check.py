@@ -414,6 +414,6 @@ def test_the_package_of_a_filter_must_be_there_before_images_are_read(monkeypatc
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cykooz_resizer" else known(name))
     for stage in ("image_tokenizer", "data"):
-        says(r"config\.data\.resample: 'bicubic_simd' needs the package", {"data__resample": "bicubic_simd"}, [stage])
-    check(load(data__resample="bicubic_simd"), ["samples"])  # which reads no images
-    check(load(data__resample="bicubic"), STAGES)
+        says(r"config\.data\.resample: 'bilinear_simd' needs the package", {"data__resample": "bilinear_simd"}, [stage])
+    check(load(data__resample="bilinear_simd"), ["samples"])  # which reads no images
+    check(load(data__resample="bilinear"), STAGES)
