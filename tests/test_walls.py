@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "what becomes of the pixels of an image file",
-        ("data.colours",),
+        ("data.colours", "data.resampling"),
     ),
     (
         "stages on disk; images and files that stay in their folder, for datasets and requests; a batch's fields",

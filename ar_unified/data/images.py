@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ar_unified.data.colours import AnyImage, ImageError, in_rgb
 from ar_unified.data.encoding import no_content
+from ar_unified.data.resampling import Resample, scaled
 from ar_unified.errors import UserError
 
 # Formats Pillow reads by itself. Formats that start another program (EPS) or are hardly tested stay out.
@@ -104,7 +105,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             limits.check(image.height, image.width)
             yield image
-    except ImageError:
+    except (ImageError, UserError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("image_shape", f"expected at most {limits.pixels} pixels: {error}") from error
@@ -228,7 +229,6 @@ def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.nd
 
 
 RESIZES = ("crop", "aspect")
-Resample = Literal["lanczos", "bicubic", "bilinear"]
 Decoding = Literal["full", "reduced"]
 WAY = ("resample", "decoding")  # how an image gets its size; the rest says which size
 _GAP = {"full": 3.0, "reduced": 2.0}  # times the target's sides that an image keeps where it shrinks by whole factors
@@ -246,7 +246,7 @@ class Resize:
         height, width: of the target, in pixels, multiples of `factor`.
         factor: pixels a side of one code.
         max_height, max_width: largest sides of "aspect", in pixels; 0: twice the target's.
-        resample: the filter, of Pillow, which widens it where an image gets smaller.
+        resample: the filter, which is widened where an image gets smaller: see `resampling`.
         decoding: "full": all pixels go through the filter, of 6 times the target's sides and more their means.
             "reduced": an image of 4 times the target's sides or more is first divided by the largest of 2, 4 and 8 (by
             any number, if it is no JPEG) that leaves twice the target's sides; a JPEG's decoder does that itself.
@@ -344,9 +344,8 @@ def resize(
         times = round(h / _sides(image)[0])
         left, top, right, bottom = (side / times for side in box)
         box = (left, top, right, bottom)
-    # reducing_gap: a large photograph is first shrunk by whole factors, which costs a fraction and looks the same.
-    small = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return np.asarray(small.resize((width, height), Image.Resampling[resample.upper()], box, reducing_gap=gap))
+    whole_image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return scaled(whole_image, height, width, box, resample, gap)
 
 
 def _sides(image: AnyImage) -> tuple[int, int]:

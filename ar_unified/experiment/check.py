@@ -23,7 +23,8 @@ from ar_tokenizers.text import ModelType
 from ml_collections import ConfigDict
 
 from ar_unified.data.filters import DUPLICATES
-from ar_unified.data.images import RESIZES, Decoding, Resample
+from ar_unified.data.images import RESIZES, Decoding
+from ar_unified.data.resampling import Resample, require
 from ar_unified.errors import nearest, outside
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
@@ -115,6 +116,9 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
             problems.add(section, line, intervals)
     with problems.of("data.filters", [*config.data.filters.keys()]):
         settings.filters(config)
+    if {"image_tokenizer", "data"} & {*stages}:
+        with problems.of("data.resample"):
+            require(config.data.resample)
     _check_images(config, problems, stages)
     _check_model(config, problems)
     _check_lora(config, problems, stages)

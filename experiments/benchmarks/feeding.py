@@ -1,5 +1,6 @@
 """How fast images and tokens come out of files, beside tf.data, Grain and webdataset with torch's DataLoader.
 
+    pip install 'ar_unified[simd]'
     python -m venv PEERS && PEERS/bin/pip install grain webdataset torch tensorflow pillow   # of its own
     python experiments/benchmarks/feeding.py --photos DIR --folder DIR2 --peers PEERS/bin/python --output FILE.json
 
@@ -7,15 +8,15 @@ Two tasks, each side in a process of its own, all sides in turns, --repeats time
     images   --images JPEG files of --side pixels (windows of the photos in DIR) with captions, in tars (ours,
              webdataset), ArrayRecord (Grain) and TFRecord (tf.data): decoded, cut to a square from the middle, scaled
              to 256 x 256 as uint8, in order, in batches of 64. Ours and tf.data's by Lanczos and by bilinear, all
-             pixels or, where they are four times as many a side, halved by the JPEG decoder; Grain's and webdataset's
-             as ours by default.
+             pixels or, where they are four times as many a side, halved by the JPEG decoder; ours by Pillow's filter
+             and by the one that ends in `_simd`; Grain's and webdataset's as ours by default.
     tokens   the documents of `loader_scale` (captions, texts, interleaved), shuffled anew and packed whole into rows of
              4,096, batches of 64. Ours reads the shards that `prepare` leaves, Grain the same records in ArrayRecord,
              webdataset tars of them. Ours makes eight fields; the others make tokens, positions and segments.
 Grain and webdataset run in one thread, with threads (Grain), with two and with three processes; tf.data takes what
 AUTOTUNE gives it. What is timed begins when the first --warm items are out. Printed: items (images; tokens that are no
 padding) a second by the clock, and a second of processor time of all processes of a side, medians; and ours, in the
-same way where there is one, over each, medians of the ratios of the repeats.
+same way where there is one, over each, medians of the ratios of the repeats, with Pillow's filter and with `_simd`.
 """
 
 from __future__ import annotations
@@ -292,6 +293,10 @@ SIDES: dict[str, dict[str, Callable[[Path], Batches]]] = {
         "ours, bilinear": partial(our_images, resample="bilinear"),
         "ours, reduced": partial(our_images, decoding="reduced"),
         "ours, bilinear, reduced": partial(our_images, resample="bilinear", decoding="reduced"),
+        "ours, simd": partial(our_images, resample="lanczos_simd"),
+        "ours, bilinear, simd": partial(our_images, resample="bilinear_simd"),
+        "ours, reduced, simd": partial(our_images, resample="lanczos_simd", decoding="reduced"),
+        "ours, bilinear, reduced, simd": partial(our_images, resample="bilinear_simd", decoding="reduced"),
         "tf.data, Lanczos": partial(tf_images, method="lanczos3"),
         "tf.data, bilinear": partial(tf_images, method="bilinear"),
         "tf.data, Lanczos, reduced": partial(tf_images, method="lanczos3", decoding="reduced"),
@@ -341,6 +346,11 @@ def _family() -> list[int]:
     return found
 
 
+def _ratio(ours: list[list[float]], theirs: list[list[float]], at: int) -> float:
+    """The median over the repeats of our rate over theirs. at: 1 by the clock, 2 by processor time."""
+    return statistics.median(a[0] / a[at] / (b[0] / b[at]) for a, b in zip(ours, theirs, strict=True))
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -382,17 +392,14 @@ def main() -> None:
             raw[task].setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
             print(task, side, *(f"{each:.2f}" for each in raw[task][side][-1]), file=sys.stderr, flush=True)
     for task, sides in raw.items():
-        print(f"\n{task:22s} {'a second':>12s} {'a CPU second':>14s} {'ours / theirs':>14s} {'by CPU':>8s}")
+        columns = ("a second", "a CPU second", "ours / theirs", "by CPU", "simd / theirs", "by CPU")
+        print(f"\n{task:30s}" + "".join(f"{name:>14s}" for name in columns))
         for side, runs in sides.items():
-            cells = []
-            for at in (1, 2):
-                same = side.replace("tf.data", "ours").replace(", Lanczos", "")
-                mine = [run[0] / run[at] for run in sides.get(same, sides["ours"])]
-                rates = [run[0] / run[at] for run in runs]
-                ratios = [a / b for a, b in zip(mine, rates, strict=True)]
-                cells.append((statistics.median(rates), statistics.median(ratios)))
-            (clock, by_clock), (spent, by_spent) = cells
-            print(f"{side:22s} {clock:12,.0f} {spent:14,.0f} {by_clock:14.2f} {by_spent:8.2f}")
+            same = side.replace("tf.data", "ours").replace(", Lanczos", "")
+            mine = [sides[name] for name in (same, f"{same}, simd") if name in sides] or [sides["ours"]]
+            cells = [f"{statistics.median(run[0] / run[at] for run in runs):14,.0f}" for at in (1, 2)]
+            cells += [f"{_ratio(ours, runs, at):14.2f}" for ours in mine for at in (1, 2)]
+            print(f"{side:30s}" + "".join(cells))
     if arguments.output:
         arguments.output.write_text(json.dumps(raw, indent=1) + "\n")
 

@@ -3,6 +3,7 @@ found."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -407,3 +408,12 @@ def test_nothing_is_computed_before_the_processes_of_a_job_have_met():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_package_of_a_filter_must_be_there_before_images_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cykooz_resizer" else known(name))
+    for stage in ("image_tokenizer", "data"):
+        says(r"config\.data\.resample: 'bilinear_simd' needs the package", {"data__resample": "bilinear_simd"}, [stage])
+    check(load(data__resample="bilinear_simd"), ["samples"])  # which reads no images
+    check(load(data__resample="bilinear"), STAGES)
