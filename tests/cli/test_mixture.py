@@ -121,8 +121,10 @@ def test_five_sets_are_mixed_by_weight_without_code(sets, tmp_path: Path, capsys
         report = json.loads((workdir / "data" / part / "manifest.json").read_text())["report"]
         assert report.keys() == SHARES.keys()
         assert all(found["documents"] and not found["skipped"] for found in report.values()), "all of them is good"
-        kinds = {name: found["tasks"] for name, found in report.items()}
-        assert "image_to_text" in kinds["easy-vqa"] and "text" in kinds["udhr"], kinds
+        if part == "train":  # of a few rows, what is held out need not have every kind
+            kinds = {name: found["tasks"] for name, found in report.items()}
+            assert kinds["based-cooking"]["interleaved"] and kinds["easy-vqa"]["image_to_text"], kinds
+            assert kinds["udhr"].keys() == {"text"}, kinds
     for name, share in SHARES.items():
         (line,) = (line for line in said if line.startswith(f"{name}: ") and "rows an epoch" in line)
         assert f"{100 * share:.1f}% of the rows" in line
