@@ -7,8 +7,8 @@ arrays are copied to the host before `save` returns, and written to disk during 
 
 In a job of many processes each writes its own shards, and all must open, save, wait and close together. Each process
 reads alone: it restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
-Orbax writes arrays only to file systems and to gs://. For s3://, a single process writes its checkpoint to local disk
-first and then copies it.
+Orbax writes arrays only to file systems and to gs://. For s3://, process 0 writes the checkpoint to its local disk and
+then copies it; of several processes, the others give it their shards (`runtime.to_host`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
@@ -27,6 +28,7 @@ from orbax.checkpoint import v1 as ocp
 from ar_unified import storage
 from ar_unified.errors import RunError, UserError
 from ar_unified.manifests import Json, require_same
+from ar_unified.parallel import runtime
 
 _PART = 1 << 20  # bytes
 _COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
@@ -75,11 +77,6 @@ class Checkpoints:
             if not (self._copied.steps() if self._copied else self.folder.is_dir()):
                 raise FileNotFoundError(f"no checkpoints: {self._where} does not exist; has the training stage run?")
             return
-        if self._copied and jax.process_count() > 1:
-            raise UserError(
-                f"{path}: checkpoints of {jax.process_count()} processes cannot be written to s3://, as Orbax "
-                "writes to gs:// and file systems: name a folder that all share, --config.checkpoint_folder=DIR"
-            )
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # what a killed writer left
 
@@ -127,6 +124,8 @@ class Checkpoints:
         if self.readonly:
             raise RuntimeError(f"{self.folder} was opened read-only")
         self.wait()
+        if self._copied and jax.process_count() > 1:
+            params, optimizer = _on_process_0(params), _on_process_0(optimizer)
         with _in_large_parts():
             response = self._orbax.save_checkpointables_async(
                 step,
@@ -161,9 +160,9 @@ class Checkpoints:
                 f"Complete checkpoints: {self.steps()}. Is the disk full or gone? Starting again continues from them."
             ) from error
         self._saving = None
-        if self._copied:
-            self._copied.put(step)
-        if jax.process_index() == 0:
+        if runtime.first():
+            if self._copied:
+                self._copied.put(step)
             self._delete_old()
 
     def _delete_old(self) -> None:
@@ -239,6 +238,12 @@ class Checkpoints:
             wanted = "a complete checkpoint" if step is None else f"step {step}"
             raise FileNotFoundError(f"no {wanted} in {self._where}; it has steps {steps}")
         return steps[-1] if step is None else step
+
+
+def _on_process_0(tree: Any) -> Any:
+    """The arrays, on the host of process 0. The others' leaves are one number each, which Orbax does not write."""
+    host = runtime.to_host(tree)
+    return jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), tree) if host is None else host
 
 
 def _alone() -> ocp.Context:

@@ -351,6 +351,7 @@ def fit(
         telemetry.close()
         with clock.during("checkpoint"):
             checkpoints.close()  # waits for the disk; raises if the last save failed
+    runtime.barrier("last checkpoint", timeout=runtime.ALONE)  # process 0 may still be copying it to a store
     logger(f"{task.name}: {goodput.describe(clock.write(config.steps, finished=True))}")
     return task.inference_params(state.params, state.model_state)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +52,9 @@ def test_images_beside_texts_that_nothing_names_are_told(tmp_path):
     (tmp_path / "a.txt").write_text("a red circle")
     assert not validate(tmp_path, show_progress=False).note
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
-    assert "It has 1 images that nothing names" in str(validate(tmp_path, show_progress=False))
+    said = str(validate(tmp_path, show_progress=False))
+    assert "It has 1 images that nothing names" in said
+    (spec,) = re.findall(r"{\"kind\": .*?}", said)
+    (tmp_path / "b.md").write_text("# a circle\n\n![](a.png)")
+    (pages,) = validate([json.loads(spec)], show_progress=False).sources
+    assert pages.tasks == {"interleaved": 1}, "the source that is named reads them"

@@ -169,38 +169,36 @@ def test_two_processes_prepare_and_train_under_a_store(url: str, tmp_path: Path)
     assert in_store(url) == shards(disk)
     assert 0 < written < sum(name.endswith(".array_record") for name in shards(disk))
     codes, said = end(start("train", [*config, url]))
-    assert 2 in codes and "cannot be written to s3://" in "".join(said), said
-    shared = f"--config.checkpoint_folder={tmp_path / 'shared'}"
-    codes, said = end(start("train", [shared, *config, url]))
     assert codes == [0, 0] and "step 6/6" in said[0], said
     codes, said = end(start("train", [*config, str(disk)]))
     assert codes == [0, 0], said
-    assert same(str(tmp_path / "shared"), str(disk / "model" / "checkpoints"))
+    assert same(f"{url}/model/checkpoints", str(disk / "model" / "checkpoints"))
     assert {"logs/process-0.log", "logs/process-1.log", "model/metrics.jsonl"} <= objects_named(url)
 
 
 def test_either_of_two_processes_killed_in_training_goes_on_bit_for_bit(url: str, tmp_path: Path) -> None:
-    config, disk, shared = set_up(tmp_path, 600), tmp_path / "disk", tmp_path / "shared"
+    config, disk = set_up(tmp_path, 600), tmp_path / "disk"
     longer = ["--config.training.steps=40", "--config.training.checkpoint_every=5"]
     config = [*config[:2], *longer, *(word for word in config[2:] if word not in STEPS[:2])]
     for verb in ("tokenizer", "prepare"):
         assert main([verb, *config, str(disk)]) == 0
     put_folder(disk, url)
-    command = [f"--config.checkpoint_folder={shared}", *config, url]
+    command = [*config, url]
     kills = []
     for killed, step in enumerate((5, 15)):
         job = start("train", [*command, "--heartbeat-timeout", "10"])  # the other one ends by itself
-        while not (shared / str(step) / "commit_success.txt").exists() and job[0].poll() is None:
-            time.sleep(0.02)
+        while f"model/checkpoints/{step}/commit_success.txt" not in objects_named(url) and job[0].poll() is None:
+            time.sleep(0.05)
         job[killed].kill()
         codes, said = end(job)
         kills.append(codes[killed])
         assert codes[1 - killed] != 0 or codes == [0, 0], said
         assert "Traceback" not in said[1 - killed], said
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # both go on from other machines
     assert -9 in kills
     codes, said = end(start("train", command))
     assert codes == [0, 0], said
     codes, said = end(start("train", [*config, str(disk)]))
     assert codes == [0, 0], said
-    assert same(str(shared), str(disk / "model" / "checkpoints"))
+    assert same(f"{url}/model/checkpoints", str(disk / "model" / "checkpoints"))
     assert losses(objects(url)["model/metrics.jsonl"]) == losses((disk / "model" / "metrics.jsonl").read_bytes())

@@ -274,7 +274,9 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
         count
         and (
             f"{data}: these are the texts alone. It has {count} images that nothing names: a model learns them from "
-            'captions.jsonl, one line {"image": "name.png", "text": "what it shows"} each'
+            'captions.jsonl, one line {"image": "name.png", "text": "what it shows"} each. If the texts are pages that '
+            f'show them, or lie beside clips and name.txt tells of name.gif: {{"kind": "pages", "path": "{data}"}}, or '
+            '"clips"'
         )
         or ""
     )
