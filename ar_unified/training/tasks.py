@@ -187,7 +187,9 @@ class TransformerTask(Stateless):
         """-log p of every target, and log Z of its softmax, f32 [B, T] each. keys: for dropout; None: no dropout."""
         return token_losses(*self._predictions(params, batch, keys), **self._softmax)
 
-    def _predictions(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, ...]:
+    def _predictions(
+        self, params: Params, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states, head and targets."""
         model = self.bind(params)
         drops = self.config.dropout or (self.lora is not None and self.lora.dropout)
