@@ -54,6 +54,7 @@ def dialect_in(system: str, names: Iterable[str]) -> tuple[str, str]:
     dialects = SYSTEMS[system]
     family: Any = movq_weights if dialects[0] in movq_weights.DIALECTS else taming
     found = family.dialect_of(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    # Janus has the same names as LlamaGen.
     found = "janus" if (found, system) == ("llamagen", "janus_vq") else found
     if found not in dialects:
         raise ValueError(f"{system}: expected names of weights as in {' or '.join(dialects)}, found those of {found}")
