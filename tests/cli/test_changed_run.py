@@ -1,4 +1,4 @@
-"""A run that is changed, made longer and branched, from the command line."""
+"""A run is changed, made longer and branched from the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning from rewards and best of n, as a person asks for them."""
+"""Learning from rewards and best of n, from the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REWARD = {
 
 
 def bright(prompt, answer):
-    """The mean of an image or the length of a text; a reward must not see the original answer of a document."""
+    """The mean of an image or the length of a text. A reward must not see the original answer of a document."""
     (part, *_) = answer.parts
     return float(part.pixels.mean() / 255) if isinstance(part, ImagePart) else float(len(part.text))
 

@@ -1,4 +1,4 @@
-"""`ar-unified score`: the likelihoods of documents and pairs, and the lines for items that cannot be read."""
+"""`ar-unified score`: the likelihoods of documents and pairs, and lines for items that cannot be read."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_numbers_are_those_of_the_model(folder: Path, lines: list[dict[str, Any]
     assert pair["chosen"] == {key: lines[0][key] for key in pair["chosen"]}
     assert pair["rejected"]["log_likelihood"] == pytest.approx(image.log_likelihood, rel=1e-5)
     assert pair["margin"] == pytest.approx(text.log_likelihood - image.log_likelihood, rel=1e-4)
-    assert lines[3]["tokens"] == lines[3]["text"]["tokens"] > 5  # nobody's turn: all of it
+    assert lines[3]["tokens"] == lines[3]["text"]["tokens"] > 5  # no turns, so all of it counts
 
 
 def test_nothing_is_written_over_and_nothing_half(folder: Path, lines: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An argument that nothing reads in the way a verb is used is refused by its name, before anything is done."""
+"""If nothing would read an argument in this use of a verb, the argument is refused by name before anything is done."""
 
 from __future__ import annotations
 

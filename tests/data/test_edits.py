@@ -23,7 +23,8 @@ def some_edits(split: str, count: int = 200) -> list[edits.Edit]:
 
 
 def obeyed(before: scenes.Scene, instruction: str) -> scenes.Scene:
-    """What an instruction makes of a scene, read from its words alone by other means than they were written."""
+    """The scene after an instruction, from only the instruction's words, by code that is independent of the
+    writer's."""
     words = instruction.rstrip(".").lower()
     attributes = (scenes.SHAPES, tuple(scenes.COLOURS), scenes.SIZES, scenes.PLACES)
     words = words.replace("big", "large").replace("little", "small")

@@ -1,4 +1,4 @@
-"""Whatever reads text knows UTF-8 with and without a byte order mark, and refuses the rest by name."""
+"""Everything that reads text accepts UTF-8 with or without a byte order mark, and refuses other encodings by name."""
 
 from __future__ import annotations
 

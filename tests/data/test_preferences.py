@@ -1,5 +1,5 @@
-"""Preference pairs from JSONL to batches: which pairs are left out and why, which answers share a row, and the arrays
-of a batch."""
+"""Preference pairs from JSONL to batches: which pairs are left out and why, which answers share a row, and a batch's
+arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONGEST, T = 80, 160
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """30 pairs of pictures, 20 of texts of many lengths, and six bad ones."""
+    """30 pairs of pictures, 20 pairs of texts with many lengths, and six bad pairs."""
     root = tmp_path / "preferences"
     (root / "images").mkdir(parents=True)
     rows: list[dict[str, Any] | bytes] = []

@@ -1,5 +1,4 @@
-"""Output lines that are written a few at a time: continuing after a kill, other settings, two processes, and the
-end."""
+"""Output that is written a few lines at a time: continuing after a kill, other settings, two processes, and the end."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ FACTS = {"weights": "a", "data": {"items": 7}}
 
 
 def begun(path: Path, count: int) -> None:
-    """As a killed process leaves it."""
+    """Leaves the file as a killed process does."""
     with Unfinished(path, FACTS, 2) as lines:
         for i in range(0, count, 2):
             lines.add({"i": n, "said": "ü"} for n in range(i, min(i + 2, count)))

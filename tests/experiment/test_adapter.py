@@ -1,4 +1,4 @@
-"""The model of a training of an adapter, from the bundle and what a checkpoint has."""
+"""The model in an adapter's training, made of the bundle and a checkpoint."""
 
 from __future__ import annotations
 
