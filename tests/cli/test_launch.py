@@ -1,4 +1,5 @@
 """The launchers on fake clusters: slurm.sh on two nodes that are real processes, tpu_vm.sh on a host that is a folder.
+
 Also the container image and the manifest that they use.
 """
 

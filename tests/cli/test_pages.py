@@ -42,8 +42,11 @@ SMALL_BY_EXPERIMENT: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Page:
-    """A page with commands to run. Attributes: names: replacements for names that the reader must choose. has: what the
-    reader already has: "shapes", the finished demo; "bundle", an export of it; "emu3", an import.
+    """A page with commands to run.
+
+    Attributes:
+        names: replacements for names that the reader must choose. has: what the reader already has: "shapes", the
+        finished demo; "bundle", an export of it; "emu3", an import.
     """
 
     file: str

@@ -1,4 +1,5 @@
 """A realistic set of thousands of files for every reader, some of them broken, in each known way.
+
 PYTHONPATH=.:tokenizers python -m tests.data.broken FOLDER [FILES]    makes FOLDER/set of 5,000 files
 
 FOLDER/specs.json has the sources of it, which `tests.data.watched` prepares.

@@ -78,6 +78,7 @@ def _process(folder: Path, out: Path, team: Team, pause: float) -> None:
 
 class Job:
     """Starts the processes of a job on `folder` into `out`; `pause`: seconds per batch, for each process or for all.
+
     Unfinished files of killed jobs are removed first, as in `ar-unified prepare`.
     """
 

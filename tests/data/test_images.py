@@ -345,7 +345,7 @@ def test_a_jpeg_that_its_decoder_made_smaller_shows_the_same(shape: tuple[int, i
 
 
 def test_only_a_jpeg_of_four_times_the_size_is_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []  # pixels of height per remaining pixel
+    asked: list[float] = []  # pixels per pixel that remains
     draft = JpegImagePlugin.JpegImageFile.draft
 
     def told(image: Any, *arguments: Any) -> Any:

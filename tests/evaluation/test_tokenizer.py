@@ -89,7 +89,7 @@ def test_a_perfect_tokenizer_and_every_number_of_its_ids():
     assert found["bits_per_pixel"] == 3 / 16 and found["by_source"]["all"]["images"] == 4
     assert found["entropy_bits_per_pixel"] == pytest.approx(found["entropy_bits"] / 16)
     assert found["by_source"]["two codes"]["dead"] == 6 and found["by_source"]["two codes"]["entropy_bits"] < 1.01
-    assert 2 < found["entropy_bits"] < 3  # half has only two codes
+    assert 2 < found["entropy_bits"] < 3  # two greys in half
     noise = list(found["psnr_corrupted"].items())
     assert [share for share, _ in noise] == ["1%", "5%", "10%"]
     assert 100 > noise[0][1] > noise[1][1] > noise[2][1] > 10

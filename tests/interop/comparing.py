@@ -67,6 +67,7 @@ def batch_of(model: Any, tokens: np.ndarray) -> PackedBatch:
 
 def fine_tune(model: Any, batches: Sequence[np.ndarray], **settings: Any) -> list[float]:
     """The loss before each AdamW step on batches int [B, T] of our ids, starting from a loaded model's weights.
+
     settings: the task's settings.
     """
     packed = [batch_of(model, tokens) for tokens in batches]

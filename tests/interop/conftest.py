@@ -22,8 +22,9 @@ collect_ignore = [
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    """published(maker, *args, **settings): the folder that a maker in `published` or `formats` filled. twin=True: the
-    folder with transformers' names, which the same call wrote.
+    """published(maker, *args, **settings): the folder that a maker in `published` or `formats` filled.
+
+    twin=True: the folder with transformers' names, which the same call wrote.
     """
     made: dict[Any, tuple[Path, Path]] = {}
 

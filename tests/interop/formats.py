@@ -1,4 +1,5 @@
 """Tiny random models in formats that transformers does not write: Meta's, LWM's, Lumina-mGPT's, Emu3.5's, Liquid's.
+
 This module needs no torch. If a class of transformers can compute the model, its maker also writes a `twin`: the same
 weights with the names and shapes that this class reads. The class is then the oracle of the parity tests. LWM's oracle
 is `interleaved`.
@@ -130,6 +131,7 @@ def meta_shards(
     *, swin: bool = False, count: int = 4, fused: bool = False, seed: int = 0
 ) -> tuple[list[Tensors], dict[str, Any], Tensors, Sizes]:
     """Meta's shards in float32, params.json, and the same model with transformers' names and QK-norm rows [count, H].
+
     fused: wq, wk and wv are one matrix wqkv, and w1 and w3 are w13, in each shard separately.
     """
     table = tables.chameleon(placeholder="<reserved08707>")
@@ -166,8 +168,9 @@ def meta(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Path:
-    """Meta's layout with converted .pth files: tokenizer/ and models/30b/, or models/7b/ with one file. twin: a
-    ChameleonForConditionalGeneration in which each shard's QK-norm vectors are repeated for its heads.
+    """Meta's layout with converted .pth files: tokenizer/ and models/30b/, or models/7b/ with one file.
+
+    twin: a ChameleonForConditionalGeneration in which each shard's QK-norm vectors are repeated for its heads.
     """
     parts, params, tensors, sizes = meta_shards(swin=swin, count=count, fused=fused, seed=seed)
     chameleon_tokenizer(folder / "tokenizer", seed)
@@ -192,8 +195,10 @@ def lumina_1(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Path:
-    """Lumina-mGPT 1: Chameleon's names and QK-norm [model_parallel_size, H], without tokenizer and VQGAN. tokenizer:
-    put Meta's `tokenizer` folder beside the weights. twin: Chameleon's class with the rows repeated for the heads.
+    """Lumina-mGPT 1: Chameleon's names and QK-norm [model_parallel_size, H], without tokenizer and VQGAN.
+
+    tokenizer: put Meta's `tokenizer` folder beside the weights. twin: Chameleon's class with the rows repeated for the
+    heads.
     """
     if tokenizer:
         chameleon_tokenizer(folder / "tokenizer", seed)
@@ -202,8 +207,9 @@ def lumina_1(
 
 
 def lumina_2(folder: Path, twin: Path | None = None, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Lumina-mGPT 2.0: Chameleon's transformer with Qwen's text tokenizer; its MoVQGAN is a separate file. twin: as in
-    `lumina_1`; its image encoder is Chameleon's and is not used.
+    """Lumina-mGPT 2.0: Chameleon's transformer with Qwen's text tokenizer; its MoVQGAN is a separate file.
+
+    twin: as in `lumina_1`; its image encoder is Chameleon's and is not used.
     """
     table = tables.lumina_2()
     _lumina(folder, twin, table, 1, dtype, seed, "ChameleonXLLMXForConditionalGeneration")
@@ -227,8 +233,9 @@ def _lumina(folder: Path, twin: Path | None, table: Table, groups: int, dtype: s
 
 
 def emu3_5(folder: Path, twin: Path | None = None, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Emu3.5: model_type is "Emu3" as in Emu3, but head_dim and QK-norm differ; tiktoken files. twin: Qwen3ForCausalLM,
-    which has the same names.
+    """Emu3.5: model_type is "Emu3" as in Emu3, but head_dim and QK-norm differ; tiktoken files.
+
+    twin: Qwen3ForCausalLM, which has the same names.
     """
     table = tables.emu3()
     sizes = Sizes(table.size, H=24)
@@ -299,9 +306,10 @@ def lwm(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Path:
-    """LWM's `params`, a msgpack stream of (path, flax's bytes of one array), and tokenizer.model. scanned: layers are
-    stacked along the first axis under scan_decoder; otherwise each has its number. prefix: paths begin with ("params",
-    "params"), as in complete training states.
+    """LWM's `params`, a msgpack stream of (path, flax's bytes of one array), and tokenizer.model.
+
+    scanned: layers are stacked along the first axis under scan_decoder; otherwise each has its number. prefix: paths
+    begin with ("params", "params"), as in complete training states.
     """
     import msgpack
     from flax.serialization import to_bytes

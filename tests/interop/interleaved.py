@@ -1,7 +1,11 @@
 """The forward passes of LWM and of Meta's Chameleon in numpy, written from their descriptions, because no package has
-them. They share no code with transformers or with ours. RoPE multiplies neighbouring numbers of a head as one complex
-number, the two tables of ids are separate in embedding and head, and matrices have the layout of each file. All
-arithmetic is float64. Axes: B rows, T positions, D width, N query heads, K KV heads, H head width.
+them.
+
+They share no code with transformers or with ours. RoPE multiplies neighbouring numbers of a head as one complex number,
+the two tables of ids are separate in embedding and head, and matrices have the layout of each file. All arithmetic is
+float64.
+
+Axes: B rows, T positions, D width, N query heads, K KV heads, H head width.
 """
 
 from __future__ import annotations

@@ -78,8 +78,10 @@ def chameleon(
     seed: int = 0,
 ) -> Path:
     """ChameleonForConditionalGeneration with its image encoder and 64 codes; a picture of 16 x 16 pixels has 8 x 8
-    codes. equal_heads: QK-norm weights are one repeated vector, as a third party found in the 7B. Otherwise each head has
-    its own.
+    codes.
+
+    equal_heads: QK-norm weights are one repeated vector, as a third party found in the 7B. Otherwise each head has its
+    own.
     """
     table = tables.chameleon()
     config = transformers.ChameleonConfig(
@@ -195,7 +197,9 @@ _EMU3_PIXELS = {
 
 def emu3_original(folder: Path, *, dtype: str = "float32", sharded: bool = False, seed: int = 0) -> Path:
     """Emu3-Gen with the names of its own repository, which are Llama's, and its tiktoken files, without a vision
-    tokenizer. Emu3ForCausalLM writes it, because it has the same names.
+    tokenizer.
+
+    Emu3ForCausalLM writes it, because it has the same names.
     """
     table = tables.emu3()
     model = fill(transformers.Emu3ForCausalLM(transformers.Emu3TextConfig(**_emu3_text(table, 9216))), seed)

@@ -1,4 +1,5 @@
 """The results of transformers for a published folder, in float32: the reference of every parity test. Needs torch.
+
 Lumina-mGPT, Emu3.5 and Liquid have no class there. The classes of Chameleon, Qwen3 and Gemma read their tensors,
 renamed or repeated (`formats.as_transformers`), and are their oracles.
 """
@@ -75,8 +76,10 @@ class Reference:
         self, prompts: Sequence[Sequence[int]], weights: Sequence[float], allowed: Allowed, n: int = 64
     ) -> Drawn:
         """Greedy decoding of a weighted sum of the logits of several contexts, which are all extended by the chosen
-        ids. Two contexts with weights [s, 1 - s] are classifier-free guidance with scale s. Three with [t, i - t, 1 - i] have
-        scales for texts and images.
+        ids.
+
+        Two contexts with weights [s, 1 - s] are classifier-free guidance with scale s. Three with [t, i - t, 1 - i]
+        have scales for texts and images.
         """
         drawn: list[int] = []
         gaps = []

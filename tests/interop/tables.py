@@ -1,7 +1,9 @@
 """Published id tables, scaled down: the real names of special tokens in the real order, with fewer codes and text
-pieces. Each table gives the name of every id and writes the tokenizer's files. Sources:
-`reference/published_weights.md` §2.2 and §3; the order comes from Chameleon's text_tokenizer.json, Emu3's tokenizer and
-emu3_vision_tokens.txt, and the tokenizer.json of Qwen and Gemma.
+pieces.
+
+Each table gives the name of every id and writes the tokenizer's files. Sources: `reference/published_weights.md` §2.2
+and §3; the order comes from Chameleon's text_tokenizer.json, Emu3's tokenizer and emu3_vision_tokens.txt, and the
+tokenizer.json of Qwen and Gemma.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def byte_letters() -> dict[int, str]:
 
 
 def text_pieces() -> list[str]:
-    """256 bytes, then what the merges make."""
+    """256 bytes, then the results of merges."""
     return [*byte_letters().values(), *(pair.replace(" ", "") for pair in MERGES)]
 
 
@@ -120,8 +122,9 @@ def code_name(code: int) -> str:
 
 
 def chameleon(codes: int = 64, placeholder: str = "<image>") -> Table:
-    """The table of Chameleon, Anole and Lumina-mGPT 1; in Meta's file the placeholder is <reserved08707>. Reserved
-    names are a few of the real ones, including sizes up to 8 (256 pixels).
+    """The table of Chameleon, Anole and Lumina-mGPT 1; in Meta's file the placeholder is <reserved08707>.
+
+    Reserved names are a few of the real ones, including sizes up to 8 (256 pixels).
     """
     numbers = [*range(8194, 8203), 8705, 8706]  # so that V is a multiple of Meta's four shards
     reserved = [f"<reserved{n:05}>" for n in numbers] + [placeholder, "<reserved08798>", "<reserved08799>"]

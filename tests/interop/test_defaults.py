@@ -1,4 +1,5 @@
 """The published sampling settings of a system are its bundle's defaults, and work as if a request had set them.
+
 test_systems tests LWM and Lumina-mGPT 2.0, because it has their files.
 """
 
