@@ -1,4 +1,4 @@
-"""A Chameleon whose head was never trained on image codes says so when it is imported, and when it draws."""
+"""If a Chameleon's head was never trained on image codes, a message says so at import and when it draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CODES = 64
 
 
 def learnt(rows: np.ndarray) -> np.ndarray:
-    """Rows of different lengths that have a direction in common, as training leaves them."""
+    """Rows of different lengths with a common direction, like trained ones."""
     return (rows * RNG.lognormal(0, 0.5, (len(rows), 1)) + RNG.normal(0, 0.1, rows.shape[1])).astype(np.float32)
 
 
@@ -37,7 +37,7 @@ HEADS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def imported(folder: Path, change: Callable[[np.ndarray], np.ndarray], count: int = 1) -> Path:
-    """The bundle of Meta's files with other rows of image codes in the head, over rows of text that were trained."""
+    """The bundle of Meta's files with new rows for image codes in the head; the rows for text look trained."""
     formats.meta(folder / "download", count=count)
     table = tables.chameleon(placeholder="<reserved08707>")
     codes = table.ids("IMGIMG")
@@ -70,7 +70,7 @@ def test_it_is_told_by_its_head(how: str, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_rows_of_zeros_are_told_whatever_is_beside_them() -> None:
-    """A head that was enlarged starts like this, and so does a file that was created but never filled."""
+    """The rows of an enlarged head start like this, and so do those of a file that was created but never filled."""
     vocabulary = Vocabulary(64, CODES, 1)
     border = Border.from_ids(range(vocabulary.size))
     head, zeros = RNG.normal(size=(vocabulary.size, 8)), np.zeros((vocabulary.size, 8))

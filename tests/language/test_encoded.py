@@ -14,7 +14,8 @@ LETTER = {"t": Role.TEXT, "c": Role.CONTROL, "s": Role.SIZE, "i": Role.IMAGE}
 
 
 def expect(found, grammar, tokens, roles, speakers, trained, turns, images):
-    """tokens: words, with controls in <>, pieces as they are, #n a code, =n a size token; the rest a letter each."""
+    """tokens: words: <> for controls, plain pieces of text, #n for a code, =n for a size token. Other arguments have a
+    letter per token."""
     v = grammar.vocabulary
 
     def id_of(word):

@@ -1,4 +1,4 @@
-"""Preference pairs as JSON rows: every form, to documents and back, and the kind of each bad row."""
+"""Preference pairs as JSON rows: every form converts to documents and back, and each bad row has its kind."""
 
 from __future__ import annotations
 
