@@ -1,4 +1,4 @@
-"""What a notebook has: a loaded bundle draws, answers and scores like an engine of the same parts."""
+"""The interface for notebooks: a loaded bundle draws, answers and scores like an engine of the same parts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(folders):
 
 @pytest.fixture(scope="module")
 def own(model):
-    """An engine of the parts that the bundle was made of. With the grammar that was read: programs compile once."""
+    """An engine of the bundle's original parts, but with the loaded grammar, so that programs compile only once."""
     of = parts("grid")
     assert model.grammar.manifest() == of["grammar"].manifest()
     return Engine(of["config"], of["params"], model.grammar, batch_size=4, max_length=64)
