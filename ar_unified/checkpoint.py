@@ -76,8 +76,8 @@ class Checkpoints:
             return
         if self._copied and jax.process_count() > 1:
             raise UserError(
-                f"{path}: checkpoints of {jax.process_count()} processes cannot be written to s3://, as Orbax "
-                "writes to gs:// and file systems: name a folder that all share, --config.checkpoint_folder=DIR"
+                f"{path}: checkpoints of {jax.process_count()} processes cannot be written to s3://, because Orbax "
+                "writes only to gs:// and file systems: name a folder that all share, --config.checkpoint_folder=DIR"
             )
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # what a killed writer left

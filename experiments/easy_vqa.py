@@ -44,9 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 64
     config.image_tokenizer.multipliers = (1,)
-    config.image_tokenizer.blocks = (
-        1,
-    )  # sees little around a code, so the background mostly has the same few codes
+    config.image_tokenizer.blocks = (1,)  # sees little around a code, so the background mostly has the same few codes
     config.image_tokenizer.levels = (8, 8, 8)
     config.image_tokenizer.tolerance = 0.12  # no question is about the background's tint (channels from 230 to 255)
     config.image_tokenizer.steps = 4500

@@ -240,7 +240,7 @@ HOSTILE = {
         lambda folder: reseal(
             folder, **dict.fromkeys(map("image_tokenizer/{}".format, ("config.json", "weights.safetensors")))
         ),
-        "language.json: expected image codes where there is an image_tokenizer, and its hash nowhere else",
+        "language.json: expected image codes with image_tokenizer and its hash, or none of the three",
     ),
     "a link out": (linked("language.json"), "language.json is a link to .*outside"),
     "weights linked out": (linked(WEIGHTS), f"{WEIGHTS} is a link to .*outside"),

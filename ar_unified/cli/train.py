@@ -76,7 +76,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
         if storage.is_mirrored(experiment.workdir.path):
-            raise UserError("--branch: expected a --workdir on disk: in an object store no training is branched")
+            raise UserError("--branch: expected a --workdir on disk: a training cannot be branched in an object store")
         branch(experiment, *arguments.branch, lambda: _fingerprint(experiment, _objective(experiment)))
     train(experiment, profile=arguments.profile)
     return 0
@@ -105,7 +105,7 @@ def plan_rows(experiment: Experiment) -> None:
             for length in lengths if split == "train" else lengths[:1]:
                 preparing.plan_rows(folder, load_report(folder), length, leave_out=length < lengths[0])
         except OSError as error:  # finished data may lie in a read-only place
-            experiment.say(f"{folder}: {error.strerror}: every start of a process plans its rows anew, in memory")
+            experiment.say(f"{folder}: {error.strerror}: every process plans its rows again in memory")
 
 
 def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:

@@ -177,7 +177,7 @@ def test_what_goes_with_a_bundle_and_what_does_not(own: Path, data: Path, tmp_pa
     refused(arguments(own, data, tmp_path / "out", "--only", "tokenizer"), "--only does nothing with --from")
     refused(arguments(own, data, tmp_path / "out", "--processes", "2"), "--processes does nothing with --from")
     refused([*of_bundle, "--data", str(data)], "expected --output FOLDER with --from")
-    refused([*of_bundle, "--output", out], "expected --data PATH, or --config FILE.*found neither")
+    refused([*of_bundle, "--output", out], "expected --data PATH or --config FILE.*found neither")
     refused([*of_bundle, "--output", out, "--config", "shapes", "--links"], "--links does nothing without --data")
     refused(["evaluate", "--data", str(data), "--output", out], "of a training, or --from BUNDLE; found no --config")
     of_workdir = ["evaluate", "--config", "shapes", "--workdir", out]

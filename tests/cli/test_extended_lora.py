@@ -72,7 +72,7 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
         + ["--config.lora.rank=0"],
         "config.lora.rank",
     )
-    with pytest.raises(UserError, match="its rows are of ids of another vocabulary than this model's: load it beside"):
+    with pytest.raises(UserError, match="its rows are for the ids of another vocabulary: load it with"):
         ar_unified.load(llm, adapters={"mine": tmp_path / "peft"})
 
     # ---- another training begins with it, rows and all, beside the language model or beside the extended one

@@ -117,11 +117,11 @@ def test_a_killed_one_goes_on_where_it_was_to_the_same_bytes(folder, lines, tmp_
     assert not (tmp_path / "parts.jsonl").exists()
     (tmp_path / "other.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     refused(
-        [*of_bundle, str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "parts.jsonl")], "begun with another"
+        [*of_bundle, str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "parts.jsonl")], "it was started with"
     )
     assert main([*ask, str(tmp_path / "parts.jsonl")]) == 0
     assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]], "what was done is not done again"
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     again = capsys.readouterr().out.splitlines()[-2:]
-    assert " (of 6 items it was known)" in "\n".join(again)
-    assert "\n".join(again).replace(" (of 6 items it was known)", "").partition(": ")[2] == told.strip()
+    assert " (6 items were scored before)" in "\n".join(again)
+    assert "\n".join(again).replace(" (6 items were scored before)", "").partition(": ")[2] == told.strip()

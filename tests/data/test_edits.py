@@ -83,7 +83,7 @@ def test_what_is_held_out_is_neither_shown_nor_told_in_training() -> None:
 def test_scenes_that_no_edit_is_between_are_refused() -> None:
     red, blue = Object("circle", "red", "large", "top left"), Object("star", "blue", "small", "top left")
     for before, after in (((red,), (red,)), ((red,), (blue,))):
-        with pytest.raises(ValueError, match="expected scenes that one edit is between"):
+        with pytest.raises(ValueError, match="expected scenes that differ by one edit"):
             edits.kind_of(before, after)
 
 

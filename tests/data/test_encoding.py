@@ -109,7 +109,7 @@ def test_what_is_no_text_is_said_by_its_name() -> None:
         b"PK\x03\x04rest": "a zip archive",
     }.items():
         assert name in foreign(data)
-    with pytest.raises(EncodingError, match="a zero byte at byte 3: is it no text"):
+    with pytest.raises(EncodingError, match="a zero byte at byte 3: is it text at all"):
         text(b"abc\0def")
     for fine in ("plain", "naïve 图像 🙂", "", "a"):
         assert foreign(fine.encode() * 200) == "" and text(fine.encode()) == fine

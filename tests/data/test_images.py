@@ -102,7 +102,7 @@ def test_floats_may_overshoot_and_a_dark_image_stays_dark() -> None:
     [
         (tiff([0.0, float("nan")], "<f4"), "NaN or infinite"),
         (tiff([0.0, float("inf")], "<f4"), "NaN or infinite"),
-        (tiff([-1.0, 1.0], "<f4"), "found -1 to 1, so what is white cannot be told"),
+        (tiff([-1.0, 1.0], "<f4"), "found -1 to 1, so the value of white is unknown"),
         (tiff([0.0, 3.0], "<f4"), "expected values of 0 to 1 or 0 to 255 or 0 to 65535, found 0 to 3,"),
         (tiff([0.0, 1e6], "<f4"), "found 0 to 1e"),
         (tiff([0, 2**30], "<i4"), "found 0 to 1.07374e"),

@@ -50,4 +50,4 @@ def test_images_beside_texts_that_nothing_names_are_told(tmp_path):
     (tmp_path / "a.txt").write_text("a red circle")
     assert not validate(tmp_path, show_progress=False).note
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
-    assert "It has 1 images that nothing names" in str(validate(tmp_path, show_progress=False))
+    assert "It also has 1 images that no row names" in str(validate(tmp_path, show_progress=False))

@@ -244,7 +244,7 @@ def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
     last = [row for row in rows if f"{at}/uniform" in row][-1]
     assert layers["text at images"] == [[i, float(f"{last[f'{at}/layer_{i}']:.5g}")] for i in range(2)]
     assert [step for step, _ in dict(charts["Text and images, over time"])["images at text"]] == [2, 4]
-    assert "by heart" not in words
+    assert "memorises" not in words
 
 
 def test_metrics_with_a_name_are_metrics_of_an_evaluation():

@@ -40,7 +40,7 @@ def test_it_goes_on_behind_the_last_whole_part_and_appears_whole(tmp_path: Path)
 def test_what_was_begun_with_something_else_is_refused_and_stays(tmp_path: Path) -> None:
     begun(tmp_path / "out", 2)
     kept = (tmp_path / "out.unfinished" / "lines.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"begun with another data.items, 7, and this is 8: .*delete the folder"):
+    with pytest.raises(UserError, match=r"started with data.items 7, and this command has 8: .*delete the folder"):
         Unfinished(tmp_path / "out", FACTS | {"data": {"items": 8}}, 2)
     assert (tmp_path / "out.unfinished" / "lines.jsonl").read_bytes() == kept != b""
     (tmp_path / "out.unfinished" / "made_of.json").unlink()

@@ -341,7 +341,7 @@ def test_a_branch_that_was_killed_is_made_by_the_same_command(
 @pytest.mark.parametrize(
     "step, changes, words",
     [
-        (7, {}, r"the steps that .*origin/model/checkpoints has checkpoints of, \[6, 12\]; found 7.*keep_every"),
+        (7, {}, r"a step with a checkpoint in .*origin/model/checkpoints, one of \[6, 12\]; found 7.*keep_every"),
         (None, dict(training__steps=12), "config.training.steps: expected more than the 12 .* found 12"),
         (6, dict(training__b2=0.5), "training had training.b2 = 0.95, this one has 0.5. What may change here: .*remat"),
         (6, dict(checkpoint_folder="origin/model/checkpoints"), "config.checkpoint_folder: expected another"),

@@ -107,7 +107,7 @@ BROKEN = {
     "another shape": (lambda f: f[1].update({"output.weight": r(5, D)}), r"file 2 of 2: expected F32 \[6, 16\]"),
     "alone and fused": (
         lambda f: [e.update({"layers.0.attention.wqkv.weight": r(32, D)}) for e in f],
-        "alone and fused",
+        "both separate and fused",
     ),
     "rows that heads do not share": (
         lambda f: [e.update({"layers.1.attention.wqkv.weight": r(33, D)}) for e in f],

@@ -29,9 +29,9 @@ def learnt(rows: np.ndarray) -> np.ndarray:
 
 
 HEADS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "they are nearly zero": lambda rows: rows * 1e-4,
-    "all are alike": lambda rows: np.broadcast_to(rows[:1], rows.shape),
-    "they look like random numbers": lambda rows: rows,
+    "are nearly zero": lambda rows: rows * 1e-4,
+    "are all alike": lambda rows: np.broadcast_to(rows[:1], rows.shape),
+    "look like random numbers": lambda rows: rows,
     "": learnt,
 }
 
@@ -60,12 +60,12 @@ def imported(folder: Path, change: Callable[[np.ndarray], np.ndarray], count: in
 
 @pytest.mark.parametrize("how", HEADS)
 def test_it_is_told_by_its_head(how: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    bundle = imported(tmp_path, HEADS[how], count=4 if how == "all are alike" else 1)
+    bundle = imported(tmp_path, HEADS[how], count=4 if how == "are all alike" else 1)
     said, record = capsys.readouterr().out, json.loads((bundle / "published.json").read_text())
     if not how:
         assert "was not trained to draw" not in said and "untrained" not in record
         return
-    assert f"This model was not trained to draw: of its head's rows for image codes, {how}" in said
+    assert f"This model was not trained to draw: its head's rows for image codes {how}" in said
     assert record["untrained"] in said and record["untrained"] in (bundle / "README.md").read_text()
 
 
@@ -75,14 +75,14 @@ def test_rows_of_zeros_are_told_whatever_is_beside_them() -> None:
     border = Border.from_ids(range(vocabulary.size))
     head, zeros = RNG.normal(size=(vocabulary.size, 8)), np.zeros((vocabulary.size, 8))
     image = vocabulary.ids(Role.IMAGE)
-    assert untrained(zeros, border, vocabulary) == "they are nearly zero"
+    assert untrained(zeros, border, vocabulary) == "are nearly zero"
     half = zeros.copy()
     half[image] = head[image]
-    assert untrained(half, border, vocabulary) == "they look like random numbers, and those of text do not"
+    assert untrained(half, border, vocabulary) == "look like random numbers, unlike those of text"
 
 
 def test_whoever_draws_with_it_is_warned(tmp_path: Path) -> None:
-    for how in ("they are nearly zero", ""):
+    for how in ("are nearly zero", ""):
         model = ar_unified.load(imported(tmp_path / (how or "trained"), HEADS[how]), max_length=128)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -124,7 +124,7 @@ def test_no_text_says_the_beginning_of_an_image():
             grammar.encode(Document.of((TextPart("a<vision>a"),)))
     for grammar in (SPELLED, grammar_of("lwm")):
         turns = Turn("user", (TextPart("a<vi"),)), Turn("assistant", (TextPart("sion>"),))
-        with pytest.raises(GrammarError, match="texts of turns that do not say '<vision>' together"):
+        with pytest.raises(GrammarError, match="turns whose joined texts do not contain '<vision>'"):
             grammar.encode(Document(turns))
         with pytest.raises(GrammarError, match="together"):
             grammar.history(turns)

@@ -142,7 +142,7 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
     warnings = []
     first, second = read(tmp_path / "b.parquet", warnings)
     assert (first.request.seed, first.request.meta, second.request.meta) == (2**31, {"nsfw": 0.5}, {"nsfw": None})
-    assert "left out, as no prompts: column image" in warnings[0] and "are kept in meta: nsfw" in warnings[1]
+    assert "left out, not prompts: column image" in warnings[0] and "are kept in meta: nsfw" in warnings[1]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_what_is_no_prompt_never_becomes_one(tmp_path):
         (folder / name).write_text(f"prompt of {name}")
     warnings = []
     assert prompts(read(folder, warnings)) == ["prompt of a.txt", "prompt of license-plate.txt"]
-    assert warnings == [f"{folder}: left out, as no prompts: LICENSE (1), README.txt (1), files .png (1)"]
+    assert warnings == [f"{folder}: left out, not prompts: LICENSE (1), README.txt (1), files .png (1)"]
     (folder / "._c.txt").write_text("new")  # after a Mac added its files, the job is the same
 
     shard = tar(tmp_path / "a.tar", {

@@ -96,7 +96,7 @@ def test_a_stage_has_one_maker_among_all_machines(url: str, monkeypatch: pytest.
         assert other.waited and other.number == lock.number + 1
         lock._stop.clear()
         lock._beat()  # and comes back
-        with pytest.raises(locks.LockLost, match="another process has taken this over"):
+        with pytest.raises(locks.LockLost, match="another process has taken over"):
             stage.finish({})
         assert "data/done.json" not in objects(url)
         storage._locks.clear()

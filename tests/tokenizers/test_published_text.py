@@ -184,7 +184,7 @@ def test_a_special_token_that_a_merge_makes_is_refused_text_by_text():
     spec["added_tokens"].append({"id": 500, "content": "ab", "special": True} | off)
     tokenizer = codec("tokenizer.json", json.dumps(spec).encode())
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
-    with pytest.raises(ValueError, match="spells the special token 'ab' with text"):
+    with pytest.raises(ValueError, match="makes the special token 'ab' from text"):
         tokenizer.encode("tab")
 
 

@@ -205,8 +205,11 @@ def test_flops_count_the_adapter_and_no_gradient_of_what_rests() -> None:
         (dict(ranks=("mlp.uo=2",)), "ranks: 'mlp.uo' names none of a layer's matrices"),
         (dict(ranks=("mlp=2.5",)), "ranks: 'mlp=2.5': expected a whole number of at least 1, found 2.5"),
         (dict(alphas=("mlp=0",)), "alphas: 'mlp=0': expected a number above 0, found 0"),
-        (dict(targets=("mlp",), alphas=("attention=1",)), "alphas: 'attention=1': no adapter is beside 'attention'"),
-        (dict(rank=0, ranks=("mlp=2",)), "ranks: expected none where rank is 0"),
+        (
+            dict(targets=("mlp",), alphas=("attention=1",)),
+            "alphas: 'attention=1': targets gives no adapter to 'attention'",
+        ),
+        (dict(rank=0, ranks=("mlp=2",)), "ranks: expected none with rank 0"),
         (dict(base_dtype="int4"), "base_dtype: expected one of float32, bfloat16, int8; found 'int4'"),
     ],
 )

@@ -136,7 +136,7 @@ class PublishedTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not self._unspelled.isdisjoint(ids):  # a merge in the file makes one
             name = next(self._names[id] for id in ids if id in self._unspelled)
-            raise ValueError(f"{text!r:.80}: the file spells the special token {name!r} with text")
+            raise ValueError(f"{text!r:.80}: the file makes the special token {name!r} from text")
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

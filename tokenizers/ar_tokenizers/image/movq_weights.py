@@ -178,16 +178,16 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            "layers in time: expected the published ones beside the network, which has what they do to one picture; "
-            f"{some(differ)}: missing, or not one of them; only a tokenizer that was imported can be exported as "
+            "layers over time: expected the published ones, because the network has only their effect on one picture; "
+            f"{some(differ)}: missing or unknown; only an imported tokenizer can be exported as "
             f"{dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))
         if moved := {name for name, leaf in folded.items() if not np.array_equal(np.asarray(ours[name]), leaf)}:
             raise ValueError(
-                f"layers in time: those that were published do not make the network's {some(moved)}: it was trained "
-                "since, and what a video would need is not known. Export the tokenizer as it was imported"
+                f"layers over time: the published ones do not give the network's {some(moved)}: it was trained "
+                "after the import, so the layers for a video are unknown. Export the tokenizer as it was imported"
             )
     found = {
         place.name: np.ascontiguousarray(_to_theirs(place.name, np.asarray(ours[name], np.float32)))
