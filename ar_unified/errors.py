@@ -93,7 +93,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
         return (
             f"out of memory: {_first_line(error)}. Try model.remat=full, a smaller loss.chunk or sampling.batch_size, "
-            "or more training.accumulation: they change no result, and the same command with them goes on",
+            "or more training.accumulation: they do not change results, and the same command with them continues",
             STOPPED,
         )
     if isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error)):

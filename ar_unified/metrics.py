@@ -77,7 +77,7 @@ def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: in
     use = f"; training.keep_best keeps step {kept}, for sampling.checkpoint=best" if kept is not None else ""
     return (
         f"validation loss is lowest at step {best} ({lowest:.4g}) and has risen since ({last:.4g} at step {step}"
-        f"{beside}): the model learns its training data by heart{use}"
+        f"{beside}): the model memorises its training data{use}"
     )
 
 

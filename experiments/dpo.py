@@ -1,14 +1,15 @@
-"""DPO on shapes: a half-trained demo learns from pairs of right and wrong pictures, and of right and wrong answers.
+"""DPO on shapes: a partly trained demo learns from pairs of right and wrong pictures, and of right and wrong answers.
 
     python experiments/data/make_shape_pairs.py --output datasets/shape-pairs
     ar-unified run --config experiments/dpo.py:from=BUNDLE --workdir workdirs/dpo
 
-BUNDLE: an export of experiments/shapes.py, here checkpoint 500 of its 3,200 steps. 29 Nov 2026, jax 0.10.2, two cores
-that eight others shared: `train` took 13 min 20 s (2 min 47 s of CPU) where data and reference were there already; they
-took about 4 minutes before. Scored on 200 captions and 200 questions of the embedded validation, before and after:
-text_to_image_exact 0.535 -> 0.815, image_to_text_exact 0.64 -> 0.72. Held-out pairs the right way round: 0.91 (pictures
-0.97, answers 0.79). With half the learning rate and 150 steps: 0.69 and 0.73. The SFT term alone does as well or
-better, and DPO without it spoils the model: docs/preference_tuning.md.
+BUNDLE is an export of experiments/shapes.py; for these numbers it was checkpoint 500 of 3,200 steps. Measured on 29 Nov
+2026 with jax 0.10.2 on two cores that eight other processes shared: `train` took 13 min 20 s (2 min 47 s of CPU), after
+about 4 minutes for data and reference. On 200 captions and 200 questions of the embedded validation split,
+text_to_image_exact rose from 0.535 to 0.815, and image_to_text_exact from 0.64 to 0.72. The model prefers the chosen
+side in 0.91 of held-out pairs (pictures 0.97, answers 0.79). With half the learning rate and 150 steps, the two scores
+are 0.69 and 0.73. The SFT term alone does as well or better, and DPO without it harms the model:
+docs/preference_tuning.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ from ar_unified.experiment.config import begin_with, defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: "from=BUNDLE,path=DIR" of the pairs. Raises ValueError without a bundle."""
+    """The config. arg: "from=BUNDLE,path=DIR", DIR with the pairs. Raises ValueError without a bundle."""
     args = parse_arg(arg, **{"from": None, "path": "datasets/shape-pairs"})
     if not args["from"]:
         raise ValueError("experiments/dpo.py needs the model to be tuned: --config experiments/dpo.py:from=BUNDLE")

@@ -1,9 +1,10 @@
-"""easy-VQA: questions about, and images of, one coloured shape on 64 x 64 pixels; train split against test split.
+"""easy-VQA: questions about images of one coloured shape, and images from captions, 64 x 64 pixels; scored on the test
+split.
 
     python experiments/data/make_easy_vqa.py --output datasets/easy-vqa    # from the Python package easy-vqa
     ar-unified run --config experiments/easy_vqa.py --workdir workdirs/easy_vqa
 
-Expected: vqa_accuracy 0.99 (aim 0.97), text_to_image_exact 0.92 (aim 0.90), after 27 minutes on two cores.
+Expected: vqa_accuracy 0.99 (target 0.97), text_to_image_exact 0.92 (target 0.90), after 27 minutes on two cores.
 docs/results.md says which settings it needs.
 """
 
@@ -39,13 +40,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.text_tokenizer.vocab_size = 384
 
-    config.image_tokenizer.factor = 4  # 7 x 7 codes an image
+    config.image_tokenizer.factor = 4  # 7 x 7 codes per image
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 64
     config.image_tokenizer.multipliers = (1,)
-    config.image_tokenizer.blocks = (1,)  # sees little around a code, so most of the background has the same few codes
+    config.image_tokenizer.blocks = (1,)  # sees little around a code, so the background mostly has the same few codes
     config.image_tokenizer.levels = (8, 8, 8)
-    config.image_tokenizer.tolerance = 0.12  # no question is about the background's tint, 230 to 255 a channel
+    config.image_tokenizer.tolerance = 0.12  # no question is about the background's tint (channels from 230 to 255)
     config.image_tokenizer.steps = 4500
     config.image_tokenizer.batch_size = 32
     config.image_tokenizer.learning_rate = 4e-3
@@ -56,14 +57,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.loss.z_loss = 1e-4
     config.training.steps = 6100
     config.training.batch_size = 24
-    config.training.sequence_length = 66  # one document a row
+    config.training.sequence_length = 66  # one document per row
     config.training.optimizer = "muon"
     config.training.code_embedding_init = "codebook"
     config.training.learning_rate = 2e-3
     config.training.warmup_steps = 100
     config.training.b2 = 0.99
     config.training.weight_decay = 0.01
-    # Reading alone first, then drawing with some questions left
+    # First only questions, then drawing with some questions
     config.training.flip_pairs = 1.0
     config.training.condition_dropout = 0.05
     drawing = dict(begin=0.28, weights=dict(captions=0.75, vqa=0.25), flip_pairs=0.1)

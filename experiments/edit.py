@@ -1,13 +1,13 @@
-"""Image editing: an instruction ("Make the red circle blue.") and a picture become the picture that it asks for.
+"""Image editing: from a picture and an instruction ("Make the red circle blue."), the model draws the changed picture.
 
 ar-unified run --config experiments/edit.py --workdir workdirs/edit
 ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit     # on from a model of shapes
 
-30 Nov 2026, 2 cores of an EPYC with other work on them, 17 min 57 s with tokenizers, data and scores: edit_exact 0.892
-of 400 held-out instructions (the bar is 0.85; objects added 1.0, removed 1.0, moved 0.944, recoloured 0.949, reshaped
-0.896, resized 0.603), edit_reconstruction_exact 1.0, text_to_image_exact 1.0, caption_exact 1.0; of unseen_combinations
-0.118, where the image tokenizer allows 0.523. docs/image_editing.md has what was tried. From the finished demo: 0.645,
-stories 0.90 (29 Nov, in float32).
+Measured on 30 Nov 2026 on 2 shared cores of an EPYC, in 17 min 57 s with tokenizers, data and scores: edit_exact 0.892
+of 400 held-out instructions (the target is 0.85; objects added 1.0, removed 1.0, moved 0.944, recoloured 0.949,
+reshaped 0.896, resized 0.603), edit_reconstruction_exact 1.0, text_to_image_exact 1.0, caption_exact 1.0. On
+unseen_combinations edit_exact is 0.118; the image tokenizer allows 0.523. When training starts from the finished demo,
+edit_exact is 0.645 and stories are 0.90 (29 Nov, in float32). docs/image_editing.md lists what was tried.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,15 @@ from ml_collections import ConfigDict
 from ar_unified.experiment.config import begin_with, defaults, model, parse_arg
 
 WEIGHTS = {"edits": 0.75, "captions": 0.25}  # shares of the packed rows
-TUNED = {"edits": 0.7, "captions": 0.15, "stories": 0.15}  # of a bundle, which is to keep what it can do
+TUNED = {
+    "edits": 0.7,
+    "captions": 0.15,
+    "stories": 0.15,
+}  # if it starts from a bundle, which keeps its skills
 
 
 def sources(split: str, weights: Mapping[str, float]) -> tuple[ConfigDict, ...]:
-    """These kinds of documents of a split, with their weights."""
+    """The sources of a split for these kinds of documents, with their weights."""
     return tuple(
         ConfigDict(dict(kind="tfds", name=f"shapes/{name}", split=split, weight=weight))
         for name, weight in weights.items()
@@ -29,7 +33,7 @@ def sources(split: str, weights: Mapping[str, float]) -> tuple[ConfigDict, ...]:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: "from=BUNDLE", or none to begin with fresh weights."""
+    """The config. arg: "from=BUNDLE", or none to start from random weights."""
     bundle = parse_arg(arg, **{"from": None})["from"]
     config = defaults()
     config.name = "edit"
@@ -41,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.image_size = (64, 64)
     config.data.max_tokens = 128
 
-    config.image_tokenizer.factor = 16  # 4 x 4 codes an image, as experiments/shapes.py has them
+    config.image_tokenizer.factor = 16  # 4 x 4 codes per image, as in experiments/shapes.py
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 32
     config.image_tokenizer.multipliers = (1, 2, 4)
@@ -81,8 +85,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if bundle is not None:
         begin_with(config, bundle)
         config.training.steps = 2400
-    # A change that was never seen in training is mostly not made. Guidance compares with the picture alone, and so
-    # gives weight to the instruction.
+    # Without guidance the model mostly ignores a change that it never saw in training. Guidance compares with a context
+    # that has only the picture, which strengthens the instruction.
     config.sampling.guidance = 1.3
     config.sampling.context = "image_only"
     return config

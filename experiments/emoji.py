@@ -1,11 +1,11 @@
-"""Emoji by name: a transformer that learns 1,644 images and their English names by heart.
+"""Emoji by name: a transformer that memorises 1,644 images and their English names.
 
     python experiments/data/make_emoji.py --font FILE --names FILE --output datasets/noto-emoji
     ar-unified run --config experiments/emoji.py --workdir workdirs/emoji
 
-make_emoji.py says where the font and the names come from; `emoji.py:path=DIR` takes a folder that is elsewhere. There
-is no held-out set, because the name of an emoji does not determine what it looks like. What counts is that the images
-drawn for the names it was trained on are recognisable.
+make_emoji.py says where the font and the names come from; `emoji.py:path=DIR` reads another folder. There is no
+held-out set, because the name of an emoji does not determine what it looks like. The aim is that images drawn for the
+training names are recognisable.
 
 Expected: 22 of 24 drawings recognisable, after 23 minutes on two cores (docs/results.md).
 """
@@ -16,14 +16,14 @@ from ar_unified.experiment.config import defaults, model, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: "path=DIR" of the dataset."""
+    """The config. arg: "path=DIR", the dataset's folder."""
     path = parse_arg(arg, path="datasets/noto-emoji")["path"]
     config = defaults()
     config.name = "emoji"
     made_by = f"python experiments/data/make_emoji.py --font FILE --names FILE --output {path}"
     source = ConfigDict(dict(kind="folder", path=path, files=("captions",), made_by=made_by))
     config.data.train = (source,)
-    config.data.validation = (source,)  # the training names: see above
+    config.data.validation = (source,)  # the training names (see the module's docstring)
     config.data.image_size = (64, 64)
 
     config.text_tokenizer.vocab_size = 1024

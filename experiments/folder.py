@@ -1,19 +1,20 @@
-"""Bring your own data: a folder of captions.jsonl, docs.jsonl and/or vqa.jsonl beside their images, or tables or tars.
+"""Train on your own data: a folder of captions.jsonl, docs.jsonl and/or vqa.jsonl with their images, or tables or tars.
 
     ar-unified run --config experiments/folder.py:path=PATH --workdir workdirs/mine
 
 Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
 {"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate PATH` checks them first.
-PATH may also be a Parquet, Arrow or tar file (WebDataset), a folder of these, or "shards/{000..063}.tar", whose columns
-or members are named so (docs/data.md); of these the last twentieth of the rows is held out.
-Images keep their aspect ratio: each is written with its size, row by row. One image in twenty is held out with all its
-rows, and at least one of two.
+PATH may also be a Parquet, Arrow or tar file (WebDataset), a folder of these, or "shards/{000..063}.tar"; docs/data.md
+says how columns and members must be named. The last twentieth of their rows is held out. Of a folder of rows, one image
+in twenty (at least one of two) is held out with all its rows. Images keep their aspect ratio: each document has an
+image's size and its codes row by row.
 
-Arguments: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no, whether links that lead out
-of PATH are followed (no); init=BUNDLE, start from that model's weights, tokenizers and image layout (none).
+Arguments, with defaults in brackets: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no,
+whether to follow links that lead out of PATH (no); init=BUNDLE, start from that model's weights, tokenizers and image
+layout (none).
 
-Expected, of 348 recipes with 133 photographs: every sample parses, after 9 minutes on two cores, 3.3 GB. 600 steps are
-a check of the path, not a model of cooking.
+Expected for 348 recipes with 133 photographs: every sample parses, after 9 minutes on two cores, 3.3 GB. The 600 steps
+only check that everything works; they do not give a good model of cooking.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     side, links = whole("side", args["side"]), args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind not in ("jsonl", "parquet", "webdataset"):
-        kind = "folder"  # its message says what is missing
+        kind = "folder"  # the next check names what is missing
     config = defaults()
     config.name = "folder"
 

@@ -1,17 +1,18 @@
-"""A text model learns to draw, compared with the same model from random weights. Small, on shapes.
+"""A text model learns to draw shapes, compared with the same small model from random weights.
 
     ar-unified run --config experiments/from_llm.py:part=text --workdir workdirs/llm
     ar-unified export --workdir workdirs/llm --output workdirs/llm_bundle
     ar-unified run --config experiments/from_llm.py:part=extend,from=workdirs/llm_bundle --workdir workdirs/extended
     ar-unified run --config experiments/from_llm.py:part=scratch,from=workdirs/llm_bundle --workdir workdirs/scratch
 
-Arguments: part=text | extend | scratch (text: what the language model is trained on; scratch: the shape, the text
-tokenizer and the data of `extend`, random weights); from=BUNDLE, the language model: of part=text, or any that
-`ar-unified import --as llama | qwen | gemma` has made; images=FOLDER, an image tokenizer (none: one is trained here).
+Arguments: part=text trains the language model; part=extend teaches it to draw; part=scratch does the same with the
+model shape, text tokenizer and data of `extend`, from random weights. from=BUNDLE is the language model, from part=text
+or from `ar-unified import --as llama | qwen | gemma`. images=FOLDER is an image tokenizer; without it, one is trained
+here.
 
-29 Nov 2026, 400 steps each with images=FOLDER of the demo, held-out losses in nats a token: text 0.748 before, 0.754
-after (from scratch 0.771); captioned images 1.348 after 100 steps and 0.808 at the end, from scratch 1.385 and 0.808;
-48 s of CPU time for each of the three trainings. docs/from_llm.md has both curves.
+Measured on 29 Nov 2026, 400 steps each, with the demo's image tokenizer. Held-out losses in nats per token: text 0.748
+before, 0.754 after (from scratch 0.771); captioned images 1.348 after 100 steps and 0.808 at the end (from scratch
+1.385 and 0.808). Each of the three trainings took 48 s of CPU time. docs/from_llm.md has both curves.
 """
 
 from ml_collections import ConfigDict
@@ -20,12 +21,12 @@ from ar_unified.experiment.brought import describe
 from ar_unified.experiment.config import begin_with, defaults, model, parse_arg
 
 PARTS = ("text", "extend", "scratch")
-REHEARSED = 0.2  # share of the rows with the earlier texts
+REHEARSED = 0.2  # share of rows with the texts of part=text
 PARTS_OF = {"train": "train[:25%]", "validation": "validation"}  # enough for a model as small as this
 
 
 def texts(split: str, weight: float) -> tuple[ConfigDict, ...]:
-    """Captions, and questions with their answers, without their images."""
+    """Captions, and questions with answers, without images."""
     columns = {"captions": {"text": "text"}, "questions": {"text": "{question} {answer}"}}
     return tuple(
         ConfigDict(
@@ -48,7 +49,7 @@ def pictures(split: str, weight: float) -> tuple[ConfigDict, ...]:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises ValueError where they do not go together."""
+    """The config. arg: the arguments above. Raises ValueError if they do not fit together."""
     args = parse_arg(arg, part="text", images=None, **{"from": None})
     part, bundle = args["part"], args["from"]
     if part not in PARTS or (part == "text") != (bundle is None):
@@ -85,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data[key] = (*pictures(split, 1 - REHEARSED), *texts(split, REHEARSED))
     config.data.image_size = (64, 64)
     config.data.layout = "grid"
-    images = config.image_tokenizer  # of 4 x 4 codes an image, as experiments/shapes.py has it
+    images = config.image_tokenizer  # 4 x 4 codes per image, as in experiments/shapes.py
     images.factor, images.patch, images.width, images.l1_weight = 16, 4, 32, 0.5
     images.multipliers, images.blocks, images.levels = (1, 2, 4), (0, 1, 2), (8, 6, 5)
     images.steps, images.batch_size, images.learning_rate = 2000, 16, 4e-3
@@ -100,14 +101,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if part == "scratch":
         config.init = ""
         config.text_tokenizer.model = text_file(str(bundle))
-    else:  # first, only the new rows are trained
+    else:  # at first only the new rows are trained
         config.training.only = ("embedding[new]", "head[new]")
         config.training.phases = (ConfigDict(dict(begin=0.1, only=())),)
     return config
 
 
 def text_file(bundle: str) -> str:
-    """The text tokenizer of a bundle, for a model that begins without its weights."""
+    """The text tokenizer of a bundle, for a model that does not start from the bundle's weights."""
     from ar_unified.bundle import TEXT, Bundle
 
     return str(Bundle(bundle).folder / TEXT / Bundle(bundle).text_tokenizer.file)

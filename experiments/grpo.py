@@ -1,20 +1,21 @@
-"""Learn to draw the right pictures from rewards: GRPO on the shapes demo, whose pixel checker gives the reward.
+"""GRPO on the shapes demo: the model learns to draw the right pictures from the rewards of the demo's pixel checker.
 
     ar-unified run --config experiments/grpo.py:from=BUNDLE --workdir workdirs/grpo
 
 BUNDLE is an exported demo (`ar-unified export --workdir workdirs/shapes --output BUNDLE`), best one that was stopped
-half way: a finished one draws 0.99 right and has little to learn.
+early, because a finished demo draws 0.99 right and has little to learn.
 
-29 Nov 2026, jax 0.10.2, from the demo after 500 of its 3,200 steps: of 400 held-out captions 0.565 are drawn right
-before and 0.850 after (temperature 0.25); caption_exact, which no reward asks for, 0.308. 9 min 50 s on 2 cores, of
-which 547 s are training, beside tests for part of the time. docs/rewards.md has the curve.
+Measured on 29 Nov 2026 with jax 0.10.2, from the demo after 500 of its 3,200 steps: the share of 400 held-out captions
+that are drawn right rises from 0.565 to 0.850 (temperature 0.25). caption_exact, which no reward measures, is 0.308.
+The run took 9 min 50 s on 2 cores that tests also used for part of the time; training took 547 s of it. docs/rewards.md
+has the curve.
 
     python experiments/data/make_unseen_prompts.py --output datasets/unseen-prompts
     ar-unified run --config experiments/grpo.py:from=BUNDLE,unseen=datasets/unseen-prompts --workdir workdirs/unseen
 
-asks for shapes in colours that no training image has; BUNDLE is one of experiments/apart.py. Of 400 captions 0.0 are
-drawn right before and 0.517 after, and of held-out scenes 0.753 and 0.855 (29 Nov 2026, 720 steps, 25 min 35 s on 2
-cores that tests used as well).
+asks for shapes in colours that no training image has. Here BUNDLE is a model of experiments/apart.py. The share of 400
+captions that are drawn right rises from 0.0 to 0.517, and for held-out scenes from 0.753 to 0.855 (29 Nov 2026, 720
+steps, 25 min 35 s on 2 cores that tests also used).
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ from ar_unified.experiment.config import begin_with, defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: "from=BUNDLE,unseen=DIR" of prompts. Raises ValueError without a bundle."""
+    """The config. arg: "from=BUNDLE,unseen=DIR", DIR with prompts. Raises ValueError without a bundle."""
     args = parse_arg(arg, **{"from": None, "unseen": None})
     if not args["from"]:
         raise ValueError("experiments/grpo.py needs a model: --config experiments/grpo.py:from=BUNDLE")
@@ -43,16 +44,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
         made_by = f"python experiments/data/make_unseen_prompts.py --output {args['unseen']}"
         file = f"{args['unseen']}/prompts.jsonl"
         prompts = ConfigDict(dict(kind="jsonl", path=file, made_by=made_by, weight=0.4))
-        # Captions of seen combinations: without them the model forgets how to draw these.
+        # Captions of seen combinations, because the model would forget how to draw them.
         config.data.train = (prompts, ConfigDict(dict(captions("train")[0], weight=0.6)))
         config.data.tests.unseen_combinations = captions("unseen_combinations")
         config.reward.function = "shapes_closeness"
-        config.reward.mode = "image"  # the prompts have no answer that could tell the mode
+        config.reward.mode = "image"  # prompts have no answer from which the mode could be seen
     config.reward.group_size = 16
     config.reward.scale_rewards = False
     config.reward.clip_high = 0.28
-    config.training.batch_size = 128  # 8 prompts a step
-    # One answer a row: a caption of 29 pieces at most, and an image of 16 codes (32 in experiments/apart.py).
+    config.training.batch_size = 128  # 8 prompts per step
+    # One answer per row: a caption of at most 29 pieces, and an image of 16 codes (32 in experiments/apart.py).
     config.training.sequence_length = 72 if args["unseen"] else 56
     config.training.steps = 720 if args["unseen"] else 600
     config.training.optimizer = "adamw"

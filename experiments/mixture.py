@@ -1,19 +1,19 @@
-"""Several sets mixed by weight, each in the form it has: folders of rows and images, tables, tars, texts.
+"""Several datasets mixed by weight, each in its own form: folders of rows and images, tables, tars, texts.
 
     ar-unified validate --config experiments/mixture.py:path=DIR --workdir workdirs/mixture --first 1000
     ar-unified run --config experiments/mixture.py:path=DIR --workdir workdirs/mixture
     ar-unified run --config experiments/mixture.py:path=DIR,sources=photos@0.7+books@0.3 --workdir workdirs/mine
 
-Sources stand below DIR, each with its share of the packed rows behind "@"; its files say what kind of source it is, as
-for experiments/folder.py. By default they are recipes with photographs (based-cooking), photographs and their captions
-(clothing), emoji by name (noto-emoji), questions about drawn figures (easy-vqa) and a text in 29 languages (text/udhr):
-data/make_photos.py, make_emoji.py and make_easy_vqa.py make the first four of public sources that they name. One image
-in twenty is held out of each with all its rows; of texts, one file in twenty.
+Sources are folders below DIR, each named with its share of the packed rows after "@". As in experiments/folder.py, its
+files decide what kind of source it is. The defaults are recipes with photographs (based-cooking), photographs with
+captions (clothing), emoji by name (noto-emoji), questions about drawn figures (easy-vqa) and one text in 29 languages
+(text/udhr). data/make_photos.py, make_emoji.py and make_easy_vqa.py make the first four from public sources that they
+name. Of each source, one image in twenty is held out with all its rows; of texts, one file in twenty.
 
 Arguments: path=DIR (datasets); sources=NAME@SHARE+NAME@SHARE+...; side=PIXELS, an image has about side x side pixels
 (64).
 
-Expected: shares of the rows as they are written (docs/data.md). 600 steps are a check of the path.
+Expected: the shares of rows are the requested ones (docs/data.md). The 600 steps only check that everything works.
 """
 
 from ml_collections import ConfigDict
@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.layout = "rows"
     config.data.max_tokens = 512
 
-    config.text_tokenizer.vocab_size = 4096  # the 29 languages have 1,900 characters
+    config.text_tokenizer.vocab_size = 4096  # the 29 languages have 1,900 different characters
 
     config.image_tokenizer.levels = (8, 8, 8, 5)
     config.image_tokenizer.crop = side // 32 * 32

@@ -4,15 +4,14 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/photos
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/photos
 
-The folder datasets, or DIR of photos.py:path=DIR, holds what data/make_photos.py and data/make_emoji.py make of public
-sources that they name: clothing (1,000 photographs, short side 128), noto-emoji (1,644 images of 128 x 128) and
-based-cooking (133 photographs) for training, and kodak (8 photographs of 768 x 512) to be tested on: none of it is seen
-in training.
+data/make_photos.py and data/make_emoji.py fill the folder `datasets` (or DIR of photos.py:path=DIR) from public sources
+that they name. clothing (1,000 photographs, short side 128), noto-emoji (1,644 images of 128 x 128) and based-cooking
+(133 photographs) are for training. kodak (8 photographs of 768 x 512) is for testing, and never seen in training.
 
 Expected: 24.6 dB on kodak at 256 x 256, after 34 minutes on two cores (docs/image_tokenizers.md).
 
-Arguments: path=DIR, the folder above (datasets), or any folder of photographs of your own to train on;
-validation=DIR2, another folder of photographs, to be scored on (of your own: none).
+Arguments: path=DIR, the folder above (datasets), or a folder of your own photographs to train on; validation=DIR2,
+another folder of photographs for scoring (default: kodak, or none for your own photographs).
 """
 
 from pathlib import Path
@@ -31,7 +30,7 @@ MADE_BY = {
 
 
 def is_of_ones_own(path: str) -> bool:
-    """Whether it is a folder without any of the sets that the scripts in data/ make."""
+    """Whether it is a folder that has none of the sets that the scripts in data/ make."""
     folder = Path(path)
     return folder.is_dir() and not any((folder / name).exists() for name in MADE_BY)
 

@@ -1,18 +1,18 @@
-"""Pretrain a published shape on your own folder, on a TPU slice or a GPU cluster.
+"""Pretrain a model of a published shape on your own folder, on a TPU slice or a GPU cluster.
 
     ar-unified plan  --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
     ar-unified run   --config experiments/pretrain.py:model=chameleon_7b,chips=64,path=DIR --workdir DIR
 
-`plan` first: it needs no data and no hardware. It says what a device's memory holds, what the network carries and how
-long a step takes at least; docs/planning.md has a table of its answers for the shapes and slices below.
+Run `plan` first; it needs no data and no hardware. It says what is in a device's memory, how much is sent over the
+network, and the least time of a step. docs/planning.md has a table of its answers for the models and slices below.
 
-Arguments: model=chameleon_7b | chameleon_34b | emu3_8b | lwm_7b; chips=NUMBER of devices (64), which sets the batch;
-path=DIR, documents as experiments/folder.py takes them (training only).
+Arguments: model=chameleon_7b | chameleon_34b | emu3_8b | lwm_7b; chips=NUMBER of devices (64), which determines the
+batch size; path=DIR, documents in the form that experiments/folder.py reads (only for training).
 
-What is published is the shape of the models, their vocabulary and, for Chameleon, the optimizer (arXiv 2405.09818,
-table 1: learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is at most half of the devices
-that could share it: over a whole 3-D slice libtpu gathers by all-reduces, which send twice the bytes. The rows a chip
-are chosen so that matmuls bound a step. No such run was made: these are plans, not results.
+The models' shapes and vocabularies are published, and for Chameleon also the optimizer (arXiv 2405.09818, table 1:
+learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is at most half of the devices that could share
+it, because over a whole 3-D slice libtpu gathers with all-reduces, which send twice the bytes. The rows per chip are
+chosen so that matmuls bound the time of a step. No such run has been made: these are plans, not results.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from ar_unified.model.config import PRESETS
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of one published system, and how it is spread.
+    """The sizes of one published system, and how it is divided over devices.
 
-    side, factor, codes: pixels of an image, pixels a code, size of the codebook. layout: a name of language.layouts.
-    sequence_length: tokens of a packed row. rows: of them a chip (of all chips that share one under context
-        parallelism).
-    remat: what a chip of the slices in docs/planning.md's table has room for.
+    side, factor, codes: pixels along the side of an image and of a code, size of the codebook. layout: a name of
+    language.layouts. sequence_length: tokens in a packed row. rows: packed rows per chip, or per group of chips that
+    share rows under context parallelism.
+    remat: chosen to fit into the memory of the chips in docs/planning.md's table.
     """
 
     side: int
@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.resize = "aspect" if recipe.layout == "rows" else "crop"
     config.data.max_tokens = recipe.document
 
-    levels = (recipe.factor // 4).bit_length()  # each halves the image, after patches of 4 x 4
+    levels = (recipe.factor // 4).bit_length()  # after patches of 4 x 4, each halves the image
     config.image_tokenizer.factor = recipe.factor
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 128
@@ -100,7 +100,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = model(name, dropout=recipe.dropout, remat=recipe.remat)
     config.mesh = ConfigDict(dict(data=-1, fsdp=fsdp, tensor=1, context=recipe.context))
     config.loss.z_loss = 1e-5
-    config.loss.chunk = 4096  # of a large head, whose float32 gradient is read and written once a chunk
+    config.loss.chunk = 4096  # large, because the head's float32 gradient is read and written once per chunk
     config.training.steps = 200_000
     config.training.batch_size = recipe.rows * chips // recipe.context
     config.training.sequence_length = recipe.sequence_length

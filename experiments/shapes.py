@@ -1,9 +1,9 @@
-"""The demo: both tokenizers, the transformer, samples and their scores on the embedded shapes dataset.
+"""The demo on the embedded shapes dataset: both tokenizers, the transformer, samples and their scores.
 
     make demo      or      ar-unified demo --workdir workdirs/shapes
 
-Expected: drawings 1.0, questions 0.95, captions 0.99, stories 0.83 of held-out scenes right, after 12 to 25 minutes on
-two cores, 1.3 GB (docs/results.md).
+Expected shares of right results for held-out scenes: drawings 1.0, questions 0.95, captions 0.99, stories 0.83, after
+12 to 25 minutes on two cores, 1.3 GB (docs/results.md).
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ WEIGHTS = {"captions": 0.18, "questions": 0.44, "stories": 0.38}  # shares of th
 
 
 def sources(split: str) -> tuple[ConfigDict, ...]:
-    """The three kinds of documents of a split, with their weights."""
+    """The sources of a split for the three kinds of documents, with their weights."""
     return tuple(
         ConfigDict(dict(kind="tfds", name=f"shapes/{kind}", split=split, weight=weight))
         for kind, weight in WEIGHTS.items()
@@ -31,16 +31,17 @@ def get_config() -> ConfigDict:
     config.data.tests.unseen_combinations = sources("unseen_combinations")
     config.data.image_size = (64, 64)
 
-    config.image_tokenizer.factor = 16  # 4 x 4 codes an image
+    config.image_tokenizer.factor = 16  # 4 x 4 codes per image
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 32
     config.image_tokenizer.multipliers = (1, 2, 4)
-    # Blocks where pixels are many, none where they are few: what a code sees of other places makes it hard to foresee.
+    # Blocks only at fine levels, so that a code sees little of other places. What it sees there makes it hard to
+    # predict.
     config.image_tokenizer.blocks = (2, 0, 0)
     config.image_tokenizer.levels = (8, 8, 8)
     config.image_tokenizer.activation = "ifsq"
     config.image_tokenizer.l1_weight = 0.5
-    config.image_tokenizer.recolour = 0.3  # no code then stands for a shape in its usual colours alone
+    config.image_tokenizer.recolour = 0.3  # so that no code stands for only one combination of shape and colour
     config.image_tokenizer.tolerance = 0.04
     config.image_tokenizer.steps = 2000
     config.image_tokenizer.batch_size = 16

@@ -1,15 +1,14 @@
-"""A multilingual SentencePiece model, and what it makes of each language.
+"""Trains a multilingual SentencePiece model, and counts its tokens for each language.
 
     ar-unified tokenizer --config experiments/text_tokenizer.py:path=DIR --workdir workdirs/text
 
-Every .txt, .md or .jsonl file of DIR, and every folder in it that has such files, is one language (or source), named
-after it: en.txt is "en", or "en.txt" beside an en.md or a folder en. Hidden files and folders, and folders without
-text, are passed over.
-text_tokenizer/text.model in the workdir is the model, report.json the table below.
+Every .txt, .md or .jsonl file in DIR, and every folder in it with such files, is one language (or source) with that
+name: en.txt is "en", or "en.txt" if there is also an en.md or a folder en. Hidden files and folders, and folders
+without text, are skipped. The workdir gets the model in text_tokenizer/text.model and the table in report.json.
 
-Arguments: path=DIR; by=line|file, what one text is (line).
+Arguments: path=DIR; by=line|file, whether a text is a line or a file (line).
 
-Expected: every line comes back; 3 to 8 bytes a token for 30 languages and 8,192 pieces, in 2.3 s
+Expected: decoding restores every line; 3 to 8 bytes per token for 30 languages and 8,192 pieces, in 2.3 s
 (docs/text_tokenizers.md).
 """
 
@@ -24,14 +23,14 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def has_text(path: Path) -> bool:
-    """Whether a file is one of text, or a folder has one that is not hidden."""
+    """Whether it is a text file, or a folder with one that is not hidden."""
     if not path.is_dir():
         return any(Path(path.name.lower()).match(pattern) for pattern in FILES)
     return bool(Folder(path).search(lambda name: has_text(Path(name))))
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises UserError: there is no text."""
+    """The config. arg: the arguments above. Raises UserError if there is no text."""
     args = parse_arg(arg, path=None, by="line")
     if not args["path"]:
         raise UserError("experiments/text_tokenizer.py needs texts: --config experiments/text_tokenizer.py:path=DIR")

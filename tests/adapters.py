@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's form, drawn at random."""
+"""Random LoRA adapters in PEFT's form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def drawn(config: TransformerConfig, lora: LoraConfig, seed: int = 0, spread: fl
 
 
 def write(folder: Path, bundle: Bundle, lora: LoraConfig, seed: int = 0, spread: float = 0.3) -> Any:
-    """An adapter's folder; returns what is in it."""
+    """Writes an adapter's folder; returns what is in it."""
     made = drawn(bundle.config, lora, seed, spread)
     peft.write(folder, bundle, lora, made)
     return made

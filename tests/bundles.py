@@ -1,5 +1,5 @@
-"""A bundle of tiny random networks and real tokenizers, made in a second; for images of one size, of any size, or for
-text alone."""
+"""A bundle of tiny random networks and real tokenizers, made in a second: for images of one size, of any size, or for
+text only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fresh(init: Any, config: Any, seed: int) -> Any:
 
 @functools.cache
 def parts(layout: str = "grid") -> dict[str, Any]:
-    """The arguments of `bundle.write` without the folder. layout: "grid", "rows", or "none" for text alone."""
+    """The arguments of `bundle.write` without the folder. layout: "grid", "rows", or "none" for text only."""
     text = TextTokenizer.train(SENTENCES, 300)
     image = None if layout == "none" else ImageTokenizer(IMAGE, fresh(init_image, IMAGE, 0), batch_size=8)
     if image is None:
@@ -66,7 +66,7 @@ def write(folder: Path, layout: str = "grid", **changes: Any) -> bundle.Bundle:
 
 
 def write_without_decoder(folder: Path) -> bundle.Bundle:
-    """A bundle of layout "grid" whose image tokenizer can encode images, but not decode codes."""
+    """A bundle of layout "grid" with an image tokenizer that can encode images, but not decode codes."""
     of = parts("grid")
     kept = {name: part for name, part in of["image_tokenizer"].params.items() if name != "decoder"}
     tokenizer = ImageTokenizer(IMAGE, kept, batch_size=8)

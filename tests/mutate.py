@@ -2,9 +2,10 @@
 
 python tests/mutate.py [--jobs 2] [--green] [--missing] [NAME ...]
 
-A mistake counts as noticed where its tests pass without it and fail with it (--green: `make test` has just shown that
-they pass). --missing: only the mistakes for which no test is known to notice them. All results that are known go into
-docs/mutations.md; a mistake that nothing noticed, or that can no longer be made, is exit status 1.
+A mistake is noticed if its tests pass without it and fail with it. With --green, the tests are assumed to pass without
+it, because `make test` has just shown that. --missing: only the mistakes that no known result says are noticed. All
+known results are written to docs/mutations.md. The exit status is 1 if a mistake was not noticed, or can no longer be
+made.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from tests.mutations import Mutation  # noqa: E402
 
 MUTATIONS = (*mutations.MUTATIONS, *mutations_of_use.MUTATIONS)
 
-KNOWN = ROOT / ".cache" / "mutations.json"  # results by name, with a digest of what they are of
+KNOWN = ROOT / ".cache" / "mutations.json"  # results by name, with a digest of the mistake
 PAGE = ROOT / "docs" / "mutations.md"
-QUICK = "not slow and not interop and not newest_jax"  # as `make test` has it
-LONGEST = 900  # seconds; a test that takes longer hangs, which counts as noticing the mistake
+QUICK = "not slow and not interop and not newest_jax"  # as in `make test`
+LONGEST = 900  # seconds; a test that takes longer counts as hanging, which also notices the mistake
 HEAD = """# Mistakes that the tests notice
 
 `make mutate` makes each of these mistakes (tests/mutations*.py) in a copy of the repository and runs the quick tests
@@ -86,7 +87,7 @@ def impossible(mutation: Mutation) -> str:
 
 
 class Passing:
-    """Which tests pass as the tree is; each asked once."""
+    """Which tests pass in the unchanged tree; each runs once."""
 
     def __init__(self, all_do: bool) -> None:
         self._all_do = all_do
@@ -124,7 +125,7 @@ def attempt(mutation: Mutation, passing: Passing) -> dict[str, Any]:
 
 
 def copy(folder: Path) -> Path:
-    """The tree as it is, what is not committed included; compiled programs are shared."""
+    """Copies the tree with uncommitted changes; copies share the compiled programs."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True).stdout.decode()
     for name in filter(None, names.split("\0")):
@@ -138,7 +139,7 @@ def copy(folder: Path) -> Path:
 
 
 def ask(root: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """pytest's exit status, -1 where it hung, and the first test that failed."""
+    """pytest's exit status (-1 if it hung), and the first test that failed."""
     path = f"{root}{os.pathsep}{root / 'tokenizers'}"
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", QUICK, "-p", "no:cacheprovider", *tests]

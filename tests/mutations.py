@@ -1,8 +1,9 @@
-"""Mistakes that somebody could make, and the tests that must notice each: `make mutate` makes them one by one.
+"""Mistakes that somebody could make, and the tests that must notice each. `make mutate` makes them one by one.
 
-This file has mistakes in training; tests/mutations_of_use.py in sampling, evaluation, tokenizers and the command line.
+This file has mistakes in training; tests/mutations_of_use.py has those in sampling, evaluation, tokenizers and the
+command line.
 
-`old` stands in its file exactly once; `tests` are arguments of pytest, as few as notice it, none of them slow.
+`old` occurs exactly once in its file. `tests` are arguments of pytest: as few as possible, and none of them slow.
 """
 
 from __future__ import annotations

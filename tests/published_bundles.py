@@ -1,4 +1,5 @@
-"""What `bundle.write` takes of tiny models with the ids of a published table: random weights, published tokenizers."""
+"""Arguments of `bundle.write` for tiny models with the ids of a published table: random weights, published
+tokenizers."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def border_of(kind: str) -> Border:
 
 @functools.cache
 def parts(kind: str) -> dict[str, Any]:
-    """kind: "chameleon", "emu3", or "llama" for text alone."""
+    """kind: "chameleon", "emu3", or "llama" for text only."""
     file, data, text_ids, controls, _, V = TABLES[kind]
     text = MappedCodec.of(file, data(), border_of(kind), len(text_ids), "warn")
     alone = kind == "llama"

@@ -1,4 +1,4 @@
-"""The project's Python files as the tests of its walls see them: parsed, never imported."""
+"""The project's Python files for the tests of its architecture: parsed, never imported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(module of ours, name in it or "", name here) of every import in a file: in functions, for types alone, anywhere.
+    """(module of ours, name in it or "", name here) of every import in a file, also in functions and only for types.
 
     `from ar_unified.data import images as images` imports a module: ("ar_unified.data.images", "", "images").
     """

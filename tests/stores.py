@@ -1,4 +1,4 @@
-"""A real object store on this machine, for tests: moto's S3 server in a process of its own, and a way to disturb it."""
+"""A real object store on this machine for tests: moto's S3 server in its own process, and a way to disturb it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOBODY = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DE
 
 
 class Store:
-    """An S3 server with one bucket. `port`: what clients ask; `variables`: what they need in their environment."""
+    """An S3 server with one bucket. `port`: where clients connect; `variables`: what they need in their environment."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -48,7 +48,7 @@ class Store:
         return _NOBODY | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}"}
 
     def close(self) -> None:
-        """Ends the server. If it has ended by itself, tests failed for that: what it said last is printed."""
+        """Ends the server. If it has ended by itself, that made tests fail, so its last output is printed."""
         if (status := self._process.poll()) is not None:
             self._said.seek(max(self._said.seek(0, os.SEEK_END) - 4000, 0))
             print(f"the store's server ended by itself, with status {status}: {self._said.read().decode()}", flush=True)
@@ -59,7 +59,7 @@ class Store:
 
 @contextmanager
 def using(variables: dict[str, str]) -> Iterator[None]:
-    """This process asks another store for a while."""
+    """Makes this process use another store for a while."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -73,9 +73,9 @@ def using(variables: dict[str, str]) -> Iterator[None]:
 
 
 class Disturbed:
-    """Stands between clients and a store. `fault` is asked for each request, with its method, path and number, from 1;
-    it answers a status to give in the store's place, "torn" to send half of what the store says, "cut" to hang up, or
-    None to leave it alone.
+    """Stands between clients and a store. `fault` is called for each request, with its method, path and number (from
+    1). It returns a status to send instead of the store's answer, "torn" to send half of the answer, "cut" to close the
+    connection, or None to change nothing.
 
     Attributes:
         asked: (method, path) of every request. faults: how many were disturbed.

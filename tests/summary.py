@@ -3,10 +3,10 @@
 python tests/summary.py [--only-hardware] [--record FILE] RUN.xml ...     from pytest's --junitxml
 python tests/summary.py --last FILE                                       what --record has written
 
-A test that is skipped in one run and passes in another was run. Skips for want of hardware say "hardware" in their
-reason; those for want of its compiler name it, since not every package index carries what a hardware's maker gives out.
-What reference implementations computed lies outside: "not beside this repository" is a reason where that is so.
-With --only-hardware any other skip is exit status 1, as a failure always is.
+A test that is skipped in one run and passes in another counts as run. A skip for missing hardware says "hardware" in
+its reason, and a skip for a missing compiler names it, because not every package index has the vendor's compiler.
+Stored results of reference implementations are outside the repository, so "not beside this repository" is a valid
+reason if that folder is absent. With --only-hardware, any other skip gives exit status 1; a failure always does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Words of the reasons that are nobody's fault; the last is one where the folder that they speak of is there.
+# Words of valid reasons. The last one is valid only if the folder that it names is absent.
 FAULTLESS = ("hardware", "libtpu") + (() if (ROOT.parent / "shared").exists() else ("not beside this repository",))
 
 
@@ -75,7 +75,7 @@ def read(runs: list[Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]
 
 
 def record(file: Path, counts: dict[str, dict[str, float]], skipped: dict[str, str]) -> None:
-    """Writes down that all tests ran: when, of which commit, and with what result."""
+    """Records that all tests ran: when, for which commit, and with what result."""
     describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     today = datetime.datetime.now(datetime.UTC).date().isoformat()

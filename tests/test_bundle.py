@@ -1,4 +1,5 @@
-"""A model as one folder: what is written comes back, whole or not at all, and what was tampered with is refused."""
+"""A model as one folder: it is written completely or not at all, reading restores it, and a tampered folder is
+refused."""
 
 from __future__ import annotations
 
@@ -97,12 +98,12 @@ def test_it_is_whole_or_not_at_all_and_never_written_over_something(tmp_path, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundles, "write_text", full)  # of the card, behind the weights
+        patch.setattr(bundles, "write_text", full)  # writing the card, after the weights
         with pytest.raises(OSError, match="No space"):
             write(tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "b").mkdir()
-    write(tmp_path / "b")  # an empty folder is nothing
+    write(tmp_path / "b")  # an empty folder counts as nothing
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "file").write_text("mine")
     for there in ("b", "file"):
@@ -116,7 +117,7 @@ def test_it_is_whole_or_not_at_all_and_never_written_over_something(tmp_path, mo
 
 
 def reseal(folder: Path, **files: Any) -> None:
-    """Makes bundle.json say what is there, as somebody would who means harm. files: changes, None: left out."""
+    """Makes bundle.json match the files, like an attacker would. files: changes; None leaves a file out."""
     record = json.loads((folder / BUNDLE).read_text())
     for name in list(record["files"]):
         if (folder / name).exists():
@@ -128,7 +129,7 @@ def reseal(folder: Path, **files: Any) -> None:
 
 
 def json_of(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """A JSON file of it changed, and bundle.json with it."""
+    """Changes a JSON file, and bundle.json with it."""
 
     def damage(folder: Path) -> None:
         value = json.loads((folder / name).read_text())
@@ -141,7 +142,7 @@ def json_of(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Pat
 
 
 def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    """The weights changed, and bundle.json with them."""
+    """Changes the weights, and bundle.json with them."""
 
     def damage(folder: Path) -> None:
         (path,) = folder.glob("model-0*.safetensors")
@@ -169,7 +170,7 @@ def flipped(name: str) -> Callable[[Path], None]:
 
 
 class Trap:
-    """Leaves a mark where it is unpickled."""
+    """Writes a file if it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (os.environ["TRAP"],)
@@ -239,7 +240,7 @@ HOSTILE = {
         lambda folder: reseal(
             folder, **dict.fromkeys(map("image_tokenizer/{}".format, ("config.json", "weights.safetensors")))
         ),
-        "language.json: expected image codes where there is an image_tokenizer, and its hash nowhere else",
+        "language.json: expected image codes with image_tokenizer and its hash, or none of the three",
     ),
     "a link out": (linked("language.json"), "language.json is a link to .*outside"),
     "weights linked out": (linked(WEIGHTS), f"{WEIGHTS} is a link to .*outside"),

@@ -1,4 +1,4 @@
-"""`make check-gpu` without a GPU: it runs to its end, also where a check ends its process."""
+"""`make check-gpu` without a GPU runs to its end, even if a check ends its process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ sys.modules["experiments.benchmarks.gpu.parity"] = types.SimpleNamespace(checks=
 
 
 def check_gpu(folder: Path, before: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    """Exit status and rows behind the first, with the text of `before` run at the start of every process."""
+    """The exit status and the rows after the first. The code in `before` runs at the start of every process."""
     (folder / "sitecustomize.py").write_text(before)
     paths = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "tokenizers")])
     command = [sys.executable, "-m", "experiments.benchmarks.gpu", "--output", str(folder / "found.jsonl"), *arguments]
@@ -73,7 +73,7 @@ def test_it_runs_to_its_end_with_what_a_gpu_machine_has(tmp_path: Path) -> None:
     status, rows = check_gpu(tmp_path, FEW_PACKAGES, "--seconds", "3000")
     assert status == 0, rows
     counts = {stage: sum(row["stage"] == stage for row in rows) for stage in {row["stage"] for row in rows}}
-    assert counts.pop("parity") > len(CASES)  # those of attention, and some of decoding
+    assert counts.pop("parity") > len(CASES)  # all of attention, and some of decoding
     assert counts == {"attention": 14, "decode": 2, "training": 2, "sampling": 2, "rings": 2}
     assert not any({"ours", "process"} & row.get("failed", {}).keys() for row in rows)
     assert all(row["milliseconds"]["ours"] for row in rows if row["stage"] in ("attention", "decode"))

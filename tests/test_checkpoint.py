@@ -1,4 +1,4 @@
-"""The checkpoint interface: atomic, asynchronous, for any mesh, and with clear errors for what does not fit."""
+"""The checkpoint interface: atomic, asynchronous, for any mesh, and with clear errors for wrong checkpoints."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_only_large_arrays_are_shared_out_among_their_copies(tmp_path, monkeypat
 
 def test_params_alone_without_knowing_the_model(tmp_path):
     save(tmp_path, 3).close()
-    shutil.rmtree(tmp_path / "3" / "optimizer")  # not read, so not missed
+    shutil.rmtree(tmp_path / "3" / "optimizer")  # not read, so not needed
     found = restore_params(tmp_path)
     np.testing.assert_array_equal(found["w"], 3 * PARAMS["w"])
     assert found["w"].devices() == {jax.devices()[0]}
@@ -110,7 +110,7 @@ def test_the_best_is_kept_until_a_better_one_is_on_disk(tmp_path):
 
     write(1, 2, 3)
     assert Checkpoints(tmp_path, readonly=True).steps() == [2, 3]
-    write(4, 5)  # after a restart the best step is still known, and of equal steps the first is kept
+    write(4, 5)  # after a restart the best step is still known, and the first of equally good steps is kept
     reader = Checkpoints(tmp_path, readonly=True)
     assert reader.steps() == [2, 5] and reader.best() == (2, 1.5) and reader.latest() == 5
     losses[6] = 1.0
@@ -152,7 +152,7 @@ def test_a_failed_save_is_raised_without_waiting_for_the_next(tmp_path):
         large = {"w": np.random.default_rng(0).normal(size=(1500, 1500))}
         checkpoints.save(2, params=large, optimizer=PARAMS, metadata={})
         with pytest.raises(SaveFailed, match=r"checkpoint 2 could not be written.*Complete checkpoints: \[1\]"):
-            for _ in range(1000):  # as a loop asks at every step
+            for _ in range(1000):  # as a loop calls it at every step
                 checkpoints.check()
                 time.sleep(0.02)
     finally:
@@ -163,7 +163,7 @@ def test_a_failed_save_is_raised_without_waiting_for_the_next(tmp_path):
 
 @pytest.mark.parametrize("readonly", [False, True])
 def test_a_url_reaches_orbax_as_it_is(monkeypatch, readonly):
-    """No bucket here: what is written to one is Orbax's and TensorStore's."""
+    """There is no bucket here, because Orbax and TensorStore write to buckets."""
     seen = []
     monkeypatch.setattr(ocp.training, "Checkpointer", lambda folder, **_: seen.append(folder))
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "is_dir", lambda path: seen.append(path) or True)
@@ -188,9 +188,9 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
 def test_a_checkpoint_is_adopted_whole_and_outlives_its_origin(tmp_path):
     origin, folder = tmp_path / "origin", tmp_path / "branch"
     save(origin, 1, 2, 3).close()
-    shutil.copytree(origin / "1", folder / "2.new.orbax-checkpoint-tmp")  # what a killed attempt left
+    shutil.copytree(origin / "1", folder / "2.new.orbax-checkpoint-tmp")  # the files of a killed attempt
     adopt(origin, 2, folder)
-    adopt(origin, 2, folder)  # again, as after a kill behind it
+    adopt(origin, 2, folder)  # again, as after a kill later on
     assert steps_in(folder) == [2] and steps_in(origin) == [1, 2, 3] and steps_in(tmp_path / "none") == []
     assert [path.name for path in folder.iterdir()] == ["2"]
     shutil.rmtree(origin)

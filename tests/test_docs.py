@@ -1,4 +1,5 @@
-"""README and the pages are right: commands parse, keys and files exist, snippets run, and every error is explained."""
+"""README and the pages of docs/ are right: commands parse, keys and files exist, snippets run, and every error is
+explained."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tests.sources import files, tree
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^(<!-- runs -->\n)?```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Placeholders for the reader's own files, and their replacements here: files of `places`.
+# Placeholders for the reader's own files -> their replacements here, files of `places`.
 STANDS_FOR = {"FILE": "experiments/shapes.py", "DIR": "mine", "DIR2": "mine", "PATH": "mine", "BUNDLE": "bundle"}
 ARGUMENT = re.compile(r"(?<=[=,:])(DIR2|DIR|PATH|BUNDLE|FILE|chameleon|emu3)(?=,|$)")
 
@@ -49,7 +50,7 @@ def snippets(language: str, run: bool | None = None) -> list[Any]:
 
 
 def lines(text: str) -> Iterator[list[str]]:
-    """The words of each command of a block; lines that end in a backslash go on."""
+    """The words of each command of a block. A line that ends in a backslash continues."""
     for line in text.replace("\\\n", " ").splitlines():
         try:
             words = shlex.split(line, comments=True)
@@ -69,7 +70,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which what the pages name is there: experiments, a folder of one's own, a bundle."""
+    """A folder with everything that the pages name: experiments, a user's own folder, a bundle."""
     here = tmp_path_factory.mktemp("reader")
     for name in ("experiments", "examples"):
         (here / name).symlink_to(ROOT / name)
@@ -94,7 +95,7 @@ def test_the_pages_have_commands_and_snippets():
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command_of_the_pages_can_be_given(words, places, monkeypatch, capsys):
-    """Parsed by the real parser; keys are those of the real config; scripts and targets are there."""
+    """Commands parse with the real parser, their keys are in the real config, and scripts and targets exist."""
     monkeypatch.chdir(places)
     program, *rest = words
     if program == "make":
@@ -116,7 +117,7 @@ def test_a_command_of_the_pages_can_be_given(words, places, monkeypatch, capsys)
 
 
 def check_config(file: str | None, overrides: list[str]) -> None:
-    """Loads the config of a command with its keys, where the page names one that loads without data of its own."""
+    """Loads the config of a command with its keys, if it is a config that loads without the reader's data."""
     keys = [override.replace("=FILE", "=").replace("=FOLDER", "=") for override in overrides]
     keys = [key.replace("=N", "=1") for key in keys if "fsq|vq" not in key]
     file = file or "experiments/shapes.py"
@@ -166,7 +167,7 @@ def test_python_of_the_pages_runs(text, places):
 
 
 def test_links_of_the_pages_lead_somewhere():
-    """`make docs` says it too, of the site; here of the files, as they are read in the repository."""
+    """`make docs` checks links of the site; this checks the files as people read them in the repository."""
     broken = []
     for page in PAGES:
         text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -185,7 +186,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_keys_that_the_pages_name_are_keys():
-    """`training.steps`, `config.data.filters`: in code marks, of a section that a config has."""
+    """Keys like `training.steps` and `config.data.filters`: in backticks, with a section that a config has."""
     known = names(defaults())
     sections = "|".join(key for key, value in defaults().items() if isinstance(value, ConfigDict))
     wrong = []
@@ -206,7 +207,7 @@ def names(config: ConfigDict, prefix: str = "") -> set[str]:
 
 
 def test_every_kind_of_error_has_its_cure():
-    """UserError and RunError, what is made of them, and what is left out of data: each is named on a page."""
+    """Every subclass of UserError and RunError, and every kind of left-out item, is named on a page."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     kinds = {"UserError", "RunError"}
     grown = kinds
@@ -234,7 +235,7 @@ def test_every_kind_of_bad_item_is_explained():
 
 
 def test_words_of_messages_that_the_pages_quote_are_said():
-    """**"not finite at step"** of troubleshooting stands in the code."""
+    """Every quoted message of the troubleshooting page, like **"not finite at step"**, is in the code."""
     quoted = re.findall(r'\*\*"([^"]+)"\*\*', (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
     source = "".join(path.read_text(encoding="utf-8") for path in files("ar_unified", "tokenizers"))
     told = re.sub(r"\"\s*\n\s*f?\"", "", source) + "no such file No space left on device Unable to initialize backend"
@@ -251,7 +252,7 @@ def test_ci_calls_what_ci_is():
 
 
 def test_hooks_run_what_lint_runs():
-    """Each tool of `make lint` is a hook with the same tool, and no hook is fetched from anywhere."""
+    """Each tool of `make lint` has a hook with the same tool, and no hook is downloaded."""
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repo["repo"] == "local"
     hooks = {

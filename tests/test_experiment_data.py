@@ -1,4 +1,4 @@
-"""The scripts of experiments/data on small substitutes for their sources, and their messages if data are missing."""
+"""The scripts of experiments/data, with small stand-ins for their sources, and their messages if data are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gallery of results: the record of a run, and that the page is made only from records."""
+"""The gallery of results: the record of a run; and the page is made only from records."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_run_becomes_a_row_and_a_picture(workdir, docs):
 
 
 def test_commit_and_machine_are_those_of_the_run(workdir, docs, monkeypatch):
-    """Its report names them: the record may be made later, from another commit."""
+    """They come from its report, because the record may be made later, from another commit."""
     ran = {"devices": "8 x TPU v5p, 2 process", "jax": "0.1", "written": "2026-01-02 03:04 UTC", "revision": "abc<1>"}
     with monkeypatch.context() as then:
         then.setattr(report, "environment", lambda: ran)
@@ -83,7 +83,7 @@ def test_what_cannot_be_recorded_is_told(workdir, docs):
 
 
 def test_the_page_of_the_repository_is_as_its_records_say(tmp_path):
-    """Nobody edits between the marks."""
+    """Nothing between the marks is edited by hand."""
     page = (gallery.DOCS / "results.md").read_text(encoding="utf-8")
     (tmp_path / "results.md").write_text(page, encoding="utf-8")
     if (gallery.DOCS / "results").exists():

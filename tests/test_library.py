@@ -1,4 +1,5 @@
-"""As a library: sums are right on a CPU whatever is imported, and the example of docs/library.md runs as it stands."""
+"""Use as a library: sums are right on a CPU with any order of imports, and the example of docs/library.md runs
+unchanged."""
 
 from __future__ import annotations
 
@@ -15,18 +16,18 @@ import ar_unified
 from tests import bundles
 
 ROOT = Path(__file__).resolve().parents[1]
-# jax issue 39103: with jaxlib 0.10.2's own reductions the last of these sums is 1071645696 or so, and nothing says it.
+# jax issue 39103: with jaxlib 0.10.2's own reductions, the last of these sums is about 1071645696, without an error.
 SUMS = """
 import jax.numpy as jnp
 i = jnp.arange(32769, dtype=jnp.float32)
 x = jnp.stack([i, jnp.zeros_like(i), jnp.zeros_like(i)], axis=1)
 print(float(jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)[-1]) == 32768.0**2)
 """
-NEEDED = jax.__version_info__ < (0, 12)  # from then on jaxlib is right by itself
+NEEDED = jax.__version_info__ < (0, 12)  # jaxlib versions from this one on are right by themselves
 
 
 def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a process of its own, on one device, with no XLA_FLAGS but those given and no cache."""
+    """Runs `code` in a new process, on one device, with only the given XLA_FLAGS and without a cache."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.run(
@@ -65,7 +66,7 @@ def test_an_import_costs_little_and_names_come_when_they_are_used():
 
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path):
-    """On a bundle of networks that have learned nothing."""
+    """With a bundle of untrained networks."""
     text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert example, "docs/library.md has no example"

@@ -1,4 +1,4 @@
-"""What rows of metrics.jsonl come to."""
+"""Summaries of the rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ar_unified.metrics import last_validation, turned
 
 
 def rows(validation, training=None):
-    """Rows as metrics.jsonl has them: a validation every 100 steps, the training loss just before each."""
+    """Rows like those of metrics.jsonl: a validation every 100 steps, and the training loss just before each."""
     training = training or [5.0 / (i + 1) for i in range(len(validation))]
     pairs = zip(validation, training, strict=True)
     for step, (held_out, loss) in enumerate(pairs, 1):
@@ -34,7 +34,7 @@ def test_one_rise_may_be_a_chance_but_not_at_the_end():
     [
         ([6.5, 6.1, 6.6, 6.0],),  # it fell again
         ([6.5, 6.1, 6.12, 6.13],),  # less than one per cent
-        ([6.5, 6.1, 7.0, 8.0], [4.0, 3.0, 5.0, 6.0]),  # both rise: another matter
+        ([6.5, 6.1, 7.0, 8.0], [4.0, 3.0, 5.0, 6.0]),  # both rise, which is something else
         ([6.5],),
         ([],),
         ([6.5, None, None, None],),

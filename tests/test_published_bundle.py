@@ -1,4 +1,4 @@
-"""A bundle with a published text tokenizer and the ids of a published table, and the same ids seen from outside."""
+"""A bundle with a published text tokenizer and the ids of a published table, and their conversion to published ids."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_text_that_names_special_tokens_is_text_in_a_document(made):
 
 
 def test_logits_are_the_published_model_s_in_its_own_order(made):
-    """A table of theirs, gathered at the border, gives their logits for their tokens."""
+    """A published table, reordered by the border, gives the published logits for the published tokens."""
     border, model = border_of("emu3"), ar_unified.load(made / "emu3", batch_size=1)
     V, rng = border.size, np.random.default_rng(0)
     tokens = rng.integers(0, V, (2, 5))

@@ -39,7 +39,7 @@ def uses() -> Iterator[tuple[str, str]]:
                 taken[called] = (module, name)
             else:
                 opened[called] = module
-        handed, reached = set[str](), set[str]()  # modules that are values here; what is asked of any value
+        handed, reached = set[str](), set[str]()  # modules used as values; attributes of any value
         for statement in tree(path).body:
             mine, parts = defined(statement), list(ast.walk(statement))
             asked = {id(node.value) for node in parts if isinstance(node, ast.Attribute)}
@@ -59,7 +59,7 @@ def uses() -> Iterator[tuple[str, str]]:
 
 
 def test_nothing_public_is_for_tests_alone() -> None:
-    passed_on: dict[tuple[str, str], tuple[str, str]] = {}  # by a package, from one of its modules
+    passed_on: dict[tuple[str, str], tuple[str, str]] = {}  # names that a package takes from one of its modules
     for name, path in modules().items():
         if path.name == "__init__.py":
             passed_on |= {(name, called): (module, of) for module, of, called in imports(path) if of}

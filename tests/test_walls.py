@@ -1,5 +1,5 @@
-"""Which package may import which, and how long a file may be. Move code that is refused here to a layer that both sides
-may import."""
+"""Which package may import which, and how long a file may be. Move code that this test refuses to a layer that both
+sides may import."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_what_is_private_stays_in_its_module() -> None:
     """A name with an underscore is never imported, and is used only in its own module."""
     reached = []
     for path in files("ar_unified", "tokenizers", "experiments", "examples"):
-        made = {"_replace", "_asdict", "_make", "_fields", "_exit"}  # of named tuples, and os._exit
+        made = {"_replace", "_asdict", "_make", "_fields", "_exit"}  # methods of named tuples, and os._exit
         used = set()
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

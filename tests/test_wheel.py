@@ -1,4 +1,4 @@
-"""What the wheel gives without the repository: the version, every verb, the experiments, the demo."""
+"""The wheel works without the repository: the version, every verb, the experiments, the demo."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.wheel_alone import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 WHEEL = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
-KINDS = ("captions", "questions", "stories")  # of the demo's sources, in their order
-# The demo with as little of everything as makes every stage do something.
+KINDS = ("captions", "questions", "stories")  # numbers for the demo's sources, in their order
+# The demo with as little of everything as every stage needs.
 FEW = (
     *(f"data.train[{i}].split=train[:200]" for i, _ in enumerate(KINDS)),
     *(f"data.validation[{i}].split=validation[:50]" for i, _ in enumerate(KINDS)),
@@ -43,15 +43,15 @@ FEW = (
     "image_tokenizer.blocks=(0,0,1)",
     "training.batch_size=8",
 )
-# The demo's dataset with so many examples: to draw all 115,000 takes a minute of CPU.
+# The demo's dataset with this many examples, because drawing all 115,000 takes a minute of CPU.
 FEW_DRAWN = """
 from ar_unified.data.shapes import Shapes
 for config in Shapes.BUILDER_CONFIGS:
     config.train, config.held_out = 200, 50
 """
 
-# Command lines, one after the other, each of which must end with status 0. One process: a start takes two seconds of
-# CPU, and that a verb imports what it needs is a matter of the module, not of the process.
+# Runs command lines one after the other; each must end with status 0. They share a process, because a start takes two
+# seconds of CPU.
 CALLS = """
 import json, sys
 from ar_unified.cli.main import main
@@ -77,7 +77,7 @@ def test_the_version_is_written_once():
 
 
 def test_every_experiment_is_in_the_wheel():
-    """A new one is added to pyproject.toml: without it, its name is known in a clone and nowhere else."""
+    """A new experiment must be added to pyproject.toml, or its name is known only in a clone."""
     shipped = {path: f"ar_unified/{path}" for path in WHEEL["force-include"]}
     assert shipped == WHEEL["force-include"]
     there = {f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")}
@@ -85,11 +85,11 @@ def test_every_experiment_is_in_the_wheel():
 
 
 def test_every_package_that_is_imported_is_asked_for():
-    """By pyproject.toml itself, and not only by something else that is asked for."""
+    """pyproject.toml itself asks for it, not only another dependency."""
     groups = PROJECT["project"]["optional-dependencies"]
     told = [*PROJECT["project"]["dependencies"], *itertools.chain(*groups.values())]
     asked = {re.findall(r"^[\w.-]+", each)[0].lower().replace("_", "-") for each in told}
-    harnesses = {"lm_eval", "lmms_eval", "vlmeval"}  # they call us; whoever has them imports our adapter
+    harnesses = {"lm_eval", "lmms_eval", "vlmeval"}  # they call us, and their users import our adapter
     known = importlib.metadata.packages_distributions()
     missing = {
         name
@@ -103,7 +103,8 @@ def test_every_package_that_is_imported_is_asked_for():
 
 
 def test_what_the_dockerfile_names_is_there():
-    """No builder runs here: each file that it copies is in the context, each backend an extra, each Python pinned."""
+    """No image is built here. Each file that it copies is in the context, each backend is an extra, and each Python is
+    pinned."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     let_through = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
     copied = {word for words in re.findall(r"^COPY (?:--\S+ )*(.*) \S+$", text, re.MULTILINE) for word in words.split()}
@@ -148,7 +149,7 @@ def test_an_experiment_goes_by_its_name(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
-    """In an environment that has the wheel and what it depends on, in a folder with nothing in it."""
+    """In an environment with only the wheel and its dependencies, in an empty folder."""
     alone = wheel_alone.environment(tmp_path)
     assert not [name for name in alone.names if "benchmarks" in name or "__pycache__" in name]
     (tmp_path / "empty").mkdir()
@@ -170,7 +171,7 @@ def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
 
 
 def every_verb(here: Path, keys: list[str]) -> list[list[str]]:
-    """Calls of every verb behind the demo, on little files that are made in the folder they run in."""
+    """Calls of every verb after the demo, with small files that are made in the current folder."""
     (here / "prompts.jsonl").write_text('{"prompt": "A small blue star in the top right.", "n": 2}\n')
     (here / "texts.jsonl").write_text('{"prompt": "What is it?", "answer": "A blue star."}\n')
     (here / "np.ckpt").write_bytes(pickle.dumps({"a": np.ones((2, 3), np.float32)}))
@@ -186,5 +187,5 @@ def every_verb(here: Path, keys: list[str]) -> list[list[str]]:
         ["validate", "texts.jsonl"],
         ["convert-pickle", "--from", "np.ckpt", "--output", "np"],
         ["import", "--from", "download/models/30b", "--as", "chameleon", "--output", "chameleon", *beside],
-        ["plan", "--config", "shapes", "--target", "h200:1", "--no-advice"],  # for which this CPU stands in
+        ["plan", "--config", "shapes", "--target", "h200:1", "--no-advice"],  # this CPU stands in for it
     ]

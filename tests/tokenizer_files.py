@@ -1,5 +1,5 @@
-"""Text tokenizers in the files that others publish, small ones made here: tokenizer.json of four families, tiktoken's
-ranks, and SentencePiece with a dummy prefix."""
+"""Small text tokenizers in published formats: tokenizer.json of four families, tiktoken's ranks, and SentencePiece with
+a dummy prefix."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TEXTS = [
     "it'S\u017f",
 ]
 IMAGES = tuple("IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z" for code in range(24))
-# What a published table has before its pieces of text, and one more that its file does not call special.
+# Names that a published table has before its pieces of text, and one more that its file does not mark as special.
 SPECIAL = ("<s>", "<pad>", "</s>", *IMAGES, "<eoss>", "<racm3:break>", "<reserved08706>")
 PLAIN = "<tool_call>"
 
 
 def strings(count: int, seed: int = 0) -> list[str]:
-    """Random texts of all of Unicode, of its usual parts, and of what tokenizers stumble over."""
+    """Random texts from all of Unicode, from its common parts, and of strings that are difficult for tokenizers."""
     rng = random.Random(seed)
     parts = (
         lambda: chr(rng.randrange(32, 127)),
@@ -51,7 +51,7 @@ def strings(count: int, seed: int = 0) -> list[str]:
 
 @functools.cache
 def byte_level(normalizer: str = "", size: int = 420) -> bytes:
-    """As Chameleon's, specials first; normalizer "NFC": as Qwen's."""
+    """Like Chameleon's, with special tokens first; with normalizer "NFC" like Qwen's."""
     made = Tokenizer(models.BPE())
     if normalizer:
         made.normalizer = getattr(normalizers, normalizer)()
@@ -69,7 +69,7 @@ def byte_level(normalizer: str = "", size: int = 420) -> bytes:
 
 @functools.cache
 def sentence_pieces(prefix: bool) -> bytes:
-    """A tokenizer.json made of a SentencePiece model: Llama's with a prefix, Gemma's without."""
+    """A tokenizer.json made from a SentencePiece model: like Llama's with a prefix, like Gemma's without."""
     corpus = [text.replace(" ", "\u2581") for text in CORPUS]
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
@@ -94,7 +94,8 @@ def sentence_pieces(prefix: bool) -> bytes:
 
 @functools.cache
 def ranks(size: int = 600) -> dict[bytes, int]:
-    """Ranks of bytes in GPT-2's order, of learned pieces, and of some that no pair of pieces makes in order."""
+    """Ranks of bytes in GPT-2's order, of learned pieces, and of pieces that merges in the order of ranks never
+    make."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order = seen + [byte for byte in range(256) if byte not in seen]
     found = {bytes((byte,)): rank for rank, byte in enumerate(order)}
@@ -121,7 +122,7 @@ def tiktoken_file(of: dict[bytes, int]) -> bytes:
 
 @functools.cache
 def dummy_prefix(symbols: Sequence[str] = ()) -> bytes:
-    """A SentencePiece model as Llama's: <unk>, <s>, </s>, bytes, and a space in front of every text."""
+    """A SentencePiece model like Llama's: <unk>, <s>, </s>, bytes, and a space before every text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),

@@ -1,4 +1,4 @@
-"""An environment that has the wheel and what it depends on, and nothing of the repository."""
+"""An environment with the wheel and its dependencies, but nothing of the repository."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Alone:
-    """names: of the wheel's files. variables: of processes in it, with one device of the CPU."""
+    """names: the wheel's files. variables: the environment of its processes, with one CPU device."""
 
     python: Path
     names: tuple[str, ...]
     variables: dict[str, str]
 
     def run(self, program: str, *arguments: str, cwd: Path) -> str:
-        """Standard output of `python -c program`, which must end well."""
+        """The standard output of `python -c program`, which must succeed."""
         call = [str(self.python), "-c", program, *arguments]
         done = subprocess.run(call, env=self.variables, cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -32,7 +32,7 @@ class Alone:
 
 
 def environment(folder: Path) -> Alone:
-    """Made in `folder`. Skips the test where no wheel can be built."""
+    """Makes the environment in `folder`. Skips the test if no wheel can be built."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:

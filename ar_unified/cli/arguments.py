@@ -59,10 +59,10 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
         metavar="FILE[:arg]",
         help="the experiment file, or the name of one that comes with the package, such as shapes; `:arg` is handed "
         "to it, as in experiments/folder.py:path=DIR"
-        + ("; default: as the workdir's last start had it" if recorded else ""),
+        + ("; default: that of the workdir's last start" if recorded else ""),
     )
     parser.add_argument(
-        "--workdir", required=needed, type=_path, metavar="DIR", help="where stages leave their results"
+        "--workdir", required=needed, type=_path, metavar="DIR", help="where stages write their results"
     )
     _many_processes(parser)
 
@@ -78,20 +78,20 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 def _many_processes(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group(
         "many processes",
-        "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
+        "Give the same command on every host. SLURM, Open MPI, GKE and TPU VMs number the processes; elsewhere give:",
     )
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, the same for all")
-    many.add_argument("--processes", type=int, metavar="N", help="how many; 1: alone, whatever the environment says")
-    many.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="the address of process 0, the same for all")
+    many.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: only this one")
+    many.add_argument("--process", type=int, metavar="I", help="the number of this process, from 0")
     many.add_argument(
-        "--start-timeout", type=int, default=300, metavar="SECONDS", help="until all must have come (300)"
+        "--start-timeout", type=int, default=300, metavar="SECONDS", help="the time for all to start (300)"
     )
     many.add_argument(
         "--heartbeat-timeout",
         type=int,
         default=100,
         metavar="SECONDS",
-        help="until the others stop when one has died or hangs (100)",
+        help="the time until the others stop if one has died or hangs (100)",
     )
 
 
@@ -165,7 +165,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME',
     )
     parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
-    parser.add_argument("--n", type=_count, metavar="N", help="samples of each request that does not say how many (1)")
+    parser.add_argument("--n", type=_count, metavar="N", help="samples for each request that gives no number (1)")
     parser.add_argument(
         "--keep-best",
         metavar="REWARD",
@@ -236,8 +236,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=tuple(dict.fromkeys((*FORMS, ADAPTER, BESIDE, *DIALECTS))),
         help=f"after LoRA training, {ADAPTER}: the adapter alone, or {BESIDE}: the extended model without it; for a "
-        f"bundle, its form: {', '.join(FORMS)} (hf); for an image tokenizer, whose names its weights get: "
-        f"{', '.join(DIALECTS)} (as it came)",
+        f"bundle, its form: {', '.join(FORMS)} (hf); for an image tokenizer, the naming of its weights: "
+        f"{', '.join(DIALECTS)} (as imported)",
     )
     parser.add_argument(
         "--output",
@@ -246,8 +246,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="the bundle, or what --to says; an existing folder is not overwritten",
     )
-    parser.add_argument("--license", default="", metavar="WORDS", help="for the model card, as apache-2.0 (unknown)")
-    parser.add_argument("--shard-mib", type=int, metavar="MIB", help="of a file of weights, at most (2048)")
+    parser.add_argument("--license", default="", metavar="WORDS", help="the licence for the model card (unknown)")
+    parser.add_argument("--shard-mib", type=int, metavar="MIB", help="the largest size of a weight file (2048)")
 
 
 def _import(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +267,7 @@ def _import(parser: argparse.ArgumentParser) -> None:
         dest="system",
         choices=(*SYSTEMS, *IMAGE_SYSTEMS),
         metavar="SYSTEM",
-        help=f"which system they are of: {', '.join(SYSTEMS)}; of image tokenizers alone {', '.join(IMAGE_SYSTEMS)}",
+        help=f"the system of the weights: {', '.join(SYSTEMS)}; of image tokenizers: {', '.join(IMAGE_SYSTEMS)}",
     )
     parser.add_argument(
         "--output",
@@ -276,16 +276,16 @@ def _import(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the bundle, or the image tokenizer; an existing folder is not overwritten",
     )
-    parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, where it lies elsewhere")
+    parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, if it is in another place")
     parser.add_argument("--image", type=_path, metavar="PATH", help="the image tokenizer's weights, likewise")
-    parser.add_argument("--rope-theta", type=float, help="RoPE's base, of systems whose files do not say it (LWM)")
+    parser.add_argument("--rope-theta", type=float, help="RoPE's base, for systems whose files do not give it (LWM)")
     parser.add_argument(
-        "--size", type=_size, metavar="HxW", help="largest image in codes, of systems whose images have many sizes"
+        "--size", type=_size, metavar="HxW", help="largest image in codes, for systems whose images have many sizes"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: as published")
     parser.add_argument("--license", default="", metavar="WORDS", help="for the model card (unknown)")
     parser.add_argument(
-        "--shard-mib", type=int, default=2048, metavar="MIB", help="of a file of weights, at most (%(default)s)"
+        "--shard-mib", type=int, default=2048, metavar="MIB", help="the largest size of a weight file (%(default)s)"
     )
 
 
@@ -296,7 +296,7 @@ def _convert_pickle(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE_OR_FOLDER",
         type=_path,
-        help="a pickled file, or a folder of some",
+        help="a pickled file, or a folder of them",
     )
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", type=_path, help="an existing one is not overwritten"
@@ -306,12 +306,12 @@ def _convert_pickle(parser: argparse.ArgumentParser) -> None:
 def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", nargs="?", metavar="DATA", type=_path,
-        help="a dataset folder, one JSONL file or one of text, a prepared folder, or sources as JSON",
+        help="a dataset folder, a JSONL or text file, a prepared folder, or sources as JSON",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE[:arg]", type=_config, help="an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", type=_path, help="where the experiment's tokenizers are")
     parser.add_argument("--links", action="store_true", help="follow links that lead out of a folder")
-    parser.add_argument("--first", type=int, metavar="N", help="look at so many items of each source (all)")
+    parser.add_argument("--first", type=int, metavar="N", help="check only the first N items of each source (all)")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to show (3)")
     parser.add_argument(
         "--output", metavar="FILE", type=_path, help="where the page is written (.cache/validate/NAME.html)"
@@ -337,7 +337,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,
         help="compile N (%(const)s) choices of remat policy, rows per chip and fsdp, and plan the best",
     )  # fmt: skip
-    parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")
+    parser.add_argument("--no-advice", action="store_true", help="do not search for changes that would fit")
 
 
 def _path(text: str) -> str:

@@ -120,9 +120,9 @@ def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     """Evaluates a bundle on all devices of this process."""
     refuse_unread(arguments, "with --from", "workdir", "only", "images", "crop", *PROCESSES)
     if not arguments.output:
-        raise UserError("expected --output FOLDER with --from, for what is found; found none")
+        raise UserError("expected --output FOLDER with --from, for the results; found none")
     if not (arguments.data or arguments.config):
-        raise UserError("expected --data PATH, or --config FILE, whose documents are taken, with --from; found neither")
+        raise UserError("expected --data PATH or --config FILE with --from, for the documents; found neither")
     if not arguments.data:
         refuse_unread(arguments, "without --data", "links")
     config = configs.of_bundle(arguments.source, arguments.config or "", overrides)

@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     shard_bytes = (arguments.shard_mib or bundle.SHARD_BYTES >> 20) << 20
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
-            raise UserError("--from BUNDLE is exported by itself: leave out --workdir, --config and config keys")
+            raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
         refuse_unread(arguments, "with --from", *PROCESSES)
         if image_tokenizer.is_one(Path(arguments.source)):
             refuse_unread(arguments, "of an image tokenizer", "license", "shard_mib")
@@ -89,7 +89,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _export_bundle(arguments: argparse.Namespace, shard_bytes: int) -> None:
     found, form = Bundle(arguments.source), arguments.to or FORMS[0]
     if found.published is not None:
-        refuse_unread(arguments, "where published weights go back to their form, which has no card", "license")
+        refuse_unread(arguments, "for published weights in their own form, which has no card", "license")
     if form != FORMS[0]:
         refuse_unread(arguments, f"with --to {form}, which writes as many files as were imported", "shard_mib")
     export_published(found, form, Path(arguments.output), shard_bytes, arguments.license)
@@ -184,7 +184,7 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
     parts = settings.trained(experiment.config, experiment.grammar.vocabulary, experiment.new_ids).parts or {}
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
-            f"--to {form}: expected an adapter and rows of ids alone, but config.training.only has trained all of "
+            f"--to {form}: expected only an adapter and rows of ids, but config.training.only has trained all of "
             f"{', '.join(more)} too: leave out --to, and the bundle has both"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}

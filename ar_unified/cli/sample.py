@@ -119,7 +119,7 @@ def _made_of(
 def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward: Reward | None) -> int:
     """Serves requests with a bundle and its own settings, on all devices of this process."""
     if overrides or arguments.config or arguments.workdir:
-        raise UserError("--from BUNDLE is sampled by itself: leave out --workdir, --config and config keys")
+        raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
     refuse_unread(arguments, "with --from; --part K/N shares the requests", *PROCESSES)
     for flag in ("requests", "output"):
         if not getattr(arguments, flag):
@@ -182,7 +182,7 @@ def sample_held_out(experiment: Experiment) -> None:
         rows = [row for source in sources or experiment.train for row in _rows(source, stage.folder, most)]
         write_text(requests, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if not requests.stat().st_size:
-        experiment.say("samples: no held-out document has a prompt, or a second part to go on with; nothing is drawn")
+        experiment.say("samples: no held-out document has a prompt, or a second part to continue; nothing is drawn")
         return experiment.finish(stage, {"samples": 0, "errors": 0})
     report = _run(experiment, [requests], stage.folder, part=(0, 1))
     experiment.finish(stage, {"samples": report.samples, "errors": report.errors})

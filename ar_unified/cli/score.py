@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
-            raise UserError("--from BUNDLE is scored by itself: leave out --workdir, --config and config keys")
+            raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
         refuse_unread(arguments, "with --from", *PROCESSES)
         if arguments.batch_size is not None and arguments.batch_size < 1:
             raise UserError(f"--batch-size: expected at least 1, found {arguments.batch_size}")

@@ -78,7 +78,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         experiment = open_experiment(arguments, overrides, ["model"])
     else:
         if storage.is_mirrored(Path(arguments.workdir)):
-            raise UserError("--branch: expected a --workdir on disk: in an object store no training is branched")
+            raise UserError("--branch: expected a --workdir on disk: a training cannot be branched in an object store")
         begin = partial(begin_branch, origin=arguments.branch[0], step=arguments.branch[1])
         experiment = open_experiment(arguments, overrides, ["model"], begin)
         branch(experiment, *arguments.branch, lambda: _fingerprint(experiment, _objective(experiment)))
@@ -109,7 +109,7 @@ def plan_rows(experiment: Experiment) -> None:
             for length in lengths if split == "train" else lengths[:1]:
                 preparing.plan_rows(folder, load_report(folder), length, leave_out=length < lengths[0])
         except OSError as error:  # finished data may lie in a read-only place
-            experiment.say(f"{folder}: {error.strerror}: every start of a process plans its rows anew, in memory")
+            experiment.say(f"{folder}: {error.strerror}: every process plans its rows again in memory")
 
 
 def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:

@@ -119,7 +119,7 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
     ranges = " or ".join(f"0 to {white}" for white in whites)
     raise ImageError(
         "unreadable_image",
-        f"expected values of {ranges}, found {low:g} to {high:g}, so what is white cannot be told; save it in 8 bit",
+        f"expected values of {ranges}, found {low:g} to {high:g}, so the value of white is unknown; save it in 8 bits",
     )
 
 

@@ -114,7 +114,7 @@ def kind_of(before: Scene, after: Scene) -> str:
             return changed[0]
     elif len(gone) + len(new) == 1:
         return "remove" if gone else "add"
-    raise ValueError(f"expected scenes that one edit is between, found {before} and {after}")
+    raise ValueError(f"expected scenes that differ by one edit, found {before} and {after}")
 
 
 def sample_edit(rng: np.random.Generator, split: str) -> Edit:

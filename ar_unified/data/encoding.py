@@ -91,7 +91,7 @@ def text(data: bytes, at: int | None = None) -> str:
     if "\0" in found:
         _refuse(data)
         zero = at + data.index(0)
-        raise EncodingError(f"expected text in UTF-8, found a zero byte at byte {zero}{where}: is it no text?")
+        raise EncodingError(f"expected text in UTF-8, found a zero byte at byte {zero}{where}: is it text at all?")
     return found
 
 

@@ -65,8 +65,8 @@ MEANINGS = {
     "vqa_accuracy": "questions about an image answered exactly",
     "caption_exact": "captions that describe their image",
     "edit_exact": "images that show the picture as the instruction changes it, and nothing else changed",
-    "turn_exact": "answers, text or image, that are right after all that the model itself said before",
-    "conversation_exact": "conversations all of whose answers are right",
+    "turn_exact": "answers, text or image, that are right, given the model's own earlier answers",
+    "conversation_exact": "conversations in which all answers are right",
     "story_change_exact": "next images that show the change told",
     "next_text_exact": "next texts of interleaved documents that are the document's own",
     "parse_rate": "sampled sequences that are documents",
@@ -379,13 +379,13 @@ def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
                 means.setdefault(name, []).append((row["step"], sum(of_layers.values()) / len(of_layers)))
                 latest[name] = sorted(of_layers.items())
                 even = row[f"{_ATTENTION}{pair}/uniform"]
-                latest[f"{name}, were it even"] = [(layer, even) for layer in sorted(of_layers)]
+                latest[f"{name}, if it were even"] = [(layer, even) for layer in sorted(of_layers)]
     steps = f"share of attention by layer, from 0, at step {found[-1]['step']}"
     drawn = line_chart("Text and images, by layer", latest, unit=steps, zero=True)
     drawn += line_chart("Text and images, over time", means, unit="share of attention, mean of layers", zero=True)
     return (
         '<p class="soft">How much of their attention the positions of one modality give to the other, on held-out '
-        "documents; even: the share if all positions that they see weighed the same.</p>"
+        "documents; even: the share if all positions that they see had the same weight.</p>"
         f'<div class="grid2">{drawn}</div>'
     )
 

@@ -61,7 +61,7 @@ class Scoring:
     def __str__(self) -> str:
         mean = f"{self.log_likelihood / max(self.tokens, 1):.4f}"
         said = f"{self.documents} documents, {self.tokens} tokens, {mean} nats a token"
-        said += f" (of {self.found} items it was known)" if self.found else ""
+        said += f" ({self.found} items were scored before)" if self.found else ""
         return said + (f"; {self.errors} left out, the first: {self.first_error}" if self.errors else "")
 
 

@@ -98,8 +98,8 @@ class Unfinished:
             return
         for field, (old, new) in differences(found, facts).items():
             raise UserError(
-                f"{self.folder}: it was begun with another {field}, {old!r:.60}, and this is {new!r:.60}: go on with "
-                "what it was begun with, name another --output, or delete the folder"
+                f"{self.folder}: it was started with {field} {old!r:.60}, and this command has {new!r:.60}: use the "
+                "same one, name another --output, or delete the folder"
             )
 
     def _keep_whole(self, every: int) -> None:

@@ -97,7 +97,7 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
         ranks, scales = set(found.ranks[path]), set(found.scales[path])
         if len(ranks) > 1 or len(scales) > 1:
             raise UserError(
-                f"config.lora.init: expected an adapter that is alike in all layers, as a training needs it; "
+                f"config.lora.init: expected an adapter that is the same in all layers, which a training needs; "
                 f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can still be "
                 "served (sample --adapter)"
             )

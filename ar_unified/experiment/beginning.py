@@ -25,7 +25,7 @@ from ar_unified.training.tasks import TransformerTask
 _ROWS = {
     "mean": "as the mean of its text rows",
     "random": "at random",
-    "codebook": "as the codebook's vectors lie",
+    "codebook": "like the codebook's vectors",
 }
 
 

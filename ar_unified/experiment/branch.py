@@ -100,7 +100,7 @@ def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
     step = max(steps, default=0) if step is None else step
     if step not in steps:
         raise UserError(
-            f"--branch {origin}: expected one of the steps that {there} has checkpoints of, {steps}; found {step}. "
+            f"--branch {origin}: expected a step with a checkpoint in {there}, one of {steps}; found {step}. "
             "training.keep_every says which of them survive."
         )
     if wanted <= step:

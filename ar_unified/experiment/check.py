@@ -206,7 +206,7 @@ def _check_lora(config: ConfigDict, problems: Problems, stages: Collection[str])
     if config.lora.rank and "model" in stages and not config.init:
         problems.say(
             "lora.rank",
-            f"expected 0 without config.init, as an adapter needs weights to stand beside; found {config.lora.rank}",
+            f"expected 0 without config.init, because an adapter needs a base model; found {config.lora.rank}",
         )
     if config.lora.init and not config.lora.rank:
         problems.say("lora.rank", f"expected that of the adapter in lora.init, {config.lora.init}; found 0")
@@ -287,7 +287,8 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
     if config.loss.mean != "joint":
         problems.say("loss.mean", f"expected joint, as the loss is a mean over pairs; found {config.loss.mean!r}")
     if config.training.fresh and found is not None and found.uses_reference:
-        problems.say("training.fresh", "expected none with a reference, which would not have what begins at random")
+        why = "expected none with a reference, which would lack the parameters that begin at random"
+        problems.say("training.fresh", why)
     most = 2 * config.data.max_tokens
     if config.data.max_tokens <= (length := _longest(config, problems)) < most:
         problems.say(

@@ -32,7 +32,7 @@ from ar_unified.training.selection import NEW
 
 # Of what compares pictures, or draws them, with the model that it begins with.
 _NO_ROWS = (
-    "has no rows for images yet, so what it draws, and how likely it finds a picture, is chance. Train the new rows "
+    "has no rows for images yet, so its drawings and its likelihoods of pictures are random. Train the new rows "
     "first (experiments/from_llm.py), export, and begin with that bundle"
 )
 

@@ -40,7 +40,7 @@ def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]
     if "model" not in stages:
         return
     if config.reward.function.startswith("scores:"):
-        problems.say("reward.function", "a file of scores knows none of the answers that a training draws")
+        problems.say("reward.function", "a file of scores has none for the answers that a training draws")
         return
     with problems.of("reward.function"):
         open_reward(settings.rewarding(config))

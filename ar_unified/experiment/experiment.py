@@ -128,8 +128,8 @@ class Experiment:
             stage.begin_anew()
             field, (old, new) = next(iter(anew.items()))
             self.say(
-                f"{stage.name}: made anew, as {field} is {new!r:.80} now (was {old!r:.80}); "
-                f"what there was is in {stage.aside}"
+                f"{stage.name}: made again, because {field} is {new!r:.80} now (was {old!r:.80}); "
+                f"the old files are in {stage.aside}"
             )
             return
         taken = max(training.checkpoints(), default=0) if training else None

@@ -60,7 +60,7 @@ class DrawingConfig:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature: expected more than 0, as the likeliest answer alone has no group; found "
+                f"temperature: expected more than 0, because greedy answers of a group are all the same; found "
                 f"{self.temperature}"
             )
         if self.max_tokens < 0:
@@ -68,8 +68,8 @@ class DrawingConfig:
         self.request("-").check()
         if self.guidance != 1 and self.mode not in ("image", "free"):
             raise ValueError(
-                f'guidance: expected 1 with mode {self.mode!r}, found {self.guidance}: answers of one image ("image") '
-                "can be learned from as they are guided"
+                f"guidance: expected 1 with mode {self.mode!r}, found {self.guidance}: only answers of one "
+                'image (mode "image") can be learned with guidance'
             )
 
     def request(self, name: str, **more: Any) -> Request:

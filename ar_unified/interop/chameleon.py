@@ -85,7 +85,7 @@ _SAMPLING: Mapping[str, Mapping[str, object]] = {
     },
 }
 _UNTRAINED = (
-    "This model was not trained to draw: of its head's rows for image codes, {}, so images are noise. Anole's "
+    "This model was not trained to draw: its head's rows for image codes {}, so images are noise. Anole's "
     "recipe trains these rows: experiments/published/fine_tune.py:recipe=anole."
 )
 _SIDE_2 = 768  # side of a square with the area of Lumina-mGPT 2.0's images, in pixels

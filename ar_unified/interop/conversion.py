@@ -92,8 +92,8 @@ def open_pickled(path: str | Path) -> Pickled:
         return _sorted(path, found, "." if zipped else "/")
     except Forbidden as error:
         raise UserError(
-            f"{path}: it names {error}, which no tensor needs: nothing of it was run or written. If you trust who made "
-            "it, save its tensors alone with what made it"
+            f"{path}: it names {error}, which no tensor needs: nothing of it was run or written. If you trust its "
+            "maker, save only its tensors with the program that made it"
         ) from error
     except OSError as error:
         raise UserError(in_words(error)) from error
@@ -207,7 +207,7 @@ def _sorted(path: Path, found: object, joint: str) -> Pickled:
         if not isinstance(value, Strided | np.ndarray):
             other[name] = value
         elif name in tensors or name == "__metadata__":
-            raise UserError(f"{path}: {name!r:.120}: expected each tensor by a name of its own")
+            raise UserError(f"{path}: {name!r:.120}: expected a different name for each tensor")
         else:
             tensors[name] = value
     if not tensors:

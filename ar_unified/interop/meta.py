@@ -54,7 +54,7 @@ class Joined:
         for name in sorted(first.names()):
             for new, begin, end in self._parts(name):
                 if new in self._from:
-                    raise UserError(f"{new}: expected it once, found it alone and fused")
+                    raise UserError(f"{new}: expected it once, found it both separate and fused")
                 self._from[new] = (name, begin, end)
 
     def _parts(self, name: str) -> list[tuple[str, int, int | None]]:

@@ -124,9 +124,7 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     weights = _weights(folder)
     header = _header(weights)
     if bases and (found := header.get(_BASE, "")) and found not in bases:
-        raise UserError(
-            f"{folder}: it was trained on bundle {found[:12]}, which is another model than this, {bases[0][:12]}"
-        )
+        raise UserError(f"{folder}: it was trained on bundle {found[:12]}, not on this model, {bases[0][:12]}")
     digest = hashlib.sha256((folder / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
     source = open_source(weights)
     pairs = _pairs(folder, source, config, settings)
@@ -150,7 +148,7 @@ def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
     """
     if adapter.rows and adapter.vocabulary not in ("", manifest_hash(grammar.manifest())):
         raise UserError(
-            f"{adapter.folder}: its rows are of ids of another vocabulary than this model's: load it beside the "
+            f"{adapter.folder}: its rows are for the ids of another vocabulary: load it with the "
             "bundle that `ar-unified export --to base` writes"
         )
     border, found = getattr(grammar.text_codec, "border", None), dict[str, TokenRows]()

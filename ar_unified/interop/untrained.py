@@ -57,11 +57,11 @@ def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
     kind = vocabulary.role(border.ours)
     image, text = (_sums(head, kind == role) for role in (Role.IMAGE, Role.TEXT))
     if image.size <= _SMALL**2 * text.size:
-        return "they are nearly zero"
+        return "are nearly zero"
     if image.left < _ALIKE:
-        return "all are alike"
+        return "are all alike"
     if image.drawn and not text.drawn:
-        return "they look like random numbers, and those of text do not"
+        return "look like random numbers, unlike those of text"
     return ""
 
 

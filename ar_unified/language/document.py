@@ -214,7 +214,10 @@ def check_speakers(speakers: Sequence[str]) -> None:
         return
     talk = list(speakers[1:] if speakers[:1] == ["system"] or speakers[:1] == ("system",) else speakers)
     if not talk or len(talk) % 2 or any(who != ("user", "assistant")[i % 2] for i, who in enumerate(talk)):
-        expected = "expected user and assistant by turns, a system's turn in front or none, the assistant's last"
+        expected = (
+            "expected turns that alternate between user and assistant and end with the assistant, after at most one "
+            "system turn"
+        )
         raise DocumentError("bad_turns", f"turns: {expected}; found {', '.join(map(str, speakers)) or 'none'}")
 
 
@@ -222,7 +225,7 @@ def _check_part(part: object, before: Part | None, i: int) -> None:
     if isinstance(part, TextPart):
         check_text(part.text, f"part {i}", i)
         if isinstance(before, TextPart):
-            reason = f"part {i}: text right after text: join them, a model sees no border"
+            reason = f"part {i}: text right after text: join them, because a model sees no border"
             raise DocumentError("adjacent_text", reason, i)
     elif isinstance(part, ImagePart):
         _check_array(part.pixels, np.uint8, "image_shape", f"part {i}: pixels", "[H, W, 3]", i)

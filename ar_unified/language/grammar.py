@@ -160,7 +160,7 @@ class Grammar:
             text = np.where(found.roles == Role.TEXT, found.tokens, -1)
             if (at := find(text, opening)) >= 0:
                 mark = self.text_codec.decode(opening)
-                raise GrammarError(at, f"texts of turns that do not say {mark!r} together", "the beginning of an image")
+                raise GrammarError(at, f"turns whose joined texts do not contain {mark!r}", "the beginning of an image")
         return found
 
     def _writer(self, turns: Sequence[Turn]) -> encoded.Writer:

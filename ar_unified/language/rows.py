@@ -114,7 +114,7 @@ def read_messages(
             raise DocumentError("bad_row", f"{at}: expected one of the roles {', '.join(_ROLES)}, found {role!r:.80}")
         for key in _NO:
             if message.get(key):
-                reason = f"{at}: expected text and images, found {key}: there are no tools and no sound here"
+                reason = f"{at}: expected text and images, found {key}: tools and sound are not supported"
                 raise DocumentError("bad_row", reason)
         content = message.get("content")
         if content is None and role == "assistant":

@@ -84,11 +84,11 @@ class LoraConfig:
             _require_place("targets", target)
         for name in ("ranks", "alphas"):
             if getattr(self, name) and not self.rank:
-                raise ValueError(f"{name}: expected none where rank is 0, and nothing has an adapter")
+                raise ValueError(f"{name}: expected none with rank 0, because nothing has an adapter")
             for each in getattr(self, name):
                 place, number = _of_place(name, each)
                 if not any(path in self.matrices for path in MATRICES if _under(path, place)):
-                    raise ValueError(f"{name}: {each!r}: no adapter is beside {place!r}, as targets say")
+                    raise ValueError(f"{name}: {each!r}: targets gives no adapter to {place!r}")
                 if not 0 < number < float("inf") or (name == "ranks" and number != int(number)):
                     expected = "a whole number of at least 1" if name == "ranks" else "a number above 0"
                     raise ValueError(f"{name}: {each!r}: expected {expected}, found {number:g}")

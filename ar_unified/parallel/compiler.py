@@ -66,7 +66,7 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
         name, message = unknown
         if name not in ours:
             raise UserError(f"config.training.compiler_options: {message}")
-        warnings.warn(f"{name}={ours.pop(name)}: this compiler has no such option; it goes without", stacklevel=2)
+        warnings.warn(f"{name}={ours.pop(name)}: this compiler has no such option, so it is left out", stacklevel=2)
     return ours | chosen
 
 

@@ -151,7 +151,7 @@ def _refused(refused: dict[str, Any]) -> list[str]:
         f"  by arithmetic, at least: {', '.join(f'{name} {size(n)}' for name, n in refused['at_least'].items())}",
     ]
     if refused["trials"]:
-        lines.append("  changes of one thing, tried:")
+        lines.append("  single changes, tried:")
     for trial in refused["trials"]:
         if trial["fits"] is None:
             verdict = f"no: needs at least {size(trial['peak'])} (arithmetic; not compiled)"

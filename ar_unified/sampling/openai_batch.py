@@ -43,7 +43,7 @@ _NEUTRAL: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     "chat": {
         "frequency_penalty": ((0,), _PENALTY),
         "presence_penalty": ((0,), _PENALTY),
-        "logit_bias": (({},), "it cannot be done here: leave it out"),
+        "logit_bias": (({},), "it is not supported: leave it out"),
         "logprobs": ((False,), _NO_LOGPROBS),
         "top_logprobs": ((0,), _NO_LOGPROBS),
         "stream": ((False,), "a batch is not streamed: leave it out"),
@@ -138,7 +138,7 @@ def _check(body: dict[str, Json], endpoint: str) -> None:
             del body[key]
         elif key not in known:
             near = nearly(key, known)
-            meant = f"did you mean {near!r}?" if near else "it is read nowhere here: leave it out"
+            meant = f"did you mean {near!r}?" if near else "it is not used here: leave it out"
             raise RequestError(f"body: unknown key {key!r:.60}: {meant}")
 
 

@@ -224,7 +224,7 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
     canvas = request.canvas
     if canvas is not None:
         if at.opened.phase != PARTS:
-            raise RequestError("canvas: the prompt breaks off in an image, which says itself what it begins with")
+            raise RequestError("canvas: the prompt ends inside an image, so it already has the first codes")
         if canvas.min() < -1 or canvas.max() >= v.codebook_size:
             found = f"{canvas.min()}..{canvas.max()}"
             raise RequestError(f"canvas: expected codes 0..{v.codebook_size - 1}, or -1 to draw, found {found}")

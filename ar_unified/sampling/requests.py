@@ -145,7 +145,7 @@ def read_requests(
             raise RequestError(f"{path}: expected at least one request, found none")
         before = number
         if left:
-            warn(f"{path}: left out, as no prompts: {_shown(f'{kind} ({n})' for kind, n in left.items())}")
+            warn(f"{path}: left out, not prompts: {_shown(f'{kind} ({n})' for kind, n in left.items())}")
         if own:
             called = [f"{key} is {elsewhere(key)} here" for key in own if elsewhere(key)]
             hint = f" (settings have other names: {_shown(called)})" if called else ""
@@ -252,7 +252,7 @@ def request_of(
         raise RequestError(f"meta: expected object, found {meta!r:.80}")
     twice = [key for key in columns if key in meta]
     if twice:
-        raise RequestError(f"meta: {twice[0]!r:.80} stands in it, and in the row beside it: expected one of them")
+        raise RequestError(f"meta: {twice[0]!r:.80} is both in it and in the row: expected only one")
     _typed(own, SETTINGS, "")
     merged = dict(defaults) | own
     for modality in ("text", "image"):

@@ -63,7 +63,7 @@ class Lock:
         """Raises LockLost."""
         if self.lost:
             raise LockLost(
-                f"{self._at(self.number)}: another process has taken this over, as nothing was heard from here for "
+                f"{self._at(self.number)}: another process has taken over, because this one did not report for "
                 f"{self._lease:g} s. Nothing more is written; end the other, or wait for it"
             )
 

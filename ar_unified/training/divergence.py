@@ -46,5 +46,5 @@ class Watch:
                 f"diverged at step {step}: the loss has risen to {self._mean:.4g} from {self.began:.4g} at the "
                 f"beginning; {kept}. Try a lower learning rate (lower it with the batch size too), a longer warm-up or "
                 "a lower clip_norm; with an adversary, a smaller weight or a later start. Starting again resumes from "
-                "the checkpoint and, with the same settings, meets the same end."
+                "the checkpoint and, with the same settings, diverges again."
             )

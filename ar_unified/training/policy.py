@@ -286,7 +286,7 @@ class PolicyTask(TransformerTask):
             return f"{line['groups/failed']:.1%} of the groups have no reward, and nothing was learned from them"
         if line.get("groups/without_signal", 0.0) > _MANY:
             return (
-                "every group's rewards are all the same, so nothing is learned: prompts that are neither always nor "
-                "never answered right, a larger group_size or a finer reward would give a signal"
+                "all rewards of each group are equal, so nothing is learned: use prompts that are neither always nor "
+                "never answered right, a larger group_size or a finer reward"
             )
         return ""

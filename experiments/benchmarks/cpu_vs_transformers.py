@@ -1,14 +1,14 @@
-"""Our training step and greedy decoding on the CPU, beside Hugging Face transformers on torch.
+"""Our training step and greedy decoding on the CPU, compared with Hugging Face transformers on torch.
 
-One Llama-shaped model, the same weights and tokens on both sides, in turns within one run, each side in a process of
-its own; medians. Training: loss, gradients and AdamW (theirs fused, bfloat16 by autocast). Decoding: 64 prompt and 64
-new tokens, greedy; `generate` is theirs, `loop` the barest loop over their forward with its cache. It also prints the
-losses of both sides and the share of greedy tokens that agree.
+Both sides have one Llama-shaped model with the same weights and tokens. Each has its own process, and they run in
+turns; results are medians. Training: loss, gradients and AdamW (theirs is fused, with bfloat16 by autocast). Decoding:
+greedy, 64 prompt tokens and 64 new tokens; `generate` is theirs, `loop` is the simplest loop over their forward pass
+with its cache. The losses of both sides and the share of equal greedy tokens are printed too.
 
     python experiments/benchmarks/cpu_vs_transformers.py --size 25m
     OMP_NUM_THREADS=1 taskset -c 1 python experiments/benchmarks/cpu_vs_transformers.py --size demo
 
-What was measured, and what made ours faster: docs/benchmarks.md.
+The results, and what made ours faster: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.model.loss import weighted_loss
 from ar_unified.model.transformer import Transformer, init
 
-SIZES = {  # preset, vocabulary, (batch, length) of training
+SIZES = {  # preset, vocabulary, (batch, length) in training
     "25m": ("25m", 16384, (8, 512)),
     "demo": ("2m", 1792, (16, 256)),
 }
@@ -40,7 +40,7 @@ LEARNING_RATE = dict(learning_rate=3e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay
 
 
 def our_train_step(config: TransformerConfig, params, tokens: np.ndarray, chunk: int) -> Callable[[], float]:
-    """A function that takes one step of AdamW on `tokens` [B, T] and returns the loss before it."""
+    """A function that does one AdamW step on `tokens` [B, T] and returns the loss before the step."""
     optimizer = optax.adamw(**LEARNING_RATE)
     B, T = tokens.shape
     batch = dict(
@@ -97,7 +97,7 @@ def our_decode(config: TransformerConfig, params, prompts: np.ndarray, new: int)
 
 
 def llama_state(config: TransformerConfig, params) -> dict[str, np.ndarray]:
-    """The parameters under the names of transformers' Llama, whose weights are [out, in]."""
+    """The parameters with the names and layout of transformers' Llama, where weights are [out, in]."""
     state = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["norm"]}
     state["lm_head.weight"] = params["embedding" if config.tie_embeddings else "head"]
     for i in range(config.n_layers):
@@ -132,7 +132,7 @@ def make_peer(config: TransformerConfig, params):
 
 
 def peer_train_step(peer, tokens: np.ndarray, dtype: str) -> Callable[[], float]:
-    """A call that does one step of theirs and returns the loss."""
+    """A function that does one of their training steps and returns the loss."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -158,7 +158,7 @@ def peer_train_step(peer, tokens: np.ndarray, dtype: str) -> Callable[[], float]
 
 
 def peer_decodes(peer, prompts: np.ndarray, new: int, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
-    """transformers' `generate`, and the barest loop over its forward."""
+    """transformers' `generate`, and the simplest loop over its forward pass."""
     import copy
 
     import torch
@@ -185,7 +185,8 @@ def peer_decodes(peer, prompts: np.ndarray, new: int, dtype: str) -> dict[str, C
 
 
 def serve_peer(pipe, config: TransformerConfig, params, what: str, tokens: np.ndarray, new: int) -> None:
-    """The peer's process: each name received is a run, answered by (wall, CPU seconds, what the run returned)."""
+    """The peer's process. For each name that it receives, it does that run and sends (wall seconds, CPU seconds,
+    result)."""
     peer = make_peer(config, params)
     runs: Mapping[str, Callable]
     if what == "train":
@@ -204,9 +205,9 @@ def timed(run: Callable) -> tuple[float, float, Any]:
 
 
 def compare(ours: Callable, peers: tuple[str, ...], repeats: int, *peer_args) -> tuple[dict, dict]:
-    """Medians of (wall, CPU) seconds of ours and of each peer, in turns after a warm-up, and all that they returned.
+    """Runs ours and each peer in turns after a warm-up. Returns the medians of (wall, CPU) seconds, and all results.
 
-    The peer has a process of its own, so that neither allocator nor threads of the one disturb the other.
+    The peer has its own process, so that allocator and threads of one side do not disturb the other.
     """
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
@@ -234,14 +235,14 @@ def compare(ours: Callable, peers: tuple[str, ...], repeats: int, *peer_args) ->
 
 
 def report(title: str, medians: dict[str, tuple[float, float]], tokens: int) -> None:
-    """One line: tokens a second, and how many times our wall (CPU) time each took."""
+    """One line: tokens per second, and each side's wall (CPU) time divided by ours."""
     wall, cpu = medians["ours"]
     cells = [f"{name} {tokens / w:,.0f} tok/s {w / wall:.2f} ({c / cpu:.2f})" for name, (w, c) in medians.items()]
     print(f"{title:28s}" + " | ".join(cells), flush=True)
 
 
 def main() -> None:
-    """Prints a table of ratios, for each size and dtype that was asked for."""
+    """Prints a table of ratios for each requested size and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="25m")
     parser.add_argument("--what", nargs="+", choices=("train", "decode"), default=("train", "decode"))
@@ -256,7 +257,7 @@ def main() -> None:
     keep_memory()
     base = config_from(preset, vocab, qk_norm="none")
     params = init(base, jax.random.key(0))
-    # Weights of a trained size: at init the top two logits are too close for greedy tokens to be compared.
+    # Weights as large as trained ones. At init the top two logits are too close to compare greedy tokens.
     params = params | {"embedding": 5 * params["embedding"]}
     numpy_params = jax.tree.map(np.asarray, params)
     rng = np.random.default_rng(0)

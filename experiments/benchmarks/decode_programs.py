@@ -5,14 +5,15 @@
 Compiles the sampler's decoding program with libtpu on this machine's CPU and prints, per device:
 
     copied       bytes of arrays of 4 MiB and more that one step copies from memory to memory
-    temporaries  beside weights and cache, and how many percent of the cache
-    XLA          the compiler's cycles for all but the Pallas kernels, at CLOCK: where a batch draws words and images,
-                 and where it draws images alone
-    kernels      bytes that attention and the writing of the cache move / memory bandwidth (arithmetic: XLA has no
-                 estimate of a kernel); every row as long as the cache
-    roofline     weights and cache, read once, / memory bandwidth
+    temporaries  memory besides weights and cache, also as a percentage of the cache
+    XLA          the compiler's cycles, at CLOCK, of everything except the Pallas kernels: for a batch that draws words
+                 and images, and for one that draws only images
+    kernels      bytes that attention and cache writes move / memory bandwidth (computed here, because XLA has no
+                 estimate for kernels); every row is as long as the cache
+    roofline     bytes of weights and cache, read once, / memory bandwidth
 
-Nothing is timed: no TPU is here. --layers: of the model's; fewer compile faster. Two to ten minutes a case.
+Nothing is timed, because no TPU is used. --layers N takes N layers of the model; fewer compile faster. A case takes two
+to ten minutes.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from ar_unified.planning.report import duration, size
 from ar_unified.planning.roofline import roofline
 from ar_unified.planning.targets import parse_target
 
-CLOCK = 1.75e9  # of v5p: 459 TFLOP/s are 2 FLOPs of 8 matrix units of 128 x 128 a cycle
-# By name: target, KV cache, weights. Chameleon-7B, 64 requests with guidance, 2,048 slots, heads split by four.
+CLOCK = 1.75e9  # of v5p: 459 TFLOP/s are 2 FLOPs x 8 matrix units x 128 x 128 per cycle
+# By name: target, KV cache, weights. All are Chameleon-7B with 64 guided requests, 2,048 slots, heads split by four.
 CASES: dict[str, tuple[str, str | None, str | None]] = {
     "v5p": ("v5p:2x2x1", None, None),
     "v5p int8 cache": ("v5p:2x2x1", "int8", None),
@@ -68,7 +69,7 @@ def measure(name: str, layers: int | None) -> str:
     )
     if hardware.name != "v5p":
         return said
-    written = 2 * 32 // jnp.dtype(kv_dtype or model.dtype).itemsize / run.max_length  # of the cache: tiles, in and out
+    written = 2 * 32 // jnp.dtype(kv_dtype or model.dtype).itemsize / run.max_length  # tiles of the cache
     kernels = cache * (1 + written) / hardware.hbm_bandwidth
     least = roofline(program, run, hardware, []).seconds["memory"]
     both, alone = (each.cycles / CLOCK + kernels for each in (step, images))

@@ -1,18 +1,17 @@
-"""Planted copies among real images: recall, precision, and what a million images would cost.
+"""Finds copies that were planted among real images: recall, precision, and the cost for a million images.
 
     python experiments/benchmarks/duplicates.py --path DIR [--every N] [--output FILE.json]
 
-DIR (datasets) holds clothing, noto-emoji, based-cooking, kodak and easy-vqa, each with a folder images. Each image is
-planted anew: scaled (to 0.5 to 1.5 times its sides), recompressed (JPEG of quality 30 to 90), cut (up to 5 % at each
-of its four sides), all three at once, and as it is. All are shown to one `Search`, the originals first.
+DIR (datasets) holds clothing, noto-emoji, based-cooking, kodak and easy-vqa, each with a folder `images`. For each
+image, five copies are planted: scaled (to 0.5 to 1.5 times its sides), recompressed (JPEG of quality 30 to 90), cut (up
+to 5 % at each of its four sides), all three at once, and unchanged. One `Search` sees all images, the originals first.
 
-Recall: copies that were found to be of their own original's group. Precision: of all that were found to be copies,
-those that were planted; an original that is found to be a copy of another counts as wrong, unless it has the same
-pixels. Cost: CPU seconds, and the same for 10**6 images if each takes as long as here: hashing does, searching takes
-longer the more images there are that look alike. The time to read and decode the images comes on top and is not
-counted.
+Recall: the share of planted copies that were put into the group of their original. Precision: the share of planted
+copies among all images that were called copies. An original that is called a copy of another one counts as wrong,
+unless both have the same pixels. Cost: CPU seconds, also scaled to 10**6 images. That scaling is right for hashing;
+searching takes longer if more images look alike. The time to read and decode images is not included.
 
-What was measured: docs/benchmarks.md.
+The results: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -39,27 +38,27 @@ EDITS = ("scaled", "recompressed", "cut", "all three", "same")
 
 
 def scaled(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """uint8 [H, W, 3] with both sides times `factor`, at least 16 pixels."""
+    """uint8 [H, W, 3] with both sides multiplied by `factor`, at least 16 pixels."""
     height, width = (max(16, round(side * factor)) for side in pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def recompressed(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """The pixels after JPEG of a quality."""
+    """The pixels after JPEG compression with a quality."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return decode(file.getvalue())
 
 
 def cut(pixels: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The pixels without these shares of its sides: top, bottom, left, right."""
+    """The pixels without these shares at the top, bottom, left and right."""
     height, width = pixels.shape[:2]
     up, down, left, right = np.rint(shares * (height, height, width, width)).astype(int).tolist()
     return pixels[up : height - down, left : width - right]
 
 
 def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.ndarray:
-    """The pixels after one of EDITS, with numbers that are drawn."""
+    """The pixels after one of EDITS, with random numbers."""
     factor, quality, shares = random.uniform(0.5, 1.5), int(random.integers(30, 91)), random.uniform(0, 0.05, 4)
     if edit in ("cut", "all three"):
         pixels = cut(pixels, shares)
@@ -73,7 +72,7 @@ def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Json]:
     files = [path for name in names for path in sorted((root / name / "images").rglob("*"))]
     files = [path for path in files if path.suffix.lower() in SUFFIXES][::every]
     search, random, seconds = Search(), np.random.default_rng(0), 0.0
-    contents: dict[tuple[tuple[int, ...], bytes], int] = {}  # pixels -> the first that has them
+    contents: dict[tuple[tuple[int, ...], bytes], int] = {}  # pixels -> the first image with them
     exact = [0] * len(files)
     for edit in ("original", *EDITS):
         for i, path in enumerate(files):
@@ -91,7 +90,7 @@ def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Json]:
     n, count = len(files), len(found)
     leader = np.where(found >= 0, found, np.arange(count))
     right = np.array([leader[i] < n and exact[leader[i] % n] == exact[i % n] for i in range(count)])
-    own = np.array([leader[i] == leader[i % n] for i in range(count)])  # the group of its own original
+    own = np.array([leader[i] == leader[i % n] for i in range(count)])  # the group of its original
     recall = {edit: float(own[(k + 1) * n : (k + 2) * n].mean()) for k, edit in enumerate(EDITS)}
     said = found >= 0
     return {
@@ -107,7 +106,7 @@ def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Json]:
 
 
 def main() -> None:
-    """Prints the numbers, and writes them as JSON if asked."""
+    """Prints the numbers. Writes them as JSON if --output is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, required=True, help="the folder with the five sets")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take one image in N (%(default)s)")

@@ -1,4 +1,4 @@
-"""How fast images and tokens come out of files, beside tf.data, Grain and webdataset with torch's DataLoader.
+"""How fast images and tokens are read from files, compared with tf.data, Grain, and webdataset with torch's DataLoader.
 
     pip install 'ar_unified[simd]'
     python -m venv PEERS && PEERS/bin/pip install grain webdataset torch tensorflow pillow   # of its own
@@ -41,14 +41,15 @@ from typing import Any
 import numpy as np
 
 PIXELS, BATCH, LENGTH = 256, 64, 4096
-Batches = Iterator[int]  # how many items (images, tokens) each batch had
+Batches = Iterator[int]  # the number of items (images, tokens) in each batch
 
 
 # ---- the images ------------------------------------------------------------------------------------------------------
 
 
 def make_images(photos: Path, folder: Path, count: int, side: int) -> None:
-    """The same JPEG files as tars, ArrayRecord and TFRecord. The latter two with the peers' interpreter: `convert`."""
+    """Writes the same JPEG files as tars, ArrayRecord and TFRecord; the last two with the peers' interpreter
+    (`convert`)."""
     from PIL import Image
 
     from ar_unified.data.images import SUFFIXES
@@ -71,7 +72,7 @@ def make_images(photos: Path, folder: Path, count: int, side: int) -> None:
 
 
 def convert_images(folder: Path) -> None:
-    """The tars' images as ArrayRecord and TFRecord."""
+    """Writes the images of the tars as ArrayRecord and TFRecord."""
     import tensorflow as tf
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -84,7 +85,7 @@ def convert_images(folder: Path) -> None:
 
 
 def our_images(folder: Path, resample: Any = "lanczos", decoding: Any = "full") -> Batches:
-    """As `prepare` reads them."""
+    """Reads images as `prepare` does."""
     from ar_tokenizers.host import keep_memory
 
     from ar_unified.data.images import Resize
@@ -99,7 +100,7 @@ def our_images(folder: Path, resample: Any = "lanczos", decoding: Any = "full") 
 
 
 def _square(data: bytes) -> np.ndarray:
-    """A JPEG as `images.resize` makes it, for those who have no way of their own."""
+    """Decodes and resizes a JPEG as `images.resize` does, for peers that have no function for it."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
@@ -111,12 +112,12 @@ def _square(data: bytes) -> np.ndarray:
 
 
 def tf_images(folder: Path, method: str, decoding: str = "full") -> Batches:
-    """tf.data: all in C++, in as many threads as it likes."""
+    """tf.data: all in C++, in as many threads as it chooses."""
     import tensorflow as tf
     from PIL import Image
 
     ratio = 1
-    if decoding == "reduced":  # one for all, so it is looked up in one image: all are of one size
+    if decoding == "reduced":  # all images have the same size, so one gives the ratio
         with tarfile.open(folder / "000.tar") as tar:
             first = next(info for info in tar if info.name.endswith(".jpg"))
             with Image.open(tar.extractfile(first)) as image:  # type: ignore[arg-type]  # a file, by its name
@@ -163,7 +164,7 @@ def _stacked(images: Iterable[np.ndarray]) -> Batches:
 
 
 def make_tokens(folder: Path, count: int) -> None:
-    """Documents of random tokens in the shards that `prepare` leaves, and as tars for webdataset."""
+    """Writes documents of random tokens as shards of `prepare`, and as tars for webdataset."""
     from loader_scale import GRAMMAR, lengths
 
     from ar_unified.data import shards
@@ -202,7 +203,7 @@ def our_tokens(folder: Path) -> Batches:
 
 
 def grain_tokens(folder: Path, workers: str) -> Batches:
-    """Grain: shuffled as a whole, first fit into 64 open rows."""
+    """Grain: a global shuffle, and first fit into 64 open rows."""
     import grain
     from grain.experimental import FirstFitPackIterDataset
 
@@ -216,7 +217,7 @@ def grain_tokens(folder: Path, workers: str) -> Batches:
 
 
 def _tokens_of(record: bytes) -> dict[str, np.ndarray]:
-    """The tokens of one of our records: 8 bytes for its item, 4 a token, 1 a mark."""
+    """The tokens of one of our records, which has 8 bytes for its item, 4 per token, and 1 per mark."""
     return {"tokens": np.frombuffer(record, "<i4", (len(record) - 8) // 5, offset=8)}
 
 
@@ -231,8 +232,8 @@ def webdataset_tokens(folder: Path, workers: str) -> Batches:
 
 
 def _first_fit(documents: Iterable[tuple[np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of 64 rows, which are open together: where one document fits into none of them, the batch goes. That
-    fills rows as Grain does, which lets a row go and not the batch, to a percent.
+    """Fills batches of 64 open rows. When a document fits into no row, the batch is complete. (Grain then completes
+    only one row; rows are as full as here, to one percent.)
     """
     free = np.full(BATCH, LENGTH)
     batch = {name: np.zeros((BATCH, LENGTH), np.int32) for name in ("tokens", "positions", "segments")}
@@ -251,7 +252,7 @@ def _first_fit(documents: Iterable[tuple[np.ndarray]]) -> Iterator[dict[str, np.
         free[row] -= len(tokens)
 
 
-# ---- what both have in common ----------------------------------------------------------------------------------------
+# ---- common to both tasks ----------------------------------------------------------------------------------------
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -313,7 +314,7 @@ SIDES: dict[str, dict[str, Callable[[Path], Batches]]] = {
 
 
 def run_side(batches: Batches, warm: int, most: int) -> None:
-    """Prints the number of items, the seconds of wall time, and those of CPU time."""
+    """Prints the number of items, the wall seconds and the CPU seconds."""
     count = 0
     while count < warm:
         count += next(batches)
@@ -323,13 +324,13 @@ def run_side(batches: Batches, warm: int, most: int) -> None:
         if count >= most:
             break
     print(json.dumps([count, time.perf_counter() - began, _processor_time() - spent]), flush=True)
-    for pid in _family()[1:]:  # workers that are in the middle of something are not waited for
+    for pid in _family()[1:]:  # do not wait for busy workers
         os.kill(pid, signal.SIGKILL)
     os._exit(0)
 
 
 def _processor_time() -> float:
-    """Seconds of this process and of those that it has started, ended or not."""
+    """CPU seconds of this process and of all processes that it has started, ended or not."""
     ticks = 0
     for pid in _family():
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -338,7 +339,7 @@ def _processor_time() -> float:
 
 
 def _family() -> list[int]:
-    """This process and what it has started and what that has."""
+    """This process and all its descendants."""
     found = [os.getpid()]
     for pid in found:
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -366,7 +367,7 @@ def main() -> None:
     parser.add_argument("--task", choices=list(SIDES), nargs="+", default=list(SIDES))
     parser.add_argument("--sides", nargs="+", default=[""], help="only those whose names begin so, and ours")
     parser.add_argument("--output", type=Path, help="where raw numbers go, as JSON")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # a side, in this process
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one side, run in this process
     arguments = parser.parse_args()
     places = {"images": arguments.folder / f"images-{arguments.side}", "tokens": arguments.folder / "tokens"}
     limits = {task: (w, m) for task, w, m in zip(SIDES, arguments.warm, arguments.most, strict=True)}

@@ -1,11 +1,11 @@
-"""The gallery of docs/results.md: the results of runs, written from records of the runs and never by hand.
+"""The gallery in docs/results.md: results of runs, written from records of the runs and never by hand.
 
     python experiments/benchmarks/gallery.py record WORKDIR --name NAME  # a finished run becomes docs/results/NAME.json
     python experiments/benchmarks/gallery.py write                       # all records become the table and its pictures
 
-`record` reads what the stages left: evaluation.json, the times of each stage and of each training, config.json, the
-first images that were sampled. It writes the record and a picture, and changes nothing in the workdir. The commit, the
-machine and the versions are those that the run's own report.html names. --note says what else is to be known.
+`record` reads files that the stages wrote: evaluation.json, the times of stages and trainings, config.json, and the
+first sampled images. It writes the record and a picture, and changes nothing in the workdir. Commit, machine and
+versions come from the run's report.html. --note adds a sentence.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ar_unified.workdir import read_json, write_bytes, write_json, write_text
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- runs: written by experiments/benchmarks/gallery.py -->\n", "<!-- end of runs -->"
 ENVIRONMENT = ("devices", "jax", "python", "system", "written", "revision")
-SIDE, COLUMNS, ROWS = 96, 8, 2  # of a picture: pixels an image, images a row, rows
+SIDE, COLUMNS, ROWS = 96, 8, 2  # of a picture: pixels per image, images per row, rows
 
 
 def record(workdir: Path, name: str, note: str, docs: Path = DOCS) -> Path:
-    """Writes the record of a finished run, and its picture where images were sampled; returns the record's file.
+    """Writes the record of a finished run, and a picture if images were sampled; returns the record's file.
 
     Raises:
         UserError: the workdir has no evaluation.json.
@@ -60,7 +60,7 @@ def record(workdir: Path, name: str, note: str, docs: Path = DOCS) -> Path:
 
 
 def _environment(workdir: Path) -> dict[str, str]:
-    """The environment of `evaluate` according to its report; without a report, that of this process."""
+    """The environment of `evaluate` from its report, or that of this process if there is no report."""
     report = workdir / "report.html"
     if not report.exists():
         return environment()
@@ -70,7 +70,7 @@ def _environment(workdir: Path) -> dict[str, str]:
 
 
 def _seconds(workdir: Path) -> dict[str, float]:
-    """Wall time of both trainings over all attempts, without the time between these."""
+    """Wall time of both trainings over all attempts, without the time between attempts."""
     found = {}
     for stage in ("image_tokenizer", "model"):
         path = workdir / stage / "goodput.json"
@@ -81,7 +81,7 @@ def _seconds(workdir: Path) -> dict[str, float]:
 
 
 def _sheet(images: Sequence[Path]) -> bytes:
-    """PNG of images side by side, each within a square."""
+    """A PNG of images side by side, each within a square."""
     rows = -(-len(images) // COLUMNS)
     sheet = Image.new("RGB", (min(len(images), COLUMNS) * (SIDE + 4), rows * (SIDE + 4)), "white")
     for i, path in enumerate(images):

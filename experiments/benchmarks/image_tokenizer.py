@@ -1,13 +1,13 @@
-"""The vqgan backbone beside Hugging Face's `ChameleonVQVAE` on torch: images of 256 pixels to codes, and back.
+"""The vqgan backbone compared with Hugging Face's `ChameleonVQVAE` on torch: images of 256 pixels to codes, and back.
 
-The same random weights on both sides, float32: base 64, two blocks a level, attention in the middle, multipliers
-1 2 2 4 (f8) or 1 1 2 2 4 (f16), 4,096 codes of 64 dimensions. `encode` includes the quantizer; ours finds the same
-Euclidean neighbour as theirs. transformers has no decoder of this network, so that of taming-transformers is written
-out in torch below. Each side has a process of its own; runs alternate after a warm-up, and what they made is compared.
+Both sides have the same random float32 weights: base 64, two blocks per level, attention in the middle, multipliers 1 2
+2 4 (f8) or 1 1 2 2 4 (f16), 4,096 codes of 64 dimensions. `encode` includes the quantizer; both find the nearest code
+by Euclidean distance. transformers has no decoder of this network, so taming-transformers' decoder is written in torch
+below. Each side has its own process. Runs alternate after a warm-up, and the results are compared.
 
     OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmarks/image_tokenizer.py --output FILE.json
 
-What was measured, and what was found on the way: docs/benchmarks.md.
+The results, and what they taught: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def inputs(shape: str, task: str, batch: int) -> np.ndarray:
 
 
 def weights(shape: str) -> tuple[Any, dict[str, Json], np.ndarray]:
-    """Our config, parameters that keep activations of their size, and the codebook [K, C]."""
+    """Our config, parameters that keep the size of activations, and the codebook [K, C]."""
     import jax
     from ar_tokenizers.image.autoencoder import init
     from ar_tokenizers.image.config import config_from
@@ -60,7 +60,7 @@ def weights(shape: str) -> tuple[Any, dict[str, Json], np.ndarray]:
 
 
 def ours(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
-    """A call that does `task` with our network and returns codes or pixels."""
+    """A function that does `task` with our network and returns codes or pixels."""
     import jax
     import jax.numpy as jnp
     from ar_tokenizers.image.autoencoder import Autoencoder
@@ -86,7 +86,7 @@ def ours(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
 
 
 def make_decoder(multipliers: tuple[int, ...]) -> Any:
-    """The decoder of taming-transformers (model.py) from the blocks that transformers has, under its names."""
+    """The decoder of taming-transformers (model.py), built from transformers' blocks, with the original names."""
     import torch
     from torch import nn
     from transformers.models.chameleon import modeling_chameleon as parts
@@ -173,7 +173,8 @@ def theirs(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
 
 
 def serve(pipe: Any, side: str, case: tuple[str, str, int]) -> None:
-    """A side's process: each word received is a run, answered by (wall, CPU seconds, result)."""
+    """A side's process. For each word that it receives, it does one run and sends (wall seconds, CPU seconds,
+    result)."""
     if side == "ours":
         from ar_tokenizers.host import keep_memory
 
@@ -186,7 +187,7 @@ def serve(pipe: Any, side: str, case: tuple[str, str, int]) -> None:
 
 
 def compare(case: tuple[str, str, int], repeats: int) -> dict[str, Any]:
-    """(wall, CPU) seconds of every run of both sides, in turns, and how far their results are from one another."""
+    """(wall, CPU) seconds of every run of both sides, in turns, and the difference between their results."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for side in ("ours", "theirs"):
@@ -215,7 +216,7 @@ def compare(case: tuple[str, str, int], repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the ratios, and writes raw times if asked."""
+    """Prints the ratios. Writes raw times if --output is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=tuple(SHAPES))
     parser.add_argument("--batches", nargs="*", type=int, default=(1, 8))

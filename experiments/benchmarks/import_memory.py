@@ -1,18 +1,18 @@
-"""How much memory and time an import needs at real size, with files that are made here of random numbers and not kept.
+"""How much memory and time an import of real size needs, with files of random numbers that are made here and not kept.
 
-The files are a preset's in transformers' names, shard by shard, in bfloat16: one block of random numbers again and
-again, scaled to 1/sqrt(width), which costs no more than writing. Settings, tokenizers and tensors that are not the
-transformer's come from --beside, a small model in the same format whose vocabulary is the preset's, and whose
-config.json gets the preset's sizes. Then `ar-unified import` runs in a process of its own. It prints that process's
-peak of resident memory, less what one has that has only imported the same modules, against two shards + 2 GiB (exit
-status 1 where it is more), and seconds per GB that was read.
+The files are bfloat16 shards of a preset, with transformers' names. They repeat one block of random numbers, scaled to
+1/sqrt(width), which costs no more than writing. Everything that is not the transformer's (settings, tokenizers, other
+tensors) comes from --beside, a small model in the same format with the preset's vocabulary; its config.json gets the
+preset's sizes. Then `ar-unified import` runs in its own process. Two numbers are printed: seconds per GB read, and that
+process's peak of resident memory, minus that of a process which only imports the same modules. The bound for the peak
+is two shards + 2 GiB; the exit status is 1 if it is higher.
 
     python experiments/benchmarks/import_memory.py --model chameleon_34b --as chameleon --beside TINY --folder DIR
 
-Needs room for the files and for the bundle: 2 x 68 GB for chameleon_34b. --layers has fewer of them than the preset,
-and --holes makes files of zeros that need no room, and whose seconds say less. Measures on Linux.
+The disk needs room for the files and for the bundle: 2 x 68 GB for chameleon_34b. --layers N takes fewer layers than
+the preset has. --holes makes files of zeros, which need no room but make times less meaningful. Works on Linux.
 
-The import is also killed at --kill-after seconds, and started again: what was left must be gone.
+With --kill-after, a first import is killed after that many seconds. The next one must remove its unfinished files.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.tensors import INDEX, Kind, TensorWriter
 
-_BLOCK = 1 << 22  # random numbers that are made
-# Linux counts the memory of the parent as the new process's, so a parent with little memory starts it.
+_BLOCK = 1 << 22  # how many random numbers are made
+# Linux counts the parent's memory as the new process's, so a parent with little memory starts it.
 _PARENT = """
 import json, resource, subprocess, sys
 status = subprocess.call(sys.argv[2:])
 json.dump([status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], open(sys.argv[1], "w"))
 """
-# What a training or a sampler does that begins with the bundle on a host with that many devices.
+# What a training or a sampler does when it loads the bundle on a host with that many devices.
 _LOAD = """
 import sys
 import jax
@@ -142,7 +142,7 @@ def generate(
     kinds = {name: Kind(shape, "bfloat16") for name, shape in shapes.items()}
     kinds |= {name: Kind(extra.shape(name), str(extra.read(name).dtype)) for name in others}
     block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
-    # What is not written is a hole, of which the writer complains at the end, when all else is done.
+    # Parts that are not written are holes. The writer complains about them at the end, when everything else is done.
     unwritten = contextlib.suppress(AssertionError) if holes else contextlib.nullcontext()
     with unwritten, TensorWriter(folder, kinds, shard_bytes, alone=True, metadata={"format": "pt"}) as writer:
         for name in () if holes else shapes:
@@ -153,13 +153,13 @@ def generate(
 
 
 def numbers(shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
-    """bfloat16: of a matrix at variance 1/width, of a vector around 1."""
+    """bfloat16 numbers: for a matrix with variance 1/width, for a vector around 1."""
     scaled = block / math.sqrt(shape[-1]) if len(shape) > 1 else 1 + 0.3 * block
     return np.resize(scaled.astype(ml_dtypes.bfloat16), shape)
 
 
 def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Json]:
-    """A config.json with the sizes of another model; in a model of two parts, the text part gets them."""
+    """A config.json with the sizes of another model. In a model of two parts, the text part gets them."""
     if isinstance(found.get("text_config"), dict):
         return found | {"text_config": resized(found["text_config"], config)}
     sizes = {

@@ -1,25 +1,25 @@
-"""How the loader grows with the data: start-up, memory and work of a random batch, from 10^5 to 10^9 documents.
+"""How the loader's costs grow with the data: start-up, memory, and time for a random batch, for 10^5 to 10^9 documents.
 
     python experiments/benchmarks/loader_scale.py --folder DIR [--documents 100000 1000000 ...]
 
-DIR gets what `prepare` leaves of one source, but for the tokens: manifest, index, an empty file for every shard of
-8,192 items, and the planned rows: 16 bytes a document, so 16 GB for 10^9. It is removed again.
+DIR gets the files that `prepare` writes for one source, without the tokens: manifest, index, an empty file for every
+shard of 8,192 items, and the planned rows. They have 16 bytes per document, 16 GB for 10^9, and are removed at the end.
 
 Documents are simulated: a third captions with an image of 256 codes, a third texts, a third interleaved (log-normal).
-From 10^8 documents on, all runs of 4,096 documents have the lengths of the first run. So one block is planned in place
-of 15,259; what planning costs is measured on the first 10^6 (`plan`).
+From 10^8 documents on, all runs of 4,096 documents have the lengths of the first run, so one block is planned instead
+of 15,259. The cost of planning is measured on the first 10^6 documents (`plan`).
 
-A fresh process then opens the loader and makes batches of steps drawn at random. Files are dropped from the page cache
-first, as after a restart. Columns, of a process of its own for each size:
-    start    seconds to open the loader, imports not counted; work: of them of processor time
-    own      MB of memory that this process alone has (RssAnon), more than it had before; after the random batches
-    mapped   MB of the files that it has mapped and touched, one copy for all processes of a host
-    choose   ms of processor time for which documents are in the 1,024 rows of a random step; median and most
-    next     the same for the step after it, whose blocks are known
-    lay      ms of processor time to lay them side by side: 1,024 rows of 4,096 tokens, as arrays of a PackedBatch
-    step     both together, of a random step; median and, as `step_most`, most
-    first    the same of the first batch of the process, which gets its memory from the system
-What reading the tokens costs is no matter of how many there are, and is not in the table.
+Then files are dropped from the page cache, as after a restart, and a new process for each size opens the loader and
+makes batches of random steps. Columns:
+    start    seconds to open the loader, without imports; work: CPU seconds of these
+    own      MB of memory that only this process has (RssAnon), after the random batches, minus that before the start
+    mapped   MB of files that it has mapped and touched; all processes of a host share them
+    choose   CPU ms to choose the documents of the 1,024 rows of a random step; median and maximum
+    next     the same for the step after it, whose blocks are already in memory
+    lay      CPU ms to put them into the arrays of a PackedBatch: 1,024 rows of 4,096 tokens
+    step     choose + lay of a random step; median and, as `step_most`, maximum
+    first    the same for the first batch of the process, which must get its memory from the system
+The cost of reading tokens does not depend on their number, and is not in the table.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from ar_unified.manifests import Json
 from ar_unified.workdir import write_json
 
 ROWS, LENGTH, SHARD = 1024, 4096, 8192
-PLANNED = 10**7  # up to here every run has lengths of its own
+PLANNED = 10**7  # up to this number every run has its own lengths
 STEPS = 12
 
 
 class Bytes:
-    """A text tokenizer with one piece a byte."""
+    """A text tokenizer with one piece per byte."""
 
     size, hash = 256, "bytes"
 
@@ -72,7 +72,7 @@ GRAMMAR = Grammar(Vocabulary(256, 1024, text_hash="bytes", image_hash="none"), f
 
 
 def lengths(documents: int, seed: int) -> np.ndarray:
-    """Tokens of documents, int32, as in a mixture of captions, texts and interleaved documents."""
+    """The numbers of tokens of documents, int32, as in a mixture of captions, texts and interleaved documents."""
     draw = np.random.default_rng(seed)
     kinds = np.stack(
         [
@@ -85,7 +85,7 @@ def lengths(documents: int, seed: int) -> np.ndarray:
 
 
 def generate(folder: Path, documents: int) -> None:
-    """What `prepare` leaves, but for the tokens."""
+    """Writes the files of `prepare` without the tokens."""
     place = folder / "simulated"
     place.mkdir(parents=True)
     count = -(-documents // SHARD)
@@ -110,14 +110,14 @@ def generate(folder: Path, documents: int) -> None:
 
 
 def simulated_index(found: np.ndarray) -> np.ndarray:
-    """The index that `prepare` would leave of documents of these lengths."""
+    """The index that `prepare` would write for documents of these lengths."""
     rows = np.zeros(len(found), shards.INDEX)
     rows["length"] = found
     return rows
 
 
 def repeat_plan(index: np.ndarray, place: Path) -> None:
-    """The plan of data whose runs are all alike: one block of each size is planned."""
+    """The plan of data in which all runs have the same lengths: only one block of each size is planned."""
     dealt = blocks.Blocks(len(index))
     known: dict[int, tuple[bytes, tuple[int, int, bool]]] = {}  # by the size of a block
     counts = []
@@ -135,7 +135,7 @@ def repeat_plan(index: np.ndarray, place: Path) -> None:
 
 
 def measure(folder: Path) -> dict[str, Json]:
-    """Measures one size, in a process that has done nothing else."""
+    """Measures one size, in a new process."""
     drop_from_cache(folder)
     before = own()
     began, worked = time.perf_counter(), time.process_time()
@@ -184,14 +184,14 @@ def measure(folder: Path) -> dict[str, Json]:
 
 
 def simulated(self: shards.Shards, documents: np.ndarray, known: np.ndarray | None = None) -> list[Encoded]:
-    """Stands in for reading: gives tokens of the right lengths."""
+    """Stands in for reading, and gives tokens of the right lengths."""
     found = self.facts(documents)["length"] if known is None else known
     tokens, marks = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.uint8)
     return [Encoded(tokens[:length], marks[:length]) for length in found.tolist()]
 
 
 def own() -> float:
-    """MB of memory that this process alone has."""
+    """MB of memory that only this process has."""
     facts = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(facts["RssAnon"].split()[0]) / 1e3
 
@@ -208,14 +208,14 @@ def mapped(folder: Path) -> float:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Has the system forget the folder's indexes, as after a restart."""
+    """Drops the folder's indexes from the page cache, as after a restart."""
     for path in folder.rglob("*.npy"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def planning(documents: int = 10**6) -> float:
-    """Microseconds of processor time a document."""
+    """CPU microseconds per document."""
     found = lengths(documents, 0)
     began = time.process_time()
     blocks.Plans(found, LENGTH)

@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tokenizers python -m experiments.benchmarks.lora_step [PRESET]
 
-The same model, rows and optimizer. Times are CPU seconds of the process, of all its threads, so that what else the
-machine does counts less; medians of pairs. Memory is that of the state and of what the compiled step needs besides.
+Model, rows and optimizer are the same. Times are CPU seconds of all threads, on which other work on the machine has
+less influence; ratios are medians of pairs. Memory is that of the state, and what the compiled step needs besides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WAYS = {
 
 
 def packed() -> PackedBatch[np.ndarray]:
-    """Rows of one document each."""
+    """A batch of rows with one document each."""
     ids = np.random.default_rng(0).integers(0, 4000, (ROWS, LENGTH + 1)).astype(np.int32)
     batch = PackedBatch.padding(ROWS, LENGTH, VOCABULARY.pad)
     batch.tokens[:], batch.targets[:], batch.segment_ids[:] = ids[:, :-1], ids[:, 1:], 1
@@ -62,7 +62,7 @@ class Way:
         self.besides = memory.temp_size_in_bytes
 
     def seconds(self) -> float:
-        """Processor time of one step."""
+        """CPU seconds of one step."""
         began = time.process_time()
         self.state, report = self.step(self.state, self.batch)
         jax.block_until_ready((self.state, report))
@@ -70,7 +70,7 @@ class Way:
 
 
 def main(preset: str) -> None:
-    """Prints time and memory of each way."""
+    """Prints time and memory of each way to train."""
     ways = {name: Way(preset, lora) for name, lora in WAYS.items()}
     size = parameter_count(config_from(preset, vocab_size=VOCABULARY.size))
     print(f"{preset}: {size / 1e6:.1f}M parameters, {ROWS} rows of {LENGTH}, {jax.devices()[0].device_kind}")

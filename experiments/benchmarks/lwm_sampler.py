@@ -1,14 +1,15 @@
-"""LWM's sampler as published, timed for sampling_vs_transformers.py: the one JAX peer, in its own interpreter.
+"""LWM's sampler as published, timed for sampling_vs_transformers.py. It is the only JAX peer, and has its own
+interpreter.
 
-Run by that benchmark (`--lwm PYTHON`) with an interpreter of LWM's time: jax 0.4.29, flax 0.8.4, transformers 4.40, and
-the repositories LargeWorldModel/LWM f45d2b7, haoliuhl/tux 61c11e1 and haoliuhl/ringattention 6305e2f on its path
-(wandb and gcsfs, which its tux imports and sampling never uses, may be empty modules). Each line read is a run; it is
-answered by a line [wall, CPU seconds].
+That benchmark runs it (`--lwm PYTHON`) with an interpreter that has packages as old as LWM: jax 0.4.29, flax 0.8.4,
+transformers 4.40, and on its path the repositories LargeWorldModel/LWM f45d2b7, haoliuhl/tux 61c11e1 and
+haoliuhl/ringattention 6305e2f. (tux imports wandb and gcsfs, which sampling never uses; they may be empty modules.)
+Each line that is read asks for a run; the answer is a line [wall seconds, CPU seconds].
 
-The model has random weights and the sizes of the benchmark's, as far as LWM has them: as many KV heads as heads, a
-vocabulary of codes and a head of its own for them; 257 tokens an image, the last one forced, no line ends. Guidance
-and top-k are the benchmark's. Jitted whole, as in its vision_generation.py; that script hands it one prompt at a time,
-here they are a batch.
+The model has random weights, and the benchmark's sizes as far as LWM allows. But it has as many KV heads as query
+heads, a separate vocabulary and head for codes, and 257 tokens per image: no line ends, and the last token is forced.
+Guidance and top-k are the benchmark's. The sampler is jitted as a whole, as in LWM's vision_generation.py; that script
+samples one prompt at a time, this one a batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NEW, WIDTH, TEXT, CODES = 257, 32, 2000, 4096
 
 
 def sampler(batch: int, scale: float, top_k: int):
-    """A function of a seed: draws `batch` images, ids [batch, 257]."""
+    """A function of a seed that draws `batch` images, ids [batch, 257]."""
     from lwm.vision_llama import FlaxVideoLLaMAForCausalLM, VideoLLaMAConfig
     from transformers import GenerationConfig
 
@@ -37,7 +38,7 @@ def sampler(batch: int, scale: float, top_k: int):
     model = FlaxVideoLLaMAForCausalLM(config, input_shape=(1, WIDTH), seed=0, _do_init=False)
     with mesh:
         params = jax.jit(lambda key: model.init_weights(key, (1, WIDTH)))(jax.random.key(0))
-    # Half the rows are the prompts, half "<s><vision>", padded on the left.
+    # Half of the rows are prompts, half are "<s><vision>", padded on the left.
     ids = np.random.default_rng(0).integers(2, TEXT, (2 * batch, WIDTH), dtype=np.int32)
     mask = np.ones_like(ids)
     mask[batch:, :-2] = 0
@@ -60,7 +61,7 @@ def sampler(batch: int, scale: float, top_k: int):
 
 
 def main() -> None:
-    """Answers each line that is read with the seconds of one run."""
+    """For each line that it reads, does one run and prints its seconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--scale", type=float, default=3.0)

@@ -1,18 +1,19 @@
-"""How full rows of 4,096 tokens are, and what packing them costs: ours beside Grain's first fit and best fit.
+"""How full rows of 4,096 tokens are, and what packing costs: ours compared with Grain's first fit and best fit.
 
     pip install grain          # in an environment of its own
     python experiments/benchmarks/packing.py --data DIR [--folder DIR] [--documents N] [--open N ...]
 
 DIR holds based-cooking, clothing, noto-emoji, easy-vqa (folders of images and JSONL) and text/udhr. They are prepared
-as for a training, with images of 64 x 64 pixels as 16 x 16 codes and a token for each byte of text; only lengths
-matter. No image is ever cut: a document that is longer than a row is cut between its parts, or in its text. The last
-line is a simulated mixture, large enough that no source's end shows: captions, texts and interleaved documents.
+as for a training, but only lengths matter: an image of 64 x 64 pixels has 16 x 16 codes, and each byte of text is a
+token. Images are never cut; a document that is longer than a row is cut between its parts or in its text. The last line
+is a simulated mixture of captions, texts and interleaved documents, so large that the ends of sources do not matter.
 
-Everybody packs the same documents, whole, at most --documents of a source, drawn at random. Ours plans a block of
-65,536 at a time and keeps to one source a row; the mixture weighs its rows. Grain sees the documents in random order,
-mixed by weights that give the same shares of tokens, with as many rows open as named. Columns: the share of positions
-with a token, over one epoch of a source or --documents of the mixture; and microseconds of processor time a document,
-from documents in memory to rows with positions and segments (ours makes targets, roles and four more fields as well).
+All packers get the same whole documents, at most --documents of a source, drawn at random. Ours plans blocks of 65,536
+documents, and every row has documents of one source; the weights of the mixture are shares of rows. Grain gets the
+documents in random order, mixed with weights that give the same shares of tokens, and --open is its number of open
+rows. Columns: the share of positions with a token, over one epoch of a source or --documents of the mixture; and CPU
+microseconds per document, from documents in memory to rows with positions and segments (ours also makes targets, roles
+and four more fields).
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ METHODS = {"first fit": FirstFitPackIterDataset, "best fit": BestFitPackIterData
 
 
 class Greys:
-    """An image tokenizer whose code is the mean of a 4 x 4 patch."""
+    """An image tokenizer in which a code is the mean of a 4 x 4 patch."""
 
     codebook_size, factor, codes_per_position, hash = 256, 4, 1, "greys"
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """A code for each 4 x 4 pixels; only their number matters."""
+        """One code for each 4 x 4 pixels; only their number matters."""
         B, H, W, _ = pixels.shape
         return pixels.reshape(B, H // 4, 4, W // 4, 4, 3).mean((2, 4, 5)).astype(np.int32)
 
@@ -70,7 +71,7 @@ def prepared(data: Path, folder: Path) -> dict[str, np.ndarray]:
 
 
 def ours(found: np.ndarray) -> tuple[float, float]:
-    """Fill, and microseconds a document, of one epoch."""
+    """The fill and the microseconds per document of our packing, for one epoch."""
     tokens, marks = np.zeros(LENGTH, np.int32), np.full(LENGTH, TRAINED, np.uint8)
     began = time.process_time()
     packing = Packing(found, LENGTH, seed=0)
@@ -86,7 +87,7 @@ def ours(found: np.ndarray) -> tuple[float, float]:
 
 
 def theirs(dataset: Any, documents: int, method: str, rows: int) -> tuple[float, float]:
-    """Likewise, of `documents` elements of a stream of lengths."""
+    """The same for Grain's packing of `documents` elements of a stream of lengths."""
     tokens = np.ones(LENGTH, np.int32)
     stream = dataset[:documents].map(lambda n: {"tokens": tokens[: int(n)]}).to_iter_dataset()
     packed = METHODS[method](stream, length_struct={"tokens": LENGTH}, num_packing_bins=rows)
@@ -103,7 +104,7 @@ def shuffled(found: np.ndarray) -> Any:
 
 
 def each_weight(sources: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Weights of documents that give WEIGHTS of tokens."""
+    """Weights for drawing documents that give the shares WEIGHTS of tokens."""
     each = np.array([WEIGHTS[name] / found.mean() for name, found in sources.items()])
     return each / each.sum()
 
@@ -121,7 +122,7 @@ def line(name: str, documents: int, found: Mapping[str, tuple[float, float]]) ->
 
 
 def main() -> None:
-    """Prints how full rows are and what packing costs, by source."""
+    """Prints for each source how full rows are and what packing costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, help="where to prepare, and to find what was; else nowhere that stays")

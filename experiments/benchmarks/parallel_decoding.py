@@ -1,20 +1,20 @@
-"""Drawing several positions of an image at once (`sampling.window`) beside drawing one by one, with trained models.
+"""Drawing several positions of an image at once (`sampling.window`), compared with one by one, with trained models.
 
     ar-unified export --workdir workdirs/shapes --output bundles/shapes
     python experiments/benchmarks/parallel_decoding.py exact --model shapes=bundles/shapes --requests 2000
     nice -n 10 python experiments/benchmarks/parallel_decoding.py speed --model shapes=bundles/shapes \
         --model emoji=bundles/emoji:datasets/noto-emoji/captions.jsonl --output FILE.json
 
-A model is NAME=BUNDLE:CAPTIONS; captions are rows with a "text", or without a file those of the embedded scenes.
+A model is NAME=BUNDLE:CAPTIONS. CAPTIONS is a file of rows with a "text"; without it, captions are of embedded scenes.
 
-`exact` draws mixed requests with each window and counts the samples that are not those of window 1: texts to images,
-questions about images, stories, edits, canvases with holes; one to three contexts, temperatures from 0, top-k, top-p,
-penalties; more of them than slots. "restless" is an engine whose every chunk has another window. Exit status 1: one
-differed.
+`exact` draws mixed requests with each window and counts the samples that differ from those of window 1. The requests
+are captions to images, questions about images, stories, edits and canvases with holes, with one to three contexts,
+temperatures from 0, top-k, top-p and penalties; there are more requests than slots. "restless" is an engine that
+changes the window at every chunk. The exit status is 1 if a sample differs.
 
-`speed` draws images with the bundle's settings with each window in turns, with engines that have compiled and drawn as
-many before, and compares every token. A line for each window: tokens a step; wall and CPU time of window 1 over that of
-the window, the medians of pairs; and how many of the samples differ.
+`speed` draws images with the bundle's settings, with each window in turns after a warm-up, and compares every token.
+The line for each window has: tokens per step; wall and CPU time of window 1 divided by that of this window (medians of
+pairs); and the number of samples that differ.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from ar_unified.sampling.model import Model
 from ar_unified.sampling.pace import WINDOWS, Pace
 from ar_unified.sampling.request import Request
 
-_LENGTH = 128  # of the caches of `exact`
+_LENGTH = 128  # slots of the caches in `exact`
 
 
 class Restless(Pace):
-    """A pace that chooses another window for each chunk, without looking at the cost."""
+    """A pace that takes another window for each chunk, whatever it costs."""
 
     def __init__(self) -> None:
         super().__init__("auto")
@@ -59,7 +59,7 @@ class Restless(Pace):
 
 
 def captions(path: str, count: int, rng: np.random.Generator) -> list[str]:
-    """So many of a file's texts, or of held-out scenes."""
+    """`count` random texts of a file, or captions of held-out scenes."""
     if not path:
         return [scenes.caption(rng, scenes.sample_scene(rng, "validation")) for _ in range(count)]
     texts = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
@@ -67,7 +67,7 @@ def captions(path: str, count: int, rng: np.random.Generator) -> list[str]:
 
 
 def mixed(model: Model, path: str, count: int) -> list[Request]:
-    """Requests of all kinds, each with settings of its own."""
+    """Requests of all kinds, each with its own settings."""
     rng = np.random.default_rng(0)
     texts, asked = captions(path, count, rng), []
     pictures = [model.tokenize_image(scenes.render(scenes.sample_scene(rng, "validation"))) for _ in range(24)]
@@ -110,7 +110,10 @@ def mixed(model: Model, path: str, count: int) -> list[Request]:
 
 def exact(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> int:
     """Draws the requests with each window; returns how many samples differ."""
-    vars(plan)["_SHARES"], prompts._SMALLEST = (1,), 64  # one length of cache and of prompts: a quarter of the programs
+    vars(plan)["_SHARES"], prompts._SMALLEST = (
+        (1,),
+        64,
+    )  # one length of caches and prompts needs fewer programs
     different = 0
     for name, (folder, path) in models.items():
         model = ar_unified.load(folder)
@@ -141,7 +144,7 @@ def like(engine: Engine, **settings: Any) -> Engine:
 
 
 def speed(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> list[dict[str, Json]]:
-    """A line for each model, batch and window."""
+    """Prints a line for each model, batch and window."""
     lines = []
     for batch, (name, (folder, path)) in itertools.product(arguments.batches, models.items()):
         model = ar_unified.load(folder)
@@ -157,7 +160,7 @@ def speed(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> 
 
 
 def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> list[dict[str, Json]]:
-    """A line for each engine, beside that of window 1; alternated, each time with other seeds."""
+    """Yields a line for each engine, compared with window 1. Engines run in turns, each time with new seeds."""
 
     def drawn(engine: Engine, repeat: int) -> tuple[dict[str, list[int]], tuple[float, float]]:
         again = [dataclasses.replace(each, seed=each.seed + 10_000 * repeat) for each in asked]
@@ -165,7 +168,7 @@ def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> 
         tokens = {sample.request.id: sample.tokens.tolist() for sample in engine.generate(again)}
         return tokens, (time.perf_counter() - before[0], time.process_time() - before[1])
 
-    for engine in engines.values():  # compiles; and "auto" measures
+    for engine in engines.values():  # compiles, and "auto" measures
         drawn(engine, repeats)
         drawn(engine, repeats + 1)
     times: dict[Any, list[tuple[float, float]]] = {window: [] for window in engines}
@@ -190,7 +193,7 @@ def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> 
 
 
 def main() -> int:
-    """Runs one of the two; returns the exit status."""
+    """Runs `exact` or `speed`; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("exact", "speed"))
     parser.add_argument("--model", action="append", required=True, metavar="NAME=BUNDLE[:CAPTIONS]")

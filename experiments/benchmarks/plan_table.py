@@ -1,10 +1,10 @@
-"""Plans of published shapes on TPU slices, and the table of them in docs/planning.md.
+"""Plans published models on TPU slices, and writes the table of plans into docs/planning.md.
 
     make plan      or      PYTHONPATH=.:tokenizers python experiments/benchmarks/plan_table.py [CASE ...]
 
-Compiles the train step of experiments/pretrain.py for each case, one after the other, with libtpu on this machine's CPU
-(two to three minutes of processor a case, 3 GB), and leaves the raw numbers in results/plans/. Cases that are there
-already are not compiled again unless they are named. Then it writes the table into docs/planning.md, between its marks.
+Compiles the training step of experiments/pretrain.py for each case, one after the other, with libtpu on this machine's
+CPU (two to three CPU minutes per case, 3 GB), and writes the raw numbers to results/plans/. Cases with numbers there
+are not compiled again unless they are named. Then it writes the table into docs/planning.md, between its marks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ar_unified.workdir import read_json, write_json, write_text
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "plans"
 _LORA = ("--config.lora.rank=16", "--config.lora.base_dtype=bfloat16")
-# Name of the case: model, chips, target, further words of the command.
+# Name of the case -> model, chips, target, further words of the command.
 CASES: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
     "chameleon_7b-v5p-64": ("chameleon_7b", 64, "v5p:4x4x4", ()),
     "chameleon_7b-v5p-512": ("chameleon_7b", 512, "v5p:8x8x8", ()),
@@ -50,7 +50,7 @@ def command(case: str) -> list[str]:
 
 
 def run(case: str) -> None:
-    """Compiles one case in its own process, so that its memory is freed."""
+    """Compiles one case in its own process, which frees its memory at the end."""
     print(f"==== {case}: ar-unified {' '.join(command(case))}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "ar_unified.cli.main", *command(case), "--output", folder]
@@ -62,7 +62,7 @@ def run(case: str) -> None:
 
 
 def table(plans: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row for each plan, then what refused and how far each scales."""
+    """The Markdown: a row for each plan, then the cases that do not fit, and how far each scales."""
     head = (
         "| model | target | mesh | tokens a step | peak of HBM | parameters + optimizer | gradients + activations | "
         "ICI sent | DCN sent | matmuls | ICI | DCN | memory | step | MFU | compiled in |"
@@ -114,7 +114,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
 
 
 def main(chosen: list[str]) -> None:
-    """Plans the cases that were chosen or are missing, and writes the table."""
+    """Plans the named or missing cases, and writes the table."""
     if unknown := sorted(set(chosen) - set(CASES)):
         raise SystemExit(f"plan_table.py: expected cases of {', '.join(CASES)}; found {', '.join(unknown)}")
     for case in CASES:

@@ -1,14 +1,15 @@
-"""Every quantizer at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000 or 4,096; rq: two of 32), f8.
+"""Compares all quantizers with an equal budget: photographs and emoji, f8, 1,024 codes (fsq: 1,000 or 4,096; rq: two of
+32).
 
     python experiments/benchmarks/quantizers.py --path DIR --workdir DIR2 --output FILE.json [--only NAME ...]
 
-DIR (datasets) holds clothing and noto-emoji with their captions.jsonl, as ../data/make_photos.py and make_emoji.py make
-them; one image in twenty of each is held out and scored, 135 at 128 x 128 pixels. Each quantizer trains the network
-of experiments/photos.py on the same crops from the same seed, for STEPS steps of 16, on the pixels' squared error
-alone, with the settings its name has by default; then a transformer of 1M parameters learns the ids of 1,200 training
-images for PROBE steps, and its bits per id are of the held-out ones.
+DIR (datasets) holds clothing and noto-emoji with their captions.jsonl, made by ../data/make_photos.py and
+make_emoji.py. One image in twenty of each is held out and scored: 135 images of 128 x 128 pixels. Each quantizer, with
+its default settings, trains the network of experiments/photos.py from the same seed on the same crops, for STEPS steps
+of 16 images, with only the pixels' squared error as loss. Then a transformer of 1M parameters, the probe, learns the
+ids of 1,200 training images for PROBE steps, and its bits per id are measured on held-out images.
 
-The table, and which quantizer to take: docs/image_tokenizers.md.
+The table, and which quantizer to choose: docs/image_tokenizers.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STEPS, PROBE = 1000, 150
 CANDIDATES: dict[str, dict[str, Json]] = {
     "fsq": dict(quantizer="fsq"),
     "fsq, ifsq": dict(quantizer="fsq", activation="ifsq"),
-    "fsq, 4096": dict(quantizer="fsq", levels=(8, 8, 8, 8)),  # four times the codes: near the bits that vq takes
+    "fsq, 4096": dict(quantizer="fsq", levels=(8, 8, 8, 8)),  # four times the codes, with about the bits of vq
     "vq": dict(quantizer="vq"),
     "vq, ema": dict(quantizer="vq", codebook_update="ema"),
     "vq, rotation": dict(quantizer="vq", gradient="rotation"),
@@ -44,7 +45,7 @@ CANDIDATES: dict[str, dict[str, Json]] = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The experiment of one quantizer: "path=DIR,name=NAME", a name of CANDIDATES."""
+    """The experiment for one quantizer. arg: "path=DIR,name=NAME", with a name in CANDIDATES."""
     args = parse_arg(arg, path="datasets", name="fsq")
     config = defaults()
     config.name = f"bake-off: {args['name']}"
@@ -71,7 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def measured(name: str, path: str, folder: Path) -> dict[str, Json]:
-    """Trains and scores one quantizer in separate processes; finished ones are skipped."""
+    """Trains and scores one quantizer in separate processes. Finished stages are skipped."""
     label = name.replace(", ", "+")  # a comma ends an argument
     config = ["--config", f"{__file__}:path={path},name={label}", "--workdir", str(folder / label)]
     began, before = time.perf_counter(), os.times()
@@ -100,7 +101,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in arguments.only:
         found = measured(name, arguments.path, arguments.workdir)
-        if arguments.output.exists():  # another process may be at other names
+        if arguments.output.exists():  # another process may handle other names
             results = json.loads(arguments.output.read_text())
         results[name] = found
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
@@ -109,7 +110,7 @@ def main() -> None:
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    """PSNR, SSIM, usage, entropy, bits of an id and of an image under the probe, stability, CPU seconds."""
+    """PSNR, SSIM, usage, entropy, the probe's bits per id and per image, stability, CPU seconds."""
     image = found["bits_per_id"] * found["ids_per_image"]
     return (
         f"    {name:14s}{found['psnr']:6.2f} {found['ssim']:6.3f} {found['usage']:6.1%} {found['entropy_bits']:6.2f} "

@@ -1,26 +1,28 @@
-"""Batch sampling on the CPU beside Hugging Face transformers on torch, and LWM's sampler: images and text.
+"""Batch sampling of images and text on the CPU, compared with Hugging Face transformers on torch and with LWM's
+sampler.
 
-One model of random weights, the same for us and transformers, float32: a small Emu3 (d=256, 4 layers, 8 heads over 2 KV
-heads, FFN 704, 2,009 text and control ids, 4,096 image codes, untied), there as Emu3ForConditionalGeneration. All runs
-in turns, each side in a process of its own, after a warm-up that also compiles; medians. Images have 16 x 16 codes,
-274 tokens with line ends, end of image and end of document, guidance 3, top-k 2048, temperature 1; every output is
-checked against the grammar. Only tokens are made, no pixels.
+Ours and transformers have the same model with random float32 weights: a small Emu3 (d=256, 4 layers, 8 heads over 2 KV
+heads, FFN 704, 2,009 text and control ids, 4,096 image codes, untied), in transformers as Emu3ForConditionalGeneration.
+Each side has its own process; they run in turns after a warm-up that also compiles, and results are medians. An image
+has 16 x 16 codes, 274 tokens with line ends, end of image and end of document. Guidance is 3, top-k 2048, temperature
+1. Every output is checked against the grammar. Only tokens are made, no pixels.
 
-    hf        `generate` as the documentation of Emu3 in transformers has it: `prefix_allowed_tokens_fn` that returns
+    hf        `generate` as in the documentation of Emu3 in transformers: a `prefix_allowed_tokens_fn` that returns
               lists and asks a tokenizer (here a small one), `negative_prompt_ids`, guidance_scale=3, top_k=2048
-    tuned     the same with a function that knows its position and returns tensors
-    loop      a loop over their forward: both contexts in one batch, the head cut to the image codes, forced tokens
-              without drawing
-    lwm       LWM's sampler as published, by lwm_sampler.py, which says how its model differs (--lwm)
+    tuned     the same, but its function knows its position and returns tensors
+    loop      a loop over their forward pass: both contexts in one batch, a head for only the image codes, and forced
+              tokens that are not drawn
+    lwm       LWM's sampler as published, with --lwm; lwm_sampler.py says how its model differs
     ours      Engine.generate
 
-Text: greedy, 64 prompt and 128 new tokens. `generate`; `loop`, the barest loop over their forward; `compiled`, the same
-with a static cache and torch.compile. Our tokens were those of `generate`, all of them.
+Text is greedy, with 64 prompt tokens and 128 new tokens. The peers are `generate`; `loop`, the simplest loop over their
+forward pass; and `compiled`, the same loop with a static cache and torch.compile. All our tokens were equal to those of
+`generate`.
 
     OMP_NUM_THREADS=1 nice -n -5 taskset -c 1 python experiments/benchmarks/sampling_vs_transformers.py \
         --lwm PYTHON --output FILE.json
 
-What was measured: docs/benchmarks.md.
+The results: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Ids:
 
 
 def model() -> tuple[Any, Any, Any]:
-    """Config, parameters and grammar of our side."""
+    """Config, parameters and grammar of our model."""
     import jax
 
     from ar_unified.language.grammar import Grammar
@@ -76,12 +78,12 @@ def model() -> tuple[Any, Any, Any]:
         vocab_size=grammar.vocabulary.size, d_model=256, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, d_mlp=704
     )
     params = init(config, jax.random.key(0))
-    # Logits of a trained size, so that temperature, cuts and greedy choices mean something.
+    # Logits as large as trained ones, so that temperature, top-k and greedy choices matter.
     return config, params | {"head": 5 * params["head"]}, grammar
 
 
 def prompts(batch: int) -> np.ndarray:
-    """int32 [batch, 24]: texts, all of one length, as the peers want them."""
+    """int32 [batch, 24]: texts of one length, which the peers need."""
     return np.random.default_rng(0).integers(0, TEXT, (batch, 24), dtype=np.int32)
 
 
@@ -89,7 +91,7 @@ def prompts(batch: int) -> np.ndarray:
 
 
 def our_images(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
-    """Draws one image for each prompt: ids [batch, NEW]."""
+    """A function that draws one image for each prompt: ids [batch, NEW]."""
     from ar_unified.language.document import TextPart
     from ar_unified.sampling.decoding import Filter
     from ar_unified.sampling.engine import Engine
@@ -115,7 +117,7 @@ def our_images(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def our_texts(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
-    """Goes on with each prompt: ids [batch, NEW_TEXT]."""
+    """A function that continues each prompt: ids [batch, NEW_TEXT]."""
     from ar_unified.sampling.decoding import Filter
     from ar_unified.sampling.engine import Engine
     from ar_unified.sampling.request import Request, TokensPart
@@ -123,7 +125,7 @@ def our_texts(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
     config, params, grammar = model()
     engine = Engine(config, params, grammar, batch_size=batch, max_length=PROMPT + NEW_TEXT)
     v = grammar.vocabulary
-    params["head"] = params["head"].at[TEXT:].set(0)  # a text that never ends before its budget does
+    params["head"] = params["head"].at[TEXT:].set(0)  # a text never ends before its budget
 
     def draw() -> np.ndarray:
         asked = [
@@ -140,7 +142,7 @@ def our_texts(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def make_peer(state: dict[str, np.ndarray], vocab: int, v: dict[str, int]) -> Any:
-    """Emu3ForConditionalGeneration with our weights; its image tokenizer is small, random and never run."""
+    """Emu3ForConditionalGeneration with our weights. Its image tokenizer is small, random and never used."""
     import torch
     import transformers
 
@@ -163,7 +165,7 @@ def make_peer(state: dict[str, np.ndarray], vocab: int, v: dict[str, int]) -> An
 
 
 def special_tokens(v: dict[str, int]) -> Any:
-    """A tokenizer of transformers that knows the tokens of an image's frame, under our ids."""
+    """A transformers tokenizer that knows the special tokens around an image, with our ids."""
     import transformers
 
     import tokenizers
@@ -175,7 +177,7 @@ def special_tokens(v: dict[str, int]) -> Any:
 
 
 def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, Callable[[], np.ndarray]]:
-    """Calls that draw images with transformers, by their name in the table."""
+    """Functions that draw images with transformers, by their names in the table."""
     import torch
 
     batch = len(prompt)
@@ -191,12 +193,12 @@ def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, C
     assert tokenizer.encode("<|extra_200|>") == [v["eol"]]
 
     def documented(_: int, tokens: Any) -> Any:
-        """What the documentation's function does, call by call: it makes its tensors, asks the tokenizer for the line
-        end, looks for the image's beginning, and returns the codes as a list."""
+        """Does what the documentation's function does in each call: makes its tensors, asks the tokenizer for the line
+        end, searches for the beginning of the image, and returns the codes as a list."""
         boi, eoi, eos, pad = (torch.tensor([v[name]]) for name in ("boi", "eoi", "eos", "pad"))
         eol = tokenizer.encode("<|extra_200|>", return_tensors="pt")[0]
         begin = torch.nonzero(tokens == boi, as_tuple=True)[0][0]
-        drawn = tokens.shape[0] - begin - len(header)  # of the image, so far
+        drawn = tokens.shape[0] - begin - len(header)  # tokens of the image so far
         if drawn == (SIDE + 1) * SIDE:
             return (eoi,)
         if drawn == (SIDE + 1) * SIDE + 1:
@@ -254,7 +256,7 @@ def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, C
 
 
 def peer_texts(peer: Any, prompt: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
-    """Calls that continue texts with transformers, by their name in the table."""
+    """Functions that continue texts with transformers, by their names in the table."""
     import torch
     import transformers
 
@@ -295,7 +297,8 @@ def peer_texts(peer: Any, prompt: np.ndarray) -> dict[str, Callable[[], np.ndarr
 
 
 def serve(pipe: Any, side: str, task: str, prompt: np.ndarray, state: Any, vocab: int, v: dict[str, int]) -> None:
-    """A side's process: each name received is a run, answered by (wall, CPU seconds, tokens)."""
+    """A side's process. For each name that it receives, it does that run and sends (wall seconds, CPU seconds,
+    tokens)."""
     if side == "ours":
         from ar_tokenizers.host import keep_memory
 
@@ -311,7 +314,7 @@ def serve(pipe: Any, side: str, task: str, prompt: np.ndarray, state: Any, vocab
 
 
 class Lwm:
-    """The process of lwm_sampler.py, with the ends of a pipe that `compare` uses."""
+    """The process of lwm_sampler.py, with the methods of a pipe's end that `compare` uses."""
 
     def __init__(self, python: str, batch: int):
         script = str(Path(__file__).with_name("lwm_sampler.py"))
@@ -325,7 +328,7 @@ class Lwm:
         self._process.stdin.flush()
 
     def recv(self) -> tuple[float, float, None]:
-        """Waits for its answer: (wall, CPU seconds, nothing)."""
+        """Waits for the answer: (wall seconds, CPU seconds, None)."""
         assert self._process.stdout is not None
         wall, cpu = json.loads(self._process.stdout.readline())
         return wall, cpu, None
@@ -338,13 +341,14 @@ class Lwm:
 def compare(
     task: str, batch: int, repeats: int, state: Any, vocab: int, v: dict[str, int], lwm: str | None
 ) -> tuple[dict[str, list], float | None]:
-    """(wall, CPU) seconds of every run of every mode, in turns; and, of texts, the share of tokens that are those of
-    `generate`."""
+    """(wall, CPU) seconds of every run of every mode, in turns. For texts also the share of our tokens that are equal
+    to those of `generate`."""
     prompt = prompts(batch) if task == "images" else np.random.default_rng(1).integers(0, TEXT, (batch, PROMPT))
     names = ["ours", *(IMAGES if task == "images" else TEXTS)]
     if task == "texts":
         prompt[:, 0] = v["bos"]
-        # Only text pieces are drawn: by us because the request says so, by them because other ids are never the best.
+        # Only text pieces are drawn: by ours because the request says so, by theirs because no other id is ever the
+        # best.
         state = state | {"lm_head.weight": np.where(np.arange(vocab)[:, None] < TEXT, state["lm_head.weight"], 0)}
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Any] = {}

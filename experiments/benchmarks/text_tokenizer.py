@@ -1,12 +1,13 @@
-"""TextTokenizer beside bare SentencePiece: speed of encoding long texts, and what training holds in memory.
+"""TextTokenizer compared with plain SentencePiece: the speed of encoding long texts, and the memory of training.
 
     PYTHONPATH=.:tokenizers python experiments/benchmarks/text_tokenizer.py FILE      # tinyshakespeare.txt below
 
-Encoding: one model, one text of FILE as it stands and with spaces for its line ends, `TextTokenizer.encode` (in blocks)
-and SentencePiece on the whole in turns, best of 5 in CPU time. Training: peak memory of a process of its own over that
-of its start, for 8 MB of text made up of 200,000 words or of 3,000 Chinese characters without spaces.
+Encoding: one model encodes the text of FILE, unchanged and with spaces instead of line ends, with
+`TextTokenizer.encode` (in blocks) and with SentencePiece (as a whole) in turns; the result is the best CPU time of 5.
+Training: the peak memory of a new process minus that at its start, for 8 MB of text made of 200,000 words, or of 3,000
+Chinese characters without spaces.
 
-What was measured: docs/benchmarks.md.
+The results: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def encoding(tokenizer: TextTokenizer, text: str) -> str:
-    """MB/s of both, their ratio, and whether the ids are the same (or which are scored better)."""
+    """MB/s of both, their ratio, and whether the ids are the same (if not, which have the better score)."""
     bare: Any = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     seconds: dict[str, float] = {"blocks": 1e9, "whole": 1e9}
     ids: dict[str, list[int]] = {}
@@ -63,14 +64,14 @@ def encoding(tokenizer: TextTokenizer, text: str) -> str:
 
 
 def training(model_type: Any, kind: str) -> str:
-    """The line that says what training a model on such a corpus holds in memory."""
+    """A line with the memory that training a model on such a corpus needs."""
     before = peak()
     TextTokenizer.train(corpus(kind), 8192, model_type=model_type)
     return f"{peak() - before:5.0f} MB = {(peak() - before) / _MB:.0f} times the text"
 
 
 def peak() -> float:
-    """MB this process has had at most (Linux)."""
+    """The peak memory of this process in MB (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6  # type: ignore[index]
 

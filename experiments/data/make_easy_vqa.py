@@ -6,11 +6,11 @@
 Without installing it: `pip download --no-deps easy-vqa`, then --source easy_vqa-1.0-py3-none-any.whl; or --source a
 clone of github.com/vzhou842/easy-VQA, which has the same files.
 
-Leaves images/SPLIT/N.png as they come (4,000 of train, 1,000 of test, 64 x 64 pixels), vqa.jsonl (48,248 questions) and
-captions.jsonl (4,980: "a blue rectangle"). The set has no captions. They follow from its questions and answers. For 534
-images the questions do not give both colour and shape, so the pixels decide; 20 of these have no caption, because the
-filled share of the figure's bounding box fits no shape clearly. These are the rows of the run that easy_vqa.py tells
-of.
+Writes the unchanged images/SPLIT/N.png (4,000 of train, 1,000 of test, 64 x 64 pixels), vqa.jsonl (48,248 questions)
+and captions.jsonl (4,980: "a blue rectangle"). The set has no captions, so they are made from its questions and
+answers. For 534 images the questions do not give both colour and shape, so the pixels decide. Of these images 20 get no
+caption, because the filled share of the figure's bounding box fits no shape clearly. The run that easy_vqa.py describes
+used these rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ar_unified.manifests import Json
 from ar_unified.workdir import write_bytes, write_text
 
 KINDS: Mapping[str, Sequence[str]] = {"color": tuple(COLORS), "shape": SHAPES}
-# Filled share of the bounding box: triangles have half of it and the pixels of their slopes, circles pi / 4.
+# Filled share of the bounding box: triangles fill half of it and some pixels at their slopes, circles pi / 4.
 SHARES = {"triangle": (0.0, 0.58), "circle": (0.757, 0.9), "rectangle": (0.95, 1.0)}
 
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def find(source: str | None) -> Any:
-    """The folder data/ of the package: a Path, or one in a wheel. Raises UserError."""
+    """The folder data/ of the package, a Path on disk or in a wheel. Raises UserError."""
     if source is None:
         spec = importlib.util.find_spec("easy_vqa")
         if spec is None or not spec.submodule_search_locations:
@@ -69,7 +69,7 @@ def find(source: str | None) -> Any:
 
 
 def make(data: Any, output: Path) -> str:
-    """Writes images and rows; returns what was made in words. Raises OSError."""
+    """Writes images and rows; returns a line that says what was made. Raises OSError."""
     captions: list[dict[str, Any]] = []
     questions: list[dict[str, Json]] = []
     images = 0
@@ -106,7 +106,7 @@ def facts(asked: Sequence[tuple[str, str, int]]) -> dict[int, dict[str, str]]:
 
 
 def _named(question: str, answer: str) -> Iterator[tuple[str, set[str]]]:
-    """What one question and its answer leave of colours and shapes."""
+    """The colours and shapes that one question and its answer allow."""
     words = set(re.findall(r"\w+", question))
     for kind, names in KINDS.items():
         mentioned = words & set(names)
@@ -121,7 +121,7 @@ def _named(question: str, answer: str) -> Iterator[tuple[str, set[str]]]:
 
 
 def seen(pixels: np.ndarray) -> dict[str, str]:
-    """Colour and, where its outline is that of one shape for sure, shape of the figure; uint8 [H, W, 3]."""
+    """The colour of the figure in uint8 [H, W, 3], and its shape if the outline clearly fits one."""
     masks = {color: np.all(pixels == rgb, axis=-1) for color, rgb in COLORS.items()}
     color = max(masks, key=lambda name: int(masks[name].sum()))
     if not masks[color].any():

@@ -10,12 +10,12 @@ github.com/muan/unicode-emoji-json:
     python experiments/data/make_emoji.py --font /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf \\
         --names package/data-by-emoji.json --output datasets/noto-emoji
 
-Leaves images/emoji_uCODE.png and captions.jsonl ({"image", "text", "group", "codepoints"}). Flags of countries and
-regions are left out, as in png/128, and so are names without an image. The run that emoji.py tells of had the 1,644 of
-png/128 (noto-emoji at b3e3051). From Debian 12's font (2.042) and unicode-emoji-json 0.9.0 come 1,637 of them, without
-the seven of Unicode 16, with the same names; in the font an image has fewer colours and a few were drawn anew: mean
-difference 0.7 of 255 levels in the median, and 1.4 for nine in ten. The run's rows also had keywords, which nothing
-reads.
+Writes images/emoji_uCODE.png and captions.jsonl ({"image", "text", "group", "codepoints"}). Flags of countries and
+regions are left out, as in png/128, and so are names without an image. The run that emoji.py describes had the 1,644
+emoji of png/128 (noto-emoji at b3e3051). Debian 12's font (2.042) and unicode-emoji-json 0.9.0 give 1,637 of them, with
+the same names; the seven of Unicode 16 are missing. In the font, images have fewer colours, and a few were redrawn: the
+mean difference from png/128 is 0.7 of 255 levels for the median image, and at most 1.4 for nine in ten. The run's rows
+also had keywords, which nothing reads.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from ar_unified.errors import UserError
 from ar_unified.workdir import write_bytes, write_text
 
 SIZE = 128  # pixels
-_STRIKE = 109  # the only size, in Pillow's units, of the font's images, which have 136 x 128 pixels
+_STRIKE = 109  # the font's only size in Pillow's units; its images have 136 x 128 pixels
 _WIDTH = 136
-_PRESENTATION = "\ufe0f"  # says "as an image"; no part of the files' names
+_PRESENTATION = "\ufe0f"  # means "as an image", and is left out of file names
 
-Draw = Callable[[str], bytes | None]  # an emoji -> PNG, if there is an image of it
+Draw = Callable[[str], bytes | None]  # an emoji -> its PNG, or None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make(draw: Draw, names: Path, output: Path) -> str:
-    """Writes images and captions; returns what was made in words. Raises UserError, OSError."""
+    """Writes images and captions; returns a line that says what was made. Raises UserError, OSError."""
     try:
         known = json.loads(names.read_text(encoding="utf-8"))
         entries = [(emoji, entry["name"], entry["group"]) for emoji, entry in known.items()]
@@ -82,18 +82,18 @@ def make(draw: Draw, names: Path, output: Path) -> str:
 
 
 def file_name(emoji: str) -> str:
-    """As noto-emoji names it: emoji_u0023_20e3.png."""
+    """The name of its file in noto-emoji, such as emoji_u0023_20e3.png."""
     codes = "_".join(f"{ord(letter):04x}" for letter in emoji if letter != _PRESENTATION)
     return f"emoji_u{codes}.png"
 
 
 def _region(emoji: str) -> bool:
-    """The flag of a country, or of a region in one."""
+    """Whether it is the flag of a country or of a region."""
     return "\U0001f1e6" <= emoji[0] <= "\U0001f1ff" or "\U000e007f" in emoji
 
 
 def from_files(folder: Path) -> Draw:
-    """Raises UserError if there is no such folder."""
+    """Finds images in a folder. Raises UserError if there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"--images: {folder}: no such folder")
 
@@ -105,7 +105,7 @@ def from_files(folder: Path) -> Draw:
 
 
 def from_font(path: str) -> Draw:
-    """Raises UserError if the font has no embedded images."""
+    """Draws images with a font. Raises UserError if the font has no embedded images."""
     expected = "expected NotoColorEmoji.ttf with embedded images, as in Debian's fonts-noto-color-emoji"
     if not features.check("raqm"):
         raise UserError("this Pillow has no raqm, without which emoji of several signs fall apart: take --images")
@@ -117,7 +117,7 @@ def from_font(path: str) -> Draw:
     def draw(emoji: str) -> bytes | None:
         left, top, right, bottom = font.getbbox(emoji)
         if (right - left, bottom - top) != (_WIDTH, SIZE):
-            return None  # none, or one beside the other: the font does not know the sequence
+            return None  # nothing, or several signs side by side: the font does not know the sequence
         image = Image.new("RGBA", (_WIDTH, SIZE))
         ImageDraw.Draw(image).text((-left, -top), emoji, font=font, embedded_color=True)
         margin = (_WIDTH - SIZE) // 2

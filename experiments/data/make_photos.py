@@ -7,16 +7,16 @@
         --kodak Kodak-Lossless-True-Color-Image-Suite --output datasets
 
 The last is a copy of r0k.us/graphics/kodak, whose photographs were "released by the Eastman Kodak Company for
-unrestricted usage". Leaves in the output folder, of those that are named:
+unrestricted usage". For each named source, the output folder gets:
     clothing/images/train/CLASS/*.jpg   100 photographs of each of 10 classes, short side 128, JPEG quality 85; and
                                         captions.jsonl, "a photo of a dress", for benchmarks/quantizers.py
-    based-cooking/images/*.jpg          those that a recipe shows, long side at most 384, JPEG quality 90
-    kodak/images/kodimNN.png            8 of the 24 as they come: 01, 04, 07, 13, 15, 19, 20, 23
+    based-cooking/images/*.jpg          the images that recipes show, long side at most 384, JPEG quality 90
+    kodak/images/kodimNN.png            8 of the 24, unchanged: 01, 04, 07, 13, 15, 19, 20, 23
 
-Any folder of photographs does as well: `photos.py` wants images, and knows nothing of what they show. The run that it
-tells of had the same eight of kodak, 133 of these 134 of based-cooking (at 2d8642e; all but pasta-arrabbiata.jpg, byte
-for byte but for grands-peres.jpg, which is turned here as its camera says), and photographs of clothing converted in
-the same way, but another 100 of each class than the first by the hash of their names.
+Any other folder of photographs works too, because `photos.py` only needs images. The run that photos.py describes had
+the same eight kodak images, and 133 of these 134 based-cooking images (at 2d8642e; pasta-arrabbiata.jpg was missing).
+They were equal byte for byte, except grands-peres.jpg, which this script rotates as its camera says. Its clothing
+photographs were converted in the same way, but were not the same 100 of each class.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes the folders that were asked for and prints what is in them."""
+    """Makes the requested folders and prints what is in them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clothing", metavar="DIR", type=Path, help="clone of clothing-dataset-small")
     parser.add_argument("--cooking", metavar="DIR", type=Path, help="clone of based.cooking")
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def clothing(source: Path, folder: Path, per_class: int = 100) -> int:
-    """The first of each class by a hash of their names, short side 128. Raises UserError, OSError."""
+    """Copies photographs of each class, the first by a hash of their names, short side 128. Raises UserError,
+    OSError."""
     classes = sorted(path for path in _inside(source, "train").iterdir() if path.is_dir())
     rows = []
     for kind in classes:
@@ -87,7 +88,7 @@ def clothing(source: Path, folder: Path, per_class: int = 100) -> int:
 
 
 def cooking(source: Path, folder: Path) -> int:
-    """The images that recipes show, long side at most 384. Raises UserError, OSError."""
+    """Copies the images that recipes show, long side at most 384. Raises UserError, OSError."""
     shown: set[str] = set()
     for recipe in _inside(source, "content").glob("*.md"):
         shown.update(re.findall(r"/pix/([\w.-]+)", recipe.read_text(encoding="utf-8")))
@@ -100,7 +101,7 @@ def cooking(source: Path, folder: Path) -> int:
 
 
 def kodak(source: Path, folder: Path) -> int:
-    """Eight of the suite, byte for byte. Raises UserError, OSError."""
+    """Copies eight images of the suite, byte for byte. Raises UserError, OSError."""
     found = {path.name: path for path in _inside(source, ".").rglob("*.png")}
     for number in KODAK:
         path = found.get(f"kodim{number:02d}.png") or found.get(f"{number:02d}.png")
@@ -127,7 +128,7 @@ def _some(count: int, folder: Path) -> int:
 
 
 def _jpeg(path: Path, scale: Callable[[tuple[int, int]], float], quality: int) -> bytes:
-    """The image scaled by `scale` of its (width, height)."""
+    """The JPEG of an image that is scaled by `scale`, a function of its (width, height)."""
     try:
         image = Image.fromarray(images.decode(path.read_bytes()))
     except images.ImageError as error:

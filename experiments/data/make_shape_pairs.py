@@ -1,14 +1,15 @@
-"""Builds the preference pairs that experiments/dpo.py reads, from the embedded dataset's scenes; nothing is downloaded.
+"""Builds the preference pairs that experiments/dpo.py reads, from scenes of the embedded dataset, without downloads.
 
     python experiments/data/make_shape_pairs.py --output datasets/shape-pairs
 
-Leaves pairs.jsonl, a pair a line, with its pictures of 64 x 64 pixels in it (13 MB). Of the splits "train" (4,000
-pictures and 2,000 answers, of scenes that the embedded dataset trains on) and "validation" (400 and 200, of scenes that
-it holds out):
-  pictures   a caption; chosen is the picture of its scene, rejected one in which one object has another colour, shape,
-             size or place
-  answers    a picture and a question; chosen is the right answer, rejected a wrong one to a question of that kind
-Shapes in colours that the embedded dataset never shows are in no picture. A seed makes them: the same bytes everywhere.
+Writes pairs.jsonl: one pair per line, which contains its pictures of 64 x 64 pixels (13 MB). The split "train" has
+4,000 pairs of pictures and 2,000 of answers, from scenes for training; "validation" has 400 and 200, from held-out
+scenes.
+  pictures   a caption; chosen is the picture of its scene, rejected a picture in which one object has another colour,
+             shape, size or place
+  answers    a picture and a question; chosen is the right answer, rejected a wrong one from questions of that kind
+No picture has a shape in a colour that the embedded dataset keeps unseen. The file is made from a seed, so its bytes
+are the same everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ar_unified.data.images import to_png
 from ar_unified.manifests import Json
 from ar_unified.workdir import write_text
 
-COUNTS = {"train": (4000, 2000), "validation": (400, 200)}  # pictures, answers
+COUNTS = {"train": (4000, 2000), "validation": (400, 200)}  # numbers of pictures and answers
 VALUES: dict[str, Sequence[str]] = {
     "shape": scenes.SHAPES,
     "colour": tuple(scenes.COLOURS),
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make(output: Path, counts: dict[str, tuple[int, int]] = COUNTS) -> str:
-    """Writes the rows; returns what was made in words. counts: by split, pictures and answers."""
+    """Writes the rows; returns a line that says what was made. counts: split -> numbers of pictures and answers."""
     rows: list[dict[str, Json]] = []
     for split, (pictures, answers) in counts.items():
         rng = np.random.default_rng([scenes.SPLITS.index(split), 22])
@@ -66,7 +67,7 @@ def _pictures(rng: np.random.Generator, split: str, count: int) -> Iterator[dict
 
 
 def _answers(rng: np.random.Generator, split: str, count: int) -> Iterator[dict[str, Any]]:
-    known: dict[str, set[str]] = defaultdict(set)  # by the first two words of a question, what answered such questions
+    known: dict[str, set[str]] = defaultdict(set)  # the first two words of a question -> the answers to such questions
     for _ in range(2000):
         scene = scenes.sample_scene(rng, split)
         question, answer = scenes.question(rng, scene, split)
@@ -81,7 +82,7 @@ def _answers(rng: np.random.Generator, split: str, count: int) -> Iterator[dict[
 
 
 def spoiled(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
-    """The scene with one property of one object changed: still no two of a kind, and none in the place of another."""
+    """The scene with one changed property of one object. Still no two objects are equal or in the same place."""
     while True:
         i, name = int(rng.integers(len(scene))), list(VALUES)[int(rng.integers(len(VALUES)))]
         value = VALUES[name][int(rng.integers(len(VALUES[name])))]

@@ -1,12 +1,14 @@
-"""Builds prompts for experiments/grpo.py that name shapes in colours which no training image has, without downloads.
+"""Builds prompts for experiments/grpo.py. They name shapes in colours that no training image has. Nothing is
+downloaded.
 
     python experiments/data/make_unseen_prompts.py --output datasets/unseen-prompts
 
-Leaves prompts.jsonl: 4,000 captions, each with the scene that it describes and without a picture. Every scene has a
+Writes prompts.jsonl: 4,000 captions, each with the scene that it describes and without a picture. Every scene has a
 (shape, colour) that the embedded dataset keeps for its split "unseen_combinations". The 1,000 examples of
-shapes/captions in that split stay for tests: none of their captions is here, and none of their scenes of two or three
-objects. Four in ten have one object. There are only 32 such scenes, and the tests have all of them in other words. They
-help because it is easier to draw one object right than three. A seed makes them, the same everywhere.
+shapes/captions in that split stay for tests: none of their captions is here, and none of their scenes with two or three
+objects. Four in ten prompts have one object, because it is easier to draw one object right than three. There are only
+32 such scenes, and the tests have all of them with other captions. The file is made from a seed, so it is the same
+everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ar_unified.data.shapes import captions_held_out
 from ar_unified.workdir import write_text
 
 SPLIT = "unseen_combinations"
-ALONE = 0.85  # how often a scene with one object is looked for, of which there are few: four prompts in ten
+ALONE = 0.85  # the share of tries for a scene with one object; few exist, so four in ten prompts have one
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make(output: Path, count: int = 4000) -> str:
-    """Writes the prompts; returns what was made in words."""
+    """Writes the prompts; returns a line that says what was made."""
     captions, tested = captions_held_out(SPLIT)
     rng = np.random.default_rng([scenes.SPLITS.index(SPLIT), 4])
     rows: list[dict] = []

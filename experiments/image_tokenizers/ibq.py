@@ -4,8 +4,8 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/ibq
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/ibq
 
-Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
-its place); codes=N (16384).
+Arguments: path=DIR and validation=DIR of images; lpips=FILE from convert_perceptual (without it, the loss is 1 -
+MS-SSIM); codes=N (16384).
 
 Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """

@@ -1,11 +1,11 @@
-"""LlamaGen's VQ-16: VQGAN's network, 16,384 codes of 8 numbers on the unit sphere, 72M parameters.
+"""LlamaGen's VQ-16: VQGAN's network, 16,384 codes of 8 dimensions on the unit sphere, 72M parameters.
 
     C=experiments/image_tokenizers/llamagen.py:path=DIR,validation=DIR2,lpips=FILE
     ar-unified tokenizer --only image --config $C --workdir workdirs/llamagen
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/llamagen
 
-Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
-its place).
+Arguments: path=DIR and validation=DIR of images; lpips=FILE from convert_perceptual (without it, the loss is 1 -
+MS-SSIM).
 
 Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """

@@ -4,8 +4,8 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/maskgit
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/maskgit
 
-Arguments: path=DIR and validation=DIR of images; resnet=FILE that convert_perceptual wrote (none: the
-discriminator's own features in their place); lecam=WEIGHT, which MAGVIT can add (0).
+Arguments: path=DIR and validation=DIR of images; resnet=FILE from convert_perceptual (without it, the loss compares the
+discriminator's features); lecam=WEIGHT of MAGVIT's optional regulariser (0).
 
 Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """

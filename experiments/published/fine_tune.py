@@ -1,17 +1,18 @@
-"""Fine-tune a published model, imported as a bundle, on your folder, with the recipe that its authors published.
+"""Fine-tune a published model, imported as a bundle, on your folder, with its authors' published recipe.
 
     ar-unified import --from DOWNLOAD --as emu3 --output emu3
     ar-unified run --config experiments/published/fine_tune.py:init=emu3,path=DIR --workdir workdirs/mine
 
-DIR is a folder or a file as experiments/folder.py reads it; for a language model of text alone also text files.
-The bundle decides tokenizers, language, the model's shape and how requests are drawn. The recipe decides what is
-trained, how fast, with which loss and on how many rows a step; every key of it can be changed. A batch is made of parts
-of 8 rows.
+DIR is a folder or a file as in experiments/folder.py; for a text-only language model, it may also have text files. The
+bundle decides tokenizers, vocabulary and layout, the model's shape and the sampling settings. The recipe decides which
+weights are trained, the learning rate, the loss and the number of rows per step; each of its keys can be changed. A
+batch is divided into microbatches of 8 rows.
 
-Arguments: init=BUNDLE; path=DIR; recipe=NAME, one of RECIPES (that of the bundle's system); steps=N (1000); batch=ROWS
-(the recipe's, else 8); links=yes|no, whether links that lead out of DIR are followed (no).
+Arguments, with defaults in brackets: init=BUNDLE; path=DIR; recipe=NAME, one of RECIPES (the recipe of the bundle's
+system); steps=N (1000); batch=ROWS (the recipe's, else 8); links=yes|no, whether to follow links that lead out of DIR
+(no).
 
-Sources, and what nobody published: docs/published_weights.md, Recipes.
+docs/published_weights.md, "Recipes", has the sources, and lists what nobody has published.
 """
 
 from typing import Any
@@ -23,8 +24,8 @@ from ar_unified.data.sources import kind_of
 from ar_unified.errors import nearest
 from ar_unified.experiment.config import begin_with, defaults, parse_arg, whole
 
-ROWS = 8  # of a part of a batch
-# Keys of a config by section. Where a system's authors say nothing, PLAIN stands.
+ROWS = 8  # of a microbatch
+# Keys of a config by section. PLAIN is used where a system's authors say nothing.
 PLAIN: dict[str, dict[str, Any]] = {
     "training": dict(learning_rate=1e-5, final_fraction=0.0, weight_decay=0.1, clip_norm=1.0),
 }
@@ -35,7 +36,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "model": dict(dropout=0.05),
         "loss": dict(prompt=0.0),
     },
-    # Teaches Chameleon's weights to draw: only the head's rows of image codes are trained, and they begin anew.
+    # Teaches Chameleon's weights to draw: only the head's rows for image codes are trained, from new random values.
     "anole": {
         "training": dict(
             only=("head[image]",),
@@ -71,7 +72,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             eps=1e-6,
             condition_dropout=0.05,
         ),
-        "loss.roles": dict(text=0.0, control=0.0, size=0.0),  # the loss of image codes alone
+        "loss.roles": dict(text=0.0, control=0.0, size=0.0),  # only the loss of image codes
     },
     "liquid": {"training": PLAIN["training"] | dict(learning_rate=2e-5)},
     "lwm": PLAIN | {"loss": dict(mean="by_side")},  # half the mean loss of text plus half the mean loss of images
@@ -94,7 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     links = args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind == "text" and Bundle(config.init).has_images:
-        kind = "folder"  # its message says what is missing
+        kind = "folder"  # the next check names what is missing
 
     def source(split: str) -> tuple[ConfigDict, ...]:
         return (ConfigDict(dict(kind=kind, path=args["path"], links=links, split=split)),)
@@ -118,7 +119,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def recipe_of(name: str | None, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """That of a name, else of the system that the bundle came from."""
+    """The recipe with that name, or else the recipe of the bundle's system."""
     if name and name not in RECIPES:
         raise ValueError(f"config argument recipe: expected {', '.join(RECIPES)}; found {name}{nearest(name, RECIPES)}")
     return RECIPES.get(name or (Bundle(config.init).published or {}).get("system", ""), PLAIN)

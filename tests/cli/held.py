@@ -1,5 +1,5 @@
-"""`ar-unified`, for tests that stop `prepare` in the middle however fast the machine is: of every source it makes the
-first shard, and no other while the file that AR_UNIFIED_TEST_HOLD names is there.
+"""`ar-unified` for tests that stop `prepare` in the middle, on a machine of any speed. It makes the first shard of
+every source, and waits with the others while the file named by AR_UNIFIED_TEST_HOLD exists.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _make = ShardMaker.make
 
 def _held(self: ShardMaker, piece: Piece, claims: Claims, shown: Progress) -> None:
     while piece.number and Path(os.environ[HOLD]).exists():
-        claims.renew()  # which also ends a process that was told to stop, as between two items
+        claims.renew()  # also ends a process that was told to stop
         time.sleep(0.02)
     _make(self, piece, claims, shown)
 

@@ -1,4 +1,4 @@
-"""config.image_tokenizer.model: a published image tokenizer, imported, takes the place of one that is trained."""
+"""config.image_tokenizer.model: an imported image tokenizer is used instead of training one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY = AutoencoderConfig(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that an import wrote."""
+    """A folder that an import wrote."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = ImageTokenizer(TINY, fresh(init, TINY, 0))
     save_file(to_published(tokenizer, "taming"), folder / "vqgan.safetensors")
@@ -62,7 +62,7 @@ def test_an_experiment_takes_it_as_it_is_trains_and_samples(folder: Path, made: 
     numbers = json.loads((workdir / "tokenizer_evaluation" / "evaluation.json").read_text())["tokenizer"]
     assert numbers["validation"]["codebook_size"] == 48
     capsys.readouterr()
-    moved = shutil.copytree(made, tmp_path / "elsewhere")  # its path does not matter
+    moved = shutil.copytree(made, tmp_path / "elsewhere")  # the folder's path does not matter
     assert main(command("run", folder, workdir, moved)) == 0
     assert capsys.readouterr().out.count("done already") == 7
     assert main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "bundle")]) == 0

@@ -1,4 +1,4 @@
-"""A run that is changed, made longer and branched, from the command line."""
+"""A run is changed, made longer and branched from the command line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
     for verb in ("train", "evaluate"):
         assert run(verb, folder, changed, **cheap | dict(training__steps=40, training__log_every=2)) == 0
     out = capsys.readouterr().out
-    assert "learning rate: 0 in step 36" in out and "evaluation: made anew, as model.training.steps is 40" in out
+    assert "learning rate: 0 in step 36" in out and "evaluation: made again, because model.training.steps is 40" in out
     assert (changed / "evaluation.old-1" / "evaluation.json").read_bytes() == before
     assert (changed / "evaluation.old-1" / "report.html").exists() and (changed / "evaluation.json").exists()
     assert "training.steps 36 -&gt; 40" in (changed / "report.html").read_text()
@@ -83,7 +83,7 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
 
     decay = dict(training__steps=24, training__decay_fraction=0.25)
     assert run("train", folder, decayed, "--branch", f"{whole}:12", **decay) == 2
-    assert "has checkpoints of, [18, 30, 36]; found 12" in capsys.readouterr().err
+    assert "one of [18, 30, 36]; found 12" in capsys.readouterr().err
     assert run("train", folder, decayed, "--branch", f"{whole}:18", **decay) == 0
     rows = read_metrics(decayed / "model/metrics.jsonl")
     assert [row["loss"] for row in rows[:18]] == theirs[:18] and len(rows) == 24

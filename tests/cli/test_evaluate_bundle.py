@@ -78,7 +78,7 @@ def test_a_bundle_is_evaluated_on_a_folder(
 def test_its_losses_are_what_the_model_says_of_the_documents(
     kind: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With one document, so that rows and epochs do not matter: the same number by other code."""
+    """One document, so that rows and epochs do not matter; other code computes the same number."""
     source = own if kind == "own" else bundle.write(tmp_path / kind, **published_bundles.parts(kind)).folder
     text, image = {"type": "text", "text": "A small red star."}, {"type": "image", "image": "grey.png"}
     folder = write(tmp_path / "data", [{"segments": [text, image]}], "docs.jsonl")
@@ -177,7 +177,7 @@ def test_what_goes_with_a_bundle_and_what_does_not(own: Path, data: Path, tmp_pa
     refused(arguments(own, data, tmp_path / "out", "--only", "tokenizer"), "--only does nothing with --from")
     refused(arguments(own, data, tmp_path / "out", "--processes", "2"), "--processes does nothing with --from")
     refused([*of_bundle, "--data", str(data)], "expected --output FOLDER with --from")
-    refused([*of_bundle, "--output", out], "expected --data PATH, or --config FILE.*found neither")
+    refused([*of_bundle, "--output", out], "expected --data PATH or --config FILE.*found neither")
     refused([*of_bundle, "--output", out, "--config", "shapes", "--links"], "--links does nothing without --data")
     refused(["evaluate", "--data", str(data), "--output", out], "of a training, or --from BUNDLE; found no --config")
     of_workdir = ["evaluate", "--config", "shapes", "--workdir", out]

@@ -1,4 +1,4 @@
-"""`evaluate --only tokenizer`: it needs no model and no text tokenizer, and prints nothing about them."""
+"""`evaluate --only tokenizer` needs no model and no text tokenizer, and prints nothing about them."""
 
 from __future__ import annotations
 

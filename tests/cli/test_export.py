@@ -1,4 +1,4 @@
-"""A trained workdir is exported as a bundle, without its config file and sources; and a training starts from a
+"""A trained workdir is exported as a bundle without its config file and sources, and a training starts from a
 bundle."""
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def config_of(layout: str) -> ConfigDict:
 
 
 def trained(folder: Path, layout: str = "grid", **fingerprint: Any) -> Workdir:
-    """A workdir as its stages leave it, with untrained networks: the weights of step 2 are twice those of step 1."""
+    """A workdir like one that its stages wrote, with untrained networks. The weights of step 2 are twice those of step
+    1."""
     workdir, own, config = Workdir(folder), parts(layout), config_of(layout)
     workdir.text_tokenizer.mkdir(parents=True)
     own["text_tokenizer"].save(workdir.text_tokenizer / "text.model")
@@ -185,7 +186,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     refused(export(workdir, output), "config.json, which another .*--config.*: config.modle: there is no such key")
     write_json(workdir.config, [])
     refused(export(workdir, output), "config.json: expected the config of an experiment")
-    write_json(workdir.config, {name: value for name, value in record.items() if name != "init"})  # of before this key
+    write_json(workdir.config, {name: value for name, value in record.items() if name != "init"})  # an old config
     (workdir.model / "done.json").unlink()
     refused(export(workdir, output), "done.json is not there yet; run `ar-unified train`")
     assert not output.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -250,7 +251,7 @@ def test_a_bundle_of_text_alone_takes_images_where_there_is_a_tokenizer_of_them(
     run = ["run", *start(folder, text, tmp_path / "w")[1:]]
     refused(run, "image_tokenizer.steps is 0 and none was brought, but .* may have")
     raised = start(folder, text, tmp_path / "w", "--config.image_tokenizer.steps=5")
-    refused(raised, "text_tokenizer is not there yet")  # a text model is extended (tests/cli/test_from_llm.py)
+    refused(raised, "text_tokenizer is not there yet")  # tests/cli/test_from_llm.py extends a text model
 
 
 def test_a_bundle_that_draws_no_images_is_not_begun_with_what_draws_them(folder, tmp_path):
@@ -271,7 +272,7 @@ def test_a_config_takes_from_a_bundle_what_it_decides(bundle):
 
 
 def test_other_weights_are_another_training(bundle, folder, tmp_path):
-    """The stage stores the hash of the bundle that it starts from: the folder may move, but its weights may not
+    """The stage stores the hash of the bundle that it starts from, so the folder may move, but its weights may not
     change."""
 
     def facts(of: Bundle) -> dict[str, Any]:
@@ -303,7 +304,7 @@ print(json.dumps(tokens))
 
 @pytest.mark.slow
 def test_elsewhere_it_draws_what_its_workdir_draws_token_for_token(folder, tmp_path):
-    """Trained, sampled and exported here; moved; loaded by a process that has the wheel and no repository."""
+    """A model is trained, sampled and exported here, then moved, and loaded by a process that has only the wheel."""
     work, few = tmp_path / "work", dict(image_tokenizer__steps=4, training__steps=6, training__validate_every=6)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
     rows = [dict(id=f"r{i}", prompt=text, seed=i, n=2) for i, text in enumerate(SENTENCES[:3])]

@@ -1,4 +1,4 @@
-"""An adapter for a text model that learns images: new rows are trained, saved, merged and served with it."""
+"""An adapter for a text model that learns images. New rows are trained, saved, merged and served with it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
         + ["--config.lora.rank=0"],
         "config.lora.rank",
     )
-    with pytest.raises(UserError, match="its rows are of ids of another vocabulary than this model's: load it beside"):
+    with pytest.raises(UserError, match="its rows are for the ids of another vocabulary: load it with"):
         ar_unified.load(llm, adapters={"mine": tmp_path / "peft"})
 
     # ---- another training begins with it, rows and all, beside the language model or beside the extended one
@@ -81,7 +81,7 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
         assert main(llms.extending(verb, folder, tmp_path / "w2", llm, images, **more | slow)) == 0, (
             capsys.readouterr().err
         )
-    images_of = dict(steps=0, width=8, blocks="(0,0,1)", levels="(8,5,5,5)")  # as the bundle has them
+    images_of = dict(steps=0, width=8, blocks="(0,0,1)", levels="(8,5,5,5)")  # as in the bundle
     described = {f"image_tokenizer__{key}": value for key, value in images_of.items()}
     argv = command("train", folder, tmp_path / "w3", init=base.folder, **more | slow | described)
     kinds = [f"{table}[{kind}]" for table in tables for kind in ("size", "image")]

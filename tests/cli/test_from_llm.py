@@ -1,4 +1,4 @@
-"""A text model learns images: its logits of text stay the same until they are trained, too."""
+"""A text model learns images. Its logits for text stay the same until they are trained too."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
     assert len(np.unique(rows, axis=0)) > 1, "rows that began alike have learnt"
     losses = [json.loads(line) for line in (tmp_path / "w" / "model" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1]["step"] == 6
-    # The exported model draws, and is read by others.
+    # The exported model draws, and other programs can read it.
     assert main(["export", "--from", str(tmp_path / "out"), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == after.config.vocab_size
 
@@ -153,8 +153,7 @@ def test_what_does_not_go_with_the_language_model_is_refused_before_anything_run
 
 
 def test_a_tokenizer_that_is_not_the_vocabularys_is_refused_by_name(folder, text, images, tmp_path):
-    """Refused: a model with fewer rows than its tokenizer has pieces, and one whose vocabulary is for another
-    tokenizer."""
+    """A model is refused if it has fewer rows than its tokenizer has pieces, or a vocabulary of another tokenizer."""
     with pytest.raises(bundle.BundleError, match=r"language.json: expected 256 ids, as config.json has, found 384"):
         assert Bundle(write(tmp_path / "few", text, vocab_size=256)).grammar
     refused(extending("run", folder, tmp_path / "w", tmp_path / "few", images), "expected 256 ids.*found 384")

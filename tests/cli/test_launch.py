@@ -1,4 +1,4 @@
-"""The launchers, on fake clusters: slurm.sh on two nodes that are real processes, tpu_vm.sh on a host that is a folder.
+"""The launchers on fake clusters: slurm.sh on two nodes that are real processes, tpu_vm.sh on a host that is a folder.
 
 Also the container image and the manifest that they use.
 """
@@ -53,7 +53,7 @@ def test_slurm_trains_both_tokenizers_on_two_nodes(folder: Path, tmp_path: Path)
     assert (workdir / "image_tokenizer" / "weights.safetensors").exists()
     lines = done.stdout.splitlines()
     assert "image_tokenizer: 0.02M parameters on data=2" in done.stdout
-    assert len([line for line in lines if line.startswith("==== text_tokenizer")]) == 2  # begun and ended, by process 0
+    assert len([line for line in lines if line.startswith("==== text_tokenizer")]) == 2  # process 0: start and end
     assert "step 4/4" in (workdir / "logs" / "process-1.log").read_text()
 
 
@@ -64,7 +64,7 @@ case "$*" in
   *"tpu-vm ssh"*) cd "$HOST" && exec bash -c "${@: -1}" ;;
 esac
 """
-# The host has python3 3.10, as TPU images do; pip installs uv, and uv a newer Python.
+# The host has python3 3.10, like TPU images. pip installs uv, and uv installs a newer Python.
 PYTHON3 = """#!/bin/bash
 echo "python3 $*" >>"$HOST/log"
 [[ "$*" == *"uv venv"* ]] || exit 0
@@ -114,7 +114,7 @@ def test_a_tpu_vm_gets_a_python_of_its_own_once(tmp_path: Path) -> None:
         installed,
         started,
     ]
-    # The second time the environment exists: the new Python is asked for its version, and used.
+    # The second time, the environment exists, and its new Python is asked for its version and used.
     assert said[1][0] == "git pull --quiet" and said[1][1].startswith("new python -c import sys")
     assert said[1][2:] == [installed, started]
 
@@ -123,8 +123,7 @@ def test_a_tpu_vm_gets_a_python_of_its_own_once(tmp_path: Path) -> None:
 
 
 def wrong(value: Any, schema: dict[str, Any], where: str = "") -> list[str]:
-    """The places where a value violates a Kubernetes schema: unknown and missing fields, types, choices, bounds and
-    patterns."""
+    """Where a value violates a Kubernetes schema: unknown and missing fields, types, choices, bounds and patterns."""
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": int | float}
     if not schema.get("x-kubernetes-int-or-string"):
         kind = kinds[schema["type"]] if "type" in schema else object
@@ -193,7 +192,7 @@ def test_the_check_of_the_manifest_sees_mistakes(manifest):
 
 
 def test_the_image_has_what_the_manifest_and_the_package_need(manifest):
-    """Read as instructions; hadolint checks the rest in `make lint`."""
+    """The Dockerfile parses as instructions; hadolint checks the rest in `make lint`."""
     text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE))
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     steps: dict[str, list[str]] = {}
@@ -201,11 +200,11 @@ def test_the_image_has_what_the_manifest_and_the_package_need(manifest):
         steps.setdefault(word, []).append(rest)
     assert steps["ENTRYPOINT"] == ['["ar-unified"]'] and "command" not in container(manifest)
     assert container(manifest)["args"][0] in VERBS
-    # The last user is not root, and is the one whose group the manifest gives the volume to.
+    # The last user is not root, and the manifest gives the volume to that user's group.
     pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert steps["USER"][-1] == str(pod["securityContext"]["fsGroup"]) != "0"
     assert lines.index(["USER", steps["USER"][-1]]) > max(i for i, (word, _) in enumerate(lines) if word == "RUN")
-    # Everything that is copied is here and is not kept out, and what the build of the package reads is copied.
+    # Every file that is copied exists and is not ignored, and every file that the package's build reads is copied.
     copied = {path for rest in steps["COPY"] for path in rest.split()[:-1] if not path.startswith("--")}
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == let_in and all((ROOT / path).exists() for path in copied)
@@ -213,7 +212,7 @@ def test_the_image_has_what_the_manifest_and_the_package_need(manifest):
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     built = [*wheel["packages"], *wheel["force-include"], *project["project"]["license-files"]]
     assert {path.split("/")[0] for path in built} | {project["project"]["readme"]} <= copied
-    # Every backend that is offered is an extra of the package, and the Python is one that it allows.
+    # Every backend is an extra of the package, and the package allows this version of Python.
     extras = project["project"]["optional-dependencies"]
     (run,) = steps["RUN"]
     cases = re.findall(r"^\s*|(\w+(?: \| \w+)*)\) package=", run)
@@ -225,7 +224,7 @@ def test_the_image_has_what_the_manifest_and_the_package_need(manifest):
 
 @pytest.mark.parametrize("backend, package", [("cpu", "."), ("tpu", ".[tpu]"), ("cuda", ".[cuda]"), ("gpu", None)])
 def test_the_image_installs_the_backend_it_is_asked_for(backend, package, tmp_path):
-    """The RUN commands of the Dockerfile in a shell, with programs that record their arguments."""
+    """Runs the Dockerfile's RUN commands in a shell, with programs that record their arguments."""
     text = (ROOT / "Dockerfile").read_text().partition("\nRUN ")[2]
     command = (
         re.match(r"(?:.*\\\n)*.*\n", text).group().replace("\\\n", "").replace("mkdir /job", f"mkdir {tmp_path}/job")

@@ -1,4 +1,4 @@
-"""Training an adapter by the command line: the files that it writes, and both exports, adapter and merged bundle."""
+"""Trains an adapter from the command line: the files that it writes, and both exports, adapter and merged bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter for a base in 8 bits learns from rewards; the base is rounded once and is the same at every start."""
+"""An adapter for an 8-bit base learns from rewards. The base is rounded once, and is the same at every start."""
 
 from __future__ import annotations
 

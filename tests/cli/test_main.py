@@ -1,5 +1,5 @@
-"""The command line itself: it answers at once, prints one sentence for errors that a person can fix, and stops in
-order."""
+"""The command line itself: it starts quickly, prints one sentence for errors that a person can fix, and stops
+cleanly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ends(monkeypatch, error: BaseException, *more: str) -> int:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_and_a_mistyped_flag_need_no_jax(verb):
-    """`--help` waits for everything that the parser imports."""
+    """`--help` takes as long as everything that the parser imports."""
     code = (
         "import sys; from ar_unified.cli.main import main\n"
         "for words in (['--help'], ['--confg', 'x.py']):\n"
@@ -104,7 +104,7 @@ def test_a_reader_that_goes_ends_the_verb_quietly(tmp_path):
         ["bash", "-c", command], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert "Traceback" not in found.stderr and "Broken" not in found.stderr, found.stderr
-    assert found.stdout.splitlines()[-1] in ("141", "1")  # 1: all was written before the reader went
+    assert found.stdout.splitlines()[-1] in ("141", "1")  # 1 if everything was written before the reader ended
 
 
 def test_a_terminal_without_our_letters_is_no_error(tmp_path):

@@ -1,4 +1,5 @@
-"""Every verb with the mistakes that people make: one sentence, the right status, nothing left behind."""
+"""Every verb with typical mistakes of people: it prints one sentence, ends with the right status, and leaves no
+files."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def full_disk(place: Place, name: str) -> None:
 
 
 def read_only(place: Place) -> None:
-    """As root, tests can write anywhere: what opens a file to write in the workdir is told that it cannot."""
+    """Root may write anywhere, so functions that open a file for writing in the workdir are made to fail."""
     write = workdirs.write_bytes
 
     def fail(path: Any, data: bytes) -> None:
@@ -189,7 +190,7 @@ FRESH: dict[str, tuple[Callable[[Place], list[str]], str]] = {
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file but logs and locks, which say who was there."""
+    """Every file except logs and locks, which every attempt writes."""
     found = (path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts)
     return {str(path.relative_to(folder)): path.read_bytes() for path in found if "logs" not in path.parts}
 
@@ -217,7 +218,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut(name: str) -> Callable[[Place], None]:
-    """A file that lost its second half."""
+    """Removes the second half of a file."""
 
     def damage(place: Place) -> None:
         path = place.work / name
@@ -235,7 +236,7 @@ def removed(name: str) -> Callable[[Place], None]:
 
 
 def foreign_checkpoint(place: Place) -> None:
-    """A tokenizer with another vocabulary, under the name of ours."""
+    """Puts another tokenizer's vocabulary under the name of ours."""
     folder = place.work / "model" / "checkpoints"
     manifest = Checkpoints(folder, readonly=True).metadata()["manifest"]
     shutil.rmtree(folder)
@@ -246,7 +247,7 @@ def foreign_checkpoint(place: Place) -> None:
 
 
 def busy(place: Place) -> None:
-    """Its lock seems to be held by another process."""
+    """Makes another process seem to hold the lock."""
     (place.work / "model" / "done.json").unlink()
     workdirs.own(place.work / "model")
     held = workdirs._held.copy()
@@ -263,7 +264,7 @@ def sample(place: Place, **changes: Any) -> list[str]:
 
 
 def mended_data(place: Place) -> list[str]:
-    """The same folder with a row less."""
+    """Removes one row from the folder."""
     root = place.tmp / place.folder.name
     shutil.copytree(place.folder, root)
     (root / "captions.jsonl").write_text("".join((root / "captions.jsonl").read_text().splitlines(True)[1:]))

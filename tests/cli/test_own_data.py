@@ -1,4 +1,4 @@
-"""A person's own folder at the command line: links, encodings, and languages named after files."""
+"""A user's own folder on the command line: links, encodings, and languages named after files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
-    """A folder whose images are a link to elsewhere, and whose captions begin with a byte order mark."""
+    """A folder where the images are a link to another place, and the captions begin with a byte order mark."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "set").mkdir()
     for i in range(4):

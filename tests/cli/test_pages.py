@@ -1,4 +1,4 @@
-"""The commands of the pages run: a page's commands in their order, in a folder of its own, on little data.
+"""The commands on the pages of docs/ run: those of one page in order, in a new folder, on little data.
 
 Additional keys make the training of a command small (`SMALL_BY_EXPERIMENT`), and small files replace those of a reader
 (`Page.names`). `NOT_RUN` names each command that no test here runs, with the reason.
@@ -42,11 +42,11 @@ SMALL_BY_EXPERIMENT: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Page:
-    """A page whose commands are run.
+    """A page with commands to run.
 
     Attributes:
-        names: replacements for the names that a page leaves to the reader. has: what the reader already has: "shapes",
-        the finished demo; "bundle", an export of it; "emu3", an import.
+        names: replacements for names that the reader must choose. has: what the reader already has: "shapes", the
+        finished demo; "bundle", an export of it; "emu3", an import.
     """
 
     file: str
@@ -80,7 +80,7 @@ RUN = [
     page("rewards", "shapes", "bundle", BUNDLE="bundle", FILE="shapes", DIR="workdirs/shapes"),
     page("workdirs", "shapes", FILE="shapes", DIR="workdirs/shapes"),
 ]
-# (page, how the command begins) -> why it is not run here, and which test runs it instead.
+# (page, beginning of the command) -> why it is not run here, and which test runs it instead.
 HOURS = "a tokenizer of published size: tests/training/test_tokenizer_task.py trains small ones"
 PODS = "it compiles for TPUs that are not here: tests/cli/test_plan.py runs it, where libtpu is"
 FILES = (
@@ -153,13 +153,13 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def why_not(file: str, words: list[str]) -> str:
-    """Why a command is not run; "" for one that is."""
+    """Why a command is not run; "" if it is run."""
     line = " ".join(words)
     return next((why for (of, begins), why in NOT_RUN.items() if of in ("", file) and line.startswith(begins)), "")
 
 
 def small(words: list[str], names: MappingProxyType[str, str]) -> list[str]:
-    """The arguments of a command for the reader of these tests."""
+    """The arguments of a command after all replacements."""
     told = [re.sub(r"(?<=[=,:])([A-Z]+2?)(?=,|$)", lambda m: names.get(m[1], m[1]), names.get(w, w)) for w in words[1:]]
     config = (
         "shapes"
@@ -167,7 +167,7 @@ def small(words: list[str], names: MappingProxyType[str, str]) -> list[str]:
         else next((b for a, b in zip(told, told[1:], strict=False) if a == "--config"), "")
     )
     experiment = Path(config.partition(":")[0]).stem
-    # Evaluating a bundle uses the bundle's sizes.
+    # Evaluation of a bundle uses the bundle's sizes.
     keys = SMALL_BY_EXPERIMENT[experiment] if config and "--from" not in told else {}
     return [*told, *(f"--config.{key}={value}" for key, value in keys.items())]
 
@@ -196,7 +196,7 @@ def few_drawn() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def demo(few_drawn: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's finished workdir and an export of it, from the first page's own commands."""
+    """The demo's finished workdir and an export of it, made by the first page's commands."""
     here = tmp_path_factory.mktemp("demo")
     (first,) = [
         words

@@ -1,4 +1,4 @@
-"""`plan` as a person calls it: any workdir or none, and one sentence for what cannot be planned."""
+"""`plan` as a user calls it: with any workdir or none, and one sentence for anything that cannot be planned."""
 
 from __future__ import annotations
 

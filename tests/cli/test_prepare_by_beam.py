@@ -1,4 +1,4 @@
-"""`prepare --beam`: workers of an Apache Beam pipeline make the shards, and they are what `prepare` makes alone."""
+"""`prepare --beam`: workers of an Apache Beam pipeline make the same shards as `prepare` without Beam."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TWO = "--runner=DirectRunner --direct_running_mode=multi_processing --direct_num
 
 @pytest.fixture
 def text(tmp_path: Path) -> list[str]:
-    """Arguments but for the verb and the workdir: a corpus of three shards."""
+    """Arguments without the verb and the workdir, for a corpus of three shards."""
     (tmp_path / "corpus").mkdir()
     lines = (f"the red circle {i} stands left of the blue square {i * i} and smiles" for i in range(20_000))
     (tmp_path / "corpus" / "a.txt").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""`ar-unified prepare` on two real processes, stopped in the middle; then both train on what they prepared."""
+"""`ar-unified prepare` on two real processes is stopped in the middle; then both train on the prepared data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINES = 26_000  # four shards
 
 
 def start(verb: str, arguments: list[str], hold: Path | None = None) -> list[subprocess.Popen[str]]:
-    """Two processes. hold: while this file is there, `prepare` makes the first shards alone (`held`)."""
+    """Starts two processes. hold: while this file exists, `prepare` makes only the first shards (`held`)."""
     job = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]
     command = [sys.executable, "-m", "tests.cli.held" if hold else "ar_unified.cli.main", verb, *arguments, *job]
     variables = environment() | {HOLD: str(hold)}
@@ -35,8 +35,8 @@ def start(verb: str, arguments: list[str], hold: Path | None = None) -> list[sub
 
 
 def stopped(arguments: list[str], hold: Path, shard: Callable[[], object]) -> tuple[list[int], list[str]]:
-    """`prepare` on two processes, of which one gets SIGTERM when `shard` says that one is there, and cannot end before.
-    Exit statuses and what they said.
+    """Runs `prepare` on two processes that cannot finish. One gets SIGTERM when `shard` says that a shard exists.
+    Returns exit statuses and outputs.
     """
     hold.touch()
     job = start("prepare", arguments, hold)
@@ -89,7 +89,8 @@ def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_pat
 
 
 def test_filters_on_two_leave_out_what_they_leave_out_on_one(tmp_path: Path) -> None:
-    """Process 0 compares all items, both leave out what it found: every tenth line says what an earlier one says."""
+    """Process 0 compares all items, and both processes leave out the duplicates it finds: every tenth line repeats an
+    earlier one."""
     (tmp_path / "corpus").mkdir()
     lines = [f"the red circle {i} stands left of the blue square {i * i} and smiles" for i in range(20_000)]
     lines[9::10] = [line.upper() for line in lines[::10]]

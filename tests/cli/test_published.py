@@ -1,4 +1,4 @@
-"""A training from a published model's bundle has the bundle's tokenizers and layout; its experiment is short."""
+"""A training from a published model's bundle has the bundle's tokenizers and layout, so its experiment is short."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_it_is_trained_on_a_folder_and_exported_as_it_came(folder, tmp_path, kin
     came = bundles.write(tmp_path / kind, **parts(kind))
     for verb in ("tokenizer", "prepare", "train"):
         assert main(command(verb, kind, folder, tmp_path)) == 0, capsys.readouterr()
-    (tmp_path / kind).rename(tmp_path / "gone")  # the workdir has what it needs
+    (tmp_path / kind).rename(tmp_path / "gone")  # the workdir now has everything
     assert main(["export", "--workdir", str(tmp_path / "w"), "--output", str(tmp_path / "out")]) == 0
     found, came = Bundle(tmp_path / "out"), Bundle(tmp_path / "gone")
     assert found.record == came.record and found.border == came.border and found.published == came.published

@@ -1,5 +1,5 @@
-"""experiments/published/fine_tune.py: each system's recipe is a config that can be run; Anole's trains only a part of
-the parameters."""
+"""experiments/published/fine_tune.py: each system's recipe is a config that runs; Anole's trains only a part of the
+parameters."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny bundles, one for each system: all have Chameleon's ids under the system's name."""
+    """A folder with a tiny bundle for each system. All have Chameleon's ids and the system's name."""
     folder = tmp_path_factory.mktemp("systems")
     for name in EXPECTED:
         made = parts("emu3" if name == "emu3" else "chameleon")
@@ -101,7 +101,7 @@ def rows(file: Path, *found: dict[str, Any]) -> Path:
 
 
 def chat(i: int, *shown: dict[str, Any]) -> dict[str, Any]:
-    """A conversation that speaks of images; `shown`: parts before its text."""
+    """A conversation about images; `shown`: the parts before its text."""
     asked = [*shown, {"type": "text", "text": f'Draw the "image" {i}.'}]
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "I only write."}]}
 

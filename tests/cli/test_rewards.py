@@ -1,4 +1,4 @@
-"""Learning from rewards and best of n, as a person asks for them."""
+"""Learning from rewards and best of n, from the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REWARD = {
 
 
 def bright(prompt, answer):
-    """The mean of an image or the length of a text; a reward must not see the original answer of a document."""
+    """The mean of an image or the length of a text. A reward must not see the original answer of a document."""
     (part, *_) = answer.parts
     return float(part.pixels.mean() / 255) if isinstance(part, ImagePart) else float(len(part.text))
 
@@ -71,7 +71,7 @@ def test_a_training_by_rewards_and_the_best_of_its_samples(folder, tmp_path):
         (dict(reward__function="shape"), r"config.reward.function: expected a shipped one.*did you mean 'shapes'"),
         (dict(reward__function="tests.cli.test_rewards:brigt"), "no function of that name; did you mean 'bright'"),
         (dict(reward__function=""), "config.reward.function: expected a shipped one.*found none"),
-        (dict(reward__function="scores:x.jsonl"), "knows none of the answers that a training draws"),
+        (dict(reward__function="scores:x.jsonl"), "has none for the answers that a training draws"),
         (dict(reward__group_size=3), r"config.reward.batch_size: expected whole groups of 3|whole groups of 3"),
         (
             dict(reward__minibatches=4),

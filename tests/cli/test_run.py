@@ -1,4 +1,4 @@
-"""The whole path, with and without kills."""
+"""All stages of `run`, with and without kills."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_killed_three_times_it_ends_with_the_same_parameters(finished, folder, t
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}"}
     program = [sys.executable, "-m", "ar_unified.cli.main", *command("run", folder, workdir)]
     random = random_moments()
-    # Moments that fall into different stages on a machine of any speed: a random while after a file appears.
+    # Moments in different stages, on a machine of any speed: a random time after a certain file appears.
     moments = [
         workdir / "image_tokenizer" / "metrics.jsonl",
         workdir / "data" / "started.json",

@@ -1,4 +1,4 @@
-"""Sampling as an experiment asks for it: on which devices, with which cache."""
+"""Sampling as configured in an experiment: on which devices, with which cache."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def experiment(folder, **changes):
     config.sampling.update(dict(batch_size=4, max_length=64) | changes.pop("sampling", {}))
     config.mesh.update(changes)
     opened = Experiment(config, Workdir(folder))
-    opened.__dict__ |= {"grammar": GRAMMARS["grid"], "model": CONFIG}  # what the tokenizers would decide
+    opened.__dict__ |= {"grammar": GRAMMARS["grid"], "model": CONFIG}  # the tokenizers would decide this
     return opened
 
 
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 
 
 def test_rows_are_split_over_a_process_own_devices_and_heads_as_the_mesh_says(trained):
-    """Eight devices: 4 groups of rows x tensor 2. No device has all weights, and the tokens equal those of one
+    """Eight devices: 4 groups of rows x tensor 2. No device has all weights, and the tokens are equal to those of one
     device."""
     engine = experiment(trained, fsdp=4, tensor=2).engine
     assert dict(engine.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_said(trained, mesh, sampling, words):
 
 
 def test_a_job_all_of_whose_requests_fail_is_an_error(trained, tmp_path):
-    """Also when it runs again with nothing left to do."""
+    """This also holds when it runs again with nothing left to do."""
     opened = experiment(trained, sampling=dict(batch_size=8))
     cells = SimpleNamespace(factor=4, codes_per_position=1, decode=None, encode=None, hash="")
     opened.__dict__ |= {"image_tokenizer": cells}
@@ -90,7 +90,7 @@ def test_a_job_all_of_whose_requests_fail_is_an_error(trained, tmp_path):
 
 
 def test_the_best_checkpoint_is_sampled_from_when_asked(tmp_path):
-    """Two steps with different weights: `sampling.checkpoint` chooses one, and all results record which."""
+    """Two steps have different weights. `sampling.checkpoint` chooses one, and all results record which."""
     params = random_params()
     metadata = {"manifest": GRAMMARS["grid"].manifest()}
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")

@@ -1,4 +1,4 @@
-"""`ar-unified score`: the likelihoods of documents and pairs, and the lines for items that cannot be read."""
+"""`ar-unified score`: the likelihoods of documents and pairs, and lines for items that cannot be read."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_numbers_are_those_of_the_model(folder: Path, lines: list[dict[str, Any]
     assert pair["chosen"] == {key: lines[0][key] for key in pair["chosen"]}
     assert pair["rejected"]["log_likelihood"] == pytest.approx(image.log_likelihood, rel=1e-5)
     assert pair["margin"] == pytest.approx(text.log_likelihood - image.log_likelihood, rel=1e-4)
-    assert lines[3]["tokens"] == lines[3]["text"]["tokens"] > 5  # nobody's turn: all of it
+    assert lines[3]["tokens"] == lines[3]["text"]["tokens"] > 5  # no turns, so all of it counts
 
 
 def test_nothing_is_written_over_and_nothing_half(folder: Path, lines: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -117,11 +117,11 @@ def test_a_killed_one_goes_on_where_it_was_to_the_same_bytes(folder, lines, tmp_
     assert not (tmp_path / "parts.jsonl").exists()
     (tmp_path / "other.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     refused(
-        [*of_bundle, str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "parts.jsonl")], "begun with another"
+        [*of_bundle, str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "parts.jsonl")], "it was started with"
     )
     assert main([*ask, str(tmp_path / "parts.jsonl")]) == 0
     assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]], "what was done is not done again"
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     again = capsys.readouterr().out.splitlines()[-2:]
-    assert " (of 6 items it was known)" in "\n".join(again)
-    assert "\n".join(again).replace(" (of 6 items it was known)", "").partition(": ")[2] == told.strip()
+    assert " (6 items were scored before)" in "\n".join(again)
+    assert "\n".join(again).replace(" (6 items were scored before)", "").partition(": ")[2] == told.strip()

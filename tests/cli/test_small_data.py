@@ -1,4 +1,4 @@
-"""Folders with little in them, or nothing that can be used: what a stranger's first try looks like."""
+"""Folders with little or no usable data, as in a new user's first try."""
 
 from __future__ import annotations
 

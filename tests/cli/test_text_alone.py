@@ -1,4 +1,4 @@
-"""An experiment without images: every stage that has something to do does it, the others say so."""
+"""An experiment without images: stages do their work, and a stage with nothing to do says so."""
 
 from __future__ import annotations
 

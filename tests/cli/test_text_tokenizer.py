@@ -1,4 +1,4 @@
-"""The stage text_tokenizer: trained, brought from elsewhere, and its report."""
+"""The stage text_tokenizer: a trained tokenizer, a given one, and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An argument that nothing reads in the way a verb is used is refused by its name, before anything is done."""
+"""If nothing would read an argument in this use of a verb, the argument is refused by name before anything is done."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_licence_stands_in_the_card_of_our_own_and_is_refused_where_there_is_n
     assert (tmp_path / "out" / "README.md").read_text().startswith('---\nlicense: "apache-2.0"\n')
     bundle.write(tmp_path / "theirs", **parts("chameleon"))
     theirs = ["export", "--from", str(tmp_path / "theirs"), "--output", str(tmp_path / "back")]
-    refused([*theirs, "--license", "mit"], "--license does nothing where published weights go back")
+    refused([*theirs, "--license", "mit"], "--license does nothing for published weights in their own form")
     refused([*theirs, "--to", "meta", "--shard-mib", "9"], "--shard-mib does nothing with --to meta")
     assert not (tmp_path / "back").exists()
 

@@ -1,4 +1,4 @@
-"""`ar-unified validate`: what may be named, where the page goes, and what the exit status says."""
+"""`ar-unified validate`: what may be validated, where the page is written, and what the exit status means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A realistic set: thousands of files for every reader, some of them broken in each known way.
+"""A realistic set of thousands of files for every reader, some of them broken, in each known way.
 
 PYTHONPATH=.:tokenizers python -m tests.data.broken FOLDER [FILES]    makes FOLDER/set of 5,000 files
 
@@ -30,7 +30,8 @@ from tests.data.conftest import Kit
 
 
 def _placed(folder: Path) -> dict[str, tuple[Callable[[Path], Any], str, str]]:
-    """Ways to be no image's file: what puts it there, its kind where a folder is searched, and where a row names it."""
+    """Ways in which a path is not an image file: a function that makes it, the kind of fault when a folder is searched,
+    and the kind when a row names the path."""
     secret = folder.parent.parent / "outside/secret.png"
 
     def huge(path: Path) -> None:
@@ -47,7 +48,7 @@ def _placed(folder: Path) -> dict[str, tuple[Callable[[Path], Any], str, str]]:
 
 
 def _image_files(folder: Path, each: int, named: bool) -> list[Bad]:
-    """Puts broken files of every kind into a folder. named: whether rows will name them."""
+    """Puts broken files of every kind into a folder. named: whether rows name them."""
     found = []
     for i in range(each):
         for number, (data, kind) in enumerate(BROKEN.values()):
@@ -60,7 +61,7 @@ def _image_files(folder: Path, each: int, named: bool) -> list[Bad]:
 
 
 def _rows(outside: Path) -> dict[str, tuple[dict[str, Any] | bytes, str]]:
-    """Ways for a row to be broken beside an image that is fine, and the kind of each."""
+    """Ways in which a row with a good image is broken, and the kind of each fault."""
     here = "fine.png"
     return {
         "no such image": (dict(image="nowhere.png", text="x"), "missing_image"),
@@ -90,7 +91,8 @@ def _rows(outside: Path) -> dict[str, tuple[dict[str, Any] | bytes, str]]:
 
 
 def photos(root: Path, count: int, each: int) -> Part:
-    """captions.jsonl beside its images, of which the odd ones are odd but fine; so are two rows with one id."""
+    """captions.jsonl with its images. Images with odd numbers are unusual but good, and so are two rows with the same
+    id."""
     root.mkdir()
     (root / "fine.png").write_bytes(GOOD)
     rows: list[tuple[Any, Any]] = []
@@ -112,7 +114,7 @@ def photos(root: Path, count: int, each: int) -> Part:
 
 
 def plain(root: Path, count: int, each: int) -> Part:
-    """Images alone, one of them with a name that is no UTF-8."""
+    """Only images, one of them with a name that is not UTF-8."""
     root.mkdir()
     items: dict[str, Any] = {}
     for i in range(count):
@@ -134,7 +136,7 @@ def _in_order(items: Mapping[str, Any]) -> list[Any]:
 
 
 def texts(root: Path, count: int, each: int) -> Part:
-    """Text files, one of 1 MB, one with a name that is no UTF-8."""
+    """Text files, one of 1 MB, one with a name that is not UTF-8."""
     root.mkdir()
     ways: dict[str, tuple[bytes, str]] = {
         "an empty text": (b"", "empty_text"),
@@ -160,7 +162,7 @@ def texts(root: Path, count: int, each: int) -> Part:
 
 
 def pages(root: Path, count: int, each: int) -> Part:
-    """Markdown and HTML with an image each."""
+    """Markdown and HTML files, each with an image."""
     root.mkdir()
     ways: dict[str, tuple[bytes, str]] = {
         "a page with an image elsewhere": (b"# A\n![x](https://example.com/a.png)", "missing_image"),
@@ -189,7 +191,7 @@ def pages(root: Path, count: int, each: int) -> Part:
 
 
 def clips(root: Path, count: int, each: int) -> Part:
-    """Animations of three images, and folders of two, with what they show beside them."""
+    """Animations of three images and folders of two, with the texts of what they show."""
     root.mkdir()
 
     def frames(number: int) -> list[Image.Image]:
@@ -233,7 +235,8 @@ def clips(root: Path, count: int, each: int) -> Part:
 
 
 def make(root: Path, files: int = 5000, each: int = 2) -> dict[str, Part]:
-    """A set of so many files in root/set, each way to be broken `each` times, and what every source of it holds."""
+    """Makes a set of this many files in root/set, with each kind of fault `each` times. Returns what every source
+    holds."""
     base, outside = root / "set", root / "outside"
     base.mkdir()
     outside.mkdir()
@@ -249,19 +252,19 @@ def make(root: Path, files: int = 5000, each: int = 2) -> dict[str, Part]:
         "tars": tars(base / "tars", small, each),
         **packed(base, small),
     }
-    beside = 2 + each * (len(BROKEN) + len(_placed(base)))  # captions.jsonl, fine.png, and what is broken
+    beside = 2 + each * (len(BROKEN) + len(_placed(base)))  # captions.jsonl, fine.png and broken files
     parts["photos"] = photos(base / "photos", files - count(base) - beside, each)
     (root / "specs.json").write_text(json.dumps({name: part.spec for name, part in parts.items()}))
     return parts
 
 
 def count(folder: Path) -> int:
-    """Files below a folder, whatever they are."""
+    """All files below a folder."""
     return sum(len(names) for _, _, names in os.walk(folder))
 
 
 def found(data: Path, name: str) -> list[Said]:
-    """What `prepare` left of a source, a document each; (-1, -1): an image that is not of two greys."""
+    """The documents that `prepare` wrote for a source; (-1, -1) stands for an image that does not have two greys."""
     folder, grammar = data / folder_name(name), Kit.grammar(fixed_grid(4, 4))
     shards = Shards(folder, load_report(data).sources[name].shards)
     said_by: dict[int, tuple[str, list[tuple[int, int]]]] = {}

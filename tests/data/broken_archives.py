@@ -1,4 +1,4 @@
-"""Tables, tars and packed rows for `broken`: bad documents in files that are whole, and files that are not."""
+"""Tables, tars and packed rows for `broken`: bad documents in complete files, and incomplete files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _held(data: bytes | None, path: str | None = None) -> dict[str, Any]:
 
 def _table(rows: Sequence[tuple[Any, Any]]) -> pa.Table:
     images, words = zip(*rows, strict=True)
-    texts = [text.encode() if isinstance(text, str) else text for text in words]  # what is no UTF-8, too
+    texts = [text.encode() if isinstance(text, str) else text for text in words]  # including what is not UTF-8
     return pa.table([pa.array(images, _IMAGE), pa.array(texts, pa.binary()).view(pa.string())], schema=_SCHEMA)
 
 
@@ -51,7 +51,7 @@ _BAD_ROWS: dict[str, tuple[tuple[Any, Any], str]] = {
 
 
 def tables(root: Path, count: int, each: int) -> Part:
-    """A folder of Parquet and Arrow files: good ones, those with a bad row beside a good one, and broken ones."""
+    """A folder of Parquet and Arrow files: good ones, ones with a good and a bad row, and broken ones."""
     root.mkdir()
     part = Part(dict(kind="parquet", path=str(root)), [], set(_BAD_ROWS))
 
@@ -74,7 +74,7 @@ def tables(root: Path, count: int, each: int) -> Part:
         put(f"b{i}-1 integers for images.parquet", pa.table(dict(image=[7], text=["x"])), ["bad_row"])
         put(f"b{i}-2 integers for texts.parquet", pa.table(dict(image=[_held(GOOD)], text=[7])), ["bad_text"])
         put(f"b{i}-3 other columns.parquet", pa.table(dict(other=[1])), ["bad_row"])
-        if i == 0:  # they take a second each to make
+        if i == 0:  # each takes a second to make
             bomb = pa.table([pa.array([_held(bytes(_BOMB))], _IMAGE), pa.array(["x"])], schema=_SCHEMA)
             put(f"b{i}-4 bomb.arrow", bomb, ["too_large"], compression="zstd")
             put(f"b{i}-5 bomb.parquet", bomb, ["too_large"], compression="zstd", use_dictionary=False)
@@ -122,7 +122,7 @@ def _pair(key: str, image: bytes = GOOD, text: bytes = b"x") -> list[tuple[Any, 
 
 
 def _bad_samples() -> dict[str, tuple[list[tuple[Any, bytes]], str]]:
-    """Ways for a sample to be broken: its members, named by @, and its kind."""
+    """Ways in which a sample is broken: its members, named with @, and the kind of fault."""
     not_utf8 = b"@\xff.png".decode("utf-8", "surrogateescape")
     return {
         "a member ../": (_pair("../@"), "path_escapes"),
@@ -146,7 +146,7 @@ def _bad_samples() -> dict[str, tuple[list[tuple[Any, bytes]], str]]:
 
 
 def tars(root: Path, count: int, each: int) -> Part:
-    """A folder of tars: good ones, one with every bad sample between good ones, and broken ones."""
+    """A folder of tars: good ones, one with all bad samples between good ones, and broken ones."""
     root.mkdir()
     part = Part(dict(kind="webdataset", path=str(root)), [], set(_bad_samples()))
 
@@ -184,7 +184,7 @@ def _broken_tars(root: Path, i: int, part: Part) -> None:
     told = [said(f"t{number}", greys) for number, (_, greys) in enumerate(files)]
     long = _member("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=64 << 20)
     ways: dict[str, tuple[bytes, list[Said], str]] = {
-        # A header, two blocks of an image, a header, a block of text: five blocks a sample.
+        # A sample has five blocks: a header, two blocks of an image, a header, one block of text.
         "a tar cut in a member": (whole[: 512 * 6 + 20], told[:1], "1"),
         "a tar cut between members": (whole[: 512 * 5], told[:1], "2"),
         "a header that is wrong": (whole[: 512 * 5] + b"x" * 512 + whole[512 * 6 :], told[:1], "2"),
@@ -205,7 +205,8 @@ def _broken_tars(root: Path, i: int, part: Part) -> None:
 
 
 def packed(root: Path, count: int) -> dict[str, Part]:
-    """Rows that are packed, with images in them: a line in the middle that fills the memory, or the second half cut."""
+    """Packed rows that contain images. Either a line in the middle would fill the memory, or the second half is
+    missing."""
     lines, told = [], []
     for i in range(4 * count):
         data, greys = odd(i)
@@ -229,7 +230,7 @@ def packed(root: Path, count: int) -> dict[str, Part]:
 
 
 def _zstandard(data: bytes) -> bytes:
-    """In a stream: of a whole in one piece, the header says how long it is."""
+    """A stream, because the header of a single piece says how long it is."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)

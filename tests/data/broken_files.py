@@ -1,4 +1,4 @@
-"""Image files as no one should write them, and unusual ones that are fine. What each becomes is said beside it."""
+"""Broken image files, and unusual ones that are good. The tables say what each becomes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _zeros(size: int) -> bytes:
-    """So many MiB of them, packed."""
+    """This many MiB of them, compressed."""
     packer = zlib.compressobj(9)
     return b"".join(packer.compress(bytes(1 << 20)) for _ in range(size)) + packer.flush()
 
@@ -64,7 +64,7 @@ FRAMES = [Image.new("L", (8, 8), grey) for grey in (0, 255)]
 ROTATED = Image.Exif()
 ROTATED[274] = 6
 
-# Name -> the file, and the kind of bad item that it is.
+# Name -> the file and the kind of its fault.
 BROKEN: dict[str, tuple[bytes, str]] = {
     "png cut short": (_cut("PNG"), "unreadable_image"),
     "jpeg cut short": (_cut("JPEG"), "unreadable_image"),
@@ -112,7 +112,7 @@ def _clear(grey: np.ndarray) -> bytes:
     return saved(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(np.zeros_like(grey))]))
 
 
-# Name -> the file of an image of 16 x 16 whose upper and lower halves are grey [16, 16].
+# Name -> the file of a 16 x 16 image with one grey in the upper half and one in the lower half.
 ODD: dict[str, Callable[[np.ndarray], bytes]] = {
     "png": _of("RGB", "PNG"),
     "jpeg": _of("RGB", "JPEG", quality=95),
@@ -135,7 +135,7 @@ ODD: dict[str, Callable[[np.ndarray], bytes]] = {
 
 
 def odd(number: int, format: str = "") -> tuple[bytes, tuple[int, int]]:
-    """The image file of a number, in one of the formats of ODD, and the two greys, 0 to 15, that it shows."""
+    """The image file for a number, in one of the formats of ODD, and its two greys from 0 to 15."""
     name = format or list(ODD)[number % len(ODD)]
     greys = number * 7 % 16, number // 16 * 5 % 16
     data = ODD[name](_upright(*(16 * grey + 8 for grey in greys)))
@@ -148,14 +148,14 @@ def odd(number: int, format: str = "") -> tuple[bytes, tuple[int, int]]:
 
 # ---- what a set holds -------------------------------------------------------------------------------------------
 
-Said = tuple[str, tuple[tuple[int, int], ...]]  # the text of a document, without blanks; of each image its two greys
-Bad = tuple[str, str]  # where an item stands, below the set, and its kind
+Said = tuple[str, tuple[tuple[int, int], ...]]  # the text of a document without blanks, and the two greys of each image
+Bad = tuple[str, str]  # where a bad item is, below the set, and its kind
 LONG = "a long caption " * 70_000  # 1 MB
 
 
 @dataclass
 class Part:
-    """What one source holds: its items in order, each what it says or why it is bad; and in which ways some are bad."""
+    """What one source holds: its items in order (each with its content or its fault), and the kinds of faults."""
 
     spec: dict[str, Any]
     items: list[Said | Bad] = field(default_factory=list)
@@ -175,6 +175,6 @@ def said(text: str, *greys: tuple[int, int]) -> Said:
 
 
 def odd_text(number: int) -> str:
-    """Texts that are fine: control characters, marks of other directions, what looks like a token, and so on."""
+    """Good texts: with control characters, direction marks, text that looks like a token, and so on."""
     texts = ("plain", "\a\b\x1b[2J\u202e", "<boi> <image> </s>", "naïve \U0001f9d1\u200d\U0001f33e", "'\"\\", "\ufeffx")
     return f"{number} {texts[number % len(texts)]}"

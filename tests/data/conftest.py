@@ -17,7 +17,7 @@ from ar_unified.language.vocabulary import Vocabulary
 
 
 class ByteCodec:
-    """A text tokenizer with one piece a byte."""
+    """A text tokenizer with one piece per byte."""
 
     size, hash = 256, "bytes"
 
@@ -29,7 +29,8 @@ class ByteCodec:
 
 
 class PatchMeans:
-    """An image tokenizer whose code is the mean of a 4 x 4 patch, in 16 steps of grey; counts what it was given."""
+    """An image tokenizer in which a code is the mean of a 4 x 4 patch, in 16 steps of grey. It counts the images it
+    gets."""
 
     codebook_size, factor, codes_per_position, hash = 16, 4, 1, "patch-means"
 
@@ -63,7 +64,7 @@ class Kit:
 
     @staticmethod
     def write(path: Path, rows: Sequence[dict[str, Any] | bytes]) -> None:
-        """A JSONL file; bytes stand as they are, for lines that are broken."""
+        """Writes a JSONL file. Lines that are bytes are written unchanged, for broken lines."""
         lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
         path.write_bytes(b"".join(line + b"\n" for line in lines))
 
@@ -85,7 +86,7 @@ class Kit:
 
     @classmethod
     def spoil(cls, root: Path) -> dict[str, str]:
-        """Puts bad rows between the good captions of `folder`; returns what is wrong, by file:line. One new row is
+        """Puts bad rows between the good captions of `folder`; returns their faults by file:line. One new row is
         good."""
         png = to_png(cls.image(0, 64, 64))
         (root / "images/truncated.png").write_bytes(png[: len(png) // 2])

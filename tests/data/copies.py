@@ -1,4 +1,4 @@
-"""The same documents in every format that a source reads: what the tests of formats compare."""
+"""The same documents in every format that a source reads. The tests of formats compare them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-Examples = Sequence[Mapping[str, Any]]  # of one kind; images are the bytes of files
+Examples = Sequence[Mapping[str, Any]]  # of one kind; images are bytes of files
 
 
 def folder(root: Path, file: str, examples: Examples) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def jsonl(path: Path, examples: Examples) -> dict[str, Any]:
 
 
 def table(examples: Examples) -> pa.Table:
-    """As Hugging Face `datasets` has it: images are structs of bytes and a path."""
+    """As in Hugging Face `datasets`: images are structs of bytes and a path."""
 
     def held(value: Any) -> Any:
         if isinstance(value, bytes):
@@ -64,7 +64,7 @@ def parquet(root: Path, examples: Examples, files: int = 3, rows: int = 16) -> d
 
 
 def arrow(root: Path, examples: Examples, files: int = 2, rows: int = 16) -> dict[str, Any]:
-    """A folder of Arrow streams, as `save_to_disk` leaves them."""
+    """A folder of Arrow streams, as `save_to_disk` writes them."""
     root.mkdir(parents=True)
     for i, part in enumerate(_parts(table(examples), files)):
         with pa.ipc.new_stream(root / f"data-{i:05d}-of-{files:05d}.arrow", part.schema) as stream:
@@ -74,7 +74,7 @@ def arrow(root: Path, examples: Examples, files: int = 2, rows: int = 16) -> dic
 
 
 def webdataset(root: Path, examples: Examples, shards: int = 4) -> dict[str, Any]:
-    """Tars of .png, .txt and .json; several images of a sample are 0.png, 1.png."""
+    """Tars of .png, .txt and .json. If a sample has several images, they are 0.png, 1.png."""
     root.mkdir(parents=True)
     count = -(-len(examples) // shards)
     for shard in range(shards):
@@ -91,7 +91,7 @@ def webdataset(root: Path, examples: Examples, shards: int = 4) -> dict[str, Any
 
 
 def packed_tars(root: Path, examples: Examples, ending: str, shards: int = 4) -> dict[str, Any]:
-    """`webdataset`, packed: ending "tar.gz", "tgz" or "tar.zst"."""
+    """`webdataset`, compressed: ending "tar.gz", "tgz" or "tar.zst"."""
     webdataset(root, examples, shards)
     for path in sorted(root.iterdir()):
         data = path.read_bytes()
@@ -113,7 +113,7 @@ def tar(members: Sequence[tuple[str | tarfile.TarInfo, bytes]]) -> bytes:
 
 
 def dataset(root: Path, name_: str, features: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-    """A prepared dataset in TFDS's own format, whose code is gone; images as bytes of files."""
+    """A prepared dataset in TFDS's own format, without its code; images are bytes of files."""
     with registered.skip_registration():
 
         class Fixture(tfds.core.GeneratorBasedBuilder):

@@ -1,4 +1,4 @@
-"""Images like photographs: large shapes, even light, some detail; no two are alike."""
+"""Images like photographs: large shapes, even light, some detail. All are different."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from tests.moments import random_moments
 
 
 class Slow(PatchMeans):
-    """Takes `pause` seconds a batch, as a network does."""
+    """Takes `pause` seconds per batch, like a network."""
 
     def __init__(self, pause: float):
         super().__init__()
@@ -47,7 +47,7 @@ def make_set(root: Path) -> Path:
 
 
 def prepare_set(folder: Path, out: Path, team: Team | None = None, pause: float = 0.0) -> Report:
-    """What each process of a job does; the codes it knows of lie beside `out`."""
+    """What each process of a job does. The known codes are beside `out`."""
     sources = [open_source(dict(kind="folder", path=folder, files=files)) for files in (["captions", "docs"], ["vqa"])]
     sources[1].name = "questions"
     tokenizer = Slow(pause)
@@ -58,17 +58,17 @@ def prepare_set(folder: Path, out: Path, team: Team | None = None, pause: float 
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What `prepare` left, without what a killed process was at."""
+    """The finished files of `prepare`, without those that a killed process was writing."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith("~")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def shards_of(out: Path) -> int:
-    # Not by glob: the folder of claims may go while it is looked into.
+    # No glob, because the folder of claims may disappear during the search.
     return sum(name.endswith(".array_record") for _, _, names in os.walk(out) for name in names)
 
 
-_processes = multiprocessing.get_context("forkserver")  # which imports once what takes each process seconds
+_processes = multiprocessing.get_context("forkserver")  # imports once what would take each process seconds
 _processes.set_forkserver_preload([__name__])
 
 
@@ -77,9 +77,9 @@ def _process(folder: Path, out: Path, team: Team, pause: float) -> None:
 
 
 class Job:
-    """Starts the processes of a job on `folder` into `out`; `pause`: seconds a batch, of each process or of all.
+    """Starts the processes of a job on `folder` into `out`; `pause`: seconds per batch, for each process or for all.
 
-    What killed jobs have left is tidied first, as `ar-unified prepare` does.
+    Unfinished files of killed jobs are removed first, as in `ar-unified prepare`.
     """
 
     def __init__(self, folder: Path, out: Path, processes: int, pause: float | list[float] = 0.02, lease: float = 2.0):
@@ -95,14 +95,14 @@ class Job:
             process.start()
 
     def until(self, shards: int, seconds: float = 200) -> None:
-        """Waits until so many shards are there, or the job has ended."""
+        """Waits until this many shards exist, or the job has ended."""
         deadline = time.monotonic() + seconds
         while shards_of(self.out) < shards and any(process.is_alive() for process in self.processes):
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
     def kill(self) -> bool:
-        """Ends all processes as a power cut does. Returns whether one was still at work."""
+        """Ends all processes at once, like a power failure. Returns whether one was still running."""
         alive = [process.is_alive() for process in self.processes]
         for process in self.processes:
             process.kill()
@@ -110,15 +110,15 @@ class Job:
         return any(alive)
 
     def end(self, seconds: float = 200) -> list[int | None]:
-        """The exit codes of all processes, when all have ended."""
+        """Waits until all processes have ended; returns their exit codes."""
         for process in self.processes:
             process.join(seconds)
         return [process.exitcode for process in self.processes]
 
 
 def under_fire(folder: Path, out: Path, processes: int, kills: int, rng: random.Random) -> int:
-    """Kills jobs at random moments and starts them again, until they are done, from nothing and with what earlier ones
-    know; compares what is left with what one process makes that nobody disturbs. Returns the number of kills."""
+    """Kills jobs at random moments and starts them again until they are done, with and without the codes of earlier
+    jobs. Compares the result with that of one undisturbed process. Returns the number of kills."""
     shutil.rmtree(out, ignore_errors=True)
     prepare_set(folder, out / "whole" / "data")
     whole, killed = files(out / "whole" / "data"), 0

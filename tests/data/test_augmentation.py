@@ -51,7 +51,7 @@ def test_version_0_is_the_item_and_the_others_say_the_same_of_moved_images(folde
             continue
         before, after = images(plain, i // 4), images(source, i)
         places = [(m, y, x) for m in (False, True) for y in range(-4, 5) for x in range(-4, 5)]
-        found = [  # images are noise of 16 x 16: no two places look the same
+        found = [  # images are noise of 16 x 16, so no two places look the same
             place
             for place in places
             if all(

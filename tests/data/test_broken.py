@@ -1,4 +1,4 @@
-"""5,000 files for every reader, a few hundred of them broken in every way that is known: `broken` makes them."""
+"""5,000 files for every reader, made by `broken`; a few hundred are broken, in every known way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ar_unified.data.prepare import folder_name, load_report
 from ar_unified.data.shards import read_skipped, shard_path
 from tests.data import broken
 
-MOST = 420  # MiB of memory: a line of 128 MiB and one more of what is read, and one of them unpacked
+MOST = 420  # MiB of memory: a line of 128 MiB, one more of read bytes, and one of unpacked bytes
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_the_good_come_through_and_every_bad_one_is_told(tmp_path: Path) -> None
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file and folder below."""
+    """The size and the time of every file and folder below a folder."""
     found = {}
     for path in folder.rglob("*"):
         status = path.lstat()

@@ -12,7 +12,7 @@ PIECES = [f"set/{i:05d}" for i in range(12)]
 
 
 class Job:
-    """What is done, by whom."""
+    """Which pieces are done, and by whom."""
 
     def __init__(self, folder: Path):
         self.folder, self.by = folder, dict[str, list[int]]()
@@ -61,7 +61,7 @@ def test_two_at_once_do_each_piece_once(job: Job) -> None:
 
 
 def killed(job: Job, process: int, name: str) -> Path:
-    """The claim of a process that was killed at a piece."""
+    """Leaves the claim of a process that was killed while it made a piece."""
 
     def dies(name: str) -> None:
         raise KeyboardInterrupt
@@ -76,7 +76,7 @@ def test_a_claim_that_is_renewed_is_left_alone_and_one_that_is_not_is_taken_over
     claim, said, began = killed(job, 0, PIECES[0]), [], time.monotonic()
 
     def alive() -> None:
-        if (now := time.monotonic()) - began < 0.6:  # its owner is slow, but lives
+        if (now := time.monotonic()) - began < 0.6:  # its owner is slow, but still runs
             claim.write_text(f"{now}")
             said.append(now)
 

@@ -1,5 +1,4 @@
-"""Conversations about scenes: an independent reader agrees with them, and training contains nothing that is held
-out."""
+"""Conversations about scenes. An independent reader agrees with them, and training has nothing that is held out."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def attribute_of(words: str) -> str:
 
 
 def answers(talk: Conversation) -> list[str | Scene | None]:
-    """The answers of a reader who remembers the picture, what "it" means, the last question, and how "it" was
+    """The answers of a reader who remembers the picture, what "it" means, the last question, and what "it" was
     before."""
     scene, it, asked, was = talk.shown, None, "", None
     found: list[str | Scene | None] = []
@@ -69,7 +68,7 @@ def answers(talk: Conversation) -> list[str | Scene | None]:
             before = scene
             words = words.removeprefix("now ").replace("draw it without", "remove")
             if re.search(r"\bit\b", words.split(":")[0]) and it is not None:
-                # by the name that nothing else has
+                # by a name that nothing else has
                 words = re.sub(r"\bit\b", f"the {it.size} {it.colour} {it.shape}", words, count=1)
             scene = obeyed(scene, words)
             new = set(scene) - set(before)

@@ -10,7 +10,7 @@ from ar_unified.data.counter_rng import hash64, key, permute, uniform
 
 
 def test_the_numbers_never_change() -> None:
-    """If the order changed with an update, a resumed training would read some data twice and other data never."""
+    """If an update changed the order, a resumed training would read some data twice and other data never."""
     stream = key(7, "photos", 2, "documents")
     assert stream == 11972208863723014850
     assert hash64(stream, np.arange(3)).tolist() == [675687589498238800, 6156229895404958697, 8166708023345935845]

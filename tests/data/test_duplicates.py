@@ -1,4 +1,4 @@
-"""Planted copies are found and look-alikes are kept: on real images if they are at hand, and on drawn ones."""
+"""Planted copies are found and similar images are kept, for drawn images and for real ones if they are available."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EDITS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
 
 
 def shares(originals: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Recall of the copies that are planted, and precision of all that is found."""
+    """The recall of planted copies, and the precision of everything that is found."""
     search, n = Search(), len(originals)
     for edit in (lambda pixels: pixels, *EDITS):
         for pixels in originals:
@@ -65,7 +65,7 @@ def test_copies_of_real_images_are_found_and_look_alikes_are_not() -> None:
     recall, precision = shares([decode(path.read_bytes()) for path in kept])
     assert len(kept) > 80 and recall >= 0.985 and precision >= 0.95, "a target of red and white rings is lost to JPEG"
     search = Search()
-    for path in sorted(folders[0].glob("emoji_u1f55*.png")):  # clocks: hands aside, they are one image
+    for path in sorted(folders[0].glob("emoji_u1f55*.png")):  # clocks, which differ only in their hands
         search.add(Document.of((ImagePart(decode(path.read_bytes())),)))
     assert len(found := search.found().same) == 16 and (found >= 0).sum() <= 2
 

@@ -23,7 +23,8 @@ def some_edits(split: str, count: int = 200) -> list[edits.Edit]:
 
 
 def obeyed(before: scenes.Scene, instruction: str) -> scenes.Scene:
-    """What an instruction makes of a scene, read from its words alone by other means than they were written."""
+    """The scene after an instruction, from only the instruction's words, by code that is independent of the
+    writer's."""
     words = instruction.rstrip(".").lower()
     attributes = (scenes.SHAPES, tuple(scenes.COLOURS), scenes.SIZES, scenes.PLACES)
     words = words.replace("big", "large").replace("little", "small")
@@ -82,7 +83,7 @@ def test_what_is_held_out_is_neither_shown_nor_told_in_training() -> None:
 def test_scenes_that_no_edit_is_between_are_refused() -> None:
     red, blue = Object("circle", "red", "large", "top left"), Object("star", "blue", "small", "top left")
     for before, after in (((red,), (red,)), ((red,), (blue,))):
-        with pytest.raises(ValueError, match="expected scenes that one edit is between"):
+        with pytest.raises(ValueError, match="expected scenes that differ by one edit"):
             edits.kind_of(before, after)
 
 

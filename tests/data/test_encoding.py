@@ -1,4 +1,4 @@
-"""Whatever reads text knows UTF-8 with and without a byte order mark, and refuses the rest by name."""
+"""Everything that reads text accepts UTF-8 with or without a byte order mark, and refuses other encodings by name."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_what_is_no_text_is_said_by_its_name() -> None:
         b"PK\x03\x04rest": "a zip archive",
     }.items():
         assert name in foreign(data)
-    with pytest.raises(EncodingError, match="a zero byte at byte 3: is it no text"):
+    with pytest.raises(EncodingError, match="a zero byte at byte 3: is it text at all"):
         text(b"abc\0def")
     for fine in ("plain", "naïve 图像 🙂", "", "a"):
         assert foreign(fine.encode() * 200) == "" and text(fine.encode()) == fine

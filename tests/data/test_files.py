@@ -1,4 +1,4 @@
-"""Which files belong to a dataset, and which file a name means: one rule for rows, images, texts and prompts."""
+"""Which files belong to a dataset, and which file a name means. One rule holds for rows, images, texts and prompts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ar_unified.sampling.requests import PromptImage, read_requests
 
 
 def kinds(source: Source) -> list[str]:
-    """What each item is: "" if it is good, else the kind of its fault."""
+    """For each item, "" if it is good, else the kind of its fault."""
     return [item.kind if isinstance(item, BadItem) else "" for _, item in read(source, range(len(source)))]
 
 
 def prompt_errors(folder: Path, names: list[str], links: bool = False) -> list[str]:
-    """What reading each image of a prompt says, "" if it is read."""
+    """For each image of a prompt, the error of reading it, or ""."""
     content = [[{"type": "image", "image": name}] for name in names]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"content": c, "mode": "text"}) + "\n" for c in content))
     lines = read_requests(folder / "prompts.jsonl", cells=SimpleNamespace(factor=4, codes_per_position=1), links=links)
@@ -44,7 +44,7 @@ def prompt_errors(folder: Path, names: list[str], links: bool = False) -> list[s
 
 @pytest.fixture
 def hub(tmp_path: Path, folder: Path) -> Path:
-    """The folder as the Hugging Face cache lays it out: names that are links to blobs."""
+    """The folder in the layout of the Hugging Face cache, where names are links to blobs."""
     snapshot = tmp_path / "datasets--me--set" / "snapshots" / "abc123"
     blobs = tmp_path / "datasets--me--set" / "blobs"
     blobs.mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_a_dataset_is_read_where_the_hugging_face_cache_has_it(hub: Path, tmp_pa
 
 @pytest.fixture
 def linked(tmp_path: Path, folder: Path) -> Path:
-    """A folder whose images, texts and rows of questions stand on another disk."""
+    """A folder whose images, texts and rows of questions are on another disk."""
     disk = tmp_path / "disk"
     shutil.move(folder / "images", disk / "images")
     shutil.move(folder / "vqa.jsonl", disk / "vqa.jsonl")
@@ -92,7 +92,7 @@ def test_links_that_lead_out_are_refused_by_all_and_followed_when_told(linked: P
         "images": dict(kind="images", path=linked),
         "text": dict(kind="text", path=linked, files=("*.txt",)),
     }
-    # Searched folders: each link is one item, be it to a folder (of which nobody knows what it holds) or to a file.
+    # In searched folders each link is one item, both to a file and to a folder (whose content is unknown).
     counts = {"rows": (20, 20), "jsonl": (20, 20), "images": (2, 20), "text": (3, 2)}
     for name, spec in specs.items():
         (refused, followed), source = counts[name], open_source(spec)
@@ -151,7 +151,7 @@ LITTER = [
 
 
 def test_hidden_files_are_no_part_of_a_dataset(tmp_path: Path, kit: Any) -> None:
-    root = tmp_path / ".cache" / "set"  # which is hidden itself
+    root = tmp_path / ".cache" / "set"  # a hidden file
     for name in [*LITTER, "b.JPG", "deep/a.png", "c.jfif", "d.Tiff", "e.pgm"]:
         for path in (root / name, (root / name).with_suffix(".txt")):
             path.parent.mkdir(parents=True, exist_ok=True)

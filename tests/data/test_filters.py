@@ -1,4 +1,4 @@
-"""Items that filters leave out: each kind is counted, the order of reading does not matter, and no filter is on by
+"""Items that filters leave out. Each kind is counted, the order of reading does not matter, and no filter is on by
 default."""
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tests.data.pictures import picture
 
 @pytest.fixture
 def root(tmp_path: Path, kit: Any) -> Path:
-    """Captions of images: 3 also scaled, 4 cut, 5 said again, 6 often; 7 is held out, 8 has much text, 9 is German."""
+    """Captions of images. 3 is also there scaled, 4 cropped, 5 twice, 6 often; 7 is held out, 8 has much text, 9 is
+    German."""
     images, rows = {f"{i}.png": picture(i) for i in range(12)}, []
     images |= {"3 small.png": resize(images["3.png"], 48, 48), "4 cut.png": images["4.png"][2:-2, 1:-2]}
     images |= {"wide.png": picture(20, 24, 96), "tiny.png": picture(21, 16, 16)}
@@ -96,7 +97,7 @@ def test_verdicts_are_read_again_and_do_not_depend_on_who_reads(root: Path, monk
     assert sorted(parts) == sorted(i for found in whole.values() for i in found)
     monkeypatch.setattr("ar_unified.data.filters.Search", None)
     assert left_out(filtered(*opened(root), chosen, root / "f.json", show_progress=False)) == whole
-    with pytest.raises(TypeError):  # of other filters they are made anew
+    with pytest.raises(TypeError):  # other filters need new ones
         filtered(*opened(root), Filters(duplicates="documents"), root / "f.json", show_progress=False)
 
 

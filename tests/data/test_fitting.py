@@ -1,4 +1,4 @@
-"""Which lengths share a row: any lengths fit, and little space is left over."""
+"""Which lengths share a row. Any lengths fit, and little space stays empty."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_rows_are_full_whether_lengths_differ_or_are_nearly_one() -> None:
 
 
 def test_the_plan_never_changes() -> None:
-    """Plans lie beside the shards, and a training goes on in their order."""
+    """Plans are stored beside the shards, and a resumed training follows their order."""
     lengths = falling(np.arange(24) % 7 + 25)
     rows, decreasing = rows_of(lengths, 111)
     assert not decreasing and rows.tolist() == [0, 1, 2, 0, 3, 4, 1, 2, 5, 3, 4, 5, 3, 4, 5, 5, 1, 2, 3, 4, 0, 0, 1, 2]

@@ -77,7 +77,7 @@ def test_2000_documents_as_a_folder_parquet_tars_and_tfds(kind: str, tmp_path: P
 
 
 def varied(kit: Any, kind: str, count: int) -> list[dict[str, Any]]:
-    """Documents no two of which are alike: texts of several scripts, PNG, JPEG and WebP of several sizes and modes."""
+    """Different documents: texts in several scripts, and PNG, JPEG and WebP images of several sizes and modes."""
     words = ("a cat", "ein Bär\nim Wald", "кошка", "猫と犬", "قطة", "👩‍🚀 on the moon", "  two  blanks ", "x" * 40)
 
     def picture(i: int) -> bytes:
@@ -99,8 +99,8 @@ def varied(kit: Any, kind: str, count: int) -> list[dict[str, Any]]:
 def require_the_same(
     specs: dict[str, Any], given: list[Any], out: Path, grammar: Any, kit: Any, *, shard_items: int
 ) -> None:
-    """The copies `specs` of the documents `given` are the same documents, the same texts, and the same token shards to
-    the byte.
+    """Asserts that the copies `specs` of the documents `given` give the same documents, the same texts and the same
+    bytes of token shards.
     """
     found: dict[str, Any] = {}
     for name, spec in specs.items():

@@ -1,4 +1,4 @@
-"""Malformed and hostile files: good documents are read, every bad one is named, and nothing is written."""
+"""Malformed and hostile files. Good documents are read, every bad one is named, and nothing is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.data.broken_files import BROKEN, GOOD, ODD, odd
 
 
 def kinds(spec: Mapping[str, Any]) -> list[str]:
-    """What becomes of every item of a source: "" for a document. Every origin names the file."""
+    """For every item of a source, its fault or "". Asserts that every origin names the file."""
     source = open_source(spec)
     found = [item for _, item in read(source, range(len(source)))]
     for item in found:
@@ -77,7 +77,7 @@ def test_values_that_unpacked_would_fill_the_memory_are_not_unpacked(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ar_unified.data.sources.unpacked_sizes.LARGEST", 1 << 22)
-    images = [held(GOOD), held(bytes(8 << 20)), held(os.urandom(8 << 20)), held(GOOD)]  # zeros, and what is no smaller
+    images = [held(GOOD), held(bytes(8 << 20)), held(os.urandom(8 << 20)), held(GOOD)]  # the third does not compress
     rows = pa.table(dict(image=images, text=list("abcd")))
     path = tmp_path / f"a.{'arrow' if form == 'feather' else form}"
     if form == "parquet":
@@ -100,7 +100,7 @@ def test_what_is_told_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     source = open_source(dict(kind="text", path=tmp_path))
     bad = next(item for _, item in read(source, range(2)) if isinstance(item, BadItem))
     assert bad.origin == str(tmp_path / name) and str(bad).isprintable() and "caf\\udce9\\x1b[2J.txt" in str(bad)
-    (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"a text")  # a good one, and twice the same
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"a text")  # a good one, and the same one twice
     output = tmp_path / "page.html"
     assert main(["validate", str(tmp_path), "--output", str(output)]) == 1
     said = capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_tars_that_are_not_whole(tmp_path: Path) -> None:
     whole = copies.tar([each for i in range(3) for each in pair(str(i))])
     (tmp_path / "0.tar").write_bytes(whole)
     (tmp_path / "1.tar").write_bytes(whole[: 512 * 5 + 20])  # in the middle of the second image
-    (tmp_path / "2.tar").write_bytes(whole[: 512 * 4])  # where a member would begin
+    (tmp_path / "2.tar").write_bytes(whole[: 512 * 4])  # where the next member would begin
     (tmp_path / "3.tar").write_bytes(whole[: 512 * 4] + b"x" * 512 + whole[512 * 5 :])
     (tmp_path / "4.tar").write_bytes(gzip.compress(whole))
     (tmp_path / "5.tar").write_bytes(b"")

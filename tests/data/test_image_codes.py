@@ -10,7 +10,7 @@ from ar_unified.data.prepare.image_codes import ImageCodes, digest_of
 
 
 def images(first: int, count: int) -> dict[bytes, np.ndarray]:
-    """Codes of `count` images of several sizes, by digest."""
+    """Codes for `count` images of several sizes, by digest."""
     found = {}
     for i in range(first, first + count):
         rng = np.random.default_rng(i)
@@ -31,7 +31,7 @@ def test_what_was_put_is_found_by_the_next(tmp_path: Path) -> None:
     assert not any(first.get(digest) is not None for digest in known)
     first.put(known)
     second = ImageCodes(tmp_path, "a", 70_000)
-    second.put(more := images(40, 60))  # ten of them for the second time
+    second.put(more := images(40, 60))  # ten of them again
     third = ImageCodes(tmp_path, "a", 70_000)
     for digest, codes in (known | more).items():
         found = third.get(digest)

@@ -38,7 +38,7 @@ def test_grey_and_sixteen_bit_become_rgb() -> None:
 
 
 def tiff(values: list[float], dtype: str, *, white: int = 1, bits: int = 0) -> bytes:
-    """A TIFF of one row of grey, of a kind that Pillow may not write. `white`: 0, if 0 is white."""
+    """A TIFF with one row of grey, also of kinds that Pillow cannot write. `white`: 0 if 0 means white."""
     data = np.array(values, dtype).tobytes()
     kind = {"u": 1, "i": 2, "f": 3}[np.dtype(dtype).kind]
     bits = bits or 8 * np.dtype(dtype).itemsize
@@ -51,7 +51,7 @@ def tiff(values: list[float], dtype: str, *, white: int = 1, bits: int = 0) -> b
 
 
 def png(depth: int, colour: int, row: bytes, clear: bytes, width: int = 2) -> bytes:
-    """A PNG of one row; `colour` 0: grey, 2: RGB; `clear`: the colour that is transparent."""
+    """A PNG with one row. `colour` is 0 for grey or 2 for RGB; `clear` is the transparent colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -102,7 +102,7 @@ def test_floats_may_overshoot_and_a_dark_image_stays_dark() -> None:
     [
         (tiff([0.0, float("nan")], "<f4"), "NaN or infinite"),
         (tiff([0.0, float("inf")], "<f4"), "NaN or infinite"),
-        (tiff([-1.0, 1.0], "<f4"), "found -1 to 1, so what is white cannot be told"),
+        (tiff([-1.0, 1.0], "<f4"), "found -1 to 1, so the value of white is unknown"),
         (tiff([0.0, 3.0], "<f4"), "expected values of 0 to 1 or 0 to 255 or 0 to 65535, found 0 to 3,"),
         (tiff([0.0, 1e6], "<f4"), "found 0 to 1e"),
         (tiff([0, 2**30], "<i4"), "found 0 to 1.07374e"),
@@ -168,11 +168,11 @@ def test_images_that_others_opened_are_read_alike() -> None:
 
 def test_exif_rotation_is_applied() -> None:
     exif = Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees for display
+    exif[274] = 6  # rotated by 90 degrees
     assert decode(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).shape == (8, 4, 3)
 
 
-# Of Display P3 and sRGB, adapted to D50: the XYZ of red, green, blue (columns).
+# The XYZ of red, green and blue (columns) for Display P3 and sRGB, adapted to D50.
 P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
 
@@ -226,7 +226,9 @@ def test_wide_gamut_becomes_srgb() -> None:
 
 def test_inks_follow_their_profile() -> None:
     even, identity = bytes(range(256)), struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).flatten())
-    corners = bytes([255, 128, 128]) + bytes([0, 128, 128]) * 15  # in Lab: paper is white, full ink of any kind black
+    corners = (
+        bytes([255, 128, 128]) + bytes([0, 128, 128]) * 15
+    )  # in Lab: paper is white, and full ink of any colour is black
     lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + even * 4 + corners + even * 3
     made = bytearray(profile(b"CMYK", NAMED | {b"wtpt": xyz(np.array(D50) / 65536), b"A2B0": lut}))
     made[12:16], made[20:24] = b"prtr", b"Lab "
@@ -251,7 +253,7 @@ def test_a_grey_profile_and_one_that_fits_nothing() -> None:
 def test_bombs_are_refused_by_their_header() -> None:
     whole = encoded(Image.new("1", (4000, 4000)))
     with pytest.raises(ImageError, match="4000 x 4000") as bomb:
-        decode(whole[:100], Limits(pixels=10**6))  # the pixels are not even there
+        decode(whole[:100], Limits(pixels=10**6))  # the file does not even have pixels
     assert bomb.value.kind == "image_shape"
 
 
@@ -297,14 +299,14 @@ def test_png_round_trips() -> None:
 
 @pytest.mark.parametrize("side", [(25, 32), (23, 29)], ids=["top", "left"])
 def test_a_window_whose_edge_rounds_below_zero_is_inside(side: tuple[int, int]) -> None:
-    """(25 - 88 * 25 / 88) / 2 is -2e-15, and Pillow refuses a box that begins there."""
+    """(25 - 88 * 25 / 88) / 2 is -2e-15, and Pillow refuses a box that begins at a negative number."""
     assert resize(np.full((*side, 3), 7, np.uint8), 88, 112).min() == 7
 
 
 def test_recoloured_changes_colours_and_no_shape() -> None:
     pixels = np.array([[[0, 100, 200], [255, 255, 255], [0, 0, 0], [0, 100, 200]]], np.uint8)
     assert np.array_equal(recoloured(pixels, (0.0, 0.5, 0.5, 0.5)), pixels)
-    turned = recoloured(pixels, (0.99, 0.5, 0.5, 0.0))  # the last order; the last channel to the power of 1/2
+    turned = recoloured(pixels, (0.99, 0.5, 0.5, 0.0))  # the last order of axes; the last channel to the power of 1/2
     assert turned[0, 0].tolist() == [200, 100, 0] and turned[0, :3].max() == 255 and not turned[0, 2].any()
     assert recoloured(pixels, (0.2, 0.5, 0.0, 0.9999))[0, 0].tolist() == [0, round(255 * (200 / 255) ** 0.5), 39]
     seen = {recoloured(pixels, draw)[0, 0].tobytes() for draw in np.random.default_rng(0).random((50, 4))}
@@ -312,7 +314,7 @@ def test_recoloured_changes_colours_and_no_shape() -> None:
 
 
 def photograph(height: int, width: int) -> np.ndarray:
-    """Smooth shapes with fine waves on them, which a filter must take out."""
+    """Smooth shapes with fine waves, which a filter must remove."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 61) + np.cos(y / 47), np.sin((x + y) / 83), np.cos(x / 29 - y / 53)]
     fine = 0.2 * np.sin(x * 2.1) * np.cos(y * 1.7)
@@ -334,7 +336,7 @@ def near(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("shape", [(512, 768), (515, 771), (1030, 529)])
 def test_a_jpeg_that_its_decoder_made_smaller_shows_the_same(shape: tuple[int, int], orientation: int) -> None:
-    """In the same place: where it lay half a pixel beside, it would be 5 to 13 dB farther away."""
+    """The image is at the same place: half a pixel of shift would cost 5 to 13 dB."""
     data, ways = jpeg(photograph(*shape), orientation), (Resize("crop", 64, 64), Resize("aspect", 64, 64, 8))
     for full in ways:
         reduced = dataclasses.replace(full, decoding="reduced")
@@ -343,7 +345,7 @@ def test_a_jpeg_that_its_decoder_made_smaller_shows_the_same(shape: tuple[int, i
 
 
 def test_only_a_jpeg_of_four_times_the_size_is_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []  # how many pixels high the image was, for one that is left
+    asked: list[float] = []  # pixels per pixel that remains
     draft = JpegImagePlugin.JpegImageFile.draft
 
     def told(image: Any, *arguments: Any) -> Any:
@@ -377,7 +379,7 @@ def test_the_filter_decides_the_pixels() -> None:
 
 
 def test_records_of_before_say_what_the_defaults_are() -> None:
-    """A folder that was prepared without the keys is of the same plan."""
+    """A folder that was prepared without these keys has the same plan."""
     known = {"kind": "crop", "height": 8, "width": 8, "factor": 1, "max_height": 0, "max_width": 0}
     assert Resize("crop", 8, 8).record() == known
     assert Resize("crop", 8, 8, decoding="reduced").record() == known | {"decoding": "reduced"}

@@ -37,7 +37,7 @@ def prepared(folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path) -> 
 
 
 def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> PackedBatches:
-    """One phase, made of the options that are its fields, and the later ones."""
+    """A phase of those options that are its fields, and the later phases."""
     first = Phase(**{name: options.pop(name) for name in Phase.__dataclass_fields__ if name in options})
     return PackedBatches(
         prepared, grammar, phases=[first, *later], **(dict(batch_size=4, sequence_length=T, seed=3) | options)
@@ -45,7 +45,7 @@ def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> 
 
 
 def rows(batch: PackedBatch) -> list[dict[str, np.ndarray]]:
-    """Every document of a batch, as it stands in it."""
+    """Every document of a batch, in the form that it has there."""
     found = []
     for b in range(len(batch.tokens)):
         for segment in range(1, batch.segment_ids[b].max() + 1):
@@ -61,7 +61,7 @@ def same(a: PackedBatch, b: PackedBatch) -> bool:
 
 @pytest.fixture(params=("one block", "many blocks"))
 def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As small data are, and as large."""
+    """Once in the form of small data, once in that of large data."""
     if request.param == "many blocks":
         monkeypatch.setattr(blocks, "RUN", 2)
         monkeypatch.setattr(blocks, "BLOCK", 4)
@@ -72,12 +72,12 @@ def test_a_batch_depends_on_step_and_seed_only(blocked: None, prepared: Path, gr
     reference = batches(prepared, grammar, batch_size=8)
     expected = [reference.batch(step) for step in range(30)]
     for processes in (1, 2, 4, 8):
-        for step in (17, 3, 29):  # any order, by another reader
+        for step in (17, 3, 29):  # in any order, by another reader
             fresh = batches(prepared, grammar, batch_size=8)
             parts = [fresh.batch(step, i, processes) for i in range(processes)]
             whole = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
             assert same(whole, expected[step])
-    with ThreadPoolExecutor(4) as pool:  # several at once, by one reader
+    with ThreadPoolExecutor(4) as pool:  # several at once by one reader
         restarted = pool.map(batches(prepared, grammar, batch_size=8).batch, range(11, 30))
         assert all(same(a, b) for a, b in zip(restarted, expected[11:], strict=True))
     assert not any(same(batches(prepared, grammar, batch_size=8, seed=4).batch(s), expected[s]) for s in range(5))
@@ -167,7 +167,7 @@ def test_condition_dropout_leaves_exactly_the_unconditional_prefix(prepared: Pat
 
 
 def test_one_definition_of_unconditional(prepared: Path, grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data and sampler must use the same grammar: changing it changes what the loader makes."""
+    """Data and sampler must use the same grammar, so a change of it changes the loader's batches."""
     v = grammar.vocabulary
     other = np.array([v.bos, v.control("eol"), v.control("eot")], np.int32)
     monkeypatch.setattr(Grammar, "unconditional", property(lambda self: Encoded(other, np.full(3, 2, np.uint8))))

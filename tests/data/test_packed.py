@@ -27,7 +27,7 @@ def test_any_place_of_a_packed_file(tmp_path: Path, ending: str, monkeypatch: py
     pack = gzip.compress if ending == ".gz" else zstd
     path = tmp_path / f"a{ending}"
     half = len(data) // 2
-    path.write_bytes(pack(data[:half]) + pack(data[half:]))  # one archive behind another
+    path.write_bytes(pack(data[:half]) + pack(data[half:]))  # one archive after another
     monkeypatch.setattr(packed, "_SNAPSHOTS", 3)
     reader = packed.Reader(path)
     for at in (len(data) - 10, 0, half - 5, 17, len(data) - 100_000, half + 1_000_000):

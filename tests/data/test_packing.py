@@ -81,7 +81,7 @@ def test_the_order_of_large_data_never_changes() -> None:
     "spread, documents, expected", [("wide", 330_000, "b34e52b9e914c390"), ("near", 70_000, "924a9b4ab98636c5")]
 )
 def test_the_order_of_blocks_of_full_size_never_changes(spread: str, documents: int, expected: str) -> None:
-    """As above, of rows at random out of several windows, and of one whose lengths are nearly one."""
+    """As above, for random rows of several windows, and for a window in which nearly all lengths are equal."""
     seed = {"wide": 1, "near": 2}[spread]
     draw = np.random.default_rng(seed)
     wide = draw.lognormal(5.5, 1.0, documents)

@@ -1,4 +1,4 @@
-"""The page that `validate` writes: its content, and that markup in the data has no effect."""
+"""The page that `validate` writes: it has the right content, and markup in the data has no effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Elements in order, and the text between them; refuses tags that are not closed in their order."""
+    """Elements in order, and the text between them. Refuses tags that are not closed in order."""
 
     def __init__(self, path: Path):
         super().__init__()

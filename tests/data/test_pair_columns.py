@@ -1,4 +1,4 @@
-"""Preference pairs in tables, tars and JSONL of other names: the documents and shards of the same pairs in JSONL."""
+"""Preference pairs in tables, tars and JSONL with other names give the same documents and shards as in plain JSONL."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def answered(answer: str) -> dict[str, Any]:
     return {"role": "assistant", "content": answer}
 
 
-# By name: records as in a table, and the same pairs as rows of `language.rows`.
+# Records as in a table, and the same pairs as rows of `language.rows`, by name.
 RECORDS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "texts": [
         (
@@ -114,7 +114,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tars(root: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each value a member of its own, what is neither text nor image a key of .json."""
+    """Each text or image is its own member; other values are keys of .json."""
     members: list[tuple[Any, bytes]] = []
     for i, record in enumerate(records):
         rest = {}
@@ -143,7 +143,7 @@ def test_the_same_pairs_in_every_format(kind: str, tmp_path: Path, grammar: Any)
         "parquet": copies.parquet(tmp_path / "parquet", records, files=2, rows=4),
         "arrow": copies.arrow(tmp_path / "arrow", records, files=2, rows=4),
     }
-    if kind != "texts":  # whose ids would be names of members
+    if kind != "texts":  # ids would be names of members
         specs["webdataset"] = tars(tmp_path / "tars", records)
     found = {}
     for name, spec in specs.items():
@@ -225,7 +225,7 @@ def test_conversations_that_are_no_pair_are_refused(changes: dict[str, Any], kin
 
 
 def test_one_answer_alone_is_no_pair(tmp_path: Path) -> None:
-    """A column of that name is still copied to `meta`."""
+    """A column with that name is still copied to `meta`."""
     pq.write_table(pa.Table.from_pylist([dict(text="a", prompt="b", chosen="c")]), tmp_path / "t.parquet")
     source = open_source(dict(kind="parquet", path=str(tmp_path / "t.parquet")))
     found = source[0]

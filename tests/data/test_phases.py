@@ -93,7 +93,7 @@ def test_a_phase_in_whose_rows_nothing_fits_is_refused(prepared: Path, grammar: 
     named = Phase(sequence_length=SHORT, weights=dict(docs=1, vqa=1))
     with pytest.raises(UserError, match="'docs': no document fits into rows of 48 tokens, as from step 0 on: leave it"):
         loader(prepared, grammar, named, Phase(5))
-    found = loader(prepared, grammar, Phase(sequence_length=SHORT), Phase(5))  # where none is named, it has no share
+    found = loader(prepared, grammar, Phase(sequence_length=SHORT), Phase(5))  # without a weight it has no share
     assert found.shares[0]["docs"] == 0 < found.shares[1]["docs"]
     with pytest.raises(UserError, match="make rows longer"):
         loader(prepared, grammar, Phase(sequence_length=SHORT))
@@ -121,7 +121,7 @@ def test_rows_of_each_length_are_planned_beside_the_shards(
 
 
 def test_a_source_goes_on_with_its_next_window_where_rows_get_longer() -> None:
-    """No document is read twice in an epoch, and later phases read those that an earlier one did not reach."""
+    """No document is read twice in an epoch, and later phases read the documents that an earlier one did not reach."""
     lengths = np.random.default_rng(0).integers(1, T // 2, 400)
     with small_blocks():
         short, long = Packing(lengths, T // 2, seed=1), Packing(lengths, T, seed=1)

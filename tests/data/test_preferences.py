@@ -1,5 +1,5 @@
-"""Preference pairs from JSONL to batches: which pairs are left out and why, which answers share a row, and the arrays
-of a batch."""
+"""Preference pairs from JSONL to batches: which pairs are left out and why, which answers share a row, and a batch's
+arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONGEST, T = 80, 160
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """30 pairs of pictures, 20 of texts of many lengths, and six bad ones."""
+    """30 pairs of pictures, 20 pairs of texts with many lengths, and six bad pairs."""
     root = tmp_path / "preferences"
     (root / "images").mkdir(parents=True)
     rows: list[dict[str, Any] | bytes] = []
@@ -178,7 +178,7 @@ def test_a_source_is_of_pairs_alone_or_of_none(tmp_path: Path, grammar: Grammar,
         [dict(prompt="a", chosen="b", rejected="c"), dict(segments=[dict(type="text", text="t")])],
     )
     source = open_source(dict(kind="jsonl", path=tmp_path / "mixed.jsonl"))
-    with pytest.raises(UserError, match="'mixed': expected preference pairs alone or none, found 1 beside 1 other"):
+    with pytest.raises(UserError, match="'mixed': expected only preference pairs or none, found 1 beside 1 other"):
         prepare([source], grammar, tokenizer, tmp_path / "out", max_tokens=LONGEST, show_progress=False)
     assert not (tmp_path / "out" / "plan.json").exists()
 

@@ -75,7 +75,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
     class Failing(kit.Tokenizer):
         def encode(self, pixels: np.ndarray) -> np.ndarray:
             if len(self.shapes) == 3:
-                shutil.copytree(broken, killed)  # what SIGKILL would leave at this moment
+                shutil.copytree(broken, killed)  # the state after a SIGKILL at this moment
                 raise KeyboardInterrupt
             return super().encode(pixels)
 
@@ -128,7 +128,7 @@ def test_replicas_share_the_batches_and_change_nothing(
     class Replica(kit.Tokenizer):
         def encode(self, pixels: np.ndarray) -> np.ndarray:
             if not self.shapes:
-                together.wait(60)  # the first batch of each is on its way at the same time
+                together.wait(60)  # the first batches of both run at the same time
             return super().encode(pixels)
 
     run([opened(folder)], grammar, tokenizer, tmp_path / "one", batch_size=2)
@@ -272,12 +272,12 @@ def test_a_line_that_is_too_long_by_itself_is_cut_and_nothing_of_it_is_lost(
         assert all(piece[0].isspace() for piece in pieces[1:]), "cut before words"
         assert min(lengths[:-1]) > max_tokens - len("word0,") - 3, "each piece is as long as it can be"
     whole = characters(text)
-    for piece in pieces:  # no character is parted from its marks
+    for piece in pieces:  # no character is separated from its marks
         assert all(character in whole for character in characters(piece))
 
 
 def test_a_long_text_takes_time_in_proportion(grammar: Grammar) -> None:
-    """Pieces are found by halving: adding word after word would read each piece a thousand times."""
+    """Pieces are found by halving. Adding word after word would encode each piece a thousand times."""
     reads = 0
 
     base: Any = type(grammar.text_codec)

@@ -1,4 +1,4 @@
-"""The embedded dataset: its texts are true, nothing leaks between its splits, and TFDS serves it."""
+"""The embedded dataset: its texts are true, its splits share nothing, and TFDS serves it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_caption_that_is_unclear_is_not_guessed(text: str) -> None:
     "kind, train, held_out", [("captions", 40_000, 1_000), ("questions", 60_000, 1_000), ("stories", 10_000, 500)]
 )
 def test_all_that_the_demo_trains_on_can_be_drawn(kind, train, held_out, tmp_path, monkeypatch) -> None:
-    """Without the pixels: no scene of so many has too few questions, no story cannot go on."""
+    """Without the pixels: of many scenes, none has too few questions, and every story can continue."""
     monkeypatch.setattr(shapes, "_image", lambda scene, side: io.BytesIO())
     builder = shapes.Shapes(config=kind, data_dir=str(tmp_path))
     drawn = {split: sum(1 for _ in builder._generate_examples(split)) for split in scenes.SPLITS}
@@ -57,7 +57,7 @@ def test_all_that_the_demo_trains_on_can_be_drawn(kind, train, held_out, tmp_pat
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
 def test_answers_are_right(split: str) -> None:
-    """Answered once more from the scene by other means: filtering objects by the words of the question."""
+    """Answers a question from the scene in another way: by filtering objects with the words of the question."""
     rng = np.random.default_rng(1)
     for scene in some_scenes(split):
         for _ in range(4):
@@ -95,7 +95,7 @@ def test_a_story_text_leads_from_one_scene_to_the_next() -> None:
         assert change is not None and change.before == scene and scenes.split_of(change.after) == "train"
         gone, new = set(scene) - set(change.after), set(change.after) - set(scene)
         assert (len(gone), len(new)) in {(1, 1), (0, 1), (1, 0)}
-        for o in new:  # what is new about it is what the text says
+        for o in new:  # the text says what is new about it
             fresh = {o.place, o.colour} - ({gone_o.place for gone_o in gone} | {x.colour for x in gone})
             assert all(word in change.text for word in fresh), (change.text, o)
         verbs.add((len(gone), len(new)))
@@ -129,7 +129,7 @@ def test_an_image_is_its_colours_laid_over_the_ground_as_far_as_shapes_cover_it(
         found = scenes.render(scene, side)
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, np.rint(wanted))
-        found[:] = 0  # it is the caller's own
+        found[:] = 0  # the caller owns it
 
 
 def test_splits_are_apart() -> None:

@@ -1,5 +1,5 @@
-"""What a process keeps of prepared shards: memory-mapped files, the last few open shards, and the items it was asked
-for."""
+"""What a process keeps in memory of prepared shards: memory-mapped files, the last open shards, and the requested
+items."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     for number, count in enumerate(COUNTS):
         with ShardWriter(tmp_path / "set", number) as shard:
             for i in range(count):
-                tokens = np.full(5 + i, 256 * number, np.int32)  # bytes that are zero at the end
+                tokens = np.full(5 + i, 256 * number, np.int32)  # zero bytes at the end
                 marks = np.zeros(5 + i, np.uint8)
                 shard.write(
                     Encoded(tokens, marks), item=10 * number + i, part=0, text_bytes=0, task=i, images=0, pair=False
@@ -38,7 +38,7 @@ def held_open(folder: Path) -> set[str]:
 
 
 def test_the_index_is_one_file_that_processes_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Shards(folder, 4)  # as earlier versions left it
+    plain = Shards(folder, 4)  # as earlier versions wrote it
     joined = join_indexes(folder, 4)
     assert np.array_equal(joined, np.concatenate([read_index(shard_path(folder, n)) for n in range(4)]))
     stamp = (folder / "index.npy").stat().st_mtime_ns
@@ -46,7 +46,7 @@ def test_the_index_is_one_file_that_processes_share(folder: Path, monkeypatch: p
     mapped = Shards(folder, 4)
     assert isinstance(mapped.index.base, np.memmap) and not mapped.index.flags.writeable
     assert mapped.index.dtype == INDEX and np.array_equal(mapped.index, plain.index)
-    for found, seconds in ((plain, 60.0), (mapped, 60.0), (mapped, 0.0)):  # one after the other; all at once
+    for found, seconds in ((plain, 60.0), (mapped, 60.0), (mapped, 0.0)):  # one by one; all at once
         monkeypatch.setattr(shards, "_QUICKLY", seconds)
         order = [7, 0, 2, 3, 6, 2]
         assert [d.tokens.tolist() for d in found.read(order)] == [[256 * n] * (5 + i) for n, i in map(place, order)]

@@ -54,7 +54,7 @@ def test_opening_and_texts_read_no_image(folder: Path) -> None:
     ],
 )
 def test_rows_know_whether_they_name_an_image(tmp_path: Path, kit: Any, row: dict[str, Any], names: bool) -> None:
-    """A text may speak of images as it likes; JSON may be written in escapes."""
+    """A text may contain any words about images, and JSON may be written with escapes."""
     words = dict(text="two")
     kit.write(tmp_path / "a.jsonl", [words, row, words])
     source = open_source(dict(kind="jsonl", path=tmp_path / "a.jsonl"))
@@ -162,7 +162,7 @@ def test_wrong_specs_say_what_is_expected(tmp_path: Path) -> None:
         assert len(str(caught.value)) < 500, "one sentence, not a list of all datasets"
 
 
-@pytest.mark.parametrize("takes", [0.0, 2e-3])  # seconds an item: read in place, read ahead by threads
+@pytest.mark.parametrize("takes", [0.0, 2e-3])  # seconds per item: read directly, and read ahead by threads
 def test_reading_keeps_order_and_gives_bad_items_as_values(
     folder: Path, monkeypatch: pytest.MonkeyPatch, takes: float
 ) -> None:
@@ -216,7 +216,7 @@ def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["rows", "tars", "images", "augmented", "clips"])
 def test_images_are_resized_by_whoever_decodes_them(kind: str, folder: Path, tmp_path: Path, kit: Any) -> None:
-    """The same pixels as when it is done afterwards, and an image of several questions is one array still."""
+    """The pixels are the same as with later resizing, and an image of several questions is still one array."""
     for i in range(20):
         name = folder / "images" / f"{i}.png"
         name.write_bytes(to_png(kit.image(i, 30 + i, 40 - i)) if i else b"no image")
@@ -245,7 +245,7 @@ def test_images_are_resized_by_whoever_decodes_them(kind: str, folder: Path, tmp
 
 
 def seen(source: Any) -> list[list[np.ndarray] | tuple[str, str]]:
-    """The images of each item, or what is wrong with it."""
+    """The images of each item, or its fault."""
     return [
         (item.kind, item.origin)
         if isinstance(item, BadItem)

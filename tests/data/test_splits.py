@@ -1,4 +1,4 @@
-"""Held-out parts by count: never empty where two groups or more exist."""
+"""Held-out parts by count are never empty if there are two groups or more."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_fingerprint_follows_the_border(tmp_path: Path) -> None:
 
     captions(tmp_path, 40)
     parts, whole = [dict(source(split).fingerprint) for split in ("[:90%]", "[90%:]")], source(None).fingerprint
-    captions(tmp_path, 400, "vqa")  # more images beside it: the border moves
+    captions(tmp_path, 400, "vqa")  # more images move the border
     assert all(a != dict(source(b).fingerprint) for a, b in zip(parts, ("[:90%]", "[90%:]"), strict=True))
     assert source(None).fingerprint == whole and source("train").fingerprint.keys() == whole.keys()
 

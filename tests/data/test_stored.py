@@ -1,4 +1,4 @@
-"""Arrays in files, read by stretches."""
+"""Arrays in files, read in parts."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_without_av_a_folder_with_videos_is_refused(tmp_path: Path, monkeypatch:
 
 
 def film(codec: str = "libx264", kind: str = "mp4", count: int = 40, every: int = 12, size: Any = (64, 48)) -> bytes:
-    """Frame i has the grey 6 i and a white upper left corner; `every` so many frames is a key frame."""
+    """Frame i has the grey 6 i and a white upper left corner. Every `every`-th frame is a key frame."""
     import av
 
     file = io.BytesIO()

@@ -2,8 +2,8 @@
 
 PYTHONPATH=.:tokenizers python -m tests.data.watched FOLDER    prepares what FOLDER/specs.json names into FOLDER/data
 
-Prints JSON: the memory of the process before and at most, in MiB, and what it wrote outside FOLDER/data. No bytecode is
-cached meanwhile.
+Prints JSON: the memory of the process before and at its peak, in MiB, and the files that it wrote outside FOLDER/data.
+Python caches no bytecode meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.data.conftest import Kit
 
 
 class Watch:
-    """Notes each file that this process opens to write, makes, moves or removes outside a folder."""
+    """Records each file that this process opens for writing, makes, moves or removes outside a folder."""
 
     _EVENTS = {
         "os.mkdir": 1,
@@ -34,7 +34,7 @@ class Watch:
         "os.truncate": 1,
         "shutil.copyfile": 2,
         "os.mkfifo": 1,
-    }  # event -> how many paths it has
+    }  # event -> its number of paths
 
     def __init__(self, inside: Path):
         self.outside: list[str] = []
@@ -55,7 +55,7 @@ class Watch:
 
 
 def memory(what: str) -> int:
-    """MiB of this process: "VmRSS" now, "VmHWM" at most until now."""
+    """MiB of this process: "VmRSS" is now, "VmHWM" is the peak until now."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) // 1024  # type: ignore[index]
 

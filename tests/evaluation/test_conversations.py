@@ -24,7 +24,7 @@ from tests.evaluation.test_generation import Album, Oracle
 
 
 class Letters:
-    """Any byte is a letter, so whatever is drawn is a text."""
+    """Any byte is a letter, so any drawn ids are a text."""
 
     def encode(self, text):
         return list(text.encode("latin-1"))
@@ -56,7 +56,8 @@ def talks(n: int = 12) -> list[Document]:
 
 
 def run(documents, monkeypatch, answer=lambda i, truth: truth, protocol="shapes", **options):
-    """`answer(i, truth)`: of the i-th turn of a conversation. Also returns the histories that requests came with."""
+    """`answer(i, truth)` gives the answer to the i-th turn of a conversation. Also returns the histories of the
+    requests."""
     album = Album()
     oracle = Oracle(documents, album, **options)
     histories = []
@@ -79,7 +80,7 @@ def run(documents, monkeypatch, answer=lambda i, truth: truth, protocol="shapes"
 
 
 def _asks(document, i, request, conversation, oracle):
-    """Whether the user's first i turns are those of a document, so that this is the next turn."""
+    """Whether the user's first i turns are equal to those of a document, so that this is the next turn."""
     users = [tuple(map(oracle.coded, turn.parts)) for turn in document.turns[::2]]
     return users[: i + 1] == [*(turn.parts for turn in conversation.turns[::2]), request.parts]
 
@@ -142,7 +143,7 @@ def test_the_report_shows_what_was_said(monkeypatch):
 
 
 def test_the_engine_reads_only_what_is_new(monkeypatch):
-    """With a model that knows nothing: all that it says parses, and no turn reads the conversation again."""
+    """With a model that knows nothing, all answers parse, and no turn reads the conversation again."""
     documents, album = talks(3), Album(lossy=True)
     vocabulary = Vocabulary(256, 256)
     grammar = Grammar(vocabulary, fixed_grid(1, 1), Letters())

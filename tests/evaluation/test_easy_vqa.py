@@ -1,4 +1,4 @@
-"""The easy-VQA checker: what it reads, through blur and noise, and what it refuses to call a shape."""
+"""The easy-VQA checker: what it reads in spite of blur and noise, and what it refuses to call a shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data" / "easy-vqa"
 
 
 def draw(shape: str, color: object, size: float = 20, at: tuple[float, float] = (31, 34)) -> Image.Image:
-    """An image like those of the set, anti-aliased: the figure's box is `size` wide around `at`."""
+    """An anti-aliased image like those of the dataset. The figure's box is `size` wide around `at`."""
     side, scale = 64, 4
     x, y, r = (v * scale for v in (*at, size / 2))
     image = Image.new("RGB", (side * scale, side * scale), (244, 236, 250))
@@ -32,7 +32,7 @@ def draw(shape: str, color: object, size: float = 20, at: tuple[float, float] = 
 
 
 def spoil(image: Image.Image, blur: float = 1.0, noise: float = 8.0) -> np.ndarray:
-    """What a weak image tokenizer makes of an image; `blur` in pixels, `noise` in levels."""
+    """An image as a weak image tokenizer reconstructs it; `blur` in pixels, `noise` in levels."""
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float32)
     return np.clip(pixels + np.random.default_rng(0).normal(0, noise, pixels.shape), 0, 255).astype(np.uint8)
 
@@ -101,7 +101,7 @@ def like_the_real_set(folder: Path) -> Path:
 
 
 def test_agrees_with_the_captions_of_a_whole_set(tmp_path):
-    """Of the real one, where it lies beside the repository."""
+    """A test on the real dataset if it is beside the repository."""
     real = (DATA / "captions.jsonl").is_file()
     data = DATA if real else like_the_real_set(tmp_path)
     rows = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()][:: 12 if real else 1]

@@ -1,4 +1,4 @@
-"""Scores of an oracle whose mistakes are known: which answers count, which are left out, which are asked together."""
+"""Scores of an oracle with known mistakes: which answers count, which are left out, and which are asked together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Bytes:
 
 
 class Album:
-    """An image tokenizer that gives every new image the next code; `lossy` decodes them all to nothing."""
+    """An image tokenizer that gives every new image the next code. If `lossy`, all codes decode to an empty image."""
 
     def __init__(self, lossy=False):
         self.images, self.lossy = [NOTHING], lossy
@@ -48,7 +48,7 @@ class Album:
 
 
 class Oracle:
-    """An engine that knows the documents: `answer(request, truth)` may give something else than the truth."""
+    """An engine that knows the documents. `answer(request, truth)` may return something other than the truth."""
 
     def __init__(self, documents, album, answer=lambda request, truth: truth, max_length=1000):
         self.grammar = Grammar(Vocabulary(256, 256), fixed_grid(1, 1), Bytes())
@@ -108,7 +108,7 @@ def make(n=6):
 
 
 def run(documents, album=None, protocol="shapes", limit=100, asked=None, **options):
-    """asked: settings of all requests, for `evaluate`."""
+    """asked: settings for all requests of `evaluate`."""
     album = album or Album()
     oracle = Oracle(documents, album, **options)
     given = {"drawn": asked} if asked else {}
@@ -141,7 +141,7 @@ def test_an_oracle_is_right_everywhere_and_every_number_has_its_count():
     assert (metrics["parse_rate"], counts["parse_rate"]) == (1.0, 24)
     assert sum(n for name, n in counts.items() if name.startswith("image_to_text_exact/")) == 6
     assert metrics["tokenizer_psnr"] == 100 and metrics["skipped"] == {}
-    assert oracle.calls == [6, 6, 6, 6]  # one call a kind
+    assert oracle.calls == [6, 6, 6, 6]  # one call per kind
     assert {e.kind for e in kept} == {"text_to_image", "image_to_text", "caption", "story"}
     assert all(e.correct for e in kept)
 
@@ -166,7 +166,7 @@ def test_an_unchanged_image_is_not_the_next_one_of_a_story():
 
 
 def edited(n=6):
-    """A picture and an instruction, and the picture that it asks for."""
+    """A picture, an instruction, and the picture that the instruction asks for."""
     rng, documents = np.random.default_rng(1), []
     for _ in range(n):
         edit = edits.sample_edit(rng, "train")
@@ -230,7 +230,7 @@ def test_without_a_checker_images_are_drawn_but_not_scored():
 
 
 def pages(n=4):
-    """Text, image, text: as a folder of recipes has them."""
+    """Text, image, text, as in a folder of recipes."""
     documents = make(n)[2::3]
     return [Document.of((*d.parts[:2], TextPart(f"then {i}"))) for i, d in enumerate(documents)]
 
@@ -257,7 +257,7 @@ def test_a_wrong_next_part_is_counted_as_wrong():
 
 
 def test_a_next_text_may_end_where_a_image_begins():
-    """The document continues after the text: the model may begin that image, and has room for it."""
+    """The document continues after the text, so the model may begin the image and has room for it."""
     asked = []
 
     def answer(request, truth):

@@ -1,4 +1,4 @@
-"""LPIPS and rFID of a tokenizer, with networks that learnt nothing."""
+"""LPIPS and rFID of a tokenizer, with untrained networks."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ EVALUATION = {
 
 
 class Page(HTMLParser):
-    """Every tag that is opened is closed; collects what would be loaded and what is read."""
+    """Checks that every tag is closed; collects the links that would be loaded and the text."""
 
     VOID = {"meta", "img", "br", "input", "path"}
 
@@ -97,7 +97,7 @@ def test_numbers_stand_beside_their_thresholds(tmp_path):
 def test_the_page_is_whole_and_loads_nothing(tmp_path):
     rows = [{"step": s, "loss": 1 / s, "psnr": 20.0 + s, "mfu": None} for s in range(1, 9)]
     log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')  # torn by a kill
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')  # cut off by a kill
     html, found, words = page(
         tmp_path,
         examples={
@@ -222,13 +222,13 @@ def test_images_on_the_page_are_no_larger_than_needed(tmp_path):
 
 
 def whole(numbers):
-    """Numbers with what every result has."""
+    """Adds the fields that every result has."""
     found, _ = evaluate_tokenizer(Greys(), [Album("a", exact(1))], size=SIZE)
     return found | numbers
 
 
 def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
-    """The rows are those of a real training of a tiny model: a key that nobody emits would draw nothing."""
+    """The rows are of a real training of a tiny model, because a key that no training writes would draw nothing."""
     tiny.run(tmp_path / "run", task=tiny.task(attention_share=True), steps=4, validate_every=2, log_every=1)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     html, _, words = page(tmp_path, telemetry={"transformer": rows})
@@ -244,7 +244,7 @@ def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
     last = [row for row in rows if f"{at}/uniform" in row][-1]
     assert layers["text at images"] == [[i, float(f"{last[f'{at}/layer_{i}']:.5g}")] for i in range(2)]
     assert [step for step, _ in dict(charts["Text and images, over time"])["images at text"]] == [2, 4]
-    assert "by heart" not in words
+    assert "memorises" not in words
 
 
 def test_metrics_with_a_name_are_metrics_of_an_evaluation():

@@ -1,4 +1,4 @@
-"""The pixel checker reads what was drawn, through noise and blur, and does not take a smudge for a shape."""
+"""The pixel checker reads what was drawn in spite of noise and blur, and does not read a smudge as a shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer whose mistakes are known: what the protocol makes of it."""
+"""The protocol's scores of a tokenizer with known mistakes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE, K = (48, 64), 8
 
 
 class Greys:
-    """Each code is one of 8 greys for 4 x 4 pixels; decoded images are lighter by `drift` levels."""
+    """Each code is one of 8 greys for 4 x 4 pixels. Decoded images are lighter by `drift` levels."""
 
     codebook_size, hash = K, "5" * 64
 
@@ -63,7 +63,7 @@ class Album:
 
 
 def exact(count: int, codes: int = K, seed: int = 0) -> list[np.ndarray]:
-    """Images that Greys keeps to the bit, of the first `codes` codes."""
+    """Images of the first `codes` codes, which Greys reconstructs exactly."""
     drawn = np.random.default_rng(seed).integers(0, codes, (count, SIZE[0] // 4, SIZE[1] // 4))
     return list(Greys().decode(drawn))
 
@@ -89,7 +89,7 @@ def test_a_perfect_tokenizer_and_every_number_of_its_ids():
     assert found["bits_per_pixel"] == 3 / 16 and found["by_source"]["all"]["images"] == 4
     assert found["entropy_bits_per_pixel"] == pytest.approx(found["entropy_bits"] / 16)
     assert found["by_source"]["two codes"]["dead"] == 6 and found["by_source"]["two codes"]["entropy_bits"] < 1.01
-    assert 2 < found["entropy_bits"] < 3  # half of it all, half of it the first two
+    assert 2 < found["entropy_bits"] < 3  # two greys in half
     noise = list(found["psnr_corrupted"].items())
     assert [share for share, _ in noise] == ["1%", "5%", "10%"]
     assert 100 > noise[0][1] > noise[1][1] > noise[2][1] > 10
@@ -121,7 +121,9 @@ def test_batches_change_nothing_and_the_seed_draws():
 
 def test_ids_that_do_not_survive_are_counted():
     stable, _ = evaluate_tokenizer(Greys(drift=15), [Album("a", exact(3))], size=SIZE)
-    unstable, _ = evaluate_tokenizer(Greys(drift=17), [Album("a", exact(3))], size=SIZE)  # one grey up, but the last
+    unstable, _ = evaluate_tokenizer(
+        Greys(drift=17), [Album("a", exact(3))], size=SIZE
+    )  # one grey lighter, except the last
     last = np.mean(Greys().encode(np.stack(exact(3))) == K - 1)
     assert stable["id_stability"] == 1 and unstable["id_stability"] == pytest.approx(last)
 
@@ -140,7 +142,7 @@ def test_what_is_left_out_is_said():
 def test_corruption_replaces_its_share_by_other_ids():
     ids = np.random.default_rng(0).integers(0, K, (100, 100)).astype(np.int32)
     changed = {share: _corrupted(ids, share, K, (0, 7)) != ids for share in (0.0, 0.05, 0.1, 1.0)}
-    assert not changed[0.0].any() and changed[1.0].all()  # never by themselves
+    assert not changed[0.0].any() and changed[1.0].all()  # never alone
     assert changed[0.05].mean() == pytest.approx(0.05, abs=0.01) and changed[0.1].mean() == pytest.approx(0.1, abs=0.01)
     assert np.all(changed[0.1][changed[0.05]])
     assert _corrupted(ids, 1.0, K, (0, 7)).dtype == np.int32 and _corrupted(ids, 1.0, K, (0, 7)).max() < K
@@ -157,7 +159,7 @@ def test_the_first_images_and_the_worst_of_the_others_are_shown():
         assert told["psnr"] == pytest.approx(float(metrics.psnr(real, seen)))
         np.testing.assert_array_equal(difference, np.minimum(AMPLIFIED * np.abs(real.astype(int) - seen), 255))
     drawn = [image.origin for image in draw_images([Album("a", images)], SIZE, 99)]
-    numbers = {origin: int(origin.partition(":")[2]) for origin in drawn}  # the more, the noisier
+    numbers = {origin: int(origin.partition(":")[2]) for origin in drawn}  # later images are noisier
     assert [row["origin"] for row in found["shown"][:FIRST]] == drawn[:FIRST]
     worst = sorted(drawn[FIRST:], key=lambda origin: -numbers[origin])[:WORST]
     assert [row["origin"] for row in found["shown"][FIRST:]] == worst

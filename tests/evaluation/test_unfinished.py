@@ -1,5 +1,4 @@
-"""Output lines that are written a few at a time: continuing after a kill, other settings, two processes, and the
-end."""
+"""Output that is written a few lines at a time: continuing after a kill, other settings, two processes, and the end."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ FACTS = {"weights": "a", "data": {"items": 7}}
 
 
 def begun(path: Path, count: int) -> None:
-    """As a killed process leaves it."""
+    """Leaves the file as a killed process does."""
     with Unfinished(path, FACTS, 2) as lines:
         for i in range(0, count, 2):
             lines.add({"i": n, "said": "ü"} for n in range(i, min(i + 2, count)))
@@ -41,7 +40,7 @@ def test_it_goes_on_behind_the_last_whole_part_and_appears_whole(tmp_path: Path)
 def test_what_was_begun_with_something_else_is_refused_and_stays(tmp_path: Path) -> None:
     begun(tmp_path / "out", 2)
     kept = (tmp_path / "out.unfinished" / "lines.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"begun with another data.items, 7, and this is 8: .*delete the folder"):
+    with pytest.raises(UserError, match=r"started with data.items 7, and this command has 8: .*delete the folder"):
         Unfinished(tmp_path / "out", FACTS | {"data": {"items": 8}}, 2)
     assert (tmp_path / "out.unfinished" / "lines.jsonl").read_bytes() == kept != b""
     (tmp_path / "out.unfinished" / "made_of.json").unlink()

@@ -1,4 +1,5 @@
-"""A training by rewards of seconds: the tiny transformer of tests/sampling draws images, and dark ones are good.
+"""A training by rewards that takes seconds: the tiny transformer of tests/sampling draws images, and dark ones are
+good.
 
 As a script, one process of several that train together: python tests/experiment/rewarded.py FOLDER HOST:PORT COUNT I
 """
@@ -40,7 +41,7 @@ TRAINING = TrainingConfig(
 
 
 class Source:
-    """Ten prompts that ask for an image, and a document that asks nothing."""
+    """Ten prompts that ask for an image, and a document that asks for nothing."""
 
     name, reversible, fingerprint = "source", False, {}
 
@@ -62,7 +63,7 @@ class Source:
 
 
 class Pixels:
-    """Stands for an image tokenizer: a code is a pixel of that grey."""
+    """Stands in for an image tokenizer: a code is a pixel of that grey."""
 
     factor = 1
 
@@ -119,7 +120,8 @@ def task(batch: Any, policy: PolicyConfig = POLICY, config: Any = tiny.CONFIG, *
 
 
 def weights() -> Any:
-    """As a model is initialised: those of tests/sampling are so large that attention amplifies roundings to 2e-5."""
+    """Parameters as a model initialises them. Those of tests/sampling are so large that attention amplifies rounding
+    errors to 2e-5."""
     return jax.tree.map(lambda p: p / 6 if p.ndim > 1 else p, tiny.random_params())
 
 

@@ -42,7 +42,7 @@ def _set(made: ConfigDict, key: str, value: Any) -> None:
 
 
 def open_stage(folder: Path, name: str = "model", taken: int = 0, made: ConfigDict | None = None, **changes: Any):
-    """The stage of an experiment that has taken so many steps, without anything that it trains."""
+    """The stage of an experiment after this many steps, without any trained arrays."""
     made = made or config(**changes)
     key = {"model": "training.steps", "image_tokenizer": "image_tokenizer.steps"}[name]
     wanted = functools.reduce(operator.getitem, key.split("."), made)
@@ -79,7 +79,7 @@ def test_a_key_that_came_later_is_not_missed_in_a_workdir_that_was_made_without_
 
 @pytest.mark.parametrize("name", ["model", "image_tokenizer"])
 def test_each_key_of_a_training_costs_extends_or_is_refused(tmp_path: Path, name: str) -> None:
-    """Each key alone: every key that is in neither list decides the result."""
+    """Each key is changed alone: every key that is in neither list affects the result."""
     plain = configs.plain(configs.defaults())
     keys = {key: value for part in KEYS[name] for key, value in flat(plain[part], part)}
     accepted: dict[str, set[str]] = {"cost": set(), "extended": set()}
@@ -144,23 +144,24 @@ def test_the_story_of_an_interrupted_run_and_of_one_that_is_made_longer(tmp_path
     weights = weights_hash(Experiment(config(), Workdir(tmp_path)))
 
     cheaper = changes | dict(training__log_every=50, model__remat="none")
-    assert open_stage(tmp_path, taken=1000, **cheaper).done  # nothing is left to do with it, so nothing is told
+    assert open_stage(tmp_path, taken=1000, **cheaper).done  # no work uses it any more, so there is no message
     assert len(history(tmp_path)) == 3 and weights_hash(Experiment(config(), Workdir(tmp_path))) == weights
     with pytest.raises(StageMismatch, match="is finished with 1000 steps.*config.training.steps of at least 1001"):
         open_stage(tmp_path, taken=1000, **changes | dict(training__decay_fraction=0.1))
     stage = open_stage(tmp_path, taken=1000, **changes | dict(training__steps=1500))
     assert not stage.done and history(tmp_path)[3:] == [("extended", 1000, {"training.steps": [1000, 1500]})]
     with pytest.raises(UserError, match="train"):
-        Experiment(config(), Workdir(tmp_path)).trained()  # what uses it waits for its end
+        Experiment(config(), Workdir(tmp_path)).trained()  # stages that use it wait for its end
     with pytest.raises(StageMismatch, match="has taken 1200 steps.*at least 1200 .*found 1100.*--branch"):
         open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1100))
-    assert not open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1250)).done  # shorter, not yet there
+    assert not open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1250)).done  # shorter, not yet reached
     stage.finish({})
     assert weights_hash(Experiment(config(), Workdir(tmp_path))) != weights
 
 
 def test_the_way_of_a_training_names_its_weights_and_its_cost_does_not(tmp_path: Path) -> None:
-    """Of three trainings whose settings end alike: at once, at another cost on the way, made longer on the way."""
+    """Three trainings end with the same settings: one unchanged, one whose cost settings changed, one that was made
+    longer."""
     for name, changes in (("once", {}), ("cost", dict(model__remat="full")), ("longer", dict(training__steps=1500))):
         open_stage(tmp_path / name, **dict(training__steps=2000) | changes)
         open_stage(tmp_path / name, taken=1000, training__steps=2000).finish({})
@@ -196,7 +197,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_from_nothing(tmp_path: 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_workdir_of_an_earlier_version_opens(tmp_path: Path, finished: bool) -> None:
-    """Its fingerprint has all of `model`, `loss` and `training`, and neither mesh nor keys that came later."""
+    """The fingerprint has all of `model`, `loss` and `training`, but neither the mesh nor later keys."""
     plain = configs.plain(configs.defaults())
     for key in LATER:
         section, _, name = key.partition(".")
@@ -209,7 +210,7 @@ def test_a_workdir_of_an_earlier_version_opens(tmp_path: Path, finished: bool) -
         open_stage(tmp_path, model__d_model=64)
     assert open_stage(tmp_path, taken=9, model__remat="dots").done == finished
     assert history(tmp_path) == ([] if finished else [("cost", 9, {"model.remat": ["none", "dots"]})])
-    if finished:  # samples that were made of it are still of it
+    if finished:  # its samples still belong to it
         assert Experiment(config(), Workdir(tmp_path)).trained() == old
 
 
@@ -268,12 +269,12 @@ def test_what_is_made_of_a_model_follows_it_and_nothing_is_lost(tmp_path: Path) 
     ((kind, step, changed),) = history(tmp_path, "samples")
     assert (kind, step) == ("anew", None) and changed["model.training.steps"] == [1000, 1200]
     write_json(stage.folder / "samples.jsonl", "of step 1200")
-    assert not samples().aside  # interrupted, it goes on
+    assert not samples().aside  # after the interruption, it continues
 
 
 @pytest.fixture
 def origin(tmp_path: Path) -> Path:
-    """A workdir whose training took 12 steps of 20: two checkpoints and small stand-ins for what was before them."""
+    """A workdir after 12 of 20 training steps: two checkpoints, and small stand-ins for the earlier stages."""
     folder = tmp_path / "origin"
     made = config(training__steps=20)
     for name in ("text_tokenizer", "data"):
@@ -301,11 +302,11 @@ def test_a_branch_has_all_that_a_training_needs_and_leaves_its_origin_alone(orig
     before = {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()}
     folder = tmp_path / "new"
     (folder / ".data.branch~").mkdir(parents=True)  # a killed attempt
-    for _ in range(2):  # and the same command again
+    for _ in range(2):  # the same command again
         branched(origin, folder, 6, training__schedule="wsd")
     assert {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in folder.glob("[!.]*")) == ["data", "model", "text_tokenizer"]
-    # Changes before the branch are taken from the origin; later changes there do not belong to this run.
+    # Changes before the branch come from the origin. Later changes there do not belong to this run.
     noted = {"training.steps": [20, 16], "training.schedule": ["cosine", "wsd"], "training.log_every": [5, 20]}
     assert history(folder) == [("cost", 4, {"training.log_every": [20, 5]}), ("branched", 6, noted)]
     assert read_json(folder / "model" / "history.json")[-1]["from"] == str(origin)
@@ -313,7 +314,7 @@ def test_a_branch_has_all_that_a_training_needs_and_leaves_its_origin_alone(orig
     assert read_json(folder / "data" / "deep" / "file.json") == "data" and (folder / "data" / "done.json").exists()
     assert steps_in(folder / "model" / "checkpoints") == [6]
     np.testing.assert_array_equal(restore_params(folder / "model" / "checkpoints")["w"], np.full(3, 6))
-    stage = open_stage(folder, taken=6, training__steps=16, training__schedule="wsd")  # as `train` goes on with it
+    stage = open_stage(folder, taken=6, training__steps=16, training__schedule="wsd")  # as if `train` continued it
     assert not stage.done and not stage.changed and len(read_metrics(folder / "model" / "metrics.jsonl")) == 12
 
 
@@ -340,7 +341,7 @@ def test_a_branch_that_was_killed_is_made_by_the_same_command(
 @pytest.mark.parametrize(
     "step, changes, words",
     [
-        (7, {}, r"the steps that .*origin/model/checkpoints has checkpoints of, \[6, 12\]; found 7.*keep_every"),
+        (7, {}, r"a step with a checkpoint in .*origin/model/checkpoints, one of \[6, 12\]; found 7.*keep_every"),
         (None, dict(training__steps=12), "config.training.steps: expected more than the 12 .* found 12"),
         (6, dict(training__b2=0.5), "training had training.b2 = 0.95, this one has 0.5. What may change here: .*remat"),
         (6, dict(checkpoint_folder="origin/model/checkpoints"), "config.checkpoint_folder: expected another"),
@@ -354,7 +355,7 @@ def test_what_cannot_be_branched_is_said(
     with pytest.raises(UserError, match=words):
         branched(origin, tmp_path / "new", step, **changes)
     assert not (tmp_path / "new" / "model" / "started.json").exists()
-    assert branched(origin, tmp_path / "new", 6).workdir.model.exists()  # mended, it goes on
+    assert branched(origin, tmp_path / "new", 6).workdir.model.exists()  # after the repair, it continues
 
 
 def test_a_branch_never_grows_on_another_model(origin: Path, tmp_path: Path) -> None:

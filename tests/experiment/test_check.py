@@ -1,4 +1,4 @@
-"""A config is checked completely before the first stage; errors name the key, the expected value and the value
+"""A config is checked completely before the first stage. Errors name the key, the expected value and the value
 found."""
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def test_a_value_out_of_range_is_told_by_its_key(key, value, words):
 
 def test_what_does_not_go_together_is_told():
     says(r"config.data.layout: expected 'rows' or .* with resize 'aspect'", {"data.resize": "aspect"})
-    plain = {"image_tokenizer.activation": "tanh"}  # the demo's is for its quantizer
+    plain = {"image_tokenizer.activation": "tanh"}  # the demo's value is for its quantizer
     rows = plain | {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
-    check(load(**rows))  # its codes of a position stand side by side
+    check(load(**rows))  # the codes of a position stand side by side
     check(load(**{"data.layout": "rows", "data.resize": "aspect"}))
-    check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))  # a training whose decays branch off
+    check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))  # a training from which decays branch
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
     says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
-    check(load(**kept), ["samples"])  # the training may have kept it
+    check(load(**kept), ["samples"])  # the training may have kept that step
     averaged = plain | {"image_tokenizer.quantizer": "vq", "image_tokenizer.codebook_update": "ema"}
     check(load(**averaged))
     assert autoencoder(load(**averaged)).codebook_update == "ema"
@@ -155,7 +155,7 @@ def test_stages_that_do_not_run_are_not_asked_how_they_go_together():
     check(load(sampling__context="negative_prompt"), ["requests"])
     check(load(sampling__context="negative_prompt", sampling__negative_prompt="blurry"))
     check(load(text_tokenizer__model="gone.model"), ["model"])
-    says("optimizer", {"training.optimizer": "adam"}, ["text_tokenizer"])  # by itself: always
+    says("optimizer", {"training.optimizer": "adam"}, ["text_tokenizer"])  # always valid by itself
 
 
 def phases(*changes: dict[str, Any]) -> ConfigDict:
@@ -393,7 +393,7 @@ def test_a_image_has_room_in_a_document_and_in_a_sample(tmp_path):
 
 
 def test_nothing_is_computed_before_the_processes_of_a_job_have_met():
-    """A platform that is not there: whatever computed would end with an error."""
+    """A platform that does not exist, so that any computation would end with an error."""
     changes = ['--config.training.only=["head"]', "--config.model.tie_embeddings=False"]
     program = (
         "from ar_unified.experiment import config as configs\n"

@@ -29,7 +29,7 @@ def test_every_experiment_describes_a_model(name):
     config = configs.load(f"{ROOT}/experiments/{file}.py" + (f":{arg}" if arg else ""))
     assert config_from(configs.plain(config.model), vocab_size=1024).n_layers > 0
     assert config.training.sequence_length >= config.data.max_tokens
-    assert set(config.evaluation.thresholds) <= NAMES.keys()  # a bar of another name would be shown nowhere
+    assert set(config.evaluation.thresholds) <= NAMES.keys()  # a bar with another name would never be shown
 
 
 def test_an_override_changes_one_key_and_a_wrong_one_is_refused():

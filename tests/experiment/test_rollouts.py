@@ -1,4 +1,4 @@
-"""GRPO as it runs: groups drawn in the training job, rewards that fail, and a training that is killed."""
+"""GRPO in a real training: groups drawn in the training job, rewards that fail, and a training that is killed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Killed(Exception):
 
 
 def dying(batch, at):
-    """The drawing of that step kills the run."""
+    """Kills the run when that step draws."""
     base: Any = type(batch)
     call = base.__call__
 
@@ -87,12 +87,13 @@ def test_in_bfloat16_the_difference_is_measured_and_bounded(params):
     batch = rewarded.rollouts(config=config)(0, params)
     task = rewarded.task(lambda *_: batch, config=config)
     told = task.summary(jax.device_get(jax.jit(lambda p, b: task.loss(p, {}, b, None)[2])(params, batch)))
-    assert told["sampler_trainer/mean"] <= told["sampler_trainer/max"] < 0.1  # hidden states differ in few last bits
+    assert told["sampler_trainer/mean"] <= told["sampler_trainer/max"] < 0.1  # differ only in the last bits
 
 
 @pytest.mark.parametrize("base_dtype", ["float32", "int8"])
 def test_an_adapter_is_part_of_the_policy(params, base_dtype):
-    """The sampler draws with the adapter in the weights, the trainer reads it beside them, and it alone is moved."""
+    """The sampler has the adapter merged into the weights, the trainer has it beside them, and only the adapter is
+    trained."""
     lora = LoraConfig(rank=2, alpha=4.0, base_dtype=base_dtype)
     fresh = init_adapter(tiny.CONFIG, lora, jax.random.key(1))
     adapted = params | {"lora": jax.tree.map(lambda x: x + 0.05, fresh)}
@@ -119,7 +120,7 @@ def test_killed_is_uninterrupted(whole, tmp_path):
 @pytest.mark.exact
 @pytest.mark.slow
 def test_a_drawing_of_several_steps_is_resumed_bit_for_bit(tmp_path):
-    """Guided, with a reference: what the weights were that the training began with is in the checkpoint."""
+    """With guidance and a reference: the checkpoint has the weights with which the training began."""
     policy = PolicyConfig(group_size=4, kl=0.1, epochs=2, minibatches=2, clip_high=0.28)
 
     def rollouts():
@@ -135,11 +136,12 @@ def test_a_drawing_of_several_steps_is_resumed_bit_for_bit(tmp_path):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 1e-4
     assert max(row["clipped"] for row in rows) > 0
     first, last = (np.mean([row["reward"] for row in some]) for some in (rows[:8], rows[-8:]))
-    assert last > first + 0.05  # it learns what is good
+    assert last > first + 0.05  # it learns what is rewarded
 
 
 def test_the_reference_of_an_adapter_is_an_adapter(params):
-    """Of what no step changes there is no second copy, and the divergence is still that from the whole first model."""
+    """There is no second copy of arrays that no step changes, and the divergence is still from the whole first
+    model."""
     lora = LoraConfig(rank=2)
     policy = PolicyConfig(group_size=4, kl=0.1)
     whole = params | {"lora": init_adapter(tiny.CONFIG, lora, jax.random.key(1))}
@@ -178,8 +180,7 @@ def test_loss_and_gradient_are_the_same_on_any_mesh(params):
 
 
 def test_without_the_advantage_nothing_is_learned(params):
-    """The gradient comes from the advantages: without them it is zero, and with the opposite ones it is the
-    opposite."""
+    """The gradient comes from the advantages: it is zero without them, and negated if they are negated."""
     batch = rewarded.rollouts()(0, params)
     task = rewarded.task(lambda *_: batch)
 
@@ -210,7 +211,8 @@ def test_any_number_of_processes_draws_the_same_batch(params, monkeypatch):
 @pytest.mark.exact
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """The weights, which lie over both, come to the sampler of each; each draws its own groups."""
+    """The weights are divided over both processes, and each process' sampler gets all of them. Each draws its own
+    groups."""
     policy = dataclasses.replace(rewarded.POLICY, epochs=2)
     rewarded.run(tmp_path / "one", rewarded.rollouts(policy=policy), policy, steps=4)
     address = f"localhost:{free_port()}"
@@ -239,7 +241,7 @@ def test_a_guided_sample_has_its_image_in_the_same_columns_of_both_contexts(para
 
 
 def failing(prompt, answer):
-    """Raises for one prompt, hangs for another, is no number for a third."""
+    """A reward that raises for one prompt, hangs for another, and is not a number for a third."""
     number = prompt.meta["number"]
     if answer.meta["sample"] == 1:
         if number == 0:

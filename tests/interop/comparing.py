@@ -1,4 +1,4 @@
-"""Our side of parity tests: hidden states, a fine-tuning, files as arrays. It needs no torch."""
+"""Our side of parity tests: hidden states, fine-tuning, files as arrays. It needs no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ar_unified.training.tasks import TransformerTask
 from tests.interop.formats import META_CUTS
 from tests.interop.weights import Tensors
 
-# `reference.ADAMW` in our words, at a constant rate.
+# `reference.ADAMW` as our config, with a constant rate.
 ADAMW = OptimizerConfig(
     learning_rate=1e-3, warmup_steps=0, schedule="wsd", decay_fraction=0.0, final_fraction=1.0, b1=0.9, b2=0.95,
     eps=1e-8, weight_decay=0.1, clip_norm=1.0,
@@ -29,7 +29,7 @@ ADAMW = OptimizerConfig(
 
 
 def hidden(model: Any, tokens: Any) -> np.ndarray:
-    """A loaded model's states behind the last norm: int [B, T] of our ids -> float32 [B, T, D]."""
+    """A loaded model's states after the last norm: int [B, T] of our ids -> float32 [B, T, D]."""
     config, tokens = model.engine.config, jnp.asarray(tokens, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
@@ -40,7 +40,7 @@ def hidden(model: Any, tokens: Any) -> np.ndarray:
 
 
 def stacked(config: TransformerConfig, params: Any) -> Any:
-    """An engine's parameters (a list of layers with flat matrices) in the form of a training, float32."""
+    """Converts an engine's parameters (a list of layers with flat matrices) to the form of a training, float32."""
 
     def stack(path: Any, like: Any) -> jax.Array:
         name, *more = (entry.key for entry in path)
@@ -53,7 +53,7 @@ def stacked(config: TransformerConfig, params: Any) -> Any:
 
 
 def batch_of(model: Any, tokens: np.ndarray) -> PackedBatch:
-    """Each row int [B, T] one document, all of it learned but its first id."""
+    """A batch in which each row of int [B, T] is one document, learned from its second id on."""
     rows, length = tokens.shape
     batch = PackedBatch.padding(rows, length, model.vocabulary.pad)
     batch.tokens[:] = tokens
@@ -66,9 +66,9 @@ def batch_of(model: Any, tokens: np.ndarray) -> PackedBatch:
 
 
 def fine_tune(model: Any, batches: Sequence[np.ndarray], **settings: Any) -> list[float]:
-    """The loss before each step of AdamW on batches int [B, T] of our ids, from a loaded model's weights.
+    """The loss before each AdamW step on batches int [B, T] of our ids, starting from a loaded model's weights.
 
-    settings: of the task.
+    settings: the task's settings.
     """
     packed = [batch_of(model, tokens) for tokens in batches]
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
@@ -88,13 +88,13 @@ def fine_tune(model: Any, batches: Sequence[np.ndarray], **settings: Any) -> lis
 
 
 def tensors(folder: Path) -> Tensors:
-    """All of a folder's safetensors, one table."""
+    """All tensors of a folder's safetensors, in one table."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def joined(folder: Path) -> Tensors:
-    """The tensors of Meta's shards in a folder: split ones joined, QK-norm vectors as [shards, H], without RoPE
-    frequencies."""
+    """The tensors of Meta's shards in a folder. Divided tensors are joined, QK-norm vectors are [shards, H]; RoPE
+    frequencies are left out."""
     paths = sorted(folder.glob("models/*/consolidated*.safetensors"))
     parts = [load_file(path) for path in paths]
     out: Tensors = {}
@@ -111,7 +111,7 @@ def joined(folder: Path) -> Tensors:
 
 
 def stream(folder: Path) -> Tensors:
-    """LWM's `params` by path, as its keys have it, "/" between the parts."""
+    """LWM's `params` by path, with "/" between the parts."""
     import msgpack
     from flax.serialization import msgpack_restore
 
@@ -120,7 +120,7 @@ def stream(folder: Path) -> Tensors:
 
 
 def edit(folder: Path, change: Callable[[str, np.ndarray], np.ndarray], within: str) -> None:
-    """Changes tensors of a folder of one file, those with `within` in their name."""
+    """Changes the tensors with `within` in their name, in a folder with one file."""
     path = folder / "model.safetensors"
     changed = {name: change(name, tensor) if within in name else tensor for name, tensor in load_file(path).items()}
     assert any(not np.array_equal(tensor, changed[name]) for name, tensor in load_file(path).items())
@@ -128,7 +128,7 @@ def edit(folder: Path, change: Callable[[str, np.ndarray], np.ndarray], within: 
 
 
 def assert_same(found: Tensors, expected: Tensors) -> None:
-    """The same names, dtypes, shapes and bits."""
+    """Asserts that names, dtypes, shapes and bits are the same."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
@@ -136,8 +136,8 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
 
 
 def assert_codes(found: np.ndarray, expected: np.ndarray, latents: np.ndarray, codebook: np.ndarray) -> None:
-    """int [B, h, w] twice: equal, except where a latent [B, h, w, C] is equally near to two codes, within 1e-4 of the
-    distance."""
+    """Asserts that codes int [B, h, w] are equal, except where a latent [B, h, w, C] is equally near to two codes
+    (within 1e-4 of the distance)."""
     distances = np.square(latents[..., None, :] - codebook).sum(-1)
     nearest = np.sort(distances, -1)
     margin = (nearest[..., 1] - nearest[..., 0]) / nearest[..., 1]

@@ -1,4 +1,4 @@
-"""Published folders, each written once a session."""
+"""Published folders, each written once per session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 Published = Callable[..., Path]
 _NEEDS_TORCH = re.compile(r"^(torch = )?pytest\.importorskip\(\"torch\"", re.MULTILINE)
-# Files that are of the reference implementations alone (make test-interop): without torch there is nothing to collect.
+# Files that only test reference implementations (make test-interop) are not collected without torch.
 collect_ignore = [
     path.name
     for path in Path(__file__).parent.glob("test_*.py")
@@ -22,9 +22,9 @@ collect_ignore = [
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    """published(maker, *args, **settings): the folder that a maker of `published` or `formats` filled.
+    """published(maker, *args, **settings): the folder that a maker in `published` or `formats` filled.
 
-    twin=True: that of transformers' names, which the same call wrote.
+    twin=True: the folder with transformers' names, which the same call wrote.
     """
     made: dict[Any, tuple[Path, Path]] = {}
 

@@ -1,7 +1,8 @@
 """Tiny random models in formats that transformers does not write: Meta's, LWM's, Lumina-mGPT's, Emu3.5's, Liquid's.
 
-No torch here. Where transformers' classes can compute them, a maker writes a `twin` too: the same weights under the
-names and shapes that a class of transformers reads, the oracle of the parity tests. LWM's oracle is `interleaved`.
+This module needs no torch. If a class of transformers can compute the model, its maker also writes a `twin`: the same
+weights with the names and shapes that this class reads. The class is then the oracle of the parity tests. LWM's oracle
+is `interleaved`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.interop.weights import Sizes, Tensors, draw, drawn, interleaved, shar
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 VQ = {"base": 32, "multipliers": (1, 2), "blocks": 1, "z": 16, "codes": 64, "embed": 16}
-LWM_THETA = 1e4  # not in its files: whoever imports must say it
+LWM_THETA = 1e4  # not in its files, so an import must be told
 LWM_VISION = 64 + 16  # ids of its second table: 64 codes, end of frame 64, end of clip 65, unused ids
 
 
@@ -48,7 +49,8 @@ def _chameleon_config(kind: str, table: Table, sizes: Sizes, dtype: str, **more:
 
 
 def _chameleon_twin(twin: Path, tensors: Tensors, table: Table, sizes: Sizes, **more: Any) -> None:
-    """As ChameleonForConditionalGeneration reads it: a row of QK-norm a head, an image encoder."""
+    """The tensors that ChameleonForConditionalGeneration reads: a row of QK-norm for each head, and an image
+    encoder."""
     heads = {"q_norm": sizes.N, "k_norm": sizes.K}
     out: Tensors = {}
     for name, tensor in tensors.items():
@@ -78,7 +80,8 @@ META_CUTS = {
 
 
 def _as_meta(tensors: Tensors, sizes: Sizes) -> Tensors:
-    """transformers' names and halves -> Meta's names and neighbours. Rows of QK-norm stay [groups, H]."""
+    """Converts transformers' names and RoPE of halves to Meta's names and RoPE of neighbours. Rows of QK-norm stay
+    [groups, H]."""
     out = {}
     for name, tensor in tensors.items():
         if "q_proj" in name or "k_proj" in name:
@@ -92,14 +95,14 @@ def _as_meta(tensors: Tensors, sizes: Sizes) -> Tensors:
 
 
 def vqgan(seed: int = 0) -> Tensors:
-    """Chameleon's VQGAN under taming's names, encoder and decoder; the codebook at the scale of random latents."""
+    """Chameleon's VQGAN with taming's names, encoder and decoder. The codebook has the scale of random latents."""
     tensors = drawn(taming_shapes(**VQ), seed)  # type: ignore[arg-type]
     tensors["quantize.embedding.weight"] = draw("quantize.latents", (64, 16), seed) * 4.0
     return tensors
 
 
 def chameleon_tokenizer(folder: Path, seed: int = 0) -> Path:
-    """Meta's `tokenizer` folder, also what Lumina-mGPT and Anole are used with; the .ckpt already converted."""
+    """Meta's `tokenizer` folder, which Lumina-mGPT and Anole also use, with the .ckpt already converted."""
     folder.mkdir(parents=True, exist_ok=True)
     table = tables.chameleon(placeholder="<reserved08707>")
     write_json(folder, text_tokenizer=table.byte_level())
@@ -113,7 +116,8 @@ def chameleon_tokenizer(folder: Path, seed: int = 0) -> Path:
 
 
 def ibq(folder: Path, seed: int = 0) -> Path:
-    """Emu3.5's vision tokenizer: `vqgan` by another rule, with its config.yaml, the .ckpt already converted."""
+    """Emu3.5's vision tokenizer: like `vqgan` but with another rule for codes, with its config.yaml and the .ckpt
+    already converted."""
     save(folder, vqgan(seed))
     (folder / "config.yaml").write_text(
         "embed_dim: 16\nn_embed: 64\nbeta: 0.25\nddconfig:\n  double_z: false\n  z_channels: 16\n  resolution: 16\n"
@@ -126,9 +130,9 @@ def ibq(folder: Path, seed: int = 0) -> Path:
 def meta_shards(
     *, swin: bool = False, count: int = 4, fused: bool = False, seed: int = 0
 ) -> tuple[list[Tensors], dict[str, Any], Tensors, Sizes]:
-    """Meta's shards in float32, params.json, and the same model under transformers' names with QK-norm rows [count, H].
+    """Meta's shards in float32, params.json, and the same model with transformers' names and QK-norm rows [count, H].
 
-    fused: wq, wk, wv lie in one matrix wqkv, w1 and w3 in w13, each shard's rows by itself.
+    fused: wq, wk and wv are one matrix wqkv, and w1 and w3 are w13, in each shard separately.
     """
     table = tables.chameleon(placeholder="<reserved08707>")
     sizes = Sizes(table.size, N=8, K=4, H=8, F=176)
@@ -164,9 +168,9 @@ def meta(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Path:
-    """Meta's layout, its .pth files already converted: tokenizer/ and models/30b/, or models/7b/ of one file.
+    """Meta's layout with converted .pth files: tokenizer/ and models/30b/, or models/7b/ with one file.
 
-    twin: a ChameleonForConditionalGeneration with the shards' QK-norm vectors repeated for the heads of each.
+    twin: a ChameleonForConditionalGeneration in which each shard's QK-norm vectors are repeated for its heads.
     """
     parts, params, tensors, sizes = meta_shards(swin=swin, count=count, fused=fused, seed=seed)
     chameleon_tokenizer(folder / "tokenizer", seed)
@@ -191,10 +195,10 @@ def lumina_1(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Path:
-    """Lumina-mGPT 1: Chameleon's names, QK-norm [model_parallel_size, H], neither tokenizer nor VQGAN inside.
+    """Lumina-mGPT 1: Chameleon's names and QK-norm [model_parallel_size, H], without tokenizer and VQGAN.
 
-    tokenizer: Meta's `tokenizer` folder is put beside the weights. twin: Chameleon's class with the rows repeated for
-    the heads.
+    tokenizer: put Meta's `tokenizer` folder beside the weights. twin: Chameleon's class with the rows repeated for the
+    heads.
     """
     if tokenizer:
         chameleon_tokenizer(folder / "tokenizer", seed)
@@ -203,9 +207,9 @@ def lumina_1(
 
 
 def lumina_2(folder: Path, twin: Path | None = None, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Lumina-mGPT 2.0: Chameleon's transformer over Qwen's text tokenizer; its MoVQGAN is a file of its own.
+    """Lumina-mGPT 2.0: Chameleon's transformer with Qwen's text tokenizer; its MoVQGAN is a separate file.
 
-    twin: as `lumina_1`'s; Chameleon's image encoder there is not the model's and computes nothing.
+    twin: as in `lumina_1`; its image encoder is Chameleon's and is not used.
     """
     table = tables.lumina_2()
     _lumina(folder, twin, table, 1, dtype, seed, "ChameleonXLLMXForConditionalGeneration")
@@ -229,9 +233,9 @@ def _lumina(folder: Path, twin: Path | None, table: Table, groups: int, dtype: s
 
 
 def emu3_5(folder: Path, twin: Path | None = None, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Emu3.5: model_type "Emu3" like Emu3's, told apart by head_dim and QK-norm; tiktoken files.
+    """Emu3.5: model_type is "Emu3" as in Emu3, but head_dim and QK-norm differ; tiktoken files.
 
-    twin: Qwen3ForCausalLM, whose names are the same.
+    twin: Qwen3ForCausalLM, which has the same names.
     """
     table = tables.emu3()
     sizes = Sizes(table.size, H=24)
@@ -251,7 +255,8 @@ def emu3_5(folder: Path, twin: Path | None = None, *, dtype: str = "float32", se
 
 
 def liquid(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Liquid: Gemma with image ids behind its own, head and embedding one table. GemmaForCausalLM reads it as it is."""
+    """Liquid: Gemma with image ids after its own ids, and one table for head and embedding. GemmaForCausalLM reads it
+    unchanged."""
     table = tables.gemma(codes=64)
     sizes = Sizes(table.size, H=24)
     tensors = drawn(transformer_shapes(sizes, tied=True), seed, centre=0.0, spread=0.4)
@@ -259,7 +264,7 @@ def liquid(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
     more = {"head_dim": 24, "hidden_act": "gelu", "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True}
     more |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     config = _config("GemmaForCausalLM", "gemma", table, sizes, dtype, **more)
-    del config["tie_word_embeddings"]  # the published file does not say so: it is the class's default
+    del config["tie_word_embeddings"]  # not in the published file, but the class's default
     marks = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     write_json(folder, config=config, tokenizer=table.byte_fallback(), tokenizer_config=marks)
     return folder
@@ -269,7 +274,8 @@ def liquid(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
 
 
 def lwm_params(*, vision: bool = True, seed: int = 0) -> Tensors:
-    """LWM's tensors in float32 by path, unrolled: kernels [in, out], RoPE of neighbours, as many KV heads as heads."""
+    """LWM's tensors in float32 by path, with separate layers: kernels [in, out], RoPE of neighbours, as many KV heads
+    as query heads."""
     sizes = Sizes(320, K=4)
     tensors = drawn(transformer_shapes(sizes), seed)
     parts = {
@@ -302,8 +308,8 @@ def lwm(
 ) -> Path:
     """LWM's `params`, a msgpack stream of (path, flax's bytes of one array), and tokenizer.model.
 
-    scanned: layers are stacked along the first axis under scan_decoder; else each has its number. prefix: paths begin
-    with ("params", "params"), as whole training states have them.
+    scanned: layers are stacked along the first axis under scan_decoder; otherwise each has its number. prefix: paths
+    begin with ("params", "params"), as in complete training states.
     """
     import msgpack
     from flax.serialization import to_bytes

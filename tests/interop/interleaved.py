@@ -1,7 +1,9 @@
-"""The forward of LWM and of Meta's Chameleon in numpy, written from their descriptions: no package has either.
+"""The forward passes of LWM and of Meta's Chameleon in numpy, written from their descriptions, because no package has
+them.
 
-Independent of transformers and of ours: RoPE multiplies neighbours of a head as one complex number, two tables of ids
-are looked up and answered apart, matrices lie as each file has them. Float64 throughout.
+They share no code with transformers or with ours. RoPE multiplies neighbouring numbers of a head as one complex number,
+the two tables of ids are separate in embedding and head, and matrices have the layout of each file. All arithmetic is
+float64.
 
 Axes: B rows, T positions, D width, N query heads, K KV heads, H head width.
 """
@@ -26,7 +28,7 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float =
 
 
 def rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    """[B, T, N, H]: number 2 j + i (2 j + 1) of a head is turned by t theta^(-2 j / H) at position t."""
+    """[B, T, N, H]: the numbers 2 j + i (2 j + 1) of a head are rotated by t theta^(-2 j / H) at position t."""
     T, H = x.shape[1], x.shape[-1]
     angles = np.arange(T)[:, None] * theta ** (-np.arange(0, H, 2) / H)
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
@@ -34,7 +36,7 @@ def rotate(x: np.ndarray, theta: float) -> np.ndarray:
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """[B, T, N, H], [B, T, K, H] twice -> [B, T, N H]: causal, each KV head serving N / K query heads in a row."""
+    """[B, T, N, H], [B, T, K, H] twice -> [B, T, N H]: causal; each KV head serves N / K consecutive query heads."""
     T, N = q.shape[1], q.shape[2]
     k, v = (np.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
@@ -50,7 +52,8 @@ def feed_forward(x: np.ndarray, w1: np.ndarray, w2: np.ndarray, w3: np.ndarray) 
 
 
 class Lwm:
-    """params: `formats.lwm_params`. eps 1e-6 as LWM's 7B has it; theta is told, as its files do not say it."""
+    """params: `formats.lwm_params`. eps is 1e-6 as in LWM's 7B; theta is an argument, because the files do not say
+    it."""
 
     def __init__(self, params: Tensors, theta: float, heads: int = 4, eps: float = 1e-6):
         self.params = {name: tensor.astype(np.float64) for name, tensor in params.items()}
@@ -58,7 +61,7 @@ class Lwm:
         self.layers = len({name.split("/")[2] for name in params if name.startswith("transformer/h/")})
 
     def hidden(self, ids: np.ndarray, is_vision: np.ndarray) -> np.ndarray:
-        """int [B, T] of the table that bool [B, T] says -> float64 [B, T, D] behind the last norm."""
+        """int [B, T] ids, each of the table that bool [B, T] chooses -> float64 [B, T, D] after the last norm."""
         p, (B, T) = self.params, ids.shape
         x = p["transformer/wte/embedding"][np.where(is_vision, 0, ids)]
         if "transformer/vte/embedding" in p:
@@ -77,14 +80,14 @@ class Lwm:
         return rms(x, p["transformer/ln_f/kernel"], self.eps)
 
     def logits(self, ids: np.ndarray, is_vision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """-> float64 [B, T, text ids] and [B, T, vision ids]: two softmaxes in the original."""
+        """-> logits float64 [B, T, text ids] and [B, T, vision ids], which have separate softmaxes in the original."""
         hidden = self.hidden(ids, is_vision)
         return hidden @ self.params["lm_head/kernel"], hidden @ self.params["vision_head/kernel"]
 
 
 def meta_logits(shards: Sequence[Tensors], params: dict[str, Any], ids: np.ndarray) -> np.ndarray:
-    """Meta's Chameleon as its ranks compute it, where each rank has its own heads and QK-norm vectors: int [B, T] ->
-    [B, T, V]."""
+    """Meta's Chameleon as computed by its ranks, each with its own heads and QK-norm vectors: int [B, T] -> [B, T,
+    V]."""
     model, ranks = params["model"], len(shards)
     parts = [{name: tensor.astype(np.float64) for name, tensor in shard.items()} for shard in shards]
     N, K, eps, swin = model["n_heads"] // ranks, model["n_kv_heads"] // ranks, model["norm_eps"], model["swin_norm"]

@@ -1,7 +1,7 @@
 """Tiny random models in the published formats, written by transformers itself: needs torch.
 
-Each maker fills a folder as the hub's is filled (weights, config, tokenizer, processor) and gives it back. Ids are
-`tables`', weights `weights`'. What is published without a class in transformers is in `formats`.
+Each maker fills a folder like one of the hub (weights, config, tokenizer, processor) and returns it. Ids come from
+`tables`, weights from `weights`. Systems without a class in transformers are in `formats`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.interop.tables import Table, write_json
 from tests.interop.weights import draw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PIXELS = 16  # side of the pictures that Chameleon's fixed grid of 8 x 8 codes is for
+PIXELS = 16  # side of the pictures for Chameleon's fixed grid of 8 x 8 codes
 SHARD = "100KB"  # largest file of a sharded folder
 
 _SIZES = {
@@ -34,7 +34,7 @@ def _rope(theta: float, **scaling: Any) -> dict[str, Any]:
 
 
 def fill(model: torch.nn.Module, seed: int = 0, **drawing: float) -> torch.nn.Module:
-    """Draws every parameter and buffer that is saved, by its name, as `draw`; counters stay."""
+    """Fills every saved parameter and buffer with random numbers by its name, as `draw` does; counters stay."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
@@ -57,7 +57,8 @@ def pictures(side: int = PIXELS, count: int = 2, seed: int = 5) -> np.ndarray:
 
 
 def _scale_codes(embedding: torch.nn.Embedding, latents: torch.Tensor, seed: int) -> None:
-    """The codebook gets the latents' mean and spread, channel by channel [..., C]: no code is far from all pictures."""
+    """Gives the codebook the latents' mean and spread in each channel of [..., C], so that no code is far from all
+    pictures."""
     flat = latents.reshape(-1, latents.shape[-1])
     noise = np.random.default_rng([seed, 77]).normal(0, 1, tuple(embedding.weight.shape)).astype(np.float32)
     with torch.no_grad():
@@ -76,9 +77,11 @@ def chameleon(
     equal_heads: bool = False,
     seed: int = 0,
 ) -> Path:
-    """ChameleonForConditionalGeneration with its image encoder, 64 codes, 8 x 8 of them a picture of 16 x 16 pixels.
+    """ChameleonForConditionalGeneration with its image encoder and 64 codes; a picture of 16 x 16 pixels has 8 x 8
+    codes.
 
-    equal_heads: QK-norm weights are one vector repeated, as a third party found in the 7B. Else each head has its own.
+    equal_heads: QK-norm weights are one repeated vector, as a third party found in the 7B. Otherwise each head has its
+    own.
     """
     table = tables.chameleon()
     config = transformers.ChameleonConfig(
@@ -115,7 +118,7 @@ def chameleon(
 
 
 def chameleon_text(folder: Path, table: Table) -> None:
-    """The tokenizer's files as transformers' conversion leaves them."""
+    """The tokenizer's files as transformers' conversion writes them."""
     write_json(
         folder,
         tokenizer=table.byte_level(),
@@ -140,7 +143,7 @@ def _emu3_vision(levels: int) -> dict[str, Any]:
 
 
 def _emu3_text(table: Table, longest: int) -> dict[str, Any]:
-    """longest: the number of positions, by which Chat and Gen are told apart."""
+    """longest: the number of positions, which differs between Chat and Gen."""
     ids = {"pad_token_id": "<|endoftext|>", "bos_token_id": "<|extra_203|>", "eos_token_id": "<|extra_204|>"}
     return (
         _SIZES
@@ -151,7 +154,7 @@ def _emu3_text(table: Table, longest: int) -> dict[str, Any]:
 
 
 def _fill_emu3_vision(vq: Any, seed: int) -> None:
-    """vq is filled; the codebook is set to what its encoder makes of pictures."""
+    """vq has its weights; the codebook is adapted to its encoder's latents of pictures."""
     side = 8 * vq.spatial_scale_factor
     with torch.no_grad():
         frames = torch.from_numpy(pictures(side, 4))[:, None].repeat(1, vq.config.temporal_downsample_factor, 1, 1, 1)
@@ -160,7 +163,7 @@ def _fill_emu3_vision(vq: Any, seed: int) -> None:
 
 
 def emu3(folder: Path, *, levels: int = 4, dtype: str = "float32", sharded: bool = False, seed: int = 0) -> Path:
-    """Emu3ForConditionalGeneration: transformers' port of Chat, vision tokenizer and all; 2 ** (levels - 1) pixels a
+    """Emu3ForConditionalGeneration: transformers' port of Chat with its vision tokenizer; 2 ** (levels - 1) pixels per
     code."""
     table = tables.emu3(placeholder="<image>")
     config = transformers.Emu3Config(
@@ -193,9 +196,10 @@ _EMU3_PIXELS = {
 
 
 def emu3_original(folder: Path, *, dtype: str = "float32", sharded: bool = False, seed: int = 0) -> Path:
-    """Emu3-Gen under the names of its own repository, which are Llama's, with its tiktoken files. No vision tokenizer.
+    """Emu3-Gen with the names of its own repository, which are Llama's, and its tiktoken files, without a vision
+    tokenizer.
 
-    Written by Emu3ForCausalLM, which has the same names.
+    Emu3ForCausalLM writes it, because it has the same names.
     """
     table = tables.emu3()
     model = fill(transformers.Emu3ForCausalLM(transformers.Emu3TextConfig(**_emu3_text(table, 9216))), seed)
@@ -211,7 +215,7 @@ def emu3_original(folder: Path, *, dtype: str = "float32", sharded: bool = False
 
 
 def emu3_text(folder: Path, table: Table) -> None:
-    """emu3.tiktoken and the file of vision tokens, each on its line."""
+    """emu3.tiktoken and the file of vision tokens, one per line."""
     first = table.id("<|image token|>")
     (folder / "emu3.tiktoken").write_text(table.ranks())
     (folder / "emu3_vision_tokens.txt").write_text("".join(f"{name}\n" for name in table.names[first:]))
@@ -234,7 +238,8 @@ ORIGINAL_VISION = (  # transformers' parts of names -> those of BAAI/Emu3-Vision
 
 
 def _original_vision(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors as the original's file has them: attention's norm is inside it, its projections 1 x 1 convs."""
+    """The same tensors in the original's form: attention layers contain their norm, and their projections are 1 x 1
+    convolutions."""
     import re
 
     out = {}
@@ -250,7 +255,7 @@ def _original_vision(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def emu3_vision(folder: Path, *, levels: int = 4, original: bool = False, seed: int = 0) -> Path:
-    """Emu3VQVAE alone. original: under the names of BAAI/Emu3-VisionTokenizer, as read in its code."""
+    """Only Emu3VQVAE. original: with the names of BAAI/Emu3-VisionTokenizer, as read in its code."""
     vq: Any = fill(transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**_emu3_vision(levels))), seed)
     _fill_emu3_vision(vq, seed)
     _save(vq, folder, "float32", False)
@@ -298,8 +303,8 @@ def _qwen2(table: Table, tied: bool = False) -> Any:
 
 
 def simplear(folder: Path, *, dtype: str = "float32", seed: int = 0, named: bool = True) -> Path:
-    """SimpARForCausalLM, which is Qwen2's class. named: tokenizer.json has SimpleAR's names; else they are beside it,
-    as its own loader, of Python alone, leaves them."""
+    """SimpARForCausalLM, which is Qwen2's class. named: tokenizer.json has SimpleAR's names; otherwise they are in a
+    file beside it, as SimpleAR's own (slow, pure Python) loader writes them."""
     table = tables.simplear()
     _save(fill(_qwen2(table, tied=True), seed, spread=1.0), folder, dtype, False)
     file = table.split({"type": "NFC"})
@@ -313,7 +318,7 @@ def simplear(folder: Path, *, dtype: str = "float32", seed: int = 0, named: bool
 
 
 def tar(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Tar, which has Qwen2's class; its codes are tokens of the text tokenizer, which does not mark them as special."""
+    """Tar, which has Qwen2's class. Its codes are tokens of the text tokenizer, which does not mark them as special."""
     table = tables.tar()
     _save(fill(_qwen2(table), seed), folder, dtype, False)
     file = table.split({"type": "NFC"})
@@ -350,7 +355,7 @@ CAUSAL: dict[str, tuple[Callable[[], Table], Callable[[Table], Any]]] = {
 
 
 def causal(folder: Path, kind: str, *, dtype: str = "float32", sharded: bool = False, seed: int = 0) -> Path:
-    """A language model of text alone with its tokenizer, one of `CAUSAL`."""
+    """A text-only language model of `CAUSAL`, with its tokenizer."""
     make_table, make = CAUSAL[kind]
     table = make_table()
     drawing = {"gemma": {"centre": 0.0, "spread": 0.4}, "llama_tied": {"spread": 1.0}}.get(kind, {})
@@ -369,7 +374,7 @@ def causal(folder: Path, kind: str, *, dtype: str = "float32", sharded: bool = F
 
 
 def meta_pickles(folder: Path, parts: Sequence[dict[str, np.ndarray]], dtype: str = "float32") -> list[Path]:
-    """consolidated.NN.pth, torch's own zip with a pickle in it, of each shard; consolidated.pth of one."""
+    """Writes consolidated.NN.pth (torch's zip with a pickle) for each shard, or consolidated.pth for a single one."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [
         folder / ("consolidated.pth" if len(parts) == 1 else f"consolidated.{i:02}.pth") for i in range(len(parts))

@@ -1,7 +1,7 @@
 """The results of transformers for a published folder, in float32: the reference of every parity test. Needs torch.
 
-Lumina-mGPT, Emu3.5 and Liquid have no class there: Chameleon's, Qwen3's and Gemma's read their tensors, renamed or
-repeated (`formats.as_transformers`), and are the oracle.
+Lumina-mGPT, Emu3.5 and Liquid have no class there. The classes of Chameleon, Qwen3 and Gemma read their tensors,
+renamed or repeated (`formats.as_transformers`), and are their oracles.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import numpy as np
 import torch
 import transformers
 
-Allowed = Callable[[int], Sequence[int]]  # of step i, the ids one of which is drawn
-GAP = 1e-3  # between the two largest logits: less, and rounding could choose
+Allowed = Callable[[int], Sequence[int]]  # step i -> the ids that it may draw
+GAP = 1e-3  # least difference of the two largest logits, so that rounding does not choose
 
-# AdamW of the fine-tuning curves, also `OptimizerConfig`'s: decay on matrices alone, the whole gradient clipped to 1.
+# AdamW of the fine-tuning curves, equal to `OptimizerConfig`'s: decay only on matrices, the whole gradient clipped to
+# 1.
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 WEIGHT_DECAY, CLIP, STEPS = 0.1, 1.0, 20
 
 
 def load(folder: Path, kind: str | None = None) -> Reference:
-    """The model of a folder, by the class that config.json or `kind` names. AssertionError if a tensor is left."""
+    """Loads the model of a folder with the class that config.json or `kind` names. AssertionError if a tensor is not
+    used."""
     kind = kind or json.loads((folder / "config.json").read_text())["architectures"][0]
     model, info = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {what: sorted(names) for what, names in info.items() if names}
@@ -35,7 +37,7 @@ def load(folder: Path, kind: str | None = None) -> Reference:
 
 @dataclass(frozen=True)
 class Drawn:
-    """ids int [n] of greedy decoding, and the smallest difference between its two best allowed logits."""
+    """The ids int [n] of greedy decoding, and the smallest difference between the two best allowed logits."""
 
     ids: np.ndarray
     gap: float
@@ -57,25 +59,27 @@ class Reference:
         return self.model.lm_head(self._hidden(ids))
 
     def hidden(self, ids: np.ndarray) -> np.ndarray:
-        """int [B, T] -> float32 [B, T, D], behind the last norm."""
+        """int [B, T] -> states float32 [B, T, D] after the last norm."""
         with torch.inference_mode():
             return self._hidden(torch.from_numpy(np.asarray(ids, np.int64))).numpy()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """int [B, T] -> float32 [B, T, V]."""
+        """int [B, T] -> logits float32 [B, T, V]."""
         with torch.inference_mode():
             return self._logits(torch.from_numpy(np.asarray(ids, np.int64))).numpy()
 
     def greedy(self, prompt: Sequence[int], allowed: Allowed, n: int = 64) -> Drawn:
-        """The best of the allowed ids, n times, each from the whole sequence anew."""
+        """Greedy decoding of n allowed ids; every step reads the whole sequence again."""
         return self.guided([list(prompt)], [1.0], allowed, n)
 
     def guided(
         self, prompts: Sequence[Sequence[int]], weights: Sequence[float], allowed: Allowed, n: int = 64
     ) -> Drawn:
-        """Greedy on a weighted sum of logits of several contexts, all of which go on with what is drawn.
+        """Greedy decoding of a weighted sum of the logits of several contexts, which are all extended by the chosen
+        ids.
 
-        Two of weights [s, 1 - s]: classifier-free guidance of scale s. Three of [t, i - t, 1 - i]: of texts and images.
+        Two contexts with weights [s, 1 - s] are classifier-free guidance with scale s. Three with [t, i - t, 1 - i]
+        have scales for texts and images.
         """
         drawn: list[int] = []
         gaps = []
@@ -94,12 +98,13 @@ class Reference:
         return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
     def loss(self, ids: np.ndarray) -> float:
-        """Mean cross-entropy in nats of the T - 1 ids that come after another, over all V."""
+        """Mean cross-entropy, in nats, of the last T - 1 ids, over all V."""
         with torch.inference_mode():
             return float(self._loss(torch.from_numpy(np.asarray(ids, np.int64))))
 
     def fine_tune(self, batches: Sequence[np.ndarray]) -> list[float]:
-        """AdamW a batch int [B, T] each, at a constant rate: the loss before each step. Changes the model."""
+        """Does one AdamW step for each batch int [B, T], at a constant rate. Returns the loss before each step. Changes
+        the model."""
         trained = [(n, p) for n, p in self.model.named_parameters() if "vqmodel" not in n]
         decayed = [p for n, p in trained if p.ndim >= 2 and "norm" not in n]
         others = [p for n, p in trained if p.ndim < 2 or "norm" in n]
@@ -119,7 +124,8 @@ class Reference:
 def settled(
     draw: Callable[[Sequence[int]], Drawn], prompts: Sequence[Sequence[int]], without: Sequence[int] = ()
 ) -> tuple[list[int], Drawn]:
-    """The first prompt whose draw has no near tie and none of the ids `without`. Raises AssertionError if none has."""
+    """The first prompt whose greedy result has no near tie and none of the ids `without`. Raises AssertionError if
+    there is none."""
     for prompt in prompts:
         drawn = draw(prompt)
         if drawn.gap > GAP and not set(without) & set(drawn.ids.tolist()):
@@ -128,7 +134,7 @@ def settled(
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """float [..., V], int [...] -> float32 [...], torch's, each in nats."""
+    """float [..., V], int [...] -> torch's cross-entropies float32 [...], in nats."""
     flat = torch.from_numpy(logits.reshape(-1, logits.shape[-1]))
     loss = torch.nn.functional.cross_entropy(
         flat, torch.from_numpy(targets.reshape(-1).astype(np.int64)), reduction="none"

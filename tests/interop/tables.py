@@ -1,8 +1,9 @@
-"""Published id tables, scaled down: the real names of special tokens in the real order, fewer codes and text pieces.
+"""Published id tables, scaled down: the real names of special tokens in the real order, with fewer codes and text
+pieces.
 
 Each table gives the name of every id and writes the tokenizer's files. Sources: `reference/published_weights.md` §2.2
-and §3; the order of Chameleon's is its text_tokenizer.json, Emu3's its tokenizer and emu3_vision_tokens.txt, Qwen's and
-Gemma's their tokenizer.json.
+and §3; the order comes from Chameleon's text_tokenizer.json, Emu3's tokenizer and emu3_vision_tokens.txt, and the
+tokenizer.json of Qwen and Gemma.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Pairs that byte pair encoding joins, in order: few, so that most texts still meet single bytes.
+# Pairs that byte pair encoding joins, in order. They are few, so that most texts still have single bytes.
 MERGES = ["t h", "th e", "e r", "i n", "a n", "o n", "r e", "Ġ t", "Ġ a", "Ġ the", "in g", "Ġ c", "Ġc i", "an d", "l l"]
 SENTENCES = ["the red circle and the blue square", "a small thing on the ceiling", "there and then, in colour"]
 
 
 def byte_letters() -> dict[int, str]:
-    """The letter of each byte in byte-level BPE, in the order of published tables: "!" is 0, "*" 9, "0" 15."""
+    """The letter of each byte in byte-level BPE, in the order of published tables: "!" is 0, "*" is 9, "0" is 15."""
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in shown]
     return {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
 
 
 def text_pieces() -> list[str]:
-    """256 bytes, then what the merges make."""
+    """256 bytes, then the results of merges."""
     return [*byte_letters().values(), *(pair.replace(" ", "") for pair in MERGES)]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Names of the ids 0..V-1; `special` are those no text is spelled with. `size` may be more: ids without a name."""
+    """Names of the ids 0..V-1; text never becomes one of `special`. `size` may be larger, if there are ids without a
+    name."""
 
     names: tuple[str, ...]
     special: frozenset[str]
@@ -43,7 +45,7 @@ class Table:
         return self.names.index(name)
 
     def ids(self, prefix: str) -> list[int]:
-        """Of the special names that begin so, ascending."""
+        """The special names that begin with `begin`, ascending."""
         return [i for i, name in enumerate(self.names) if name in self.special and name.startswith(prefix)]
 
     @property
@@ -63,7 +65,7 @@ class Table:
         )
 
     def split(self, normalizer: dict[str, Any] | None = None) -> dict[str, Any]:
-        """tokenizer.json as Qwen's and Llama 3's: words and single digits are told apart first."""
+        """tokenizer.json like Qwen's and Llama 3's, which first cut text into words and single digits."""
         words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
         stages = [
             {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
@@ -73,7 +75,7 @@ class Table:
         return self._file({"type": "Sequence", "pretokenizers": stages}, decoder, MERGES, normalizer)
 
     def byte_fallback(self) -> dict[str, Any]:
-        """tokenizer.json as Gemma's: spaces are letters, bytes stand in where there is no piece."""
+        """tokenizer.json like Gemma's: spaces are letters, and characters without a piece become bytes."""
         decoder = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"},
@@ -110,21 +112,21 @@ class Table:
 
 
 def _table(names: list[str], text: list[str], size: int = 0) -> Table:
-    """size: V of the model, if it has ids beyond those with names."""
+    """size: the model's V, if it has ids without names."""
     return Table(tuple(names), frozenset(names) - frozenset(text), size or len(names))
 
 
 def code_name(code: int) -> str:
-    """Of an image code in Chameleon's table: its decimal digits as letters, A for 0."""
+    """The name of an image code in Chameleon's table: its decimal digits as letters, A for 0."""
     return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
 
 
 def chameleon(codes: int = 64, placeholder: str = "<image>") -> Table:
-    """Chameleon's, Anole's and Lumina-mGPT 1's; in Meta's file the placeholder is <reserved08707>.
+    """The table of Chameleon, Anole and Lumina-mGPT 1; in Meta's file the placeholder is <reserved08707>.
 
-    Reserved names are a few of the real ones, sizes up to 8 (256 pixels) among them.
+    Reserved names are a few of the real ones, including sizes up to 8 (256 pixels).
     """
-    numbers = [*range(8194, 8203), 8705, 8706]  # V is then a multiple of Meta's four shards
+    numbers = [*range(8194, 8203), 8705, 8706]  # so that V is a multiple of Meta's four shards
     reserved = [f"<reserved{n:05}>" for n in numbers] + [placeholder, "<reserved08798>", "<reserved08799>"]
     reserved += [f"<reserved{n:05}>" for n in range(8800, 8809)]
     special = ["<s>", "<pad>", "</s>", "<unk>", *map(code_name, range(codes)), "<eoss>", "<racm3:break>", *reserved]
@@ -132,7 +134,7 @@ def chameleon(codes: int = 64, placeholder: str = "<image>") -> Table:
 
 
 def emu3(codes: int = 64, placeholder: str = "<|extra_0|>") -> Table:
-    """Emu3's and Emu3.5's; in transformers' port <|extra_0|> is called <image>."""
+    """The table of Emu3 and Emu3.5; in transformers' port <|extra_0|> is called <image>."""
     head = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", placeholder, *(f"<|extra_{i}|>" for i in range(1, 205))]
     marks = ["<|image token|>", "<|image start|>", "<|image end|>"]
     visual = [f"<|visual token {code:06}|>" for code in range(codes)]
@@ -140,7 +142,7 @@ def emu3(codes: int = 64, placeholder: str = "<|extra_0|>") -> Table:
 
 
 def qwen(gap: int = 5) -> Table:
-    """Qwen2's and Qwen3's: three special names behind the text, and ids without a name up to V."""
+    """The table of Qwen2 and Qwen3: three special names after the text, and ids without a name up to V."""
     names = [*text_pieces(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return _table(names, text_pieces(), len(names) + gap)
 
@@ -149,20 +151,21 @@ _QWEN_2_5 = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>", "<|fi
 
 
 def simplear(codes: int = 64) -> Table:
-    """SimpleAR's: Qwen2.5's, seven names of its own, and codes without names."""
+    """The table of SimpleAR: Qwen2.5's, seven names of its own, and codes without names."""
     own = [f"<|{name}|>" for name in ("t2i", "i2t", "soi", "vtokens", "t2v", "v2t", "sov")]
     names = [*text_pieces(), *_QWEN_2_5, *own]
     return _table(names, text_pieces(), len(names) + codes)
 
 
 def tar(codes: int = 96) -> Table:
-    """Tar's: Qwen2.5's, marks, scales and codes, all with names."""
+    """The table of Tar: Qwen2.5's, then marks, scales and codes, all with names."""
     own = ["<im_start>", "<im_end>", *(f"<S{n}>" for n in range(3)), *(f"<I{code}>" for code in range(codes))]
     return _table([*text_pieces(), *_QWEN_2_5, *own], text_pieces())
 
 
 def lumina_2(codes: int = 64) -> Table:
-    """Lumina-mGPT 2.0's: Qwen's text, then Chameleon's names of controls and sizes, a gap, and the codes last."""
+    """The table of Lumina-mGPT 2.0: Qwen's text, then Chameleon's names of controls and sizes, a gap, and at the end
+    the codes."""
     reserved = ["<reserved08706>", "<reserved08707>", "<reserved08798>", "<reserved08799>"]
     sizes = [f"<reserved{n:05}>" for n in range(8800, 8809)]
     head = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<racm3:break>", "<eoss>"]
@@ -172,13 +175,14 @@ def lumina_2(codes: int = 64) -> Table:
 
 
 def llama() -> Table:
-    """Llama 3's: special names behind the text."""
+    """The table of Llama 3: special names after the text."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
     return _table([*text_pieces(), *special], text_pieces())
 
 
 def gemma(codes: int = 0) -> Table:
-    """Gemma's, and with codes behind it Liquid's, whose boi, eoi and <unconditional> are <unused0>, 1 and 2."""
+    """The table of Gemma, and with codes after it Liquid's, in which boi, eoi and <unconditional> are <unused0>, 1 and
+    2."""
     head = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(6))]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = [*map(chr, range(ord("!"), ord("~") + 1)), "▁"]
@@ -188,7 +192,7 @@ def gemma(codes: int = 0) -> Table:
 
 
 def sentencepiece_model(vocab: int = 320) -> bytes:
-    """tokenizer.model as Llama's: <unk> <s> </s>, bytes, pieces; a space is put in front of every text."""
+    """tokenizer.model like Llama's: <unk> <s> </s>, bytes, pieces; it puts a space before every text."""
     import sentencepiece
 
     out = io.BytesIO()
@@ -201,7 +205,7 @@ def sentencepiece_model(vocab: int = 320) -> bytes:
 
 
 def write_json(folder: Path, **files: Any) -> None:
-    """files: contents by name without .json."""
+    """files: contents by name, without .json."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""SimpleAR and Tar: language models whose image tokenizers are not imported, so that images are codes, in and out."""
+"""SimpleAR and Tar: language models without imported image tokenizers, so images are codes in requests and answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ SENTENCES = ["the red circle", "a small thing on the ceiling"]
 
 
 def qwen2(folder: Path, table: Table, *, named: bool = True) -> Path:
-    """A Qwen2 of a table's ids. named: its tokenizer.json has all names; else those after Qwen2.5's stand beside it."""
+    """A Qwen2 with a table's ids. named: its tokenizer.json has all names; otherwise a file beside it has the names
+    after Qwen2.5's."""
     sizes = Sizes(table.size)
     widths = {"q": sizes.N * sizes.H, "k": sizes.K * sizes.H, "v": sizes.K * sizes.H}
     biases = {
@@ -57,7 +58,7 @@ def run(*argv: object) -> int:
 
 @pytest.fixture(scope="module")
 def simplear(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a download, with its bundle in it."""
+    """A download's folder that contains its bundle."""
     folder = qwen2(tmp_path_factory.mktemp("simplear"), tables.simplear(), named=False)
     assert run("import", "--from", folder, "--as", "simplear", "--size", "4x4", "--output", folder / "bundle") == 0
     return folder
@@ -83,7 +84,7 @@ def test_codes_are_the_ids_behind_the_last_name(simplear: Path) -> None:
 
 
 def test_two_files_that_say_different_ids_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Else codes would begin elsewhere, which no shape shows."""
+    """Otherwise codes would begin at another id, and no shape would show it."""
     folder = qwen2(tmp_path / "download", tables.simplear(), named=False)
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer.json").rename(folder / "tokenizer" / "tokenizer.json")
@@ -116,7 +117,7 @@ def test_a_scale_is_the_size_that_was_asked_for(tar: Path, tmp_path: Path, capsy
 
 
 def test_tar_talks_in_qwens_frames(tar: Path) -> None:
-    """As `apply_chat_template` writes messages, and the answer to them; spelled marks stay text."""
+    """Messages and the answer are as `apply_chat_template` writes them; spelled marks stay text."""
     model, table = ar_unified.load(tar / "bundle", max_length=256), tables.tar()
     opens, closes = table.id("<|im_start|>"), table.id("<|im_end|>")
 
@@ -142,7 +143,7 @@ def test_tar_talks_in_qwens_frames(tar: Path) -> None:
 
 @pytest.mark.parametrize("name", ["<|soi|>", "<I5>", "<im_start>", "<|im_start|>"])
 def test_no_text_is_spelled_with_a_name(name: str, simplear: Path, tar: Path) -> None:
-    """Tar's tokenizer calls its codes no special tokens."""
+    """Tar's tokenizer does not mark its codes as special tokens."""
     for folder in (simplear, tar):
         model = ar_unified.load(folder / "bundle")
         ids = model.grammar.text_codec.encode(f"a {name} b")

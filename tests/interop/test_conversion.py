@@ -1,4 +1,4 @@
-"""Converting pickles to safetensors: nothing in them is executed, and everything that is not needed for tensors is
+"""Converting pickles to safetensors. Nothing in them is executed, and everything that tensors do not need is
 refused."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ W = RNG.normal(size=(4, 6)).astype(np.float32)
 
 
 class Named:
-    """Pickled as a global of any module, whether the module exists or not."""
+    """Is pickled as a global of any module, even of one that does not exist."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -45,7 +45,7 @@ _PYTHONS: Any = pickle._Pickler
 
 
 class Pickler(_PYTHONS):
-    """Python's own, which also writes names that are not there, and storages as torch does."""
+    """Python's pickler, which also writes names that do not exist, and writes storages like torch."""
 
     def persistent_id(self, value):
         return value.id if isinstance(value, Id) else None
@@ -161,7 +161,7 @@ def test_a_folder_keeps_its_form_and_what_is_beside(tmp_path, capsys):
 
 
 class Runs:
-    """What an evil file has: a call, made when it is unpickled."""
+    """A call that is made when the file is unpickled, as in a malicious file."""
 
     def __init__(self, call, *arguments):
         self.call, self.arguments = call, arguments
@@ -171,7 +171,7 @@ class Runs:
 
 
 def dotted(canary):
-    """pickle's STACK_GLOBAL of a name with dots, which getattr would follow."""
+    """pickle's STACK_GLOBAL with a name with dots, which getattr would follow."""
     name = (
         pickle.SHORT_BINUNICODE + b"\x05numpy" + pickle.SHORT_BINUNICODE + b"\x10ndarray.__base__" + pickle.STACK_GLOBAL
     )

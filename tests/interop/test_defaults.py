@@ -1,6 +1,6 @@
-"""The published sampling settings of a system are its bundle's defaults, and act as if a request had set them.
+"""The published sampling settings of a system are its bundle's defaults, and work as if a request had set them.
 
-LWM and Lumina-mGPT 2.0 are asked in test_systems, which has their files.
+test_systems tests LWM and Lumina-mGPT 2.0, because it has their files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.interop import formats, tables
 from tests.language import transcriptions
 
 QUALITY = "lowres, bad anatomy, "  # how Emu3's negative prompt begins
-PRAISE = " masterpiece, film grained, best quality."  # and what stands behind each of Emu3-Gen's prompts
+PRAISE = " masterpiece, film grained, best quality."  # and the text after each of Emu3-Gen's prompts
 DEFAULTS: dict[str, dict[str, Any]] = {
     "chameleon": {
         "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi", "repetition_penalty": 1.2,
@@ -47,12 +47,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "liquid": {"guidance": 7.0, "context": "empty_prompt", "image": Filter(0.99, 4096, 0.96)},
 }  # fmt: skip
-_EMU3 = ("emu3", "emu3_gen")  # whose files transformers writes
+_EMU3 = ("emu3", "emu3_gen")  # transformers writes their files
 _SYSTEMS = [pytest.param(name, marks=pytest.mark.interop) if name in _EMU3 else name for name in DEFAULTS]
 
 
 def files_of(system: str, folder: Path) -> list[Path | str]:
-    """A tiny download, and what `import` is told of it."""
+    """A tiny download, and the arguments of its import."""
     if system in ("chameleon", "anole"):
         formats.meta(folder, count=1)
         beside = ["--text", folder / "tokenizer", "--image", folder / "tokenizer" / "vqgan.safetensors"]
@@ -133,7 +133,8 @@ def test_a_batch_of_openais_has_them_too(bundle: Callable[[str], Path], tmp_path
 
 
 def test_chameleons_two_scales_compare_what_its_own_sampler_compares(bundle: Callable[[str], Path]) -> None:
-    """chameleon.py: the prompt; its image codes with <s> and both ends of images, no end of turn; <s> and an image."""
+    """The contexts of chameleon.py: the prompt; its image codes with <s> and both ends of images but no end of turn;
+    <s> and an image."""
     model = model_of(bundle("chameleon"))
     v, codes = model.vocabulary, np.arange(64, dtype=np.int32).reshape(8, 8)
     shown = model.grammar.image(codes)
@@ -166,8 +167,8 @@ def test_emu3_compares_with_its_negative_prompt_in_the_place_of_the_prompt(bundl
 
 @pytest.mark.interop
 def test_emu3_gen_is_asked_as_its_authors_do_with_no_option(bundle: Callable[[str], Path]) -> None:
-    """image_generation.py: BOS, the prompt and the words of praise, the image's beginning; the same with the negative
-    prompt, which nothing stands behind."""
+    """The contexts of image_generation.py: BOS, the prompt, the words of praise and the beginning of an image; the same
+    with the negative prompt, without words after it."""
     model = model_of(bundle("emu3_gen"))
     table, size = tables.emu3(), 8 * model.image_tokenizer.factor
     text = model.grammar.text_codec.encode
@@ -180,7 +181,7 @@ def test_emu3_gen_is_asked_as_its_authors_do_with_no_option(bundle: Callable[[st
             for prompt in ("a red circle." + PRAISE, asked.negative_prompt)
         ]
     plan = model.engine.plan(asked)
-    # The ids that open an image are fed as the first drawn ids.
+    # The ids that begin an image are fed as the first drawn ids.
     found = [model.ids.theirs(np.append(plan.prompt, plan.given)).tolist(), model.ids.theirs(plan.prefixes[1]).tolist()]
     assert found == expected and plan.weights == [3.0, -2.0]
     exact = model.request("a red circle.", mode="image", seed=0, image_size=size, turn=False)
@@ -233,7 +234,7 @@ def test_a_choice_goes_before_what_the_config_says(
 def test_they_draw_what_the_same_said_by_hand_draws(
     system: str, by_hand: dict[str, Any], without: dict[str, Any], bundle: Callable[[str], Path]
 ) -> None:
-    """Likeliest codes, so that what differs is the logits alone."""
+    """Greedy codes, so that only the logits can differ."""
     model = model_of(bundle(system))
     if system == "emu3":
         by_hand = by_hand | {"negative_prompt": Bundle(bundle(system)).sections["sampling"]["negative_prompt"]}

@@ -1,4 +1,5 @@
-"""A published language model that has learned images here, back in its published form, as transformers reads it."""
+"""A published language model that has learned images here is exported to its published form, and transformers reads
+it."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def test_an_adapter_beside_it_has_its_new_rows_with_it_and_peft_reads_both(publi
     oracle = reference.load(tmp_path / "hf")
     size = oracle.model.config.vocab_size
     old = reference.load(theirs).model
-    old.resize_token_embeddings(size)  # as who has the language model alone makes room
+    old.resize_token_embeddings(size)  # as a user of only the language model adds rows
     merged = ar_unified.load(tmp_path / "merged", dtype="float32")
     served = ar_unified.load(tmp_path / "base", dtype="float32", adapters={"mine": tmp_path / "adapter"})
     ids = np.stack([ids_for(size, 1, 6)[0], np.arange(size - 6, size)])

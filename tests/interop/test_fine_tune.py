@@ -1,4 +1,4 @@
-"""experiments/published/fine_tune.py takes an imported model's shape and its system's recipe."""
+"""experiments/published/fine_tune.py uses an imported model's shape and its system's recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes in config.json: old and new spellings mean the same, and unsupported features are refused by their key."""
+"""Shapes in config.json: old and new spellings mean the same, and an unsupported feature is refused by its key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Published tables of true size, by the names of their tokens: the meaning of each id, and wrong names are refused.
+"""Published tables of full size, by the names of their tokens: each id has the right meaning, and wrong names are
+refused.
 
 The ids are those of the published tokenizers (Chameleon's text_tokenizer.json, Emu3's tiktoken and vision tokens).
 """
@@ -81,7 +82,7 @@ def test_emu3_5s_table() -> None:
 
 
 def lumina_2_names() -> dict[str, int]:
-    """Qwen's, and Lumina-mGPT 2.0's from 151665 on; where <reserved08706> stands among them is a guess."""
+    """Qwen's names, and Lumina-mGPT 2.0's from 151665 on; the place of <reserved08706> among them is a guess."""
     qwen = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
     marks = {"<racm3:break>": 151665, "<eoss>": 151666, "<reserved08706>": 151668, "<reserved08799>": 151670}
     return qwen | marks | {f"<reserved{8800 + n:05}>": 151671 + n for n in range(1, 97)}
@@ -113,7 +114,7 @@ def test_lwms_tables_are_one() -> None:
     assert found.vocabulary.used == found.border.size == 40448 and found.vocabulary.rest == 254
     marks = {"pad": 0, "bos": 1, "eos": 2, "eof": 32000 + 8192, "eov": 32000 + 8193}
     assert {name: published(found, name) for name in marks} == marks and codes(found) == (32000, 32000 + 8191)
-    text = found.vocabulary.control("eof")  # ids of text come first here too, so that each side is a run
+    text = found.vocabulary.control("eof")  # text ids come first here too, so that each modality is one range
     assert (found.border.theirs[:text] < 32000).all() and (found.border.theirs[text:] >= 32000).all()
     assert (
         found.layout.split(found.vocabulary, "by_side") == text

@@ -1,4 +1,5 @@
-"""Image tokenizers alone: `import` makes the folder of a trained one, `export` gives the published file back.
+"""Separate image tokenizers: `import` makes a folder like that of a trained one, `export` writes the published file
+again.
 
 What is imported has the parameters and the network with which tests/tokenizers (test_published_image.py, test_movq.py)
 compute what the originals do.
@@ -78,7 +79,7 @@ def run(*argv: object) -> int:
 
 
 def download(folder: Path, system: str, patch: pytest.MonkeyPatch, **more: np.ndarray) -> tuple[Path, File]:
-    """The folder as it is published, with tensors `more`; the few sizes of which there is one become tiny."""
+    """The folder as it is published, with additional tensors `more`. Sizes that are fixed in our code become tiny."""
     file = FILES[system]()
     folder.mkdir()
     save_file(file.tensors | more, folder / "vq.safetensors")
@@ -114,7 +115,8 @@ def test_it_is_what_computes_as_the_original_does_and_comes_back(
 def test_a_tokenizer_in_a_models_file_of_two_precisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The tokenizer's tensors are exported with their dtypes; those of the language model are named as left out."""
+    """The tokenizer's tensors are exported with their dtypes, and a message says that those of the language model are
+    left out."""
     folder, file = download(tmp_path / "download", "janus_vq", monkeypatch)
     own = {f"gen_vision_model.{name}": x.astype(ml_dtypes.bfloat16) for name, x in file.tensors.items()}
     used = "gen_vision_model.quantize.codebook_used"
@@ -127,7 +129,7 @@ def test_a_tokenizer_in_a_models_file_of_two_precisions(
 
 
 def test_one_dialect_becomes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Janus' original as transformers has it, whose importer then makes the same tokenizer of it."""
+    """Janus' original file in transformers' form gives the same tokenizer after an import."""
     folder, _ = download(tmp_path / "download", "janus_vq", monkeypatch)
     assert run("import", "--from", folder, "--as", "janus_vq", "--output", tmp_path / "made") == 0
     assert run("export", "--from", tmp_path / "made", "--to", "janus_hf", "--output", tmp_path / "port") == 0

@@ -1,4 +1,4 @@
-"""The files that experiments/benchmarks/import_memory.py makes at real size, made small."""
+"""Small versions of the files that experiments/benchmarks/import_memory.py makes at real size."""
 
 from __future__ import annotations
 

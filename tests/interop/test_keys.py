@@ -1,4 +1,4 @@
-"""Names, axis order and RoPE order of published tensors: to ours and back, and their meaning."""
+"""Names, axis order and RoPE order of published tensors: conversion to ours and back, and their meaning."""
 
 from __future__ import annotations
 

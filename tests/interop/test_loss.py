@@ -1,4 +1,5 @@
-"""The loss against torch's cross-entropy at an odd number of ids: over all of them, and over each side's own."""
+"""The loss equals torch's cross-entropy with an odd number of ids: with one softmax over all ids, and with one per
+modality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards of Meta's checkpoints are joined and split again, and compared with a plain implementation of the rules."""
+"""Shards of Meta's checkpoints are joined and divided again, and compared with a plain implementation of the rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ NORMS = {f"layers.0.attention.{side}_normalization.{kind}": r(4, H) for side in 
 
 
 def shards(S, fused=False):
-    """File r: rows r of S of what is cut by rows, columns r of S of what is cut by columns; the rest whole."""
+    """File r of S: the r-th rows of tensors that are divided by rows, the r-th columns of tensors divided by columns;
+    others are whole."""
     files = []
     for i in range(S):
         rows = lambda a, i=i: a[i * len(a) // S : (i + 1) * len(a) // S]  # noqa: E731
@@ -106,7 +107,7 @@ BROKEN = {
     "another shape": (lambda f: f[1].update({"output.weight": r(5, D)}), r"file 2 of 2: expected F32 \[6, 16\]"),
     "alone and fused": (
         lambda f: [e.update({"layers.0.attention.wqkv.weight": r(32, D)}) for e in f],
-        "alone and fused",
+        "both separate and fused",
     ),
     "rows that heads do not share": (
         lambda f: [e.update({"layers.1.attention.wqkv.weight": r(33, D)}) for e in f],

@@ -1,4 +1,4 @@
-"""A model of our own, exported: transformers computes the same logits, and its tokenizer gives the same ids."""
+"""Our own model is exported. transformers computes the same logits, and its tokenizer gives the same ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import bundles
 
 
 def exported(tmp_path: Path, layout: str = "grid") -> tuple[Path, Path]:
-    params = bundles.parts(layout)["params"]  # whose matrices are six times as large as most
+    params = bundles.parts(layout)["params"]  # matrices are six times as large as usual
     bundles.write(tmp_path / "bundle", layout, params=jax.tree.map(lambda p: p / 6 if p.ndim > 1 else p, params))
     assert main(["export", "--from", str(tmp_path / "bundle"), "--to", "hf", "--output", str(tmp_path / "out")]) == 0
     return tmp_path / "bundle", tmp_path / "out"

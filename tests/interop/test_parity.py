@@ -1,7 +1,7 @@
-"""Imported models against the reference implementations on the same published files, and back.
+"""Imported models are compared with the reference implementations on the same published files, and exported again.
 
-Tolerances are those of `reference/published_weights.md` §7, at least four times what the references differ by among
-themselves. All tests use the verbs and `ar_unified.load`, as a user does.
+Tolerances are those of `reference/published_weights.md` §7, at least four times the difference between references. All
+tests use the verbs and `ar_unified.load`, as a user does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.interop.tables import Table  # noqa: E402
 from tests.interop.weights import interleaved as neighbours  # noqa: E402
 
 LOGITS, RELATIVE, HIDDEN, TUNED = 5e-5, 1e-5, 2e-5, 5e-5
-WRONG = 1000 * LOGITS  # the smallest error that a mistake of layout causes
+WRONG = 1000 * LOGITS  # the smallest error that a wrong layout causes
 GREEDY = Filter(temperature=0.0)
 
 
@@ -44,13 +44,13 @@ class Case:
 
     Attributes:
         system: `--as`. make, args, settings: the maker's call. table: the ids.
-        begin: name of what a text begins with, where a published table has one.
+        begin: the name of the token that begins a text, if the table has one.
         oracle: "": the class of config.json; "twin": the folder of transformers' names; else a class.
-        to: `--to`. at: where the weights lie in the folder. more: further arguments of the import, {} the folder.
-        picture: names between the prompt and the first code. codes: beginning of their names, "": they have none.
-        row_end: name behind each row of 8 codes, "" for none; between: but the last.
+        to: `--to`. at: where the weights are in the folder. more: further arguments of the import, {} is the folder.
+        picture: names between the prompt and the first code. codes: the beginning of code names, "" if they have none.
+        row_end: the name after each row of 8 codes, "" for none; between: not after the last row.
         vision: the maker of the image tokenizer's folder, {vision} in `more`, and its settings.
-        context: what guidance compares with, and `apart` the names that stand there before the picture's.
+        context: what guidance compares with; `apart`: names that stand there before the picture's.
     """
 
     system: str
@@ -149,7 +149,7 @@ DRAWING = [
     "simplear",
     "tar",
 ]
-# Of each system, and of each way that a system's transformer computes.
+# One case for each system, and for each variant of its transformer.
 TUNED_HERE = [*DRAWING, "llama_tied", "llama3", "qwen2", "qwen3", "gemma"]
 EXPORTED = [name for name, case in CASES.items() if case.to == "hf"]
 
@@ -164,7 +164,7 @@ def import_as(system: str, folder: Path, bundle: Path, *more: str) -> None:
 
 @pytest.fixture(scope="session")
 def bundles(published, tmp_path_factory):
-    """bundles(case): the folder that the import of its published one wrote; `edit` changes the files before."""
+    """bundles(case): the folder of the imported bundle; `edit` changes the published files before the import."""
     made: dict[Any, Path] = {}
 
     def get(case: Case, edit: Callable[[Path], None] | None = None) -> Path:
@@ -186,7 +186,7 @@ def bundles(published, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(bundles):
-    """models(case): the imported model and our ids of all of theirs, by their id."""
+    """models(case): the imported model, and our id for each published id."""
     made: dict[Any, tuple[Any, np.ndarray]] = {}
 
     def get(case: Case) -> tuple[Any, np.ndarray]:
@@ -217,12 +217,12 @@ def width(oracle: reference.Reference) -> int:
 
 
 def control(model: Any, name: str) -> int:
-    """Their id of a control of ours."""
+    """The published id of one of our controls."""
     return int(model.ids.theirs(np.array([model.vocabulary.control(name)]))[0])
 
 
 def prompts_of(case: Case, model: Any, count: int = 12) -> list[list[int]]:
-    """Texts of six random pieces behind what begins a document, in their ids."""
+    """Texts of six random pieces after the beginning of a document, in published ids."""
     table, record = case.table(), model.grammar.layout.record
     begin = control(model, record.begin)
     assert not case.begin or table.id(case.begin) == begin
@@ -230,7 +230,7 @@ def prompts_of(case: Case, model: Any, count: int = 12) -> list[list[int]]:
 
 
 def sampled(model: Any, ours: np.ndarray, prompt: Sequence[int], n: int, **settings: Any) -> np.ndarray:
-    """The first n ids that our sampler draws after a published prompt, with the cache, as published ids."""
+    """The first n ids that our sampler draws, with its cache, after a published prompt; as published ids."""
     request = Request(
         "r", (TokensPart(tuple(ours[list(prompt)].tolist())),), turn=False, text=GREEDY, image=GREEDY, **settings
     )
@@ -270,7 +270,7 @@ def test_sixty_four_greedy_words_are_the_references(name, models, oracles):
 
 
 def picture(case: Case) -> tuple[list[int], Callable[[int], Sequence[int]], int]:
-    """Ids that begin a picture of 8 x 8 codes, what may come at each step, and how many steps there are."""
+    """The ids that begin a picture of 8 x 8 codes, the allowed ids of each step, and the number of steps."""
     table = case.table()
     codes = table.ids(case.codes) if case.codes else range(len(table.names), table.size)
     if not case.row_end:
@@ -282,7 +282,7 @@ def picture(case: Case) -> tuple[list[int], Callable[[int], Sequence[int]], int]
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_greedy_picture_is_the_references(name, guidance, models, oracles):
-    """Sixty-four codes and the ends of their rows; with guidance as a loop over both contexts."""
+    """Sixty-four codes and the ends of their rows, with guidance compared to a loop over both contexts."""
     case = CASES[name]
     (model, ours), oracle, table = models(case), oracles(case), case.table()
     begun, allowed, steps = picture(case)
@@ -299,7 +299,8 @@ def test_a_greedy_picture_is_the_references(name, guidance, models, oracles):
 
 
 def test_a_picture_changed_with_two_scales_is_the_references(models, oracles):
-    """Chameleon's: text 3.0 and images 1.2 over nothing, which are weights 3, -1.8 and -0.2 of the three contexts."""
+    """Chameleon's guidance: scales 3.0 for text and 1.2 for images are weights 3, -1.8 and -0.2 of the three
+    contexts."""
     case = CASES["chameleon"]
     (model, ours), oracle, table = models(case), oracles(case), case.table()
     codes, boi, eoi = table.ids("IMGIMG"), table.id("<racm3:break>"), table.id("<eoss>")
@@ -336,7 +337,7 @@ def test_what_comes_back_is_bit_for_bit_what_came(name, dtype, published, bundle
     ],
 )
 def test_what_comes_back_is_read_by_transformers(name, bundles, oracles, tmp_path):
-    """`load` asserts that nothing is missing, unexpected or of another shape."""
+    """`load` asserts that no tensor is missing, unexpected or of another shape."""
     case = CASES[name]
     run("export", "--from", bundles(case), "--to", "hf", "--output", tmp_path / "out")
     ids = np.random.default_rng(1).integers(0, width(oracles(case)), (2, 24))
@@ -361,7 +362,7 @@ def test_twenty_steps_of_fine_tuning_are_torchs(name, models, published):
     case = CASES[name]
     model, ours = models(case)
     folder = published(case.make, *case.args, twin=case.oracle == "twin", **case.settings)
-    oracle = reference.load(folder, None if case.oracle in ("", "twin") else case.oracle)  # one of its own: it changes
+    oracle = reference.load(folder, None if case.oracle in ("", "twin") else case.oracle)  # its own folder
     table = case.table()
     learned = [*table.text, *(table.ids(case.codes) if case.codes else ())]
     batches = np.random.default_rng(6).choice(learned, (reference.STEPS, 4, 32))
@@ -371,7 +372,8 @@ def test_twenty_steps_of_fine_tuning_are_torchs(name, models, published):
 
 
 def test_images_become_the_references_codes(models, oracles):
-    """Chameleon's encoder alone: the published file has no decoder. Codes may differ only where two were as near."""
+    """Only Chameleon's encoder, because the published file has no decoder. Codes may differ only where two are equally
+    near."""
     (model, _), oracle = models(CASES["chameleon"]), oracles(CASES["chameleon"])
     pixels = np.round((make.pictures(count=4) + 1) * 127.5).astype(np.uint8)
     with torch.inference_mode():
@@ -424,7 +426,7 @@ def heads_as_neighbours(folder: Path) -> None:
 
 @pytest.mark.parametrize("edit", [swin_flipped, first_rows, norms_as_neighbours, heads_as_neighbours])
 def test_a_wrong_layout_is_a_thousand_tolerances_off(edit, bundles, models, oracles):
-    """Mistakes that do not change shapes: with any of them, the tests above would fail."""
+    """Mistakes that do not change shapes. With any of them, the tests above would fail."""
     case = CASES["chameleon"]
     _, ours = models(case)
     wrong = ar_unified.load(bundles(case, edit), dtype="float32")

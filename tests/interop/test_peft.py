@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote give transformers' logits here, and ours give them there; needs PEFT."""
+"""PEFT's adapters give transformers' logits here, and our adapters give our logits there; needs PEFT."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def same_logits(folder: Path, ids: np.ndarray, size: int, changed: Sequence[int], **wrapped: Any) -> None:
-    """With each adapter, a folder of that name in `folder`, the bundle there has the logits of PEFT's wrapped model,
-    in which the ids `changed` differ from the published model's; without an adapter it has the latter's."""
+    """With each adapter (a folder of that name in `folder`), the bundle in `folder` has the logits of PEFT's wrapped
+    model. Only the ids `changed` may differ from the published model. Without an adapter, the bundle has the published
+    model's logits."""
     model = ar_unified.load(folder / "bundle", dtype="float32", adapters={name: folder / name for name in wrapped})
     columns = np.asarray(model.ids.ours(np.arange(size)))
     base = reference.load(folder / "published").logits(ids)[..., :size]
@@ -90,7 +91,8 @@ def test_an_adapter_is_the_same_there_and_here(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind, system, tied", [("llama", "llama", False), ("gemma", "gemma", True)])
 def test_rows_of_ids_are_the_same_there_and_here(kind: str, system: str, tied: bool, tmp_path: Path) -> None:
-    """Values in the place of some rows of the embedding and the head; of ids that were there, which is the same."""
+    """New values for some rows of the embedding and of the head. They belong to existing ids, which PEFT treats like
+    new ones."""
     published, size = make.causal(tmp_path / "published", kind), CASES[kind][2]().size
     import_as(system, published, tmp_path / "bundle")
     bundle = Bundle(tmp_path / "bundle")

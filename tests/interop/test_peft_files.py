@@ -1,4 +1,4 @@
-"""PEFT's form without PEFT: there and back, in transformers' names, and what is refused by name."""
+"""PEFT's form without PEFT: writing and reading, transformers' names, and refusals by name."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_rows_of_ids_are_written_as_peft_has_them_and_read(bundle, tmp_path) -> 
     assert found.vocabulary == "its language" and found.matrices.keys() == set(LORA.matrices)
     assert {name: rows.ids.tolist() for name, rows in found.rows.items()} == {"embedding": [3, 7], "head": [9]}
     np.testing.assert_array_equal(found.rows["embedding"].values, ROWS["embedding"].values)
-    change(tmp_path / "a", trainable_token_indices={"embed_tokens": [7, 3], "lm_head": [9]})  # as PEFT: in any order
+    change(tmp_path / "a", trainable_token_indices={"embed_tokens": [7, 3], "lm_head": [9]})  # in any order, like PEFT
     turned = peft.read(tmp_path / "a", bundle.config).rows["embedding"]
     np.testing.assert_array_equal(turned.values, ROWS["embedding"].values[::-1])
     tied = dataclasses.replace(bundle.config, tie_embeddings=True)
@@ -138,7 +138,7 @@ def test_an_adapter_of_another_model_is_refused(bundle, folder, tmp_path) -> Non
         peft.read(folder, wider)
     other = bundles.write(tmp_path / "other", layout="rows")
     with pytest.raises(
-        UserError, match=rf"trained on bundle {bundle.hash[:12]}.* another model than this, {other.hash[:12]}"
+        UserError, match=rf"trained on bundle {bundle.hash[:12]}.* not on this model, {other.hash[:12]}"
     ):
         peft.read(folder, bundle.config, other.hash)
     with pytest.raises(UserError, match=r"adapter 'b': .*adapter: it was trained on bundle"):

@@ -1,7 +1,7 @@
-"""Chameleon and Emu3 with the files of their own processors: pixels in, answer out; text in, pixels out.
+"""Chameleon and Emu3 with the files of their own processors: answers to images, and images for texts.
 
-transformers' processors make the ids and the pixel values, its models the codes and the answers, one request at a
-time; ours serves all of them in one batch.
+transformers' processors make the ids and the pixel values, and its models the codes and the answers, one request at a
+time. Ours serves all requests in one batch.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from tests.interop.weights import draw, taming_shapes  # noqa: E402
 from tests.tokenizers import vqgan_transcription as original  # noqa: E402
 
 GREEDY = Filter(temperature=0.0)
-THEIRS = 0.0078  # by which transformers' Chameleon multiplies a pixel, where Meta divides by 127.5
+THEIRS = 0.0078  # transformers' factor for pixels; Meta divides by 127.5
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3] of blocks, with an edge in each row and column that filters tell apart."""
+    """uint8 [height, width, 3] of blocks. Every row and column has an edge, which shows differences of filters."""
     blocks = np.random.default_rng(seed).integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
     return blocks.repeat(4, 0).repeat(4, 1)[:height, :width]
 
@@ -52,7 +52,8 @@ def chameleons(folder: Path, **changes: Any) -> Any:
 
 
 def test_chameleons_pixels_are_its_processors_but_for_a_factor(published) -> None:
-    """Of a square image the same 8-bit pixels, Lanczos. Their values differ by what 0.0078 is not 1 / 127.5."""
+    """A square image gives the same 8-bit pixels (Lanczos). Their values differ only because 0.0078 is not 1 /
+    127.5."""
     processor, square = chameleons(published(make.chameleon)), noise(40, 40)
     values = processor(Image.fromarray(square), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     ours = Resize("crop", 16, 16)(square)
@@ -65,8 +66,9 @@ def test_chameleons_pixels_are_its_processors_but_for_a_factor(published) -> Non
 
 
 def test_of_another_shape_chameleons_crop_is_whole_pixels_of_what_was_scaled(published) -> None:
-    """Theirs scales all of it, to a long side that is cut to whole pixels, then crops; ours scales the window that is
-    kept. The same where both are whole; else apart by half a pixel of the result at most."""
+    """Theirs scales the whole image, with the long side rounded down to whole pixels, and then crops. Ours scales only
+    the window that is kept. The results are the same if both are whole numbers; otherwise they differ by at most half a
+    pixel."""
     processor = chameleons(published(make.chameleon), rescale_factor=1 / 127.5)
 
     def both(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +77,7 @@ def test_of_another_shape_chameleons_crop_is_whole_pixels_of_what_was_scaled(pub
 
     np.testing.assert_allclose(*both(noise(32, 64)), atol=1e-3)
     across = np.broadcast_to(4 * np.arange(53, dtype=np.uint8)[None, :, None], (40, 53, 3))
-    theirs, ours = both(np.ascontiguousarray(across))  # 21 x 16 there, of which 16 are kept: 2.5 too many on each side
+    theirs, ours = both(np.ascontiguousarray(across))  # 21 x 16, cropped by 2.5 on each side
     assert abs(abs((theirs - ours).mean()) - 4 * 2.5 / 2) < 0.2 and np.abs(theirs - ours).max() < 7
 
 
@@ -91,8 +93,8 @@ def test_emu3s_pixels_are_its_processors_where_no_size_changes(published) -> Non
 
 
 def test_emu3s_rule_for_sizes_is_another_than_ours(published) -> None:
-    """Theirs keeps a size between two areas, ours gives all images one area, as Emu3 was trained; and theirs scales
-    (bicubic) where ours cuts what hangs over (Lanczos)."""
+    """Theirs keeps sizes between a smallest and a largest area. Ours gives all images one area, as in Emu3's training.
+    Theirs scales (bicubic) to whole codes, ours crops the rest (Lanczos)."""
     processor = transformers.Emu3ImageProcessor.from_pretrained(published(make.emu3))
     ours = Resize("aspect", 64, 64, 8)
     for size, theirs, area in (((48, 40), (48, 40), (72, 56)), ((100, 50), (88, 40), (88, 48))):
@@ -133,7 +135,7 @@ def imported(folder: Path, system: str, bundle: Path, *more: object) -> Any:
 
 
 def chameleon(folder: Path, here: Path) -> Side:
-    """transformers' file with a decoder beside it, as vqgan.ckpt has one."""
+    """Imports transformers' file together with a decoder from vqgan.ckpt."""
     vq = {name.removeprefix("model.vqmodel."): x for name, x in make_tensors(folder).items() if "vqmodel" in name}
     decoder = {name: shape for name, shape in taming_shapes(**formats.VQ).items() if name not in vq}  # type: ignore[arg-type]
     weights = original.Weights(0)
@@ -190,7 +192,7 @@ def emu3(folder: Path, here: Path) -> Side:
             )
 
     model = imported(folder, "emu3", here / "bundle")
-    model.resize = Resize("aspect", 64, 64, 8)  # the import's is of 720 x 720 pixels
+    model.resize = Resize("aspect", 64, 64, 8)  # the import has 720 x 720
     codes, end = table.ids("<|visual token"), [table.id("<|extra_200|>")]
     opening = [table.id(name) for name in ("<|image start|>", "8", "*", "8", "<|image token|>")]
     return Side(
@@ -204,7 +206,7 @@ def make_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def filled(ids: Sequence[int], placeholder: int, codes: Sequence[int]) -> list[int]:
-    """Their ids with the codes where a processor left room for them."""
+    """Published ids with the codes at the places that a processor left for them."""
     assert ids.count(placeholder) == len(codes) > 0
     left = iter(codes)
     return [next(left) if each == placeholder else each for each in ids]
@@ -215,7 +217,7 @@ SIDES = {"chameleon": (make.chameleon, chameleon), "emu3": (make.emu3, emu3)}
 
 @pytest.mark.parametrize("name", SIDES)
 def test_sixteen_ragged_requests_together_are_the_references_one_by_one(name: str, published, tmp_path: Path) -> None:
-    """Every second one shows an image, every fourth asks for one."""
+    """Requests: every second one shows an image, every fourth asks for one."""
     maker, build = SIDES[name]
     side = build(published(maker), tmp_path)
     rng, model, table = np.random.default_rng(0), side.model, side.table
@@ -254,7 +256,7 @@ def test_sixteen_ragged_requests_together_are_the_references_one_by_one(name: st
         assert np.array_equal(image.codes, codes), i
         want = np.clip(np.round((side.pixels(codes) + 1) * 127.5), 0, 255)
         off = np.abs(model.detokenize_image(image.codes).astype(np.float64) - want)
-        assert off.max() <= 1 and np.count_nonzero(off) <= max(2, 1e-3 * off.size)  # a half, rounded either way
+        assert off.max() <= 1 and np.count_nonzero(off) <= max(2, 1e-3 * off.size)  # halves round up or down
 
 
 def test_a_decoder_of_another_encoder_is_refused(published, tmp_path: Path, capsys) -> None:

@@ -1,4 +1,5 @@
-"""The oracles themselves: their files have the published keys and load completely, and no greedy step is a near tie."""
+"""The oracles themselves: their files have the published keys and load completely, and no greedy step has a near
+tie."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from tests.interop.weights import interleaved as neighbours  # noqa: E402
 
 KEYS = Path(__file__).parents[3] / "shared" / "reference" / "published_keys"
 
-# maker, its settings, and the class that loads it where config.json does not say
+# maker, its settings, and the class that loads it if config.json does not say
 MODELS = [
     pytest.param(make.chameleon, (), {}, None, id="chameleon"),
     pytest.param(make.chameleon, (), {"swin": True}, None, id="chameleon-swin"),
@@ -106,7 +107,7 @@ def test_no_two_heads_have_the_same_norm(published):
 
 
 def test_greedy_is_decided_at_every_step(published):
-    """Text ids alone, then codes alone: what a sampler's two modes allow."""
+    """Only text ids, then only codes: the two modes of a sampler."""
     table, model = tables.chameleon(), reference.load(published(make.chameleon))
     prompts = [[0, *ids] for ids in np.random.default_rng(0).choice(table.text, (8, 6)).tolist()]
     for ids in (table.text, table.ids("IMGIMG")):
@@ -199,13 +200,14 @@ def test_original_and_ported_emu3_are_one_model_under_two_names(published):
 
 @pytest.mark.parametrize("swin", [False, True])
 def test_metas_ranks_and_transformers_agree(published, swin):
-    """The transcription of the shards, RoPE of neighbours and all, against Chameleon's class on the joined tensors."""
+    """The transcription on the shards (with RoPE of neighbours) is compared with Chameleon's class on the joined
+    tensors."""
     parts, params, _, sizes = formats.meta_shards(swin=swin)
     ids = ids_for(sizes.V)
     expected = reference.load(published(formats.meta, twin=True, swin=swin)).logits(ids)
     np.testing.assert_allclose(interleaved.meta_logits(parts, params, ids), expected, atol=5e-5)
     other = interleaved.meta_logits(parts, {"model": params["model"] | {"swin_norm": not swin}}, ids)
-    assert np.abs(other - expected).max() > 0.05  # the flag is all that tells them apart
+    assert np.abs(other - expected).max() > 0.05  # only the flag differs
 
 
 def test_lwms_transcription_and_llama_agree_on_text():
@@ -214,7 +216,7 @@ def test_lwms_transcription_and_llama_agree_on_text():
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": formats.LWM_THETA},
     )  # fmt: skip
-    llama = make.fill(transformers.LlamaForCausalLM(config))  # weights are drawn by name: the same
+    llama = make.fill(transformers.LlamaForCausalLM(config))  # weights are drawn by name, so they are the same
     state = llama.state_dict()
     query = state["model.layers.1.self_attn.q_proj.weight"].numpy()
     assert np.array_equal(params["transformer/h/1/attention/wq/kernel"], neighbours(query, 4).T)
@@ -226,7 +228,7 @@ def test_lwms_transcription_and_llama_agree_on_text():
 
 
 def test_metas_shards_go_through_torchs_own_file(tmp_path):
-    """A .pth as Meta writes it, for the conversion of pickles: the same tensors, read with weights_only."""
+    """A .pth like Meta's, for the conversion of pickles, has the same tensors when it is read with weights_only."""
     parts, *_ = formats.meta_shards()
     paths = make.meta_pickles(tmp_path, parts, "bfloat16")
     assert [path.name for path in paths] == [f"consolidated.{i:02}.pth" for i in range(4)]

@@ -1,4 +1,4 @@
-"""Downloads that are not what they should be: refused in one sentence with exit status 2, and nothing is written."""
+"""Wrong downloads are refused in one sentence with exit status 2, and nothing is written."""
 
 from __future__ import annotations
 

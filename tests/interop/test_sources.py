@@ -1,4 +1,4 @@
-"""Published files as sources: one tensor at a time, and what is broken or hostile is refused by its name."""
+"""Published files as sources: tensors are read one at a time, and broken or hostile files are refused by name."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_tensor_twice_fp8_and_nothing(tmp_path):
 
 
 def test_files_that_were_read_are_not_kept(tmp_path):
-    """32 tensors of 8 MiB: what is resident grows by a few of them, not by the file."""
+    """32 tensors of 8 MiB: resident memory grows by a few of them, not by the whole file."""
     kinds = {f"w{i}": Kind((1 << 21,), "float32") for i in range(32)}
     with TensorWriter(tmp_path, kinds, 1 << 30) as writer:
         for name in kinds:

@@ -1,4 +1,4 @@
-"""A bundle whose parameters come layer by layer is the bundle that a whole tree makes; one that is cut off is none."""
+"""A bundle written layer by layer equals a bundle written from a whole tree, and an interrupted one is no bundle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.bundles import parts, write
 
 
 def pieces():
-    """Backwards, and layers as slices."""
+    """The parameters in reverse order, with layers as slices."""
     for name, leaf in reversed(named(parts("none")["params"]).items()):
         if name.startswith("layers."):
             yield from ((name, i, np.asarray(leaf[i])) for i in reversed(range(len(leaf))))

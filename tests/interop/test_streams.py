@@ -1,4 +1,4 @@
-"""LWM's streams compared with flax's bytes, reading and writing; and files that are not streams."""
+"""Reading and writing LWM's streams, compared with flax's bytes; and files that are not streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TREE = {
 
 
 def reference(tree, prefix=("params", "params")):
-    """As tux writes it: its packer on (key, flax.serialization.to_bytes(array))."""
+    """A stream like tux's: its packer on (key, flax.serialization.to_bytes(array))."""
     return b"".join(msgpack.packb(((*prefix, *name.split("/")), serialization.to_bytes(a))) for name, a in tree.items())
 
 

@@ -1,4 +1,4 @@
-"""Systems of which no class is installed: LWM against its transcription, Lumina-mGPT 2.0 against its twin's names."""
+"""Systems without an installed class: LWM is compared with its transcription, Lumina-mGPT 2.0 with its twin."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_tokenizer(config: AutoencoderConfig, dialect: str, path: Path) -> Path
 
 @pytest.fixture(scope="module")
 def lwm_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """A download with tables of 320 and 8,448 ids, and a vqgan of LWM's codes in a tiny network."""
+    """A download with tables of 320 and 8,448 ids, and a tiny vqgan with LWM's codes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "LWM_VISION", 8448)
         patch.setitem(image_config.PRESETS, "lwm_f16", image_config.PRESETS["lwm_f16"] | _TINY)
@@ -75,7 +75,7 @@ def lwm_model(lwm_bundle: Path) -> ar_unified.Model:
 
 
 def test_lwm_answers_with_both_tables_as_its_transcription(lwm_model: ar_unified.Model) -> None:
-    """Text and images in one row, which the original's sampler cannot have and its training had."""
+    """Text and images in one row, which the original had in training but not in its sampler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "LWM_VISION", 8448)
         original = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA)
@@ -94,7 +94,8 @@ def test_lwm_answers_with_both_tables_as_its_transcription(lwm_model: ar_unified
 def greedy(
     original: interleaved.Lwm, contexts: list[list[int]], scales: list[float], allowed: np.ndarray, n: int
 ) -> np.ndarray:
-    """n ids behind the first context, of the weighted sum of both tables' logits behind all; none is a near tie."""
+    """n greedy ids after the first context, from the weighted sum over all contexts of both tables' logits. None is a
+    near tie."""
     drawn: list[int] = []
     for _ in range(n):
         mixed = np.zeros(320 + 8448)
@@ -119,7 +120,7 @@ def test_sixty_four_greedy_ids_of_lwm_are_its_transcriptions(
     shown = CodesPart(np.zeros((16, 16), np.int32))
     end = int(ids.theirs([vocabulary.control(grammar.layout.record.end)])[0])
     of = ids.theirs(np.array(vocabulary.ids(Role.TEXT if mode == "text" else Role.IMAGE)))
-    for text in ("the red", "a circle", "blue", "square and green"):  # until one is that does not end the answer
+    for text in ("the red", "a circle", "blue", "square and green"):  # until an id does not end the answer
         ours = grammar.encode(Document((Turn("document", (TextPart(text), shown)),))).tokens
         said, begun = 1 + len(grammar.text_codec.encode(text)), int(np.argmax(vocabulary.role(ours) == Role.IMAGE))
         asked = ours[: said if mode == "text" else begun]
@@ -157,7 +158,7 @@ def test_lwms_ids_are_its_own(lwm_model: ar_unified.Model) -> None:
 def test_lwms_likelihoods_are_of_two_softmaxes_when_scored_and_when_trained(
     lwm_bundle: Path, lwm_model: ar_unified.Model
 ) -> None:
-    """Against the tables of its transcription: what ends a frame or a clip is of images, "</vision>" of text."""
+    """Compared with the tables of its transcription: ends of frames and clips are image ids, "</vision>" is text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "LWM_VISION", 8448)
         original = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA)
@@ -237,7 +238,7 @@ def test_what_no_file_of_lwm_says_is_not_guessed(tmp_path: Path, capsys: pytest.
 
 @pytest.fixture(scope="module")
 def lumina_2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, ar_unified.Model]]:
-    """Its download, the twin that transformers reads, and what is imported of it, with a tiny MoVQGAN of 64 codes."""
+    """A download, the twin that transformers reads, and the imported bundle, with a tiny MoVQGAN of 64 codes."""
     folder = tmp_path_factory.mktemp("lumina_2")
     formats.lumina_2(folder / "download", folder / "twin")
     with pytest.MonkeyPatch.context() as patch:
@@ -296,7 +297,7 @@ def test_lumina_2s_logits_are_its_twins(lumina_2: tuple[Path, Path, ar_unified.M
 
 
 def oracle_of(lumina_2: tuple[Path, Path, ar_unified.Model]) -> Any:
-    """transformers' Chameleon with the weights of its twin, a `reference.Reference`."""
+    """A `reference.Reference` of transformers' Chameleon with the twin's weights."""
     pytest.importorskip("torch", reason="parity with the reference implementations needs torch (make test-interop)")
     from tests.interop import reference
 
@@ -308,7 +309,7 @@ def oracle_of(lumina_2: tuple[Path, Path, ar_unified.Model]) -> Any:
 def test_sixty_four_greedy_ids_of_lumina_2_are_its_twins(
     mode: str, guidance: float, lumina_2: tuple[Path, Path, ar_unified.Model]
 ) -> None:
-    """Words; and an image of 8 x 8 codes with the ends of its rows, whose size is said in units of four codes."""
+    """Words, and an image of 8 x 8 codes with the ends of its rows. Its size is given in units of four codes."""
     oracle, model, table = oracle_of(lumina_2), lumina_2[2], tables.lumina_2()
     from tests.interop import reference
 

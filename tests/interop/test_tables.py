@@ -1,4 +1,4 @@
-"""Every "yes" in the tables of README and docs/published_weights.md has a test."""
+"""Every "yes" in the tables of README and docs/published_weights.md is tested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.interop.test_parity import CASES, DRAWING, EXPORTED, TUNED_HERE  # no
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("import", "text", "image", "interleaved", "fine-tune", "export")
 TEXT_ALONE = {"llama", "llama_tied", "llama3", "qwen2", "qwen3", "gemma"}
-# The cases of test_parity that a row of docs/published_weights.md stands on.
+# Row of docs/published_weights.md -> the cases of test_parity that test it.
 ROWS: dict[str, tuple[str, ...]] = {
     "`chameleon` (transformers)": ("chameleon", "chameleon-swin"),
     "`chameleon` (Meta, 1 or 4 files)": ("meta",),
@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "`tar`": ("tar",),
     "`llama`, `qwen` (2, 3), `gemma` (1)": ("llama_tied", "llama3", "qwen2", "qwen3", "gemma"),
 }
-# And the tests of those that are compared elsewhere, by column; the others' cells say nothing.
+# Tests in other files, by row and column. Cells of other rows claim nothing.
 _LUMINA_2 = "test_sixty_four_greedy_ids_of_lumina_2_are_its_twins"
 _LWM = "test_sixty_four_greedy_ids_of_lwm_are_its_transcriptions"
 ELSEWHERE: dict[str, dict[str, str]] = {
@@ -48,7 +48,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "`lwm` (text, `params`)": {"import": "test_lwms_stream_comes_back", "export": "test_lwms_stream_comes_back"},
     "a model trained here (`pre` norms; QK-norm none or RMS)": {"export": "test_transformers_computes_the_same"},
 }  # fmt: skip
-# Rows of README's table, which has several of those in one.
+# Rows of README's table, where one row stands for several of those.
 README: dict[str, tuple[str, ...]] = {
     "Chameleon, transformers'": ("`chameleon` (transformers)",),
     "Chameleon, Meta's": ("`chameleon` (Meta, 1 or 4 files)",),
@@ -66,7 +66,7 @@ README: dict[str, tuple[str, ...]] = {
 
 
 def table(path: Path, first: str) -> dict[str, dict[str, str]]:
-    """Cells by row and column of the table whose head begins with `first`."""
+    """The cells, by row and column, of the table whose head begins with `first`."""
     lines = path.read_text(encoding="utf-8").splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(first))
     names, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in [lines[at], *lines[at + 2 :]])

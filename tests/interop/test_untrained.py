@@ -1,4 +1,4 @@
-"""A Chameleon whose head was never trained on image codes says so when it is imported, and when it draws."""
+"""If a Chameleon's head was never trained on image codes, a message says so at import and when it draws."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ CODES = 64
 
 
 def learnt(rows: np.ndarray) -> np.ndarray:
-    """Rows of different lengths that have a direction in common, as training leaves them."""
+    """Rows of different lengths with a common direction, like trained ones."""
     return (rows * RNG.lognormal(0, 0.5, (len(rows), 1)) + RNG.normal(0, 0.1, rows.shape[1])).astype(np.float32)
 
 
 HEADS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "they are nearly zero": lambda rows: rows * 1e-4,
-    "all are alike": lambda rows: np.broadcast_to(rows[:1], rows.shape),
-    "they look like random numbers": lambda rows: rows,
+    "are nearly zero": lambda rows: rows * 1e-4,
+    "are all alike": lambda rows: np.broadcast_to(rows[:1], rows.shape),
+    "look like random numbers": lambda rows: rows,
     "": learnt,
 }
 
 
 def imported(folder: Path, change: Callable[[np.ndarray], np.ndarray], count: int = 1) -> Path:
-    """The bundle of Meta's files with other rows of image codes in the head, over rows of text that were trained."""
+    """The bundle of Meta's files with new rows for image codes in the head; the rows for text look trained."""
     formats.meta(folder / "download", count=count)
     table = tables.chameleon(placeholder="<reserved08707>")
     codes = table.ids("IMGIMG")
@@ -60,29 +60,29 @@ def imported(folder: Path, change: Callable[[np.ndarray], np.ndarray], count: in
 
 @pytest.mark.parametrize("how", HEADS)
 def test_it_is_told_by_its_head(how: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    bundle = imported(tmp_path, HEADS[how], count=4 if how == "all are alike" else 1)
+    bundle = imported(tmp_path, HEADS[how], count=4 if how == "are all alike" else 1)
     said, record = capsys.readouterr().out, json.loads((bundle / "published.json").read_text())
     if not how:
         assert "was not trained to draw" not in said and "untrained" not in record
         return
-    assert f"This model was not trained to draw: of its head's rows for image codes, {how}" in said
+    assert f"This model was not trained to draw: its head's rows for image codes {how}" in said
     assert record["untrained"] in said and record["untrained"] in (bundle / "README.md").read_text()
 
 
 def test_rows_of_zeros_are_told_whatever_is_beside_them() -> None:
-    """A head that was enlarged starts like this, and so does a file that was created but never filled."""
+    """The rows of an enlarged head start like this, and so do those of a file that was created but never filled."""
     vocabulary = Vocabulary(64, CODES, 1)
     border = Border.from_ids(range(vocabulary.size))
     head, zeros = RNG.normal(size=(vocabulary.size, 8)), np.zeros((vocabulary.size, 8))
     image = vocabulary.ids(Role.IMAGE)
-    assert untrained(zeros, border, vocabulary) == "they are nearly zero"
+    assert untrained(zeros, border, vocabulary) == "are nearly zero"
     half = zeros.copy()
     half[image] = head[image]
-    assert untrained(half, border, vocabulary) == "they look like random numbers, and those of text do not"
+    assert untrained(half, border, vocabulary) == "look like random numbers, unlike those of text"
 
 
 def test_whoever_draws_with_it_is_warned(tmp_path: Path) -> None:
-    for how in ("they are nearly zero", ""):
+    for how in ("are nearly zero", ""):
         model = ar_unified.load(imported(tmp_path / (how or "trained"), HEADS[how]), max_length=128)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""An imported Chameleon, of Meta's files, used as any model: images in and out, with equal results in a batch and one
+"""A Chameleon, imported from Meta's files, reads and draws images like any model, with equal results in a batch and one
 by one."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What transformers computes on small random weights, and what we do with the same tensors."""
+"""transformers' stored results for small random weights, compared with ours for the same tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Random weights for models of published shapes: every tensor is drawn by its name, so no order matters.
+"""Random weights for models of published shapes. Every tensor is drawn by its name, so their order does not matter.
 
-Matrices have variance 1 / fan-in, embedding and head three times that spread (logits of std about 3), norm weights
-1 +- 0.3 and unequal across heads: equal rows would hide a wrong order of heads, and unit weights a forgotten one.
+Matrices have variance 1 / fan-in; embedding and head have three times that standard deviation (logits of std about 3).
+Norm weights are 1 +- 0.3 and differ between heads, because equal rows would hide a wrong order of heads, and unit
+weights a missing norm.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ Tensors = dict[str, np.ndarray]
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int = 0, *, centre: float = 1.0, spread: float = 3.0) -> np.ndarray:
-    """float32 of a tensor by its published name, torch's [out, in, ...] order.
+    """A random float32 tensor for a published name, in torch's [out, in, ...] order.
 
-    centre: of norm weights; 0 for Gemma's, which multiply by 1 + w. spread: of embedding and head; less than what
-    layers add where both are one table, else a model says its last id again for ever.
+    centre: the mean of norm weights; 0 for Gemma's, which multiply by 1 + w. spread: the std of embedding and head. If
+    both are one table, it must be less than what layers add, or a model repeats its last id for ever.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     last, normed = name.split(".")[-1], "norm" in name.split(".")[-2] if "." in name else False
@@ -36,7 +37,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int = 0, *, centre: float = 1.
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a transformer: D width, F of the MLP, L layers, N query heads, K KV heads, H head width, V ids."""
+    """Sizes of a transformer: D width, F width of the MLP, L layers, N query heads, K KV heads, H head width, V ids."""
 
     V: int
     D: int = 64
@@ -76,7 +77,7 @@ def transformer_shapes(
 
 
 def drawn(shapes: Mapping[str, tuple[int, ...]], seed: int = 0, *, centre: float = 1.0, spread: float = 3.0) -> Tensors:
-    """All of them, as `draw` does."""
+    """Draws all of them with `draw`."""
     return {name: draw(name, shape, seed, centre=centre, spread=spread) for name, shape in shapes.items()}
 
 
@@ -89,7 +90,8 @@ def taming_shapes(
     codes: int = 64,
     embed: int = 16,
 ) -> dict[str, tuple[int, ...]]:
-    """A VQGAN of taming-transformers as Meta's vqgan.ckpt has it: encoder, decoder, attention in the middle alone."""
+    """Shapes of a VQGAN of taming-transformers like Meta's vqgan.ckpt: encoder, decoder, attention only in the
+    middle."""
     shapes: dict[str, tuple[int, ...]] = {"quantize.embedding.weight": (codes, embed)}
 
     def conv(name: str, out: int, of: int, side: int = 3) -> None:
@@ -141,14 +143,15 @@ def taming_shapes(
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """[heads H, ...] or [heads, H] for RoPE that turns number 0 with H/2 (transformers) -> 0 with 1 (Meta, LWM)."""
+    """Converts [heads H, ...] or [heads, H] from RoPE that rotates number 0 with H/2 (transformers) to 0 with 1 (Meta,
+    LWM)."""
     shape = rows.shape
     halves = rows.reshape(heads, 2, -1, *(() if shape[0] == heads else shape[1:]))
     return halves.swapaxes(1, 2).reshape(shape)
 
 
 def shards(tensors: Iterable[tuple[str, np.ndarray]], axes: Mapping[str, int], count: int) -> list[Tensors]:
-    """Cut along the axis that `axes` names for the end of a tensor's name; a tensor it does not name is in each."""
+    """Divides tensors along the axis that `axes` gives for the end of their name. Other tensors are in every shard."""
     out: list[Tensors] = [{} for _ in range(count)]
     for name, tensor in tensors:
         cut = [axis for end, axis in axes.items() if name.endswith(end)]

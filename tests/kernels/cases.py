@@ -1,4 +1,4 @@
-"""Packed rows that attention kernels get wrong first, as one list for all of them."""
+"""Packed rows on which attention kernels fail first, as one list for all kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Case:
     head_dim: int = 64
     window: int | None = None
     soft_cap: float | None = None
-    size: float = 1.0  # of the queries: large ones make log-sum-exps that are far from 0
+    size: float = 1.0  # scale of the queries; large ones give log-sum-exps far from 0
 
     @property
     def doc_start(self) -> np.ndarray:
@@ -47,7 +47,7 @@ class Case:
         return dict(window=self.window, soft_cap=self.soft_cap)
 
 
-# For kernels with blocks of 128: what stands on a block's edge, what lies across one, what is smaller than one.
+# For kernels with blocks of 128: documents on a block's edge, across an edge, and smaller than a block.
 CASES = {
     "one document": Case(((384,), (384,)), 384),
     "padding at the end": Case(((300,), (120,)), 384),

@@ -3,10 +3,10 @@
     make check-hopper
 
 installs the CUDA plugin of JAX and NVIDIA's compiler from PyPI into .venv-hopper (1.4 GB; no driver, no cuDNN) and runs
-this. It prints registers, spills and shared memory of each kernel and fails where registers spill, where ptxas takes
-the products apart (it serialises wgmma whose operands it cannot prove untouched), or where shared memory is over what a
-thread block may have, which Mosaic itself refuses. What it proves is that the kernels compile and fit; that they are
-right is for test_hopper.py and, on a GPU, for `make check-gpu`.
+this. It prints registers, spills and shared memory of each kernel. It fails if registers spill, if ptxas serialises
+wgmma products (it does so if it cannot prove that their operands are not modified), or if a thread block needs more
+shared memory than allowed. It proves that the kernels compile and fit. test_hopper.py and, on a GPU, `make check-gpu`
+test that they are right.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.kernels.hopper_variants import VARIANTS  # noqa: E402
 
 SHARED_MEMORY = 232448  # bytes a thread block may ask for on compute capability 9.0
 
-# What XLA must know of a device to compile for it: the limits of an SM and the shape of an H200 (CUDA programming
+# What XLA must know about a device to compile for it: the limits of an SM and the shape of an H200 (CUDA programming
 # guide, compute capability 9.0; NVIDIA H200 data sheet).
 H200 = f"""
 platform_name: "CUDA"
@@ -63,7 +63,8 @@ gpu_device_info {{
 
 
 def variants(head_dims: list[int], sharding: SingleDeviceSharding) -> Iterator[tuple[str, list, list[str]]]:
-    """(name, [(function, its arguments as shapes)], the kernels these must leave) of what is shipped."""
+    """(name, [(function, shapes of its arguments)], the kernels that they must contain) of everything that is
+    shipped."""
     for variant in VARIANTS:
         if variant.head_dim in head_dims:
             yield str(variant), variant.functions(), ["dkv", "dq", "forward"]
@@ -73,7 +74,7 @@ def variants(head_dims: list[int], sharding: SingleDeviceSharding) -> Iterator[t
 
 
 def compile_functions(functions: list, sharding: SingleDeviceSharding) -> Iterator[tuple[str, str, int]]:
-    """(kernel, what ptxas said, bytes of shared memory) of each kernel that the functions need."""
+    """(kernel, output of ptxas, bytes of shared memory) of each kernel that the functions need."""
     for path in DUMP.iterdir():
         path.unlink()
 
@@ -92,7 +93,7 @@ def compile_functions(functions: list, sharding: SingleDeviceSharding) -> Iterat
 
 
 def complaints(log: str, shared: int) -> str:
-    """What is wrong with a kernel; "" where nothing is."""
+    """What is wrong with a kernel, or ""."""
     found = [f"spills {n} B" for n in re.findall(r"(\d+) bytes spill stores", log) if n != "0"]
     found += ["wgmma serialised"] if "wgmma" in log else []
     found += [f"shared memory over {SHARED_MEMORY}"] if shared > SHARED_MEMORY else []

@@ -1,4 +1,4 @@
-"""Caches that decode kernels get wrong first, as one list for all of them."""
+"""Caches on which decode kernels fail first, as one list for all kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ar_unified.kernels.decode_attention import quantize
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCase:
-    """A row for each of `lengths`, over caches of S slots; and the shape of the heads."""
+    """A row for each of `lengths`, with caches of S slots; and the shape of the heads."""
 
     lengths: tuple[int, ...]
     S: int
@@ -21,11 +21,11 @@ class DecodeCase:
     head_dim: int = 64
     window: int | None = None
     soft_cap: float | None = None
-    size: float = 1.0  # of the queries: large ones make log-sum-exps that are far from 0
+    size: float = 1.0  # scale of the queries; large ones give log-sum-exps far from 0
     int8: bool = False
 
     def arrays(self, dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
-        """What `decode_attention` takes by name."""
+        """The keyword arguments of `decode_attention`."""
         B, random = len(self.lengths), np.random.default_rng(seed)
         q = random.standard_normal((B, self.heads, self.head_dim), np.float32) * self.size
         k, v = random.standard_normal((2, B, self.kv_heads, self.S, self.head_dim), np.float32)
@@ -40,7 +40,7 @@ class DecodeCase:
         return dict(window=self.window, soft_cap=self.soft_cap)
 
 
-# For kernels with blocks of 64 to 512 slots: rows that are empty, that end on an edge or across it, that are full.
+# For kernels with blocks of 64 to 512 slots: rows that are empty, end on an edge or after it, or are full.
 LENGTHS = (0, 1, 64, 65, 128, 200, 300)
 CASES = {
     "multi-head": DecodeCase(LENGTHS, 300, heads=2, kv_heads=2),
@@ -62,7 +62,7 @@ CASES = {
     "int8, grouped by 8, window": DecodeCase((0, 1, 700, 1100), 1100, 8, 1, 128, window=600, int8=True),
 }
 
-# Few and small, for a GPU is emulated slowly: rows in parts of which some are empty; rings that are filled again.
+# Few and small, because a GPU is emulated slowly: rows with some empty parts, and rings that are filled again.
 HOPPER_CASES = {
     "rows in parts": DecodeCase((500, 64, 0), 512, 4, 1, 64),
     "window": DecodeCase((450, 512), 512, 2, 1, 64, window=300),

@@ -1,4 +1,4 @@
-"""What the decode kernels are compiled for on a machine without their device: each part of them at least once."""
+"""Cases for compiling the decode kernels on a machine without their device, with each part of them at least once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Hopper kernels are shipped for, as one list for the tests that lower it and the check that compiles it."""
+"""The variants of the shipped Hopper kernels, as one list for the tests that lower and the check that compiles them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ar_unified.kernels.attention.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One variant that a kernel is compiled for. `group`: query heads per KV head."""
+    """One variant of a kernel. `group`: query heads per KV head."""
 
     head_dim: int
     dtype: str
@@ -27,7 +27,7 @@ class Variant:
         return f"H={self.head_dim} {self.dtype} G={self.group}{' soft cap' if self.soft_cap else ''}"
 
     def functions(self) -> list[tuple[Callable, list[jax.ShapeDtypeStruct]]]:
-        """Forward and backward, each with the shapes of its arguments."""
+        """The forward and backward functions, each with the shapes of its arguments."""
         B, T, N = 2, 512, 8
         dtype, spec = jnp.dtype(self.dtype), Spec(self.head_dim**-0.5, self.soft_cap)
         q = jax.ShapeDtypeStruct((B, T, N, self.head_dim), dtype)
@@ -44,7 +44,8 @@ class Variant:
         return [(forward, [q, k, k, doc_start]), (backward, [q, k, k, doc_start, row, row, q])]
 
 
-# Both dtypes and both ends of GQA with every head_dim, with and without soft cap; not every pair of dtype and group.
+# Both dtypes and the smallest and largest group with every head_dim, with and without soft cap, but not every pair of
+# dtype and group.
 VARIANTS = [
     Variant(head_dim, dtype, group, soft_cap)
     for head_dim, (dtype, group), soft_cap in itertools.product(

@@ -1,4 +1,4 @@
-"""Attention: every backend against the reference, forward and backward, on packed rows with padding."""
+"""Attention: every backend is compared with the reference, forward and backward, on packed rows with padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ar_unified.kernels.attention import attention, xla
 from ar_unified.kernels.merge import merge
 from tests.kernels.cases import CASES, Case
 
-# Little is run of each program, and most of the time goes into compiling interpreted kernels.
+# Programs run only briefly, so most of the time is for compiling interpreted kernels.
 HASTILY = {"xla_backend_optimization_level": 0}
 
 
@@ -32,14 +32,14 @@ def outputs_and_gradients(options: tuple, backend: str, q, k, v, bar, lse_bar, d
 def run(case: Case, backend: str, dtype=jnp.float32) -> dict[str, np.ndarray]:
     q, k, v, bar = case.arrays(dtype)
     doc_start = jnp.asarray(case.doc_start)
-    # The gradient of a log-sum-exp of -inf is none; that of the others must come through.
+    # A log-sum-exp of -inf has no gradient; all others have one, which must be right.
     lse_bar = jnp.where(doc_start[..., None] < case.T, jnp.cos(jnp.arange(case.heads, dtype=jnp.float32)), 0.0)
     options = tuple(case.options.items())
     return jax.tree.map(np.asarray, outputs_and_gradients(options, backend, q, k, v, bar, lse_bar, doc_start))
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """|found - expected| / |expected|, by norm."""
+    """|found - expected| / |expected|, with norms of whole arrays."""
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
@@ -79,9 +79,9 @@ def test_parts_of_a_row_with_offsets_are_the_parts_of_the_whole(backend):
 
     part = dict(q=q[:, 128:256], k=k, v=v, doc_start=doc_start[:, 128:256])
     np.testing.assert_allclose(compiled(q_offset=128)(**part), whole[:, 128:256], atol=1e-5)  # known when tracing
-    for offset in (jnp.int32(128), jnp.array([128, 128])):  # when running; of each row
+    for offset in (jnp.int32(128), jnp.array([128, 128])):  # when running; one per row
         np.testing.assert_allclose(compiled()(**part, q_offset=offset), whole[:, 128:256], atol=1e-5)
-    # The keys cut as well: two halves of them merge by their log-sum-exps.
+    # Keys are divided too: their two halves are merged with their log-sum-exps.
     half = compiled(return_lse=True)
     halves = [
         half(q, k[:, i : i + 192], v[:, i : i + 192], doc_start=doc_start, kv_offset=jnp.int32(i)) for i in (0, 192)
@@ -124,4 +124,4 @@ def test_memory_of_the_xla_path_grows_with_the_length_of_a_row_and_not_with_its_
 
     saved = jax.eval_shape(lambda x: jax.vjp(loss, x)[1], jnp.ones((1, 96, 1, 2)))
     largest = max(leaf.size for leaf in jax.tree.leaves(saved))
-    assert largest <= 2 * 96 < 96 * 8  # what backward keeps: as large as a query, and no chunk of scores
+    assert largest <= 2 * 96 < 96 * 8  # residuals are as large as a query; no chunk of scores is kept

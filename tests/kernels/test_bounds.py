@@ -1,4 +1,4 @@
-"""The work follows the documents: exactly those blocks are visited that some query sees."""
+"""The work depends on the documents: exactly the blocks that some query sees are visited."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_visited_blocks_are_exactly_those_that_meet(name, block_q, block_k):
 
 
 def test_what_counts_as_clean_is_clean_even_where_documents_go_back():
-    """The result never depends on doc_start being non-decreasing; only how much work is skipped does."""
+    """The result does not depend on whether doc_start is non-decreasing; only the amount of skipped work does."""
     T, block = 256, 16
     doc_start = np.zeros((1, T), np.int32)
-    doc_start[:, 96:160] = 64  # these see less of the row than those before and behind them
+    doc_start[:, 96:160] = 64  # these see less of the row than their neighbours
     bounds = make_bounds(jnp.asarray(doc_start), T)
     by_query = key_ranges(bounds, T, block, block)
     s = np.arange(T)

@@ -1,4 +1,4 @@
-"""The new slot of each row: the kernel writes what XLA's scatter writes, and nothing else; in place."""
+"""The new slot of each row: the kernel writes the same as XLA's scatter and nothing else, in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from ar_unified.kernels.cache_write import cache_write, tpu
 
-# dtype, K, S, H: windows of slots as rows of tiles or as lanes, of one core's heads or both's.
+# dtype, K, S, H: windows of slots as rows of tiles or as lanes, with the heads of one core or of both.
 CASES = {
     "float32": (jnp.float32, 2, 64, 128),
     "bfloat16, odd heads": (jnp.bfloat16, 3, 64, 128),
@@ -23,7 +23,7 @@ CASES = {
 
 
 def arrays(dtype, K, S, H, slots):
-    """A cache, what is new, and where it goes."""
+    """A cache, the new entries, and their slots."""
     random, B = np.random.default_rng(0), len(slots)
 
     def numbers(*shape):
@@ -41,7 +41,7 @@ def test_what_is_new_is_written_and_nothing_else_is(name, monkeypatch):
     dtype, K, S, H = CASES[name]
     slots = [0, S - 1, 17, S, -1, 33, *range(2, 12)]  # two rows are none
     layer, new, where = arrays(dtype, K, S, H, slots)
-    # In two groups: the windows of one are on their way while the other is written.
+    # In two groups: windows of one are in flight while the other is written.
     monkeypatch.setattr(tpu, "_rows", lambda layer: 8)
     assert tpu.unsupported(layer) is None
     for backend in ("xla", "tpu_interpret"):

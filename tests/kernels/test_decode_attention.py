@@ -1,4 +1,4 @@
-"""Decode attention: every backend against the reference, and the reference against that of attention."""
+"""Decode attention: every backend is compared with the reference, and the reference with that of attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ KERNELS = ("xla", "tpu_interpret")
 
 
 def outputs(case: DecodeCase, backend: str, arrays: dict) -> tuple[np.ndarray, np.ndarray]:
-    # What is compiled to run once needs no optimisations of LLVM, and is there twice as fast; xla is tested as it runs.
+    # A program that runs once needs no optimisations of LLVM and compiles twice as fast without; "xla" is tested with
+    # them.
     options = None if backend == "xla" else {"xla_backend_optimization_level": 0}
     step = functools.partial(decode_attention.decode_attention, **case.options, return_lse=True, backend=backend)
     out, lse = jax.jit(step, compiler_options=options)(**arrays)
@@ -31,7 +32,7 @@ def run(case: DecodeCase, backend: str, dtype=np.float32) -> tuple[np.ndarray, n
 
 
 def exact(case: DecodeCase) -> tuple[np.ndarray, np.ndarray]:
-    """The reference, in float32, on the numbers that the case has in bfloat16."""
+    """The reference in float32 on the case's bfloat16 numbers."""
     arrays = case.arrays(jnp.bfloat16)
     return outputs(
         case, "reference", {name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in arrays.items()}
@@ -100,7 +101,8 @@ def test_what_lies_outside_of_a_row_has_no_influence(backend):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("longest", [1, 128, 129, 513])
 def test_xla_reads_no_more_of_a_cache_than_the_prefix_its_longest_row_needs(longest, int8):
-    """At both sides of each border: what the reference gives, and what lies behind the prefix would have made NaN."""
+    """On both sides of each border the result equals the reference. Slots after the prefix are NaN, so reading them
+    would show."""
     assert xla.prefixes(1000) == [128, 256, 512, 1000]
     read = next(prefix for prefix in xla.prefixes(1000) if prefix >= longest)
     case = DecodeCase((longest, longest // 2, 0, min(longest, 70)), 1000, heads=4, kv_heads=2, int8=int8)
@@ -118,7 +120,8 @@ def test_xla_reads_no_more_of_a_cache_than_the_prefix_its_longest_row_needs(long
 
 @pytest.mark.exact
 def test_by_xla_a_row_gets_the_same_bits_whatever_prefix_its_batch_needs():
-    """Else a sample would depend on those beside it. Of a cache of 1000 slots, no multiple of 64, the last bits do."""
+    """Otherwise a sample would depend on its neighbours. With a cache of 1000 slots, not a multiple of 64, the last
+    bits do."""
     alone = DecodeCase((100, 1), 1024).arrays()
     beside = alone | {"lengths": np.array([100, 1024], np.int32)}
     for a, b in zip(*(outputs(CASES["grouped by 4"], "xla", arrays) for arrays in (alone, beside)), strict=True):
@@ -130,7 +133,7 @@ def test_the_reference_is_attention_with_the_queries_at_the_ends_of_their_rows(n
     case = CASES[name]
     arrays = case.arrays()
     lengths = arrays["lengths"]
-    # attention has no query at position -1, and needs none: a doc_start behind all keys is how a query sees nothing.
+    # attention has no query at position -1; a doc_start after all keys makes a query that sees nothing.
     doc_start = np.where(lengths == 0, case.S, 0)[:, None].astype(np.int32)
     k, v = (np.moveaxis(arrays[name], 1, 2) for name in ("k", "v"))
     attend = functools.partial(attention.attention, return_lse=True, backend="reference", **case.options)
@@ -151,8 +154,8 @@ def test_int8_restores_each_value_to_half_a_step_and_zeros_to_zeros():
 
 
 def test_int8_is_within_2_percent_of_the_whole_cache():
-    """Rounding is uniform within a step, an error of scale / sqrt(12): 0.7% of a normal vector of 128 values, of which
-    the values' part and the weights' part (through the scores) each come out at about that; found 0.9%."""
+    """Rounding is uniform within a step, so its error is scale / sqrt(12), 0.7% for a normal vector of 128 values. The
+    values and the weights (through the scores) each contribute about that; 0.9% was measured."""
     whole, rounded = (DecodeCase((1024,) * 4, 1024, 8, 2, 128, int8=int8) for int8 in (False, True))
     assert relative(run(rounded, "reference")[0], run(whole, "reference")[0]) < 2e-2
 
@@ -195,8 +198,7 @@ def test_a_derivative_is_refused_in_words():
 @pytest.mark.parametrize("backend", ["reference", "xla", "tpu_interpret"])
 @pytest.mark.parametrize("int8", [False, True])
 def test_several_queries_a_row_are_one_after_another(backend, int8):
-    """The last query is at lengths - 1, the others at the positions before; queries beyond the cache are not
-    compared."""
+    """The last query is at position lengths - 1, the others just before. Queries beyond the cache are not compared."""
     B, T, N, K, S, H = 3, 4, 4, 2, 128, 64
     keys, values, q = (
         jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(B, K, S, H)] * 2 + [(B, T, N, H)])

@@ -1,4 +1,5 @@
-"""Decode kernels compile for their devices on a machine that has none: by libtpu for each TPU, to Mosaic for Hopper."""
+"""Decode kernels compile for devices that this machine does not have: with libtpu for each TPU, to Mosaic for
+Hopper."""
 
 from __future__ import annotations
 

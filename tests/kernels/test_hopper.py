@@ -1,8 +1,9 @@
-"""The Hopper kernels: their numbers under JAX's emulation of a GPU, threads, barriers and TMA included; and their walk.
+"""The Hopper kernels: their results under JAX's emulation of a GPU with threads, barriers and TMA, and the blocks they
+visit.
 
-The emulation has neither wgmma's operand in registers nor accumulators that live on between products, so those are
-plain products here (`warpgroup.accumulate`); it does not check layouts and swizzles of real shared memory. It does
-detect races: writing a slot again before all its readers have finished is an error.
+The emulation has no wgmma with an operand in registers, and no accumulators that persist between products, so these are
+plain products here (`warpgroup.accumulate`). It does not check layouts and swizzles of real shared memory. It does
+detect races: writing a slot before all its readers have finished is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.kernels.cases import CASES, Case
 emulated = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason=f"jax {jax.__version__} cannot emulate these kernels; 0.12 can"
 )
-# Emulated threads are slow: what each of these cases is about does not need four heads.
+# Emulated threads are slow, and none of these cases needs four heads.
 FEW_HEADS = {
     name: dataclasses.replace(CASES[name], heads=2, kv_heads=1)
     for name in ("nothing but padding", "head_dim 256", "window", "soft cap", "far log-sum-exps")
@@ -31,7 +32,7 @@ FEW_HEADS = {
 
 
 def run(case: Case) -> tuple[dict, dict]:
-    """Results of the kernels in bfloat16, and of the reference in float32 on the same numbers."""
+    """Results of the kernels in bfloat16, and of the float32 reference on the same numbers."""
     q, k, v, bar = case.arrays(jnp.bfloat16)
     bounds = make_bounds(jnp.asarray(case.doc_start), case.T, window=case.window)
     spec = Spec(case.head_dim**-0.5, case.soft_cap, interpret=True)
@@ -63,7 +64,7 @@ def test_the_kernels_equal_the_reference(name):
         assert (value[padding] == (-np.inf if what == "lse" else 0.0)).all(), what
         value, right = value[~padding], expected[what][~padding]
         assert np.isfinite(value).all(), what
-        # One rounding of bfloat16 in the weights; far log-sum-exps lose more in dweights - delta, as in any kernel.
+        # The weights are rounded once to bfloat16. Large log-sum-exps lose more in dweights - delta, as in any kernel.
         limit = 1e-6 if what == "lse" else 2e-2 if name == "far log-sum-exps" else 6e-3
         assert np.linalg.norm(value - right) < limit * np.linalg.norm(right), what
 

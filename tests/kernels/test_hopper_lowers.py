@@ -1,6 +1,7 @@
-"""Every shipped variant of the Hopper kernels goes through Pallas to Mosaic GPU's own verifier, without a GPU or CUDA.
+"""Pallas lowers every shipped variant of the Hopper kernels, and Mosaic GPU's verifier accepts it, without a GPU or
+CUDA.
 
-`make check-hopper` goes on from there to ptxas.
+`make check-hopper` continues from there to ptxas.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Merging attention over parts of the keys gives attention over all keys, also where a log-sum-exp is -inf."""
+"""Merging attention over parts of the keys gives attention over all keys, also if a log-sum-exp is -inf."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def arrays(dtype):
 
 
 def made(a, b):
-    """The type of what the product itself makes, before it is rounded."""
+    """The dtype of the product itself, before it is rounded."""
     jaxpr = jax.make_jaxpr(lambda a, b: product(AXES, a, b))(a, b)
     (dot,) = [each for each in jaxpr.jaxpr.eqns if each.primitive.name == "dot_general"]
     return dot.outvars[0].aval.dtype
@@ -26,7 +26,7 @@ def test_bfloat16_is_the_exact_product_rounded_once():
     out = jax.jit(lambda a, b: product(AXES, a, b))(a, b)
     assert out.dtype == jnp.bfloat16
     exact = np.einsum(AXES, np.asarray(a, np.float64), np.asarray(b, np.float64))
-    # Half a unit in the last of bfloat16's 8 bits, and what sums of 64 float32 products are off by.
+    # Half a unit in the last of bfloat16's 8 bits, plus the error of sums of 64 float32 products.
     assert np.all(np.abs(np.asarray(out, np.float64) - exact) <= np.abs(exact) * 2**-8 + 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""QK-norm with RoPE: values and gradients of the plain formula, and what backward keeps."""
+"""QK-norm with RoPE: values and gradients equal those of the plain formula, and few residuals are kept."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def test_backward_keeps_the_input_as_it_came_and_one_number_a_head(arguments):
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5p", "v6e"])
 def test_on_a_tpu_no_padded_or_widened_copies_are_made(name):
-    """Of queries of chameleon_7b: temporaries against what must be read and written, as libtpu compiles it."""
+    """For queries of chameleon_7b, temporaries are compared with the bytes that must be read and written, as libtpu
+    compiles it."""
     mesh = parse_target(TPUS[name]).mesh(dict(data=-1))
     shape = 2, 4096, 32, 128
 
@@ -93,5 +94,5 @@ def test_on_a_tpu_no_padded_or_widened_copies_are_made(name):
         with jax.set_mesh(mesh):
             compiled = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
         assert compiled.memory_analysis().temp_size_in_bytes <= 1.2 * touched * size
-        # With what a second pass for the sums reads, and the copies into the layout of this test's arguments.
+        # Includes the reads of a second pass for the sums, and copies into the layout of this test's arguments.
         assert compiled.cost_analysis()["bytes accessed"] <= 6 * touched * size

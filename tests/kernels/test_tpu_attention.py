@@ -1,4 +1,5 @@
-"""What is the TPU kernels' own: rounding in bfloat16, the work they do, the order of their copies, rows in groups."""
+"""Properties of only the TPU kernels: rounding in bfloat16, the blocks they visit, the order of copies, groups of
+rows."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from ar_unified.kernels.attention.spec import Spec
 from tests.kernels.cases import CASES, Case
 from tests.kernels.test_attention import HASTILY, relative, run
 
-# Of each way that blocks, heads and masks differ one; test-all has the others.
+# One case for each variant of blocks, heads and masks; test-all has the others.
 SOME = (
     "one document",
     "T no multiple of a block",
@@ -28,7 +29,7 @@ SOME = (
 
 
 def exact(case: Case, dtype) -> dict[str, np.ndarray]:
-    """Outputs and gradients in float64, of the inputs as `dtype` rounds them."""
+    """Outputs and gradients in float64 for inputs that are rounded to `dtype`."""
     arrays = case.arrays(dtype)
     with jax.enable_x64(True):
         *qkv, bar = (jnp.asarray(np.asarray(x, np.float64)) for x in arrays)
@@ -61,7 +62,8 @@ def test_bfloat16_errs_no_more_than_xla_does(name):
     expected, found = exact(case, jnp.bfloat16), rounded(case, "tpu_interpret")
     by_xla = rounded(case, "xla")
     for what, value in expected.items():
-        # Where a query sees one key the gradients of q and k are exactly 0: what is left of them counts beside 0.01.
+        # If a query sees only one key, the gradients of q and k are exactly 0, so their error is taken relative to at
+        # least 0.01.
         size = max(np.linalg.norm(value), 1e-2 * value.size**0.5)
         error, of_xla = (np.linalg.norm(x[what].astype(np.float64) - value) / size for x in (found, by_xla))
         assert error < min(2e-2, 1.5 * of_xla + 1e-6), what
@@ -82,7 +84,7 @@ def listed(case: Case, block_q: int, block_k: int):
     ]
 
 
-HOLE = Case(((40, 60, 30),), 160)  # the second of its documents becomes padding in the midst of a row
+HOLE = Case(((40, 60, 30),), 160)  # its second document becomes padding in the middle of a row
 
 
 @pytest.mark.parametrize("block_q, block_k", [(64, 32)])
@@ -106,12 +108,12 @@ def test_steps_are_the_pairs_of_blocks_that_meet_in_both_directions(monkeypatch,
             count = np.zeros_like(turn(some), int)
             np.add.at(count, tuple(x[chosen] for x in at), 1)
             np.testing.assert_array_equal(count, turn(expected))
-        # Each outer block is opened once, closed once and left in between for no other one.
+        # Each outer block is opened once and closed once, and no other block comes between.
         blocks = at[0] * turn(some).shape[1] + at[1]
         np.testing.assert_array_equal(blocks[flags & visits.FIRST != 0], np.arange(turn(some)[..., 0].size))
         np.testing.assert_array_equal(flags & visits.FIRST != 0, np.diff(blocks, prepend=-1) != 0)
         np.testing.assert_array_equal(flags & visits.LAST != 0, np.diff(blocks, append=blocks[-1] + 1) != 0)
-        if case is not HOLE:  # no step but those, and one for each block of nothing but padding
+        if case is not HOLE:  # only these steps, and one for each block that is all padding
             assert len(flags) == np.maximum(turn(some).sum(2), 1).sum()
 
 
@@ -128,7 +130,7 @@ def test_copies_race_with_nothing(name):
     assert relative(np.asarray(out), expected["out"]) < 1e-5
     delta = jnp.einsum("BTNH,BTNH->BNT", out, bar)
     assert all(np.isfinite(x).all() for x in tpu.backward(spec, q, k, v, work, lse, delta, bar))
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # no public name for the finding
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # the result has no public name
 
     assert not interpreter.races.races_found
 

@@ -1,4 +1,4 @@
-"""TPUs that tests compile for on a CPU, by libtpu: `make libtpu` brings it, conftest.py says where it is."""
+"""TPUs for which tests compile on a CPU, with libtpu. `make libtpu` installs it, and conftest.py says where it is."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Writes vectors/: random documents and requests, and what the code makes of them. Run from the root:
+"""Writes vectors/: random documents and requests, and the results of the code for them. Run from the root:
 
     PYTHONPATH=.:tokenizers python tests/language/make_vectors.py
 
-It was run at the commit before the language room (`ar_unified/language/`) was built, and is kept as the record of how.
-Running it again makes the present the past: only where numbers have changed on purpose.
+It was run at the commit before `ar_unified/language/` was built, and is kept to show how the vectors were made. Running
+it again makes today's results the reference, so do it only if numbers have changed on purpose.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def document(rng: np.random.Generator, layout: dict[str, Any], kind: int) -> dic
 
     parts, prompt = {
         0: lambda: ([words(12)], None),
-        1: lambda: ([words(90)], None),  # often more than a row: split
+        1: lambda: ([words(90)], None),  # often more than a row, so it is divided
         2: lambda: ([words(), image()], 1),
         3: lambda: ([image(), words()], 1),
         4: lambda: ([image(), words(), words()], 2),
@@ -66,7 +66,7 @@ def document(rng: np.random.Generator, layout: dict[str, Any], kind: int) -> dic
 
 
 def walks(rng: np.random.Generator, language: Any, specs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Prompts that break off anywhere, and what is asked for behind them."""
+    """Prompts that end anywhere, and the requests after them."""
     v = language.vocabulary
     whole = [vectors.ids(vectors.encode(language, spec)).tolist() for spec in specs if spec["prompt"] is not None]
     prompts = [[v.bos]] * 4 + [[v.bos, v.eot]] * 4

@@ -16,7 +16,7 @@ TEXTS = "0123456789*", "abc<vision>/", " .:YUSERIANTGouarehlpfstkbcdgimn", "y\n"
 
 
 class Pieces:
-    """One id for each of these pieces of text, the longest that fits first."""
+    """One id for each of these pieces of text; the longest piece that fits is taken."""
 
     def __init__(self, *pieces):
         self.pieces = list(dict.fromkeys(pieces))
@@ -36,7 +36,7 @@ class Pieces:
 
 
 class Utf8:
-    """Text as its bytes."""
+    """One id for each byte of the text."""
 
     def encode(self, text):
         return list(text.encode("utf-8"))
@@ -46,7 +46,7 @@ class Utf8:
 
 
 class Latin:
-    """One id a character: every run of ids is a text, and no two are the same."""
+    """One id for each character, so that different ids are different texts."""
 
     def encode(self, text):
         return list(text.encode("latin-1"))
@@ -59,19 +59,19 @@ LETTERS = Pieces(*"".join(TEXTS))
 
 
 def grammar_of(kind, height=None, width=None, depth=1, codec=LETTERS, text_size=None, codebook=CODEBOOK):
-    """Of images of 2 x 3 codes, or of up to 4 x 12; `width` counts positions of `depth` codes."""
+    """A grammar for images of 2 x 3 codes, or of up to 4 x 12. `width` counts positions with `depth` codes."""
     sized = LAYOUTS[kind].size is not None
     layout = ImageLayout(kind, height or (4 if sized else 2), (width or (12 if sized else 3)) * depth, depth)
     return Grammar(vocabulary_for(layout, text_size or len(codec.pieces), codebook), layout, codec)
 
 
 def marked(kind):
-    """Whether its turns are told apart by ids."""
+    """Whether ids tell its turns apart."""
     return isinstance(LAYOUTS[kind].turns, TurnMarks)
 
 
 def counted(kind):
-    """Whether all its turns end alike, so that nobody knows of an end whether a question or an answer ended."""
+    """Whether all its turns end with the same id, so that an end does not say whether a question or an answer ended."""
     return marked(kind) and LAYOUTS[kind].turns.ask == LAYOUTS[kind].end
 
 
@@ -83,7 +83,7 @@ def image(h, w, first=0):
 
 
 def sides(layout):
-    """(least, most) height and width that it writes, and steps between, in codes."""
+    """(smallest, largest) height and width that it can write, and the steps between, in codes."""
     least = layout.units if layout.sized else (layout.height, layout.width)
     return [(a, b, unit) for a, b, unit in zip(least, (layout.height, layout.width), layout.units, strict=True)]
 
@@ -95,8 +95,8 @@ LETTER = st.text(st.sampled_from(LETTERS.pieces), min_size=1, max_size=5)
 
 @st.composite
 def documents(draw, grammar, text=UNICODE, exchanges=3):
-    """Nobody's turn, or a conversation of up to so many exchanges, with a system's turn or none: texts and images of
-    all the sizes there are on every side, empty turns among them, turns that are to be learned and that are not."""
+    """A random document without turns, or a conversation of up to `exchanges` exchanges, with or without a system turn.
+    All sides have texts and images of all sizes, some turns are empty, and some are not learned."""
 
     def parts():
         out = []

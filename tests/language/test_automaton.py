@@ -32,12 +32,12 @@ def padded(rows, pad):
 
 
 def opened(grammar, prompts):
-    """Where each of the prompts breaks off, int32 [B] each."""
+    """The state at the end of each prompt, int32 [B] each."""
     return Opened(*np.array([grammar.breaks_off(np.asarray(prompt)).opened for prompt in prompts], np.int32).T)
 
 
 def resumed(automaton, opened, wanted):
-    """`automaton.resume` as one program; op by op it is thirty."""
+    """`automaton.resume` as one program; without jit it would be thirty."""
     return jax.jit(automaton.resume)(opened, wanted)
 
 
@@ -47,7 +47,7 @@ def fit(automaton, state, min_images):
 
 # ---- exactness: against the language, written out ----------------------------------------------
 
-# (kind, height, width, depth, pieces, words that stand for all others): small enough to write every string down.
+# (kind, height, width, depth, pieces, words that stand for all others), so small that every string can be listed.
 TALE = Pieces("a", "<vision>", "</vision>")
 HALVES = Pieces("a", "<vi", "sion>", "</vision>")
 NUMBERS = Pieces("a", *"0123456789*")
@@ -68,7 +68,7 @@ WRITTEN = {
 
 
 def language(grammar, words, budget, mode, least, most, height, width):
-    """Every continuation of an empty prompt that fits; code 0 represents all codes, and the words all words."""
+    """Every continuation of an empty prompt that fits. Code 0 stands for all codes, and the words for all words."""
     syntax, layout = grammar.syntax, grammar.layout
     tall, wide = (range(a, b + 1, unit) for a, b, unit in sides(layout))
     sizes = [(h, w) for h, w in itertools.product(tall, wide)]
@@ -157,7 +157,7 @@ def test_allowed_is_exactly_what_can_still_be_finished(case):
     np.testing.assert_array_equal(forced[inside], only[inside])
     assert not (allowed & ~want)[inside].any()
     missing = (want & ~allowed) & inside[..., None]
-    if len(syntax.open) > 1:  # to begin the beginning of an image once more, where there is room for no other word
+    if len(syntax.open) > 1:  # to begin the spelling of an image's beginning once more if no other word fits
         missing[..., syntax.open[0]] &= ~np.isin(np.roll(tokens, 1, axis=1), syntax.open[:-1])
     assert not missing.any(), [(requests[row], rows[row][:i], id) for row, i, id in np.argwhere(missing)[:3]]
 
@@ -166,7 +166,7 @@ def test_allowed_is_exactly_what_can_still_be_finished(case):
 
 
 def prompts(grammar, rng, rows):
-    """Prompts that end at any legal place, also inside an image or its size."""
+    """Prompts that end at any legal position, also inside an image or its size."""
     out = []
     for _ in range(rows):
         size = [unit * rng.integers(-(-a // unit), b // unit + 1) for a, b, unit in sides(grammar.layout)]
@@ -178,7 +178,7 @@ def prompts(grammar, rng, rows):
 
 
 def asked(grammar, rng, rows, steps):
-    """Requests of all kinds, including a row that asks for more than its budget allows."""
+    """Requests of all kinds, including one that asks for more than its budget allows."""
     least = rng.integers(0, 3, rows)
     most = least + rng.integers(0, 2, rows)
     height, width = (
@@ -188,7 +188,7 @@ def asked(grammar, rng, rows, steps):
 
 
 def tasted(grammar, rng, rows):
-    """Logits of rows that like to begin images, to stop, or neither."""
+    """Logits of rows that prefer to begin images, to stop, or neither."""
     taste = np.zeros((rows, grammar.vocabulary.size), np.float32)
     for id in dict.fromkeys(grammar.syntax.open):
         taste[:, id] = rng.normal(len(grammar.syntax.open) > 1, 4, rows)
@@ -197,8 +197,8 @@ def tasted(grammar, rng, rows):
 
 
 def sampler(automaton, fast=False):
-    """(state, races [T, B, V]) -> (the last state, what each step saw); of that, [T, B] each: tokens, whether all was
-    as it should be, whether what is needed is there, states before. fast: optimised, whatever the tests' settings."""
+    """(state, races [T, B, V]) -> (the last state, records of each step). The records are [T, B]: tokens, whether all
+    checks held, whether needed ids were allowed, states before. fast: optimise, whatever the tests' settings are."""
 
     def step(state, races):
         allowed, forced = automaton.allowed(state), automaton.forced(state)
@@ -215,13 +215,13 @@ def sampler(automaton, fast=False):
 
 
 def races(rng, taste, steps):
-    """float32 [T, B, V]: when each id comes. Who comes first is drawn as by a softmax of `taste`, and numbers from an
-    exponential distribution take a fortieth of the time of `jax.random.gumbel`."""
+    """float32 [T, B, V]: an arrival time for each id. The first id to arrive is distributed as a softmax of `taste`,
+    and exponential numbers take a fortieth of the time of `jax.random.gumbel`."""
     return rng.standard_exponential((steps, *taste.shape), np.float32) * np.exp(-taste)
 
 
 QUICK = ("rows", "emu3_5", "lwm")
-# A layout takes seconds of compiling and parsing; those whose parts others have are for later.
+# A layout takes seconds of compiling and parsing. Layouts whose parts other layouts also have are in the slow tests.
 quick = [
     pytest.param(kind, depth, marks={"grid": pytest.mark.slow}.get(kind, () if kind in QUICK else later))
     for kind, depth in zip(WITH_IMAGES, itertools.cycle([1, 2]), strict=False)
@@ -245,7 +245,7 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
     assert np.all(np.asarray(within)[:, possible])
 
     images, inside = np.asarray(end.images), np.isin(begun.phase, (HEIGHT, WIDTH, BODY))
-    free = inside & (begun.phase != BODY)  # a prompt that has begun a size has its way
+    free = inside & (begun.phase != BODY)  # a prompt that has begun a size may finish it
     rows, columns = grammar.layout.units
     for b in np.flatnonzero(possible):
         new = out[: done[:, b].argmax() + 1, b]
@@ -264,13 +264,13 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
                 assert wanted.height[b] * rows in (0, h) and wanted.width[b] * columns in (0, w)
     assert images[possible].sum() > 0.15 * B
 
-    # A prompt that is what was sampled so far leads to the same place.
+    # A prompt of the tokens sampled so far gives the same state.
     cut = rng.integers(0, T, B)
     for b in np.flatnonzero(possible)[:150]:
         so_far = out[: min(cut[b], done[:, b].argmax() + 1), b]
         at = type(end)(*(field[min(cut[b], len(field) - 1), b] for field in states))
         again = grammar.breaks_off(np.concatenate([given[b], so_far])).opened
-        asked_next = at.phase == DONE and counted(kind)  # an answer may stand behind its end
+        asked_next = at.phase == DONE and counted(kind)  # an answer may follow its end
         assert again.phase == (PARTS if asked_next else at.phase)
         if again.phase in (HEIGHT, WIDTH, BODY):
             assert again == at[:4]
@@ -282,7 +282,7 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
     [("emu3_5", 10_000), *(pytest.param(kind, 100_000, marks=pytest.mark.exhaustive) for kind in WITH_IMAGES)],
 )
 def test_a_hundred_thousand_random_sequences_parse(kind, N):
-    """From the empty prompt, in all modes, with sizes asked for and not."""
+    """From the empty prompt, in all modes, with and without requested sizes."""
     grammar = grammar_of(kind, width=3 if LAYOUTS[kind].size is None else 8)
     automaton, rng = grammar.automaton, np.random.default_rng(0)
     B, T = 2000, 64
@@ -302,7 +302,7 @@ def test_a_hundred_thousand_random_sequences_parse(kind, N):
 
 @every
 def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
-    """In the middle of digits, of a spelled beginning and of rows; of images of many sizes in one batch."""
+    """From the middle of digits, of a spelled beginning and of rows, with images of many sizes in one batch."""
     grammar, rng = grammar_of(kind, width=3 if LAYOUTS[kind].size is None else 130, height=12), np.random.default_rng(0)
     if not grammar.layout.sized:
         grammar = grammar_of(kind)
@@ -358,12 +358,12 @@ def test_what_does_not_fit_is_told_before_it_starts():
     assert not fits(ROWS, start, min_images=1, height=3)
     tall = begin(ROWS, start, min_images=1, height=3)
     assert not ROWS.automaton.allowed(tall)[0, boi]
-    # 1 0 * 1 img (code eol)*10 eof eoi eos, of which "1" is said.
+    # 1 0 * 1 img (code eol)*10 eof eoi eos; the prompt already has "1".
     emu = grammar_of("emu3", 12, 1)
     half = [emu.vocabulary.bos, emu.syntax.open[0], emu.syntax.digits[1]]
     assert fits(emu, half, min_images=1, height=10, remaining=27)
     assert not fits(emu, half, min_images=1, height=10, remaining=26)
-    assert fits(emu, half, min_images=1, height=2, remaining=8)  # a prompt that says 1 will not have 2
+    assert fits(emu, half, min_images=1, height=2, remaining=8)  # a prompt with 1 cannot become 2
     assert not fits(emu, half, min_images=1, remaining=7)
 
 

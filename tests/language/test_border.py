@@ -1,4 +1,4 @@
-"""A published id space and ours: each id once on both sides, and tables that go there and back."""
+"""A published id space and ours: each id is there once on both sides, and tables convert both ways."""
 
 import json
 
@@ -157,8 +157,8 @@ def test_runs_that_somebody_sent_are_refused(runs):
 
 
 def published(kind, side, text, controls, size_one, codes, V):
-    """The vocabulary of a layout for a published table of V ids, and the border to it: text, controls, sizes from
-    `size_one` on and codes as told, all others behind."""
+    """The vocabulary of a layout for a published table of V ids, and the border between them: text, controls, sizes
+    from `size_one` on, codes, and then all other ids."""
     layout = ImageLayout(kind, side, side)
     names = layout.record.controls
     sizes = np.arange(layout.size_tokens) + size_one
@@ -173,7 +173,7 @@ def check(vocabulary, border, named):
     assert Border.from_manifest(json.loads(json.dumps(border.manifest()))) == border
     for ours, theirs in named.items():
         assert border.theirs[ours] == theirs and border.ours[theirs] == ours
-    roles = vocabulary.role(border.ours)  # of each of theirs
+    roles = vocabulary.role(border.ours)  # for each published id
     codes = np.flatnonzero(roles == Role.IMAGE)
     assert len(codes) == vocabulary.codebook_size and np.all(np.diff(codes) == 1)
 

@@ -1,4 +1,4 @@
-"""Documents: what is valid, what each trains, and who says what."""
+"""Documents: which are valid, what each trains, and who says what."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_equality_is_by_content_and_ignores_where_a_document_came_from():
         ((R, A), 1, "image_to_text"),
         ((R, A, B), 2, "image_to_text"),
         ((A, B), 1, "text"),
-        ((A, B, R), 1, "text"),  # what it begins with counts
+        ((A, B, R), 1, "text"),  # its beginning counts
         ((R, B, S), 1, "image_to_text"),
         ((A,), 0, "text"),
         ((R,), 1, "image_to_text"),
@@ -84,7 +84,7 @@ def test_who_may_follow_whom(speakers):
 
 @pytest.mark.parametrize("speakers", ["", "u", "a", "s", "sa", "su", "au", "uau", "usua", "ssua", "dd", "dua", "uad"])
 def test_turns_in_another_order_are_refused(speakers):
-    with pytest.raises(DocumentError, match="user and assistant by turns") as caught:
+    with pytest.raises(DocumentError, match="alternate between user and assistant") as caught:
         Document(tuple(Turn(who) for who in talk(speakers))).check()
     assert caught.value.kind == "bad_turns"
     assert str(caught.value).endswith(", ".join(talk(speakers)) or "none")
@@ -101,7 +101,7 @@ def test_what_is_learned_is_what_is_said_and_not_what_is_told_unless_a_turn_says
     learned = [Turn(who).learned for who in ("document", "system", "user", "assistant")]
     assert learned == [True, False, False, True]
     assert Turn("user", trained=True).learned and not Turn("assistant", trained=False).learned
-    assert Turn("user", (A,), True) == Turn("user", (A,))  # the ids do not show it
+    assert Turn("user", (A,), True) == Turn("user", (A,))  # the ids do not say it
 
 
 def test_what_is_asked_and_what_is_answered():

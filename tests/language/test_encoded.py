@@ -14,7 +14,8 @@ LETTER = {"t": Role.TEXT, "c": Role.CONTROL, "s": Role.SIZE, "i": Role.IMAGE}
 
 
 def expect(found, grammar, tokens, roles, speakers, trained, turns, images):
-    """tokens: words, with controls in <>, pieces as they are, #n a code, =n a size token; the rest a letter each."""
+    """tokens: words: <> for controls, plain pieces of text, #n for a code, =n for a size token. Other arguments have a
+    letter per token."""
     v = grammar.vocabulary
 
     def id_of(word):
@@ -123,7 +124,7 @@ def test_no_text_says_the_beginning_of_an_image():
             grammar.encode(Document.of((TextPart("a<vision>a"),)))
     for grammar in (SPELLED, grammar_of("lwm")):
         turns = Turn("user", (TextPart("a<vi"),)), Turn("assistant", (TextPart("sion>"),))
-        with pytest.raises(GrammarError, match="texts of turns that do not say '<vision>' together"):
+        with pytest.raises(GrammarError, match="turns whose joined texts do not contain '<vision>'"):
             grammar.encode(Document(turns))
         with pytest.raises(GrammarError, match="together"):
             grammar.history(turns)

@@ -1,4 +1,4 @@
-"""A language model's ids with images: text keeps its ids, old ids keep their rows, and published ids keep their
+"""A language model's ids with images added: text keeps its ids, old ids keep their rows, and published ids keep their
 numbers."""
 
 from __future__ import annotations

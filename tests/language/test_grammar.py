@@ -1,4 +1,4 @@
-"""parse(encode(d)) == d; errors say where; rearranging tokens equals rearranging documents."""
+"""parse(encode(d)) == d; errors name the position; rearranging tokens is the same as rearranging documents."""
 
 import json
 from dataclasses import replace
@@ -40,13 +40,13 @@ BOI, EOI, EOT, EOL = map(GRID.vocabulary.control, ("boi", "eoi", "eot", "eol"))
 
 
 def spoken(document, turns):
-    """The turns of a conversation, with the system's that the layout brings."""
+    """The turns of a conversation, with the system turn that the layout adds."""
     brings = document.asks and document.turns[0].speaker != "system" and turns.system
     return [*([Turn("system", (TextPart(turns.system),))] if brings else []), *document.turns]
 
 
 def told(document, turns):
-    """What a conversation says where turns are not read back: all of it, texts that meet joined."""
+    """The content of a conversation if its turns cannot be parsed: everything, with neighbouring texts joined."""
     parts = []
 
     def say(*more):
@@ -79,13 +79,13 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
     assert (found.tokens.dtype, found.marks.dtype) == (np.int32, np.uint8)
     said = document if marked(kind) else told(document, layout.record.turns)
     assert grammar.parse(found.tokens) == said
-    # Behind the end of a question that ends as answers do, an answer may follow.
+    # After the end of a question that ends like an answer, an answer may follow.
     framed = isinstance(layout.record.turns, TurnFrames) and document.asks
     ended = Opened(PARTS if counted(kind) or framed else DONE)
     assert grammar.breaks_off(found.tokens) == (len(found), ended)
     assert grammar.breaks_off(found.tokens[: len(found) - len(grammar.tail)]).opened == ended
     for cut in data.draw(st.lists(st.integers(1, len(found)), max_size=5)):
-        before = grammar.breaks_off(found.tokens[:cut])  # any piece from the front is a prompt
+        before = grammar.breaks_off(found.tokens[:cut])  # every prefix is a prompt
         assert (
             before.begin == cut
             if before.opened.phase in (PARTS, DONE) and not before.opened.written
@@ -128,14 +128,15 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_whatever_parses_is_what_encode_writes(kind, data):
-    """One token replaced, removed or doubled: refused with its place, or the encoding of another document."""
+    """With one token replaced, removed or doubled, the ids are refused with a position, or they encode another
+    document."""
     exact = grammar_of(kind, codec=Latin(), text_size=256)
     v = exact.vocabulary
     document = data.draw(documents(exact, LATIN, exchanges=3 if marked(kind) else 0))
     tokens = exact.encode(document).tokens
     at = data.draw(st.integers(0, len(tokens) - 1))
     other = data.draw(st.integers(250, v.rest_offset + 1) | st.sampled_from([-1, 42, *b"0123456789", 10**6]))
-    # A mark that is spelled may be spoiled by what was meant to be text behind it, and is then text itself.
+    # Text after a spelled mark may change the mark's tokens, which are then text.
     early = len(exact.syntax.open) if exact.syntax.spelled else 0
     for changed in (
         np.concatenate([tokens[:at], [other], tokens[at + 1 :]]),
@@ -146,14 +147,14 @@ def test_whatever_parses_is_what_encode_writes(kind, data):
         try:
             found = exact.parse(changed)
         except GrammarError as error:
-            assert at - early <= error.position <= len(changed)  # nothing before the change is blamed
+            assert at - early <= error.position <= len(changed)  # the error is not before the change
         else:
             if told_apart(exact, changed):
                 np.testing.assert_array_equal(exact.encode(found).tokens, changed)
 
 
 def told_apart(grammar, tokens):
-    """Whether these ids say which turns they are: else more than one turn is read as one of nobody's."""
+    """Whether these ids tell the turns apart. If not, several turns are parsed as a document without turns."""
     marks = grammar.layout.record.turns
     if marked(grammar.layout.kind):
         return True
@@ -166,7 +167,7 @@ def told_apart(grammar, tokens):
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_ids_of_any_kind_are_read_or_refused(kind, data):
-    """Ids out of the blue, in a range and out of it: a document whose ids these are, or an error at one of them."""
+    """Random ids, valid and invalid ones, give a document with exactly these ids, or an error at one of them."""
     exact = grammar_of(kind, codec=Latin(), text_size=256)
     v, syntax = exact.vocabulary, exact.syntax
     likely = [*syntax.open, *syntax.start, *syntax.close, *syntax.digits, syntax.row_end, syntax.separator]
@@ -308,8 +309,8 @@ def test_tokens_are_rearranged_as_documents_are(kind, data):
 
 
 def promptless(kind, answer):
-    """What an answer behind the empty prompt is read as. None, as no document: behind Lumina-mGPT's, which is nothing,
-    and Liquid's, a control that stands nowhere else."""
+    """What an answer to the empty prompt parses as. None if it is no document: Lumina-mGPT's empty prompt has no ids,
+    and Liquid's is a control that occurs nowhere else."""
     marks = LAYOUTS[kind].unconditional
     if not marks or "unconditional" in marks:
         return None
@@ -325,7 +326,7 @@ def assert_same(found, expected):
 
 
 def drop_context(grammar, document, found):
-    """From each image that is learned and answers on: what is left of its turn and all turns behind it."""
+    """For each learned image of an answer: the rest of its turn from there, and all later turns."""
     said = []
     for i, turn in enumerate(document.turns):
         if turn.speaker in ("document", "assistant") and turn.learned:
@@ -355,7 +356,7 @@ def test_manifest_there_and_back(kind):
         other = manifest | {"layout": manifest["layout"] | {field: value}}
         with pytest.raises(ManifestMismatch, match=says):
             Grammar.from_manifest(other, Utf8())
-    manifest["layout"]["record"]["close"] = ["eos"]  # a layout that has changed since
+    manifest["layout"]["record"]["close"] = ["eos"]  # a layout that has changed meanwhile
     with pytest.raises(ManifestMismatch, match="layout.record.close"):
         Grammar.from_manifest(manifest, Utf8())
     with pytest.raises(ManifestMismatch, match="no layout"):
@@ -379,14 +380,14 @@ def test_a_grammar_refuses_another_text_tokenizer_and_sides_it_cannot_say():
             ImageLayout(kind, height, width, depth)
     with pytest.raises(ValueError, match="no control token 'img'"):
         Grammar(Vocabulary(len(LETTERS.pieces), 4), ImageLayout("emu3", 4, 4), LETTERS)
-    for pieces in ("12", "0123456789"):  # two digits in one piece; no piece of its own for the separator
+    for pieces in ("12", "0123456789"):  # two digits in one piece; no separate piece for the separator
         codec = Pieces(*LETTERS.pieces, "12") if pieces == "12" else Pieces(*LETTERS.pieces, "**")
         if pieces != "12":
             codec.pieces.remove("*")
             with pytest.raises(ValueError, match="no piece for"):
                 grammar_of("emu3", codec=codec)
         else:
-            grammar_of("emu3", codec=codec)  # each digit has one, and sizes are written with those
+            grammar_of("emu3", codec=codec)  # each digit has its piece, and sizes are written with them
 
 
 def test_a_vocabulary_of_text_alone_refuses_images():

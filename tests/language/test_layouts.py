@@ -1,6 +1,7 @@
-"""Hand-written documents in ids: ours, through a border, against the transcriptions of the published formatters.
+"""Hand-written documents: our ids, converted by a border, equal those of the transcribed published formatters.
 
-Both ask one text tokenizer, which stands in for theirs. Where ours differs, or the original is unknown, a test says so.
+Both use one text tokenizer, which stands in for the published one. If ours differs, or the original is unknown, a test
+says so.
 
 Axes: `h` `w` height and width of an image in codes.
 """
@@ -29,7 +30,7 @@ SPELLING = {id: piece for piece, id in PIECES.items()}
 
 @dataclass(frozen=True)
 class StandIn:
-    """A text tokenizer with an id a letter, pairs of letters as far as they fit, from the id `first` on."""
+    """A text tokenizer with ids from `first` on: one for each letter, then for pairs of letters as far as ids last."""
 
     first: int
     file = "stand-in"
@@ -56,9 +57,10 @@ class StandIn:
 
 @dataclass(frozen=True)
 class System:
-    """A published id space: ids of controls by name, of code 0 as "code", of size n as "size" + n; where text begins.
+    """A published id space: the ids of controls by name, of code 0 as "code", of size n as "size" + n, and where text
+    begins.
 
-    Images have height x width codes, at most where they say their size.
+    Images have height x width codes, or at most these if they state their size.
     """
 
     ids: Mapping[str, int]
@@ -69,7 +71,7 @@ class System:
 
 
 LWM = published.LWM
-QWEN = {"bos": 151643, "eot": 150001, "size": 151671}  # of Lumina-mGPT 2.0; an `eot` as good as another
+QWEN = {"bos": 151643, "eot": 150001, "size": 151671}  # of Lumina-mGPT 2.0; any `eot` will do
 SYSTEMS = {
     "chameleon": System(published.CHAMELEON, StandIn(16384), 4, 4, 8192),
     "lumina_mgpt": System(published.LUMINA, StandIn(16384), 8, 8, 8192),
@@ -87,7 +89,7 @@ SYSTEMS = {
 
 @cache
 def opened(kind: str) -> tuple[Grammar, Border]:
-    """Our grammar with the published tokenizer's stand-in, and the border of the whole id space."""
+    """Our grammar with the stand-in for the published tokenizer, and the border of the whole id space."""
     system, layout = SYSTEMS[kind], ImageLayout(kind, SYSTEMS[kind].height, SYSTEMS[kind].width)
     controls = layout.record.controls
     sizes = [system.ids["size"] + n for n in range(1, layout.size_tokens + 1)]
@@ -95,7 +97,7 @@ def opened(kind: str) -> tuple[Grammar, Border]:
     text = range(system.text.first, system.text.first + TEXT_SIZE)
     said = {*text, *system.ids.values(), *sizes, *codes}
     unsaid = [id for id in range(max(said) + 1) if id not in said]
-    # A control that a system does not have, or not as an id of its own, is an id that nothing says.
+    # A control that a system lacks, or does not have as a single id, gets an id that nothing uses.
     named = [system.ids[name] if name in system.ids else unsaid.pop() for name in controls]
     theirs = [*text, *named, *sizes, *codes]
     rest = sorted(set(range(max(said) + 1)) - set(theirs))
@@ -178,7 +180,7 @@ def test_lumina_mgpt(said: Document) -> None:
 
 @pytest.mark.parametrize("parts", [*PLAIN, [WORDS, codes(12, 3)], [codes(1, 120), WORDS]])
 def test_emu3_without_turns(parts: published.Turn) -> None:
-    """Its training samples lack the end, which is forced when it draws."""
+    """Its training samples have no end; sampling forces one."""
     text, found = SYSTEMS["emu3"].text.encode, ours("emu3", document(parts))
     assert found == published.emu3(text, [parts])
     assert found[:-1] == published.emu3(text, [parts], eos=False)
@@ -202,7 +204,7 @@ def test_a_turn_of_emu3_gen_is_the_bare_prompt() -> None:
 
 @pytest.mark.parametrize("turns", [*PAIRS, [[ASKED], [WORDS]]])
 def test_emu3_chat(turns: list[published.Turn]) -> None:
-    """Of one question: nothing is read on several."""
+    """Only for one question: no code for several was found."""
     grammar, border = opened("emu3")
     said, text = conversation(*turns), SYSTEMS["emu3"].text.encode
     assert ours("emu3", said) == published.emu3_chat(text, turns)
@@ -212,7 +214,7 @@ def test_emu3_chat(turns: list[published.Turn]) -> None:
 @pytest.mark.parametrize("turns", [*PAIRS, [[ASKED], [WORDS]], [["Draw"], ["a", codes(12, 11), "is", SQUARE]]])
 @pytest.mark.parametrize("task", ["t2i", "x2i", "story"])
 def test_emu3_5(turns: list[published.Turn], task: str) -> None:
-    """Of one question: nothing is read on several, nor on documents without turns."""
+    """Only for one question: no code for several, or for documents without turns, was found."""
     grammar, border = opened("emu3_5")
     text = SYSTEMS["emu3_5"].text.encode
     system = "" if task == "t2i" else f"You are a helpful assistant for {task} task."
@@ -224,7 +226,7 @@ def test_emu3_5(turns: list[published.Turn], task: str) -> None:
 
 @pytest.mark.parametrize("said", BOTH)
 def test_lwm(said: Document) -> None:
-    """Turns are words of its data; each text is tokenized by itself."""
+    """Turns are words in its data; each text is tokenized separately."""
     text, bos = SYSTEMS["lwm"].text.encode, LWM["bos"]
     parts = [part for turn in parts_of(said) for part in turn]
     found = ours("lwm", said)
@@ -257,8 +259,7 @@ def test_liquid_asked_to_draw() -> None:
 
 
 def test_liquid_describes_in_a_document_and_does_not_talk() -> None:
-    """Its instruction is what the document says. The record has neither the marks nor the speakers' names of its
-    chat."""
+    """The document contains its instruction. The record lacks the marks and the speakers' names of its chat."""
     text = SYSTEMS["liquid"].text.encode
     said = document([SQUARE, f"The caption of this image is:{WORDS}"])
     assert ours("liquid", said) == published.liquid_caption(text, SQUARE, WORDS)
@@ -269,7 +270,7 @@ def test_liquid_describes_in_a_document_and_does_not_talk() -> None:
 
 
 def test_simplear_draws_and_says_no_end() -> None:
-    """Ours ends a document; theirs is so many codes long."""
+    """Ours ends a document; theirs only has a fixed number of codes."""
     text, end = SYSTEMS["simplear"].text.encode, published.SIMPLEAR["eos"]
     assert ours("simplear", conversation([WORDS], [SQUARE])) == [*published.simplear(text, WORDS, SQUARE), end]
     dropped = published.simplear(text, "", SQUARE)
@@ -284,7 +285,7 @@ def test_an_image_of_tars_without_turns() -> None:
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize("turns", [*PAIRS, TALK, [[ASKED], [WORDS]], [["\n  a"], ["b"], [], [SQUARE, WORDS]]])
 def test_tars_turns(turns: list[published.Turn], system: str) -> None:
-    """Of a conversation theirs ends with a line end, which ours does not write."""
+    """Their conversations end with a line end, which ours do not have."""
     grammar, border = opened("tar")
     said, text = conversation(*turns, system=system), SYSTEMS["tar"].text.encode
     more = {"system": system} if system else {}

@@ -1,4 +1,4 @@
-"""Preference pairs as JSON rows: every form, to documents and back, and the kind of each bad row."""
+"""Preference pairs as JSON rows: every form converts to documents and back, and each bad row has its kind."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ GOOD = dict(prompt="p", chosen="a", rejected="b")
         (dict(chosen=dict(role="user", content="a")), "bad_row", "chosen: expected the assistant's message"),
         (dict(chosen=3), "bad_row", "chosen: expected a text or a list of parts"),
         (dict(text="x"), "bad_row", "found text beside"),
-        (dict(prompt=[dict(role="assistant", content="p")]), "bad_turns", "user and assistant by turns"),
+        (dict(prompt=[dict(role="assistant", content="p")]), "bad_turns", "alternate between user and assistant"),
     ],
 )
 def test_each_bad_pair_has_a_name(change, kind, said):

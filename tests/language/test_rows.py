@@ -1,4 +1,4 @@
-"""Documents through JSONL rows and chat messages, there and back."""
+"""Documents are converted to JSONL rows and chat messages, and back."""
 
 import json
 
@@ -17,7 +17,7 @@ R, S = ImagePart(RED), ImagePart(BLUE)
 
 
 class Album:
-    """Images by name, as a folder would keep them."""
+    """Images by name, like in a folder."""
 
     def __init__(self):
         self.images = {}

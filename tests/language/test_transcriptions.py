@@ -1,4 +1,4 @@
-"""The transcriptions against transformers' own processors, and against ids written out by hand.
+"""The transcriptions are compared with transformers' own processors, and with handwritten ids.
 
 Axes: `h` `w` height and width of an image in codes.
 """
@@ -16,12 +16,12 @@ from tests.language import transcriptions as published
 
 
 def letters(text: str) -> list[int]:
-    """A text tokenizer of one id a letter, in the order that GPT-2, Qwen and Emu3 have them: "!" is 0, "0" is 15."""
+    """A text tokenizer with one id per letter, in the order of GPT-2, Qwen and Emu3: "!" is 0, "0" is 15."""
     return [ord(letter) - ord("!") if letter > " " else {" ": 220, "\n": 198}[letter] for letter in text]
 
 
 def late(text: str) -> list[int]:
-    """The same, behind the ids that Chameleon and others keep for something else."""
+    """The same, after the ids that Chameleon and others use for other things."""
     return [16384 + letter for letter in letters(text)]
 
 
@@ -70,7 +70,8 @@ def test_emu3() -> None:
 
 
 def test_ids_of_emu3_are_the_places_of_its_special_tokens() -> None:
-    """tokenization_emu3.py: behind 151643 pieces: end of text, two of chats, 205 extras, then the vision file."""
+    """tokenization_emu3.py: after 151643 pieces come the end of text, two chat tokens, 205 extras, then the vision
+    file."""
     extras = [f"extra_{i}" for i in range(205)]
     names = ["pad", "im_start", "im_end", *extras, "img", "boi", "eoi", "code"]
     called = {
@@ -132,7 +133,7 @@ def test_texts_that_touch_are_one_run() -> None:
 
 
 def tokenizer(specials: Mapping[str, int], merges: Iterable[tuple[str, str]], first: int, **names: Any) -> Any:
-    """A byte-pair tokenizer of transformers: letters in GPT-2's order from `first` on, pairs, and special tokens."""
+    """A byte-pair tokenizer in transformers: letters in GPT-2's order from `first` on, pairs, and special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -148,7 +149,8 @@ def tokenizer(specials: Mapping[str, int], merges: Iterable[tuple[str, str]], fi
 
 
 def filled(ids: Sequence[int], place: int, images: Iterable[Sequence[int]]) -> list[int]:
-    """ids with the images' tokens, in order, where a processor leaves places; as many as there are."""
+    """ids with the images' tokens, in order, at the places that a processor leaves for them. Asserts that their numbers
+    are equal."""
     tokens = iter([token for image in images for token in image])
     found = [next(tokens) if i == place else i for i in ids]
     assert next(tokens, None) is None
@@ -257,4 +259,4 @@ def test_chameleon_is_what_its_processor_writes(text: str, sizes: list[tuple[int
         given = processor(images=pixels, text=text, return_for_text_completion=completion)
         ids = filled(np.ravel(given["input_ids"]).tolist(), 8711, tokens)
         found = published.chameleon(text_ids, [parts(text, images)], chat=not completion)
-        assert (found[:-1] if completion else found) == ids  # a prompt: its end is not there yet
+        assert (found[:-1] if completion else found) == ids  # a prompt has no end yet

@@ -1,7 +1,7 @@
-"""What the code computes today is what it computed before the language room was built: bit for bit.
+"""Today's code gives the same results, bit for bit, as the code before `ar_unified/language/` was built.
 
-`vectors/` was written by make_vectors.py at that time: documents and requests as JSON, and what was made of them. A
-number may differ only where what it means was changed on purpose; then the commit says so, and the file is made again.
+make_vectors.py wrote `vectors/` at that time: documents and requests as JSON, and the results. A number may differ only
+if its meaning was changed on purpose; then the commit says so, and the file is made again.
 
 Axes: `n` tokens of a document, `B` rows, `T` positions of a row, `V` vocabulary, `S` steps.
 """
@@ -38,14 +38,14 @@ from ar_unified.sampling.request import Request
 from ar_unified.training.tasks import TransformerTask
 
 VECTORS = Path(__file__).parent / "vectors"
-FACTOR, CODES = 4, 16  # pixels a side of a code, and the codebook, of the image tokenizer below
+FACTOR, CODES = 4, 16  # pixels per side of a code, and the codebook size, of the image tokenizer below
 MAX_TOKENS, BATCH, STEPS = 192, 4, 4
 
 # ---- everything that asks ar_unified: if an interface changes, this section follows, and only this -------------------
 
 
 class Bytes:
-    """A text tokenizer with one piece a byte."""
+    """A text tokenizer with one piece per byte."""
 
     size, hash = 256, "bytes"
 
@@ -57,7 +57,7 @@ class Bytes:
 
 
 class PatchMeans:
-    """An image tokenizer whose code is the mean of a 4 x 4 patch, in 16 steps of grey."""
+    """An image tokenizer in which a code is the mean of a 4 x 4 patch, in 16 steps of grey."""
 
     codebook_size, factor, codes_per_position, hash = CODES, FACTOR, 1, "patch-means"
 
@@ -69,7 +69,7 @@ class PatchMeans:
 
 @dataclass(frozen=True)
 class AsItIs(Resize):
-    """Leaves every image as it is: all of them have sizes that the layout takes."""
+    """Does not resize images, because all have sizes of the layout."""
 
     def __call__(self, image: AnyImage, whole: tuple[int, int] | None = None) -> np.ndarray:
         return np.asarray(image)
@@ -119,7 +119,7 @@ def part(value: Any, pixels: bool = False) -> Any:
 
 
 def encode(grammar: Grammar, spec: Mapping[str, Any]) -> Any:
-    """A document as the grammar has it; `ids` and `roles` say what is in it."""
+    """A document in the grammar's form; `ids` and `roles` give its content."""
     return grammar.encode(document(spec))
 
 
@@ -149,7 +149,8 @@ def drop_context(grammar: Grammar, encoded: Any, image: int) -> Any:
 
 
 def prepared(grammar: Grammar, sources: Mapping[str, Sequence[Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Prepares the sources; of each what is on disk: {"tokens": [int32 [n]], a field of the index: [documents]}."""
+    """Prepares the sources. Returns for each what is on disk: {"tokens": [int32 [n]], a field of the index:
+    [documents]}."""
     keep = AsItIs("crop", FACTOR, FACTOR, FACTOR)
     opened = [Source(name, specs) for name, specs in sources.items()]
     prepare(
@@ -165,7 +166,7 @@ def prepared(grammar: Grammar, sources: Mapping[str, Sequence[Any]], folder: Pat
 
 
 def batches(grammar: Grammar, folder: Path) -> list[dict[str, np.ndarray]]:
-    """Packed batches of two phases, from what `prepared` left. They may have more fields than the vectors have."""
+    """Packed batches of two phases, from the files of `prepared`. They may have more fields than the vectors."""
     phases = [
         Phase(weights={"pairs": 2, "questions": 1}, flip_pairs=0.5, condition_dropout=0.4),
         Phase(from_step=2, weights={"pairs": 1, "stories": 3, "texts": 1}, flip_pairs=0.3, condition_dropout=0.6),
@@ -175,9 +176,9 @@ def batches(grammar: Grammar, folder: Path) -> list[dict[str, np.ndarray]]:
 
 
 def weights(grammar: Grammar, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """float32 [B, T], what each target weighs in the loss."""
+    """float32 [B, T], the weight of each target in the loss."""
     of_batches = TransformerTask(
-        cast(Any, None),  # no model is asked
+        cast(Any, None),  # no model is needed
         grammar.vocabulary,
         cast(Any, None),
         role_weights={"text": 0.7, "control": 1.3, "size": 0.25, "image": 0.9},
@@ -190,10 +191,9 @@ def weights(grammar: Grammar, batch: Mapping[str, np.ndarray]) -> np.ndarray:
 def walk(
     grammar: Grammar, prompts: Sequence[Sequence[int]], asked: Mapping[str, Sequence[int]], draws: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Sequences under the automaton: at each step, of the ids that are allowed, the one that a draw in [0, 1) picks.
+    """Sequences under the automaton: in each step, a draw in [0, 1) chooses one of the allowed ids.
 
-    asked: by field of `Wanted`, one number a prompt; "mode" indexes (text, image, free).
-    draws: float64 [S, B].
+    asked: field of `Wanted` -> one number per prompt; "mode" indexes (text, image, free). draws: float64 [S, B].
     """
     automaton = grammar.automaton
     opened = Opened(*np.array([grammar.breaks_off(np.array(prompt)).opened for prompt in prompts], np.int32).T)
@@ -216,7 +216,7 @@ def walk(
 
 
 def planned(grammar: Grammar, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request becomes, as JSON values. spec: fields of `Request`, its parts as in `document`."""
+    """The compiled request as JSON values. spec: fields of `Request`, with parts as in `document`."""
     fields = dict(spec, parts=tuple(part(p) for p in spec["parts"]))
     if "canvas" in fields:
         fields["canvas"] = array(fields["canvas"])
@@ -225,7 +225,7 @@ def planned(grammar: Grammar, spec: Mapping[str, Any]) -> dict[str, Any]:
     made = plan(grammar, Request(id="r", **fields), MAX_TOKENS)
     opened, wanted = made.start
     header = 2 * grammar.layout.sized
-    into = {PARTS: -1, HEIGHT: 0, WIDTH: 1}.get(opened.phase, header + opened.written)  # ids behind <boi>
+    into = {PARTS: -1, HEIGHT: 0, WIDTH: 1}.get(opened.phase, header + opened.written)  # ids after <boi>
     return {
         "prompt": made.prompt.tolist(),
         "given": made.given.tolist(),
@@ -254,7 +254,7 @@ def said() -> dict[str, Any]:
 
 
 def ragged(name: str, arrays: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays of different lengths as two: end to end, and their lengths."""
+    """Arrays of different lengths as two arrays: their concatenation and their lengths."""
     yield name, np.concatenate(arrays)
     yield f"{name} lengths", np.array([len(array) for array in arrays], np.int32)
 
@@ -303,7 +303,7 @@ def of_data(name: str, language: Any, specs: Sequence[Mapping[str, Any]]) -> dic
 
 @cache
 def computed() -> SimpleNamespace:
-    """`arrays` by name, and `plans` by layout, of everything in said.json."""
+    """`arrays` by name and `plans` by layout, computed from said.json."""
     arrays: dict[str, np.ndarray] = {}
     plans: dict[str, Any] = {}
     for name, case in said().items():

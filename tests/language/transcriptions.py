@@ -1,13 +1,13 @@
 """How published systems write a document as token ids, transcribed from their own code, to compare ours with.
 
-Each function names the file and function that it transcribes, and what of it was read and what is only recalled. None
-asks ar_unified, none needs more than NumPy. The ids are the published ones.
+Each function names the file and function that it transcribes, and says which parts were read and which are only
+recalled from memory. None uses ar_unified or needs more than NumPy. The ids are the published ones.
 
-Every function takes `text`, which gives the ids of a run of text as the system's own tokenizer would, without anything
-that a tokenizer puts in front or behind, and turns: the user's, the assistant's, the user's, ... A turn is parts in
-reading order, each a text or the codes of an image. An odd number of turns is a prompt that waits for its answer.
+Every function takes `text`, which gives the ids of a piece of text like the system's tokenizer, without special tokens
+before or after it; and turns: the user's, the assistant's, the user's, ... A turn has parts in reading order, each a
+text or the codes of an image. An odd number of turns is a prompt that waits for its answer.
 
-What these systems share: they put strings together first and ask the tokenizer then, so texts that touch are one run.
+All these systems first join strings and then call the tokenizer, so neighbouring texts are tokenized together.
 
 Axes: `h` `w` height and width of an image in codes.
 """
@@ -37,7 +37,7 @@ def joined(text: Text, pieces: Iterable[str | int]) -> list[int]:
 
 
 def written(parts: Turn, image: Callable[[np.ndarray], list[str | int]]) -> list[str | int]:
-    """Parts as texts and ids. image: how the codes of one are written."""
+    """Parts as texts and ids. image: a function that writes the codes of an image."""
     pieces: list[str | int] = []
     for part in parts:
         pieces += [part] if isinstance(part, str) else image(part)
@@ -73,10 +73,11 @@ def chameleon(text: Text, turns: Sequence[Turn], *, chat: bool = True) -> list[i
 
 
 def chameleon_contexts(ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """What guidance compares a prompt with: its images alone, and nothing (both before the codes of the new image).
+    """The two contexts that guidance compares a prompt with: only its images, and nothing (both before the new image's
+    codes).
 
     Chameleon: chameleon/inference/chameleon.py, ImageDecoder.__init__, _split_inputs_for_cfg. Read. The prompt gets a
-    BOI if it has none at its end. Of the ids only <s>, BOI, EOI and codes are kept: the end of turn is dropped too.
+    BOI if it has none at its end. Only the ids <s>, BOI, EOI and codes are kept, so the end of turn is dropped too.
     """
     c = CHAMELEON
     prompt = list(ids) if ids[-1] == c["boi"] else [*ids, c["boi"]]
@@ -85,7 +86,7 @@ def chameleon_contexts(ids: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _lumina_image(codes: np.ndarray, ids: Mapping[str, int], unit: int) -> list[str | int]:
-    """unit: codes a side that one size token counts."""
+    """unit: the codes per side that one size token counts."""
     h, w = codes.shape
     if h % unit or w % unit:
         raise ValueError(f"Lumina-mGPT says sizes in units of {unit} codes; found {h} x {w}")
@@ -114,7 +115,7 @@ def lumina_mgpt(text: Text, turns: Sequence[Turn]) -> list[int]:
 
 
 def implicit(images: Sequence[np.ndarray], question: str) -> list[Part]:
-    """The first turn of Lumina-mGPT where the question has no places for its images.
+    """The first turn of Lumina-mGPT if the question has no places for its images.
 
     xllmx/data/item_processor.py, MMConvItemProcessor.insert_implicit_media_symbol_in_q1. Read.
     """
@@ -172,7 +173,7 @@ def emu3(text: Text, turns: Sequence[Turn], *, eos: bool = True) -> list[int]:
 
 
 def emu3_prompt(text: Text, prompt: str, height: int, width: int) -> list[int]:
-    """What Emu3 is given to draw an image of height x width codes: Emu3Processor.__call__, mode "G". Read.
+    """Emu3's prompt for an image of height x width codes: Emu3Processor.__call__, mode "G". Read.
 
     What guidance compares with is the same with a negative prompt; training replaces some prompts by "" (datasets.py).
     """
@@ -263,10 +264,10 @@ def lwm_chat(text: Text, frames: Sequence[np.ndarray], question: str, *, adds_bo
 
 
 def lwm_prompt(text: Text, prompt: str, *, adds_bos: bool = True) -> tuple[list[int], list[int]]:
-    """What LWM is given to draw an image, and what guidance compares with: lwm/vision_generation.py, main. Read.
+    """LWM's prompt for an image, and the context of guidance: lwm/vision_generation.py, main. Read.
 
-    257 tokens are drawn behind it, of which the last is not looked at. Here "<vision>" is tokenized with the words
-    before it, in training by itself: that the ids are the same is for a real tokenizer to show.
+    257 tokens are drawn after it, and the last is ignored. Here "<vision>" is tokenized together with the words before
+    it, in training separately; only a real tokenizer can show whether the ids are the same.
     """
     bos = [LWM["bos"]] * (1 + adds_bos)
     asked = f"You are a helpful assistant. USER: Generate an image of {prompt} ASSISTANT: <vision>"

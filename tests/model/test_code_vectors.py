@@ -1,4 +1,4 @@
-"""Initial rows of image codes: similar for similar codes, as large as other rows, and rows of text do not change."""
+"""Initial rows of image codes are similar for similar codes and as large as other rows; rows of text do not change."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_task_begins_so_on_any_mesh():
 @pytest.mark.parametrize("how", CODE_EMBEDDING_INITS)
 @pytest.mark.parametrize("tables", [("embedding",), ("embedding", "head")])
 def test_new_rows_of_a_language_model_begin_around_the_mean_of_its_text(how, tables):
-    """Rows 0 ... 39 are text, 3 controls follow; the new table has 2 more of these, 60 codes and a rest of 1."""
+    """Rows 0 ... 39 are text, and 3 controls follow. The new table has 2 more controls, 60 codes and 1 unused row."""
     rng = np.random.default_rng(0)
     old = {name: rng.normal(i + 1, 0.5, (44, 16)).astype(np.float32) for i, name in enumerate(tables)}
     rows = np.array([*range(43), -1, -1, *[-1] * 60, 43], np.int32)
@@ -86,7 +86,7 @@ def test_new_rows_of_a_language_model_begin_around_the_mean_of_its_text(how, tab
         np.testing.assert_allclose(table[43:45], np.stack([mean, mean]), atol=1e-6)
         spread = 0.0 if how == "mean" else np.sqrt(np.mean((text - mean) ** 2))
         assert np.sqrt(np.mean((new - mean) ** 2)) == pytest.approx(spread, rel=0.25, abs=1e-6)
-    if how == "codebook":  # codes that are near have rows that are near
+    if how == "codebook":  # similar codes have similar rows
         gaps = np.linalg.norm(VECTORS[:, None] - VECTORS, axis=-1)
         apart = np.linalg.norm(new[:, None] - new, axis=-1)
         near = (gaps > 0) & (gaps < np.quantile(gaps, 0.1))

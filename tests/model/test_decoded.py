@@ -1,4 +1,4 @@
-"""Parameters as decoding reads them: an MLP that is filled up computes what it did before."""
+"""Parameters in the form for decoding: a padded MLP computes the same as before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.training.tiny import MODEL
 
 @pytest.mark.parametrize("weights_dtype", [None, "int8"])
 def test_channels_of_zeros_change_nothing(weights_dtype, monkeypatch):
-    """Beside adapters, too: row 0 has none, row 1 one of all matrices."""
+    """This also holds with adapters: row 0 has none, row 1 has one for all matrices."""
     params = init(MODEL, jax.random.key(0))
     adapter = init_adapter(MODEL, LoraConfig(rank=3), jax.random.key(1))
     served = jax.tree.map(lambda x: jnp.stack([0 * x, x + 0.1], axis=1), adapter)
@@ -52,6 +52,6 @@ def test_only_a_tpu_has_lanes_to_fill(monkeypatch):
     with jax.set_mesh(make_mesh(dict(data=2, tensor=4))):
         assert decoded.mlp_width(wide) == 11008
         monkeypatch.setattr(decoded.device, "current", lambda: decoded.device.Device("tpu", "TPU v5p"))
-        assert decoded.mlp_width(wide) == 4 * 2816  # 2,752 a device are 21.5 lanes
+        assert decoded.mlp_width(wide) == 4 * 2816  # 2,752 per device are 21.5 lanes
         assert decoded.mlp_width(MODEL) == MODEL.d_mlp, "narrower than the lanes"
     assert decoded.mlp_width(wide) == 11008  # one device: 86 lanes

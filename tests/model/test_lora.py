@@ -1,4 +1,4 @@
-"""Adapters in the sampler: with a cache, and several for one model, where each row uses its own."""
+"""Adapters in the sampler: with a cache, and several for one model, so that each row uses its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the naive one: values, gradients, and what it holds in memory."""
+"""The chunked cross-entropy is compared with the naive one: values, gradients, and memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_inputs():
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 9, 12, 1000])  # of 33 tokens: one column, uneven, even, all at once
+@pytest.mark.parametrize("chunk", [1, 9, 12, 1000])  # chunks of 33 tokens: one column, uneven, even, all at once
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
     hidden, head, targets, weights = make_inputs()
@@ -64,18 +64,18 @@ def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
     assert weighted_loss(hidden, head, targets, weights, z_loss, chunk)[0] == at_once(hidden, head)[0][0]
 
 
-USED, PADDED = 1006, 1024  # 18 rows of no probability, all of them on the last device
+USED, PADDED = 1006, 1024  # 18 rows without probability, all on the last device
 
 
 @pytest.mark.parametrize("split", [None, 1, 333, PADDED // 2, USED - 1])
 @pytest.mark.parametrize("shape", [None, dict(tensor=2), dict(fsdp=2, tensor=2, context=2)], ids=str)
 def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape, split):
-    """With one softmax for all others, or one for each side of `split`, of which a device may have no id."""
+    """With one softmax over all used ids, or one for each side of `split`. A device may have no id of a side."""
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, targets = jax.random.normal(keys[0], (4, 12, D)), jax.random.randint(keys[2], (4, 12), 0, USED)
-    edges = [USED - 1, 0, PADDED // 2, (split or 1) - 1, split or 1]  # of devices, of what is used, and of sides
+    edges = [USED - 1, 0, PADDED // 2, (split or 1) - 1, split or 1]  # borders of devices, of used ids, and of sides
     targets = targets.at[0, : len(edges)].set(jnp.array(edges))
-    head = jax.random.normal(keys[1], (PADDED, D)).at[USED:].multiply(9)  # they would win
+    head = jax.random.normal(keys[1], (PADDED, D)).at[USED:].multiply(9)  # they would have the largest logits
     weights = jax.random.uniform(keys[3], (4, 12))
 
     def objective(losses: Callable, head):

@@ -1,4 +1,4 @@
-"""The model on a TPU that is not there: compiled by libtpu, it trains and decodes through the kernels."""
+"""The model, compiled with libtpu for an absent TPU, trains and decodes with the kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL = replace(
     config_from("debug", 4096, qk_norm="rmsnorm", dtype="bfloat16", scan_layers=True, remat="full"),
     d_model=512, n_heads=8, n_kv_heads=2, head_dim=128, d_mlp=512,
 )  # fmt: skip
-LENGTH = 256  # of a row; longer ones have larger blocks of attention, which take most of the time of compiling
+LENGTH = 256  # tokens per row; longer rows have larger attention blocks, which take most of the time to compile
 pytestmark = [needs_libtpu, pytest.mark.slow]
 
 
@@ -58,14 +58,14 @@ def test_the_train_step_runs_the_kernels(shape, rows, options, calls):
     step, state = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0), abstract_state(task, tx, mesh)
     with jax.set_mesh(mesh):
         compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
-    # In the one scanned layer, for each pair of pieces: forward, once; dQ; dK and dV. A loop that exchanges with the
-    # host libtpu writes out twice, to hide the one turn's transfer behind the other's work.
+    # The scanned layer has, for each pair of pieces, forward once, dQ, and dK with dV. libtpu unrolls a loop that
+    # exchanges data with the host twice, to overlap one iteration's transfer with the other's work.
     offloaded = config.remat.startswith("offload")
     assert kernels(compiled).total() == 3 * calls * (2 if offloaded else 1)
     assert_nothing_travels_whole(compiled.as_text(), config, mesh, rows, LENGTH, 1024)
     there, found = rows * LENGTH * offloaded_bytes(config) // 4, compiled.memory_analysis().host_temp_size_in_bytes
     assert (there > 0) == offloaded  # on one of four devices
-    if config.remat == "offload_attention":  # keys and values go, too, of two heads that lie as eight
+    if config.remat == "offload_attention":  # keys and values too, for two heads stored as eight
         assert there <= found <= 1.5 * there
     else:
         assert found == there
@@ -87,7 +87,7 @@ def test_prefill_and_decode_run_the_kernels():
             shardings(mesh, logical_axes(params), params),
         )
         cache = jax.tree.map(lambda x: place(x.shape, x.dtype, P("data", "tensor")), cache)
-        # A prompt is written into an empty cache whole, by XLA; a step adds one slot a row, by a kernel.
+        # XLA writes a whole prompt into an empty cache; in a step, a kernel adds one slot per row.
         for tokens, called in ((128, {"attention_forward"}), (1, {"cache_write", "decode_attention"})):
             args = place((4, tokens), jnp.int32, rows), cache, place((4,), jnp.int32, whole)
             extend = jax.jit(lambda params, *args: Transformer.bind(config, params).extend(*args))

@@ -1,4 +1,5 @@
-"""The transformer: what a position may see, packing, padding, the cache, and that options change cost, not results."""
+"""The transformer: what a position may see, packing, padding, the cache, and options that change cost but not
+results."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ CONFIG = config_from("debug", 40, qk_norm="layernorm")
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def make_params(config: TransformerConfig, seed: int = 0):
-    """Parameters with no weight at a special value (norm scales of 1 and biases of 0 would hide mistakes)."""
+    """Parameters without special values, because norm scales of 1 and biases of 0 would hide mistakes."""
     params = init(config, jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -36,7 +37,7 @@ def make_tokens(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def whole_rows(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """tokens, positions and doc_start of rows that are one document each."""
+    """tokens, positions and doc_start of rows with one document each."""
     return tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.zeros_like(tokens)
 
 
@@ -65,13 +66,14 @@ def test_fresh_parameters_keep_the_size_of_what_they_read(width, depth, tied):
             shrunk = 2 * depth if name in ("output", "down") else 1
             np.testing.assert_allclose(jnp.var(leaf), 1 / (fan_in * shrunk), rtol=0.1, err_msg=name)
     logits = forward_logits(config, params, *whole_rows(jax.random.randint(jax.random.key(1), (4, 64), 0, 400)))
-    # A tied model's fresh logits lean towards the token it has just read, which its embedding is.
+    # An untrained model with tied embeddings prefers the token that it has just read.
     assert 0.8 < float(jnp.median(jnp.std(logits, axis=-1))) < (1.4 if tied else 1.2)
 
 
 @pytest.fixture(params=["one chunk", "chunks", "chunks in a loop"])
 def chunks(request, monkeypatch):
-    """Attention over rows of 12 in one piece, in 3 prefixes of one chunk each, and in 2 prefixes of two."""
+    """Attention over rows of 12 tokens in one piece, in 3 prefixes of one chunk each, and in 2 prefixes of two
+    chunks."""
     if request.param != "one chunk":
         monkeypatch.setattr(xla, "CHUNK", 4 if request.param == "chunks" else 3)
         monkeypatch.setattr(xla, "PREFIXES", 8 if request.param == "chunks" else 2)
@@ -79,7 +81,7 @@ def chunks(request, monkeypatch):
 
 
 def packed_rows() -> tuple[jax.Array, jax.Array, jax.Array, list[tuple[int, slice]]]:
-    """Two rows of documents with padding behind them, and where each document lies."""
+    """Two rows of documents with padding after them, and the place of each document."""
     T, lengths = 12, [[5, 4], [1, 7, 2]]
     positions, doc_start = np.zeros((2, T), np.int32), np.full((2, T), T, np.int32)
     where = []
@@ -99,7 +101,7 @@ def test_a_position_sees_itself_and_the_past_of_its_document_and_nothing_else(ch
     params = make_params(config)
     _, positions, doc_start, where = packed_rows()
     inputs = jax.random.normal(jax.random.key(3), (*positions.shape, config.d_model))
-    # Tokens cannot be differentiated: each position gets an id of its own, and the table is what is differentiated.
+    # Tokens cannot be differentiated. So each position has a different id, and the embedding table is differentiated.
     ids = jnp.arange(positions.size, dtype=jnp.int32).reshape(positions.shape)
 
     def hidden(inputs):
@@ -112,7 +114,7 @@ def test_a_position_sees_itself_and_the_past_of_its_document_and_nothing_else(ch
     for row, place in where:
         expected[row, place, row, place] = np.tri(place.stop - place.start, dtype=bool)
     for row, position in np.argwhere(doc_start == doc_start.shape[1]):
-        expected[row, position, row, position] = True  # padding reaches itself through the residual stream only
+        expected[row, position, row, position] = True  # padding sees only itself, through the residual stream
     np.testing.assert_array_equal(reach > 0, expected)
 
 
@@ -121,7 +123,9 @@ def test_packed_documents_are_as_if_each_were_alone(chunks):
     params = make_params(CONFIG)
     tokens, positions, doc_start, where = packed_rows()
     packed = forward(CONFIG, params, tokens, positions, doc_start)
-    rows = np.zeros((len(where), *tokens.shape[1:]), np.int32)  # one document a row; causality hides what follows it
+    rows = np.zeros(
+        (len(where), *tokens.shape[1:]), np.int32
+    )  # one document per row; causality hides the padding after it
     for i, (row, place) in enumerate(where):
         rows[i, : place.stop - place.start] = tokens[row, place]
     alone = forward(CONFIG, params, *whole_rows(jnp.asarray(rows)))
@@ -153,7 +157,7 @@ def test_prefill_and_decode_equal_the_teacher_forced_forward(norm_placement):
     np.testing.assert_allclose(logits_of_all[:, :total], expected, atol=1e-5)
 
     start = lengths.copy()
-    for _ in range(8):  # the first row runs over the end of the cache, the others do not mind
+    for _ in range(8):  # the first row exceeds the cache
         step = tokens[np.arange(3), np.minimum(start, total - 1)][:, None]
         logits, cache = extend(step, cache, jnp.asarray(start))
         for i in np.flatnonzero(start < total).tolist():
@@ -174,7 +178,7 @@ def test_the_cache_is_read_alike_on_any_mesh(shape):
     model, tokens = Transformer.bind(CONFIG, make_params(CONFIG)), make_tokens(4, 6)
 
     def read(tokens):
-        start = jnp.array([0, 3, 1, 0], jnp.int32)  # what lies before is zeros: read all the same
+        start = jnp.array([0, 3, 1, 0], jnp.int32)  # the zeros before them are read too
         hidden, cache = model.extend(tokens[:, :5], init_cache(CONFIG, 4, 12), start)
         return hidden, model.extend(tokens[:, 5:], cache, start + 5)[0]
 
@@ -292,7 +296,7 @@ def test_a_layer_equals_its_plain_reference(norm_placement, qk_norm):
     np.testing.assert_allclose(found, normed, atol=2e-5)
 
 
-# By hand from the published sizes: layers * (attention + MLP + norms) + last norm + tables.
+# Computed by hand from the published sizes: layers * (attention + MLP + norms) + last norm + tables.
 COUNTS = {
     "2m": 4 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192 + 2 * 32) + 192 + 1700 * 192,
     "25m": 8 * (4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512) + 512 + 1700 * 512,
@@ -307,13 +311,13 @@ COUNTS = {
     "emu3_5_34b": 64 * (2 * 5120 * 8192 + 2 * 5120 * 1024 + 3 * 5120 * 25600 + 2 * 5120 + 2 * 128)
     + (5120 + 2 * 282926 * 5120),
     "lwm_7b": 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 2 * 40448 * 4096,
-    # What the published files have, as their index says.
+    # The numbers of parameters in the published files, from their index.
     "llama3_8b": 8_030_261_248,
     "qwen2_5_1_5b": 1_543_714_304,
     "qwen2_5_7b": 7_615_616_512,
     "qwen3_8b": 8_190_735_360,
     "gemma_7b": 8_537_680_896,
-    # The same with tables of another length.
+    # The config with tables of another length.
     "liquid_7b": 8_537_680_896 + (264192 - 256000) * 3072,
     "simplear_1_5b": 1_543_714_304 + (151665 + 7 + 64000 - 151936) * 1536,
     "tar_1_5b": 1_543_714_304 + (151665 + 2 + 3 + 65536 - 151936) * 1536,
@@ -378,7 +382,7 @@ def test_logits_equal_those_of_hugging_face_llama():
 
 
 def llama_state(config: TransformerConfig, params) -> dict[str, np.ndarray]:
-    """The parameters under the names of Hugging Face's Llama, whose weights are [out, in]."""
+    """The parameters with the names and layout of Hugging Face's Llama, where weights are [out, in]."""
     D = config.d_model
     state = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["norm"]}
     state["lm_head.weight"] = params["embedding" if config.tie_embeddings else "head"]

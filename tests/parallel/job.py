@@ -1,6 +1,6 @@
 """Jobs of several processes on this machine, for tests to disturb; as a script, one process of such a job.
 
-A job trains a bigram model of 3,000 parameters, sharded over one faked device a process.
+A job trains a bigram model of 3,000 parameters, sharded over processes with one faked device each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, str]:
-    """What a process needs to run from source on one faked device."""
+    """The environment of a process that runs from source on one faked device."""
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_PLATFORMS": "cpu"}
     return os.environ | paths | {"JAX_NUM_CPU_DEVICES": "1"}
 
@@ -43,9 +43,9 @@ def free_port() -> int:
 
 
 class Job:
-    """Starts the processes of a training in `folder`; `settings` are TrainingConfig's, `pause` seconds a step.
+    """Starts the processes of a training in `folder`; `settings` are for TrainingConfig, `pause` is seconds per step.
 
-    absent: processes that never come.
+    absent: processes that are never started.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Job:
         self.wait(lambda: (self.folder / "logs").exists() and f" step {step}/" in self.log(0))
 
     def wait(self, reached: Callable[[], object], seconds: float = 400) -> None:
-        """Until that is so, which it must be while all processes run."""
+        """Waits until the condition holds, which must happen while all processes run."""
         deadline = time.monotonic() + seconds
         while not reached():
             assert time.monotonic() < deadline and self.running(), self.end()
@@ -93,7 +93,7 @@ class Job:
         self.processes[process].send_signal(number)
 
     def kill(self, first: int = 0, gap: float = 0.0) -> None:
-        """Ends all processes as a power cut does, one of them `gap` seconds before the others."""
+        """Kills all processes, like a power failure, one of them `gap` seconds before the others."""
         self.processes[first].kill()
         time.sleep(gap)
         for process in self.processes:
@@ -113,14 +113,14 @@ class Job:
         return found
 
     def log(self, process: int) -> str:
-        """What a process of this job has written into its log, which earlier jobs may have begun."""
+        """What a process of this job has written to its log, without the lines of earlier jobs."""
         path = self.folder / "logs" / f"process-{process}.log"
         return path.read_text()[self.before[process] :] if path.exists() else ""
 
 
 @dataclass(frozen=True, eq=False)
 class Bigram(Stateless):
-    """The smallest model that learns: the next token from the embedding of this one. It compiles in no time."""
+    """The smallest model that learns: the next token from the embedding of this one. It compiles very quickly."""
 
     batch: Any
     validation: Any = ()

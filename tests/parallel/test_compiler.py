@@ -1,4 +1,4 @@
-"""Compiler options: ours by kind, which the user's override, and a start with a compiler that does not know all."""
+"""Compiler options: ours depend on the kind of device, the user's override them, and unknown options are no error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.planning.targets import parse_target
 from tests.kernels.topologies import TPUS, needs_libtpu
 
-LEVEL = "xla_backend_optimization_level"  # what XLA's CPU compiler knows, too
+LEVEL = "xla_backend_optimization_level"  # XLA's CPU compiler knows it too
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def mesh():
 
 @pytest.fixture
 def as_v5p(monkeypatch):
-    """This CPU taken for a kind that has options."""
+    """Makes this CPU look like a kind of device that has options."""
     monkeypatch.setattr(compiler, "of_kind", lambda kind: next(each for each in HARDWARE if each.name == "v5p"))
     return lambda **options: monkeypatch.setitem(compiler.OPTIONS, "v5p", options)
 

@@ -43,7 +43,7 @@ def test_slices_are_the_outer_part_of_data(chips):
     assert dict(mesh.shape) == dict(data=4, fsdp=2, tensor=4, context=1)
     index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert (index[:2] == 0).all() and (index[2:] == 1).all()
-    # The chips of a tensor group are neighbours: four in a square, not in a line with distant ends.
+    # The chips of a tensor group are neighbours: four form a square, not a line with distant ends.
     for group in mesh.devices.reshape(8, 4):
         steps = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in zip(group, group[1:], strict=False)]
         assert max(steps) <= 2
@@ -56,7 +56,7 @@ def test_rules_place_axes_by_name():
     shapes = {"w": jax.ShapeDtypeStruct((3, 8, 6), np.float32), "k": jax.ShapeDtypeStruct((8, 1), np.float32)}
     placement = shardings(mesh, {"w": ("layers", "embed", "mlp"), "k": ("embed", "kv_heads")}, shapes)
     assert placement["w"].spec == jax.P(None, "fsdp", "tensor")
-    assert placement["k"].spec == jax.P("fsdp", None)  # one key head on two tensor devices: stated policy, kept whole
+    assert placement["k"].spec == jax.P("fsdp", None)  # one KV head on two tensor devices is kept whole, by our policy
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_batches_are_split_over_data_and_fsdp():
 @pytest.mark.parametrize("ways", [2, 3, 8])
 def test_devices_hold_an_early_and_a_late_piece(ways):
     mesh = make_mesh(dict(context=ways), jax.devices()[:ways])
-    row = np.arange(4 * ways)[None]  # in 2 x ways pieces of two
+    row = np.arange(4 * ways)[None]  # in 2 x `ways` pieces of two
     with jax.set_mesh(mesh):
         turned = jax.jit(zigzag)(row)
         assert jax.jit(unzigzag)(turned).tolist() == row.tolist()

@@ -1,5 +1,5 @@
-"""Real processes on this machine: the losses equal those of one process, all stop together, and messages name a lost
-one."""
+"""Real processes on this machine: losses equal those of one process, all stop together, and messages name a lost
+process."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def finish(folder: Path, processes: int) -> list[float]:
-    """Trains to the end, from whatever is in the folder; the whole loss curve."""
+    """Trains to the end from the state in the folder; returns the whole loss curve."""
     if processes == 1:
         train(folder, make_mesh({}, jax.devices()[:1]), **SETTINGS)
     else:
         ended = Job(folder, processes, **SETTINGS).end()
         assert [code for code, _ in ended] == [0] * processes, ended
-        assert not ended[1][1]  # the terminal is process 0's
+        assert not ended[1][1]  # only process 0 prints to the terminal
     return losses(folder)
 
 
@@ -59,7 +59,7 @@ def test_the_losses_are_those_of_one_process(whole):
 
 @pytest.mark.parametrize("number, others", [(signal.SIGTERM, 4), (signal.SIGINT, 1)])
 def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path, number, others):
-    """Another number of processes goes on from there."""
+    """Another number of processes continues from there."""
     job = Job(tmp_path, 2, pause=0.1, **SETTINGS)
     job.until(step=2)
     job.send(1, number)
@@ -84,7 +84,7 @@ def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole,
 
 
 def test_all_processes_save_where_the_validation_loss_is_lowest(tmp_path):
-    """Only the last checkpoint is due; those before are of validations that were the best so far."""
+    """Only the last checkpoint is due at its step; those before were saved because a validation was the best so far."""
     settings = dict(steps=12, log_every=1, validate_every=4, checkpoint_every=0, keep=9)
     ended = Job(tmp_path / "two", 2, **settings).end()
     assert [code for code, _ in ended] == [0, 0], ended

@@ -20,9 +20,9 @@ from tests.parallel.job import Job
 def under_fire(folder: Path, kills: int, rng: random.Random) -> list[int]:
     """Kills the job `kills` times and starts it again each time; returns the latest checkpoint after each.
 
-    After each kill, every checkpoint that is seen must load whole, and the newest must not be older than the newest
-    that was seen while the job was alive. What is still being written when the job dies may be gone: saving is
-    asynchronous, so the first job lives until it has one.
+    After each kill, every visible checkpoint must load completely, and the newest must not be older than the newest
+    that was visible while the job ran. A checkpoint that is being written when the job dies may be lost. Saving is
+    asynchronous, so the first job runs until it has one checkpoint.
     """
     latest = [0]
     for number in range(kills):

@@ -1,6 +1,6 @@
-"""Every choice that a config offers can be planned: each is traced and lowered, and its numbers are computed.
+"""Every choice in a config can be planned: each is traced and lowered, and its numbers are computed.
 
-The choices are read where the code defines them, so that a new one is tried without anyone naming it here.
+The choices are read from the code that defines them, so a new choice is tested without a change here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ar_unified.planning.roofline import roofline
 from ar_unified.planning.targets import TargetError, parse_target
 from tests.kernels.topologies import needs_libtpu
 
-# Every key that has choices, and what else changes a program. Attention and context depend on the target: see below.
+# Every key with choices, and other keys that change a program. Attention and context depend on the target (below).
 CHOICES = {key: tuple(known) for key, known in check.CHOICES.items() if key not in ("model.attention", "model.context")}
 CHOICES |= {
     "model.tie_embeddings": (True, False),
@@ -89,8 +89,8 @@ def missed(configs):
     return [(key, x) for key, values in CHOICES.items() for x in values if not any(c.get(key) == x for c in configs)]
 
 
-# As many configs as the longest list, the i-th with the i-th value of every key; then one for each value that another
-# choice had replaced.
+# As many configs as the longest list has values: the i-th has the i-th value of every key. Then one config for each
+# value that another choice had replaced.
 LONGEST = max(map(len, CHOICES.values()))
 CONFIGS = [agreeing({key: values[i % len(values)] for key, values in CHOICES.items()}) for i in range(LONGEST)]
 CONFIGS += [agreeing({key: value}) for key, value in missed(CONFIGS)]
@@ -109,7 +109,7 @@ def small(**changes):
 
 
 def tried(config, job, target="h200:8"):
-    """Lowers the programs of a job and makes what is computed of them; the same to the letter as `make_plan` does."""
+    """Lowers the programs of a job and computes their numbers, exactly as `make_plan` does."""
     target = parse_target(target)
     run = with_a_kernel(run_of(config), target)
     mesh = target.mesh(run.mesh) if job == "train" else target.process().mesh(decoding_axes(run.mesh))
@@ -144,7 +144,7 @@ def test_a_softmax_for_each_side_is_another_program():
 def test_every_published_shape_makes_a_plan_at_its_true_size(preset, job):
     config = small()
     config.model = configs.model(preset)
-    config.text_tokenizer.vocab_size = PRESETS[preset]["vocab_size"]  # and some ids more, of images
+    config.text_tokenizer.vocab_size = PRESETS[preset]["vocab_size"]  # and some more ids for images
     run = run_of(config)
     assert run.model == replace(config_from(preset), vocab_size=run.vocabulary.size)
     assert all(lowered for _, lowered in tried(config, job))

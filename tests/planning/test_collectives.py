@@ -1,4 +1,4 @@
-"""Collectives are read as they run: from HLO written by hand, and from a module that XLA compiled."""
+"""Reads the collectives that run: from handwritten HLO, and from a module that XLA compiled."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.planning.collectives import collectives, unknown_loops
 
-# A loop of 3 turns in which two devices of four gather, a fused reduce-scatter that TPUs write as an all-reduce, one
-# gather that is written twice because it runs beside computation, and a loop whose end depends on data.
+# A loop of 3 iterations in which two of four devices gather, a fused reduce-scatter that TPUs write as an all-reduce, a
+# gather that is written twice because it overlaps with computation, and a loop whose end depends on data.
 MODULE = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -129,7 +129,7 @@ def test_what_slices_exchange_is_a_send_to_the_host():
 
 
 def test_a_compiled_scan_over_sharded_weights():
-    """Five layers whose weights are split in four: five gathers of a whole weight, in XLA's own words."""
+    """Five layers with weights in four parts: five gathers of a whole weight, in XLA's own HLO."""
     mesh = make_mesh(dict(fsdp=4, data=2))
     weights = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))

@@ -1,4 +1,4 @@
-"""Decoding as it is compiled for TPUs that are not here: the cache is written where it lies, and nothing copies it."""
+"""Decoding compiled for absent TPUs: the cache is written in place, and nothing copies it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ from tests.kernels.topologies import TPUS, needs_libtpu
 pytestmark = needs_libtpu
 LAYOUT = fixed_grid(32, 32)
 VOCABULARY = vocabulary_for(LAYOUT, 57088, 8192)
-# Every width is Chameleon's; of layers as many as show what one does, and a cache as long as 8 of them would fill.
+# All widths are Chameleon's. There are just enough layers to see what one does, and the cache is as large as for 8
+# layers.
 MODEL = replace(config_from("chameleon_7b", VOCABULARY.size), n_layers=2)
 RUN = Run(MODEL, VOCABULARY, LAYOUT, dict(tensor=4), 8, 4096, requests=64, max_length=8192, contexts=2)
 
 
 def kept(tree, mesh) -> int:
-    """Bytes on a device of a tree that a mesh splits."""
+    """Bytes per device of a tree that is divided over a mesh."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // mesh.size
 
 
@@ -58,25 +59,25 @@ def test_a_step_copies_no_cache_and_needs_little_beside_it(target, kv_dtype):
     step = turn(compiled.hlo)
     assert step.kernels == {"cache_write": MODEL.n_layers, "decode_attention": MODEL.n_layers}
     cache = program.local_bytes()["cache"]
-    scales = 128 * 8 * 8192 * 4  # the smallest array of the cache; logits of one modality are smaller
+    scales = 128 * 8 * 8192 * 4  # bytes of the smallest array of the cache; logits of one modality are smaller
     assert not [copy for copy in step.copies if copy.bytes >= scales]
-    # Of a cache in the compute dtype: the smaller one is not the reason for smaller logits.
+    # Relative to a cache in the compute dtype, because an int8 cache does not make logits smaller.
     whole = cache * (2 if kv_dtype == "int8" else 1)
     assert compiled.temporaries < whole / 50 and compiled.aliased >= cache
     assert not [each for each in gathered(compiled.hlo) if each >= 1 << 20], "no weights travel"
 
 
 def gathered(hlo):
-    """Bytes of the arrays of numbers that devices gather. (At the end of a chunk they gather `seen`, which is bool.)"""
+    """Bytes of numeric arrays that devices gather. (At the end of a chunk they also gather `seen`, which is bool.)"""
     computations, _ = parse(hlo)
     found = [each.type for part in computations.values() for each in part if each.opcode.startswith("all-gather")]
     return [bytes_of(each) for each in found if "pred[" not in each]
 
 
 def narrow(weights_dtype=None):
-    """One layer, narrow where the cache is not, on two rows of v5e devices of which each splits the heads.
+    """One layer, narrow except for the cache, on two rows of v5e devices; each row divides the heads.
 
-    Half of the MLP's channels are no whole number of lanes.
+    Half of the MLP's channels are not a whole number of lanes.
     """
     mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
     config = replace(MODEL, n_layers=1, d_model=512, d_mlp=1408, n_heads=8, n_kv_heads=8, vocab_size=256)
@@ -91,7 +92,7 @@ def by_row(mesh, *trees):
 
 @functools.cache
 def loop(kv_dtype=None, weights_dtype=None):
-    """Steps of decoding as they are compiled, and the bytes of a device's keys."""
+    """The compiled steps of decoding, and the bytes of a device's keys."""
     mesh, config, params = narrow(weights_dtype)
     cache = jax.eval_shape(lambda: init_cache(config, 32, 4096, kv_dtype))
 
@@ -123,19 +124,19 @@ def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
 
 @pytest.mark.parametrize("weights_dtype", [None, "int8"])
 def test_rounded_weights_are_read_as_they_are(weights_dtype):
-    """No matrix is widened in front of the loop, or anywhere but inside of the product that reads it. The MLP's have
-    whole lanes on each device: 768 channels, and not 704.
+    """No matrix is converted to a wider dtype before the loop, or anywhere outside the product that reads it. The MLP's
+    matrices have whole lanes on each device: 768 channels instead of 704.
     """
     computations, _ = parse(loop(weights_dtype=weights_dtype)[0].as_text())
     fused = {name for part in computations.values() for x in part if x.opcode == "fusion" for name in called_by(x)}
     made = [x.type for name, part in computations.items() if name not in fused for x in part]
     for letters, there in (("bf16", not weights_dtype), ("s8", bool(weights_dtype))):
-        matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # MLP's and attention's, split in two
+        matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # of MLP and attention, divided by two
         assert any(map(matrices.match, made)) == there, letters
 
 
 def test_logits_travel_and_not_the_head():
-    """Each device reads its part of the head for all rows, and then draws for its own rows."""
+    """Each device computes its part of the logits for all rows, and then draws for its own rows."""
     mesh, config, params = narrow()
     head = jax.ShapeDtypeStruct((1024, config.d_model), config.dtype)
     heads = on_mesh((head, head), (jax.NamedSharding(mesh, rules.spec(mesh, ("vocab", "embed"), head.shape)),) * 2)
@@ -150,7 +151,8 @@ def test_logits_travel_and_not_the_head():
 
 @pytest.mark.slow
 def test_what_a_long_prompt_needs_does_not_grow_with_it():
-    """Read in pieces of 1,024: two of them or eight need the same beside weights, prompts and the cache."""
+    """Prompts are read in pieces of 1,024. Two or eight pieces need the same memory besides weights, prompts and
+    cache."""
     mesh, config, params = narrow()
 
     def beside(length):

@@ -1,4 +1,4 @@
-"""The operations of one iteration of a compiled loop, read from handwritten HLO."""
+"""Reads the operations of one iteration of a compiled loop from handwritten HLO."""
 
 from __future__ import annotations
 

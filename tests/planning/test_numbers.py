@@ -1,7 +1,7 @@
-"""The numbers of a plan, against sums done by hand: FLOPs, bytes of memory and of the network, seconds, tokens.
+"""The numbers of a plan equal sums done by hand: FLOPs, bytes of memory and of the network, seconds, tokens.
 
-Rates are written out from the data sheet of TPU v5e: 197 TFLOP/s, 819 GB/s of memory, 4 links of 50 GB/s one way, DCN
-3.125 GB/s a chip.
+Rates are from the data sheet of TPU v5e: 197 TFLOP/s, 819 GB/s of memory, 4 links of 50 GB/s one way, DCN 3.125 GB/s
+per chip.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ MODEL = TransformerConfig(
 RUN = Run(
     MODEL, VOCABULARY, fixed_grid(4, 4), dict(fsdp=4), 8, 32, document=32, requests=4, max_length=64, contexts=2
 )  # fmt: skip
-TOKENS, PAIRS = 256, 256 * 33 / 2  # a token sees half of its document, itself included
+TOKENS, PAIRS = 256, 256 * 33 / 2  # on average a token sees half of its document, including itself
 
 
 def planned(run: Run, name: str, devices: int = 4):
-    """One program on CPU devices that stand for v5e, and its estimate without any traffic between them."""
+    """One program on CPU devices that stand in for v5e, and its estimate without traffic between them."""
     job = "train" if name == "train" else "sample"
     mesh = make_mesh(run.mesh if job == "train" else decoding_axes(run.mesh), jax.devices()[:devices])
     (program,) = [each for each in programs(run, mesh, job) if each.name == name]
@@ -65,7 +65,8 @@ def planned(run: Run, name: str, devices: int = 4):
 
 def test_matmuls_of_a_training_step():
     _, estimate = planned(RUN, "train")
-    # Forward 1 and backward 2 matmuls with each weight, 2 FLOPs each; of each pair scores and values, as often.
+    # The forward pass has 1 matmul with each weight and the backward pass 2, of 2 FLOPs each. The same holds for scores
+    # and values of each pair.
     attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one matmul
     model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
     assert estimate.model_flops == model == 144_900_096
@@ -89,7 +90,7 @@ def test_an_adapter_has_the_state_and_the_base_no_gradient():
 
 
 def test_a_base_in_8_bits_has_a_byte_a_weight_and_a_scale_a_channel():
-    """Channels of D are cut by fsdp 4, as weights are, those of heads and of the MLP are whole."""
+    """Channels of D are divided by fsdp 4, like weights; those of heads and of the MLP are whole."""
     lora = LoraConfig(rank=4, base_dtype="int8")
     held, float32 = (planned(replace(RUN, lora=each), "train")[0].local_bytes() for each in (lora, LoraConfig(rank=4)))
     scales = 2 * 4 * (64 + 2 * 32 + 2 * 128 + 2 * 64 // 4)  # query; key, value; gate, up; output, down
@@ -105,8 +106,8 @@ DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
     [
         ("dots", "pre", 0),
         ("dots", "swin", 0),
-        ("attention", "pre", MLP - DOWN),  # what the last matrix gives is added to the stream: nobody asks for it again
-        ("offload_attention", "swin", MLP),  # but for its norm
+        ("attention", "pre", MLP - DOWN),  # the last matrix' result is only added to the stream, so it is not kept
+        ("offload_attention", "swin", MLP),  # except for its norm
         ("full", "pre", LAYERS - DOWN),
         ("offload", "swin", LAYERS),
     ],
@@ -121,14 +122,15 @@ def test_layers_that_are_computed_again_cost_their_products_and_no_attention(rem
 def test_muon_runs_five_iterations_over_the_matrices():
     _, adamw = planned(RUN, "train")
     _, muon = planned(replace(RUN, optimizer=OptimizerConfig(optimizer="muon")), "train")
-    # query and output 64 x 64, key and value 64 x 32, gate, up and down 64 x 128: X X^T, its square, their sum with X.
+    # query and output 64 x 64, key and value 64 x 32, gate, up and down 64 x 128; each has X X^T, its square, and their
+    # sum times X.
     one = 2 * (6 * 64**3) + 2 * (4 * 32 * 32 * 64 + 2 * 32**3) + 3 * (4 * 64 * 64 * 128 + 2 * 64**3)
     assert muon.executed - adamw.executed == 5 * 2 * one
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_xla_counts_the_same_matmuls(optimizer):
-    """An independent count: XLA's, of the step itself. Wide layers, so that matmuls are nearly all there is."""
+    """An independent count by XLA of the same step. Layers are wide, so that nearly all FLOPs are in matmuls."""
     wide = replace(MODEL, d_model=256, n_heads=8, n_kv_heads=8, head_dim=32, d_mlp=1024)
     run = replace(RUN, model=wide, mesh={}, loss_chunk=512, optimizer=OptimizerConfig(optimizer=optimizer))
     program, estimate = planned(run, "train", devices=1)
@@ -138,7 +140,7 @@ def test_xla_counts_the_same_matmuls(optimizer):
 
 def test_matmuls_of_prefill_and_decode():
     _, prefill = planned(RUN, "prefill")
-    assert prefill.tokens == 8 * 32  # the engine reads twice its 4 slots at once, here prompts of 32
+    assert prefill.tokens == 8 * 32  # the engine reads 8 prompts at once (twice its slots), here of 32 tokens
     assert prefill.executed == 2 * LAYERS * 256 + 2 * 2 * 2 * 4 * 16 * (256 * 33 / 2)
     _, decode = planned(RUN, "decode")
     assert decode.tokens == 4
@@ -152,10 +154,10 @@ def test_matmuls_of_prefill_and_decode():
 def test_memory_traffic_of_a_training_step():
     _, estimate = planned(RUN, "train")
     gathered = 3 * 2 * 2 * (LAYERS + HEAD)  # three passes write and read every weight in bfloat16
-    gathered += 8 * HEAD  # and the head's gradient in float32, once a chunk: a device's 64 tokens are one
-    # A token's operands of a layer: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
+    gathered += 8 * HEAD  # and the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
+    # Operands of a layer per token: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
     operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
-    # A quarter of all parameters in float32: in and out with two moments, and gradients once each way.
+    # A quarter of all parameters in float32: read and written with two moments, and gradients once each way.
     state = 32 * (LAYERS + 2 * HEAD + NORMS) / 4
     assert estimate.seconds["memory"] == pytest.approx((gathered + operands + state) / BANDWIDTH, rel=1e-4)
     _, twice = planned(replace(RUN, accumulation=2), "train")
@@ -173,7 +175,7 @@ def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtyp
     run = replace(RUN, model=replace(MODEL, dtype=dtype), mesh=dict(data=2, tensor=2), kv_dtype=kv_dtype)
     program, estimate = planned(run, "decode")
     width = 2 if dtype == "bfloat16" else 4
-    # Half of the matrices, norms whole in float32; of the head 128 rows of text and controls, and 100 of codes.
+    # Half of the matrices, and whole norms in float32; the head has 128 rows of text and controls, and 100 of codes.
     weights = width * (LAYERS + (128 + 100) * 64) / 2 + 4 * NORMS
     cache = 2 * 2 * 2 * 64 * vector * 8 / 4  # keys and values, 2 layers, 2 heads, 64 slots, 8 rows on 4 devices
     assert estimate.seconds["memory"] == pytest.approx((weights + cache) / BANDWIDTH, rel=1e-9)
@@ -182,7 +184,7 @@ def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtyp
 
 def test_the_parts_of_memory_have_what_the_engine_keeps():
     program, _ = planned(replace(RUN, mesh=dict(tensor=2)), "decode")
-    head = 2 * HEAD / 2  # the vocabulary in two
+    head = 2 * HEAD / 2  # half of the vocabulary
     prefix = 8 * 32 * (4 + 2 * 2 * 2 * 16 * 2 / 2) / 2 + 8 * 64 * 2 / 2  # tokens and cache; last hidden states; 2 ways
     where = memory(program, Compiled("", 1 << 20, 0, 0, 5, 7, 0, 0.0), RUN, 1e9)
     assert where.parts["held"] == head + 4 * prefix
@@ -192,10 +194,10 @@ def test_the_parts_of_memory_have_what_the_engine_keeps():
 
 @pytest.mark.parametrize("weights_dtype", [None, "int8"])
 def test_the_engine_holds_what_the_plan_says(weights_dtype):
-    """The arrays themselves, of a model in bfloat16 and of one in int8: once, and the head for scores besides."""
+    """The sizes of real arrays, for a bfloat16 and an int8 model: each is read once, plus the head for scores."""
     run = replace(RUN, mesh={}, requests=2, max_length=64, weights_dtype=weights_dtype)
     (program,) = [each for each in programs(run, make_mesh({}, jax.devices()[:1]), "sample") if each.name == "decode"]
-    grammar = Grammar(VOCABULARY, run.layout, None)  # nothing here is text
+    grammar = Grammar(VOCABULARY, run.layout, None)  # there is no text here
     trained = transformer.init(MODEL, jax.random.key(0))
     read = jax.tree.map(lambda x, like: x.astype(like.dtype), trained, read_as(MODEL, None))
     engine = Engine(MODEL, settled(MODEL, read, None, weights_dtype), grammar, batch_size=2, max_length=64)
@@ -206,7 +208,7 @@ def test_the_engine_holds_what_the_plan_says(weights_dtype):
     head, prefixes = program.held
     assert size(engine.weights) == local_bytes(program.arguments["parameters"])
     assert all(stack.is_deleted() for stack in jax.tree.leaves(read["layers"]))
-    held = {id(x): x for x in jax.tree.leaves((engine.params, engine.weights))}  # what both have counts once
+    held = {id(x): x for x in jax.tree.leaves((engine.params, engine.weights))}  # shared parts count once
     assert size(list(held.values())) == local_bytes((program.arguments["parameters"], head)) < size(trained)
     tokens, lengths = np.zeros((engine._prefill_rows, 32), np.int32), np.ones(engine._prefill_rows, np.int32)
     assert size(engine.call(engine._programs.prefill, engine.weights, tokens, lengths)) == local_bytes(prefixes[0])
@@ -217,13 +219,14 @@ def test_the_engine_holds_what_the_plan_says(weights_dtype):
 
 @needs_libtpu
 def test_a_matrix_that_is_gathered_and_scattered_on_a_real_slice():
-    """x [64, 512] w [512, 256] on v5e:2x2, w in four: libtpu's own module, read, and turned into seconds."""
+    """x [64, 512] w [512, 256] on v5e:2x2 with w in four parts: a module compiled by libtpu is read and converted to
+    seconds."""
     mesh = parse_target("v5e:2x2").mesh(dict(fsdp=4))
 
     def step(x, w):
         whole = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)  # bfloat16 [512, 256]
         y = jnp.tanh(jnp.dot(x, whole, preferred_element_type=jnp.float32))
-        grad = jnp.dot(x.T.astype(jnp.float32), y)  # float32 [512, 256], of this device's rows
+        grad = jnp.dot(x.T.astype(jnp.float32), y)  # float32 [512, 256], from this device's rows
         return jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=0, tiled=True)
 
     split = P("fsdp")
@@ -239,7 +242,7 @@ def test_a_matrix_that_is_gathered_and_scattered_on_a_real_slice():
     assert {kind: each.bytes for kind, each in found.items()} == {
         "all-gather": 512 * 256 * 2, "reduce-scatter": 512 * 256 * 4,
     }  # fmt: skip
-    # 3/4 of the array by two links: a group that spans both axes of 2 x 2, which close no rings.
+    # 3/4 of the array over two links, because a group over both axes of 2 x 2 has no closed rings.
     for each in found.values():
         moved = traffic(each, mesh, V5E)
         assert moved.ici == each.sent == each.bytes * 3 / 4 and moved.dcn == 0
@@ -260,7 +263,7 @@ def test_links_of_a_group_and_traffic_between_slices():
     two = parse_target("v5e:2x2,slices=2").mesh(dict(data=2, fsdp=4))
     reduce = Collective("all-reduce", 4096, np.arange(8).reshape(1, -1), 1, True, False, "")
     moved = traffic(reduce, two, V5E)
-    # Inside a slice 2 x 3/4 of the array; each chip then sends its quarter of the sum across, twice a half.
+    # Inside a slice 2 x 3/4 of the array. Then each chip sends its quarter of the sum to the other slice, twice a half.
     assert (moved.ici, moved.dcn) == (4096 * 2 * 3 / 4, 4096 * 2 / 4 / 2)
     assert moved.seconds_dcn == pytest.approx(1024 / DCN, rel=1e-9)
     program = programs(replace(RUN, mesh=dict(data=2, fsdp=4)), two, "train")[0]
@@ -279,7 +282,7 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
     seconds = estimate.seconds
     assert seconds["ICI"] == pytest.approx(3e6 / 450e9, rel=1e-9)
     assert seconds["matmuls"] == pytest.approx(156_532_736 / (4 * 989e12), rel=1e-9)
-    # Nothing runs beside it; and where something does, the longer of the two counts.
+    # If nothing overlaps with it, it counts fully. Otherwise the longer of the two counts.
     assert estimate.fastest == seconds["ICI"] + max(seconds["matmuls"], seconds["memory"]) and estimate.bound == "ICI"
     assert estimate.exposed == seconds["ICI"] == max(seconds.values())
     beside = Collective("collective-permute", 10**6, pairs, 3, True, True, "")
@@ -293,7 +296,7 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
 
 
 def _plan_of(name, estimate):
-    """A plan with only the fields that its text needs."""
+    """A plan with only the fields that its text uses."""
     program = {
         "name": name, "compile_seconds": 1.0, "compiler_options": {}, "host": 0, "collectives": [],
         "loops_of_unknown_length": 0, "exposed": estimate.exposed,

@@ -1,4 +1,4 @@
-"""Plans of small models: compiled for a TPU that is not here, or for CPU devices in place of GPUs."""
+"""Plans of small models, compiled for an absent TPU, or for CPU devices instead of GPUs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):
     # AdamW keeps two moments like the parameters, and two counters.
     assert where["optimizer"] - 2 * where["parameters"] < 64
     assert sum(where.values()) == step["memory"]["peak"]
-    # Weights are gathered over fsdp, and gradients meet over data.
+    # Weights are gathered over fsdp, and gradients are summed over data.
     assert any(row["over"] == "fsdp" and row["kind"] == "all-gather" for row in step["collectives"])
     assert any("data" in row["over"] for row in step["collectives"])
     assert step["flops"]["executed"] > step["flops"]["model"] > 6 * 2 * 32 * 32 * 8 * 16
@@ -77,7 +77,7 @@ def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):
 
 
 def test_a_part_that_is_trained_is_planned_without_what_the_rest_would_need():
-    codes = tiny.VOCABULARY.codebook_size * tiny.MODEL.d_model * 4 // 2  # bytes on a device: fsdp cuts their width
+    codes = tiny.VOCABULARY.codebook_size * tiny.MODEL.d_model * 4 // 2  # bytes per device; fsdp divides their width
     run = replace(SMALL, model=replace(tiny.MODEL, remat="full"))
     (whole,), (part,) = (
         make_plan(replace(run, only=only), parse_target("h200:8"), say=quiet)["programs"]
@@ -96,13 +96,13 @@ def test_sampling_is_planned_by_its_two_programs():
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     # Keys and values of 2 layers, 2 heads, 64 slots, 8 dimensions in float32; 8 rows on 8 devices.
     assert decode["memory"]["parts"]["cache"] == 2 * 2 * 2 * 64 * 8 * 4
-    # 8 tokens a step; an image of 4 x 4 codes is 16, and what the layout writes around them.
+    # 8 tokens per step; an image of 4 x 4 codes is 16 tokens, plus the layout's tokens around them.
     low, high = decode["images"]
     assert decode["image_tokens"] == RUN.layout.block(4, 4) > 16
     assert high == pytest.approx(8 / decode["image_tokens"] / decode["fastest"]) and low < high
     assert decode["memory_share"][1] == pytest.approx(decode["seconds"]["memory"] / decode["fastest"])
     assert re.search(r"of the memory roofline: \d+% to \d+%.*\n +images of 1[89] tokens: [\d.e+]+ to", text(plan))
-    # Of tokens, and of a search for top-k and top-p.
+    # For tokens, and for the search of top-k and top-p.
     assert decode["loops_of_unknown_length"] >= 1 and prefill["loops_of_unknown_length"] == 0
 
 
@@ -128,7 +128,7 @@ def test_a_tpu_slice_is_planned_and_what_is_too_large_is_refused():
     assert plan["fits"] and step["memory"]["parts"]["code"] > 0
     assert {"all-gather"} <= {row["kind"] for row in step["collectives"] if row["over"] == "fsdp"}
 
-    # 2 x 8 layers as wide as that hold more than a chip has before anything is compiled.
+    # 2 x 8 layers of this width need more memory than a chip has, which is known before anything is compiled.
     huge = replace(RUN, model=replace(MODEL, d_model=8192, d_mlp=32768, n_layers=8))
     plan = make_plan(huge, target, say=quiet)
     refused = plan["refused"]

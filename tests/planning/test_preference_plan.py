@@ -1,4 +1,4 @@
-"""A run on preference pairs is planned as it would be trained: pairs in the batch, no second model beside the first."""
+"""The plan of a run on preference pairs is like its training: the batch has pairs, and there is no second model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_it_costs_what_training_on_both_answers_costs():
     plain, pairs = (train_program(run, mesh) for run in (replace(PAIRS, preference=None), PAIRS))
     ours, theirs = pairs.local_bytes(), plain.local_bytes()
     assert ours["parameters"] == theirs["parameters"] and ours["optimizer"] == theirs["optimizer"]
-    assert ours["batch"] - theirs["batch"] == 2 * 2 * 5 * 4  # a row a device, of two pairs: both answers by role, f32
+    assert ours["batch"] - theirs["batch"] == 2 * 2 * 5 * 4  # per device a row of two pairs: both answers by role, f32
     assert gradient_bytes(PAIRS, mesh) == gradient_bytes(replace(PAIRS, preference=None), mesh)
     saved = saved_for_backward(PAIRS, mesh), saved_for_backward(replace(PAIRS, preference=None), mesh)
     assert saved[1] <= saved[0] < 1.2 * saved[1]

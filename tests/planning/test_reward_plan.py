@@ -1,4 +1,4 @@
-"""A plan of a training by rewards: the policy's step, its reference and the sampler's weights beside it."""
+"""The plan of a training by rewards has the policy's step, its reference and the sampler's weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def test_a_training_by_rewards_is_planned_with_its_reference_and_its_sampler():
     )
     assert plain["fits"] and rewarded["fits"]
     parts, more = (plan["programs"][0]["memory"]["parts"] for plan in (plain, rewarded))
-    assert "reference" not in parts and more["reference"] == more["parameters"]  # both lie over fsdp
-    # The sampler's weights are whole on each device, in the compute dtype: of two fsdp devices twice the parameters.
+    assert "reference" not in parts and more["reference"] == more["parameters"]  # both are divided over fsdp
+    # Each device has all of the sampler's weights in the compute dtype: on two fsdp devices that is twice the
+    # parameters.
     assert abs(parts["held"] / parts["parameters"] - 2) < 0.3
     assert rewarded["programs"][0]["flops"]["executed"] > plain["programs"][0]["flops"]["executed"]
     likelihood = make_plan(SMALL, parse_target("h200:8"), say=quiet)["programs"][0]

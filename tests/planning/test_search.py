@@ -1,4 +1,4 @@
-"""The search for what trains fastest: small models, compiled for CPU devices in place of GPUs."""
+"""The search for the fastest settings: small models, compiled for CPU devices instead of GPUs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_candidates_that_compute_less_again_stand_first():
     by_remat = {remat: found[remat, 8, 2] for remat in ("none", "dots", "attention", "full")}
     seconds, least = ([getattr(each, field) for each in by_remat.values()] for field in ("seconds", "least"))
     assert seconds == sorted(seconds) and least == sorted(least, reverse=True)
-    assert found["none", 16, 2].seconds < found["none", 8, 2].seconds  # weights are read once for more tokens
+    assert found["none", 16, 2].seconds < found["none", 8, 2].seconds  # more tokens share one read of the weights
     assert found["none", 8, 4].least < found["none", 8, 2].least
 
 
 @pytest.mark.slow
 def test_the_best_that_fits_is_planned_and_says_why(monkeypatch):
-    """What does not fit is not asked for again with more; the numbers are those of a plan of the same settings."""
+    """If settings do not fit, no larger ones are tried. The numbers equal those of a plan with the same settings."""
     asked = []
 
     def planned(run, target, advise, say):

@@ -1,4 +1,4 @@
-"""Rewards: their values for good answers, and the handling of rewards that raise, hang or return nonsense."""
+"""Rewards: their values for good answers, and rewards that raise, hang or return nonsense."""
 
 from __future__ import annotations
 
@@ -64,9 +64,11 @@ def test_graded_shapes_count_objects_and_what_is_near():
     answers += [Document.of((answers[0].parts[0],) * 2), saying("no image")]
     found = of("shapes_closeness")([prompt] * 8, answers)
     assert found[0] == pytest.approx(1) and found[6:] == [0, 0]
-    assert found[3] == pytest.approx(1 / 2) and found[5] == pytest.approx(2 / 3)  # one is missing, one too many
+    assert found[3] == pytest.approx(1 / 2) and found[5] == pytest.approx(
+        2 / 3
+    )  # one object is missing, one is too many
     assert found[0] > found[1] > found[2] > found[3] > found[4] == pytest.approx(1 / 3)
-    assert 0.1 < found[2] - 1 / 2 < 0.2  # a square in place of a circle, in its colour
+    assert 0.1 < found[2] - 1 / 2 < 0.2  # a square, not a circle, in the same colour
     assert of("shapes_objects")([prompt] * 8, answers) == pytest.approx([1, 1, 1 / 3, 1 / 2, 1 / 3, 2 / 3, 0, 0])
 
 

@@ -12,7 +12,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 
 class Slow(Tiles):
-    """Slows the job down, so that a kill may fall between images and lines."""
+    """Slows the job down, so that a kill may happen between images and lines."""
 
     def decode(self, codes):
         time.sleep(0.05)

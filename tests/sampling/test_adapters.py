@@ -1,4 +1,4 @@
-"""Harnesses call an engine: what they get is what the engine says, in their order and under their settings."""
+"""Evaluation harnesses call an engine and get its results, in their order and with their settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def engine(params):
 
 
 def by_hand(params, ids, begin):
-    """Log-likelihood of ids[begin:] behind ids[:begin], and whether each is the most likely."""
+    """The log-likelihood of ids[begin:] after ids[:begin], and whether each is the most likely."""
     tokens = jnp.asarray([ids])
     model = Transformer.bind(CONFIG, params)
     logits = np.asarray(model.logits(model(tokens, jnp.arange(len(ids))[None], jnp.zeros_like(tokens)))[0], np.float64)
@@ -103,7 +103,7 @@ def test_lmms_eval(engine):
     assert likely == plain.likelihoods([([GREY, "h"], "ab")])[0]
 
     def rounds(doc, previous_output, round_idx, previous_round_info):
-        """As many more rounds as the answer wanted says letters, each about the answer before."""
+        """As many further rounds as the wanted answer has letters, each about the answer before."""
         if round_idx > len(doc["answer"]):
             return None, None, True, previous_output, None
         assert previous_round_info == (None if round_idx == 1 else round_idx - 1)
@@ -119,7 +119,7 @@ def test_lmms_eval(engine):
 
 @pytest.fixture
 def vlmeval(monkeypatch):
-    """VLMEvalKit, or else a stand-in of its base class: it is on no package index."""
+    """VLMEvalKit, or a stand-in for its base class, because it is on no package index."""
     if importlib.util.find_spec("vlmeval") is None:
         for name in ("vlmeval", "vlmeval.vlm"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -136,5 +136,5 @@ def test_vlmevalkit(engine, tmp_path, vlmeval):
     expected = Harness(Model(engine, Tiles())).answers([([GREY, "h"], {"max_tokens": 4})])[0]
     assert model.generate(message, dataset="MME") == expected
     assert model.generate([str(tmp_path / "grey.png"), "h"]) == expected
-    with pytest.raises(AssertionError, match="video"):  # the kit asks what a model takes
+    with pytest.raises(AssertionError, match="video"):  # the kit asks which types a model accepts
         model.generate([{"type": "video", "value": str(tmp_path / "grey.mp4")}])

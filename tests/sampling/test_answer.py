@@ -22,7 +22,7 @@ CODES = np.array([[0, 1]], np.int32)
 )
 @pytest.mark.parametrize("kind", ["lwm", "grid"])
 def test_an_image_may_be_the_first_to_come_behind_text(kind: str, answer: tuple[Part, ...]) -> None:
-    """Where text opens an image too (LWM), its first ids are pieces of text and say none."""
+    """If an image also begins with text (LWM), its first ids are pieces of text and do not count as an image."""
     grammar = grammar_of(kind, 1, 2, codec=Pieces("a", "b", "<vi", "sion>", "</vision>"))
     prompt = grammar.prompt([Turn("document", (TextPart("a"),))])
     tokens = np.append(grammar.parts(answer), grammar.syntax.end).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Exports of a job, read the way the benchmarks' evaluators read them."""
+"""Exports of a job, read like the benchmarks' evaluators read them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shade(line, sample):
 
 @pytest.fixture
 def job(tmp_path):
-    """Lines of two processes: three requests of four samples, where one sample of each is missing; an error; a text."""
+    """Lines of two processes: three requests with four samples, of which one is missing; an error; a text."""
     folder = tmp_path / "job"
     rows = []
     for line in range(1, 4):
@@ -49,10 +49,11 @@ def value(path):
 
 
 def test_geneval_reads_what_is_written(job, tmp_path):
-    for _ in range(2):  # twice is once
+    for _ in range(2):  # a repeated line counts once
         report = export(job, "geneval", tmp_path / "out")
         assert report.images == 11 and set(report.left_out) == {"r4", "r5"}
-        # Its evaluator takes folders named by digits, one JSON value in metadata.jsonl, and numbered PNGs of samples/.
+        # Its evaluator needs folders with numbers as names, one JSON value in metadata.jsonl, and numbered PNGs in
+        # samples/.
         found = {}
         for name in os.listdir(tmp_path / "out"):
             assert name.isdigit() and len(name) == 5
@@ -100,7 +101,7 @@ def test_mjhq_and_folder(job, tmp_path):
 
 
 def test_files_are_named_by_the_name_that_an_id_has(tmp_path):
-    """An id with a slash in it: its folder's name names the files, and the facts keep the id."""
+    """If an id has a slash, the files get the name of its folder, and the facts keep the id."""
     image = {"type": "image", "image": "images/a-b-12/00_00.png", "height": 8, "width": 8}
     row = {"id": "a/b", "name": "a-b-12", "sample": 0, "n": 1, "line": 1, "seed": 0, "meta": {"category": "art"}}
     row |= {"prompt": [{"type": "text", "text": "a"}], "segments": [image]}

@@ -1,5 +1,4 @@
-"""Files of prompts as users have them: with additional columns, headers, lines without a prompt, and ids of any
-kind."""
+"""Files of prompts from users: with additional columns, headers, lines without a prompt, and ids of any kind."""
 
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ def test_what_may_have_been_meant_as_a_setting_is_an_error(key, meant):
 
 
 def test_slips_are_found_wherever_a_letter_went_wrong():
-    """Every key with a letter lost, doubled or changed places, but for what is another word ("mod", "nn")."""
+    """Every key with a missing, doubled or swapped letter, unless that gives another word ("mod", "nn")."""
     generator = random.Random(5)
     for key in (key for key in ROW if len(key) > 5):
         for _ in range(5):
@@ -99,7 +98,7 @@ def test_slips_inside_a_setting_are_errors_too(tmp_path):
 
 
 def test_tables_of_prompts(tmp_path):
-    """As PartiPrompts.tsv and exports of pandas and of spreadsheets are: the header is none of the prompts."""
+    """Like PartiPrompts.tsv and exports of pandas and of spreadsheets: the header is not a prompt."""
     rows = [("a green bench", "Colour"), ('"G I G" on a wall', "Writing, Symbols"), ("bond", "Abstract")]
     (tmp_path / "a.tsv").write_text("Prompt\tCategory\n" + "".join(f"{p}\t{c}\n" for p, c in rows))
     quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]
@@ -119,7 +118,8 @@ def test_tables_of_prompts(tmp_path):
 
 
 def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
-    """DiffusionDB's metadata: seeds are used, its width and cfg are those of other images. Bytes are not read."""
+    """DiffusionDB's metadata: seeds are used, but width and cfg are not, because they belong to other images. Bytes are
+    not read."""
     path = tmp_path / "a.csv"
     path.write_text('prompt,seed,guidance,image_size,turn,image,cfg\na cat,7,2.5,"[8, 12]",True,x.png,7.0\nb,,,,,,\n')
     warnings = []
@@ -131,7 +131,7 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
     path.write_text("prompt,seed\na cat,soon\na dog,1,2\na bird,3\n")
     assert [bool(line.error) for line in read(path)] == [True, True, False]
 
-    path = tmp_path / "a.tsv"  # cells over two lines, as pandas writes them; and a line that has lost its end
+    path = tmp_path / "a.tsv"  # cells over two lines, as pandas writes them, and an incomplete line
     path.write_text('prompt\tseed\n"a\ncat"\t1\n"a ""big"" dog"\t2\n')
     assert [(line.content[0].text, line.request.seed) for line in read(path)] == [("a\ncat", 1), ('a "big" dog', 2)]
     path.write_text('prompt\tseed\n"a" cat\t1\na dog\n')
@@ -142,7 +142,7 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
     warnings = []
     first, second = read(tmp_path / "b.parquet", warnings)
     assert (first.request.seed, first.request.meta, second.request.meta) == (2**31, {"nsfw": 0.5}, {"nsfw": None})
-    assert "left out, as no prompts: column image" in warnings[0] and "are kept in meta: nsfw" in warnings[1]
+    assert "left out, not prompts: column image" in warnings[0] and "are kept in meta: nsfw" in warnings[1]
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_what_is_no_prompt_never_becomes_one(tmp_path):
         (folder / name).write_text(f"prompt of {name}")
     warnings = []
     assert prompts(read(folder, warnings)) == ["prompt of a.txt", "prompt of license-plate.txt"]
-    assert warnings == [f"{folder}: left out, as no prompts: LICENSE (1), README.txt (1), files .png (1)"]
-    (folder / "._c.txt").write_text("new")  # a Mac has looked in: the job is the same
+    assert warnings == [f"{folder}: left out, not prompts: LICENSE (1), README.txt (1), files .png (1)"]
+    (folder / "._c.txt").write_text("new")  # after a Mac added its files, the job is the same
 
     shard = tar(tmp_path / "a.tar", {
         "./._0.txt": b"\0", "./0.txt": b"a cat", "__MACOSX/0.txt": b"no", "0.cls": b"7", ".DS_Store": b"\0",
@@ -215,4 +215,4 @@ def test_an_id_that_cannot_name_a_folder_gets_a_name(tmp_path):
     *numbered, twice, wrong = lines[len(ids) :]
     assert [line.id for line in numbered] == ["000018", "000019"]
     assert "is that of line 2 already" in twice.error and "expected a text or a number" in wrong.error
-    assert Names().add("a/b", 1) == names[1] != Names().add("a b", 1)  # by the id alone
+    assert Names().add("a/b", 1) == names[1] != Names().add("a b", 1)  # only by the id

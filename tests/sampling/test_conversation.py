@@ -1,4 +1,4 @@
-"""A conversation whose cache is kept: it equals the forward pass, reads only new tokens, and does not depend on other
+"""A conversation with a kept cache equals the forward pass, reads only new tokens, and does not depend on other
 conversations."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
-    """Compiling is what these tests wait for: one bucket of prompts."""
+    """Compiling takes most of the time of these tests, so there is one bucket of prompts."""
     monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 64)
     monkeypatch.setattr("ar_unified.sampling.conversation.CHUNK", 12)
 
@@ -33,7 +33,7 @@ def talking(grammar, params, **changes):
 
 
 def script(grammar, seed=0):
-    """Six turns with images both ways, with and without guidance: of each, parts and settings."""
+    """The parts and settings of six turns, with images in questions and answers, with and without guidance."""
     words = dict(mode="text", max_tokens=7, seed=seed)
     draws = dict(mode="image", image_size=(2, 3), seed=seed, guidance=2.0)
     shown = image(grammar, seed, (2, 3))
@@ -48,7 +48,7 @@ def script(grammar, seed=0):
 
 
 def watch_reads(first):
-    """A list that takes how many tokens each row of the cache was extended by, [R * C], by each call."""
+    """A list of the numbers of tokens, [R * C], by which each call extended the rows of the cache."""
     call, reads = first.call, []
     read_on = conversations._programs(first.config, first.grammar, first.mesh).read_on
 
@@ -70,13 +70,13 @@ def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(kind):
     first = talking(grammar, params)
     seen, reads = watch(first), watch_reads(first)
     talk, checked = Conversation(first), {1: 0, 2: 0}
-    images_read = 0  # by the context of images alone
+    images_read = 0  # by the context that has only images
     for parts, settings in script(grammar):
         plan, before, begin = talk.plan(Request("a", parts, **settings)), len(talk.tokens), len(seen)
         reads.clear()
         sample = talk.say(parts, **settings)
 
-        # What is new: the end of the last answer, the turn with its end, and of the answer what is known.
+        # The new tokens: the end of the last answer, the turn with its end, and the known beginning of the answer.
         turn = len(grammar.parts(parts)) + 1
         new = [turn + len(plan.given) + 1]  # the <eos> before, or <bos>
         if len(plan.prefixes) > 1:
@@ -103,7 +103,7 @@ def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(kind):
 
 
 def talk_through(first, scripts, together):
-    """Conversations by seed, in one batch turn by turn or one at a time; every second one has a system turn."""
+    """Conversations by seed, in one batch turn by turn, or one at a time. Every second one has a system turn."""
     talks = {seed: Conversation(first, [Turn("system", (TextPart("ok"),))] if seed % 2 else []) for seed in scripts}
     for i in range(6):
         now = [
@@ -119,7 +119,8 @@ def talk_through(first, scripts, together):
 @pytest.mark.exact
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_alone_is_in_a_batch(params, kv_dtype):
-    """Bit for bit, the cache included; five conversations on four slots, with and without guidance at once."""
+    """Results and cache are equal bit for bit, for five conversations on four slots, with and without guidance
+    together."""
     first = talking(GRAMMARS["rows"], params, kv_dtype=kv_dtype)
     scripts = {seed: script(first.grammar, seed)[seed % 2 * 2 :] for seed in range(5)}
     if kv_dtype:  # in one pool
@@ -157,7 +158,7 @@ def test_a_stop_is_not_said(params):
     np.testing.assert_array_equal(talk.tokens, grammar.encode(Document(talk.turns)).tokens)
     before = len(talk.tokens)
     talk.say((TextPart("b"),), **ask)
-    assert talk.prefilled == (before - (before - 1) + 2,)  # <eos> where the stop was, the turn and its end
+    assert talk.prefilled == (before - (before - 1) + 2,)  # <eos> instead of the stop, the turn and its end
 
 
 def test_what_cannot_be_served_leaves_the_conversation_as_it_was(params):
@@ -179,7 +180,7 @@ def test_what_cannot_be_served_leaves_the_conversation_as_it_was(params):
     assert talk.turns == turns and talk.tokens is tokens
     with pytest.raises(ValueError, match="each once"):
         say_all([(talk, Request("a", ())), (talk, Request("b", ()))])
-    first.params = jax.tree.map(lambda p: p * np.nan, params)  # of other weights nothing is kept
+    first.params = jax.tree.map(lambda p: p * np.nan, params)  # with other weights nothing is kept
     with pytest.raises(RequestError, match="NaN"):
         talk.say((TextPart("a"),), mode="image")
     assert talk.prefilled[0] == len(tokens) + 3 and talk.tokens is tokens

@@ -1,4 +1,4 @@
-"""Drawing one token: the filters against a sorted reference, forced and greedy rows, and logits gone wrong."""
+"""Drawing one token: filters compared with a sorted reference, forced and greedy rows, and invalid logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ B, V = 64, 300
 
 
 def sorted_reference(logits: np.ndarray, k: int, p: float) -> np.ndarray:
-    """Keep-set of one row by sorting; ties at the border stay."""
+    """The ids that one row keeps, by sorting; ties at the border stay."""
     order = np.sort(logits)[::-1]
     keep = logits >= order[min(k, len(order)) - 1] if k else np.isfinite(logits)
     keep &= np.isfinite(logits)
@@ -83,12 +83,12 @@ def test_what_is_drawn_stays_within_top_k_and_top_p():
     cases = [
         (Filter(top_k=2), {1: 4 / 7, 3: 3 / 7}),
         (Filter(top_p=0.75), {1: 4 / 9, 3: 3 / 9, 0: 2 / 9}),
-        (Filter(top_k=3, top_p=0.7), {1: 4 / 7, 3: 3 / 7}),  # of what top_k leaves, 0.78 is in two
-        (Filter(0.5, top_p=0.5), {1: 1.0}),  # of 0.53, as the temperature makes of 0.4
+        (Filter(top_k=3, top_p=0.7), {1: 4 / 7, 3: 3 / 7}),  # two ids have 0.78 of what top_k keeps
+        (Filter(0.5, top_p=0.5), {1: 1.0}),  # of 0.53, which the temperature makes from 0.4
     ]
     draw = jax.jit(lambda filters: choose_tokens(logits, filters=filters))
     for text, expected in cases:
-        for image in (False, True):  # each modality has a filter of its own
+        for image in (False, True):  # each modality has its own filter
             pair = (Filter(top_k=1), text) if image else (text, Filter(top_k=1))
             drawn = np.asarray(draw(Filters.of([pair] * rows).at(jnp.full(rows, image))))
             shares = np.bincount(drawn, minlength=4) / rows
@@ -137,7 +137,7 @@ def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
     for a, b, c, t in zip(seeds, samples, position, token, strict=True):
         same[int(a), int(b), int(c)].add(int(t))
     assert all(len(tokens) == 1 for tokens in same.values()) and len(set(token.tolist())) > 20
-    for varied in range(3):  # and each of the three matters alone
+    for varied in range(3):  # and each of the three has an effect alone
         seed, sample, at = (jnp.arange(B) if i == varied else jnp.zeros(B, jnp.int32) for i in range(3))
         alone = choose(logits, keys=decoding.row_keys(seed.astype(jnp.uint32), sample), position=at)
         assert len(set(alone.tolist())) > 20, varied
@@ -155,7 +155,7 @@ def test_unconditional_contexts_read_images_alone_and_begin_each_anew_if_they_re
     # A word, and an image's first id, a code and its last.
     event = Event(*jnp.array([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]], bool))
     position, start = (jnp.tile(jnp.array(row), (4, 1)) for row in ([5, 3, 4], [0, 2, 1]))
-    resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # own | one that resets | images only
+    resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # its own | one that resets | images only
     writes, after = guidance.advance(event, position, start, resets)
     assert writes.tolist() == [[5, 3, 4], [5, 2, 4], [5, 3, 4], [5, 3, 4]]
     assert after.tolist() == [[6, 2, 4], [6, 3, 5], [6, 4, 5], [6, 2, 5]]

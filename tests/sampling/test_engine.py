@@ -1,4 +1,4 @@
-"""What a sample may depend on, and that the cached loop computes what the teacher-forced forward does."""
+"""What a sample may depend on; and the cached loop computes the same as the teacher-forced forward pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ar_unified.sampling.request import Request
 from ar_unified.sampling.steps import FACTS
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
-LENGTH = 192  # of the caches, and of the forwards that are compared
+LENGTH = 192  # length of the caches, and of the forward passes that are compared
 GREEDY = dict(text=Filter(0.0), image=Filter(0.0))
 
 
@@ -53,7 +53,7 @@ def requests(grammar, **changes):
 
 
 def engine(grammar, params, config=CONFIG, **changes):
-    """Of the shapes of all engines here and in test_conversation: what one compiles the others find."""
+    """All engines here and in test_conversation have these shapes, so they share compiled programs."""
     return Engine(config, params, grammar, **(dict(batch_size=4, max_length=LENGTH) | changes))
 
 
@@ -69,19 +69,20 @@ def _forward(params, tokens):
 
 
 def forward_logits(params, tokens):
-    """The teacher-forced forward of one sequence: f32 [n, V]. Padded behind its end, which causality keeps apart."""
+    """The teacher-forced forward pass of one sequence: f32 [n, V]. It is padded after its end, which causality makes
+    invisible."""
     return np.asarray(_forward(params, np.pad(tokens, (0, LENGTH - len(tokens)))[None]))[: len(tokens)]
 
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
-    """Compiling is what these tests wait for: one bucket of prompts and one length of cache."""
+    """Compiling takes most of the time of these tests, so there is one bucket of prompts and one length of cache."""
     monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 64)
     monkeypatch.setattr("ar_unified.sampling.plan._SHARES", (1,))
 
 
 def test_what_a_prompt_has_said_counts_also_where_others_of_other_lengths_begin_with_it(monkeypatch):
-    """Prompts of several lengths are read by several calls, and each slot remembers the pieces of its own."""
+    """Several calls read prompts of several lengths, and each slot remembers the pieces of its own prompt."""
     monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 16)
     texts = ("abcdefgh", "ponmlkjihgfedcba" * 2, "hijklmnop", "bcde" * 12)
     asked = [
@@ -97,7 +98,7 @@ def test_what_a_prompt_has_said_counts_also_where_others_of_other_lengths_begin_
 
 
 def watch(first):
-    """A list that takes the logits [R, C, V] of all rows before each step, which the engine then takes one by one."""
+    """A list that gets the logits [R, C, V] of all rows before each step; the engine then does one step at a time."""
     head, call, seen = np.asarray(first.params["head"]), first.call, []
 
     def one_by_one(function, *args):
@@ -117,7 +118,8 @@ def watch(first):
 
 
 def contexts_of(grammar, plan, tokens):
-    """What each context of a request has read when its sample so far is `tokens`; written out once more."""
+    """The tokens that each context of a request has read if its sample so far is `tokens`; an independent
+    implementation."""
     v, request = grammar.vocabulary, plan.request
     own = np.concatenate([plan.prompt, tokens])
     begins = np.flatnonzero(own == v.control("boi"))
@@ -150,7 +152,7 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
             assert {part.codes.shape for part in images} == {request.image_size}
     codes, canvas = found["hole", 0].document.parts[0].codes, found["hole", 0].request.canvas
     np.testing.assert_array_equal(codes[canvas >= 0], canvas[canvas >= 0])
-    second = found["hole", 0].document.parts[1].codes  # the canvas is the first image's alone
+    second = found["hole", 0].document.parts[1].codes  # the canvas is only for the first image
     assert (second[canvas >= 0] != canvas[canvas >= 0]).any()
     assert found["short", 0].finish_reason == "length" and found["t2i", 0].finish_reason == "eos"
     assert not np.array_equal(found["i2t", 0].tokens, found["i2t", 1].tokens)
@@ -158,7 +160,8 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
 
 @pytest.mark.exact
 def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params):
-    """DESIGN §3.5. Alone, permuted, in other slots, beside other mates, resumed, by another engine: the same bits."""
+    """DESIGN §3.5. A sample has the same bits alone, permuted, in another slot, with other neighbours, resumed, or by
+    another engine."""
     asked = requests(grammar)
     first = engine(grammar, params)
     reference = collect(first.generate(asked))
@@ -183,7 +186,7 @@ def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params
 @pytest.mark.slow
 @pytest.mark.exact
 def test_a_mesh_gives_the_same_tokens(params):
-    """Rows over two devices and heads over two: data 2 x tensor 2."""
+    """Rows and heads are each divided over two devices: data 2 x tensor 2."""
     grammar = GRAMMARS["grid"]
     asked = [r for r in requests(grammar) if r.contexts < 3]
     one, two = (
@@ -196,15 +199,17 @@ def test_a_mesh_gives_the_same_tokens(params):
 
 @pytest.mark.parametrize("contexts", [1, 2, 3])
 def test_logits_equal_the_forward_in_every_context(grammar, contexts):
-    """DESIGN §3.6, along the engine's own path: at prefill, after insertion in the middle of other rows, across borders
-    of chunks, in rows that change between text and images, and in unconditional contexts; and what is drawn is the
-    mixture's."""
+    """DESIGN §3.6, with the engine's own programs: at prefill, after insertion between other rows, across borders of
+    chunks, in rows that change between text and images, and in unconditional contexts. And the drawn token is that of
+    the mixture."""
     asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
-    asked += [dataclasses.replace(r, id=f"{r.id} again") for r in asked]  # more than slots: some are inserted later
+    asked += [
+        dataclasses.replace(r, id=f"{r.id} again") for r in asked
+    ]  # more requests than slots, so some are inserted later
     params = init(CONFIG, jax.random.key(0))
     first = engine(grammar, params)
     seen, insert = watch(first), first._insert
-    placed: list[tuple[int, dict]] = []  # which samples began at which step, by slot
+    placed: list[tuple[int, dict]] = []  # slot -> which samples began at which step
 
     def inserted(state, shape, fresh, prompts):
         placed.append((len(seen), dict(fresh)))
@@ -272,7 +277,8 @@ def test_scores_are_those_of_the_forward(params):
 
 
 def test_ids_behind_the_used_ones_are_neither_drawn_nor_counted(params):
-    """A head whose rows behind the used ones would win everywhere says what it says without them, to the bit."""
+    """If the unused rows of a head would have the largest logits, the results are still the same bits as without these
+    rows."""
     grid = GRAMMARS["grid"]
     grammar = Grammar(dataclasses.replace(grid.vocabulary, rest=2), grid.layout, grid.text_codec)
     used, head = grammar.vocabulary.used, params["head"]
@@ -289,12 +295,12 @@ def test_ids_behind_the_used_ones_are_neither_drawn_nor_counted(params):
     jax.tree.map(np.testing.assert_array_equal, tokens, found["loud"][0])
     assert found["loud"][1] == [score]
     ids = grammar.encode(pair).tokens
-    log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, ids)[:, :used]))  # the rest has its part
+    log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, ids)[:, :used]))  # unused ids have probability
     np.testing.assert_allclose(score.eos.log_likelihood, log_p[-2, ids[-1]], rtol=1e-5, atol=1e-5)
 
 
 def test_a_score_by_side_is_of_the_softmax_of_each_tokens_own_side(params):
-    """Of image codes, and of everything else; the likeliest of a side need not be the likeliest of all."""
+    """The likeliest image code, and the likeliest other id. Neither need be the likeliest of all."""
     grammar = GRAMMARS["grid"]
     first = grammar.vocabulary.image_offset
     pair = Document.of((TextPart("abc"), image(grammar)), prompt=1)
@@ -317,10 +323,12 @@ def test_a_score_by_side_is_of_the_softmax_of_each_tokens_own_side(params):
 
 
 def test_a_rounded_cache_moves_the_logits_a_little():
-    """All caches read the same tokens, a prompt and the codes of a canvas. Bounded is the distance of a step's logits
-    to those of the whole cache, over their length; at most 0.27% and 1.4% were found."""
+    """All caches read the same tokens: a prompt and the codes of a canvas. The distance of a step's logits to those of
+    the full cache, relative to their norm, is bounded; at most 0.27% and 1.4% were measured."""
     params, found = init(CONFIG, jax.random.key(0)), {}
-    canvas = np.array([[-1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]], np.int32)  # the hole: else all is prompt
+    canvas = np.array(
+        [[-1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]], np.int32
+    )  # a hole, because otherwise everything is prompt
     asked = Request("a", (TextPart("abcdefghijkl"),), mode="image", guidance=2.0, canvas=canvas, **GREEDY)
     for name in (None, "int8", "float8_e4m3fn"):
         first = engine(GRAMMARS["rows"], params, kv_dtype=name)

@@ -30,7 +30,7 @@ def lines(paths, codes_per_position=1):
 
 
 def said(line):
-    """Id, settings and content of a line, images by their grey."""
+    """The id, settings and content of a line, with images as their grey."""
     content = [int(part.load()[0, 0, 0]) if isinstance(part, PromptImage) else part for part in line.content]
     return line.id, line.request, content
 
@@ -65,7 +65,7 @@ def test_a_webdataset_shard(tmp_path):
         "d/0.txt": b"a cat\n",
         "d/1.0.png": png(1), "d/1.1.jpg": png(2), "d/1.txt": b"Which?", "d/1.json": b'{"mode": "text", "seed": 4}',
         "d/2.json": json.dumps({"content": content}).encode(), "d/2.png": png(3),
-        "d/3.cls": b"7", "d/3.txt": b"a dog",  # a label is no prompt
+        "d/3.cls": b"7", "d/3.txt": b"a dog",  # a label is not a prompt
         "d/4.txt": b"a", "d/4.json": b'{"prompt": "b"}',
         "d/5.txt": b"a bird",
     })  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_webdataset_shard(tmp_path):
     assert said(found[2])[2] == [TokensPart((3,)), 3]
     assert said(found[3])[2] == [TextPart("a dog")] and "found both" in found[4].error
     assert said(found[5])[2] == [TextPart("a bird")]
-    path.write_bytes(path.read_bytes()[:3000])  # a copy that broke off
+    path.write_bytes(path.read_bytes()[:3000])  # an interrupted copy
     with pytest.raises(RequestError, match="expected a whole, uncompressed tar"):
         lines(path)
 
@@ -102,7 +102,7 @@ def test_requests_without_a_seed_draw_apart_from_each_other_and_alike_in_every_r
     file.write_text("".join(json.dumps({"id": id, "prompt": "a cat"}) + "\n" for id in "abc"))
     seeds = [line.request.seed for line in lines(file)]
     assert len(set(seeds)) == 3 and seeds == [line.request.seed for line in lines(file)]
-    file.write_text(json.dumps({"id": "c", "prompt": "a cat"}))  # nor does a seed depend on the rows before
+    file.write_text(json.dumps({"id": "c", "prompt": "a cat"}))  # and seeds do not depend on earlier rows
     assert [line.request.seed for line in lines(file)] == seeds[2:]
 
 

@@ -1,4 +1,4 @@
-"""A job's folder: what is in it, what a kill leaves, and what bad requests cost."""
+"""A job's folder: its content, its state after a kill, and the cost of bad requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}, "context": "em
 
 
 class Tiles:
-    """A stand-in image tokenizer: a code is a 4 x 4 tile of one grey."""
+    """A stand-in for an image tokenizer: a code is a 4 x 4 tile of one grey."""
 
     factor, codes_per_position = 4, 1
 
@@ -44,7 +44,7 @@ class Tiles:
 
 
 def few_programs(setattr):
-    """One length of prompts and of caches: less to compile."""
+    """One length of prompts and of caches, so that there is less to compile."""
     setattr(prompts_module, "_SMALLEST", 64)
     setattr(plan, "_length_class", lambda n, max_length: max_length)
 
@@ -105,7 +105,7 @@ def test_everything_asked_for_is_there(engine, tmp_path):
                     assert image.size == (segment["width"], segment["height"]) == (12, 8)
     by_id = {row["id"]: row for row in rows}
     assert by_id["ask"]["meta"] == {"of": "grey"} and by_id["ask"]["prompt"][0]["type"] == "image"
-    # the images are those of the tokens
+    # the images belong to the tokens
     tokens = np.array([*GRAMMARS["grid"].prompt([Turn("user", (TextPart("de"),))]), *by_id["dog"]["tokens"]])
     (codes,) = [p.codes for p in GRAMMARS["grid"].parse(tokens).parts if isinstance(p, CodesPart)]
     np.testing.assert_array_equal(
@@ -159,7 +159,7 @@ def test_the_gallery_loads_thumbnails_of_large_images(engine, tmp_path):
     (output / "samples.jsonl").write_bytes(b"")
     assert run_large(output) == whole
 
-    (output / "images/dog/00_00.jpg").unlink()  # as jobs before thumbnails left it
+    (output / "images/dog/00_00.jpg").unlink()  # as in old jobs without thumbnails
     gallery.write(output)
     assert ("images/dog/00_00.png", None) in shown(output)
     run(engine, requests, tmp_path / "small")
@@ -168,7 +168,7 @@ def test_the_gallery_loads_thumbnails_of_large_images(engine, tmp_path):
 
 @pytest.mark.exact
 def test_killed_anywhere_and_split_over_processes_the_job_ends_the_same(engine, tmp_path, monkeypatch):
-    """DESIGN §3.8: a cut at any byte of samples.jsonl, images half done, and another number of processes."""
+    """DESIGN §3.8: samples.jsonl cut at any byte, incomplete images, and another number of processes."""
     monkeypatch.setattr("ar_unified.sampling.job._WINDOW", 1)
     requests = write_requests(tmp_path / "in", [*GOOD, b'{"prompt": ', {"id": "no", "prompt": "abc", "guidance": "x"}])
     run(engine, requests, tmp_path / "whole")
@@ -295,7 +295,7 @@ def test_a_image_put_in_order_is_tried_again(engine, tmp_path):
     requests = write_requests(tmp_path / "in", [GOOD[1], GOOD[3]])
     image = (tmp_path / "in/grey.png").read_bytes()
     (tmp_path / "in/grey.png").write_bytes(image[:60])
-    for samples in (1, 0):  # the same error is said once
+    for samples in (1, 0):  # the same error appears once
         report = run(engine, requests, tmp_path / "out")
         assert report.samples == samples
         rows = list(read(tmp_path / "out"))
@@ -311,7 +311,7 @@ def test_a_full_disk_ends_the_job_and_it_goes_on_from_there(engine, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     most = (tmp_path / "whole/manifest.json").stat().st_size + 100
     assert most < (tmp_path / "whole/samples.jsonl").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # bytes a file may have: some lines
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # largest size of a file in bytes: some lines
     try:
         with pytest.raises(OSError, match="File too large"):
             run(engine, requests, tmp_path / "out")
@@ -345,7 +345,7 @@ def test_a_canvas_is_kept_where_its_mask_is_black(engine, tmp_path):
     prepared = {}
 
     class Asked(Engine):
-        """Keeps the requests instead of serving them."""
+        """Records the requests instead of serving them."""
 
         def __init__(self):
             self.__dict__.update(engine.__dict__)
@@ -362,7 +362,7 @@ def test_a_canvas_is_kept_where_its_mask_is_black(engine, tmp_path):
 @pytest.mark.exact
 @pytest.mark.slow
 def test_killed_again_and_again_nothing_is_lost(tmp_path, kills=2, count=40):
-    """SIGKILL at moments spread over the job, half of them with a second process beside it."""
+    """SIGKILL at moments all over the job, in half of the cases with a second process."""
     rows = [
         {"id": f"r{i}", "prompt": "abcdefgh"[: 1 + i % 8], "guidance": 1 + i % 3, "n": 1 + (i % 5 == 0)}
         if i % 7 else {"content": [{"type": "image", "image": "grey.png"}], "mode": "text", "max_tokens": 5}

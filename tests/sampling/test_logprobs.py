@@ -1,4 +1,4 @@
-"""Log-probabilities of drawn tokens: the samples stay what they were, and the numbers are those of the distribution."""
+"""Log-probabilities of drawn tokens: the samples do not change, and the numbers are those of the distribution."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drawn(grammar, **more):
 
 @pytest.mark.parametrize("name", [pytest.param("rows", marks=pytest.mark.slow), "grid"])
 def test_samples_say_how_likely_their_tokens_were_and_stay_the_same(name):
-    """The replay knows, without the sampler, where there was a choice."""
+    """The replay finds the positions with a choice without the sampler."""
     grammar = tiny.GRAMMARS[name]
     plans, told = drawn(grammar, logprobs=True)
     _, plain = drawn(grammar)
@@ -76,7 +76,7 @@ def test_log_probabilities_and_a_window_are_refused():
 
 @pytest.mark.parametrize("name", ["grid", "rows"])
 def test_the_ranges_are_what_the_automaton_allows(name):
-    """Of states on random ways through the grammar, and of every mode."""
+    """For states on random paths through the grammar, in every mode."""
     machine = tiny.GRAMMARS[name].automaton
     wanted = list(itertools.product((TEXT, IMAGE, FREE), (0, 1), (6, 20, 60)))
     columns = (np.array(column, np.int32) for column in zip(*wanted, strict=True))

@@ -1,4 +1,4 @@
-"""Several adapters in one engine: each request has its own, and is drawn as by the merged model alone."""
+"""Several adapters in one engine: each request has its own, and gets the same result as from the merged model alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def beside() -> dict[str, Adapter]:
 
 
 def alone(name: str):
-    """Parameters of the model with that adapter merged into it."""
+    """Parameters of the model with that adapter merged in."""
     params = random_params()
     return merged(LORAS[name], params | {"lora": DRAWN[name]}) if name else params
 
@@ -68,7 +68,7 @@ def asked(adapter: str):
 
 @pytest.fixture(scope="module")
 def expected():
-    """By request and index: tokens of the merged model, and of the base."""
+    """The tokens of the merged model and of the base, by request and index."""
     found = {}
     for name in ("", *LORAS):
         rows = [dataclasses.replace(row, adapter="") for row in asked(name)]
@@ -101,7 +101,7 @@ def test_each_request_is_drawn_as_by_its_own_merged_model(form, expected) -> Non
         assert not all(bare), f"adapter {name} draws what none draws"
 
 
-OWN = {"a": [2, 5, 30, 31, 42], "b": [3, 5, 31, 60]}  # text, controls, image codes, and an id that nothing writes
+OWN = {"a": [2, 5, 30, 31, 42], "b": [3, 5, 31, 60]}  # text, controls, image codes, and an unused id
 
 
 def rows_of(name: str) -> TokenRows:
@@ -118,7 +118,7 @@ def test_rows_of_its_own_go_with_an_adapter(tied, form) -> None:
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     made = {key: leaf for key, leaf in random_params().items() if not tied or key != "head"}
     params, more = FORMS[form](made)
-    # "b" has rows of its head alone where there are two tables
+    # if there are two tables, "b" has rows only of the head
     tables = {"a": ("embedding",) if tied else ("embedding", "head"), "b": ("embedding",) if tied else ("head",)}
     loaded = {
         name: adapter._replace(rows=dict.fromkeys(tables[name], rows_of(name))) for name, adapter in beside().items()
@@ -187,7 +187,7 @@ def test_scores_and_conversations_have_the_adapter_of_their_request() -> None:
         talk.say((TextPart("gh"),), mode="text", text=GREEDY["text"], max_tokens=5, adapter=name, seed=turn)
     fresh = Conversation(several)
     for turn, name in enumerate(("a", "b", "a")):
-        fresh._kept = {}  # what an adapter has read counts for no other: reading anew gives the same
+        fresh._kept = {}  # a cache of one adapter is not used for another, so reading again gives the same
         fresh.say((TextPart("gh"),), mode="text", text=GREEDY["text"], max_tokens=5, adapter=name, seed=turn)
     np.testing.assert_array_equal(talk.tokens, fresh.tokens)
 

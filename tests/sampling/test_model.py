@@ -1,4 +1,4 @@
-"""What a notebook has: a loaded bundle draws, answers and scores like an engine of the same parts."""
+"""The interface for notebooks: a loaded bundle draws, answers and scores like an engine of the same parts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(folders):
 
 @pytest.fixture(scope="module")
 def own(model):
-    """An engine of the parts that the bundle was made of. With the grammar that was read: programs compile once."""
+    """An engine of the bundle's original parts, but with the loaded grammar, so that programs compile only once."""
     of = parts("grid")
     assert model.grammar.manifest() == of["grammar"].manifest()
     return Engine(of["config"], of["params"], model.grammar, batch_size=4, max_length=64)
@@ -85,7 +85,9 @@ def test_answers_are_text_and_a_chat_has_turns(model, own):
     (sample,) = own.generate([replace(asked, history=history, parts=(TextPart("blue"),))])
     answer = "".join(part.text for part in sample.document.parts)
     assert model.chat(turns, mode="text", max_tokens=9)["content"] == answer
-    with pytest.raises(RequestError, match="turns: expected user and assistant by turns.*found user, assistant, assis"):
+    with pytest.raises(
+        RequestError, match="turns: expected turns that alternate between user.*found user, assistant, assis"
+    ):
         model.chat(turns[:2])
     with pytest.raises(RequestError, match='messages 0: content 0: expected type "text", "image", found'):
         model.chat([{"role": "user", "content": [{"type": "audio"}]}])

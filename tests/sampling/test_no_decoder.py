@@ -1,5 +1,5 @@
-"""A model whose image tokenizer has no decoder: it reads images and answers in words; a request for an image gets a
-clear error."""
+"""If a model's image tokenizer has no decoder, the model reads images and answers in words, and a request for an image
+gets a clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI batch files: what a line asks for, what is refused and why, and the answers in OpenAI's own format."""
+"""OpenAI batch files: what a line requests, what is refused and why, and answers in OpenAI's own format."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_the_answers_are_in_openai_s_format(engine, tmp_path):  # noqa: F811
         error = row["response"]["body"]["error"]
         assert words in error["message"] and error["type"] == "invalid_request_error"
 
-    # An answer may stand in a later conversation as it is.
+    # An answer may be part of a later conversation, unchanged.
     later = [{"role": "assistant", "content": parts}, {"role": "user", "content": "h"}]
     (again,) = read(tmp_path, [line("later", {"messages": later})])
     assert not again.error and sum(

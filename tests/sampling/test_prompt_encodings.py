@@ -1,4 +1,4 @@
-"""Prompts are UTF-8, with or without a byte order mark, and their images and files stay in their folder."""
+"""Prompts are UTF-8, with or without a byte order mark, and may only name images and files in their folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lines(path, **options):
 
 
 def written(path, data):
-    """A file of prompts in the format of its name, from a function of a text to bytes."""
+    """A file of prompts in the format of its name; `encode` converts a text to bytes."""
     rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in PROMPTS]
     if path.suffix == ".tar":
         with tarfile.open(path, "w") as file:
@@ -70,7 +70,7 @@ def test_another_encoding_is_refused_by_name_and_nothing_is_drawn(tmp_path, suff
     if suffix in (".tar", ""):  # a file each
         found = lines(path)
         assert len(found) == 2 and all(line.error and line.request is None for line in found)
-        # In a text of a few letters without a mark only the zero bytes show.
+        # In a short text without a mark, only the zero bytes show the encoding.
         assert all("found UTF-" in line.error or "zero byte" in line.error for line in found)
     else:
         with pytest.raises(RequestError, match=rf"a{suffix}: expected text in UTF-8, found {name}"):

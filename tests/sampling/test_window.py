@@ -1,4 +1,5 @@
-"""Several positions of an image at once: the same tokens as one by one, in fewer steps, with a measured width."""
+"""Several positions of an image at once give the same tokens as one by one, in fewer steps. The width is chosen by
+measuring."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def test_so_they_are_in_every_layout(kind):
 
 
 class Restless(Pace):
-    """Another window for each chunk and short chunks, whatever the cost."""
+    """Another window for each chunk, and short chunks, whatever they cost."""
 
     def next(self, shape, steps):
         self.turn = getattr(self, "turn", 0) + 1
@@ -95,7 +96,8 @@ class Restless(Pace):
 
 @pytest.mark.slow
 def test_mixed_requests_and_windows_that_change_give_the_same_tokens(params):
-    """Many more than slots, each with settings of its own; and guesses that were made before a change are not used."""
+    """Many more requests than slots, each with its own settings. Guesses from before a change of requests are not
+    used."""
     grammar, rng = GRAMMARS["rows"], np.random.default_rng(0)
     asked = [
         dataclasses.replace(
@@ -127,16 +129,17 @@ def test_a_conversation_has_the_same_turns(params):
 
 
 def test_what_is_certain_comes_in_whole_windows():
-    """A model that says one code whatever it has read; and what the grammar says, the model is not asked for."""
+    """A model that always gives the same code. Tokens that the grammar forces are not taken from the model."""
     grammar, params = GRAMMARS["rows"], random_params()
-    # All ids are the same vector, and no layer adds to it: what is said last is what is said next.
+    # All ids have the same vector, and no layer adds to it, so every step has the same logits.
     flat = jax.tree.map(jnp.zeros_like, params) | {"embedding": jnp.ones_like(params["embedding"])}
     head = jnp.zeros_like(params["head"]).at[grammar.vocabulary.image_offset + 7].set(1.0)
     flat |= {"head": head, "norm": params["norm"]}
     wide = engine(grammar, flat, window=4)
     found = collect(wide.generate(images(4, (3, 4))))
     assert all((part.codes == 7).all() for sample in found.values() for part in sample.document.parts[:1])
-    # 16 tokens behind the size: codes, line ends, the end of the image; and the end, or another image with its size.
+    # 16 tokens after the size: codes, line ends, and the end of the image. Then the end, or another image with its
+    # size.
     assert wide.tokens_a_step > 2
 
 
@@ -144,7 +147,7 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_AFTER", 8)
     monkeypatch.setattr(pace, "WIDTHS", (1, 4))
     monkeypatch.setattr(pace, "FEW", 4)
-    monkeypatch.setattr(pace, "_DOUBTFUL", 1e6)  # tries at once, whatever it costs
+    monkeypatch.setattr(pace, "_DOUBTFUL", 1e6)  # tries all widths at once, whatever they cost
     monkeypatch.setattr(pace, "_SHARE", 1e6)
     monkeypatch.setattr(pace, "_BETTER", 0.0)  # the wider one wins
     grammar = GRAMMARS["rows"]
@@ -160,8 +163,9 @@ def _steps_for_seconds(monkeypatch):
 
 
 def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=()):
-    """A pool that draws images of 64 codes, of which a share is guessed, with windows whose steps cost so much, and one
-    whose program must first be compiled so much more; its own draws guess `more` beside.
+    """Simulates a pool that draws images of 64 codes. Arguments give the share of codes that is guessed right, the cost
+    of a step with each window, the additional cost if its program must be compiled, and how many `more` guesses a
+    window's own draws give.
 
     Returns the tokens and the seconds of each width, and the pace.
     """
@@ -188,7 +192,12 @@ def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, c
     return tokens, seconds, first
 
 
-WAITING = {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0}  # steps of a device that waits for weights, and of one that computes
+WAITING = {
+    1: 1.0,
+    2: 1.1,
+    4: 1.4,
+    8: 2.0,
+}  # step costs on a device limited by memory, and on one limited by computation
 COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
 
 
@@ -198,7 +207,7 @@ COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
     [
         (WAITING, 0.9, 1.0, 8),
         ({1: 1.0, 2: 1.3, 4: 1.8, 8: 3.4}, 0.75, 1.0, 4),
-        (WAITING, 0.3, 3.0, 2),  # what it guesses itself shows where it is tried
+        (WAITING, 0.3, 3.0, 2),  # its own guesses only show when it is tried
         (WAITING, 0.05, 1.0, 1),
         (COMPUTING, 0.6, 1.0, 1),
     ],
@@ -214,14 +223,14 @@ def test_auto_takes_the_width_that_is_fastest(cost, share, more, best):
 @pytest.mark.parametrize("compiling", [0.0, 500.0, 20_000.0])
 @pytest.mark.parametrize("cost, share", [(COMPUTING, 0.6), (COMPUTING, 0.9), (WAITING, 0.05), (WAITING, 0.4)])
 def test_auto_is_never_slower_than_one_by_one(cost, share, images, compiling):
-    """In jobs of any length, whatever the compiler takes for what is tried in vain."""
+    """This holds for jobs of any length, and however long compiling useless widths takes."""
     tokens, seconds, _ = driven(cost, share, images, compiling=compiling)
     alone = compiling + cost[1] * sum(tokens.values())
     assert sum(seconds.values()) * 0.97 <= alone
 
 
 def test_nor_where_its_own_program_came_from_a_cache():
-    """Steps of a millisecond, a compiler that takes seconds, and nothing that says so before."""
+    """Steps take a millisecond and compiling takes seconds, which is not known before."""
     cost = {width: seconds / 1000 for width, seconds in COMPUTING.items()}
     for images in (100, 1000, 6000):
         tokens, seconds, _ = driven(cost, 0.6, images, compiling=5.0, cached=(1,))
@@ -240,22 +249,24 @@ def test_what_was_measured_in_this_process_is_not_measured_again():
 
 
 def test_auto_gives_up_a_window_that_does_not_bring_what_was_foreseen():
-    """The steps are dearer, or its guesses worse, than they were when it was chosen."""
+    """Its steps become more expensive, or its guesses worse, than when it was chosen."""
     first, shape = Pace("auto", None), Shape(1, 64)
     for _ in range(3000):
         width, count, timed = first.next(shape, CHUNK)
         if timed:
             first.took(shape, WAITING[width] * count, 1.0, count)
         first.drew(shape, width, count, count, 1)
-        first.saw(shape, 65, [np.ones(64, bool)])  # all would have been guessed, but none is
+        first.saw(shape, 65, [np.ones(64, bool)])  # all should be guessed, but none is
     assert first.next(shape, CHUNK)[0] == 1
 
 
 def test_pairs_learn_what_follows_two_codes():
-    """Also where codes share entries, a guess is a code that was there."""
+    """Even if codes share entries of the table, a guess is a code that occurred."""
     codes = np.array([[1, 2, 3], [1, 2, 5], [1, 2, 4]])
     learned = Pairs()
-    np.testing.assert_array_equal(learned.learn(codes), [0, 0, 0, 1, 1, 0, 1, 1, 0])  # above, or before
+    np.testing.assert_array_equal(
+        learned.learn(codes), [0, 0, 0, 1, 1, 0, 1, 1, 0]
+    )  # the code above, or the code before
     np.testing.assert_array_equal(learned.learn(codes), np.ones(9, bool))
     large = np.random.default_rng(0).integers(0, 1 << 18, (64, 64))
     learned.learn(large)
@@ -264,7 +275,8 @@ def test_pairs_learn_what_follows_two_codes():
 
 
 def test_where_the_code_above_is_right_more_often_it_is_the_guess():
-    """Six of ten codes are the one above, the others any of eight: what came last is right four times in ten."""
+    """Six of ten codes equal the code above, the others are any of eight. The code that followed last time is right
+    four times in ten."""
     learned, rng, right = Pairs(), np.random.default_rng(0), []
     for _ in range(60):
         codes = rng.integers(0, 8, (12, 12))
@@ -275,7 +287,8 @@ def test_where_the_code_above_is_right_more_often_it_is_the_guess():
 
 
 def test_the_device_guesses_what_the_host_says_it_would(params):
-    """Greedy images of one request, again and again: once the table has them, a step has a whole window."""
+    """Greedy images of one request are drawn again and again. Once the table knows them, a step draws a whole
+    window."""
     grammar = GRAMMARS["grid"]
     wide = engine(grammar, params, window=4, batch_size=4)
     asked = [dataclasses.replace(images(1, None)[0], id=str(i), image=Filter(0.0), n=1) for i in range(4)]
@@ -283,8 +296,8 @@ def test_the_device_guesses_what_the_host_says_it_would(params):
     wide._drawn[:] = 0
     found = list(wide.generate(asked))
     right = wide._pairs.learn(found[0].document.parts[0].codes)
-    assert right.all()  # no pair of codes stands twice in this image
-    # 6 codes, the end of the image and of the answer: one, before there are guesses, then four, then the rest
+    assert right.all()  # no pair of codes occurs twice in this image
+    # 6 codes, the end of the image and of the answer: one before there are guesses, then four, then the rest
     assert wide.tokens_a_step == pytest.approx((len(found[0].tokens) - 1) / 3, abs=0.01)
 
 

@@ -39,6 +39,6 @@ def random_params(seed: int = 0, config: TransformerConfig = CONFIG):
     return _random_params(config, seed)
 
 
-@partial(jax.jit, static_argnums=0)  # op by op it is as many programs as there are shapes
+@partial(jax.jit, static_argnums=0)  # without jit there is a program for every shape
 def _random_params(config, seed):
     return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(config, jax.random.key(seed)))

@@ -1,8 +1,8 @@
-"""What VLMEvalKit's `vlmeval.vlm.base.BaseModel` does with a message before a model sees it, written anew.
+"""A stand-in for VLMEvalKit's `vlmeval.vlm.base.BaseModel`: what it does with a message before a model gets it.
 
-A stand-in, after what the kit's source says: a message is a text, an object {"type", "value"}, or a list of either; a
-text of a list that names an image's file is that image; types outside `allowed_types` are refused; then
-`generate_inner` gets a list of objects.
+Written from the kit's source: a message is a text, an object {"type", "value"}, or a list of these. A text in a list
+that names an image file is that image. Types outside `allowed_types` are refused. Then `generate_inner` gets a list of
+objects.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One S3 server for the tests of a process, and a folder of its own in it for each."""
+"""One S3 server for the tests of a process; each test has its own folder in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture
 def url(store: Store, tmp_path: Path) -> Iterator[str]:
-    """A folder of the store that nobody else uses; this process asks that store meanwhile."""
+    """A folder of the store that no other test uses; meanwhile this process uses that store."""
     quick = {"AR_UNIFIED_CACHE": str(tmp_path / "cache"), "AR_UNIFIED_STORE_PATIENCE": "20"}
     with using(store.variables() | quick):
         yield f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"

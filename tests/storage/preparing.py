@@ -23,7 +23,7 @@ from tests.data.preparing import files, make_set, prepare_set
 from tests.moments import random_moments
 from tests.stores import BUCKET, Store, objects, using
 
-_processes = multiprocessing.get_context("forkserver")  # which imports once what takes each process seconds
+_processes = multiprocessing.get_context("forkserver")  # imports once what would take each process seconds
 _processes.set_forkserver_preload([__name__])
 
 
@@ -34,7 +34,7 @@ def _process(folder: Path, url: str, team: Team, pause: float, variables: dict[s
 
 
 class Job:
-    """Starts the processes of a job on `folder`, each with a mirror of its own. What killed ones claimed is removed."""
+    """Starts the processes of a job on `folder`, each with its own mirror. Claims of killed processes are removed."""
 
     def __init__(self, folder: Path, url: str, processes: int, pause: float | list[float] = 0.02, lease: float = 3.0):
         self.url = url
@@ -52,14 +52,14 @@ class Job:
             process.start()
 
     def until(self, shards: int, seconds: float = 200) -> None:
-        """Waits until so many shards are there, or the job has ended."""
+        """Waits until this many shards exist, or the job has ended."""
         deadline = time.monotonic() + seconds
         while shards_of(self.url) < shards and any(process.is_alive() for process in self.processes):
             assert time.monotonic() < deadline
-            time.sleep(0.1)  # the server has better things to do
+            time.sleep(0.1)  # to keep load off the server
 
     def kill(self) -> bool:
-        """Ends all processes as a power cut does. Returns whether one was still at work."""
+        """Kills all processes, like a power failure. Returns whether one was still running."""
         alive = [process.is_alive() for process in self.processes]
         for process in self.processes:
             process.kill()
@@ -81,8 +81,8 @@ def prepared(url: str) -> dict[str, bytes]:
 
 
 def under_fire(folder: Path, url: str, whole: dict[str, bytes], processes: int, kills: int, rng: random.Random) -> int:
-    """Kills jobs at random moments and starts them again, five times at most before one may end; compares what it
-    leaves with `whole`. Returns the number of kills."""
+    """Kills jobs at random moments and starts them again, at most five times before one may end. Compares the result
+    with `whole`. Returns the number of kills."""
     killed = 0
     while killed < kills:
         run = f"{url}/{uuid.uuid4().hex[:8]}"

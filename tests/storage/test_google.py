@@ -1,6 +1,6 @@
-"""gs:// against a server that speaks Google's API (gcp-storage-emulator): sources, a workdir, and Orbax's checkpoints.
+"""gs:// with a server that has Google's API (gcp-storage-emulator): sources, a workdir, and Orbax's checkpoints.
 
-The emulator knows no `ifGenerationMatch`, so races for a claim are tested with S3's server alone.
+The emulator does not know `ifGenerationMatch`, so races for a claim are only tested with the S3 server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}"]
     more = ["--in-memory", "--default-bucket=bucket"]
     server = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # gcsfs asks for a bucket's kind by gRPC, which the emulator does not speak; it reads this variable on import.
+    # gcsfs asks for a bucket's kind with gRPC, which the emulator does not have. It reads this variable on import.
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     here = f"http://127.0.0.1:{port}"
     variables = {"STORAGE_EMULATOR_HOST": here, "TENSORSTORE_GCS_HTTP_URL": here}

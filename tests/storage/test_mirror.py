@@ -1,5 +1,5 @@
-"""The local mirror of a store's folder: complete files are uploaded, those of others downloaded, and one process has a
-lock."""
+"""The local mirror of a store's folder: complete files are uploaded, files of others are downloaded, and one process
+has a lock."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_becomes_whole_is_there_at_once_and_nothing_else(url: str) -> None:
 
 
 def test_the_store_has_the_truth(url: str) -> None:
-    """A mirror of a process that was killed, and one of a process on another machine meanwhile."""
+    """A mirror of a killed process, and one of a process on another machine."""
     first = mirror(url)
     write_bytes(first.root / "a", b"1")
     first.push(first.root / "a")
@@ -84,7 +84,7 @@ def test_names_that_lead_out_are_not_brought(url: str) -> None:
 
 def test_a_stage_has_one_maker_among_all_machines(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AR_UNIFIED_STORE_LEASE", "0.8")
-    monkeypatch.setattr(locks, "_machine", lambda: os.urandom(8).hex())  # every look is from another machine
+    monkeypatch.setattr(locks, "_machine", lambda: os.urandom(8).hex())  # every read is from another machine
     with opened(url) as here:
         stage = Workdir(here).stage("data", {"a": 1})
         lock = next(iter(storage._locks.values()))
@@ -96,7 +96,7 @@ def test_a_stage_has_one_maker_among_all_machines(url: str, monkeypatch: pytest.
         assert other.waited and other.number == lock.number + 1
         lock._stop.clear()
         lock._beat()  # and comes back
-        with pytest.raises(locks.LockLost, match="another process has taken this over"):
+        with pytest.raises(locks.LockLost, match="another process has taken over"):
             stage.finish({})
         assert "data/done.json" not in objects(url)
         storage._locks.clear()
@@ -141,7 +141,7 @@ def test_a_reader_waits_for_what_the_writer_puts_there(url: str) -> None:
 
 
 def test_claims_are_the_stores(url: str) -> None:
-    """Two teams that share nothing but the store do every piece once."""
+    """Two teams that share only the store do every piece once."""
     first, second = mirror(url), mirror(url)
     storage._mirrors.extend((first, second))
     try:

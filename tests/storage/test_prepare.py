@@ -1,4 +1,5 @@
-"""`prepare` in a store by real processes that share nothing but it: the same bytes, whoever is slow or killed."""
+"""`prepare` in a store by real processes that share only the store gives the same bytes, whichever process is slow or
+killed."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
 def test_the_rest_finish_what_one_that_is_killed_for_good_had_begun(
     data: Path, whole: dict[str, bytes], url: str
 ) -> None:
-    """The one that is killed waits a quarter of an hour in its first batch: it cannot be done before."""
+    """The process that is killed waits a quarter of an hour in its first batch, so it cannot finish before."""
     job = Job(data, url, 4, pause=[900.0, 0.2, 0.2, 0.2], lease=2.0)
     job.until(4)
     job.processes[0].kill()

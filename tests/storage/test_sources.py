@@ -28,7 +28,7 @@ from tests.stores import Disturbed, Store, objects, put_folder, using
 
 
 def shown(source: Any, root: str) -> list[Any]:
-    """Every item as what can be compared; where the source lies is taken out."""
+    """Every item in a form that can be compared, without the place of the source."""
     found: list[Any] = []
     for i, item in read(source, range(len(source))):
         if isinstance(item, BadItem):
@@ -41,7 +41,7 @@ def shown(source: Any, root: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """A spec for every kind, below one folder."""
+    """A spec for every kind of source below one folder."""
     root = tmp_path_factory.mktemp("sets")
     given = examples(Kit, "docs", 20)
     specs = {
@@ -92,7 +92,7 @@ def test_every_kind_of_source_is_the_same_in_a_store(sets: dict[str, dict[str, A
         here, far = open_source(spec), open_source(there(spec, root, url))
         assert (far.name, len(far), far.fingerprint) == (here.name, len(here), here.fingerprint), kind
         found = shown(far, url)
-        # Of one picture only the sentence differs: there are no links and no folders around the folder.
+        # Only the message for one picture differs, because a store has no links and no parent folders.
         assert [item[:2] for item in found] == [item[:2] for item in shown(here, root)], kind
         assert [i for i in found if len(i) > 3] == [i for i in shown(here, root) if len(i) > 3], kind
     for part in ("[:50%]", "[50%:]"):
@@ -123,7 +123,7 @@ def test_shards_of_sources_in_a_store_are_the_same_bytes_though_requests_fail(
 ) -> None:
     root, grammar = sets[""]["root"], Kit.grammar(fixed_grid(4, 4))
     put_folder(Path(root), url)
-    monkeypatch.setattr(stores, "_pauses", lambda: iter([0.01] * 20 + [None]))  # half of what is asked fails
+    monkeypatch.setattr(stores, "_pauses", lambda: iter([0.01] * 20 + [None]))  # half of the requests fail
     kinds: dict[int, int | str] = {2: 503, 3: "torn", 5: "cut", 6: 500}
     between = Disturbed(store, lambda method, path, number: kinds.get(number % 8))
 
@@ -146,7 +146,7 @@ def test_shards_of_sources_in_a_store_are_the_same_bytes_though_requests_fail(
 def test_a_store_that_fails_makes_no_item_bad(
     sets: dict[str, dict[str, Any]], url: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An item that cannot be read for want of the store is not left out: the run stops, and says why."""
+    """If an item cannot be read because the store fails, it is not left out: the run stops and says why."""
     root = sets[""]["root"]
     put_folder(Path(root), url)
     monkeypatch.setenv("AR_UNIFIED_STORE_PATIENCE", "0")

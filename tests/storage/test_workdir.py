@@ -1,4 +1,5 @@
-"""A workdir in a store is that on disk: the same command, the same results, from any machine, through any fault."""
+"""A workdir in a store works like one on disk: the same commands give the same results, from any machine, in spite of
+faults."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ STEPS = ["--config.training.steps=6", "--config.training.checkpoint_every=2", "-
 
 
 def set_up(root: Path, lines: int) -> list[str]:
-    """A corpus and a config in `root`; the arguments but for the workdir."""
+    """A corpus and a config in `root`; returns the arguments without the workdir."""
     (root / "corpus").mkdir()
     text = (f"the red circle {i} stands left of the blue square {i * i} and smiles" for i in range(lines))
     (root / "corpus" / "a.txt").write_text("\n".join(text))
@@ -48,7 +49,7 @@ def losses(rows: bytes) -> list[tuple[int, float]]:
 
 
 def in_store(url: str) -> dict[str, bytes]:
-    """As `shards` of a workdir on disk."""
+    """Like `shards` for a workdir on disk."""
     named = {f"data/{name}": data for name, data in objects(f"{url}/data").items()}
     return {name: data for name, data in named.items() if not name.startswith(("data/done", "data/started"))}
 
@@ -107,7 +108,7 @@ def test_killed_in_training_it_goes_on_elsewhere_bit_for_bit(url: str, tmp_path:
     assert kills
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    undisturbed = [*command[:-1], str(disk)]  # in a process as the others, of one device
+    undisturbed = [*command[:-1], str(disk)]  # in a new process with one device, like the others
     assert subprocess.run(undisturbed, env=environment(), capture_output=True, timeout=300).returncode == 0
     assert same(f"{url}/model/checkpoints", str(disk / "model" / "checkpoints"))
     assert losses(objects(url)["model/metrics.jsonl"]) == losses((disk / "model" / "metrics.jsonl").read_bytes())

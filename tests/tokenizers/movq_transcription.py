@@ -1,10 +1,11 @@
-"""MoVQGAN and Emu3's vision tokenizer once more, in numpy and float64, in all their dimensions.
+"""MoVQGAN and Emu3's vision tokenizer transcribed to numpy and float64, in all dimensions.
 
 Written from reading ai-forever/MoVQGAN (movq_modules.py, vqvae_blocks.py) and baaivision/Emu3
-(modeling_emu3visionvq.py), neither of which can be installed here: tests compare ours with it. It shares nothing with
-ours: pictures are four frames [B, F, T, H, W], convolutions in time run over all of them, names are the published ones.
+(modeling_emu3visionvq.py), because neither can be installed here. Tests compare ours with it. It shares no code with
+ours: pictures are four frames [B, F, T, H, W], convolutions over time run over all of them, and names are the published
+ones.
 
-`Weights` draws an array when it is first asked for: which names and shapes a file has is said by the networks below.
+`Weights` draws an array when it is first used, so the networks below define the names and shapes in a file.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def silu(x):
 
 
 def conv(weights, name, x, out, window, stride=None, padding=None):
-    """x [B, F, ...], a window and a pair of paddings for each of the last axes -> [B, out, ...]."""
+    """Convolves x [B, F, ...], with a window and a pair of paddings for each of the last axes -> [B, out, ...]."""
     axes = x.ndim - 2
     stride = stride or (1,) * axes
     padding = padding or [((side - 1) // 2, side // 2) for side in window]
@@ -98,7 +99,7 @@ def middle(weights, name, x, zq=None):
 
 
 def encoder(weights, x, *, ch, ch_mult, blocks, attended, z):
-    """[B, 3, H, W] -> [B, z, h, w]; attended: levels that have attention."""
+    """[B, 3, H, W] -> [B, z, h, w]; attended: the levels that have attention."""
     x = conv(weights, "encoder.conv_in", x, ch, (3, 3))
     for level, multiplier in enumerate(ch_mult):
         at = f"encoder.down.{level}"
@@ -131,7 +132,7 @@ def decoder(weights, z, zq, *, ch, ch_mult, blocks, attended):
 
 
 def causal(weights, name, x, out, window, stride=(1, 1, 1)):
-    """Two frames of zeros before the first; in space as many as keep the size."""
+    """Pads two zero frames before the first, and in space so that the size stays the same."""
     over = [side - by for side, by in zip(window, stride, strict=True)][1:]
     padding = [(2, 0), *[((more + 1) // 2, more // 2) for more in over]]
     return conv(weights, f"{name}.conv", x, out, window, stride, padding)
@@ -169,7 +170,7 @@ def flat(x):
 
 
 def latents(weights, pixels, *, dim, in_time, **shape):
-    """pixels [B, 3, H, W] -> what the codes are nearest to, [B, h, w, dim]."""
+    """pixels [B, 3, H, W] -> the latents for which codes are found, [B, h, w, dim]."""
     z, blocks = shape["z"], shape["blocks"]
     if not in_time:
         found = conv(weights, "quant_conv", encoder(weights, pixels, **shape), dim, (1, 1))
@@ -183,7 +184,8 @@ def latents(weights, pixels, *, dim, in_time, **shape):
 
 
 def codes(table, found):
-    """Latents [..., C], codes' vectors [K, C] -> the nearest [...], and how much nearer than the next, relative."""
+    """Latents [..., C], codes' vectors [K, C] -> the nearest codes [...], and how much nearer they are than the second,
+    relative."""
     distances = np.square(found[..., None, :] - np.float64(table)).sum(-1)
     two = np.sort(distances, -1)[..., :2]
     return distances.argmin(-1), (two[..., 1] - two[..., 0]) / two[..., 1]

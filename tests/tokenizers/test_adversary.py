@@ -1,4 +1,5 @@
-"""The adversary: one forward pass teaches both sides what two passes would, and every formula is the paper's."""
+"""The adversary: one forward pass gives both sides the same gradients as two passes, and every formula is the
+paper's."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def random_images(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def weights(config: AdversaryConfig) -> adversary.Params:
-    """Nowhere zero, and without compiling an initialiser: kernels around 0, scales around 1."""
+    """Parameters that are nowhere zero, without compiling an initialiser: kernels around 0, scales around 1."""
     noise = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda key: adversary.init(config, key), jax.random.key(0))
     one = lambda x: noise.normal(1, 0.1, x.shape) if x.ndim == 1 else noise.normal(0, x.size**-0.25, x.shape)  # noqa: E731
@@ -52,7 +53,7 @@ def test_two_pull_backs_of_one_pass_are_the_two_textbook_gradients(config, loss)
         fake = paint(painter)
         real_logits, fake_logits = (adversary.logits(config, judge, pixels)[0] for pixels in (real, fake))
         d = adversary.discriminator_loss(config, real_logits, fake_logits)
-        if config.kind == "patch" and loss == "hinge":  # once is enough: it is what takes long to compile
+        if config.kind == "patch" and loss == "hinge":  # one is enough, because it takes long to compile
             d += adversary.r1_penalty(config, judge, real)
         g = jnp.square(fake - real).mean((1, 2, 3)) + adversary.generator_loss(config, fake_logits)
         return d.sum(), g.sum()
@@ -81,7 +82,7 @@ def test_a_image_is_judged_by_itself_at_any_size(config):
     batch = random_images(3, least, 2 * least + 1)
     together, features = judge(batch)
     assert together.dtype == jnp.float32 and np.isfinite(together).all() and len(features) >= config.layers
-    close(together[1:2], judge(batch[1:2])[0])  # nothing crosses rows: batch 1, microbatches and meshes are safe
+    close(together[1:2], judge(batch[1:2])[0])  # rows are independent, so batch 1, microbatches and meshes are safe
     with pytest.raises(ValueError, match=f"at least {least} pixels a side, got {least - 1} x 32"):
         judge(random_images(1, least - 1, 32))
 
@@ -96,7 +97,7 @@ def test_sizes_are_those_of_the_papers():
 
     params, logits, _ = look(patch, 256)
     assert logits.shape == (1, 30, 30)  # pix2pix
-    batch_norms = 2 * (128 + 256 + 512)  # their scales and biases are the group norms' here
+    batch_norms = 2 * (128 + 256 + 512)  # ours have these scales and biases in group norms
     expected = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 1 + batch_norms
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected == 2_765_633
     assert look(patch, 32)[1].shape == (1, 2, 2)
@@ -133,7 +134,7 @@ def test_averages_cover_the_image():
 
 
 def test_losses_are_cross_entropy_of_the_logit_and_not_of_the_label():
-    """LlamaGen passes label and logit the other way round, and so trains on something linear in the logit."""
+    """LlamaGen swaps label and logit, so its loss is linear in the logit."""
     config = AdversaryConfig(kind="patch", loss="non_saturating")
     real, fake = jnp.array([[2.0, -1.0], [0.5, 0.0]]), jnp.array([[-3.0, 1.0], [9.0, -9.0]])
     p = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))  # noqa: E731
@@ -141,7 +142,7 @@ def test_losses_are_cross_entropy_of_the_logit_and_not_of_the_label():
     np.testing.assert_allclose(adversary.discriminator_loss(config, real, fake), expected, rtol=1e-5)
     np.testing.assert_allclose(adversary.generator_loss(config, fake), -np.log(p(fake)).mean(1), rtol=1e-5)
     slope = jax.vmap(jax.grad(lambda x: adversary.generator_loss(config, x[None])[0]))(jnp.array([-20.0, 20.0]))
-    np.testing.assert_allclose(slope, [-1, 0], atol=1e-6)  # a lost game teaches most, a won one nothing
+    np.testing.assert_allclose(slope, [-1, 0], atol=1e-6)  # the gradient is largest if it loses, and zero if it wins
 
 
 def test_hinge_asks_for_a_margin():
@@ -166,7 +167,9 @@ def test_r1_of_a_linear_discriminator_and_against_finite_differences(monkeypatch
     mean = jax.jit(lambda x: adversary.logits(config, params, x)[0].mean((1, 2)))
     slope = jax.jit(jax.grad(lambda x: mean(x).sum()))(x)
     along = slope / jnp.sqrt(jnp.square(slope).sum((1, 2, 3), keepdims=True))
-    length = (mean(x + 1e-2 * along) - mean(x - 1e-2 * along)) / 2e-2  # the gradient's, if it is the gradient
+    length = (
+        mean(x + 1e-2 * along) - mean(x - 1e-2 * along)
+    ) / 2e-2  # the value of the gradient, if it is the gradient
     penalty = jax.jit(lambda x: adversary.r1_penalty(config, params, x))(x)
     np.testing.assert_allclose(penalty, np.square(length), rtol=2e-2)
 
@@ -225,7 +228,7 @@ def test_adaptive_weight_is_that_of_two_whole_gradients():
     nothing = jax.tree.map(jnp.zeros_like, last)
     assert float(adversary.adaptive_weight(direct[0], nothing, limit=5.0)) == 5.0
     slope = jax.grad(lambda scale: adversary.adaptive_weight(jax.tree.map(lambda g: scale * g, pair[0]), pair[1]))(1.0)
-    assert float(slope) == 0  # a constant, not something to minimise
+    assert float(slope) == 0  # a constant, which is not minimised
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------

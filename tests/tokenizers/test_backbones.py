@@ -1,4 +1,4 @@
-"""The two backbones: their sizes, results and dtypes, and `vqgan` compared with the original."""
+"""The backbones: their sizes, results and dtypes, and `vqgan` compared with the original."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_presets_have_their_sizes_and_any_shape_of_image(name):
 
     def made_and_used(
         key: jax.Array, pixels: jax.Array
-    ) -> tuple:  # one trace of both: `init` and `bind` would be three
+    ) -> tuple:  # one trace for both; `init` and `bind` would need three
         module = Autoencoder(config, rngs=layers.fresh(key))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param)), module(pixels)
 
@@ -128,7 +128,7 @@ def test_fresh_keys_are_those_of_flax():
 
 
 def test_group_norm_is_that_of_its_paper_in_float32():
-    """A large mean is where statistics of float16 types or E[x^2] - E[x]^2 go wrong."""
+    """With a large mean, statistics in 16-bit floats or by E[x^2] - E[x]^2 are wrong."""
     x = 100 + np.random.default_rng(0).normal(0, 1, (2, 6, 4, 64)).astype(np.float32)
     norm = layers.GroupNorm(64, dtype=jnp.dtype("float32"))
     norm.scale, norm.bias = nnx.Param(jnp.arange(64.0)), nnx.Param(jnp.arange(64.0) - 9)
@@ -195,7 +195,7 @@ def plain(x, kernel):
         (convolution.conv3x3, plain, (1, 4, 3, 128)),
         (convolution.conv3x3, plain, (1, 3, 4, 2)),
         (convolution.doubling_conv3x3, lambda x, k: plain(x.repeat(2, axis=1).repeat(2, axis=2), k), (2, 3, 5, 4)),
-        # Its windows begin at pixel 2i, and those of the definition are centred on pixel i.
+        # Its windows begin at pixel 2i; those of the definition are centred on pixel i.
         (convolution.halving_conv3x3, lambda x, k: plain(x, k)[:, 1::2, 1::2], (2, 4, 6, 4)),
     ],
     ids=["winograd", "wide", "narrow", "doubling", "halving"],

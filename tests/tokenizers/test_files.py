@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and what becomes of those that did not."""
+"""Folders that appear completely or not at all, and unfinished folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def left_in(folder):
 
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
-    path = tmp_path / "model[1]"  # a pattern too, if one took it for that
+    path = tmp_path / "model[1]"  # a name that would also be a glob pattern
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(2)
@@ -52,7 +52,9 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     with pytest.raises(KeyError), whole_folder(path):
         during = left_in(tmp_path)
         raise KeyError
-    assert len(during) == 3 and len(during - before) == 1  # the dead one's is gone, this one's is new
+    assert (
+        len(during) == 3 and len(during - before) == 1
+    )  # the dead process' folder is gone, this process' folder is new
     assert left_in(tmp_path) == during & before and other in during
     writers[1].communicate()
     assert path.joinpath("part").stat().st_size == 1000 and left_in(tmp_path) == {other}

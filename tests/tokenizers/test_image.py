@@ -1,4 +1,4 @@
-"""The image tokenizer: codes have the same meaning in training, in the sampler and after a reload."""
+"""The image tokenizer: codes mean the same in training, in the sampler and after loading."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trained(config: AutoencoderConfig, seed: int = 0) -> dict:
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_VQ, SMALL_RQ, SMALL_VQGAN], ids=["fsq", "vq", "rq", "vqgan"])
 def test_what_is_trained_is_what_codes_decode_to(config):
-    """The forward of training, and decode(encode(x)), to the last bit."""
+    """The training pass equals decode(encode(x)) to the last bit."""
 
     @jax.jit
     def both(params, pixels):
@@ -221,7 +221,7 @@ def test_tokenizers_of_one_config_share_their_programs(monkeypatch):
 
     for method in (Autoencoder.encode, Autoencoder.decode):
         monkeypatch.setattr(Autoencoder, method.__name__, counted(method))
-    config = dataclasses.replace(SMALL, levels=(3, 5, 4))  # of no other test here
+    config = dataclasses.replace(SMALL, levels=(3, 5, 4))  # sizes that no other test has
     other = jax.tree.map(lambda leaf: leaf + 0.1, trained(config))
     images = random_images(2)
     decoded = [
@@ -257,7 +257,7 @@ def test_save_and_load(tmp_path):
 
     mixed = (tmp_path / "config.json").read_bytes()
     record = json.loads(mixed)
-    record["config"]["update"] = record["config"].pop("codebook_update")  # as the key was named first
+    record["config"]["update"] = record["config"].pop("codebook_update")  # the key's first name
     record["config"]["backbone"] = "folded"  # and this value
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert ImageTokenizer.load(tmp_path).config == SMALL

@@ -1,4 +1,4 @@
-"""FID: the features are those of pytorch-fid's network, and the distance is Frechet's."""
+"""FID: the features equal those of pytorch-fid's network, and the distance is Frechet's."""
 
 from __future__ import annotations
 

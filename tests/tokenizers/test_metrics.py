@@ -1,4 +1,4 @@
-"""Distances of images against other libraries' numbers, and what a histogram of codes says."""
+"""Distances of images equal other libraries' numbers; and the statistics of a histogram of codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def photograph(height: int, width: int, count: int = 2) -> np.ndarray:
 
 
 def worse(images: np.ndarray) -> np.ndarray:
-    """The second image is hurt more than the first: blurred along x, paler, noisy."""
+    """The second image is degraded more than the first: blurred along x, paler, noisy."""
     x = images.astype(np.float64)
     for _ in range(3):
         x = (np.roll(x, 1, 2) + x + np.roll(x, -1, 2)) / 3

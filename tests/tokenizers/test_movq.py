@@ -1,4 +1,4 @@
-"""MoVQGAN's network and Emu3's vision tokenizer: what they compute, and their weights there and back."""
+"""MoVQGAN's network and Emu3's vision tokenizer: their results, and their weights, imported and exported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PICTURES = np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 3)).astype(np.floa
 
 
 def published(config: AutoencoderConfig, seed: int = 0) -> tuple[original.Weights, dict]:
-    """A file of the tokenizer, its codes where latents are; and its shape for the transcription."""
+    """A file of the tokenizer, with codes near its latents; and its shape for the transcription."""
     lowest = len(config.multipliers) - 1
     shape = dict(ch=config.width, ch_mult=config.multipliers, blocks=config.blocks[0], z=config.z_channels,
                  attended=[lowest] * (config.attention == "lowest"), in_time=config.temporal_blocks > 0)  # fmt: skip
@@ -40,7 +40,7 @@ def published(config: AutoencoderConfig, seed: int = 0) -> tuple[original.Weight
     where = found.reshape(-1, config.code_dim)
     drawn = weights.draw.normal(where.mean(0), where.std(0), (CODES, config.code_dim)).astype(np.float32)
     weights["quantize.embedding.weight"] = drawn
-    original.pixels(weights, drawn, np.zeros((1, 2, 2), int), **shape)  # which draws the rest
+    original.pixels(weights, drawn, np.zeros((1, 2, 2), int), **shape)  # draws the other arrays
     return weights, shape
 
 
@@ -63,7 +63,7 @@ def bits(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple]:
 
 @pytest.mark.parametrize(("config", "dialect"), [(MOVQGAN, "movqgan"), (EMU3, "emu3")], ids=["movqgan", "emu3"])
 def test_a_picture_is_what_the_original_makes_of_it(config, dialect):
-    """Emu3's in four frames and three dimensions there, in two here."""
+    """Emu3's runs with four frames and three dimensions there, with two dimensions here."""
     weights, shape = published(config)
     assert movq_weights.dialect_of(weights) == dialect
     params, kept = movq_weights.from_published(config, weights, dialect)
@@ -95,7 +95,7 @@ def test_a_norm_that_reads_codes_starts_as_one_that_does_not():
 
 @functools.cache
 def imported(dialect: str = "emu3") -> tuple[AutoencoderConfig, dict, dict, dict]:
-    """config, the published file, parameters, what is kept beside them."""
+    """config, the published file, parameters, and the arrays kept besides."""
     config = MOVQGAN if dialect == "movqgan" else EMU3
     weights, _ = published(config)
     return config, dict(weights), *movq_weights.from_published(config, weights, dialect)
@@ -236,14 +236,14 @@ def test_layers_in_time_are_kept_in_the_folder_and_come_back(tmp_path):
 
 def test_what_was_trained_since_is_not_exported_as_published():
     config, _, params, kept = imported()
-    with pytest.raises(ValueError, match="only a tokenizer that was imported"):
+    with pytest.raises(ValueError, match="only an imported tokenizer"):
         movq_weights.to_published(config, params, {}, "emu3")
     moved = jax.tree.map(np.array, params)
     moved["decoder"]["temporal"]["double1"]["kernel"][1, 1, 0, 0] += 1e-3
-    with pytest.raises(ValueError, match="do not make the network's decoder.temporal.double1.kernel: it was trained"):
+    with pytest.raises(ValueError, match="do not give the network's decoder.temporal.double1.kernel: it was trained"):
         movq_weights.to_published(config, moved, kept, "emu3")
     moved = jax.tree.map(np.array, params)
-    moved["decoder"]["head"]["bias"] += 1  # which is no layer in time
+    moved["decoder"]["head"]["bias"] += 1  # not a layer over time
     assert "decoder.conv_out.bias" in movq_weights.to_published(config, moved, kept, "emu3")
 
 
@@ -286,7 +286,7 @@ def test_emu3s_vision_tokenizer_equals_that_of_transformers():
         table = draw.normal(where.mean(0), where.std(0), (CODES, 4)).astype(np.float32)
         peer.quantize.embedding.weight.copy_(torch.from_numpy(table))
         expected = torch.stack(peer.encode(theirs, image_sizes=sizes).image_tokens).numpy()
-        # contiguous: torch may hold a kernel in another order of axes
+        # contiguous, because torch may store a kernel in another order of axes
         state = {name: leaf.numpy() for name, leaf in peer.state_dict().items()}
 
     config = movq_weights.config_from_emu3(settings.to_dict())

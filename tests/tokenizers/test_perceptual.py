@@ -1,4 +1,4 @@
-"""Perceptual distances equal those of the packages they are named after; other files are refused."""
+"""Perceptual distances equal those of the packages with the same names; other files are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def random_images(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Of a size that keeps activations alive; heads and variances are positive, as trained ones are."""
+    """Weights of a size that keeps activations alive. Heads and variances are positive, like trained ones."""
     noise = np.random.default_rng(seed)
 
     def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -60,7 +60,7 @@ def test_ms_ssim_is_one_for_equal_images_and_falls_with_the_error():
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over the windows of one image, by colour: contrast and structure alone, and SSIM."""
+    """Means over the windows of one image, by colour: contrast times structure, and SSIM."""
     window = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
     window = np.outer(window, window)[..., None] / window.sum() ** 2
     mean = lambda x: (window * x).sum((0, 1))  # noqa: E731
@@ -89,7 +89,7 @@ def test_ms_ssim_is_by_its_definition():
 def test_ms_ssim_teaches_from_the_first_step_and_refuses_what_is_too_small():
     perceptual = Perceptual.load("ms_ssim")
     x = random_images(2, 24, 32)
-    for start in (np.zeros_like(x), -x):  # a flat reconstruction, and one with everything the wrong way round
+    for start in (np.zeros_like(x), -x):  # a flat reconstruction, and an inverted one
         slope = jax.jit(jax.grad(lambda y: perceptual.distance(jnp.asarray(x), y).sum()))(jnp.asarray(start))
         assert np.isfinite(slope).all()
         assert start.any() or float(jnp.vdot(slope, x)) < 0  # towards the image
@@ -152,7 +152,7 @@ def test_weights_are_arguments_and_features_that_vanish_have_a_gradient(lpips_fi
     assert perceptual.name == f"LPIPS-VGG16 ({perceptual.hash[:12]})"
     white = jnp.ones((1, 16, 16, 3))
     lowered = jax.jit(lambda p, a, b: p.distance(a, b)).lower(perceptual, white, white).as_text()
-    assert len(lowered) < 1_000_000  # 59 MB of weights are not constants in it
+    assert len(lowered) < 1_000_000  # the 59 MB of weights are not constants in it
     faint = jnp.array([0.0, 1e-30])  # their squares are 0
     assert np.isfinite(jax.jacobian(lpips._unit)(faint)).all()
     with pytest.raises(ValueError, match="at least 16 x 16 pixels, got 15 x 16"):
@@ -190,7 +190,7 @@ def torch_resnet(arrays, x):
 @pytest.mark.slow
 def test_resnet_logits_are_torchvisions(tmp_path):
     arrays = random_weights(resnet.SHAPES)
-    for name in arrays:  # a residual branch adds a little, as in a trained network: else activations explode
+    for name in arrays:  # residual branches add little, as in a trained network, or activations explode
         if name.endswith("bn3.weight"):
             arrays[name] *= 0.3
     path = tmp_path / "resnet50.npz"

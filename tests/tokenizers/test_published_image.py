@@ -1,7 +1,8 @@
-"""Published image tokenizers: what they compute, and their files in and out.
+"""Published image tokenizers: their results, and their files, imported and exported.
 
-Chameleon's and LlamaGen's are compared with what the originals computed on small random weights (the shared vectors);
-Show-o's, Emu3.5's IBQ, Janus' and LWM's, which cannot be installed here, with transcriptions (vqgan_transcription.py).
+Chameleon's and LlamaGen's are compared with results of the originals on small random weights (the shared vectors).
+Show-o's, Emu3.5's IBQ, Janus' and LWM's cannot be installed here, and are compared with transcriptions
+(vqgan_transcription.py).
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from safetensors.numpy import load_file
 from tests.tokenizers import vqgan_transcription as original
 
 SHARED = Path(__file__).parents[3] / "shared"
-LATENTS, PIXELS = 2e-5, 5e-5  # absolute, of float32: four times what the originals differ from themselves, and more
-SURE = 1e-4  # of a code: how far the second nearest is behind, of the first. Nearer ones may swap
+LATENTS, PIXELS = (
+    2e-5,
+    5e-5,
+)  # absolute, for float32; at least four times the differences of the originals from themselves
+SURE = 1e-4  # of a code: the relative distance to the second nearest. Below it, codes may differ
 PICTURES = np.random.default_rng(1).uniform(-1, 1, (2, 3, 16, 24)).astype(np.float32)
 
 _SMALL = AutoencoderConfig(backbone="vqgan", factor=4, patch=1, width=32, multipliers=(1, 2, 2), blocks=(1, 1, 1),
@@ -43,7 +47,7 @@ LWM = dataclasses.replace(_SMALL, attention="none", multipliers=(1, 1, 2), code_
 
 
 class Reference(NamedTuple):
-    """A small tokenizer in a published file, and what its own code makes of pictures [B, 3, H, W]."""
+    """A small tokenizer in a published file, and the results of its own code for pictures [B, 3, H, W]."""
 
     config: AutoencoderConfig
     dialect: str
@@ -68,7 +72,7 @@ def _vectors(config: AutoencoderConfig, dialect: str, name: str, rule: str) -> R
 
 
 def _codebook(weights: dict, name: str, latents: np.ndarray, codes: int, seed: int = 3) -> np.ndarray:
-    """Codes where latents are: else nearly none is used."""
+    """Codes near the latents, because otherwise almost none would be used."""
     where = latents.reshape(-1, latents.shape[-1])
     drawn = np.random.default_rng(seed).normal(where.mean(0), where.std(0), (codes, where.shape[1]))
     weights[name] = drawn.astype(np.float32)
@@ -80,7 +84,7 @@ def _showo() -> Reference:
     z = original.showo_latents(weights, PICTURES, ch_mult=(1, 2, 2), blocks=(2, 1, 1), **shape)
     codes, sure = original.showo_codes(z), (np.abs(z) > SURE).all(1)
     back = original.showo_pixels(weights, codes, ch_mult=(1, 1, 2), blocks=(1, 2, 1), **shape)
-    latents = z.transpose(0, 2, 3, 1)[..., ::-1]  # the lowest digit first, as ours are
+    latents = z.transpose(0, 2, 3, 1)[..., ::-1]  # the lowest digit first, like ours
     return Reference(SHOWO, "showo", weights, PICTURES, latents, codes, back.transpose(0, 2, 3, 1), sure)
 
 
@@ -89,7 +93,9 @@ def _ibq() -> Reference:
     latents = original.ibq_latents(weights, PICTURES, dim=8, **shape).transpose(0, 2, 3, 1)
     table = _codebook(weights, "quantize.embedding.weight", latents, IBQ.codes)
     mean = latents.mean((0, 1, 2))
-    table -= np.float32(np.outer(table @ mean, mean) / (mean @ mean))  # else the code most like the mean is all of them
+    table -= np.float32(
+        np.outer(table @ mean, mean) / (mean @ mean)
+    )  # otherwise all codes are the one nearest to the mean
     codes, margin = original.nearest(table, latents, "dot")
     back = original.ibq_pixels(weights, codes, **shape).transpose(0, 2, 3, 1)
     return Reference(IBQ, "taming", weights, PICTURES, latents, codes, back, margin > SURE)
@@ -137,7 +143,7 @@ def imported(name: str) -> ImageTokenizer:
 
 
 def run(tokenizer: ImageTokenizer, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[B, 3, H, W] -> latents, as they are compared with codes, and codes."""
+    """[B, 3, H, W] -> latents in the form that is compared with codes, and codes."""
     latents, codes = _encode(tokenizer.config, tokenizer.params, pictures.transpose(0, 2, 3, 1))
     return np.asarray(latents), np.asarray(codes)
 
@@ -219,7 +225,8 @@ def test_the_lowest_digit_first_changes_codes():
 
 
 def test_levels_counted_from_the_other_end_change_pixels_where_their_shapes_do_not_tell():
-    """transformers' Janus numbers a decoder's levels from the coarsest: at equal widths every shape fits both ways."""
+    """transformers' Janus numbers a decoder's levels from the coarsest. With equal widths, shapes fit in both
+    orders."""
     config = dataclasses.replace(JANUS, multipliers=(1, 1, 1))
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     draw = np.random.default_rng(0)
@@ -229,7 +236,7 @@ def test_levels_counted_from_the_other_end_change_pixels_where_their_shapes_do_n
     assert taming.dialect_of(tensors) == "janus_hf"
     assert "decoder.up.0.attn.0.q.weight" in tensors and "decoder.up.2.upsample.conv.weight" not in tensors
     with pytest.raises(ValueError, match=r"are missing: decoder.up.2.attn.0"):
-        from_published(config, tensors, "taming")  # attention and doublings do tell
+        from_published(config, tensors, "taming")  # attention and upsampling do show it
 
     def turned(name: str) -> str:
         return re.sub(r"^decoder\.up\.(\d)\.block", lambda m: f"decoder.up.{2 - int(m[1])}.block", name)
@@ -353,7 +360,8 @@ def test_a_tokenizer_without_a_decoder_reads_images_and_says_why_it_draws_none(t
 
 
 def test_transformers_chameleon_is_exported_from_what_it_was_and_from_the_original(tmp_path):
-    """Its file has post_quant_conv, though nothing decodes: kept, or taken of the decoder that there is."""
+    """Its file has post_quant_conv although it has no decoder. It is kept, or taken from the decoder if there is
+    one."""
     tokenizer = imported("chameleon_hf")
     assert tokenizer.no_decoder and set(tokenizer.published) == {"post_quant_conv.weight", "post_quant_conv.bias"}
     tokenizer.save(tmp_path)

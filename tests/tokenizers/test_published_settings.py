@@ -1,4 +1,4 @@
-"""Settings of published image tokenizers, read from their records and written back; sizes that were published."""
+"""Settings of published image tokenizers are read from their records and written back; and published sizes."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def test_settings_that_no_published_tokenizer_has_are_refused(system, record, me
 
 
 def test_lwms_file_has_the_published_size():
-    """585 MB of float32, by the model's page."""
+    """585 MB of float32, according to the model's page."""
     shapes = jax.eval_shape(functools.partial(init, config_of("lwm_vq", {})), jax.random.key(0))
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) * 4 / 1e6) == 585
 
 
 def test_real_sizes_are_those_of_the_reference():
-    """Shapes that were published of the codebooks and of the convolutions before them."""
+    """Published shapes of codebooks and of the convolutions before them."""
     wanted = {
         ("chameleon_vq", "taming"): ("quantize.embedding.weight", (8192, 256)),
         ("llamagen_vq", "llamagen"): ("quant_conv.weight", (8, 256, 1, 1)),

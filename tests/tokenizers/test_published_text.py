@@ -1,4 +1,5 @@
-"""tokenizer.json and tiktoken's ranks: texts come back, none becomes a special token, broken files are refused."""
+"""tokenizer.json and tiktoken's ranks: decoding restores texts, no text becomes a special token, broken files are
+refused."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def test_ids_are_those_of_the_published_tokenizer(family):
 
 
 def ranked(text: str, ranks: dict[bytes, int]) -> list[int]:
-    """What tiktoken does, said again: words one by one, in each the two neighbours of the lowest rank joined."""
+    """tiktoken's algorithm, written again: word by word, the two neighbours with the lowest rank are joined."""
     out = []
     while text:
         end = word_end(text)
@@ -83,7 +84,7 @@ SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map
 
 
 def word_end(text: str) -> int:
-    """Where the first word ends: the pattern's seven ways, one by one."""
+    """The end of the first word, for each of the pattern's seven alternatives."""
 
     def run(at: int, inside: Callable[[str], bool]) -> int:
         while at < len(text) and inside(text[at]):
@@ -183,7 +184,7 @@ def test_a_special_token_that_a_merge_makes_is_refused_text_by_text():
     spec["added_tokens"].append({"id": 500, "content": "ab", "special": True} | off)
     tokenizer = codec("tokenizer.json", json.dumps(spec).encode())
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
-    with pytest.raises(ValueError, match="spells the special token 'ab' with text"):
+    with pytest.raises(ValueError, match="makes the special token 'ab' from text"):
         tokenizer.encode("tab")
 
 

@@ -1,5 +1,5 @@
-"""Properties of every quantizer: codes are in range and consistent, gradients, statistics add up over parts, codes are
-used."""
+"""Properties of every quantizer: codes are in range and consistent, gradients are right, statistics add up over parts
+of a batch, codes are used."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def params_of(quantizer: quantizers.Quantizer) -> dict:
 
 @functools.cache
 def passes(name: str):
-    """The quantizer, and one compiled function: the training pass, encode, and what codes decode to."""
+    """The quantizer, and one compiled function for the training pass, encode, and the vectors of codes."""
     quantizer = make(name)
     both = lambda z: (quantizer(z), quantizer.encode(z), quantizer.vectors(quantizer.encode(z)))  # noqa: E731
     return quantizer, jax.jit(both)
@@ -78,7 +78,7 @@ def test_the_training_pass_has_the_vectors_of_its_codes(name, seed, log_scale, d
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("ibq", "rq", "rq-ema")])
 def test_a_vector_is_encoded_as_its_own_code(name):
     quantizer = make(name)
-    if isinstance(quantizer, FSQ):  # the vector is what `bound` makes, so it is not bounded again
+    if isinstance(quantizer, FSQ):  # vectors are already in the space of `bound`, so they are not bounded again
         encode = quantizer.nearest
     else:
         encode = quantizer.encode
@@ -103,7 +103,9 @@ def test_fsq_reaches_every_level_and_no_other(levels, activation):
     z = jnp.linspace(-20, 20, 4001)[:, None] * jnp.ones(fsq.dim)
     vectors = np.asarray(jax.jit(lambda z: fsq(z).vectors)(z))
     assert [len(np.unique(vectors[:, c])) for c in range(fsq.dim)] == list(levels)
-    np.testing.assert_allclose(jax.jit(fsq.bound)(jnp.zeros((1, fsq.dim))), 0, atol=1e-6)  # untrained: on a code
+    np.testing.assert_allclose(
+        jax.jit(fsq.bound)(jnp.zeros((1, fsq.dim))), 0, atol=1e-6
+    )  # untrained: latents are codes
     for dtype in (jnp.float32, jnp.bfloat16):
         codes = jax.jit(fsq.encode)((1e4 * jax.random.normal(jax.random.key(0), (999, fsq.dim))).astype(dtype))
         assert codes.dtype == jnp.int32 and 0 <= codes.min() and codes.max() < fsq.codebook_size
@@ -130,7 +132,7 @@ def test_rq_takes_the_nearest_code_of_what_is_left():
 
 @pytest.mark.parametrize("scores", [20, 70, 2**24])
 def test_blocks_of_codes_change_nothing(scores, monkeypatch):
-    """Search, soft lookup and entropy penalty, with gradients, against the [N, K] scores written out."""
+    """Search, soft lookup and entropy penalty, with gradients, equal those from full [N, K] scores."""
     x, table = jax.random.normal(jax.random.key(0), (5, 2, 6)), jax.random.normal(jax.random.key(1), (17, 6))
 
     def plain(x, table):
@@ -181,7 +183,7 @@ def _variables(program):
 
 
 def test_the_entropy_of_signs_is_that_of_all_codes():
-    """LFQ's factors against a softmax over the 2**5 codes."""
+    """LFQ's factors equal a softmax over the 2**5 codes."""
     signs = make("lfq", codes=32, beta=0.0, entropy=1.0)
     z = latents(signs, 40, scale=0.5)
     table = signs.vectors(jnp.arange(32))
@@ -211,7 +213,9 @@ def test_gradients_reach_the_latents_and_the_codes_that_learn_by_them(name):
     assert float(jnp.abs(at_latents).min()) > 0
     moved = jax.tree.map(lambda g: np.asarray(jnp.abs(g) > 0), nnx.to_pure_dict(at_params))
     if name == "simvq":
-        assert not moved["codebook"].any() and moved["layer"]["kernel"].all()  # frozen; the layer moves all codes
+        assert (
+            not moved["codebook"].any() and moved["layer"]["kernel"].all()
+        )  # the codebook is frozen; the layer moves all codes
     elif name == "ibq":
         assert moved["codebook"].all()
     elif "ema" in name:
@@ -318,7 +322,7 @@ def test_the_others_keep_nothing(name):
 
 
 def usage(quantizer, batch, *, steps: int, learning_rate: float = 1e-2, features: int = 16) -> float:
-    """The share of codes that 16384 rows use, after a fit of one linear layer on each side to batches of rows."""
+    """The share of codes that 16384 rows use after fitting a linear encoder and decoder to batches of rows."""
 
     class Fit(nnx.Module):
         def __init__(self, rngs):
@@ -361,7 +365,7 @@ def usage(quantizer, batch, *, steps: int, learning_rate: float = 1e-2, features
 
 
 def blend(key: jax.Array, rows: int) -> jax.Array:
-    """16 features of 8 hidden numbers."""
+    """Rows of 16 features that depend on 8 hidden numbers."""
     return jax.random.normal(key, (rows, 8)) @ jax.random.normal(jax.random.key(9), (8, 16)) / 3
 
 

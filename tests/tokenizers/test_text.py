@@ -1,4 +1,4 @@
-"""Any text decodes to itself, and any ids decode to some text."""
+"""Any text is restored by decoding, and any ids decode to some text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_round_trip(either, text):
 
 
 def thirty_scripts() -> dict[str, str]:
-    """Texts of words in the letters and marks of thirty blocks of Unicode, as far apart as languages are."""
+    """Texts of words with the letters and marks of thirty blocks of Unicode, which differ like languages."""
     blocks = [
         *(0x61, 0xE0, 0x100, 0x250, 0x3B1, 0x430, 0x561, 0x5D0, 0x627, 0x710, 0x905, 0x985, 0xA05, 0xA85, 0xB05),
         *(
@@ -89,7 +89,7 @@ def thirty_scripts() -> dict[str, str]:
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_thirty_languages_and_source_code_come_back(model_type):
-    """The declaration of human rights and Shakespeare where they lie beside the repository, else what is like them."""
+    """The declaration of human rights and Shakespeare if they are beside the repository, otherwise similar texts."""
     files = sorted((TEXTS / "udhr").glob("*.txt"))
     languages = {file.stem: file.read_text(encoding="utf-8") for file in files} or thirty_scripts()
     others = sorted(Path(__file__).parents[2].rglob("ar_unified/**/*.py"))
@@ -181,7 +181,7 @@ def test_training_draws_from_the_whole_of_a_long_stream():
 
 
 def test_memory_does_not_grow_with_the_corpus():
-    """20 MB pass through; at most 100 kB of them are held. SentencePiece's own memory is not Python's to trace."""
+    """20 MB are read, and at most 100 kB of them are kept. Python cannot trace SentencePiece's own memory."""
     given = 0
 
     def corpus():

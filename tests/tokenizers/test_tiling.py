@@ -1,4 +1,4 @@
-"""Windows: with enough overlap nothing changes, and otherwise no seam is visible."""
+"""Windows with enough overlap change nothing, and with less no seam is visible."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def test_windows_change_something_where_they_overlap_less():
 
 
 def test_blending_leaves_no_seam_where_norms_differ_between_windows():
-    """The difference to the whole image has a step in the middle of an overlap of six codes, beside the others."""
+    """The step of the difference to the whole image in the middle of an overlap of six codes, relative to other
+    steps."""
     codec = tokenizer(VQGAN)
     codes = np.random.default_rng(2).integers(0, codec.codebook_size, (4, 8, 18))
     whole = codec.decode(codes).astype(int)
@@ -67,7 +68,7 @@ def test_blending_leaves_no_seam_where_norms_differ_between_windows():
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 21), (16, 8)])
 def test_any_size_is_covered(size):
-    """Encoding that repeats: every code is its own, wherever the windows lie."""
+    """Encoding with a repeating pattern: every code is right, wherever the windows are."""
     x = np.arange(2 * size[0] * size[1]).reshape(2, *size)
     out = map_windows(lambda part: part, x, scales=(1, 1), tile=8, overlap=3, blend=False)
     np.testing.assert_array_equal(out, x)

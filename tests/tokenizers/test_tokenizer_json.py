@@ -1,4 +1,4 @@
-"""A SentencePiece model of ours as tokenizer.json: the same ids, by the package that reads it."""
+"""Our SentencePiece model as tokenizer.json gives the same ids in the package that reads it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The tokenizers of taming's family that nothing installable computes, once more, in numpy and float64.
+"""Tokenizers of taming's family that no installable package computes, transcribed to numpy and float64.
 
-Transcriptions: written from their description and from reading showlab/Show-o (models/modeling_magvitv2.py),
-baaivision/Emu3.5 (src/vision_tokenizer), deepseek-ai/Janus (janus/models/vq_model.py) and LargeWorldModel/LWM
-(lwm/vqgan.py). They share nothing with ours: pictures are [B, F, H, W], names are the published ones, and `Weights`
-draws an array when a network first asks for it, so that which names and shapes a file has is said here too.
+They are written from their description and from reading showlab/Show-o (models/modeling_magvitv2.py), baaivision/Emu3.5
+(src/vision_tokenizer), deepseek-ai/Janus (janus/models/vq_model.py) and LargeWorldModel/LWM (lwm/vqgan.py). They share
+no code with ours: pictures are [B, F, H, W], and names are the published ones. `Weights` draws an array when a network
+first uses it, so the networks also define the names and shapes in a file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ending(weights, at, x, out):
 
 
 def stack(weights, at, names, x, width, blocks, attended):
-    """Residual blocks of a level, called `names` and "attn" in a file."""
+    """The residual blocks of a level, named with `names` and "attn" in a file."""
     for block in range(blocks):
         x = residual(weights, f"{at}.{names}.{block}", x, width)
         if attended:
@@ -60,7 +60,7 @@ def taming_encoder(weights, x, *, ch, ch_mult, blocks, attended, z):
 
 
 def taming_decoder(weights, z, *, ch, ch_mult, blocks, attended):
-    """[B, z, h, w] -> [B, 3, H, W]. blocks: per level, all that there are."""
+    """[B, z, h, w] -> [B, 3, H, W]. blocks: the number per level, without an additional one."""
     x = conv(weights, "decoder.conv_in", z, ch * ch_mult[-1], (3, 3))
     x = middle(weights, in_middle("decoder"), x)
     for level in reversed(range(len(ch_mult))):
@@ -133,7 +133,7 @@ def janus_pixels(weights, codes, *, ch, ch_mult, blocks, z):
 
 
 class FlaxWeights(Weights):
-    """As Weights, of kernels whose last axis is what comes out."""
+    """Like Weights, for kernels with the output as last axis."""
 
     def of(self, name, *shape):
         if name not in self:
@@ -193,7 +193,9 @@ def lwm_pixels(weights, codes, *, ch, ch_mult, blocks, z):
     found = weights["quantize/embeddings"].astype(np.float64)[codes]
     x = lwm_conv(weights, "post_quant_conv", found, z, 1)
     x = lwm_middle(weights, "decoder", lwm_conv(weights, "decoder/Conv_0", x, ch * ch_mult[-1], 3))
-    for index, multiplier in enumerate(reversed(ch_mult)):  # blocks are numbered as they are made, coarse to fine
+    for index, multiplier in enumerate(
+        reversed(ch_mult)
+    ):  # blocks are numbered in the order of their creation, coarse to fine
         at = f"decoder/UpsamplingBlock_{index}"
         for block in range(blocks + 1):
             x = lwm_block(weights, f"{at}/ResnetBlock_{block}", x, ch * multiplier)
@@ -208,7 +210,7 @@ def lwm_pixels(weights, codes, *, ch, ch_mult, blocks, z):
 
 
 def nearest(table, latents, rule):
-    """latents [..., C] -> codes [...], and how far the second is behind the first, of the first.
+    """latents [..., C] -> codes [...], and the relative distance between the first and the second.
 
     rule: "euclidean", "cosine" or "dot".
     """

@@ -1,4 +1,4 @@
-"""Rows of preference pairs for tests: 0 to 2 pairs a row, of ragged answers with text and images in them."""
+"""Rows of preference pairs for tests: 0 to 2 pairs per row, with answers of different lengths, of text and images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ar_unified.training.preference import PreferenceConfig, PreferenceTask
 from tests.training import tiny
 
 DPO = PreferenceConfig()
-ROWS, LENGTH, PAIRS = 8, 40, 3  # of the three pairs a row has room for, there are two at most
+ROWS, LENGTH, PAIRS = 8, 40, 3  # a row has room for three pairs, and at most two are there
 
 
 def packed(step: int, index: int = 0, count: int = 1) -> PreferenceBatch:
@@ -36,7 +36,7 @@ def packed(step: int, index: int = 0, count: int = 1) -> PreferenceBatch:
             rows.segment_ids[row, where] = segment
             rows.tasks[row, where] = (row + segment) % 4
             rows.prompt[row, start : start + 2] = True
-            if segment == 1:  # said before, and not to be learned
+            if segment == 1:  # earlier turns, which are not learned
                 rows.roles[row, start + 2] = Role.PAD
             start += n
         reference[row, :pairs] = rng.normal(-9, 3, (pairs, 2, len(Role)))

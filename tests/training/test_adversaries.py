@@ -1,4 +1,5 @@
-"""Tasks with several losses and with state that no gradient moves: one forward pass, and each loss moves its own."""
+"""Tasks with several losses and with state that no gradient changes: one forward pass, and each loss trains its own
+parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tests.training import tiny
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Duel(Stateless):
-    """`maker` wants judge * (maker - x) small, `judge` wants it large; the running mean of x is kept."""
+    """`maker` minimises judge * (maker - x), `judge` maximises it; the running mean of x is kept."""
 
     name: str = "duel"
     unit: str = "images"

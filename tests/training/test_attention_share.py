@@ -1,4 +1,4 @@
-"""Shares of attention: by hand, against weights computed one by one, alone and packed, on meshes."""
+"""Shares of attention equal those by hand and those from weights computed one by one, alone and packed, on meshes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def test_four_tokens_by_hand():
     query = jnp.full((1, 4, 2, 4), 0.5)  # 0.5 * key * 4 numbers / sqrt(4) = key
     key = jnp.broadcast_to(jnp.log(jnp.arange(1.0, 5.0))[None, :, None, None], (1, 4, 1, 4))
     sums, uniform, counts = layer_shares(query, key, jnp.zeros((1, 4), jnp.int32), modality)
-    # Of text, the query of column 2 sees weights 1 2 3, that of column 3 sees 1 2 3 4: image is 2/6 and 2/10.
+    # For text, the query of column 2 sees weights 1 2 3, and that of column 3 sees 1 2 3 4: the image has 2/6 and 2/10.
     np.testing.assert_allclose(sums[0], [3 / 6 + 7 / 10, 2 / 6 + 2 / 10], rtol=1e-6)
     np.testing.assert_allclose(uniform[0], [1 / 3 + 2 / 4, 1 / 3 + 1 / 4], rtol=1e-6)
-    np.testing.assert_array_equal(counts, [2, 0])  # the image sees no text: it is not asked
+    np.testing.assert_array_equal(counts, [2, 0])  # the image sees no text, so it does not count
     assert not np.asarray(sums[1]).any()
 
 
 def naive(task, params, batch):
-    """Shares from weights written out for one document at a time, in numpy: {name: (sum, count)}."""
+    """Shares from the weights of one document at a time, in numpy: {name: (sum, count)}."""
     from ar_unified.model import transformer
 
     inner = transformer.attend_to_documents
@@ -116,7 +116,7 @@ def test_the_shares_are_those_of_weights_written_out(params, written_out, column
 
 
 def test_packed_documents_do_not_leak(params):
-    """A text behind an image in a row of its own has nothing to look at but itself, whatever the image is."""
+    """A text after an image in a row of its own sees only itself, whatever the image is."""
     length = 8
     batch = dataclasses.replace(
         PackedBatch.padding(1, length, tiny.VOCABULARY.pad),
@@ -136,7 +136,7 @@ def test_packed_documents_do_not_leak(params):
 
 @pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=2, tensor=2)])
 def test_meshes_agree(params, mesh):
-    """Rows, heads and columns are cut; scanned layers in bfloat16 are another program for the same numbers."""
+    """Rows, heads and columns are divided; scanned layers in bfloat16 are another program for the same numbers."""
     task, batch = tiny.task(attention_share=True), tiny.packed(3)
     alone = make_mesh({}, jax.devices()[:1])
     found = []

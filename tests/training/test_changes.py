@@ -1,4 +1,4 @@
-"""A run that is changed on the way: settings of cost do not change its curve, and more steps continue from its last
+"""A run that is changed on the way: settings of cost do not change its curve, and more steps continue from the last
 one."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def curve(folder, key="loss"):
 
 @pytest.mark.slow
 def test_out_of_memory_at_step_30_costs_no_more_than_time(tmp_path):
-    """Dropout is drawn by row and position, so that neither microbatches nor what is computed twice changes it."""
+    """Dropout is drawn by row and position, so neither microbatches nor recomputation changes it."""
     model = dataclasses.replace(tiny.MODEL, dropout=0.1)
     settings = dict(steps=40, log_every=1, checkpoint_every=8)
 
@@ -51,7 +51,7 @@ def test_out_of_memory_at_step_30_costs_no_more_than_time(tmp_path):
 
 
 def test_more_steps_before_the_decay_are_the_longer_run(tmp_path):
-    """Interrupted at a constant rate, it has no memory of how long it was to be."""
+    """At a constant rate, an interrupted run does not depend on its planned number of steps."""
     with pytest.raises(Killed):
         tiny.run(tmp_path / "longer", task=Bigram(dying(5)), optimizer=WSD, steps=8)
     longer = tiny.run(tmp_path / "longer", task=BIGRAM, optimizer=WSD, steps=12)
@@ -66,11 +66,11 @@ def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path):
     expected = [float(learning_rate(optimizer, 8 if step < 8 else 12)(step)) for step in range(12)]
     np.testing.assert_allclose([rates[step] for step in range(1, 13)], expected, rtol=1e-6)
     assert rates[9] > 2 * rates[8]  # a cosine that was at its end rises again
-    assert "time/down" not in read_metrics(tmp_path / "metrics.jsonl")[-1]  # nobody waited for it
+    assert "time/down" not in read_metrics(tmp_path / "metrics.jsonl")[-1]  # nothing waited for it
 
 
 def test_a_decay_is_branched_from_the_middle(tmp_path):
-    """A run at a constant rate to step 12, and what it would have been with 8 steps, from its step 6."""
+    """A run at a constant rate to step 12, and from its step 6 a run that equals one of 8 steps."""
     constant = dataclasses.replace(WSD, decay_fraction=0.0)
     tiny.run(tmp_path / "constant", task=BIGRAM, optimizer=constant, steps=12, keep=1, keep_every=6)
     kept = Checkpoints(tmp_path / "constant/checkpoints", readonly=True)

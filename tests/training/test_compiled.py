@@ -1,4 +1,4 @@
-"""The compiled step: what travels between devices, and how the memory of one falls as fsdp grows."""
+"""The compiled step: what is sent between devices, and a device's memory for growing fsdp."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.training.travel import assert_nothing_travels_whole
 
 TX = make_optimizer(OptimizerConfig(), 1000)
 B, T, V, CHUNK = 32, 128, 1536, 512
-# Sizes that tell apart, by their number of elements, a layer's matrix, its keys, a table and a chunk's logits.
+# Sizes for which a layer's matrix, its keys, a table and a chunk's logits have different numbers of elements.
 MODEL = replace(
     tiny.MODEL, vocab_size=V, d_model=256, n_layers=3, head_dim=64, d_mlp=384, scan_layers=True,
     remat="full", dropout=0.1,

@@ -28,7 +28,7 @@ def test_every_second_belongs_to_one_activity(clock, tmp_path):
         clock.now += 20
     clock.now += 100
     assert first.write(10) == {"goodput": 100 / 120, "time/compile": 20 / 120}
-    clock.now += 50  # five more steps, and then it was killed; nobody heard of them
+    clock.now += 50  # five more steps before a kill, which were never logged
     clock.now += 30
 
     again = Goodput(tmp_path / "goodput.json", 8)  # from the checkpoint of step 8: steps 9 and 10 are done again

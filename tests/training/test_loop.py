@@ -1,4 +1,5 @@
-"""The loop: killed == uninterrupted, a poisoned batch stops it, nothing is redone, SIGTERM leaves a checkpoint."""
+"""The loop: a killed run equals an uninterrupted one, a bad batch stops it, nothing is redone, SIGTERM saves a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def whole(tmp_path_factory):
 
 
 def test_each_line_has_the_time_of_its_steps(tmp_path):
-    """Also the last one, and one beside a validation: on a CPU their step is over when the one before it is read."""
+    """Also for the last step, and one with a validation: on a CPU, such a step is over when the one before it is
+    read."""
 
     @dataclasses.dataclass(frozen=True, eq=False)
     class Slow(TransformerTask):
@@ -86,7 +88,7 @@ class Killed(Exception):
 
 
 def dying(step):
-    """batch(step) of a run that ends at `step` without a word."""
+    """batch(step) for a run that ends at `step` without a message."""
 
     def batch(s, *part):
         if s == step:
@@ -187,18 +189,18 @@ class PoisonedBatch(PackedBatch):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Poisoned(TransformerTask):
-    """Where a batch is poisoned, the gradient of one matrix of layer 0 is not finite, though the loss is."""
+    """If a batch is poisoned, the gradient of one matrix of layer 0 is not finite, although the loss is."""
 
     def loss(self, params, model_state, batch, key):
         loss, weight, metrics = super().loss(params, model_state, batch, key)
         gate = params["layers"]["mlp"]["gate"]
         zero = jnp.abs(gate[0] - jax.lax.stop_gradient(gate[0]))
-        hurt = jnp.sqrt(jnp.where(batch.poison[0, 0], zero, 1.0))  # the slope of a root at zero
+        hurt = jnp.sqrt(jnp.where(batch.poison[0, 0], zero, 1.0))  # the derivative of a root at zero
         return loss + hurt.sum(), weight, metrics
 
 
 def test_a_poisoned_batch_stops_the_run_and_costs_nothing(tmp_path):
-    """The bad step is the last before a checkpoint is due: it must be known to be bad by then."""
+    """The bad step is the last before a checkpoint is due, so it must be noticed before the save."""
 
     def batch(step, *part):
         return PoisonedBatch(**vars(tiny.packed(step)), poison=np.full((tiny.ROWS, tiny.LENGTH), step == 5))
@@ -221,7 +223,7 @@ def test_a_poisoned_batch_stops_the_run_and_costs_nothing(tmp_path):
     assert "step 3 is the last good checkpoint" in message and "learning rate" in message
     same_bits(restore_params(tmp_path / "checkpoints"), at_three[3])
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row] == [2, 4]
-    with pytest.raises(NonFinite, match="at step 5"):  # the same batch comes again: nothing is skipped in silence
+    with pytest.raises(NonFinite, match="at step 5"):  # the same batch comes again, because nothing is skipped silently
         run()
 
 
@@ -260,7 +262,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, numbe
     with pytest.raises(Preempted) as stop:
         tiny.run(tmp_path, task=tiny.task(batch=batch))
     latest = Checkpoints(tmp_path / "checkpoints", readonly=True).latest()
-    assert stop.value.code == 128 + number and latest in (4, 5)  # as the batch was early
+    assert stop.value.code == 128 + number and latest in (4, 5)  # because the batch was early
     same_bits(tiny.run(tmp_path), whole[1])
 
 
@@ -271,7 +273,7 @@ def test_sigkill_at_random_moments(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, str(root / "tests/training/tiny.py")]
     random = random_moments()
-    for moment in sorted(random.sample(range(6, 60), 3)):  # after that many steps and a moment: saves included
+    for moment in sorted(random.sample(range(6, 60), 3)):  # after that many steps and a moment, saves included
         process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.PIPE)
         assert process.stdout is not None
         for line in process.stdout:

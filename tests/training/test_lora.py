@@ -29,7 +29,7 @@ DROPPED = dataclasses.replace(LORA, dropout=0.3, rslora=True, targets=("attentio
 
 
 def adapted(lora: LoraConfig, seed: int = 0, spread: float = 0.05):
-    """Fresh parameters whose adapter is already more than nothing."""
+    """Fresh parameters with an adapter that is not zero."""
     params = jax.jit(tiny.task(lora=lora).init)(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     moved = jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, spread, x.shape).astype(np.float32), params["lora"])
@@ -48,7 +48,8 @@ def forward(lora, config=tiny.MODEL):
 
 
 def test_the_first_step_is_what_full_tuning_projects_to() -> None:
-    """B is 0, so its gradient is scale A' dW, and a step of rate n moves W by - n scale^2 A A' dW; A rests."""
+    """B is 0, so its gradient is scale A' dW, and a step with rate n moves W by - n scale^2 A A' dW. A does not
+    change."""
     mesh, batch, key, rate = make_mesh({}, jax.devices()[:1]), tiny.packed(0), jax.random.key(0), 0.5
     task, full = tiny.task(lora=LORA), tiny.task()
     params = jax.jit(task.init)(jax.random.key(1))
@@ -203,8 +204,11 @@ def test_flops_count_the_adapter_and_no_gradient_of_what_rests() -> None:
         (dict(ranks=("mlp.uo=2",)), "ranks: 'mlp.uo' names none of a layer's matrices"),
         (dict(ranks=("mlp=2.5",)), "ranks: 'mlp=2.5': expected a whole number of at least 1, found 2.5"),
         (dict(alphas=("mlp=0",)), "alphas: 'mlp=0': expected a number above 0, found 0"),
-        (dict(targets=("mlp",), alphas=("attention=1",)), "alphas: 'attention=1': no adapter is beside 'attention'"),
-        (dict(rank=0, ranks=("mlp=2",)), "ranks: expected none where rank is 0"),
+        (
+            dict(targets=("mlp",), alphas=("attention=1",)),
+            "alphas: 'attention=1': targets gives no adapter to 'attention'",
+        ),
+        (dict(rank=0, ranks=("mlp=2",)), "ranks: expected none with rank 0"),
         (dict(base_dtype="int4"), "base_dtype: expected one of float32, bfloat16, int8; found 'int4'"),
     ],
 )
@@ -214,7 +218,7 @@ def test_a_setting_that_means_nothing_is_refused_by_its_name(changes, said) -> N
 
 
 def test_an_adapter_without_its_settings_is_no_model() -> None:
-    """Else a loss that forgot them would train nothing, and say nothing."""
+    """Otherwise a loss that forgot them would train nothing, without an error."""
     params = adapted(LORA)
     with pytest.raises(ValueError, match=r"expected a LoraConfig with params\['lora'\]"):
         Transformer.bind(tiny.MODEL, params)

@@ -1,4 +1,4 @@
-"""LoRA beside weights in 8 bits: the model of the rounded weights, its gradients, on any mesh, and what is kept."""
+"""LoRA with 8-bit weights: equal to the model with rounded weights, its gradients, on any mesh, and what is saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A part of the parameters is trained: it changes as in a full training, and all other parameters do not change."""
+"""Only a part of the parameters is trained. It changes as in a full training, and all other parameters stay the
+same."""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ def test_its_gradient_is_the_part_of_the_whole_one_and_passes_through_nothing_be
 
 
 def test_the_first_step_is_that_of_full_training_on_those_rows():
-    """Adam's first step is of one gradient's own size, so clipping by another norm does not change it."""
+    """Adam's first step does not depend on the size of a gradient, so clipping by another norm does not change it."""
     settings = dict(count=1, eps=1e-12)
     *_, whole = steps((), **settings)
     *_, part = steps(("head[image]",), **settings)

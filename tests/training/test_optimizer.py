@@ -86,7 +86,7 @@ def test_muon_makes_the_steps_of_matrices_orthogonal_and_leaves_the_rest_to_adam
         if name not in rows:
             continue
         weight = params["layers"]["attention" if name in attention else "mlp"][name]
-        for layer in range(2):  # all heads of a layer are one matrix, and layers are apart
+        for layer in range(2):  # all heads of a layer form one matrix; layers are separate
             moved = np.asarray(update[layer] + 0.1 * 0.5 * weight[layer]).reshape(rows[name], -1)
             np.testing.assert_allclose(np.sqrt((moved**2).mean()), 0.1 * 0.2, rtol=0.25)
             # Newton-Schulz with Jordan's coefficients leaves singular values in 0.7 to 1.2; Gaussian ones would spread

@@ -1,4 +1,4 @@
-"""The pure functions of GRPO against exact enumeration, and against a transcription in NumPy."""
+"""The pure functions of GRPO are compared with exact enumeration, and with a transcription in NumPy."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def loss(config, logp, old, advantage, reference, drawn, kept):
 
 
 def log_probability(theta, answer):
-    """Of two tokens of a vocabulary of two; the second one's distribution depends on the first. theta: [3, 2]."""
+    """Answers of two tokens from a vocabulary of two. The second token's distribution depends on the first. theta: [3,
+    2]."""
     logp = jax.nn.log_softmax(theta, axis=-1)
     return jnp.stack([logp[0, answer[0]], logp[1 + answer[0], answer[1]]])
 
 
 @pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
 def test_the_expected_gradient_is_that_of_the_expected_reward(normalisation):
-    """Over all groups of two-token answers, each by its probability. The mean of a group includes the sample's own
-    reward, so a group of size G has (1 - 1/G) of the gradient; a step's loss is a mean over the two tokens."""
+    """The expectation over all groups of two-token answers. The mean of a group includes the sample's own reward, so a
+    group of size G gives (1 - 1/G) of the gradient. A step's loss is a mean over the two tokens."""
     answers = np.array(list(itertools.product((0, 1), repeat=2)))
     rewards = np.array([0.3, 1.0, -2.0, 0.5])
     theta = jnp.array([[0.2, -0.4], [1.0, 0.1], [-0.3, 0.8]])
@@ -74,7 +75,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(normalisation):
 
 
 def transcribed(config, logp, old, advantage, reference, drawn, kept):
-    """The same number, a token at a time."""
+    """The same number, computed token by token."""
     sums, total, rows = [], 0, 0
     for i in range(B):
         terms = []

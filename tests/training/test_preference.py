@@ -1,4 +1,4 @@
-"""Preference losses: against a transcription in NumPy, on any mesh, in any number of microbatches."""
+"""Preference losses equal a transcription in NumPy, on any mesh, with any number of microbatches."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ VARIANTS = {
 
 
 class Given(PreferenceTask):
-    """What the model says of the targets is given, as the parameters."""
+    """The parameters directly give the model's log-probabilities of the targets."""
 
     def of_targets(self, params, batch, keys=None):
         return params["nll"], params["lse"]
 
 
 def transcribed(config, batch, nll, lse, task):
-    """(sum of weight * loss, sum of weight, reward of every answer), a pair at a time, by the papers' formulas."""
+    """(sum of weight * loss, sum of weight, reward of every answer), one pair at a time, by the papers' formulas."""
     rows, total, weights, rewards = batch.documents, 0.0, 0.0, []
     of_role = {role: task.role_weights.get(role.name.lower(), 1.0) for role in Role}
     for row in range(len(nll)):
@@ -77,11 +77,11 @@ def transcribed(config, batch, nll, lse, task):
 
 @pytest.fixture(scope="module")
 def said():
-    """A batch, and what a model might have said of its targets: float64 [B, T]."""
+    """A batch, and possible log-probabilities of its targets: float64 [B, T]."""
     rng = np.random.default_rng(0)
     shape = (pairs.ROWS, pairs.LENGTH)
     batch = pairs.packed(0)
-    # the reference's parts of roles that an answer does not have are nothing
+    # the reference is zero for roles that an answer does not have
     zeroed = batch.reference.copy()
     for row in range(pairs.ROWS):
         for pair in range(pairs.PAIRS):
@@ -162,7 +162,7 @@ def test_parts_by_modality_add_up(said):
     params = {"nll": jnp.asarray(nll, jnp.float32), "lse": jnp.asarray(lse, jnp.float32)}
     metrics = jax.device_get(jax.jit(lambda params: task.loss(params, {}, batch, None)[2])(params))
     for key in (f"{LOGPS}chosen", f"{LOGPS}rejected", f"{REWARDS}chosen", f"{REWARDS}rejected", f"{REWARDS}margins"):
-        parts = [metrics[f"{key}/{part}"][0] for part in ("text", "image")]  # of other roles there are none here
+        parts = [metrics[f"{key}/{part}"][0] for part in ("text", "image")]  # there are no other roles here
         assert metrics[key][0] == pytest.approx(sum(parts), rel=1e-5)
     assert 0 < metrics[f"{REWARDS}margins/image"][1] < metrics[f"{REWARDS}margins"][1]
 
@@ -231,7 +231,7 @@ def test_neither_mesh_nor_accumulation_changes_anything(params, reference, shape
 
 
 def test_the_reference_gives_its_own_answers_no_reward(params):
-    """What `answers` computes of the starting weights is what the loss compares with: rewards begin at 0."""
+    """The loss compares with the results of `answers` for the initial weights, so rewards begin at 0."""
     task, batch = pairs.task(), pairs.packed(0)
     reference = jax.jit(task.answers, static_argnums=2)(params, batch.documents, pairs.PAIRS)
     loss = jax.jit(lambda params, batch: task.loss(params, {}, batch, None)[2])

@@ -28,7 +28,7 @@ NEW = tuple(range(CODES.start - 2, CODES.stop))
 
 @functools.cache
 def steps(count=1, mesh=None, accumulation=1, optimizer="adamw", clip=1.0, **task):
-    """Parameters, as numpy by path, after each of some steps; those before first."""
+    """Parameters, as numpy by path, before the first step and after each step."""
     mesh = mesh or make_mesh({}, jax.devices()[:1])
     made = tiny.task(**task)
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.5, optimizer=optimizer)
@@ -93,7 +93,7 @@ def test_what_rests_in_a_phase_keeps_its_bits_and_moves_in_the_next(optimizer):
 
 
 def test_a_phase_is_clipped_by_the_norm_of_what_moves():
-    """Else a gradient that is not used would decide how large the steps are that are taken."""
+    """Otherwise an unused gradient would influence the size of the steps."""
     rows = dict(clip=1e-4, new=NEW)
     part = steps(1, only=("head[new]",), **rows)[1]
     phase = steps(1, phases=((0, ("head[new]",)), (5, ())), **rows)[1]
@@ -133,7 +133,7 @@ def test_a_run_that_is_stopped_in_a_phase_goes_on_to_the_same_bits(tmp_path):
         (dict(rates=("layers=0",)), "with a factor above 0; found 'layers=0'"),
         (dict(rates=("layers=nan",)), "with a factor above 0; found 'layers=nan'"),
         (dict(rates=("=2",)), "found '=2'"),
-        (dict(rates=("head[text]=2",), only=("head[image]",)), "'head\\[text\\]' names nothing that is trained"),
+        (dict(rates=("head[text]=2",), only=("head[image]",)), "'head\\[text\\]' names no trained parameters"),
         (dict(rates=("head[new]=2",)), "'head\\[new\\]': no ids are new, as this training extends no language model"),
         (dict(phases=((0, ("heads",)), (2, ()))), "'heads' names none"),
     ],
@@ -156,7 +156,7 @@ def test_phases_of_a_config_say_what_moves_from_which_step():
 
 
 def test_what_has_optimizer_state_is_said_where_phases_make_it_more():
-    """It is in the stage's fingerprint: a training goes on with other phases, but not with other state."""
+    """It is in the stage's fingerprint: a training may continue with other phases, but not with another state."""
     config = defaults().training
     assert state_of(config) == {}
     config.only = ("head",)

@@ -1,4 +1,5 @@
-"""Batches whose rows get longer and fewer in the middle of a training: a program for each shape, the same result."""
+"""Batches whose rows get longer and fewer during a training: there is a program for each shape, and the result is the
+same."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def test_each_shape_is_compiled_once_and_the_account_says_when(whole: tuple[Path
     assert len(compiled) == 2 and compiled[1].endswith("s for batches of 8 x 24")
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
-    for row in rows:  # work is counted by what there is of it
+    for row in rows:  # work is counted by real tokens
         taken = [growing()(step) for step in range(row["step"] - 2, row["step"])]
         tokens = sum(int((batch.segment_ids > 0).sum()) for batch in taken)
         assert row["tokens_per_second"] * row["step_seconds"] * 2 == pytest.approx(tokens)
@@ -72,7 +73,7 @@ def test_it_goes_on_bit_for_bit_in_each_phase(whole: tuple[Path, Any, list[str]]
 @pytest.mark.exact
 @pytest.mark.slow
 def test_another_mesh_gives_the_same(whole: tuple[Path, Any, list[str]], tmp_path: Path) -> None:
-    """Losses within 1e-5; what eight steps of Adam make of that is looser."""
+    """Losses are within 1e-5; after eight steps of Adam, parameters have a looser bound."""
     found = tiny.run(tmp_path, task=task(), mesh=make_mesh(dict(data=2, fsdp=2, tensor=2)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=1e-4), found, whole[1])
     losses = [

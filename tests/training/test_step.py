@@ -1,4 +1,4 @@
-"""One step: accumulated == full batch, any mesh == one device, the RNG, the guard, what is logged."""
+"""One step: accumulation equals the full batch, any mesh equals one device; the RNG, the guard, and the metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ONE = {}, 1  # a mesh of one device
 
 
 def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, mean_split=None, **options):
-    """`options` are of the model; interpreted kernels are not worth optimising."""
+    """`options` are for the model; optimising interpreted kernels is not worth the time."""
     task = tiny.task(config=replace(tiny.MODEL, **options), mean_split=mean_split)
     mesh = make_mesh(shape, jax.devices()[:devices])
     compiler = {"xla_backend_optimization_level": 0} if options.get("attention") == "tpu_interpret" else None
@@ -54,7 +54,7 @@ def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, mea
         return jax.device_get(compute(placed, place_batch(mesh, batch or tiny.packed(0))))
 
 
-# With QK-norm, grouped queries, untied tables, weights by role and task, z-loss, several documents a row and padding.
+# With QK-norm, grouped queries, untied tables, weights by role and task, z-loss, several documents per row and padding.
 FEATURES = dict(dropout=0.3, scan_layers=True, remat="full")
 
 
@@ -96,7 +96,7 @@ WIDE = dict(d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64)  # a h
 
 
 def unpacked(batch):
-    """Each document in a row of its own, padding behind it."""
+    """Each document in its own row, followed by padding."""
     alone = {name: [] for name in vars(batch)}
     for row in range(len(batch.tokens)):
         for segment in range(1, batch.segment_ids[row].max() + 1):
@@ -152,7 +152,7 @@ def test_state_stays_where_the_rules_put_it(params, optimizer):
     moments = [x.sharding for x in jax.tree.leaves(abstract.optimizer) if x.shape not in ((), coefficients)]
     if optimizer == "adamw":
         assert moments == jax.tree.leaves(placement.params) * 2
-    else:  # one momentum, and AdamW's two for what is left
+    else:  # one momentum, and AdamW's two for other parameters
         matrices = {"query", "key", "value", "output", "gate", "up", "down"}
         count = {path: 1 if path[-1].key in matrices else 2 for path, _ in jax.tree.leaves_with_path(placement.params)}
         expected = [s for path, s in jax.tree.leaves_with_path(placement.params) for _ in range(count[path])]
@@ -230,11 +230,11 @@ def test_metrics_are_what_they_are_called(params):
     by_task = sum(metrics[f"loss/task/{name}"][0] for name in ("text", "text_to_image", "image_to_text", "interleaved"))
     by_role = sum(metrics[f"loss/role/{name}"][0] for name in ("text", "control", "size", "image"))
     np.testing.assert_allclose(by_task, by_role, rtol=1e-5)
-    assert loss_sum > metrics["loss"][0]  # z-loss is in what is minimised, not in the cross-entropy that is reported
+    assert loss_sum > metrics["loss"][0]  # z-loss is part of the minimised loss, not of the reported cross-entropy
 
 
 def test_half_the_loss_is_the_mean_of_text_and_half_that_of_images(params):
-    """LWM's, in NumPy: however many targets of either kind there are, and with one kind alone its half."""
+    """LWM's loss in NumPy, for any numbers of both kinds of targets. With only one kind it is that kind's half."""
     split = tiny.VOCABULARY.image_offset
     task, batch = tiny.task(mean_split=split, z_loss=0.0), tiny.packed(3)
     compute = jax.jit(lambda p, b: task.loss(p, {}, b, None))
@@ -261,7 +261,7 @@ def test_half_the_loss_is_the_mean_of_text_and_half_that_of_images(params):
     ],
 )
 def test_means_by_side_are_of_the_whole_batch(params, shape, accumulation):
-    """Rows that a part of a batch has share what there is in all, not in that part."""
+    """Each microbatch is divided by the counts of the whole batch, not by its own."""
     more = dict(mean_split=tiny.VOCABULARY.image_offset)
     expected = loss_and_gradients(params, *ONE, **more)
     close(loss_and_gradients(params, shape, math.prod(shape.values()), accumulation, **more), expected, 1e-5)
@@ -283,7 +283,8 @@ def test_flops_of_one_document_are_the_textbook_formula():
 
 
 def test_a_fresh_state_has_the_types_of_a_step_s_so_that_one_program_does_for_both() -> None:
-    """A number of a weak type, as of `jnp.full(shape, 1.0)`, comes back as one of a firm type: another program."""
+    """A weakly typed number, as from `jnp.full(shape, 1.0)`, returns from a step with a strong type, which would
+    compile another program."""
     task, tx = tiny.task(), make_optimizer(OptimizerConfig(warmup_steps=2), 10)
     state = jax.eval_shape(lambda: make_state(task, tx, 0))
     leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -26,7 +26,7 @@ def test_resume_leaves_one_clean_curve(tmp_path):
         first.log(step, {"loss": 1.0 / step})
     first.close()
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-9])  # the kill tore the line of step 4
+    path.write_bytes(path.read_bytes()[:-9])  # the kill cut off the line of step 4
     second = Telemetry(tmp_path, resume_step=2, console=lambda line: None)
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     second.log(3, {"loss": 0.25, "validation/loss": math.nan})
@@ -83,7 +83,7 @@ def test_a_warning_is_said_when_it_begins_and_when_it_comes_again():
     said = []
     warnings = Warnings(said.append)
     for line in range(6):
-        warnings.update({"a": f"a{line}", "b": "b"} if line != 3 else {"b": "b"})  # one good line is no end
+        warnings.update({"a": f"a{line}", "b": "b"} if line != 3 else {"b": "b"})  # one good line is not the end
     assert said == ["a0", "b"]
     for _ in range(3):
         warnings.update({"b": "b"})
@@ -91,7 +91,7 @@ def test_a_warning_is_said_when_it_begins_and_when_it_comes_again():
     assert said == ["a0", "b", "a again"]
 
 
-# torch is installed and breaks when it is imported, as one built for another CUDA does.
+# torch is installed but fails when it is imported, like one built for another CUDA.
 BROKEN = "raise OSError('libcudart.so.11.0: cannot open shared object file')"
 WRITE = """
 import sys

@@ -1,4 +1,5 @@
-"""The image tokenizer in the one loop: any quantizer, with an adversary or without, on any mesh, killed and resumed."""
+"""The image tokenizer in the training loop: any quantizer, with and without an adversary, on any mesh, killed and
+resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ SOME |= {("fsq", False): "exact_later", ("lfq", False): "exact_later"}
 
 
 def images(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
-    """32 x 32 pixels, blocks of colour: more positions in a batch than codes, so that no code depends on a single
+    """32 x 32 pixels with blocks of colour. A batch has more positions than there are codes, so no code depends on one
     position."""
     blocks = np.random.default_rng(step % 16).integers(0, 256, (8, 8, 8, 3), np.uint8)
     pixels = blocks.repeat(4, axis=1).repeat(4, axis=2)
@@ -57,8 +58,8 @@ def images(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
 
 
 def flat(step: int, index: int = 0, count: int = 1, side: int = 16) -> dict[str, np.ndarray]:
-    """side x side pixels, each image of one of eight colours: few latents, and few on the border between two codes,
-    where rounding decides and the losses of two meshes part for good."""
+    """side x side pixels, each image of one of eight colours. There are few latents, so few are on the border of two
+    codes, where rounding decides and the losses of two meshes diverge."""
     colours = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8)
     pixels = colours[np.random.default_rng(step).integers(0, 8, 8)].repeat(side, axis=1).repeat(side, axis=2)
     return {"pixels": pixels[index * 8 // count : (index + 1) * 8 // count]}
@@ -73,9 +74,9 @@ def task(adversary: AdversaryConfig | None = None, batch: Any = images, **change
     return TokenizerTask(Objective(config, objective, Perceptual.load(objective.perceptual)), batch, [batch(99)])
 
 
-# Runs that rounding does not part. This eps keeps updates from tiny gradients tiny; otherwise Adam makes full steps
-# from them, with signs that are rounding errors. At four times the rate two runs of ibq drew apart threefold in ten
-# steps before any code had changed.
+# Runs that do not diverge by rounding. This eps keeps updates from tiny gradients tiny; otherwise Adam makes full steps
+# from them, and their signs are rounding errors. At four times the rate, the difference of two ibq runs grew threefold
+# in ten steps before any code changed.
 GENTLE = OptimizerConfig(learning_rate=5e-5, warmup_steps=2, eps=1e-3)
 
 
@@ -94,10 +95,10 @@ def test_the_loop_trains_an_image_tokenizer(tmp_path):
     params = tiny.run(tmp_path, task=made, steps=4, log_every=1, validate_every=4, accumulation=2)
     *rows, last = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and last["validation/psnr"] > 0
-    for title, _, metrics, _ in tokenizer_charts():  # what the report draws is what is written
+    for title, _, metrics, _ in tokenizer_charts():  # the report draws the written rows
         assert set(metrics) <= set(rows[0]) | set(last), title
     assert 0 < rows[0]["codes/usage"] <= 1
-    assert "mfu" not in rows[0]  # its FLOPs are not counted, so none are claimed
+    assert "mfu" not in rows[0]  # its FLOPs are not counted, so none are reported
     ImageTokenizer(made.objective.autoencoder, jax.device_get(params["autoencoder"]))
 
 
@@ -138,10 +139,10 @@ def test_microbatches_over_a_mesh_change_nothing(tmp_path):
     ],
 )
 def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
-    """200 steps, twice from the start, and then the same parameters.
+    """Two runs of 200 steps give the same parameters.
 
-    ibq drives latents to the borders between codes, where the gradient of its entropy penalty is steep. It has one
-    latent for each image here, and codes of four numbers: with 32 its two runs part after some 130 steps.
+    ibq moves latents to the borders between codes, where the gradient of its entropy penalty is steep. Here it has one
+    latent per image, and codes of four dimensions; with 32 dimensions, its two runs diverge after about 130 steps.
     """
     adversary, batch, changes = ADVERSARY, flat, QUANTIZERS[name]
     if name == "ibq":
@@ -152,7 +153,7 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     losses, found = train(tmp_path / "eight", made, dict(data=2, fsdp=4), 200)
     assert np.mean(expected[-16:]) < 0.98 * np.mean(expected[:16])
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    # Of how far one step may move a parameter.
+    # The largest difference, relative to a parameter's change in one step.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=0.2 * GENTLE.learning_rate), found, params)
 
 
@@ -200,7 +201,7 @@ def test_killed_and_resumed_bit_for_bit(tmp_path, name):
 
 
 def test_a_huge_learning_rate_ends_in_a_message_and_a_good_checkpoint(tmp_path):
-    """Warm-up carries the first steps; then it goes wrong, with a NaN or without one."""
+    """The first steps, with warm-up, are good; then training diverges, with or without a NaN."""
     rates = OptimizerConfig(learning_rate=30.0, warmup_steps=2000, clip_norm=0.0)
     with pytest.raises((Diverged, NonFinite), match="is the last good checkpoint.*learning rate"):
         tiny.run(tmp_path, task=task(quantizer="vq"), steps=2100, optimizer=rates, log_every=50, checkpoint_every=5)
@@ -223,7 +224,7 @@ def test_images_of_one_colour_are_called_a_collapse(tmp_path):
 def test_healthy_codebooks_are_not_called_collapsed():
     assert not collapse(usage(np.ones(1000)), 1000)
     assert not collapse(usage(np.r_[np.ones(300), np.zeros(64000 - 300)]), 64000)
-    assert not collapse(usage(np.r_[np.full(15, 5), np.zeros(2545)]), 2560)  # of 75 codes no more can be asked
+    assert not collapse(usage(np.r_[np.full(15, 5), np.zeros(2545)]), 2560)  # not more can be expected of 75 codes
     told = collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "vq")
     assert "2 of 1000 codes" in told and "quantizer=fsq" in told
     told = collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "fsq")
@@ -231,7 +232,7 @@ def test_healthy_codebooks_are_not_called_collapsed():
 
 
 def test_one_image_of_the_smallest_size_trains(tmp_path):
-    """Batch 1, one code: statistics of one have no spread to divide by."""
+    """Batch 1 with one code: statistics of one number have no spread to divide by."""
 
     def smallest(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
         return {"pixels": images(step)["pixels"][:1, :8, :8]}

@@ -1,4 +1,5 @@
-"""The training step of a TPU slice as libtpu compiles it with the options of its kind: what waits, and how often."""
+"""The training step of a TPU slice, compiled by libtpu with our options: which operations wait, and how often they
+run."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ RUN = Run(MODEL, VOCABULARY, fixed_grid(4, 4), dict(data=2, fsdp=8), 128, 256)
 
 @pytest.fixture(scope="module")
 def step():
-    """Of a model whose gathers take less time than its products, as those of a real one do."""
+    """A model in which gathers take less time than products, like in a real one."""
     mesh = parse_target("v5p:2x2x4").mesh(RUN.mesh)
     program = train_program(RUN, mesh)
     return program, program.compile()
@@ -63,7 +64,7 @@ def test_backward_runs_no_attention_of_forward(step):
 
 
 def test_lists_of_visits_are_made_once_a_step(step):
-    """Sums and look-ups over blocks: a hundred small programs, which were run again in every layer's backward."""
+    """Sums and look-ups over blocks: a hundred small operations that every layer's backward pass would repeat."""
     made = re.compile(r"op_name=\"[^\"]*while/body/[^\"]*shard_map/[^\"]*(gather|scatter|floor_divide)")
     assert not [line for line in step[1].hlo.splitlines() if made.search(line)]
     assert "floor_divide" in step[1].hlo  # they are made

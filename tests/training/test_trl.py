@@ -1,9 +1,9 @@
 """A tiny Llama on three pairs of texts: losses, metrics and gradients equal TRL's.
 
-The numbers below are of TRL 1.16's DPOTrainer (and CPOTrainer for SimPO), torch 2.13 on a CPU, with transformers'
-LlamaForCausalLM of the weights that `llama` makes; its reference is that of another seed. Its prompts and answers are
-those of PAIRS, a letter a token, with END behind an answer. SimPO's numbers are of float64, the others of the float32
-in which TRL takes log-probabilities.
+The numbers below are from TRL 1.16's DPOTrainer (and CPOTrainer for SimPO), torch 2.13 on a CPU, with transformers'
+LlamaForCausalLM and the weights that `llama` makes; the reference has another seed. Its prompts and answers are those
+of PAIRS, one token per letter, with END after an answer. SimPO's numbers are float64; the others are float32, in which
+TRL computes log-probabilities.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ar_unified.model.config import TransformerConfig
 from ar_unified.training.preference import PreferenceConfig, PreferenceTask
 
 VOCABULARY = Vocabulary(16, 0, rest=0)
-END = VOCABULARY.used - 2  # what TRL took for the end of an answer
+END = VOCABULARY.used - 2  # TRL's end of an answer
 MODEL = TransformerConfig(
     vocab_size=VOCABULARY.size,
     d_model=16,
@@ -42,14 +42,14 @@ PAIRS = [("abc", "defgh", "hgf"), ("ponm", "aa", "ijklm"), ("cafe", "bead", "bab
 
 
 def llama(seed: int) -> Any:
-    """Weights by a formula, as transformers has them ([outputs, inputs]), turned into ours."""
+    """Weights from a formula in transformers' layout ([outputs, inputs]), converted to ours."""
     D, N, K, H, F = MODEL.d_model, MODEL.n_heads, MODEL.n_kv_heads, MODEL.head_dim, MODEL.d_mlp
     count = iter(range(seed + 1, seed + 100))
 
     def make(*shape: int, scale: float) -> np.ndarray:
         return scale * np.sin(1.7 * np.arange(math.prod(shape)) ** 1.1 + next(count)).reshape(shape)
 
-    pad = [(0, VOCABULARY.size - VOCABULARY.used), (0, 0)]  # rows of ids that have no probability
+    pad = [(0, VOCABULARY.size - VOCABULARY.used), (0, 0)]  # rows of ids without probability
     embedding, head = (np.pad(make(VOCABULARY.used, D, scale=scale), pad) for scale in (1.0, 0.5))
     norm, layers = 1 + make(D, scale=0.1), []
     for _ in range(MODEL.n_layers):
@@ -71,7 +71,7 @@ def llama(seed: int) -> Any:
 
 
 def batch() -> PreferenceBatch:
-    """The three pairs, each in a row of its own."""
+    """The three pairs, each in its own row."""
     rows = PackedBatch.padding(len(PAIRS), 24, VOCABULARY.pad)
     for row, (prompt, *answers) in enumerate(PAIRS):
         start = 0

@@ -60,7 +60,7 @@ def test_it_says_so_once_and_at_the_end(learnt):
     losses = validations(folder)
     best = min(losses, key=losses.get)
     assert 6 <= best < STEPS - 12 and losses[STEPS] > 1.05 * losses[best], "this training was to turn"
-    told = [line for line in lines if "by heart" in line]
+    told = [line for line in lines if "memorises" in line]
     assert len(told) == 2, told
     for line in told:
         assert f"transformer: validation loss is lowest at step {best} ({losses[best]:.4g})" in line
@@ -93,4 +93,4 @@ def test_killed_behind_the_turn_it_ends_with_the_same_two_steps(learnt, tmp_path
     reader = Checkpoints(tmp_path / "checkpoints", readonly=True)
     assert reader.steps() == [best, STEPS] and validations(tmp_path) == validations(folder)
     same_bits(restore_params(tmp_path / "checkpoints", step=best), seen[best])
-    assert f"lowest at step {best} " in next(line for line in lines if "by heart" in line)
+    assert f"lowest at step {best} " in next(line for line in lines if "memorises" in line)

@@ -1,4 +1,5 @@
-"""A vocabulary whose last rows have no probability: trained on a mesh and alone, and scored; one softmax or two."""
+"""A vocabulary in which the last rows have no probability, trained on a mesh and on one device, and scored; with one
+softmax or two."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ SPLIT = fixed_grid(4, 4).split(VOCABULARY, "by_side")
 def test_it_trains_on_a_mesh_as_alone_and_its_probabilities_add_up(params, split):
     used, config, tx = VOCABULARY.used, replace(tiny.MODEL, n_layers=1), optax.sgd(0.1)
     assert (used, VOCABULARY.size) == (111, 128)
-    head = np.concatenate([params["head"][:used], 9 * params["head"][: 128 - used]])  # the last rows would win
+    head = np.concatenate(
+        [params["head"][:used], 9 * params["head"][: 128 - used]]
+    )  # the last rows would have the largest logits
     params = params | {"head": head, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
     task, losses = tiny.task(config=config, vocabulary=VOCABULARY, split=split), []
     for shape in ({}, dict(fsdp=2, tensor=2)):

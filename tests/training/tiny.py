@@ -43,7 +43,8 @@ ROLE_WEIGHTS, TASK_WEIGHTS, TEXT_BYTES = {"image": 0.5}, {"interleaved": 2.0}, n
 
 
 def packed(step: int, index: int = 0, count: int = 1, rows: int = ROWS, length: int = LENGTH) -> PackedBatch:
-    """Rows of two documents and ragged padding; every text id is followed by an image code: much to learn."""
+    """Rows of two documents and padding of different lengths. Every text id is followed by an image code, so there is
+    much to learn."""
     rng = np.random.default_rng((7, step))
     batch = PackedBatch.padding(rows, length, VOCABULARY.pad)
     for row in range(rows):

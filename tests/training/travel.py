@@ -1,4 +1,4 @@
-"""What travels between devices in a compiled training step, and what must not."""
+"""What is sent between devices in a compiled training step, and what must not be sent."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ def collectives(text):
 
 
 def assert_nothing_travels_whole(text: str, config: TransformerConfig, mesh: Mesh, rows: int, length: int, chunk: int):
-    """Of the HLO text of a step on rows x length tokens: no table, no set of parameters, no chunk of logits."""
+    """Checks the HLO text of a step on rows x length tokens: no table, no set of parameters and no chunk of logits is
+    sent."""
     ways = dict(mesh.shape)
     matrix = config.d_model * max(config.d_mlp, config.n_heads * config.head_dim) // ways["tensor"]
-    tokens = rows * length // (ways["data"] * ways["fsdp"])  # of a device's rows, whole
+    tokens = rows * length // (ways["data"] * ways["fsdp"])  # all of a device's rows
     collected = ways["context"] > 1 and config.context == "gather"
     keys = tokens * config.n_kv_heads * config.head_dim // ways["tensor"] if collected else 0
     activations = tokens * config.d_model // ways["context"]
     head, logits = (n * config.vocab_size // ways["tensor"] for n in (config.d_model, chunk))
-    assert max(matrix, keys) < tokens * config.d_model and activations < logits  # else the bounds would not tell
+    assert (
+        max(matrix, keys) < tokens * config.d_model and activations < logits
+    )  # otherwise the bounds would prove nothing
 
     found = list(collectives(text))
     gathered = {(elements, looped) for kind, elements, looped in found if kind == "all-gather"}

@@ -1,4 +1,4 @@
-"""Image and text tokenizers. Importing it makes JAX's sums right on a CPU (`host.right_reductions`)."""
+"""Image and text tokenizers. Importing the package prevents wrong sums by JAX on a CPU (`host.right_reductions`)."""
 
 from ar_tokenizers.host import right_reductions
 

@@ -1,6 +1,7 @@
-"""The interface of all text tokenizers, ours and published ones, and how the tokenizer's file in a folder is found.
+"""The interface of all text tokenizers, ours and published ones, and `find`, which finds a tokenizer's file in a
+folder.
 
-A folder has at most one of the files `FILES`, byte for byte as it was made or published.
+A folder has at most one of the files in `FILES`, byte for byte as it was made or published.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ class Codec(Protocol):
     """Text to ids in [0, size) and back.
 
     Attributes:
-      size: the number of ids, including ids that no text is encoded with.
+      size: the number of ids, including ids that encoding never produces.
       hash: sha256 of everything that determines the ids of a text.
-      losses: how it loses text. If empty, decode(encode(text)) == text for every text without surrogates.
-      file, data: the name of its file, one of FILES, and the content.
-      symbols: pieces that text can spell but that weights may have learned to treat as commands.
-      piece_bytes: int32 [size], the number of UTF-8 bytes of text that each id stands for; 0 for ids without text.
+      losses: the ways in which it loses text. If empty, decode(encode(text)) == text for every text without surrogates.
+      file, data: the name of its file, one of FILES, and the file's content.
+      symbols: special-looking pieces that text can spell. A language model may have learned to treat them as commands.
+      piece_bytes: int32 [size], the number of UTF-8 bytes of text that each id stands for; 0 for ids that stand for no
+        text.
     """
 
     @property
@@ -40,7 +42,7 @@ class Codec(Protocol):
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """How it loses text; empty if it does not."""
+        """The ways in which it loses text; empty if there are none."""
 
     @property
     def file(self) -> str:
@@ -77,7 +79,7 @@ def find(folder: Path) -> Path | None:
 
 
 def refuse_surrogates(text: str) -> None:
-    """Raises ValueError for a character that has no UTF-8 form. The message has its position."""
+    """Raises ValueError for a character that has no UTF-8 form. The message names its position."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

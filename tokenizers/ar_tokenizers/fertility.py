@@ -1,4 +1,4 @@
-"""Measures how many tokens a text tokenizer needs for texts, and whether decoding restores the texts."""
+"""Counts how many tokens a text tokenizer needs for texts, and checks whether decoding restores the texts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ar_tokenizers.codec import Codec
 class Fertility:
     """Counts over the texts of one language or source.
 
-    For parallel texts, comparing `tokens` of two languages shows how much more tokens one of them needs
+    For parallel texts, compare `tokens` of two languages to see how many more tokens one of them needs
     (arXiv:2305.15425).
 
     Attributes:
-      bytes, characters, tokens: of UTF-8, Unicode code points, ids. byte_tokens: ids that stand for one byte of a
-        character without a piece.
+      bytes, characters, tokens: the numbers of UTF-8 bytes, Unicode code points and ids. byte_tokens: the number of ids
+        that stand for one byte of a character without a piece.
       failed: the number of texts that decoding does not restore.
-      first_failure: "origin", and "text" and "back" around the first difference; empty if nothing failed.
+      first_failure: "origin" of the first such text, and "text" and "back", which show the first difference; empty if
+        nothing failed.
     """
 
     texts: int = 0
@@ -67,7 +68,7 @@ class Fertility:
 
 
 def table(rows: Mapping[str, Fertility]) -> str:
-    """One line per name, and one for each first text that decoding does not restore."""
+    """A table with one line per name, and one more for the first text that decoding does not restore."""
     width = max([8, *map(len, rows)])
     lines = [f"{'':<{width}}     bytes    tokens  bytes/token  tokens/char  byte tokens  come back"]
     for name, row in rows.items():

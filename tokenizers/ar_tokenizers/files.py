@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import IO
 
 UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
-when_whole: list[Callable[[Path], object]] = []  # are told the path of each file that `whole` has put in its place
+when_whole: list[Callable[[Path], object]] = []  # each is called with the path of every file that `whole` has finished
 
 
 def unfinished(path: Path) -> Path:
-    """Where this process writes a file that is to appear as `path`: beside it, with a name that ends in UNFINISHED."""
+    """The path at which this process writes a file before it gets the name `path`: in the same folder, ending in
+    UNFINISHED."""
     # Processes of other hosts may have the same number.
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
 
 
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write to that appears when the block ends without an error, or not at all. Raises OSError.
+    """Opens a file that appears under its name when the block ends without an error, or not at all. Raises OSError.
 
-    When it appears it is on disk, even if the machine stops. Until then the former file stays.
+    When it appears, it is on disk, even if the machine then stops. Until then the former file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +49,11 @@ def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill that appears when the block ends without an error, or not at all.
+    """Makes a folder to fill, which appears under its name when the block ends without an error, or not at all.
 
-    Remains from a killed process are removed first, because they may be as large as a model.
+    First it removes unfinished folders of killed processes, because they may be as large as a model.
 
-    Raises FileExistsError if something is there already, or was put there meanwhile; OSError.
+    Raises OSError; FileExistsError if something is there already, also if it appeared meanwhile.
     """
     path = Path(os.path.abspath(path))
     if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
@@ -62,7 +63,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     written, handle = _new_folder(unfinished(path))
     try:
         yield written
-        os.rename(written, path)  # which fails if there is more than an empty folder
+        os.rename(written, path)  # fails if there is anything but an empty folder
     finally:
         shutil.rmtree(written, ignore_errors=True)
         os.close(handle)
@@ -70,11 +71,12 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _new_folder(path: Path) -> tuple[Path, int]:
-    """Makes a folder. Returns it with an open handle that holds its lock."""
+    """Makes a folder. Returns it with an open handle that holds the folder's lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         path.mkdir()
-        # Until it is locked, another process may take it for a remnant and remove it: then it is made again.
+        # Before it is locked, another process may take it for a killed process' folder and remove it. Then make it
+        # again.
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(path, os.O_RDONLY)
             _hold(handle, wait=True)
@@ -88,7 +90,7 @@ def _hold(handle: int, *, wait: bool = False) -> bool:
     """Locks an open folder until its handle is closed, or the process ends. Returns False if it cannot be locked."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # also of a file system without locks, where nothing is removed then
+    except OSError:  # a file system without locks raises it too: there, unfinished folders are never removed
         return False
     return True
 
@@ -104,7 +106,7 @@ def _remove_unless_held(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Writes a folder's new names to disk: they are only there when the folder itself is written."""
+    """Writes a folder's new names to disk. They are only safe when the folder itself is written."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What a process sets before it runs JAX on a CPU: one switch for right results, three for speed.
+"""Settings of a process that runs JAX on a CPU: one for right results, three for speed.
 
 Measured on 2 cores with jaxlib 0.10.2 (experiments/benchmarks/cpu_vs_transformers.py):
 
@@ -7,7 +7,7 @@ Measured on 2 cores with jaxlib 0.10.2 (experiments/benchmarks/cpu_vs_transforme
   0.24 without an error. The flag leaves reductions to XLA itself. Importing ar_tokenizers or ar_unified sets it.
 * XLA allocates all temporaries of a step as one block, which glibc maps from the system and gives back each time:
   130,000 page faults, a quarter of the demo's step. The three `mallopt` values make glibc keep the block. They suit a
-  process that does nothing else: importing ar_unified.cli sets them.
+  process that does nothing else, so only importing ar_unified.cli sets them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import warnings
 from pathlib import Path
 
 _NO_YNN_REDUCE = "--xla_cpu_experimental_ynn_fusion_type=-library_fusion_type_reduce"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # numbers from glibc's malloc.h
 
 
 def right_reductions() -> None:
     """Adds the flag to XLA_FLAGS if jaxlib needs it. JAX may be imported already, but must not have computed yet.
 
-    A flag from the user has priority. Warns (RuntimeWarning) if JAX already runs on a CPU, because it reads flags once.
+    If the user has set the flag, it stays as it is. Warns (RuntimeWarning) if JAX already runs on a CPU, because JAX
+    reads flags only once.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     version = _jaxlib_version()
@@ -45,7 +46,8 @@ def right_reductions() -> None:
 
 
 def keep_memory() -> None:
-    """Makes glibc keep all memory it has allocated; the process stays at its peak. Does nothing without glibc."""
+    """Makes glibc keep all memory it has allocated, so the process stays at its peak size. Does nothing without
+    glibc."""
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  (an AttributeError here means: not glibc)
@@ -56,7 +58,8 @@ def keep_memory() -> None:
 
 
 def _jaxlib_version() -> tuple[int, ...] | None:
-    """Read from its file: importing jaxlib, or asking importlib.metadata, would take most of a --help's time."""
+    """jaxlib's version, read from its file. Importing jaxlib, or using importlib.metadata, would take most of a
+    --help's time."""
     found = importlib.util.find_spec("jaxlib")
     if found is None or found.origin is None:
         return None

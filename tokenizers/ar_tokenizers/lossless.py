@@ -1,8 +1,8 @@
-"""Finds how a SentencePiece model loses text: its settings show why, and short texts that decoding does not restore are
-examples.
+"""Finds the ways in which a SentencePiece model loses text. Its settings are the causes; short texts that decoding does
+not restore are the examples.
 
-The settings travel in every model file; sentencepiece_model.proto (github.com/google/sentencepiece) numbers them. They
-are read here as they are stored, since the reader that SentencePiece brings works with the newest protobuf only.
+Every model file contains the settings; sentencepiece_model.proto (github.com/google/sentencepiece) numbers them. This
+module reads them from the bytes, because the reader in SentencePiece works only with the newest protobuf.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ SPACE = "\u2581"  # what SentencePiece writes for a space
 # U+2585, which it writes for unknown characters.
 RESERVED = SPACE + "\u2585"
 
-# Field numbers, of NormalizerSpec and of TrainerSpec; a type of piece and one of model.
+# Field numbers of NormalizerSpec and of TrainerSpec, the value of a piece type, and the value of a model type.
 _NAME, _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 1, 2, 3, 4
 _MODEL_TYPE, _BYTE_FALLBACK = 3, 35
 _CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
 
-# Texts that a model may lose. The parts of one are encoded apart and decoded together.
+# Texts that a model may lose. The parts of a text are encoded separately and decoded together.
 CHARACTERS = ("\uff46\uff55\uff4c\uff4c \ufb01 e\u0301 \u00e9 \u2126",)
 LINES = ("line\n\n\tindented\r\n",)
 SPACES = ("  two  spaces ",)
@@ -38,8 +38,8 @@ class Loss:
     """One way in which a model loses text.
 
     Attributes:
-      cause: the setting of the model and what it does.
-      text, back: an example, and the text that comes back; both "" if no probe shows it.
+      cause: the model's setting, and what it does.
+      text, back: an example, and the text that decoding gives back; both "" if no probe shows the loss.
     """
 
     cause: str
@@ -53,9 +53,11 @@ class Loss:
 def find_losses(
     model_bytes: bytes, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
 ) -> tuple[Loss, ...]:
-    """All settings of a SentencePiece model that lose text, each with an example. Without any, the model is lossless.
+    """All settings of a SentencePiece model that lose text, each with an example. If there are none, the model is
+    lossless.
 
-    A setting counts even if no probe shows it. A text that is not restored counts even if no setting explains it.
+    A setting counts even if no probe shows its effect. A text that is not restored counts even if no setting explains
+    it.
     """
     trainer, normalizer, denormalizer = (_settings(model_bytes, part) for part in (2, 3, 5))
     rules = [
@@ -94,9 +96,9 @@ def shown(
     encode: Callable[[str], Sequence[int]],
     decode: Callable[[Sequence[int]], str],
 ) -> tuple[Loss, ...]:
-    """A loss for each (cause, probes), with the first of its probes that does not come back as the example.
+    """A loss for each (cause, probes). Its example is the first probe that decoding does not restore.
 
-    If there is no cause but some probe does not come back, that probe is the one loss.
+    If there is no cause but decoding does not restore some probe, that probe is the only loss.
     """
 
     def example(probes: Sequence[Sequence[str]]) -> tuple[str, str] | None:
@@ -113,7 +115,7 @@ def shown(
 
 
 def refusal(losses: Sequence[Loss]) -> str:
-    """Why a tokenizer that loses text is refused, and what to do."""
+    """The message that refuses a tokenizer that loses text: why, and what to do."""
     return (
         "this text model loses text.\n"
         + "".join(f"  {loss}\n" for loss in losses)
@@ -125,8 +127,8 @@ def refusal(losses: Sequence[Loss]) -> str:
 def reachable_symbols(model_bytes: bytes) -> list[str]:
     """The user-defined symbols that text can spell, without blanks.
 
-    They lose nothing, and are ordinary text here: begin, end and image tokens have ids outside the text's. But weights
-    that were trained to treat such a piece as a command will do so when a user writes it.
+    They lose nothing, and are ordinary text here, because begin, end and image tokens have ids of their own. But a
+    language model that was trained to treat such a piece as a command will do so when a user writes it.
     """
     pieces = (dict(_fields(piece)) for field, piece in _fields(model_bytes) if field == 1)
     symbols = [piece[1].decode() for piece in pieces if piece.get(3) == _USER_DEFINED]
@@ -134,7 +136,7 @@ def reachable_symbols(model_bytes: bytes) -> list[str]:
 
 
 def only_spelling(model_bytes: bytes, text_ids: Collection[int]) -> bytes:
-    """The model, with every user-defined symbol that is not among `text_ids` turned into a control piece like <s>.
+    """The model, with every user-defined symbol that is not in `text_ids` made a control piece like <s>.
 
     Text that looks like a control piece is then spelled with other pieces.
     """
@@ -142,14 +144,14 @@ def only_spelling(model_bytes: bytes, text_ids: Collection[int]) -> bytes:
     for field, value in _fields(model_bytes):
         if field == 1:
             if dict(_fields(value)).get(3) == _USER_DEFINED and id not in text_ids:
-                value += bytes((3 << 3, _CONTROL))  # of a field that is there twice the last counts
+                value += bytes((3 << 3, _CONTROL))  # if a field is there twice, the last one counts
             id += 1
         out.append(_number(field << 3 | 2) + _number(len(value)) + value)
     return b"".join(out)
 
 
 def _number(value: int) -> bytes:
-    """A whole number as protocol buffers write it."""
+    """The encoding of a whole number in a protocol buffer."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -163,12 +165,12 @@ def is_bpe(model_bytes: bytes) -> bool:
 
 
 def _settings(model_bytes: bytes, part: int) -> dict[int, Any]:
-    """The fields of one part of a model: 2 trainer_spec, 3 normalizer_spec, 5 denormalizer_spec."""
+    """The fields of one part of a model (2 is trainer_spec, 3 normalizer_spec, 5 denormalizer_spec)."""
     return dict(_fields(b"".join(value for field, value in _fields(model_bytes) if field == part)))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of every field of a protocol buffer: whole numbers as int, everything else as bytes."""
+    """The number and the value of every field of a protocol buffer. Whole numbers are int, all other values bytes."""
     at = 0
 
     def number() -> int:

@@ -3,10 +3,10 @@
 A text never becomes a special token: "<s>" is three characters and does not begin a document. Nothing is added before
 or after it, nothing is cut or padded, and no merge is dropped at random, even if the file asks for it.
 
-A word that is a piece stays whole in tiktoken. Otherwise it joins the two neighbours whose joined piece has the lowest
-rank, again and again. This is a BPE of `tokenizers` that has a merge for every way to make each piece, in the order of
-the ranks. The pattern that cuts a text into words is not in the file: it is Qwen's, as Emu3 has it (baaivision/Emu3,
-tokenization_emu3.py). Its normalisation (NFC), which loses text, is not done.
+In tiktoken, a word that is a piece stays whole. Otherwise, the two neighbours whose joined piece has the lowest rank
+are joined, again and again. A BPE of `tokenizers` does the same if it has a merge for every way to make each piece, in
+the order of the ranks. The pattern that cuts a text into words is not in the file. It is Qwen's, which Emu3 uses
+(baaivision/Emu3, tokenization_emu3.py). Qwen's normalisation (NFC) loses text and is left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ar_tokenizers.lossless import (
 )
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-_LARGEST = 1 << 24  # most ids in a file: more than any file has, but few enough for memory
+_LARGEST = 1 << 24  # most ids in a file: more than any real file has, but few enough for memory
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -48,9 +48,10 @@ class PublishedTokenizer:
     """Text to ids in [0, size) and back, as `codec.Codec` says. Made by `from_json` or `from_tiktoken`.
 
     Args:
-      spec: the content of a tokenizer.json; tokenizer: the same, read.
-      file, data: what was published.
-      lossy: what to do with a tokenizer that loses text: "refuse" it, or "warn" (it is taken, and `losses` says how).
+      spec: the content of a tokenizer.json; tokenizer: the tokenizer made of it.
+      file, data: the name and the content of the published file.
+      lossy: what to do with a tokenizer that loses text: "refuse" it, or "warn": accept it, and list the losses in
+        `losses`.
     """
 
     def __init__(self, tokenizer: Tokenizer, spec: Mapping[str, Any], file: str, data: bytes, lossy: Lossy) -> None:
@@ -61,7 +62,7 @@ class PublishedTokenizer:
         self._names = {id: name for name, id in tokenizer.get_vocab().items()}
         added = tokenizer.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special}
-        unknown = tokenizer.token_to_id(str(spec["model"].get("unk_token")))  # what a character without a piece becomes
+        unknown = tokenizer.token_to_id(str(spec["model"].get("unk_token")))  # for characters without a piece
         self._unspelled = self._special - {unknown}
         self.symbols = [token.content for id, token in sorted(added.items()) if id not in self._special]
         self.size = max(self._names) + 1
@@ -76,14 +77,14 @@ class PublishedTokenizer:
     def from_json(
         cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
     ) -> PublishedTokenizer:
-        """The tokenizer of a tokenizer.json.
+        """Makes the tokenizer of a tokenizer.json.
 
         Args:
-          text_ids: the ids that text may be encoded with. Text never becomes other added tokens. None: all ids except
-            those that the file calls special.
+          text_ids: the ids that text may be encoded with; text never becomes an added token with another id. None: all
+            ids except those that the file calls special.
 
         Raises:
-          ValueError: it is not a tokenizer.json, is neither BPE nor Unigram, has wrong ids, or loses text.
+          ValueError: the data is not a tokenizer.json, is neither BPE nor Unigram, has wrong ids, or loses text.
         """
         spec = _checked(data)
         for token in spec["added_tokens"]:
@@ -101,10 +102,10 @@ class PublishedTokenizer:
     def from_tiktoken(
         cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
     ) -> PublishedTokenizer:
-        """The tokenizer of ranks as tiktoken writes them (lines of a piece in base64 and its rank), cut into words as
-        Qwen does.
+        """Makes the tokenizer of a tiktoken file (each line has a piece in base64 and its rank). Texts are cut into
+        words as in Qwen.
 
-        text_ids: any; there are no special tokens in such a file. Raises ValueError for anything else.
+        text_ids is ignored, because such a file has no special tokens. Raises ValueError if the data is no such file.
         """
         ranks = _ranks(data)
         signs = _signs()
@@ -133,13 +134,13 @@ class PublishedTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not self._unspelled.isdisjoint(ids):  # a merge of the file's own makes one
+        if not self._unspelled.isdisjoint(ids):  # a merge in the file makes one
             name = next(self._names[id] for id in ids if id in self._unspelled)
-            raise ValueError(f"{text!r:.80}: the file spells the special token {name!r} with text")
+            raise ValueError(f"{text!r:.80}: the file makes the special token {name!r} from text")
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of valid ids, special tokens by their names. Bytes that are not UTF-8 come back as U+FFFD.
+        """The text of valid ids. Special tokens become their names, and bytes that are not UTF-8 become U+FFFD.
 
         Raises:
           ValueError: an id is invalid.
@@ -153,7 +154,7 @@ class PublishedTokenizer:
 
     @functools.cached_property
     def piece_bytes(self) -> np.ndarray:
-        """int32 [size]: UTF-8 bytes of text that each id stands for; 0 for special tokens and unused ids."""
+        """int32 [size]: the number of UTF-8 bytes that each id stands for; 0 for special tokens and unused ids."""
         out = np.zeros(self.size, np.int32)
         for id, name in self._names.items():
             if id not in self._special:
@@ -177,12 +178,12 @@ class PublishedTokenizer:
 # ---- how a file loses text ----------------------------------------------------------------------------------------
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_HARMLESS = ("Sequence", "Prepend", "Replace")  # which have a rule of their own
+_HARMLESS = ("Sequence", "Prepend", "Replace")  # they have their own rules
 _PREFIX = "adds a space to every text, so that texts encoded apart do not join"
 
 
 def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str]]]]:
-    """Every setting that loses text, and probes that may show it."""
+    """Every setting that loses text, and probes that may show its effect."""
     for step in _steps(spec.get("normalizer")):
         kind = step.get("type")
         if kind == "Prepend":
@@ -204,7 +205,7 @@ def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str
 
 
 def _steps(part: object) -> Iterator[Mapping[str, object]]:
-    """The steps of a part; a sequence gives each of its steps."""
+    """The steps of a part of the file. A sequence gives itself and each of its steps."""
     if isinstance(part, Mapping):
         yield part
         for name in ("normalizers", "pretokenizers", "decoders"):
@@ -220,9 +221,7 @@ def _kinds(spec: Mapping[str, object], part: str) -> set[Any]:
 
 
 def _checked(data: bytes) -> dict[str, Any]:
-    """The content of a tokenizer.json, after checking that its parts are of the right kinds and each id is there once.
-    Raises ValueError.
-    """
+    """The content of a tokenizer.json. Raises ValueError if a part has the wrong kind or an id is there twice."""
     try:
         spec = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -256,14 +255,15 @@ def _checked(data: bytes) -> dict[str, Any]:
 def _made(make: Any) -> Any:
     try:
         return make()
-    except BaseException as error:  # also what Rust calls a panic, which is no Exception
+    except BaseException as error:  # a panic in Rust is a BaseException
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"expected a tokenizer.json, found what `tokenizers` cannot read: {error}") from error
         raise
 
 
 def _ranks(data: bytes) -> dict[bytes, int]:
-    """Piece -> rank, ranks 0..n-1, every byte a piece. Raises ValueError naming the line."""
+    """Piece -> rank. Raises ValueError unless the ranks are 0..n-1 and every byte is a piece; the message names the
+    line."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line:
@@ -282,8 +282,8 @@ def _ranks(data: bytes) -> dict[bytes, int]:
 
 @functools.cache
 def _signs() -> tuple[str, ...]:
-    """The character that stands for each byte in a byte-level vocabulary: itself if it is printable, else the next one
-    from U+0100 on. After GPT-2 (openai/gpt-2, encoder.py).
+    """The character that stands for each byte in a byte-level vocabulary: the byte itself if it is printable, else the
+    next free one from U+0100 on. From GPT-2 (openai/gpt-2, encoder.py).
     """
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))

@@ -12,10 +12,10 @@ from ar_tokenizers.text import TextTokenizer
 
 
 def codec(file: str, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None) -> Codec:
-    """The tokenizer in `data`, by its file's name: *.json and *.tiktoken as published, others SentencePiece.
+    """The tokenizer in `data`. The file's name says its format: *.json, *.tiktoken, or else SentencePiece.
 
-    text_ids: the ids that text may be encoded with; None: as the file says. Raises ValueError if the file is not a
-    tokenizer, or if it loses text and `lossy` does not allow that.
+    text_ids: the ids that text may be encoded with; None: those that the file says. Raises ValueError if the data is
+    not a tokenizer, or if it loses text and `lossy` does not allow that.
     """
     if file.endswith(".json"):
         return PublishedTokenizer.from_json(data, lossy=lossy, text_ids=text_ids)
@@ -25,7 +25,7 @@ def codec(file: str, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collecti
 
 
 def load_codec(path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> Codec:
-    """`codec` of a file. Raises OSError, and ValueError with the file's name."""
+    """Calls `codec` with a file's content. Raises OSError, or ValueError with the file's name."""
     try:
         return codec(os.path.basename(path), Path(path).read_bytes(), lossy=lossy)
     except ValueError as error:

@@ -1,15 +1,15 @@
 """A lossless SentencePiece text tokenizer: decode(encode(text)) == text for every text without surrogates.
 
 The model has only these pieces: one <unk> that encoding never produces (characters without a piece become bytes),
-newline, tab, 256 bytes, and the learned pieces. Begin, end and image tokens are in the vocabulary of the language model
-instead, so that no text can produce them.
+newline, tab, 256 bytes, and the learned pieces. Begin, end and image tokens are only in the language model's
+vocabulary, so no text can produce them.
 
 SentencePiece writes a space as U+2581 and reads every U+2581 in a piece back as a space. A U+2581 in the text is
-therefore encoded as its three bytes, which come back as they were. In training texts, U+2581 and U+2585 count as a line
-end, across which no piece reaches, because SentencePiece reserves both (`lossless.RESERVED`).
+therefore encoded as its three bytes, which come back as they were. SentencePiece reserves U+2581 and U+2585
+(`lossless.RESERVED`), so training texts are cut there as at a line end, which no piece crosses.
 
-Settings after the tokenizers of LLaMA (BPE, identity normalisation, byte fallback, split digits), without the dummy
-prefix: pieces of text that are encoded apart and joined decode to the joined text.
+The settings are those of LLaMA's tokenizers (BPE, identity normalisation, byte fallback, split digits) without the
+dummy prefix. So the ids of parts of a text, put together, decode to the text.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from ar_tokenizers.lossless import (
 )
 
 ModelType = Literal["bpe", "unigram"]
-_LONGEST = 1 << 16  # characters SentencePiece is shown at once in training; it drops longer lines, so they are cut here
-# At least 500 characters, up to the end of a line or word.
+_LONGEST = 1 << 16  # characters per training line: SentencePiece drops longer lines, so they are cut here
+# A block has at least 500 characters and ends at the end of a line or word.
 _BLOCK = re.compile(r"(?s).{500}.*?(?:(?<=\n)|(?<! )(?= )|\Z)|.+")
 _AS_LINE_ENDS = str.maketrans(dict.fromkeys(RESERVED, "\n"))
-_ACROSS = re.compile(rf"(?s)\n.|.\n|[^{SPACE}]{SPACE}")  # a piece that goes on over the border of two blocks
+_ACROSS = re.compile(rf"(?s)\n.|.\n|[^{SPACE}]{SPACE}")  # a piece that crosses the border of two blocks
 
 
 class TextTokenizer:
@@ -54,12 +54,12 @@ class TextTokenizer:
 
     Args:
       model_bytes: a serialised SentencePiece model.
-      lossy: what to do with a model that loses text (a normaliser such as nmt_nfkc, a dummy prefix, no byte fallback):
-        "refuse" it, or "warn": it is taken as it is, and `losses` says how it loses text.
+      lossy: what to do with a model that loses text (because of a normaliser such as nmt_nfkc, a dummy prefix, or no
+        byte fallback): "refuse" it, or "warn": accept it, and list the losses in `losses`.
       text_ids: the ids that text may be encoded with; other user-defined symbols are never used. None: all ids.
 
     Attributes:
-      losses: how the model loses text; empty for models from `train`.
+      losses: the ways in which the model loses text; empty for models from `train`.
       size: the number of ids. hash: sha256 of the model. model_bytes: the model.
 
     Raises:
@@ -88,12 +88,13 @@ class TextTokenizer:
         self.losses: tuple[Loss, ...] = find_losses(model_bytes, self.encode, self.decode)
         if self.losses and lossy == "refuse":
             raise ValueError(refusal(self.losses))
-        # If no piece crosses the end of a word or line, the text before such a border does not change the ids after it.
+        # If no piece crosses the end of a word or line, text before that border does not change the ids after it.
         self._in_blocks = is_bpe(model_bytes) and not self.losses and not any(map(_ACROSS.search, pieces))
 
     @functools.cached_property
     def piece_bytes(self) -> np.ndarray:
-        """int32 [size]: UTF-8 bytes of text that each id stands for; what turns nats per token into bits per byte."""
+        """int32 [size]: the number of UTF-8 bytes that each id stands for, needed to convert nats per token to bits per
+        byte."""
         processor = self._processor
         return np.array(
             [
@@ -113,7 +114,7 @@ class TextTokenizer:
 
     @property
     def data(self) -> bytes:
-        """What its file holds: the model."""
+        """The content of its file, which is the model."""
         return self.model_bytes
 
     @property
@@ -122,10 +123,10 @@ class TextTokenizer:
         return reachable_symbols(self._model)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, in [0, size) and never <unk> (but for a model that loses text).
+        """The ids of a text, in [0, size). Only a model that loses text produces <unk>.
 
-        Long texts are encoded in blocks of words with BPE, whose time in SentencePiece grows faster than the text. The
-        ids are the same, 2.6 times as fast (experiments/benchmarks/text_tokenizer.py).
+        SentencePiece's time for BPE grows faster than the length of the text, so long texts are encoded in blocks of
+        words. The ids are the same, and encoding is 2.6 times as fast (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: the text has a surrogate, which is no character and has no UTF-8 form.
@@ -167,21 +168,21 @@ class TextTokenizer:
         character_coverage: float = 0.99995,
         max_bytes: int = 100_000_000,
     ) -> TextTokenizer:
-        """Learn a tokenizer. The same texts, settings and SentencePiece version give the same model, byte for byte.
+        """Trains a tokenizer. The same texts, settings and SentencePiece version give the same model, byte for byte.
 
         Args:
-          texts: read once; may be larger than memory: a random sample of the texts (of parts of 65,536 characters, for
-            long ones) is kept.
-          vocab_size: the largest number of pieces. A corpus with less to learn gives a smaller `size` and no error.
-          model_type: "bpe", or "unigram" (many times slower).
-          character_coverage: the share of characters that get a piece; the rest are spelled in bytes, losing nothing.
-          max_bytes: of text that is kept. Peak memory is 22 (bpe) or 31 (unigram) times that for words, and 93 or 19
-            times that for random Chinese characters, the worst case of text without spaces
-            (experiments/benchmarks/text_tokenizer.py).
+          texts: are read once, and may be larger than memory. Only a random sample is kept; long texts are cut into
+            parts of 65,536 characters before sampling.
+          vocab_size: the largest number of pieces. A corpus with fewer possible pieces gives a smaller `size` and no
+          error. model_type: "bpe", or "unigram" (many times slower).
+          character_coverage: the share of characters that get a piece; others are encoded as bytes without loss.
+          max_bytes: how many bytes of text are kept. Peak memory is 22 (bpe) or 31 (unigram) times that for words, and
+          93 or 19 times that for random Chinese characters, the worst case of text without spaces
+          (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
-          ValueError: no text, nothing but line ends and the like, a text with a surrogate, or a vocab_size that has no
-            room for the 259 fixed pieces and the characters.
+          ValueError: there is no text, or nothing but line ends and the like; a text has a surrogate; or vocab_size is
+            too small for the 259 fixed pieces and the characters.
         """
         model, kept = io.BytesIO(), _draw(texts, max_bytes)
         if not kept:
@@ -197,20 +198,20 @@ class TextTokenizer:
                 sentence_iterator=iter(kept),
                 model_writer=model,
                 model_type=model_type,
-                vocab_size=max(vocab_size, 1),  # below, SentencePiece does not say how many it needs
+                vocab_size=max(vocab_size, 1),  # with fewer, SentencePiece does not say how many it needs
                 hard_vocab_limit=False,
                 normalization_rule_name="identity",
                 byte_fallback=True,
                 split_digits=True,
-                # Pieces over spaces (SuperBPE, arXiv:2503.13423) are fewer, but where "red star" is one, it shares
-                # nothing with "red circle", and a small model that has to find the star does not get off the ground.
+                # Pieces that cross spaces (SuperBPE, arXiv:2503.13423) give fewer tokens. But if "red star" is one
+                # piece, it shares nothing with "red circle", and a small model does not learn to find the star.
                 split_by_whitespace=True,
                 allow_whitespace_only_pieces=True,
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
-                required_chars=SPACE,  # a corpus without spaces must not leave them without a piece
+                required_chars=SPACE,  # spaces need a piece even if the corpus has none
                 character_coverage=character_coverage,
-                # Their own pieces: learned ones would glue words to line ends.
+                # They get their own pieces, because learned ones would join words and line ends.
                 user_defined_symbols=["\n", "\t"],
                 unk_id=0,
                 unk_surface="\ufffd",
@@ -235,7 +236,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> TextTokenizer:
-        """Read what `save` wrote, or any SentencePiece model. Raises OSError, and ValueError with the file's name."""
+        """Reads the file of `save`, or any SentencePiece model. Raises OSError, or ValueError with the file's name."""
         try:
             return cls(Path(path).read_bytes(), lossy=lossy)
         except ValueError as error:
@@ -243,10 +244,10 @@ class TextTokenizer:
 
 
 def _draw(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Texts in parts of at most _LONGEST characters, in order; if they have more than max_bytes, a random sample of at
-    least one part.
+    """The texts in parts of at most _LONGEST characters, in order. If they have more than max_bytes, it is a random
+    sample of at least one part.
 
-    The sample is the parts with the smallest random numbers, so that never more than the sample is in memory.
+    The sample consists of the parts with the smallest random numbers, so memory never holds more than the sample.
     """
     kept: list[tuple[float, int, str]] = []  # a heap, the largest number first
     size, random_number = 0, random.Random(0).random

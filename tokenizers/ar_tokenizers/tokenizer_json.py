@@ -1,7 +1,8 @@
-"""A SentencePiece model as the tokenizer.json that the `tokenizers` package, and so transformers, reads.
+"""Converts a SentencePiece model to a tokenizer.json, which the `tokenizers` package reads, and with it transformers.
 
-The ids are the same, and every text has the same ids, with two exceptions: there a U+2581 in a text is read as a space
-(here it is spelled in bytes), and text that spells one of `added` becomes that token, unless special tokens are split.
+Both tokenizers encode every text with the same ids, with two exceptions. The `tokenizers` package reads a U+2581 in a
+text as a space (here it is encoded as bytes). And it turns text that spells one of `added` into that token, unless it
+is told to split special tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
     """The file's content.
 
     Args:
-      tokenizer: lossless, as `TextTokenizer.train` makes them.
+      tokenizer: a lossless tokenizer, such as `TextTokenizer.train` makes.
       added: names of tokens that text never becomes, with ids from `size` on.
 
     Raises:
-      ValueError: the tokenizer loses text (such a one has its own published file), or a name is also a piece.
+      ValueError: the tokenizer loses text (then export its published file instead), or a name is also a piece.
     """
     if tokenizer.losses:
         raise ValueError(f"expected a text tokenizer that loses nothing, found {tokenizer.losses[0]}")
@@ -78,8 +79,8 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
 
 
 def _merges(pieces: Sequence[str], scores: Sequence[float], plain: Sequence[int]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, the pairs of the best piece first, in the order in which SentencePiece
-    would join them.
+    """Every pair of pieces that makes a piece, in the order in which SentencePiece would join them: pairs for the best
+    piece first.
     """
     known = {pieces[id]: id for id in plain}
     pairs = []

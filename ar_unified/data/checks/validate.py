@@ -273,10 +273,9 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
     return (
         count
         and (
-            f"{data}: these are the texts alone. It has {count} images that nothing names: a model learns them from "
+            f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
             'captions.jsonl, one line {"image": "name.png", "text": "what it shows"} each. If the texts are pages that '
-            f'show them, or lie beside clips and name.txt tells of name.gif: {{"kind": "pages", "path": "{data}"}}, or '
-            '"clips"'
+            f'show them, or name.txt describes the clip name.gif, use {{"kind": "pages", "path": "{data}"}}, or "clips"'
         )
         or ""
     )

@@ -220,8 +220,8 @@ def _nothing_left(name: str, source: SourceReport) -> str:
 def _mixed(name: str, source: SourceReport) -> str:
     others = source.documents - 2 * source.preferences
     return (
-        f"source {name!r}: expected preference pairs alone or none, found {source.preferences} beside {others} other "
-        "documents: put them into a source of their own"
+        f"source {name!r}: expected only preference pairs or none, found {source.preferences} beside {others} other "
+        "documents: put the pairs into a separate source"
     )
 
 

@@ -39,7 +39,7 @@ class Augmented:
             raise UserError(f"augmentation: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
         if count == 1 and (shift or mirror):
             raise UserError(
-                "augmentation: version 0 is the item as it stands, so shift and mirror need count >= 2, found 1"
+                "augmentation: version 0 is the unchanged item, so shift and mirror need count >= 2, found 1"
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible

@@ -207,7 +207,7 @@ class _Images:
         if self.endless:
             return self.add(None)
         if not self.left:
-            raise DocumentError("bad_row", f"{where}: expected an image, found no more of {len(self.values)}")
+            raise DocumentError("bad_row", f"{where}: expected an image, but all {len(self.values)} are used already")
         self.left -= 1
         return str(len(self.values) - self.left - 1)
 

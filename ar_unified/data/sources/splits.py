@@ -81,7 +81,7 @@ class Split:
         """The error for an empty split. what: "row", "text"."""
         if self.by_part and len(self._own.settled()) == 1:
             return EmptySplit(
-                f"{where}: nothing is in split {self.split!r}, as all {what}s belong to one image or text, which is "
+                f"{where}: nothing is in split {self.split!r}, because all {what}s share one image or text, which is "
                 "never divided: add more, or leave this split out"
             )
         names = ", ".join(sorted(self.names)) or "none"

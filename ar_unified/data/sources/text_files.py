@@ -147,7 +147,7 @@ class TextFiles:
         try:
             _, start, data = self._block(block)[i - self._first[block]]
         except (OSError, IndexError) as error:
-            reason = f"the file is not as it was when it was opened: {error}"
+            reason = f"the file has changed since it was opened: {error}"
             raise BadItem("unreadable_file", str(self._files[self._file[block]]), reason) from error
         if problem := _too_large(len(data), "one line"):
             raise BadItem(problem[0], self.origin(i), problem[1])

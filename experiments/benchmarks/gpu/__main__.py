@@ -1,22 +1,23 @@
-"""Checks and measures one H100 or H200 in eight minutes, the most important first: `make check-gpu`.
+"""Checks and measures one H100 or H200 in eight minutes, the most important things first: `make check-gpu`.
 
     parity      every case of the attention and decode kernels in bfloat16 against the reference, with gradients
-    attention   dense causal rows of 4k, 8k and 32k, packed rows of 8 documents of 1k: ours, cuDNN, stock Pallas
-    decode      bytes a second of one step of attention over a cache in bfloat16 and int8: ours, cuDNN, XLA
-    training    steps of a 1B model and of layers of a 7B's shape: tokens a second, MFU, peak memory
-    sampling    images a second of a 7B shape with guidance
-    rings       decode attention with other sizes of its ring
+    attention   dense causal rows of 4k, 8k and 32k, and packed rows of 8 documents of 1k: ours, cuDNN, stock Pallas
+    decode      bytes per second of one step of attention over a bfloat16 and an int8 cache: ours, cuDNN, XLA
+    training    steps of a 1B model and of some layers of a 7B model: tokens per second, MFU, peak memory
+    sampling    images per second of a 7B model with guidance
+    rings       decode attention with other sizes of its ring buffer
 
-Each stage runs in a process of its own, and again from the next check where a check ends the process: a kernel that
-fails takes all that follows in its process with it. Every result is written as it comes, one JSON object a line, into
-results/gpu_<device>_<time>.jsonl, with the clocks and the power before it. A stage has a share of the time, and what
-it leaves is the next one's; --seconds changes all shares alike.
+Each stage runs in its own process, because after a failed kernel nothing else works in that process. If a check ends
+the process, a new process goes on with the next check. Every result is written at once, one JSON object per line, to
+results/gpu_<device>_<time>.jsonl, with the clocks and the power before it. Each stage has a share of the time, and
+leaves unused time to the next stage; --seconds scales all shares.
 
-Where there is no H100 or H200, everything runs on the CPU in tiny shapes and with XLA in our kernels' place, into
-.cache/check_gpu: that shows that the check works, and nothing else. Exit status 1: a case was wrong or a check failed.
+Without an H100 or H200, everything runs on the CPU with tiny shapes and with XLA instead of our kernels, and results go
+to .cache/check_gpu. This only shows that the check itself works. Exit status 1 means that a case was wrong or a check
+failed.
 
-What the first run found: docs/benchmarks.md. What to hold attention against, H100 SXM, TFLOP/s causal forward at 4k /
-8k / 16k (tokamax's recorded autotuning data): cuDNN 595 / 629 / 645, tokamax Mosaic GPU 568 / 620 / 636; backward,
+Results of the first run: docs/benchmarks.md. For comparison, TFLOP/s of causal attention on H100 SXM at 4k / 8k / 16k,
+from tokamax's recorded autotuning data: forward, cuDNN 595 / 629 / 645, tokamax Mosaic GPU 568 / 620 / 636; backward,
 tokamax 408 / 438 / 452.
 """
 
@@ -38,14 +39,14 @@ from experiments.benchmarks.gpu.measure import clocks, gpu, line
 from experiments.benchmarks.gpu.sizes import SIZES
 
 ROOT = Path(__file__).resolve().parents[3]
-# Seconds of each stage, in the order in which they run.
+# Stages in the order in which they run, and their seconds.
 STAGES = {"parity": 80.0, "attention": 120.0, "decode": 20.0, "training": 120.0, "sampling": 110.0, "rings": 30.0}
-_GRACE = 20.0  # seconds that a running check still gets when the time of its stage is over
+_GRACE = 20.0  # extra seconds for a running check after the time of its stage
 _BEGIN, _RESULT = "begin ", "result "
 
 
 def main() -> int:
-    """Runs all stages, each in a process of its own; returns 1 if a case was wrong or a check failed."""
+    """Runs all stages, each in its own process; returns 1 if a case was wrong or a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
@@ -78,8 +79,7 @@ def main() -> int:
 
 
 def run(stage: str, size: str, until: float, file: TextIO) -> int:
-    """Runs all checks of a stage, in as many processes as needed. Returns how many were wrong, or failed
-    unexpectedly."""
+    """Runs all checks of a stage, in as many processes as needed. Returns how many were wrong or failed."""
     bad, first = 0, 0
     print(f"---- {stage}", flush=True)
     while time.time() < until:
@@ -100,11 +100,11 @@ def run(stage: str, size: str, until: float, file: TextIO) -> int:
                 print(text, end="", flush=True)
         status = worker.wait()
         timer.cancel()
-        if begun is not None:  # it went down with its process
+        if begun is not None:  # it ended with its process
             why = "no time was left" if time.time() >= until else f"its process ended with status {status}"
             bad += said(dict(stage=stage, name=begun["name"], failed={"process": why}, clocks=clocks()), file)
         elif status != AGAIN:
-            if status:  # before its first check, or between two
+            if status:  # before its first check, or between two checks
                 bad += said(
                     dict(stage=stage, name="the stage", failed={"process": f"ended with status {status}"}), file
                 )
@@ -112,11 +112,11 @@ def run(stage: str, size: str, until: float, file: TextIO) -> int:
     return bad
 
 
-AGAIN = 75  # a worker's exit status: the device is of no use to this process any more
+AGAIN = 75  # a worker's exit status if it can no longer use the device
 
 
 def work(stage: str, first: int, size: str, until: float) -> int:
-    """The checks of a stage from one on, in this process."""
+    """Runs the checks of a stage in this process, from number `first` on."""
     checks = importlib.import_module(f"experiments.benchmarks.gpu.{stage}").checks(SIZES[size])
     for number, (name, check) in enumerate(checks):
         if number < first:
@@ -128,7 +128,7 @@ def work(stage: str, first: int, size: str, until: float) -> int:
         began, before = time.time(), clocks()
         try:
             found = check()
-        except Exception as error:  # the other checks are still worth having
+        except Exception as error:  # the other checks may still work
             traceback.print_exc()
             found = dict(failed={"ours": f"{type(error).__name__}: {error}"[:500]})
         result = dict(stage=stage, name=name) | found | dict(clocks=before, seconds=round(time.time() - began, 1))
@@ -139,20 +139,20 @@ def work(stage: str, first: int, size: str, until: float) -> int:
 
 
 def said(result: dict[str, Any], file: TextIO) -> bool:
-    """Writes a result, prints it, and says whether it is a fault of ours: a peer may fail."""
+    """Writes and prints a result. Returns whether it is our fault: only a peer is allowed to fail."""
     write(file, result)
     print(line(result), flush=True)
     return bool(result.get("wrong")) or bool({"ours", "process"} & result.get("failed", {}).keys())
 
 
 def write(file: TextIO, row: dict[str, Json]) -> None:
-    """Appends a result to the file at once, so that a crash loses none."""
+    """Appends a result to the file at once, so a crash loses none."""
     file.write(json.dumps(row) + "\n")
     file.flush()
 
 
 def commit() -> str | None:
-    """The revision of the repository; None where git says none."""
+    """The revision of the repository, or None if git gives none."""
     try:
         asked = ["git", "rev-parse", "--short", "HEAD"]
         return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,9 @@
-"""Attention forward and backward, bfloat16: dense causal rows, and rows of eight documents.
+"""Attention forward and backward in bfloat16: dense causal rows, and rows of eight documents.
 
-FLOPs are 4 B N T S H over the documents' own T and S, half of it for being causal; backward 2.5 times that. cuDNN has
-no answer to packed rows but the dense row, so its time there is the dense one. Stock Pallas
-(jax.experimental.pallas.ops.gpu.attention: Triton, deprecated) has its default blocks, and as many KV heads as heads.
+FLOPs of the forward pass are 4 B N T S H / 2, with T and S of each document and half because it is causal; those of the
+backward pass are 2.5 times that. cuDNN has no packed rows, so its time for them is that of a dense row. Stock Pallas
+(jax.experimental.pallas.ops.gpu.attention: Triton, deprecated) has its default blocks, and as many KV heads as query
+heads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from experiments.benchmarks.gpu.sizes import Size
 
 
 def checks(size: Size) -> list[Check]:
-    """Times of forward and backward, dense and packed, ours beside peers."""
+    """Times of forward and backward passes, dense and packed, of ours and of the peers."""
     ours = functools.partial(_ours, size.backend)
     peers: dict[str, Callable] = {"ours": ours, "cudnn": _cudnn}
     found: list[Check] = []
@@ -33,7 +34,7 @@ def checks(size: Size) -> list[Check]:
     row = 8 * size.document
     for N, K in size.heads:
         found += _both(size, f"packed T={row} N={N} K={K}", row, N, K, size.head_dim, size.document, peers)
-    # The shortest dense rows, then the packed ones: what says most comes first.
+    # The shortest dense rows and the packed rows come first, because they say most.
     return sorted(found, key=lambda check: (f"dense T={size.lengths[0]} " not in check[0], "dense" in check[0]))
 
 
@@ -81,7 +82,7 @@ def _forward(function: Callable) -> Callable:
 
 
 def _arrays(B: int, T: int, N: int, K: int, H: int, document: int) -> tuple:
-    """q, k, v, doc_start of documents of one length, and a cotangent."""
+    """q, k, v and doc_start of documents of one length, and a cotangent."""
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, bar = (
         jax.random.normal(key, (B, T, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=True)

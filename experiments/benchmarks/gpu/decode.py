@@ -1,4 +1,5 @@
-"""One step of attention over a KV cache, which is limited by memory: the bytes of the live slots are counted once."""
+"""One step of attention over a KV cache. It is limited by memory, so the work is the bytes of the live slots, each read
+once."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from experiments.benchmarks.gpu.sizes import Size
 
 
 def checks(size: Size) -> list[Check]:
-    """Bytes a second of one step over a cache, in bfloat16 and int8, ours beside peers."""
+    """Bytes per second of one step over a bfloat16 and an int8 cache, of ours and of the peers."""
     contenders: dict[str, Callable] = {"ours": _by(size.backend), "xla": _by("xla")}
     found: list[Check] = []
     for narrow, more in ((False, {"cudnn": jax.jit(_cudnn)}), (True, {})):
@@ -25,14 +26,14 @@ def checks(size: Size) -> list[Check]:
 
 
 def named(size: Size, int8: bool) -> tuple[str, float]:
-    """What is decoded, in words, and the bytes of its live slots."""
+    """A description of the case, and the bytes of its live slots."""
     B, N, K, S, live = size.decode
     name = f"decode B={B} live={live} of {S} N={N} K={K} {'int8' if int8 else 'bfloat16'}"
     return name, 2 * B * K * live * (size.head_dim + 4.0 if int8 else 2.0 * size.head_dim)
 
 
 def arrays(size: Size, int8: bool) -> tuple:
-    """q, k, v, lengths, k_scale, v_scale of random numbers; without int8 the scales are None."""
+    """Random q, k, v, lengths, k_scale and v_scale. The scales are None if the cache is not int8."""
     B, N, K, S, live = size.decode
     H = size.head_dim
     keys, shapes = jax.random.split(jax.random.key(0), 3), ((B, N, H), (B, K, S, H), (B, K, S, H))

@@ -1,4 +1,4 @@
-"""Times on the device, the state of the device meanwhile, and the format of a result."""
+"""Measures times on the device and the device's state, and formats results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ar_unified.manifests import Json
 
 Check = tuple[str, Callable[[], dict[str, Json]]]
-_PER_SECOND = {"TFLOP/s": 1e9, "GB/s": 1e6}  # work by milliseconds
+_PER_SECOND = {"TFLOP/s": 1e9, "GB/s": 1e6}  # unit -> what work / milliseconds is divided by
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Row:
     """Contenders that are timed in turns on the same arrays.
 
     Attributes:
-      work: FLOPs, or bytes, of the part that is useful.
-      unit: "TFLOP/s", or "GB/s" where the work is bytes.
+      work: the useful FLOPs or bytes of one call.
+      unit: "TFLOP/s", or "GB/s" if the work is bytes.
       arrays: makes the arguments of every contender.
-      contenders: by name; "ours" is ours.
+      contenders: functions by name; "ours" is ours.
     """
 
     work: float
@@ -33,8 +33,7 @@ class Row:
     contenders: dict[str, Callable]
 
     def measure(self, repeats: int) -> dict[str, Any]:
-        """Milliseconds of every contender, `repeats` of each; for one that cannot do it, the reason, which is a result,
-        too."""
+        """The milliseconds of every contender, `repeats` numbers for each, or the reason why a contender failed."""
         import jax
 
         args, milliseconds = self.arrays(), timer()
@@ -57,27 +56,28 @@ class Row:
 
 @functools.cache
 def timer() -> Callable[[Callable, tuple], float | None]:
-    """By the device's own clock (CUPTI, the sum over the kernels of a call), or wall time where there is no CUPTI."""
+    """A timer that uses the device's clock (CUPTI, the sum over the kernels of a call), or wall time if there is no
+    CUPTI."""
     import jax
     import jax.numpy as jnp
 
     try:
         if device_milliseconds(jax.jit(lambda x: x + 1), (jnp.zeros(1024),)) is not None:
             return device_milliseconds
-    except Exception as error:  # whatever CUPTI's absence looks like here, the run must go on
+    except Exception as error:  # a missing CUPTI may raise anything, and the run must go on
         print(f"no times by the device's clock: {type(error).__name__}: {error}"[:200], flush=True)
     return wall_milliseconds
 
 
 def device_milliseconds(run: Callable, args: tuple) -> float | None:
-    """Time of a call on the GPU, by the profiler of Mosaic GPU; None where it saw no kernel."""
+    """Time of a call on the GPU, from the profiler of Mosaic GPU, or None if it saw no kernel."""
     from jax.experimental.mosaic.gpu import profiler
 
     return profiler.measure(run)(*args)[1]
 
 
 def wall_milliseconds(run: Callable, args: tuple, calls: int = 10) -> float:
-    """Time of a call by the clock, the mean of several in a row."""
+    """Wall time of a call, the mean of several calls in a row."""
     import jax
 
     start = time.perf_counter()
@@ -88,12 +88,13 @@ def wall_milliseconds(run: Callable, args: tuple, calls: int = 10) -> float:
 
 
 def gpu() -> str | None:
-    """The name of the first GPU, asked without taking any of its memory."""
+    """The name of the first GPU. Asking for it takes none of the GPU's memory."""
     return _ask("name")
 
 
 def clocks() -> str | None:
-    """MHz of the multiprocessors and of memory, watts drawn and allowed, degrees, why it is slowed down."""
+    """Clocks of multiprocessors and memory in MHz, power and its limit in watts, temperature, and reasons for
+    throttling."""
     return _ask("clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_throttle_reasons.active")
 
 
@@ -107,7 +108,7 @@ def _ask(query: str) -> str | None:
 
 
 def line(result: dict[str, Any]) -> str:
-    """A result for people."""
+    """A result as a line for people."""
     cells = []
     for name, times in result.get("milliseconds", {}).items():
         median = statistics.median(times)

@@ -1,4 +1,4 @@
-"""Whether the kernels compute what the reference computes, on the cases of the tests, in bfloat16."""
+"""Compares the kernels with the reference, on the cases of the tests, in bfloat16."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.kernels.cases import CASES, Case
 from tests.kernels.decode_cases import CASES as DECODE_CASES
 from tests.kernels.decode_cases import HOPPER_CASES, DecodeCase
 
-TOLERANCE = 2e-2  # of bfloat16 outputs and gradients, |found - expected| / |expected|
+TOLERANCE = 2e-2  # largest |found - expected| / |expected| of bfloat16 outputs and gradients
 
 
 def checks(size: Size) -> list[Check]:
     """Every case of the kernels' tests that a GPU can run, against the reference."""
-    # Caches whose slots TMA cannot copy are XLA's on a GPU too.
+    # On a GPU, XLA also handles caches whose slots TMA cannot copy.
     decode = {f"decode: {name}": case for name, case in (DECODE_CASES | HOPPER_CASES).items() if case.S % 8 == 0}
     cases: list[tuple[str, Any, Callable, Callable]] = [
         (name, case, _attention, _attention_programs) for name, case in CASES.items()
@@ -40,14 +40,16 @@ def checks(size: Size) -> list[Check]:
 
 
 class _Ahead:
-    """Makes programs on all cores, those of the next cases while one is checked: one core compiles a case in 18 s."""
+    """Compiles the programs of the next cases on all cores while one case is checked, because one core needs 18 s per
+    case."""
 
     def __init__(self, makers: list[Callable[[], object]]):
         self.makers, self.futures, self.cores = makers, dict[int, Future](), os.cpu_count() or 1
         self.pool = ThreadPoolExecutor(self.cores)
 
     def __call__(self, number: int) -> Any:
-        """What maker `number` makes; the first call begins there, so that cases that ended a process stay out."""
+        """The result of maker `number`. Compilation starts at the number of the first call, so cases that ended a
+        process are left out."""
         for each in range(number, min(number + self.cores, len(self.makers))):
             if each not in self.futures:
                 self.futures[each] = self.pool.submit(self.makers[each])
@@ -61,7 +63,7 @@ def _check(errors_of: Callable, case: Any, programs: Callable[[], Any]) -> dict[
 
 
 def _attention_programs(case: Case, backend: str) -> list[Callable]:
-    """Outputs and gradients of a case, compiled: of the kernel in bfloat16, and of the reference in float32."""
+    """Compiled programs for outputs and gradients of a case: the kernel in bfloat16, and the reference in float32."""
 
     def outputs_and_gradients(backend: str, q, k, v, bar, doc_start) -> dict[str, jax.Array]:
         def run(q, k, v):
@@ -78,7 +80,7 @@ def _attention_programs(case: Case, backend: str) -> list[Callable]:
 
 
 def _attention(case: Case, ours: Callable, reference: Callable) -> dict[str, float]:
-    """Relative error of each result in bfloat16 against the reference in float32; inf where padding is not exact."""
+    """The relative error of each bfloat16 result against the float32 reference; inf if padding is not exact."""
     arrays = [*case.arrays(jnp.bfloat16), jnp.asarray(case.doc_start)]
     found, expected = ours(*arrays), reference(*_in(jnp.float32, arrays))
     padding = case.doc_start == case.T
@@ -87,14 +89,15 @@ def _attention(case: Case, ours: Callable, reference: Callable) -> dict[str, flo
         value, right = np.asarray(value, np.float64), np.asarray(expected[what], np.float64)
         exact = (value[padding] == (-np.inf if what == "lse" else 0.0)).all()
         value, right = value[~padding], right[~padding]
-        # Where a query sees one key its gradient is exactly 0: what is left of it then counts beside 0.01.
+        # The gradient of a query that sees only one key is exactly 0, so its error is taken relative to at least 0.01.
         error = np.linalg.norm(value - right) / max(np.linalg.norm(right), 1e-2 * right.size**0.5, 1e-30)
         errors[what] = float(error) if exact and np.isfinite(value).all() else float("inf")
     return errors
 
 
 def _decode_programs(case: DecodeCase, backend: str) -> list[Callable]:
-    """A step of decode attention, compiled: of the kernel, and of the reference on the same numbers in float32."""
+    """Compiled programs for a step of decode attention: the kernel, and the reference on the same numbers in
+    float32."""
     arrays = case.arrays(jnp.bfloat16)
     return [
         jax.jit(functools.partial(decode_attention, return_lse=True, backend=name, **case.options))
@@ -105,7 +108,7 @@ def _decode_programs(case: DecodeCase, backend: str) -> list[Callable]:
 
 
 def _decode(case: DecodeCase, ours: Callable, reference: Callable) -> dict[str, float]:
-    """The same of decode attention, against the reference on the numbers that the case has in bfloat16."""
+    """The relative error of decode attention. The reference gets the case's bfloat16 numbers."""
     arrays = case.arrays(jnp.bfloat16)
     found, expected = ours(**arrays), reference(**_in(jnp.float32, arrays))
     empty, errors = np.array(case.lengths) == 0, {}
@@ -118,5 +121,5 @@ def _decode(case: DecodeCase, ours: Callable, reference: Callable) -> dict[str, 
 
 
 def _in(dtype: Any, arrays: Any) -> Any:
-    """The arrays, those in bfloat16 in another dtype."""
+    """The arrays, with bfloat16 ones converted to another dtype."""
     return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, arrays)

@@ -1,4 +1,4 @@
-"""Decode attention with other rings of shared memory: which is fastest decides the constants of the kernel."""
+"""Decode attention with other ring buffers in shared memory. The fastest should become the kernel's constants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMS = 132
 
 
 def checks(size: Size) -> list[Check]:
-    """Time of a step over a cache in bfloat16 and in int8, the rings side by side; the first is the shipped one."""
+    """The time of a step over a bfloat16 and an int8 cache with each ring buffer; the first is the shipped one."""
     found: list[Check] = []
     for narrow in (True, False):
         name, work = decode.named(size, narrow)

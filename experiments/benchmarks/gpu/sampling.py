@@ -1,4 +1,4 @@
-"""Images a second through the engine, with guidance, of a model of random weights."""
+"""Images per second of the engine, with guidance, for a model with random weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Numbers:
 
 
 def checks(size: Size) -> list[Check]:
-    """Images a second, for each number of images at once."""
+    """Images per second, for each number of images at once."""
     return [
         (f"{size.preset}, {batch} images at once", functools.partial(_measure, size, batch)) for batch in size.batches
     ]

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 class Size:
     """
     Attributes:
-      backend: of our kernels.
+      backend: the backend of our kernels.
       repeats: how often each contender is timed, in turns.
-      head_dim, tokens, lengths, document: of attention: of a head; of a batch; of dense rows; of a packed document,
-        eight of which make a row.
-      heads: query heads and KV heads, pairs. more_heads: with their head dim, at the second length alone.
-      decode: rows, query heads, KV heads, slots, live slots.
-      rings: of decode attention, tried beside each other: KiB of keys and values on their way, thread blocks an SM.
-      training: by name: preset, layers (None: all of the preset), rows, tokens of a row, remat, compiler options.
-      preset, layers, vocabulary, grid, batches: of sampling: model, layers, ids of text and codes, codes a side,
-        images drawn at once.
+      head_dim, tokens, lengths, document: for attention: dimensions of a head; tokens of a batch; lengths of dense
+        rows; length of a packed document, of which a row has eight.
+      heads: pairs of query heads and KV heads. more_heads: the same with their head dim, measured only at the second
+        length.
+      decode: for decode attention: rows, query heads, KV heads, slots, live slots.
+      rings: ring buffers that decode attention tries: KiB of keys and values in flight, thread blocks per SM. training:
+      by name: preset, layers (None: all of the preset), rows, tokens per row, remat, compiler options. preset, layers,
+      vocabulary, grid, batches: for sampling: model, layers, numbers of text ids and codes, codes per side, images
+      drawn at once.
     """
 
     backend: str

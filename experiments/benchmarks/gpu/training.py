@@ -1,4 +1,4 @@
-"""Steps of a training on random documents: tokens a second, MFU as a training logs it, peak memory."""
+"""Training steps on random documents: tokens per second, MFU as a training logs it, peak memory."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from experiments.benchmarks.gpu.measure import Check
 from experiments.benchmarks.gpu.sizes import Size
 
 WARM, STEPS = 2, 5
-CHUNK = 4096  # of the loss, as experiments/pretrain.py has it
+CHUNK = 4096  # of the loss, as in experiments/pretrain.py
 
 
 def checks(size: Size) -> list[Check]:
-    """Tokens a second, MFU and peak memory of each training."""
+    """Tokens per second, MFU and peak memory of each training."""
     return [
         (name, functools.partial(_measure, Vocabulary(*size.vocabulary), size.document, *what))
         for name, what in size.training.items()
@@ -59,7 +59,7 @@ def _measure(
         for number in range(WARM + STEPS):
             began = time.perf_counter()
             state, report = step(state, batch)
-            loss = float(report.loss)  # available when the step is done
+            loss = float(report.loss)  # ready when the step is done
             seconds.append(time.perf_counter() - began)
             if number >= WARM:
                 meter.add(jax.device_get(report.values))
@@ -80,7 +80,7 @@ def _measure(
 
 
 def _batch(vocabulary: Vocabulary, rows: int, T: int, document: int) -> PackedBatch[np.ndarray]:
-    """Rows of documents of one length, each of random image codes."""
+    """Rows of documents of one length, which contain random image codes."""
     ids = np.random.default_rng(0).integers(0, vocabulary.codebook_size, (rows, T + 1)) + vocabulary.image_offset
     at = np.broadcast_to(np.arange(T, dtype=np.int32), (rows, T))
     return dataclasses.replace(

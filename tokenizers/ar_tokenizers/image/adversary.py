@@ -1,18 +1,18 @@
-"""The adversary of an image tokenizer: its network, its losses and penalties, and the steps in which they count.
+"""The adversary of an image tokenizer: its network, its losses and penalties, and the steps in which they are used.
 
 Axes: B batch, H W pixels.
 
-Both networks learn from one forward pass, after MAGVIT (arXiv:2212.05199): write one function of both sets of
-parameters that returns both losses, and pull each back to its own parameters,
+Both networks learn from one forward pass, as in MAGVIT (arXiv:2212.05199). Write one function of both sets of
+parameters that returns both losses, and compute the gradient of each loss for its own parameters:
 
     (d_loss, g_loss), pull_back = jax.vjp(losses, d_params, g_params)
     d_grads, _ = pull_back((1.0, 0.0))
     _, g_grads = pull_back((0.0, 1.0))
 
-without a stop_gradient anywhere: the gradient of the discriminator's loss for the autoencoder is dropped as `_`.
+No stop_gradient is needed: the gradient of the discriminator's loss for the autoencoder is the dropped `_`.
 
-Every loss and penalty here is float32 [B], one number for each image, so that sums over microbatches and devices are
-those of the whole batch.
+Every loss and penalty here is float32 [B], one number for each image, so sums over microbatches and devices add up to
+the sum over the whole batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flax import nnx
 from ar_tokenizers.image.discriminators import Discriminator, PatchDiscriminator, StyleDiscriminator
 from ar_tokenizers.image.layers import Params, fresh
 
-LECAM_DECAY = 0.999  # of the averages: MAGVIT's and Open-MAGVIT2's; LeCAM's own code has 0.99
+LECAM_DECAY = 0.999  # decay of LeCAM's averages in MAGVIT and Open-MAGVIT2; LeCAM's own code has 0.99
 
 
 CHOICES = {
@@ -46,16 +46,16 @@ class AdversaryConfig:
     width: int = 64  # features of the finest layer; they double with every halving, up to eight times as many
     layers: int = 3  # how often the discriminator halves the image
     loss: Literal["hinge", "non_saturating"] = "hinge"
-    weight: float = 0.1  # of the generator's loss beside those of reconstruction
-    adaptive: bool = False  # scale that by `adaptive_weight`, as VQGAN does, with weight 0.8
+    weight: float = 0.1  # weight of the generator's loss; the reconstruction losses have their own
+    adaptive: bool = False  # multiply `weight` by `adaptive_weight`; VQGAN does, with weight 0.8
     start: int = 5000  # the step at which the generator first feels the adversary
-    warmup: int = 2000  # steps before `start` (or as many as there are) in which the discriminator already learns
-    ramp: int = 2000  # steps over which the weight rises to its full size
+    warmup: int = 2000  # the discriminator starts to learn this many steps before `start`
+    ramp: int = 2000  # steps after `start` in which the weight rises to its full size
     r1: float = 0.0  # gamma of the R1 penalty, which is gamma / 2 |gradient|^2 (MAGVIT's "cost 10" is 20 here); 0: none
-    r1_every: int = 16  # steps between penalties, each counting for all of them (lazy, StyleGAN2); 1: every step
+    r1_every: int = 16  # steps from one R1 penalty to the next, which is multiplied by this number (lazy, StyleGAN2)
     lecam: float = 0.0  # weight of the LeCAM regulariser (0.05 in Open-MAGVIT2); 0: none
-    learning_rate: float = 0.0  # of the discriminator; 0: the autoencoder's
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of its arithmetic; parameters, logits and losses: float32
+    learning_rate: float = 0.0  # learning rate of the discriminator; 0: the autoencoder's
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of its activations; parameters, logits and losses are float32
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -65,7 +65,7 @@ class AdversaryConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"adversary: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("weight", "start", "warmup", "ramp", "r1", "lecam", "learning_rate"):
-            if not getattr(self, name) >= 0:  # also where it is not a number
+            if not getattr(self, name) >= 0:  # true for NaN too
                 raise ValueError(f"adversary: {name} must be 0 or more, got {getattr(self, name)}")
 
     def _discriminator(self, rngs: nnx.Rngs) -> Discriminator:
@@ -83,17 +83,17 @@ def init(config: AdversaryConfig, key: jax.Array) -> Params:
 
 
 def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-    """How real each image looks, and what the discriminator saw in it.
+    """How real each image looks, and the discriminator's activations for it.
 
     Args:
-      pixels: float32 [B, H, W, 3] in [-1, 1], of any H x W that is large enough.
+      pixels: float32 [B, H, W, 3] in [-1, 1]; any H x W that is large enough.
 
     Returns:
-      logits, float32 [B, h, w] of patches or [B] of images, larger for real ones; and the activations of its layers,
-      [B, h, w, F] in the dtype of the config, which feature matching compares.
+      logits, float32 [B, h, w] of patches or [B] of images, larger for real ones; and the activations of the layers,
+      [B, h, w, F] in the config's dtype, which feature matching compares.
 
     Raises:
-      ValueError: the images are too small for as many layers, or the kind is "none".
+      ValueError: the images are too small for the number of layers, or the kind is "none".
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: config._discriminator(fresh())))
     nnx.replace_by_pure_dict(state, params)
@@ -103,7 +103,7 @@ def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[
 
 
 def require_size(config: AdversaryConfig, height: int, width: int) -> None:
-    """Raises ValueError for images, in pixels, that leave the discriminator nothing to judge."""
+    """Raises ValueError if images of this size, in pixels, are too small for the discriminator's layers."""
     least = nnx.eval_shape(lambda: config._discriminator(fresh())).least
     if min(height, width) < least:
         raise ValueError(
@@ -116,10 +116,10 @@ def require_size(config: AdversaryConfig, height: int, width: int) -> None:
 
 
 def discriminator_loss(config: AdversaryConfig, real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
-    """What the discriminator minimises: logits [B, ...] of images and of their reconstructions -> float32 [B].
+    """The loss of the discriminator: logits [B, ...] of images and of their reconstructions -> float32 [B].
 
-    hinge: half of relu(1 - real) + relu(1 + fake), as in VQGAN and LlamaGen. non_saturating: cross entropy without
-    the half (Goodfellow et al. 2014, arXiv:1406.2661), as in MaskGIT.
+    hinge: (relu(1 - real) + relu(1 + fake)) / 2, as in VQGAN and LlamaGen. non_saturating: cross entropy, not halved
+    (Goodfellow et al. 2014, arXiv:1406.2661), as in MaskGIT.
     """
     if config.loss == "hinge":
         return 0.5 * by_image(jax.nn.relu(1 - real_logits)) + 0.5 * by_image(jax.nn.relu(1 + fake_logits))
@@ -127,9 +127,9 @@ def discriminator_loss(config: AdversaryConfig, real_logits: jax.Array, fake_log
 
 
 def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array:
-    """What the autoencoder minimises, not yet weighted: logits [B, ...] of reconstructions -> float32 [B].
+    """The loss of the autoencoder, without its weight: logits [B, ...] of reconstructions -> float32 [B].
 
-    hinge: -fake. non_saturating: -log sigmoid(fake), whose gradient is largest where the discriminator is sure.
+    hinge: -fake. non_saturating: -log sigmoid(fake). Its gradient is largest where the discriminator is sure.
     """
     return by_image(-fake_logits) if config.loss == "hinge" else by_image(jax.nn.softplus(-fake_logits))
 
@@ -137,18 +137,18 @@ def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array
 def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> jax.Array:
     """gamma / 2 |d logit / d pixels|^2 of real images [B, H, W, 3] -> float32 [B], for the discriminator's loss.
 
-    Mescheder et al. 2018, arXiv:1801.04406. An image's logit is the mean over its patches. Penalties are expensive, so
-    compute them in few steps, and multiply them by `r1_weight`.
+    Mescheder et al. 2018, arXiv:1801.04406. An image's logit is the mean over its patches. The penalty is expensive, so
+    compute it only in some steps, and multiply it by `r1_weight`.
     """
 
-    def total(pixels: jax.Array) -> jax.Array:  # of images that do not see each other: one gradient for all
+    def total(pixels: jax.Array) -> jax.Array:  # no image influences another's logit, so one gradient serves all
         return jnp.sum(by_image(logits(config, params, pixels)[0]))
 
     return 0.5 * config.r1 * jnp.sum(jnp.square(jax.grad(total)(pixels)), axis=(1, 2, 3))
 
 
 def lecam_init() -> dict[str, jax.Array]:
-    """The averages before the first step: the values of a discriminator that cannot distinguish anything."""
+    """The averages before the first step: the logits of a discriminator that cannot tell real from fake."""
     return {"real": jnp.zeros((), jnp.float32), "fake": jnp.zeros((), jnp.float32)}
 
 
@@ -157,9 +157,9 @@ def lecam_penalty(
 ) -> jax.Array:
     """lecam x (relu(real - average fake)^2 + relu(average real - fake)^2) -> float32 [B].
 
-    Tseng et al. 2021, arXiv:2104.03310, with the relu of the authors' code: it holds back a discriminator that grows
-    sure, and leaves one that errs alone. It uses each image's mean logit; MAGVIT uses the batch's, which would depend
-    on the microbatch.
+    Tseng et al. 2021, arXiv:2104.03310, with the relu of the authors' code. The penalty holds back a discriminator that
+    becomes sure, and is zero for one that is wrong. It uses each image's mean logit; MAGVIT uses the batch's mean,
+    which would depend on the size of a microbatch.
     """
     real = jax.nn.relu(by_image(real_logits) - averages["fake"])
     fake = jax.nn.relu(averages["real"] - by_image(fake_logits))
@@ -169,7 +169,7 @@ def lecam_penalty(
 def lecam_update(
     averages: Mapping[str, jax.Array], real_sum: jax.Array, fake_sum: jax.Array, count: jax.Array | float
 ) -> dict[str, jax.Array]:
-    """The averages after a step, from the sums over the whole global batch of each image's mean logit."""
+    """The averages after a step. The sums are of each image's mean logit, over the whole global batch."""
     means = {"real": real_sum / count, "fake": fake_sum / count}
     return {name: LECAM_DECAY * averages[name] + (1 - LECAM_DECAY) * mean for name, mean in means.items()}
 
@@ -178,10 +178,10 @@ def lecam_update(
 
 
 def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """(weight of the generator's loss, 1.0 where the discriminator learns and 0.0 where not), float32 [] each.
+    """(weight of the generator's loss, 1.0 if the discriminator learns in this step, else 0.0), float32 [] each.
 
-    The discriminator learns for `warmup` steps before its loss reaches the generator: a discriminator that has just
-    started knows nothing about reconstructions, and its gradients are noise (taming-transformers#44).
+    The discriminator starts `warmup` steps before its loss reaches the generator. A new discriminator knows nothing
+    about reconstructions, and its gradients are noise (taming-transformers#44).
     """
     step = jnp.asarray(step, jnp.float32)
     if config.kind == "none":
@@ -191,7 +191,7 @@ def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, ja
 
 
 def r1_weight(config: AdversaryConfig, step: jax.Array | int) -> jax.Array:
-    """The weight of `r1_penalty` at this step, float32 []: `r1_every` in one of `r1_every` steps, 0 in the others."""
+    """The weight of `r1_penalty` at this step, float32 []: `r1_every` in every `r1_every`-th step, else 0."""
     due = (jnp.asarray(step) % config.r1_every == 0) & (config.r1 > 0)
     return jnp.where(due, float(config.r1_every), 0.0)
 
@@ -199,33 +199,33 @@ def r1_weight(config: AdversaryConfig, step: jax.Array | int) -> jax.Array:
 def last_layer_gradients(
     layer: Callable[[Params], jax.Array], params: Params, reconstruction: jax.Array, adversarial: jax.Array
 ) -> tuple[Params, Params]:
-    """Gradients of two losses for the last layer of the decoder, by one vjp of that layer alone.
+    """The gradients of two losses for the decoder's last layer, from one vjp of only that layer.
 
     Args:
       layer: a function from its parameters to the pixels [B, H, W, 3], at a fixed input.
-      reconstruction, adversarial: d loss / d pixels [B, H, W, 3] of each.
+      reconstruction, adversarial: d loss / d pixels [B, H, W, 3] of each loss.
 
     Returns:
-      Both gradients, trees like params. They are sums over images: add them over microbatches.
+      Both gradients, trees like params. They are sums over images, so add those of all microbatches.
     """
     _, pull_back = jax.vjp(layer, params)
     return pull_back(reconstruction)[0], pull_back(adversarial)[0]
 
 
 def adaptive_weight(reconstruction: Params, adversarial: Params, limit: float = 1e4) -> jax.Array:
-    """The weight with which the adversary balances the reconstruction: a constant for gradients, float32 [] in [0,
-    limit].
+    """VQGAN's weight of the generator's loss, which makes its gradient as large as that of the reconstruction losses;
+    no gradient flows through it. float32 [] in [0, limit].
 
-    |gradient of the reconstruction's losses| / (|gradient of the generator's loss| + 1e-4), both for the last layer:
-    VQGAN, Esser et al. 2020, arXiv:2012.09841. It multiplies the weight of `gates`. The 1e-4 is meant for gradients
-    of a mean over images, not of a sum.
+    |gradient of the reconstruction losses| / (|gradient of the generator's loss| + 1e-4), both for the last layer
+    (Esser et al. 2020, arXiv:2012.09841). It multiplies the weight of `gates`. The 1e-4 is chosen for gradients of a
+    mean over images, not of a sum.
     """
     ratio = _norm(reconstruction) / (_norm(adversarial) + 1e-4)
     return jax.lax.stop_gradient(jnp.clip(ratio, 0, limit))
 
 
 def by_image(values: jax.Array) -> jax.Array:
-    """[B, ...] -> [B]: over the patches, if there are any."""
+    """[B, ...] -> [B]: the mean over the patches, if there are any."""
     return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
 

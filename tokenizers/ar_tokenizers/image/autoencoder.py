@@ -3,7 +3,8 @@
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), K codebook size.
 
 It has an encoder, a quantizer and a decoder, which the config chooses. If a quantizer has D codes per position, the
-grid of codes is D times as wide, with depth innermost, so readers of codes see one wider grid of single codes.
+grid of codes is D times as wide: the D codes of a position stand side by side, so code outside this module sees one
+code per cell.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ NO_DECODER = (
 class Reconstruction(NamedTuple):
     """The result of a training pass of the autoencoder."""
 
-    pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1]: not clipped
+    pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1], not clipped
     codes: jax.Array  # int32 [B, h, w]
     quantizer_loss: jax.Array  # float32 []
-    quantizer_sums: dict[str, jax.Array]  # sums for the quantizer's `update_state`; {} without keys
+    quantizer_sums: dict[str, jax.Array]  # sums for the quantizer's `update_state`; {} if called without keys
 
 
 class Autoencoder(nnx.Module):
@@ -50,9 +51,9 @@ class Autoencoder(nnx.Module):
 
     @staticmethod
     def bind(config: AutoencoderConfig, params: Params) -> Autoencoder:
-        """The module with `params`, as `init` made them; call it inside the traced function.
+        """Puts `params`, in the form of `init`, into a module. Call it inside the traced function.
 
-        Params without "decoder" make a module without one.
+        If the params have no "decoder", neither has the module.
         """
         graph, state = _abstract(config, "decoder" in params)
         state = jax.tree.map(lambda leaf: leaf, state)  # a copy
@@ -108,5 +109,5 @@ def to_float(pixels: jax.Array) -> jax.Array:
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:
-    """float32 in [-1, 1] -> uint8: clipped and rounded."""
+    """float32 in [-1, 1] -> uint8, clipped and rounded."""
     return jnp.round((jnp.clip(pixels, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -18,37 +18,37 @@ from ar_tokenizers.image.layers import fresh
 class AutoencoderConfig:
     """The settings of an image tokenizer. Raises ValueError if the numbers do not fit together."""
 
-    # small and cheap on a CPU | the field's | vqgan whose decoder reads the codes in every norm
+    # space_to_depth: small, cheap on a CPU; vqgan: the usual one; movq: vqgan with norms in the decoder that read the
+    # codes
     backbone: Literal["space_to_depth", "vqgan", "movq"] = "space_to_depth"
     factor: int = 16  # pixels along the side of one code
-    patch: int = 4  # of which this many by one space-to-depth; 1 in published vqgans
+    patch: int = 4  # the part of `factor` that a first space-to-depth does; 1 in published vqgans
     width: int = 64  # features at the finest level
-    multipliers: tuple[int, ...] = (1, 2, 2)  # x width, one per level: fine to coarse, log2(factor / patch) + 1 levels
+    multipliers: tuple[int, ...] = (1, 2, 2)  # features / width of log2(factor / patch) + 1 levels, fine to coarse
     blocks: tuple[int, ...] = (
         0,
         1,
         2,
     )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
-    decoder_multipliers: tuple[int, ...] = ()  # vqgan, movq: of the decoder, fine to coarse too; (): the encoder's
-    decoder_blocks: tuple[int, ...] = ()  # likewise; (): one more than the encoder has
-    attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
-    # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
-    z_channels: int = 256  # vqgan, movq: features between its last 3 x 3 convolution and the quantizer
-    temporal_blocks: int = 0  # movq: residual blocks of Emu3's layers in time, as they are to a picture, on either
-    # side of the codes; 0: no such layers, MoVQGAN's network
+    decoder_multipliers: tuple[int, ...] = ()  # vqgan, movq: the decoder's, fine to coarse; (): the encoder's
+    decoder_blocks: tuple[int, ...] = ()  # vqgan, movq: the decoder's; (): one more per level than the encoder
+    # middle: only in the middle blocks, next to the codes; lowest: in every block at the lowest resolution
+    attention: Literal["none", "middle", "lowest"] = "none"  # vqgan; it costs (HW / factor^2)^2
+    z_channels: int = 256  # vqgan, movq: features between the last 3 x 3 convolution and the quantizer
+    temporal_blocks: int = 0  # movq: residual blocks on each side of the codes, from Emu3's layers over time
     quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: or "ifsq"
     codes: int = 1024  # all others: the codebook size
     space: str = "sphere"  # vq: or "euclidean"
-    code_dim: int = 0  # numbers in a code; 0: the quantizer's usual
-    depth: int = 4  # rq: codes a position
-    codebook_update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
+    code_dim: int = 0  # dimensions of a code vector; 0: the quantizer's usual number
+    depth: int = 4  # rq: codes per position
+    codebook_update: str = "gradient"  # vq, rq: what updates the codes; or "ema"
     gradient: str = "straight_through"  # vq, simvq, rq: or "rotation"
-    beta: float = 0.25  # weight of the commitment
-    entropy: float = -1.0  # weight of the entropy penalty; negative: the quantizer's usual
-    restart: float = 0.1  # vq, rq: codes used less than this share of the mean become latents; 0: never
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
+    beta: float = 0.25  # weight of the commitment loss
+    entropy: float = -1.0  # weight of the entropy penalty; negative: the quantizer's usual weight
+    restart: float = 0.1  # vq, rq: a code with less than this share of the mean use is restarted; 0: never
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' activations; parameters and codes are float32
 
     def __post_init__(self) -> None:
         for name in (*PER_LEVEL, "levels"):  # JSON and ml_collections bring lists
@@ -79,7 +79,7 @@ class AutoencoderConfig:
             )
         if self.temporal_blocks < 0 or (self.temporal_blocks and self.backbone != "movq"):
             raise ValueError(f"temporal_blocks={self.temporal_blocks} is for 'movq'; {self.backbone!r} has 0")
-        dim = self.abstract_quantizer.dim  # which checks its own numbers
+        dim = self.abstract_quantizer.dim  # the quantizer checks its own settings
         if self.temporal_blocks and dim != self.z_channels:
             raise ValueError(
                 f"with temporal_blocks the codes go through the same layers as the latents: expected as many numbers "
@@ -88,7 +88,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
-        """Raises ValueError, which names the keys that are not fields."""
+        """Makes a config of JSON values. Raises ValueError, which names keys that are not fields."""
         values = {_NAMED_BEFORE.get(name, name): _renamed(value, _NAMED_BEFORE) for name, value in values.items()}
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -96,7 +96,7 @@ class AutoencoderConfig:
         return cls(**values)
 
     def identity(self) -> str:
-        """All settings as one line of JSON, by their original names: a part of the hash of a tokenizer."""
+        """All settings as one line of JSON with the names they had first. It is part of a tokenizer's hash."""
         first = {now: before for before, now in _NAMED_BEFORE.items()}
         settings = dataclasses.asdict(self)
         named = {
@@ -107,7 +107,7 @@ class AutoencoderConfig:
         return json.dumps(named, sort_keys=True)
 
     def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
-        """A fresh quantizer with these settings. Raises ValueError: they do not go together."""
+        """A new quantizer with these settings. Raises ValueError if they do not fit together."""
         return quantizers.make(**{name: getattr(self, name) for name in quantizers.SETTINGS}, rngs=rngs)
 
     @functools.cached_property
@@ -122,7 +122,7 @@ class AutoencoderConfig:
 
     @property
     def codes_per_position(self) -> int:
-        """Codes side by side for one place; only `rq` has more than 1."""
+        """The number of codes for one position; only `rq` has more than 1."""
         return self.abstract_quantizer.depth
 
     @property
@@ -147,11 +147,11 @@ class AutoencoderConfig:
         return height // self.factor, width // self.factor * self.codes_per_position
 
 
-# Keys and values in tokenizers that were saved; their hashes stay.
+# Names in tokenizers that were saved earlier -> today's names; hashes use the old names, so that they stay the same.
 _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 
 
-# Newer settings, and their value in older tokenizers, which is not part of the hash.
+# Settings that older tokenizers lack -> the value they had in effect. That value is not part of the hash.
 _ADDED = {"temporal_blocks": 0, "space": "sphere", "decoder_multipliers": (), "decoder_blocks": ()}
 
 
@@ -159,7 +159,7 @@ def _renamed(value: object, names: Mapping[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
-PER_LEVEL = ("multipliers", "blocks", "decoder_multipliers", "decoder_blocks")  # settings with a number for each
+PER_LEVEL = ("multipliers", "blocks", "decoder_multipliers", "decoder_blocks")  # settings with one number per level
 
 CHOICES = {
     "backbone": ("space_to_depth", "vqgan", "movq"),
@@ -179,10 +179,10 @@ def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -
     return dict(backbone="vqgan", **shape, blocks=(blocks,) * len(multipliers)) | more
 
 
-# Backbones only: the quantizer and the losses are the experiment's choice. In an experiment file:
+# Presets are of backbones only: an experiment chooses the quantizer and the losses. In an experiment file:
 # config.image_tokenizer.update(PRESETS["taming_f16"])
 PRESETS: dict[str, dict[str, object]] = {
-    # Ours, from 1M parameters. vqgan_*_16m are the sizes of the benchmark against transformers.
+    # Our own, from 1M parameters. The benchmark against transformers uses vqgan_*_16m.
     "space_to_depth_f8": _space_to_depth(64, (1, 2), (1, 2)),
     "space_to_depth_f16": _space_to_depth(64, (1, 2, 2), (0, 1, 2)),
     "vqgan_f8_1m": _vqgan(32, (1, 1, 2, 2), 1, z_channels=64),
@@ -192,30 +192,32 @@ PRESETS: dict[str, dict[str, object]] = {
     # taming-transformers' f16 (configs/imagenet_vqgan.yaml) is LlamaGen's VQ-16, and its f8 is LlamaGen's VQ-8.
     "taming_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="lowest"),
     "taming_f8": _vqgan(128, (1, 2, 2, 4), 2, attention="lowest"),
-    # google-research/maskgit, vqgan_config.py, and MAGVIT's 2-D ones. They halve by averages; here by convolutions.
+    # google-research/maskgit (vqgan_config.py), and MAGVIT's 2-D tokenizers. They downsample by averages, this one by
+    # convolutions.
     "maskgit_f16": _vqgan(128, (1, 1, 2, 2, 4), 2),
     # transformers' configuration_chameleon.py (arXiv:2405.09818).
     "chameleon_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="middle"),
-    # LargeWorldModel/LWM (lwm/vqgan.py), and showlab/magvitv2, whose decoder is not its encoder's mirror (Show-o,
-    # models/modeling_magvitv2.py).
+    # LargeWorldModel/LWM (lwm/vqgan.py), and showlab/magvitv2 (Show-o, models/modeling_magvitv2.py), in which the
+    # decoder does not mirror the encoder.
     "lwm_f16": _vqgan(128, (1, 2, 2, 4, 6), 2, z_channels=64),
     "showo_f16": _vqgan(128, (1, 2, 2, 4, 4), 4, attention="middle", z_channels=13)
     | dict(blocks=(4, 3, 4, 3, 4), decoder_multipliers=(1, 1, 2, 2, 4), decoder_blocks=(4, 4, 3, 4, 3)),
-    # TencentARC/SEED-Voken: Open-MAGVIT2 (arXiv:2409.04410) and IBQ (arXiv:2412.02692), which Emu3.5 scaled up.
+    # TencentARC/SEED-Voken: Open-MAGVIT2 (arXiv:2409.04410) and IBQ (arXiv:2412.02692), the base of Emu3.5's tokenizer.
     "open_magvit2_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, z_channels=18),
     "ibq_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, attention="lowest"),
-    # ai-forever/MoVQGAN (configs/movqgan_270M.yaml), the tokenizer of Lumina-mGPT 2.0; and Emu3's, which grew from it.
+    # ai-forever/MoVQGAN (configs/movqgan_270M.yaml), the tokenizer of Lumina-mGPT 2.0; and Emu3's, which is based on
+    # it.
     "movqgan_f8": _vqgan(256, (1, 2, 2, 4), 2, backbone="movq", attention="lowest", z_channels=4),
     "emu3_vision_f8": _vqgan(
         256, (1, 2, 2, 4), 2, backbone="movq", attention="lowest", z_channels=4, temporal_blocks=2
     ),
-    # SBER-MoVQGAN 270M, what Emu3's tokenizer grew from, with GroupNorm where its decoder has SpatialNorm.
+    # SBER-MoVQGAN 270M, the base of Emu3's tokenizer, with GroupNorm instead of SpatialNorm in the decoder.
     "emu3_f8": _vqgan(256, (1, 2, 2, 4), 2, attention="lowest", z_channels=4),
 }
 
 
 def config_from(preset: str, **changes: object) -> AutoencoderConfig:
-    """The config of a preset's name, with changes. Raises ValueError for an unknown preset or field."""
+    """The config of a preset, with some fields changed. Raises ValueError for an unknown preset or field."""
     if preset not in PRESETS:
         raise ValueError(f"image tokenizer preset: expected one of {', '.join(PRESETS)}; found {preset!r}")
     return AutoencoderConfig.from_dict(PRESETS[preset] | changes)

@@ -1,13 +1,13 @@
-"""Torch's published weights -> the safetensors that this package reads, for the perceptual losses and for FID.
+"""Converts torch's published weights to the safetensors files that the perceptual losses and FID read.
 
     python -m ar_tokenizers.image.convert_perceptual --vgg vgg16.pth --lpips vgg.pth --output lpips.safetensors
     python -m ar_tokenizers.image.convert_perceptual --resnet50 resnet50.pth --output resnet50.safetensors
     python -m ar_tokenizers.image.convert_perceptual --inception pt_inception.pth --output inception.safetensors
 
-The files are state dicts: torchvision's vgg16 and resnet50 (IMAGENET1K_V1, which the recipes were trained with), the
-heads of the lpips package (weights/v0.1/vgg.pth), and pytorch-fid's Inception (pt_inception-2015-12-05). What the
-networks do not use (classifiers, counters of batches) is left out; names and layout stay torch's. Needs torch, which
-only this module imports.
+The files are state dicts: torchvision's vgg16 and resnet50 (IMAGENET1K_V1, as the published recipes use), the heads of
+the lpips package (weights/v0.1/vgg.pth), and pytorch-fid's Inception (pt_inception-2015-12-05). Arrays that the
+networks do not use (classifiers, counters of batches) are left out; names and layout stay torch's. Only this module
+imports torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def read_torch(path: str) -> Arrays:
 
 
 def convert(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]], output: str | Path) -> str:
-    """Write the arrays that `shapes` names, from state dicts that together hold them -> the sha256 of the new file.
+    """Writes the arrays that `shapes` names. The state dicts together must have them. Returns the sha256 of the new
+    file.
 
     Raises:
       ValueError: an array is missing or of another shape; nothing is written.

@@ -1,7 +1,7 @@
-"""The 3 x 3 convolutions of both backbones: to the same size, half of it, and twice of it.
+"""The 3 x 3 convolutions of all backbones: to the same size, to half, and to double.
 
 Axes: B batch, H W rows and columns, F features, F' features of the result; R = H/4 strips of four rows. Kernels are
-float32; the arithmetic and the result are of the dtype of x.
+float32; the arithmetic and the result have the dtype of x.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _RESULT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0]
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H, W, F'], padded with zeros on all sides.
 
-    On a CPU, wide float32 convolutions need half of the products (`winograd`), and differ by 1e-5 from the plain sum.
+    On a CPU, wide float32 convolutions use `winograd`, which needs half of the products. Its results differ by 1e-5
+    from the plain sum.
     """
     wide = x.shape[1] % 4 == 0 and x.shape[3] >= 128
     if wide and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
@@ -34,16 +35,17 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def halving_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H/2, W/2, F']; H and W are even.
 
-    Window i begins at pixel 2i, so that the zeros are below and to the right only, as in taming-transformers.
+    Window i begins at pixel 2i, so zeros are added only below and to the right, as in taming-transformers.
     """
     return _conv(x, kernel, [(0, 1), (0, 1)], stride=2)
 
 
 def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """conv3x3 of x with every position repeated twice each way: [B, H, W, F] * [3, 3, F, F'] -> [B, 2H, 2W, F'].
+    """conv3x3 of x enlarged twice (each position repeated 2 x 2 times): [B, H, W, F] * [3, 3, F, F'] -> [B, 2H, 2W,
+    F'].
 
-    If a window covers a position twice, its two taps are added first. So each of the four kinds of results (even and
-    odd rows, even and odd columns) is a 2 x 2 convolution of x itself, with 16 products instead of 36.
+    Taps of the kernel that meet the same position of x are added first. So each of the four kinds of results (even and
+    odd rows, even and odd columns) is a 2 x 2 convolution of x, and together they need 16 products instead of 36.
     """
     b, h, w, _ = x.shape
     rows = [
@@ -56,9 +58,9 @@ def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H, W, F'], padded with zeros on all sides; H is a multiple of 4.
 
-    The transform is along the rows only: a tile is then whole rows, which are added as they lie in memory, and the
-    columns stay an ordinary 1 x 3 convolution. In two directions, the additions, which XLA does one by one, would cost
-    more than the products.
+    Only the rows are transformed. A tile is then whole rows, which are added in memory order, and an ordinary 1 x 3
+    convolution does the columns. With both transformed, the additions, which XLA does one by one, would cost more than
+    the products.
     """
     b, h, w, f = x.shape
     strips = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0))).reshape(b, h // 4 + 1, 4, w, f)
@@ -71,7 +73,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _two_taps(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Three taps over repeated positions as two taps, for the first copy and for the second."""
+    """Three taps over repeated positions, added to two taps; for the first copy of a position and for the second."""
     first, second, third = jnp.split(kernel, 3, axis)
     return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 

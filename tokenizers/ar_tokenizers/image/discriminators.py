@@ -1,10 +1,11 @@
-"""The discriminators, which tell images from reconstructions: PatchGAN judges patches, StyleGAN's the whole image.
+"""The discriminators, which tell images from reconstructions. PatchGAN judges patches, StyleGAN's judges the whole
+image.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-No layer uses other images: there are no batch statistics and no minibatch standard deviation. So training works with a
-batch of one, real and reconstructed images may be judged in one call or in two, and neither microbatches nor the mesh
-change a logit. All layers can be differentiated twice, as R1 needs.
+No layer looks at other images of the batch: there are no batch statistics and no minibatch standard deviation. So
+training works with a batch of one, real and reconstructed images may be judged in one call or in two, and neither
+microbatches nor the mesh change a logit. All layers can be differentiated twice, which R1 needs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Discriminator(nnx.Module):
 
 
 class PatchDiscriminator(Discriminator):
-    """Judges overlapping patches, each by itself: logits [B, h, w], of patches of 70 x 70 pixels with 3 layers.
+    """Judges overlapping patches, each by itself: logits [B, h, w]. With 3 layers, a patch has 70 x 70 pixels.
 
     After pix2pix (Isola et al. 2016, arXiv:1611.07004), as VQGAN and LlamaGen use it: `layers` convolutions of stride
     2, one of stride 1 and one that gives the logits, all 4 x 4. Their batch norm is replaced by a group norm, for the
@@ -60,11 +61,12 @@ class PatchDiscriminator(Discriminator):
 
 
 class StyleDiscriminator(Discriminator):
-    """Judges the whole image: one logit, [B].
+    """Judges the whole image: one logit for each, [B].
 
-    StyleGAN2's residual discriminator (Karras et al. 2019, arXiv:1912.04958) as MaskGIT and MAGVIT train tokenizers
-    with it: `layers` residual blocks that each blur and halve, and dense layers. These see the image averaged into
-    4 x 4 cells, so that one set of parameters judges any H x W; log2(side / 4) layers end at exactly that size.
+    StyleGAN2's residual discriminator (Karras et al. 2019, arXiv:1912.04958), with which MaskGIT and MAGVIT train
+    tokenizers: `layers` residual blocks, each of which blurs and halves, and dense layers. The dense layers see
+    features averaged into 4 x 4 cells, so one set of parameters works for any H x W. log2(side / 4) blocks end at
+    exactly that size.
     """
 
     GRID = 4
@@ -94,7 +96,8 @@ class StyleDiscriminator(Discriminator):
 
 
 class Block(nnx.Module):
-    """[B, h, w, F] -> [B, h/2, w/2, F']: two convolutions, blurred and halved between them, beside a skip."""
+    """[B, h, w, F] -> [B, h/2, w/2, F']: two convolutions with a blur and a halving between them, and a skip
+    connection."""
 
     def __init__(self, fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.conv1 = _conv(fan_in, fan_in, 3, dtype=dtype, rngs=rngs)
@@ -104,11 +107,12 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, F] -> [B, H/2, W/2, F']."""
         y = _leaky(self.conv2(blur_and_halve(_leaky(self.conv1(x)))))
-        return (self.skip(blur_and_halve(x)) + y) * math.sqrt(0.5)  # two branches of variance one make one of it
+        return (self.skip(blur_and_halve(x)) + y) * math.sqrt(0.5)  # keeps the variance at 1
 
 
 def blur_and_halve(x: jax.Array) -> jax.Array:
-    """[B, h, w, F] -> [B, h // 2, w // 2, F], filtered by (1, 3, 3, 1) / 8 along both sides against aliases."""
+    """[B, h, w, F] -> [B, h // 2, w // 2, F], filtered with (1, 3, 3, 1) / 8 along both sides, which prevents
+    aliasing."""
     for axis in (1, 2):
         half = x.shape[axis] // 2
         padding = [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)]
@@ -133,7 +137,7 @@ _HE = nnx.initializers.he_normal()
 
 
 def _conv(fan_in: int, fan_out: int, side: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
-    padding = ((side - 1) // 2, (side - 1) // 2)  # 4 x 4: one less than "same" keeps, as in pix2pix
+    padding = ((side - 1) // 2, (side - 1) // 2)  # one position less per side than "same", as in pix2pix
     kind = {"dtype": dtype, "param_dtype": jnp.float32, "kernel_init": _HE, "rngs": rngs}
     return nnx.Conv(fan_in, fan_out, (side, side), padding=(padding, padding), **kind, **options)
 

@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-FID (Heusel et al. 2017, arXiv:1706.08500) is the distance of features of one network with one set of weights: the
-TF-2015 Inception, which mseitzer/pytorch-fid translated and which everybody uses for comparison. torchvision's weights,
-or another resize, give a different number, which should be called FD-<name>.
+FID (Heusel et al. 2017, arXiv:1706.08500) compares features of one network with one set of weights: the TF-2015
+Inception, which mseitzer/pytorch-fid ported to torch and which everybody uses. torchvision's weights, or another
+resize, give a different number, which should be called FD-<name>.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SIDE, _EPSILON = 299, 1e-3
 
 
 class Conv(NamedTuple):
-    """Convolution, batch norm, relu. A stride of 2 pads nothing, and one of 1 keeps the size unless told otherwise."""
+    """Convolution, batch norm, relu. With stride 2 there is no padding; with stride 1 the size stays the same by
+    default."""
 
     name: str
     features: int
@@ -31,7 +32,8 @@ class Conv(NamedTuple):
     valid: bool = False
 
 
-# A network is a tuple of what is done in a row; a list is done side by side, and the results are concatenated.
+# A tuple holds layers that follow one another; a list holds branches with the same input, whose results are
+# concatenated.
 Node = Conv | Callable[[jax.Array], jax.Array] | tuple | list
 
 
@@ -44,7 +46,7 @@ def _largest(x: jax.Array) -> jax.Array:
 
 
 def _average(x: jax.Array) -> jax.Array:
-    """The mean over 3 x 3; at the border over the positions inside, as in TF-2015 and unlike torchvision."""
+    """The mean over 3 x 3. At the border it is the mean over positions inside, as in TF-2015 and unlike torchvision."""
 
     def add(x: jax.Array) -> jax.Array:
         return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
@@ -143,12 +145,12 @@ NETWORK: Node = (
     _mixed_c("Mixed_6e", 192),
     _mixed_d("Mixed_7a"),
     _mixed_e("Mixed_7b", _average),
-    _mixed_e("Mixed_7c", _largest),  # a maximum: a mistake in TF-2015 that is part of FID
+    _mixed_e("Mixed_7c", _largest),  # a maximum instead of a mean: a mistake of TF-2015 that is now part of FID
 )
 
 
 def _shapes(node: Node, fan_in: int) -> tuple[Shapes, int]:
-    """The names of a node's convolutions in a file, and how many features the node gives."""
+    """The names of a node's convolutions in a file, and how many features the node has as its result."""
     if isinstance(node, Conv):
         at = node.name
         return conv_shapes(f"{at}.conv", fan_in, node.features, node.kernel, f"{at}.bn"), node.features
@@ -162,7 +164,7 @@ def _shapes(node: Node, fan_in: int) -> tuple[Shapes, int]:
     return shapes, fan_in
 
 
-SHAPES = _shapes(NETWORK, 3)[0]  # of pytorch-fid's file, without the classifier
+SHAPES = _shapes(NETWORK, 3)[0]  # the arrays of pytorch-fid's file, without the classifier
 
 
 def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
@@ -174,11 +176,11 @@ def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
 def pool3(params: Params, pixels: jax.Array) -> jax.Array:
     """uint8 [B, H, W, 3] -> the features of FID, float32 [B, 2048].
 
-    Resized to 299 x 299 pixels as pytorch-fid does: bilinear, half-pixel centres, not antialiased, not rounded.
+    Images are resized to 299 x 299 pixels as in pytorch-fid: bilinear, half-pixel centres, no antialiasing, no
+    rounding.
 
     Raises:
-      ValueError: the images are not uint8. Images that were never rounded to 8 bits have no FID that others could
-        repeat.
+      ValueError: the images are not uint8. Others could not repeat an FID of images that were never rounded to 8 bits.
     """
     if pixels.dtype != jnp.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"FID's images are uint8 [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
@@ -204,8 +206,8 @@ def _apply(params: Params, node: Node, x: jax.Array) -> jax.Array:
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """|mean1 - mean2|^2 + trace(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two Gaussians, in float64.
 
-    The trace of the root is that of (r cov2 r)^(1/2) with r the root of cov1: both are symmetric and their
-    eigenvalues real, also where there are fewer images than features. No small number is added to the diagonals.
+    With r = cov1^(1/2), the trace of (cov1 cov2)^(1/2) equals the trace of (r cov2 r)^(1/2). This matrix is symmetric,
+    so its eigenvalues are real, even with fewer images than features. No small number is added to the diagonals.
 
     Args:
       mean1, mean2: [F]; cov1, cov2: [F, F], symmetric.

@@ -38,7 +38,7 @@ def fresh(key: jax.Array | None = None) -> nnx.Rngs:
 
 
 class Conv3x3(nnx.Module):
-    """One of the functions of convolution.py, by default the one that keeps the size, and a bias."""
+    """A 3 x 3 convolution of convolution.py, by default the one that keeps the size, and a bias."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Conv3x3(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, F] -> [B, H, W, F'], or as its `convolution` changes the sides, in its dtype."""
+        """[B, H, W, F] -> [B, H, W, F'] (or with the sides that `convolution` gives), in `dtype`."""
         return self.convolution(x.astype(self.dtype), self.kernel[...]) + self.bias[...].astype(self.dtype)
 
 
@@ -72,11 +72,12 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, F] -> the same shape in its dtype; statistics in float32, over positions and a group's features."""
+        """[B, H, W, F] -> the same shape, in `dtype`. Statistics are float32, over positions and the features of a
+        group."""
         y, width = x.astype(jnp.float32), x.shape[-1]
-        # Features become groups, and groups features, by products with `of`. Anything else XLA fuses into the loops
-        # over positions and repeats at every position, which took half of the forward pass on a CPU.
-        of = jnp.repeat(jnp.eye(self.groups), width // self.groups, axis=1)  # [groups, F], 1 where a feature belongs
+        # Sums over the features of a group, and the way back, are products with `of`. XLA would fuse anything else into
+        # the loops over positions and repeat it at every position, which took half of the forward pass on a CPU.
+        of = jnp.repeat(jnp.eye(self.groups), width // self.groups, axis=1)  # [groups, F]: membership
         product = functools.partial(jnp.matmul, precision="highest")
 
         def mean_of_group(y: jax.Array) -> jax.Array:  # [B, H, W, F] -> [B, groups]

@@ -1,4 +1,4 @@
-"""LPIPS: the perceptual distance by VGG16's features, in which tokenizers are trained and reported.
+"""LPIPS: the perceptual distance of VGG16's features, used to train tokenizers and to report their quality.
 
 Axes: B batch, H W pixels.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from ar_tokenizers.image.weights import Params, Shapes, conv, conv_params, conv_shapes, max_pool
 
-# Features of the convolutions of each stage; between stages, the image is halved by maxima.
+# Features of the convolutions of each stage. Max pooling halves the image between stages.
 _VGG: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -46,13 +46,13 @@ def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
 
 
 def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B]: LPIPS of VGG16, version 0.1.
+    """LPIPS of VGG16, version 0.1, of two batches of images: float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B].
 
-    Zhang et al. 2018, arXiv:1801.03924: activations after five stages, each position made a unit vector, their squared
-    difference weighted by learned heads, averaged over positions and added over stages.
+    Zhang et al. 2018, arXiv:1801.03924. The activations after each of five stages are normalised at each position,
+    their squared differences are weighted by learned heads, averaged over positions and added over stages.
 
     Raises:
-      ValueError: images are smaller than 16 pixels, so nothing is left after four halvings.
+      ValueError: images have less than 16 pixels a side, so nothing is left after four halvings.
     """
     if min(a.shape[1:3]) < 16:
         raise ValueError(f"LPIPS needs images of at least 16 x 16 pixels, got {a.shape[1]} x {a.shape[2]}")
@@ -70,7 +70,7 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x / (|x| + 1e-10), with a finite gradient also where all squares vanish; the plain square root has none there."""
+    """x / (|x| + 1e-10), with a finite gradient even at x = 0, where the square root has none."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     some = square > 0
     return x / (jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0) + 1e-10)

@@ -1,6 +1,6 @@
-"""Scores of an image tokenizer without any pretrained network: distances of images, and the usage of codes.
+"""Scores of an image tokenizer that need no pretrained network: distances of images, and the usage of codes.
 
-Everything is float64 numpy, per image: a mean over a data set does not depend on how images were batched.
+Everything is float64 numpy, per image, so a mean over a data set does not depend on how images were batched.
 
 Axes: H W pixels, K codebook size. Images are uint8 RGB, [..., H, W, 3].
 """
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# MS-SSIM: the exponent of each scale, fine to coarse (Wang, Simoncelli, Bovik 2003, their human calibration).
+# MS-SSIM: the exponent of each scale, fine to coarse, calibrated with people by Wang, Simoncelli and Bovik 2003.
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
-_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # SSIM's constants for 8 bit
+WINDOW, SIGMA = 11, 1.5  # width and sigma of SSIM's Gaussian, in pixels
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # SSIM's constants for 8-bit images
 
 
 def mse(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -35,8 +35,8 @@ def l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of each image, in dB: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Its mean over images is what tokenizer papers report; `decibels` of the mean error over a data set is lower.
-    Identical images have 100 dB, so that a mean over images stays finite.
+    Tokenizer papers report its mean over images; `decibels` of the mean error over a data set is lower. Identical
+    images have 100 dB, so a mean over images stays finite.
     """
     return decibels(mse(a, b))
 
@@ -49,9 +49,9 @@ def decibels(mse: np.ndarray | float) -> np.ndarray:
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Structural similarity of each image, at most 1: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Wang et al. 2004: a Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, only where the window
-    lies inside the image. It is computed for R, G and B and averaged, as in scikit-image and dm_pix; MAGVIT and others
-    compute it on the grey image, which gives another number. A side of at least 11 pixels is needed.
+    Wang et al. 2004: a Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, at all places where the
+    window lies inside the image. It is computed for R, G and B and averaged, as in scikit-image and dm_pix. MAGVIT and
+    others compute it on the grey image, which gives a different number. A side needs at least 11 pixels.
     """
     similarity, _ = _structure(*_pair("ssim", a, b, side=WINDOW))
     return similarity.mean(-1)
@@ -60,13 +60,13 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def ms_ssim(a: np.ndarray, b: np.ndarray, scales: int = len(SCALE_WEIGHTS)) -> np.ndarray:
     """Multi-scale SSIM of each image, in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Wang, Simoncelli and Bovik 2003: contrast and structure at every scale, luminance at the coarsest. Each scale is the
-    one before, averaged over 2 x 2 pixels. It is computed for R, G and B and averaged. A negative mean of a scale
+    Wang, Simoncelli and Bovik 2003: contrast and structure at every scale, luminance only at the coarsest. Each scale
+    averages 2 x 2 pixels of the scale before. It is computed for R, G and B and averaged. A negative mean of a scale
     counts as 0, as in pytorch_msssim and TensorFlow.
 
     Args:
-      scales: 5 is MS-SSIM. Fewer, for images below 161 pixels, make another number: the first weights, scaled to
-        the sum of all.
+      scales: 5 gives MS-SSIM. Images below 161 pixels need fewer scales, which give a different number: the first
+        weights are used, scaled to the sum of all five.
 
     Raises:
       ValueError: a side is below `ms_ssim_side(scales)`.
@@ -93,15 +93,15 @@ def ms_ssim_side(scales: int = len(SCALE_WEIGHTS)) -> int:
 
 
 def usage(counts: np.ndarray) -> dict[str, float]:
-    """How a codebook is used, computed from how often each of its K codes was used.
+    """Statistics of a codebook's usage, from how often each of its K codes was used.
 
-    All numbers depend on how much was counted, so count a whole evaluation set and not a batch.
+    All numbers depend on how many codes were counted, so count a whole evaluation set, not one batch.
 
     Returns:
-      usage: the share of codes used at all; dead: the number of codes that were not; entropy_bits of the empirical
-      distribution, at most log2(K); normalised_entropy: entropy_bits / log2(K), in [0, 1]; perplexity: 2 **
-      entropy_bits, the number of equally used codes with that entropy; top_percent: the share of the most used 1 % of
-      the codes (of K, rounded up) in all that was counted: 0.01 if all codes are used equally, 1 if only few are used;
+      usage: the share of codes that were used; dead: the number of codes that were not; entropy_bits: the entropy of
+      the empirical distribution, at most log2(K); normalised_entropy: entropy_bits / log2(K), in [0, 1]; perplexity: 2
+      ** entropy_bits, the number of equally used codes with that entropy; top_percent: the share that the most used 1 %
+      of the K codes (rounded up) have in the count: 0.01 if all codes are used equally, 1 if only few are used;
       counted: how many codes were counted.
     """
     counts = np.asarray(counts, np.float64).ravel()
@@ -122,11 +122,11 @@ def usage(counts: np.ndarray) -> dict[str, float]:
 
 
 def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = "") -> str:
-    """A warning if a codebook is hardly used, with the numbers that show it; "" if all is well.
+    """A warning, with the numbers that show it, if only little of a codebook is used; "" if all is well.
 
     Args:
-      found: the result of `usage`. If few codes were counted, a tenth as many different ones are enough.
-      quantizer: its name. "fsq" has no codebook that could collapse, so it gets different advice.
+      found: the result of `usage`. If few codes were counted, a tenth as many used codes are enough for no warning.
+      quantizer: its name. "fsq" has no codebook that could collapse, so the advice for it is different.
     """
     if not found:
         return ""
@@ -134,7 +134,7 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
     if perplexity >= 2 and used >= min(0.05 * codebook_size, 256, found["counted"] / 10):
         return ""
     numbers = f"{used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}"
-    if quantizer == "fsq":  # no vectors that could collapse: a network that has learned little asks for few of them
+    if quantizer == "fsq":  # FSQ has no vectors that could collapse; few codes mean that the network has learned little
         return f"few codes: {numbers}. Are all images of one colour? Else train for more steps, or choose fewer levels"
     return (
         f"the codebook has collapsed: {numbers}. Are all images of one colour? Else try quantizer=fsq, a smaller "
@@ -143,7 +143,7 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
 
 
 def _pair(name: str, a: np.ndarray, b: np.ndarray, side: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 in 0..255."""
+    """Both images as float64 in [0, 255]."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8 or a.ndim < 3 or a.shape[-1] != 3:
         raise ValueError(
@@ -156,7 +156,7 @@ def _pair(name: str, a: np.ndarray, b: np.ndarray, side: int = 1) -> tuple[np.nd
 
 
 def _structure(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The means over an image of SSIM and of its contrast-structure factor, of each channel: float64 [..., 3]."""
+    """The means of SSIM and of its contrast-structure factor over an image, for each channel: float64 [..., 3]."""
     mean_x, mean_y = _smooth(x), _smooth(y)
     var_x, var_y = _smooth(x * x) - mean_x**2, _smooth(y * y) - mean_y**2
     covariance = _smooth(x * y) - mean_x * mean_y
@@ -166,7 +166,7 @@ def _structure(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(x: np.ndarray) -> np.ndarray:
-    """The Gaussian window's mean at every place where it fits: [..., H, W, 3] -> [..., H - 10, W - 10, 3]."""
+    """The mean under the Gaussian window at every place where it fits: [..., H, W, 3] -> [..., H - 10, W - 10, 3]."""
     taps = np.exp(-0.5 * np.square((np.arange(WINDOW) - WINDOW // 2) / SIGMA))
     taps /= taps.sum()
     H, W = x.shape[-3] - WINDOW + 1, x.shape[-2] - WINDOW + 1
@@ -175,7 +175,7 @@ def _smooth(x: np.ndarray) -> np.ndarray:
 
 
 def _halved(x: np.ndarray) -> np.ndarray:
-    """Means of 2 x 2 pixels; an odd side's last row or column is repeated."""
+    """Means of 2 x 2 pixels. If a side is odd, its last row or column is repeated."""
     x = np.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, x.shape[-3] % 2), (0, x.shape[-2] % 2), (0, 0)], mode="edge")
     x = (x[..., ::2, :, :] + x[..., 1::2, :, :]) / 2
     return (x[..., ::2, :] + x[..., 1::2, :]) / 2

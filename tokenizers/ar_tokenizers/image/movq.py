@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
 
-Zheng et al. 2022, arXiv:2209.09002 (MoVQ). The encoder is vqgan's. Lumina-mGPT 2.0 has the network as it is
-(ai-forever/MoVQGAN, movqgan_270M); Emu3 (arXiv:2409.18869) added layers in time on both sides of the codes, which are
-2-D layers for single pictures (temporal.py).
+Zheng et al. 2022, arXiv:2209.09002 (MoVQ). The encoder is vqgan's. Lumina-mGPT 2.0 uses the network unchanged
+(ai-forever/MoVQGAN, movqgan_270M). Emu3 (arXiv:2409.18869) added layers over time on both sides of the codes; for
+single pictures they are equal to 2-D layers (temporal.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class Encoder(vqgan.Encoder):
         self.temporal = BeforeCodes(config.z_channels, blocks, rngs=rngs) if blocks else None
 
     def features(self, pixels: jax.Array) -> jax.Array:
-        """The features of VQGAN, followed by the layers in time if there are any."""
+        """VQGAN's features, followed by the layers over time if there are any."""
         z = super().features(pixels)
         return self.temporal(z) if self.temporal else z
 
 
 class Decoder(vqgan.Decoder):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: vqgan's, with SpatialNorms of the code vectors as norms."""
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: vqgan's decoder, with a SpatialNorm of the code vectors as every
+    norm."""
 
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, dim, rngs=rngs, norm=functools.partial(SpatialNorm, dim, rngs=rngs))
@@ -46,14 +47,14 @@ class Decoder(vqgan.Decoder):
     def __call__(self, vectors: jax.Array) -> jax.Array:
         """Vectors of codes -> pixels; every norm reads the vectors again (SpatialNorm)."""
         z = self.from_code(vectors)
-        if self.temporal:  # the norms read the codes after these layers
+        if self.temporal:  # the norms read these layers' result
             z, vectors = self.temporal(z), self.temporal(vectors)
         return self.pixels(z, vectors)
 
 
 class SpatialNorm(nnx.Module):
-    """GroupNorm with a result that the code at each place scales and shifts. It is plain GroupNorm at the start of
-    training.
+    """GroupNorm, whose result is scaled and shifted by the code at each position. At the start of training it is plain
+    GroupNorm.
 
     The original repeats the code vectors to the size of the level (nearest) before the two 1 x 1 convolutions, `gain`
     and `shift`. Here the convolutions come first, which gives the same numbers with fewer products.

@@ -1,9 +1,9 @@
 """The movq backbone under its published names: MoVQGAN, Emu3, and Emu3 in transformers.
 
-movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. Moving averages (ema_*) and losses are not read: the
-         weights that are loaded are not averaged.
-emu3     BAAI/Emu3-VisionTokenizer (modeling_emu3visionvq.py): the same, and the layers in time (temporal.py).
-emu3_hf  transformers' Emu3VQVAE: the norm of an attention is beside it, and its products are linear layers.
+movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. Moving averages of the weights (ema_*) and losses are
+         not read; the plain weights are.
+emu3     BAAI/Emu3-VisionTokenizer (modeling_emu3visionvq.py): taming's names, and layers over time (temporal.py).
+emu3_hf  transformers' Emu3VQVAE: the norm of an attention layer stands beside it, and its projections are linear.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 from ar_tokenizers.image.taming import check_names, in_first, out_first, published_name, some
 
 DIALECTS = ("movqgan", "emu3", "emu3_hf")
-# Settings of Emu3's vision tokenizer: our name -> the original's, transformers', and the default of both.
+# Settings of Emu3's vision tokenizer: our name -> (original name, transformers' name, the default of both).
 _SETTINGS: dict[str, tuple[str, str, Any]] = {
     "codes": ("codebook_size", "codebook_size", 32768),
     "code_dim": ("embed_dim", "embed_dim", 4),
@@ -32,7 +32,8 @@ _SETTINGS: dict[str, tuple[str, str, Any]] = {
     "blocks": ("num_res_blocks", "num_res_blocks", 2),
     "attention": ("attn_resolutions", "attn_resolutions", (3,)),
 }
-# Settings that have one value in all published files: the original's name ("": it has none), transformers'.
+# Settings with the same value in all published files: (original name or "" if it has none, transformers' name,
+# value).
 _FIXED: tuple[tuple[str, str, Any], ...] = (
     ("in_channels", "in_channels", 3),
     ("out_channels", "out_channels", 3),
@@ -58,15 +59,16 @@ _TRANSFORMERS = {
 
 
 def movqgan_270m() -> AutoencoderConfig:
-    """The settings of movqgan_270M.ckpt, which no file beside it has (configs/movqgan_270M.yaml of its repository)."""
+    """The settings of movqgan_270M.ckpt, from configs/movqgan_270M.yaml in its repository. No file beside it has
+    them."""
     return AutoencoderConfig.from_dict(PRESETS["movqgan_f8"] | _quantizer(16384, 4))
 
 
 def config_from_emu3(values: Mapping[str, Any]) -> AutoencoderConfig:
-    """Emu3's vision tokenizer by its config.json, or by `vq_config` of transformers' Emu3Config.
+    """The config of Emu3's vision tokenizer, from its config.json or from `vq_config` of transformers' Emu3Config.
 
     Raises:
-      ValueError: a setting that no published tokenizer has, by name.
+      ValueError: a setting has a value that no published tokenizer has; the message names it.
     """
     for *names, only in _FIXED:
         for name in names:
@@ -100,7 +102,7 @@ def config_from_emu3(values: Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def emu3_settings(config: AutoencoderConfig, dialect: str) -> dict[str, Any]:
-    """What `config_from_emu3` reads, as "emu3" or "emu3_hf" spells it."""
+    """The settings that `config_from_emu3` reads, with the names of "emu3" or "emu3_hf"."""
     port = dialect == "emu3_hf"
     values = {ours: getattr(config, ours) for ours in _SETTINGS}
     values["multipliers"], values["blocks"] = list(config.multipliers), config.temporal_blocks
@@ -118,7 +120,7 @@ def _quantizer(codes: int, dim: int) -> dict[str, Any]:
 
 
 def dialect_of(names: Iterable[str]) -> str:
-    """The dialect of these names, one of DIALECTS. Raises ValueError if there is none."""
+    """The dialect in DIALECTS that has these names. Raises ValueError if there is none."""
     names = set(names)
     starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
     if starts("encoder.down_block."):
@@ -134,18 +136,18 @@ def dialect_of(names: Iterable[str]) -> str:
 def from_published(
     config: AutoencoderConfig, state: Mapping[str, Any], dialect: str
 ) -> tuple[Params, dict[str, np.ndarray]]:
-    """Arrays by their published names -> (parameters, arrays that the network has no place for).
+    """Converts arrays with published names to (parameters, arrays that the network has no place for).
 
     Args:
-      state: of any float dtype, with the names of a file that holds the tokenizer alone.
-      dialect: of DIALECTS; `dialect_of` tells it.
+      state: all arrays of a file that holds the tokenizer alone, of any float dtype.
+      dialect: one of DIALECTS, see `dialect_of`.
 
     Returns:
-      The parameters as `init` makes them, float32; and the original layers in time by their names, float32 and int64,
-      for ImageTokenizer and `to_published` ("movqgan" has none).
+      The parameters in the form of `init`, float32; and the original layers over time by name, float32 and int64, which
+      ImageTokenizer keeps for `to_published` ("movqgan" has none).
 
     Raises:
-      ValueError: arrays that are missing, left over, or of another shape than the config asks for, by name.
+      ValueError: arrays are missing, left over, or have another shape than the config asks for; the message names them.
     """
     network, kept = _expected(config, dialect)
     state = {name: leaf for name, leaf in state.items() if not name.startswith(NOT_READ)}
@@ -163,28 +165,28 @@ def from_published(
 def to_published(
     config: AutoencoderConfig, params: Params, published: Mapping[str, np.ndarray], dialect: str
 ) -> dict[str, np.ndarray]:
-    """The inverse: every array of a published file, float32, and int64 the counts of batches.
+    """The inverse of `from_published`: every array of a published file, float32 (counts of batches: int64).
 
     Args:
-      published: what `from_published` had beside the parameters (ImageTokenizer.published).
+      published: the arrays that `from_published` returned besides the parameters (ImageTokenizer.published).
 
     Raises:
-      ValueError: the layers in time are missing, or do not match the network any more.
+      ValueError: the layers over time are missing, or do not match the network any more.
     """
     network, kept = _expected(config, dialect)
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            "layers in time: expected the published ones beside the network, which has what they do to one picture; "
-            f"{some(differ)}: missing, or not one of them; only a tokenizer that was imported can be exported as "
+            "layers over time: expected the published ones, because the network has only their effect on one picture; "
+            f"{some(differ)}: missing or unknown; only an imported tokenizer can be exported as "
             f"{dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))
         if moved := {name for name, leaf in folded.items() if not np.array_equal(np.asarray(ours[name]), leaf)}:
             raise ValueError(
-                f"layers in time: those that were published do not make the network's {some(moved)}: it was trained "
-                "since, and what a video would need is not known. Export the tokenizer as it was imported"
+                f"layers over time: the published ones do not give the network's {some(moved)}: it was trained "
+                "after the import, so the layers for a video are unknown. Export the tokenizer as it was imported"
             )
     found = {
         place.name: np.ascontiguousarray(_to_theirs(place.name, np.asarray(ours[name], np.float32)))
@@ -201,7 +203,7 @@ class _Place(NamedTuple):
 
 @functools.cache
 def _expected(config: AutoencoderConfig, dialect: str) -> tuple[dict[str, _Place], dict[str, tuple[int, ...]]]:
-    """Where each parameter comes from, by our name; the layers in time, their names and shapes."""
+    """The place of each parameter in a file, by our name; and the names and shapes of the layers over time."""
     if dialect not in DIALECTS:
         raise ValueError(f"names of weights: expected one of {', '.join(DIALECTS)}; found {dialect!r}")
     blocks = config.temporal_blocks

@@ -3,9 +3,9 @@
 Axes: B batch, H W pixels, K codebook size.
 
 The parameters are {"autoencoder": ..., "discriminator": ...}, the second only with an adversary. The losses have the
-same names. Each loss trains the parameters of its name, and both come from one forward pass. The model state contains
-what no gradient changes: the number of steps, averaged weights, statistics of the codebook, averages of the
-discriminator, and the weights of a pretrained network that images are compared with.
+same names. Each loss trains the parameters of the same name, and both come from one forward pass. The model state
+contains everything that no gradient changes: the number of steps, averaged weights, statistics of the codebook,
+averages of the discriminator's logits, and the weights of the pretrained network of a perceptual loss.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Metrics = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """The weights of the losses, and whether the weights are averaged. ValueError if the numbers make no sense."""
+    """The weights of the losses, and how parameters are averaged. Raises ValueError if the numbers make no sense."""
 
     l1_weight: float = 0.0  # weight of the mean absolute error of pixels in [-1, 1]
-    l2_weight: float = 1.0  # and of the mean squared error
-    tolerance: float = 0.0  # pixel errors up to this are free, so no code is used for faint tints
+    l2_weight: float = 1.0  # weight of the mean squared error
+    tolerance: float = 0.0  # pixel errors up to this cost nothing, so no code is used for faint tints
     perceptual: str = "none"  # none | ms_ssim | match | lpips | features (perceptual.Kind)
     perceptual_weight: float = 1.0
     adversary: AdversaryConfig = AdversaryConfig()
-    ema: float = 0.0  # decay of the averaged weights that are finally used, e.g. 0.9999; 0: the last weights
+    ema: float = 0.0  # decay of the averaged parameters that the tokenizer gets, e.g. 0.9999; 0: it gets the last ones
 
     def __post_init__(self) -> None:
         for name in ("l1_weight", "l2_weight", "tolerance", "perceptual_weight"):
@@ -56,9 +56,9 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """An autoencoder, its losses, and the network that images are compared with.
+    """An autoencoder, its losses, and the network of its perceptual loss.
 
-    Raises ValueError if `perceptual` is not the distance that the config asks for.
+    Raises ValueError if `perceptual` is not of the kind that the config asks for.
     """
 
     autoencoder: AutoencoderConfig
@@ -88,12 +88,12 @@ class Objective:
             model_state["average"] = params["autoencoder"]
         if self.config.adversary.lecam:
             model_state["lecam"] = adversaries.lecam_init()
-        if self.perceptual.params:  # pretrained: here they are arguments of the step and not constants in it
+        if self.perceptual.params:  # in the state, weights are arguments of the compiled step, not constants
             model_state["perceptual"] = self.perceptual.params
         return model_state
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
-        """The same tree, with averaged weights if there are any."""
+        """The same tree as `params`, with averaged weights if there are any."""
         return {**params, "autoencoder": model_state.get("average", params["autoencoder"])}
 
     def losses(
@@ -103,18 +103,19 @@ class Objective:
 
         Args:
           pixels: [B, H, W, 3], uint8, or float32 in [-1, 1].
-          keys: PRNG keys [B], one for each image; None: held-out images; their losses leave out the adversary.
+          keys: PRNG keys [B], one for each image; None for held-out images, whose loss does not include the adversary.
 
         Returns:
-          losses, float32 [] by the parameters that each moves, summed over the images; metrics, (sum, count) over the
-          images, and `code_counts`, how often each code was used, int32 [K]; and sums for `update_state`.
+          losses: float32 [] by the parameters that each loss trains, summed over the images; metrics: (sum, count) over
+          the images, and `code_counts`, how often each code was used, int32 [K]; and the sums for `update_state`.
         """
         config, target = self.config, to_float(pixels)
         made = Autoencoder.bind(self.autoencoder, params["autoencoder"])(target, keys)
         count = float(target.shape[0])
 
         def similar(fake: jax.Array) -> tuple[jax.Array, Metrics]:
-            """The losses that compare with the original, weighted, and each by its name: float32 [B]."""
+            """The weighted sum of the losses that compare an image with its original, and each of these losses by name:
+            float32 [B]."""
             error = fake - target
             parts = mean_errors(error)
             # The metrics count all errors; the loss counts only errors beyond the tolerance.
@@ -133,7 +134,7 @@ class Objective:
         seen = jnp.mean(jnp.square(jnp.clip(made.pixels, -1, 1) - target), axis=(1, 2, 3))
         parts["psnr"] = 10 * jnp.log10(4 / jnp.maximum(seen, 4e-10))  # at most 100 dB, as in metrics.psnr
         parts["quantizer_loss"] = jnp.broadcast_to(made.quantizer_loss, loss.shape)
-        parts["loss"] = loss  # without the adversary: its loss is not comparable over time
+        parts["loss"] = loss  # without the adversary, because its loss is not comparable over time
         losses, sums = {"autoencoder": jnp.sum(loss)}, {"quantizer": made.quantizer_sums}
         if "discriminator" in params:
             losses["discriminator"] = jnp.zeros(())
@@ -157,7 +158,7 @@ class Objective:
         made: Reconstruction,
         similar: Callable[[jax.Array], jax.Array],
     ) -> Judged:
-        """The adversary's losses for a batch; nothing is computed before its first step."""
+        """The adversary's losses for a batch. Before the first step in which it is used, nothing is computed."""
         config, matching = self.config.adversary, self.config.perceptual_weight * (self.config.perceptual == "match")
         weight, learning = adversaries.gates(config, model_state["steps"])
 
@@ -205,7 +206,7 @@ class Objective:
         return jax.lax.cond(learning > 0, judge, nothing, params["discriminator"], made.pixels)
 
     def _balance(self, params: Params, codes: jax.Array, by_pixels: jax.Array, by_adversary: jax.Array) -> jax.Array:
-        """VQGAN's adaptive weight, from the gradients of two losses for the pixels."""
+        """VQGAN's adaptive weight, computed from the gradients of both losses for the pixels."""
 
         def last_layer(head: Params) -> jax.Array:
             decoder = {**params["decoder"], "head": head}
@@ -215,7 +216,7 @@ class Objective:
         return adversaries.adaptive_weight(*adversaries.last_layer_gradients(last_layer, head, by_pixels, by_adversary))
 
     def update_state(self, params: Params, model_state: Params, sums: Mapping[str, Any]) -> tuple[Params, Params]:
-        """(params, model_state) after an optimizer step, given the sums of `losses` over the step's whole batch."""
+        """(params, model_state) after an optimizer step; `sums` are those of `losses`, over the step's whole batch."""
         model_state = {**model_state, "steps": model_state["steps"] + 1}
         model = dict(params["autoencoder"])
         if "quantizer" in model_state:
@@ -224,11 +225,12 @@ class Objective:
                 model["quantizer"], model_state["quantizer"], sums["quantizer"]
             )
         if "average" in model_state:
-            # TensorFlow's ramp: the average of a young training is of its last tenth, not of its first weights.
+            # TensorFlow's ramp: early in training, the average is of the last tenth of the steps, so it forgets the
+            # first weights.
             steps = model_state["steps"].astype(jnp.float32)
             decay = jnp.minimum(self.config.ema, steps / (steps + 9))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, model_state["average"], model)
-            if "quantizer" in model_state:  # a restarted code has jumped: it is taken as it is
+            if "quantizer" in model_state:  # not averaged, because a restarted code jumps
                 average["quantizer"] = model["quantizer"]
             model_state["average"] = average
         if "lecam" in model_state:
@@ -249,8 +251,8 @@ def mean_errors(error: jax.Array) -> Metrics:
 
 
 class Judged(NamedTuple):
-    """A discriminator's results for real images and their reconstructions, row by row."""
+    """A discriminator's results for images and their reconstructions, one entry for each image."""
 
     generator: jax.Array  # float32 [B], weighted
     discriminator: jax.Array  # float32 [B]
-    parts: Metrics  # float32 [B] by name: what is worth a line in the log
+    parts: Metrics  # float32 [B] by name, for the log

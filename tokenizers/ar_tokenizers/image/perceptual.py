@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-`ms_ssim` and `match` need no pretrained weights. `lpips` and `features` need a file that the user names. Its sha256
-should be reported with every number that came from it. All are zero for equal images and float32 [B], one for each
-image.
+`ms_ssim` and `match` need no pretrained weights. `lpips` and `features` need a weight file, which the user names.
+Report its sha256 with every number that was computed with it. All distances are float32 [B], one for each image, and
+zero for equal images.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NETWORKS = {"lpips": lpips, "features": resnet}
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["kind", "hash", "dtype"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Perceptual:
-    """One perceptual distance, made by `load`. A pytree: pass it to a jitted function, and its weights are arguments
-    of the program instead of constants in it."""
+    """One perceptual distance, made by `load`. It is a pytree: pass it to a jitted function as an argument, so that the
+    compiled program does not contain its weights as constants."""
 
     kind: Kind
     params: Params
@@ -42,14 +42,14 @@ class Perceptual:
     def load(
         cls, kind: str, path: str | os.PathLike[str] = "", dtype: Literal["float32", "bfloat16"] = "float32"
     ) -> Perceptual:
-        """Reads the weights, if the kind has any.
+        """Makes a distance, and reads its weights if the kind has any.
 
         Args:
-          path: the weight file of `lpips` or `features` (weights.py says what it holds); of the others: nothing.
+          path: the weight file of `lpips` or `features` (described in weights.py); empty for other kinds.
           dtype: "float32" for a number to report, "bfloat16" for a fast loss.
 
         Raises:
-          FileNotFoundError, ValueError: no such kind, or no such weights.
+          FileNotFoundError: there is no such file. ValueError: there is no such kind, or the file is not what it needs.
         """
         if kind not in get_args(Kind):
             raise ValueError(f"a perceptual distance is one of {get_args(Kind)}, got {kind!r}")
@@ -61,15 +61,15 @@ class Perceptual:
 
     @property
     def name(self) -> str:
-        """What to print beside a number, with the first digits of the sha256 of the weights."""
+        """The name to print beside a number, with the first digits of the sha256 of the weights."""
         names = {"lpips": "LPIPS-VGG16", "features": "ResNet-50 logits", "ms_ssim": "1 - MS-SSIM"}
         return names.get(self.kind, self.kind) + (f" ({self.hash[:12]})" if self.hash else "")
 
     def distance(self, a: jax.Array, b: jax.Array, a_features: Features = (), b_features: Features = ()) -> jax.Array:
         """float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B].
 
-        `match` compares the discriminator's activations, which adversary.logits returns; the other kinds do not use
-        them. Raises ValueError if images are too small, or if `match` gets no activations.
+        `match` compares the discriminator's activations, which adversary.logits returns; other kinds do not use them.
+        Raises ValueError if images are too small, or if `match` gets no activations.
         """
         dtype = jnp.dtype(self.dtype)
         match self.kind:
@@ -86,7 +86,8 @@ class Perceptual:
 
 
 def require_fitting(kind: str, path: str | os.PathLike[str] = "", side: int = 1 << 30) -> None:
-    """Raises ValueError unless a kind that needs a weight file has one, and images of `side` pixels suffice."""
+    """Raises ValueError if a needed weight file is not given, an unused one is given, or images of `side` pixels are
+    too small."""
     if bool(path) != (kind in NETWORKS):
         wants = "needs a weight file: name one" if kind in NETWORKS else f"has no weights: it cannot use {path}"
         raise ValueError(f"the perceptual distance {kind!r} {wants}")
@@ -105,9 +106,9 @@ _WINDOW = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
 def ms_ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multi-scale structural similarity: float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B], 1 for equal images.
 
-    Wang, Simoncelli and Bovik 2003, as a loss: Zhao et al. 2015, arXiv:1511.08861. A Gaussian window of 11 x 11 pixels
-    and sigma 1.5, without padding; the mean over the colours. Five scales fit sides of 176 pixels and more; smaller
-    images use as many as fit, with the same relative weights.
+    Wang, Simoncelli and Bovik 2003; as a loss Zhao et al. 2015, arXiv:1511.08861. The Gaussian window has 11 x 11
+    pixels and sigma 1.5, without padding; the result is the mean over the colours. Images with sides of 176 pixels or
+    more have five scales. Smaller images have as many scales as fit, with the same relative weights.
 
     Raises:
       ValueError: a side is shorter than the window.
@@ -117,22 +118,22 @@ def ms_ssim(a: jax.Array, b: jax.Array) -> jax.Array:
         raise ValueError(f"MS-SSIM needs images of at least 11 x 11 pixels, got {a.shape[1]} x {a.shape[2]}")
     count = min(len(_SCALES), (side // len(_WINDOW)).bit_length())
     weights = np.array(_SCALES[:count]) / sum(_SCALES[:count])
-    x, y = (pixels.astype(jnp.float32) * 0.5 + 0.5 for pixels in (a, b))  # SSIM's luminance is of [0, 1]
+    x, y = (pixels.astype(jnp.float32) * 0.5 + 0.5 for pixels in (a, b))  # SSIM compares values in [0, 1]
     total = jnp.ones((len(x), 3), jnp.float32)
     for scale, weight in enumerate(weights):
         luminance, contrast = _similarity(x, y)
         similarity = luminance * contrast if scale == count - 1 else contrast
-        # Opposite structure is negative and has no power. A flat reconstruction of anything is above this bound, so
-        # that training starts with a gradient.
+        # A negative value (opposite structure) has no real power. The bound is below the value of any flat
+        # reconstruction, so training starts with a gradient.
         total *= jnp.maximum(similarity.mean((1, 2)), 1e-4) ** weight
         x, y = _halve(x), _halve(y)
     return total.mean(-1)
 
 
 def feature_matching(a: Features, b: Features) -> jax.Array:
-    """Mean |difference| of two lists of activations [B, h, w, F], each layer counting the same -> float32 [B].
+    """Mean |difference| of two lists of activations [B, h, w, F], with equal weight for each layer -> float32 [B].
 
-    Wang et al. 2017 (pix2pixHD), arXiv:1711.11585. Raises ValueError if there are none.
+    Wang et al. 2017 (pix2pixHD), arXiv:1711.11585. Raises ValueError if there are no activations.
     """
     if not a or len(a) != len(b):
         raise ValueError(
@@ -146,7 +147,7 @@ def feature_matching(a: Features, b: Features) -> jax.Array:
 def _similarity(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """SSIM's luminance and contrast-structure maps, [B, H - 10, W - 10, 3], of images in [0, 1]."""
 
-    def band(size: int) -> np.ndarray:  # the window as a matrix: two products are faster than a convolution of one
+    def band(size: int) -> np.ndarray:  # as a matrix: two products are faster than a convolution
         rows = [np.pad(_WINDOW / _WINDOW.sum(), (i, size - len(_WINDOW) - i)) for i in range(size - len(_WINDOW) + 1)]
         return np.array(rows, np.float32)
 

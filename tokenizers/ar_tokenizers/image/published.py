@@ -4,8 +4,9 @@
     tokenizer = from_published(config, tensors, "llamagen")
     tensors = to_published(tokenizer, "llamagen")
 
-A system determines the names of settings, and adds settings that its files do not have. A dialect determines the names
-of weights (taming.DIALECTS, movq_weights.DIALECTS). Both directions are exact: every array keeps its name and its bits.
+A system (a key of SYSTEMS) says which names its settings have in published files, and gives the values of settings that
+the files leave out. A dialect (taming.DIALECTS, movq_weights.DIALECTS) says which names its weights have. Import and
+export are exact: every array keeps its name and its bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ar_tokenizers.image import movq_weights, taming
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
-SYSTEMS = {  # -> dialects that its files are written in
+SYSTEMS = {  # -> the dialects of its files
     "chameleon_vq": ("taming", "chameleon_hf"),
     "ibq": ("taming",),
     "llamagen_vq": ("llamagen",),
@@ -37,30 +38,31 @@ _PREFIXES = ("gen_vision_model.", "model.vqmodel.", "vqmodel.")
 
 
 def prefix_of(names: Iterable[str], dialect: str) -> str:
-    """The prefix of the tokenizer's names in a file that holds a language model too; "" in a separate file."""
+    """The prefix of the tokenizer's names in a file that also holds a language model; "" in a separate file."""
     prefix = taming.DIALECTS[dialect].prefix if dialect in taming.DIALECTS else ""
     return prefix if prefix and any(name.startswith(prefix) for name in names) else ""
 
 
 def dialect_in(system: str, names: Iterable[str]) -> tuple[str, str]:
-    """The dialect of a system's file, and the prefix of the tokenizer's names: "" in a file of its own.
+    """The dialect of a system's file, and the prefix of the tokenizer's names ("" in a separate file).
 
     Raises:
-      ValueError: names of another system.
+      ValueError: the names are those of another system.
     """
     names = set(names)
     prefix = next((each for each in _PREFIXES if any(name.startswith(each) for name in names)), "")
     dialects = SYSTEMS[system]
     family: Any = movq_weights if dialects[0] in movq_weights.DIALECTS else taming
     found = family.dialect_of(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-    found = "janus" if (found, system) == ("llamagen", "janus_vq") else found  # whose names are the same
+    # Janus has the same names as LlamaGen.
+    found = "janus" if (found, system) == ("llamagen", "janus_vq") else found
     if found not in dialects:
         raise ValueError(f"{system}: expected names of weights as in {' or '.join(dialects)}, found those of {found}")
     return found, prefix
 
 
 def not_read(names: Iterable[str], dialect: str) -> list[str]:
-    """The names in a file that do not belong to the network, such as losses. They are left out, also of exports."""
+    """The names in a file that do not belong to the network, such as losses. They are not imported or exported."""
     movq = dialect in movq_weights.DIALECTS
     begins = movq_weights.NOT_READ if movq else taming.DIALECTS[dialect].not_read
     return sorted(name for name in names if name.startswith(begins or ("\0",)))
@@ -69,14 +71,16 @@ def not_read(names: Iterable[str], dialect: str) -> list[str]:
 def from_published(
     config: AutoencoderConfig, tensors: Mapping[str, object], dialect: str, *, batch_size: int = 64
 ) -> ImageTokenizer:
-    """The tokenizer of a file's tensors.
+    """Makes a tokenizer from a file's tensors.
 
     Args:
-      tensors: by their names; if the file also has a language model, only names with the dialect's prefix are read.
-      dialect: of taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a decoder.
+      tensors: the tensors by name. If the file also has a language model, only names with the dialect's prefix are
+      read. dialect: a name in taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a
+      decoder.
 
     Raises:
-      ValueError: tensors that are missing, left over, or of another shape than the config asks for, by name.
+      ValueError: tensors are missing, left over, or have another shape than the config asks for; the message names
+        them.
     """
     prefix = prefix_of(tensors, dialect)
     state = {name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)}
@@ -88,10 +92,10 @@ def from_published(
 def to_published(
     tokenizer: ImageTokenizer, dialect: str, *, prefix: str = "", dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
-    """The inverse: every tensor of a published file.
+    """The inverse of `from_published`: every tensor of a published file.
 
     Args:
-      prefix: put before every name; for a file with a language model, the result of `prefix_of`.
+      prefix: is put before every name; for a file with a language model, use the result of `prefix_of`.
       dtype: the dtype of all tensors that are not integers.
 
     Raises:
@@ -107,7 +111,7 @@ def to_published(
 
 # ---- settings ---------------------------------------------------------------------------------------------------
 
-# Ours -> in taming's ddconfig or beside it, in transformers' vq_config.
+# Our name -> (the name in taming's ddconfig or beside it, the name in transformers' vq_config).
 _SPELLINGS = {
     "width": ("ch", "base_channels"),
     "multipliers": ("ch_mult", "channel_multiplier"),
@@ -120,8 +124,11 @@ _CHAMELEON: dict[str, Any] = dict(
     width=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256, codes=8192, code_dim=256
 )
 _JANUS = _CHAMELEON | dict(codes=16384, code_dim=8)  # LlamaGen's VQ-16
-_LEVELS: dict[int, dict[str, Any]] = {5: PRESETS["taming_f16"], 4: PRESETS["taming_f8"]}  # LlamaGen's, by their number
-# Settings that these networks do not have, wherever a record states them.
+_LEVELS: dict[int, dict[str, Any]] = {
+    5: PRESETS["taming_f16"],
+    4: PRESETS["taming_f8"],
+}  # LlamaGen's, by number of levels
+# Settings that have only one possible value here. A record may state them, and then must have this value.
 _ONLY: dict[str, object] = {
     **dict.fromkeys(("double_z", "double_latent", "tanh_out", "cosine_similarity", "use_linear_attn"), False),
     **dict.fromkeys(("in_channels", "out_channels", "out_ch", "in_ch"), 3),
@@ -134,14 +141,14 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
     """The config of a system's tokenizer, from the settings that were published with it.
 
     Args:
-      system: of SYSTEMS.
-      record: of chameleon_vq vqgan.yaml, or a config.json with vq_config, or that part of it; of ibq config.yaml; of
-        janus_vq config.json; of emu3_vq config.json or vq_config of one; of llamagen_vq the arguments of its class, if
-        any. For showo_vq, lwm_vq and movqgan no settings were published, and there is only one tokenizer of each.
-      names: names of the tensors, which distinguish LlamaGen's VQ-8 and VQ-16 if the record does not.
+      system: a key of SYSTEMS.
+      record: the published settings. chameleon_vq: vqgan.yaml, a config.json with vq_config, or that part of it; ibq:
+        config.yaml; janus_vq: config.json; emu3_vq: config.json, or its vq_config; llamagen_vq: the arguments of its
+        class, if any. showo_vq, lwm_vq and movqgan: not used, because there is only one tokenizer of each, published
+        without settings. names: the names of the tensors. They tell LlamaGen's VQ-8 from VQ-16 if the record does not.
 
     Raises:
-      ValueError: a setting that is missing, or that no published tokenizer has, by name.
+      ValueError: a setting is missing, or has a value that no published tokenizer has; the message names it.
     """
     if system not in SYSTEMS:
         raise ValueError(f"image tokenizer: expected one of {', '.join(SYSTEMS)}; found {system!r}")
@@ -171,11 +178,11 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
 
 
 def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 512) -> dict[str, object]:
-    """The settings that `config_of` reads, as files of that dialect have them; {}: none are published.
+    """The settings that `config_of` reads, in the form of that dialect's files; {} if the dialect publishes none.
 
     Args:
-      resolution: of the images that it was trained on, in pixels: the settings name levels with attention by their
-        sides.
+      resolution: the side of the training images, in pixels. The settings name a level that has attention by the side
+        of its grid.
     """
     if dialect in ("emu3", "emu3_hf"):
         return movq_weights.emu3_settings(config, dialect)
@@ -222,8 +229,8 @@ def _llamagen(record: Mapping[str, Any], names: Iterable[str]) -> AutoencoderCon
 
 
 def _janus(record: Mapping[str, Any]) -> AutoencoderConfig:
-    """From the original's config.json, or from transformers'. transformers' rule for the nearest code is not followed:
-    it leaves out the normalisation that its decoding has, while the original normalises in both.
+    """Reads the original's config.json, or that of transformers. One difference in transformers is not followed: it
+    finds the nearest code without normalising but decodes with normalised codes. The original normalises in both.
     """
     if "gen_vision_config" in record:
         part = record["gen_vision_config"]
@@ -247,7 +254,7 @@ def _vq(codes: int, dim: int, space: str) -> dict[str, Any]:
 
 
 def _part(record: Mapping[str, object], system: str) -> Mapping[str, Any]:
-    """The tokenizer's part of a file's settings: model.params of taming's yaml, vq_config of a config.json."""
+    """The part of a file's settings for the tokenizer: model.params of taming's yaml, vq_config of a config.json."""
     for path in (("model", "params"), ("vq_config",), ("params",)):
         inner: Any = record
         for name in path:
@@ -272,7 +279,7 @@ def _check(values: Mapping[str, Any], system: str) -> None:
 
 
 def _attention(values: Mapping[str, Any], levels: int, usual: int, system: str) -> str:
-    """By the sides of levels that have it, of images of `resolution` pixels."""
+    """Where the network has attention. Settings name the levels by their sides for images of `resolution` pixels."""
     if values.get("attn_type", "vanilla") in (None, "none"):
         return "none"
     resolution, asked = values.get("resolution", usual), list(values.get("attn_resolutions") or ())

@@ -1,4 +1,4 @@
-"""ResNet-50, in torchvision's layout: the logits that MAGVIT and MaskBit compare.
+"""ResNet-50, in torchvision's layout. MAGVIT and MaskBit compare its logits.
 
 Axes: B batch, H W pixels.
 """
@@ -13,11 +13,11 @@ import numpy as np
 
 from ar_tokenizers.image.weights import Params, Shapes, conv, conv_params, conv_shapes, max_pool
 
-_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks and features of each
+_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks and features of each stage
 
 
 def _convs() -> dict[str, tuple[str, int, int, int]]:
-    """Name of each convolution -> (of its batch norm, features in, features out, side of the kernel)."""
+    """Name of each convolution -> (name of its batch norm, features in, features out, side of the kernel)."""
     convs = {"conv1": ("bn1", 3, 64, 7)}
     fan_in = 64
     for stage, (blocks, width) in enumerate(_STAGES, 1):
@@ -39,7 +39,7 @@ def _shapes() -> Shapes:
     return shapes
 
 
-SHAPES = _shapes()  # torchvision's resnet50
+SHAPES = _shapes()  # the arrays of torchvision's resnet50
 
 
 def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
@@ -52,8 +52,9 @@ def logits(params: Params, pixels: jax.Array, dtype: jnp.dtype = jnp.float32) ->
     """float32 [B, H, W, 3] in [-1, 1] -> the 1000 logits of torchvision's ResNet-50, float32 [B, 1000].
 
     The mean squared difference of logits is the perceptual loss of MAGVIT (arXiv:2212.05199) and MaskBit
-    (arXiv:2409.16211, whose preparation this is): resized to 224 x 224 pixels, bilinear and antialiased, and
-    normalised by ImageNet's mean and deviation. Bottlenecks have their stride in the 3 x 3, as torchvision's.
+    (arXiv:2409.16211). Images are prepared as in MaskBit: resized to 224 x 224 pixels, bilinear and antialiased, and
+    normalised with ImageNet's mean and deviation. In a bottleneck, the 3 x 3 convolution has the stride, as in
+    torchvision.
     """
     mean, deviation = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
     x = pixels.astype(jnp.float32) * 0.5 + 0.5

@@ -1,11 +1,11 @@
-"""The small backbone. It begins with space-to-depth, so that nothing is computed at pixel resolution.
+"""The small backbone. It begins with a space-to-depth, so nothing is computed at pixel resolution.
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
 
-The first `patch` of the factor is a space-to-depth (Cosmos, arXiv:2501.03575, has a Haar transform there), the rest are
-halvings. This makes small images cheap on a CPU. Levels, residual blocks and the mirrored decoder are as in VQGAN
-(Esser et al. 2020, arXiv:2012.09841), with RMSNorm over the features of each position instead of GroupNorm, so that a
-code depends on its surroundings and not on statistics of the whole image.
+Space-to-depth reduces the sides by `patch` (Cosmos, arXiv:2501.03575, has a Haar transform there), and convolutions of
+stride 2 do the rest of the factor. This makes small images cheap on a CPU. Levels, residual blocks and the mirrored
+decoder are as in VQGAN (Esser et al. 2020, arXiv:2012.09841). RMSNorm over the features of each position replaces
+GroupNorm, so a code depends on its surroundings and not on statistics of the whole image.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards."""
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the mirrored encoder."""
 
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
         dtype, widths = jnp.dtype(config.dtype), config.widths
@@ -69,8 +69,8 @@ class Decoder(nnx.Module):
 
 
 def receptive_radius(config: AutoencoderConfig) -> int:
-    """The number of pixels beyond its own edge that a code depends on or influences."""
-    blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # of two convolutions each
+    """How many pixels beyond its own edge a code depends on or influences."""
+    blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # each has two convolutions
     return config.patch * (1 + blocks)
 
 
@@ -90,7 +90,7 @@ class Level(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-activation residual block of two 3 x 3 convolutions; the identity at the start of training."""
+    """Pre-activation residual block of two 3 x 3 convolutions. At the start of training it is the identity."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.norm1 = _norm(width, dtype=dtype, rngs=rngs)

@@ -1,15 +1,15 @@
 """The vqgan backbone's weights under their published names: taming-transformers and its descendants.
 
-taming        taming-transformers (model.py): Meta's vqgan.ckpt of Chameleon, and model.ckpt of Emu3.5's IBQ.
-chameleon_hf  transformers' ChameleonVQVAE: the same, and no decoder.
-janus_hf      transformers' JanusVQVAE: the same, and the decoder's levels are counted from the coarsest.
-llamagen      LlamaGen's VQ-8 and VQ-16: levels are conv_blocks, the decoder's from the coarsest, the middle is a list.
-janus         deepseek-ai/Janus, gen_vision_model of its file: LlamaGen's VQ-16.
-showo         showlab/magvitv2: taming's, the convolutions around the codes inside encoder and decoder, and the first
-              digit of a code is its highest; here it is the lowest.
-lwm           LWM's VQGAN, a tree of flax with its names joined by "/": kernels are [3, 3, F, F'], as ours are.
+taming        taming-transformers (model.py): Chameleon's vqgan.ckpt by Meta, and model.ckpt of Emu3.5's IBQ.
+chameleon_hf  transformers' ChameleonVQVAE: taming's names, without a decoder.
+janus_hf      transformers' JanusVQVAE: taming's names, but the decoder's levels are counted from the coarsest.
+llamagen      LlamaGen's VQ-8 and VQ-16: levels are conv_blocks (the decoder's from the coarsest), the middle is a list.
+janus         deepseek-ai/Janus, gen_vision_model of its file: the names of LlamaGen's VQ-16.
+showo         showlab/magvitv2: taming's names, but the convolutions around the codes are inside encoder and decoder,
+              and the first digit of a code is the highest (here it is the lowest).
+lwm           LWM's VQGAN, a flax tree with names joined by "/". Kernels are [3, 3, F, F'], like ours.
 
-Names are in tables, and the same table is read in both directions. movq_weights.py has MoVQ's descendants.
+The names stand in tables that are read in both directions. movq_weights.py has the descendants of MoVQ.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ _TAMING = {
     r"\.(kernel|scale)$": ".weight",
     r"quantizer\.codebook": "quantize.embedding.weight",
 }
-_LLAMAGEN = {  # over taming's
+_LLAMAGEN = {  # applied to taming's names
     r"coder\.(down|up)\.": "coder.conv_blocks.",
     r"(conv_blocks\.\d+)\.block\.": r"\1.res.",
     r"\.mid\.block_1": ".mid.0",
     r"\.mid\.attn_1": ".mid.1",
     r"\.mid\.block_2": ".mid.2",
 }
-_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}  # over taming's
-_LWM = {  # over ours
+_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}  # likewise
+_LWM = {  # applied to our names
     r"encoder\.to_code": "quant_conv",
     r"decoder\.from_code": "post_quant_conv",
     r"quantizer\.codebook": "quantize.embeddings",
@@ -85,15 +85,15 @@ class Dialect:
     """How one of these systems names a tokenizer's weights.
 
     Attributes:
-        name: in DIALECTS.
-        names: patterns that are applied in turn to taming's names; for flax to ours.
-        demands: config settings that a network with these names must have.
-        prefix: comes before every name if the file has a language model, too.
+        name: its key in DIALECTS.
+        names: patterns, applied in turn to taming's names (to our names if `flax`).
+        demands: the config settings that a network with these names must have.
+        prefix: stands before every name if the file also has a language model.
         coarse_first: whether the decoder's levels are counted from the coarsest.
         highest_first: whether the first number of a latent is the highest digit of its code.
-        decoder: whether a file has one.
-        flax: whether kernels are as ours, joined by "/".
-        not_read: prefixes of names outside the network: losses, moving averages.
+        decoder: whether the file has a decoder.
+        flax: whether kernels have our layout, and names are joined by "/".
+        not_read: prefixes of names that are not of the network, such as losses and moving averages.
     """
 
     name: str
@@ -127,20 +127,20 @@ DIALECTS = {
 class Read(NamedTuple):
     """The contents of a file with taming-transformers' names."""
 
-    params: Params  # float32, as `init` makes them; without "decoder" if the file has none
-    kept: dict[str, np.ndarray]  # what the file has and the network does not need, for its export; float32 or int64
+    params: Params  # float32, in the form of `init`; without "decoder" if the file has none
+    kept: dict[str, np.ndarray]  # arrays of the file that only an export needs; float32 or int64
 
 
 def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect: str = "taming") -> Read:
-    """Arrays by their published names, without a prefix, -> parameters.
+    """Converts arrays with published names (without a prefix) to parameters.
 
     Args:
-      state: of any float dtype; a file that holds the tokenizer alone.
-      dialect: of DIALECTS; `dialect_of` tells it.
+      state: all arrays of a file that holds the tokenizer alone, of any float dtype.
+      dialect: a key of DIALECTS, see `dialect_of`.
 
     Raises:
-      ValueError: weights that are missing, left over, or of another shape than the config asks for, by name; a config
-        that the dialect's networks never have; buffers that show another order of digits.
+      ValueError: weights are missing, left over, or have another shape than the config asks for (the message names
+        them); the dialect's networks never have such a config; or the buffers show another order of digits.
     """
     spoken, places = DIALECTS[known(dialect)], _places(config, dialect)
     state = {name: leaf for name, leaf in state.items() if not name.startswith(spoken.not_read or ("\0",))}
@@ -156,7 +156,7 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect:
     ours = {}
     for name, place in places.items():
         if name.startswith("decoder.") and not spoken.decoder:
-            kept[place.name] = _plain(state[place.name])  # from_code alone decodes nothing
+            kept[place.name] = _plain(state[place.name])  # from_code alone is no decoder
         else:
             ours[name] = _to_ours(spoken, name, place, np.asarray(state[place.name], np.float32))
     return Read(traverse_util.unflatten_dict(ours, sep="."), kept)
@@ -168,13 +168,15 @@ def to_taming(
     kept: Mapping[str, np.ndarray] | None = None,
     dialect: str = "taming",
 ) -> dict[str, np.ndarray]:
-    """The inverse: every array of a published file, weights float32, convolutions [F', F, 3, 3] or [F', F, 1, 1].
+    """The inverse of `from_taming`: every array of a published file. Weights are float32, convolutions [F', F, 3, 3]
+    or [F', F, 1, 1].
 
     Args:
-      kept: what `from_taming` had beside the parameters (ImageTokenizer.published).
+      kept: the arrays that `from_taming` returned besides the parameters (ImageTokenizer.published).
 
     Raises:
-      ValueError: there is no decoder, and a file of that dialect has one; or a config that its networks never have.
+      ValueError: the tokenizer has no decoder but a file of that dialect has one, or the dialect's networks never have
+        such a config.
     """
     spoken, kept, theirs = DIALECTS[known(dialect)], kept or {}, {}
     if spoken.decoder and "decoder" not in params:
@@ -191,9 +193,10 @@ def to_taming(
 
 
 def dialect_of(names: Iterable[str]) -> str:
-    """The dialect of these names, of DIALECTS. Raises ValueError if there is none.
+    """The dialect, a key of DIALECTS, that has these names. Raises ValueError if there is none.
 
-    LlamaGen's and Janus' are the same ("llamagen"), and so are all that are taming's ("taming").
+    LlamaGen and Janus have the same names (the result is "llamagen"), and so have all dialects of taming's names
+    ("taming").
     """
     names = set(names)
     starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
@@ -205,7 +208,7 @@ def dialect_of(names: Iterable[str]) -> str:
         return "showo"
     if starts("encoder.down.") and not starts("decoder."):
         return "chameleon_hf"
-    if starts("encoder.down."):  # the finest level of a decoder is the one that is not doubled
+    if starts("encoder.down."):  # only the finest level of a decoder has no upsampling
         return "janus_hf" if starts("decoder.up.0.upsample.") else "taming"
     raise ValueError(
         "weights of an image tokenizer of taming's family: expected names like encoder.down.0.block.0.conv1.weight, "
@@ -214,7 +217,7 @@ def dialect_of(names: Iterable[str]) -> str:
 
 
 def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
-    """The buffers that the dialect's class saves besides weights: a log of codes, or the table that follows from the
+    """The buffers that the dialect's class saves besides weights: a log of used codes, or a table computed from the
     digits.
     """
     if dialect in ("llamagen", "janus"):
@@ -233,7 +236,7 @@ def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
 
 
 class Place(NamedTuple):
-    """Where one of our parameters is in such a file."""
+    """Where a published file has one of our parameters."""
 
     name: str  # theirs
     shape: tuple[int, ...]  # theirs
@@ -241,7 +244,7 @@ class Place(NamedTuple):
 
 
 def known(dialect: str) -> str:
-    """The dialect, if it is one of DIALECTS. Raises ValueError."""
+    """The dialect with that name. Raises ValueError if DIALECTS has none."""
     if dialect not in DIALECTS:
         raise ValueError(f"names of weights: expected one of {', '.join(DIALECTS)}; found {dialect!r}")
     return dialect
@@ -249,7 +252,7 @@ def known(dialect: str) -> str:
 
 @functools.cache
 def _places(config: AutoencoderConfig, dialect: str) -> dict[str, Place]:
-    """Where each parameter is in a file, by our name."""
+    """The place of each parameter in a published file, by our name."""
     spoken = DIALECTS[dialect]
     for name, value in {**spoken.demands, "backbone": "vqgan", "patch": 1}.items():
         if (found := getattr(config, name)) != value:
@@ -270,7 +273,7 @@ def _theirs(spoken: Dialect, name: str, levels: int) -> str:
     if spoken.coarse_first:
         name = re.sub(r"^decoder\.(level|up)(\d)", lambda m: f"decoder.{m[1]}{levels - 1 - int(m[2])}", name)
     if spoken.flax:
-        # Their names count a halving to the level before it, ours to the level after it.
+        # In their names a downsampling belongs to the level before it, in ours to the level after it.
         name = re.sub(r"\.down(\d)", lambda match: f".down{int(match[1]) - 1}", name)
     else:
         name = published_name(name)
@@ -278,7 +281,7 @@ def _theirs(spoken: Dialect, name: str, levels: int) -> str:
 
 
 def published_name(name: str) -> str:
-    """Our name, such as "encoder.level0.block0.norm1.scale", -> taming's name."""
+    """Converts our name, such as "encoder.level0.block0.norm1.scale", to taming's name."""
     name = re.sub(r"\.down(\d)", lambda match: f".down.{int(match[1]) - 1}.downsample.conv", name)
     return _renamed(name, _TAMING)
 
@@ -295,7 +298,7 @@ def check_names(
     found: Mapping[str, Any],
     optional: Iterable[str] = (),
 ) -> None:
-    """Raises ValueError, which names arrays that are missing, left over, or of another shape."""
+    """Raises ValueError if arrays are missing, left over, or have another shape. The message names them."""
     if missing := wanted.keys() - found.keys():
         encode_only = dialect == "taming" and not any(name.startswith("decoder.") for name in found)
         hint = f"; {NO_DECODER}" if encode_only and any(name.startswith("decoder.") for name in missing) else ""
@@ -334,7 +337,7 @@ def _to_ours(spoken: Dialect, name: str, place: Place, leaf: np.ndarray) -> np.n
 
 
 def _digits(spoken: Dialect, name: str, leaf: np.ndarray) -> np.ndarray:
-    """A layer that makes or reads the digits of codes, with the digits in the other order."""
+    """Reverses the order of the digits in a layer that makes or reads the digits of codes."""
     axes = {"encoder.to_code.kernel": 1, "encoder.to_code.bias": 0, "decoder.from_code.kernel": 0}
     return np.flip(leaf, axes[name]) if spoken.highest_first and name in axes else leaf
 
@@ -350,7 +353,7 @@ def out_first(leaf: np.ndarray) -> np.ndarray:
 
 
 def in_first(leaf: np.ndarray, ndim: int) -> np.ndarray:
-    """The inverse."""
+    """The inverse of `out_first`."""
     if leaf.ndim != 4:
         return leaf
     leaf = leaf.transpose(2, 3, 1, 0)

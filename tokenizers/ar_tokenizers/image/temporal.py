@@ -1,19 +1,20 @@
-"""The layers in time of Emu3's vision tokenizer, as equivalent two-dimensional layers for a single picture.
+"""The layers over time of Emu3's vision tokenizer, as equivalent 2-D layers for a single picture.
 
 Axes: B batch, h w codes, Z features at the codes; in published kernels F' features out, F features in, T taps.
 
 Emu3 (arXiv:2409.18869; baaivision/Emu3, modeling_emu3visionvq.py) encodes a picture as four equal frames. Two
-convolutions in time make one frame of them; its decoder makes four frames, and the first is the picture. Every
-convolution pads two frames of zeros before the first, so it is known in advance which frame each tap sees:
+convolutions over time reduce them to one frame. The decoder makes four frames again, and the first is the picture.
+Every convolution pads two zero frames before the first frame, so it is known in advance which frame each tap sees:
 
-- the first halving (four taps, every second frame) sees on its first step two of the padding and two equal frames, on
-  its second four equal frames: a convolution by the sum of the last two taps and one by the sum of all;
-- the second sees the padding and those two: its third tap on the one, its fourth on the other;
-- all other convolutions see one frame after the padding, with their last tap.
+- The first halving has four taps and stride 2. Its first step sees two padding frames and two equal frames, which is a
+  convolution with the sum of the last two taps. Its second step sees four equal frames, which is a convolution with the
+  sum of all taps.
+- The second halving sees two padding frames and these two results: its third tap sees the first, its fourth the second.
+- All other convolutions see one frame after the padding, with their last tap.
 
-Batch norms use the statistics they were trained with: a scale and a shift.
+Batch norms use fixed statistics from training, so each is a scale and a shift.
 
-`fold` computes these sums. They cannot be undone, so the original layers are kept for an export.
+`fold` computes these sums. The taps cannot be recovered from them, so the original layers are kept for an export.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from flax import nnx
 
 from ar_tokenizers.image.layers import Conv3x3
 
-FACTOR = 4  # frames that become one: two halvings
-_EPSILON = 1e-5  # of the batch norms
+FACTOR = 4  # frames that two halvings reduce to one
+_EPSILON = 1e-5  # epsilon of the batch norms
 _FLOAT32 = jnp.dtype("float32")
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 _COUNT = "num_batches_tracked"
@@ -38,7 +39,7 @@ class BeforeCodes(nnx.Module):
     """The encoder's layers after its last convolution: float32 [B, h, w, Z] -> the same shape."""
 
     def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
-        self.halve0 = Conv3x3(width, 2 * width, dtype=_FLOAT32, rngs=rngs)  # both steps side by side
+        self.halve0 = Conv3x3(width, 2 * width, dtype=_FLOAT32, rngs=rngs)  # the results of both steps, concatenated
         self.halve1 = Conv3x3(2 * width, width, dtype=_FLOAT32, rngs=rngs)
         self.stack = Stack(width, blocks, rngs=rngs)
 
@@ -61,7 +62,7 @@ class AfterCodes(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Residual blocks with an Affine where batch norms were: [B, h, w, Z] -> the same shape."""
+    """Residual blocks with an Affine in place of each batch norm: [B, h, w, Z] -> the same shape."""
 
     def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
         self.blocks = blocks
@@ -76,7 +77,7 @@ class Stack(nnx.Module):
 
 
 class Block(nnx.Module):
-    """[B, h, w, Z] -> the same shape; the identity at the start of training."""
+    """A residual block: [B, h, w, Z] -> the same shape. At the start of training it is the identity."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.norm1, self.norm2 = Affine(width), Affine(width)
@@ -105,9 +106,10 @@ class Affine(nnx.Module):
 
 
 def published_shapes(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
-    """Every array that `fold` takes, by its published name, which the original and transformers share.
+    """The shape of every array that `fold` takes, by its published name. The original and transformers have the same
+    names.
 
-    Kernels are [F', F, T, 3, 3], those of the two convolutions next to the codes [F', F, T, 1, 1].
+    Kernels are [F', F, T, 3, 3]; those of the two convolutions next to the codes are [F', F, T, 1, 1].
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -129,7 +131,7 @@ def published_shapes(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
 
 
 def fold(published: Mapping[str, np.ndarray], blocks: int) -> dict[str, dict[str, object]]:
-    """The arrays of `published_shapes` -> those of our encoder and decoder that are computed from them, float32.
+    """Converts the arrays of `published_shapes` to the arrays of our encoder and decoder that replace them, float32.
 
     Returns:
       {"encoder": {"temporal": BeforeCodes, "to_code": ...}, "decoder": {"temporal": AfterCodes, "from_code": ...}}
@@ -153,7 +155,7 @@ def fold(published: Mapping[str, np.ndarray], blocks: int) -> dict[str, dict[str
     def bias(at: str) -> np.ndarray:
         return np.asarray(published[f"{at}.bias"], np.float32)
 
-    def taps(at: str) -> np.ndarray:  # [T, F', F, 3, 3] of float64: a sum of taps is rounded once
+    def taps(at: str) -> np.ndarray:  # [T, F', F, 3, 3] in float64, so that a sum of taps is rounded only once
         return np.moveaxis(np.asarray(published[f"{at}.weight"], np.float64), 2, 0)
 
     def product(at: str) -> dict[str, np.ndarray]:

@@ -1,10 +1,11 @@
-"""Images larger than memory allows, encoded and decoded in overlapping windows of one size.
+"""Encodes and decodes images in overlapping windows of one size, if they are too large for memory as a whole.
 
-Axes: B batch, H W pixels, h w codes. Lengths here are in codes, unless said otherwise.
+Axes: B batch, H W pixels, h w codes. Lengths are in codes unless another unit is named.
 
-A window does not see beyond its edge. So its results near an edge inside the image are wrong within the network's
-receptive field. Each code is taken from the window in which it is nearer to the middle: each window discards half of
-the overlap. Pixels are blended over the middle half of each overlap; on either side a quarter is discarded.
+A window does not see beyond its edge, so its results are wrong near an edge that lies inside the image, as far as the
+network's receptive field reaches. Each code is taken from the window in which it is nearer to the middle, so each
+window discards half of the overlap. Pixels are blended over the middle half of each overlap, and the quarter on each
+side is discarded.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def map_windows(
     overlap: int,
     blend: bool,
 ) -> np.ndarray:
-    """The result of `function` for `x`, computed in windows.
+    """Computes function(x) in windows.
 
     Args:
       function: [n, th * scales[0], tw * scales[0], ...] -> [n, th * scales[1], tw * scales[1], ...].
       x: [B, h * scales[0], w * scales[0], ...].
-      scales: entries of x and of the result along the side of one code: (factor, 1) to encode, (1, factor) to decode.
-      tile: side of a window; a smaller image is a single window. overlap: the least overlap of neighbouring windows.
-      blend: mix the overlaps (pixels), or cut them in their middle (codes).
+      scales: the numbers of entries of x and of the result along the side of one code: (factor, 1) to encode, (1,
+      factor) to decode. tile: the side of a window; a smaller image is a single window. overlap: the least overlap of
+      neighbouring windows. blend: whether to blend overlaps (pixels) or to cut them in the middle (codes).
 
     Returns:
       [B, h * scales[1], w * scales[1], ...]
@@ -54,7 +55,7 @@ def map_windows(
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """The beginnings of windows, evenly spaced."""
+    """The first positions of windows, evenly spaced."""
     if length <= tile:
         return [0]
     last = math.ceil((length - tile) / (tile - overlap))
@@ -62,9 +63,9 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _join(pieces: Iterable[np.ndarray], starts: Sequence[int], axis: int, blend: bool) -> np.ndarray:
-    """Overlapping pieces that begin at `starts` along an axis (1 or 2 of at least 3) -> the whole."""
+    """Joins overlapping pieces that begin at `starts` along an axis (1 or 2 of at least 3)."""
     finished: list[np.ndarray] = []
-    begin = 0  # of what is last in `finished`
+    begin = 0  # ending of the last piece in `finished`
     for start, piece in zip(starts, pieces, strict=True):
         piece = np.moveaxis(piece, axis, 0)
         if finished:
@@ -78,7 +79,7 @@ def _join(pieces: Iterable[np.ndarray], starts: Sequence[int], axis: int, blend:
 
 
 def _mix(old: np.ndarray, new: np.ndarray, blend: bool) -> np.ndarray:
-    """One overlap of two pieces, along the first axis."""
+    """Blends one overlap of two pieces, along the first axis."""
     if not blend:
         return np.concatenate([old[: len(old) // 2], new[len(old) // 2 :]])
     middle = (np.arange(len(old), dtype=np.float32) + 0.5) / max(len(old), 1)

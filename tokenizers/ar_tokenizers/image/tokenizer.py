@@ -35,13 +35,13 @@ class ImageTokenizer:
     Args:
       params: parameters as `init` makes them, without "decoder" if the tokenizer can read images but not draw them
         (`no_decoder`).
-      batch_size: images in one call of the compiled network; the last batch is padded. One size means one compiled
-        program per image size, and codes that do not depend on how many images came together.
+      batch_size: the number of images in one call of the compiled network; the last batch is padded. A fixed number
+        means one compiled program per image size, and codes that do not depend on how many images are encoded together.
       published: for an imported tokenizer, the arrays of the published file that the network does not use, with their
-        original names and dtypes. They are kept for an export and are not part of the hash.
+        original names and dtypes. They are kept for an export, and are not part of the hash.
 
     Raises:
-      ValueError: the parameters are not those of the config, by name.
+      ValueError: the parameters do not match the config; the message names one that does not.
     """
 
     def __init__(
@@ -95,12 +95,13 @@ class ImageTokenizer:
         return digest.hexdigest()
 
     def on(self, device: jax.Device) -> ImageTokenizer:
-        """The same tokenizer on this device: its programs are compiled once more, and its codes are the same."""
+        """The same tokenizer on this device. Its programs are compiled again; its codes are the same."""
         params = jax.device_put(self.params, device)
         return ImageTokenizer(self.config, params, batch_size=self.batch_size, published=self.published)
 
     def vectors(self) -> np.ndarray:
-        """The quantizer's vector for each code, float32 [K, C]; similar codes have near vectors (Quantizer.alone)."""
+        """The quantizer's vector for each code, float32 [K, C]; similar codes have similar vectors
+        (Quantizer.alone)."""
         return np.asarray(jax.jit(lambda params: Autoencoder.bind(self.config, params).quantizer.alone())(self.params))
 
     def encode(self, images: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
@@ -108,18 +109,19 @@ class ImageTokenizer:
 
         Args:
           images: uint8 [B, H, W, 3].
-          tile: 0: the network sees whole images. Else it sees windows of tile x tile pixels, and `batch_size` of them
-            at once, whatever H and W are.
-          overlap: the least overlap of neighbouring windows, in pixels; by default a quarter of a tile. Both are
-            multiples of the factor. With backbone "space_to_depth" the windows change nothing if the overlap is 2 x
-            `space_to_depth.receptive_radius(config)`, 4 x in `decode`. With "vqgan" each window has its own norms and
-            attention, and its codes are not those of the whole image.
+          tile: if 0, the network sees whole images. Otherwise it sees windows of tile x tile pixels, `batch_size` at
+            once, for any H and W.
+          overlap: the least overlap of neighbouring windows, in pixels; by default a quarter of a tile. Tile and
+            overlap are multiples of the factor. With backbone "space_to_depth" the result is the same as without
+            windows if the overlap is 2 x `space_to_depth.receptive_radius(config)` (4 x in `decode`). With "vqgan" the
+            norms and attention see one window only, so the codes differ from those of the whole image.
 
         Returns:
           int32 [B, h, w].
 
         Raises:
-          ValueError: the dtype is wrong, sides or windows do not divide, or windows overlap by more than a half.
+          ValueError: the dtype is wrong, sides or windows are not multiples of the factor, or windows overlap by more
+            than half.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -131,10 +133,10 @@ class ImageTokenizer:
     def decode(self, codes: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
         """Codes to images: int32 [B, h, w] -> uint8 [B, H, W, 3].
 
-        `tile` and `overlap` as in `encode`, in pixels; overlaps are blended, so that no seam shows.
+        `tile` and `overlap` are as in `encode`, in pixels. Overlaps are blended, so no seam is visible.
 
         Raises:
-          ValueError: codes outside [0, codebook_size), windows as in `encode`, or there is no decoder.
+          ValueError: a code is outside [0, codebook_size), windows are wrong as in `encode`, or there is no decoder.
         """
         if self.no_decoder:
             raise ValueError(self.no_decoder)
@@ -152,9 +154,9 @@ class ImageTokenizer:
         return self._in_windows(run, by_position, (1, self.factor), tile, overlap, blend=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes weights.safetensors and then config.json. A folder without config.json has no tokenizer.
+        """Writes weights.safetensors and then config.json. A folder without config.json holds no complete tokenizer.
 
-        If the tokenizer has `published` arrays, there is also a published.safetensors.
+        It also writes published.safetensors if the tokenizer has `published` arrays.
         """
         folder = Path(folder)
         for name in (CONFIG, PUBLISHED):
@@ -169,7 +171,7 @@ class ImageTokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, batch_size: int = 64) -> ImageTokenizer:
-        """Read what `save` wrote.
+        """Reads a folder that `save` wrote.
 
         Raises:
           FileNotFoundError: the folder has no (complete) tokenizer.
@@ -211,7 +213,7 @@ class ImageTokenizer:
     def _in_batches(
         self, function: Callable[..., jax.Array], rows: np.ndarray, *, scales: tuple[int, int], dtype: type
     ) -> np.ndarray:
-        """Rows [n, H, W, 3] or [n, h, w, codes_per_position] -> the other of the two."""
+        """Encodes rows [n, H, W, 3] or decodes rows [n, h, w, codes_per_position], in batches of one size."""
         height, width = (side // scales[0] * scales[1] for side in rows.shape[1:3])
         shape = (height, width, 3 if dtype is np.uint8 else self.codes_per_position)
         out: np.ndarray = np.empty((len(rows), *shape), dtype)
@@ -223,8 +225,8 @@ class ImageTokenizer:
         return out
 
 
-# Compiled once for a config, a size and a device, for all tokenizers together, because a training makes one for each
-# preview, and every stage loads its own.
+# Compiled once per config, size and device. All tokenizers share the programs, because a training makes a tokenizer
+# for each preview, and every stage loads its own.
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(config: AutoencoderConfig, params: Params, rows: jax.Array) -> jax.Array:
     """uint8 [B, H, W, 3] -> int32 [B, h, w, codes_per_position]."""
@@ -261,7 +263,7 @@ def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
 
 
 def _published(folder: Path, digest: str) -> dict[str, np.ndarray]:
-    """The `published` arrays. Raises ValueError: they are missing, or not those that were saved."""
+    """The `published` arrays. Raises ValueError if they are missing or are not those that were saved."""
     if not (folder / PUBLISHED).is_file():
         raise ValueError(f"{folder}: expected {PUBLISHED}, which {CONFIG} names; found none")
     kept = (folder / PUBLISHED).read_bytes()

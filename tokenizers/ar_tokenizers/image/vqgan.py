@@ -2,17 +2,18 @@
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, S = h'w', C code dim, F features.
 
-Esser et al. 2020, arXiv:2012.09841 (taming-transformers' model.py): LlamaGen, Chameleon, IBQ, MaskGIT, Open-MAGVIT2 and
-the parent of Emu3's tokenizer are this network with other widths, blocks and attention. The order of layers is that of
-taming-transformers, so that its weights and those of `ChameleonVQVAE` in transformers load after renaming and
-transposing. Differences: residual branches start at zero, the 1 x 1 convolutions around the quantizer are `to_code` and
-`from_code` in float32, and `patch` may fold pixels first (1 in the published systems).
+Esser et al. 2020, arXiv:2012.09841 (taming-transformers' model.py). LlamaGen, Chameleon, IBQ, MaskGIT, Open-MAGVIT2 and
+the base of Emu3's tokenizer are this network with other widths, blocks and attention. The layers have the same order as
+in taming-transformers, so its weights, and those of `ChameleonVQVAE` in transformers, load after renaming and
+transposing. Differences: residual branches start at zero, the 1 x 1 convolutions around the quantizer (`to_code` and
+`from_code`) are float32, and a space-to-depth by `patch` may come first (published systems have patch 1).
 
-GroupNorm uses the whole image, and attention uses every position, so a code depends on all pixels, though weakly.
+GroupNorm uses the whole image, and attention uses every position. So a code depends weakly on all pixels.
 
-Clips are not here. The network itself would need little: frames in the batch, and after each block a temporal
-convolution over past frames only, added and zero at first, so that a single frame is exactly an image. Everything else
-is missing: halving in time (1 + 2n frames to 1 + n), and clips in documents, data, grammar and sampling.
+Video clips are not supported. The network itself would need little change: frames in the batch, and after each block a
+temporal convolution over past frames, in a residual branch that starts at zero, so that a single frame is treated
+exactly like an image. Missing are also halving over time (1 + 2n frames to 1 + n), and clips in documents, data,
+grammar and sampling.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards, one more block in each level unless told.
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the mirrored encoder, by default with one more block in each level.
 
     Args:
-      norm: makes the layer before every convolution, called as norm(width, dtype=dtype).
+      norm: makes the normalisation before every convolution; called as norm(width, dtype=dtype).
     """
 
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs, norm: Norm = GroupNorm) -> None:
@@ -94,7 +95,7 @@ class Decoder(nnx.Module):
         return self.pixels(self.from_code(vectors))
 
     def pixels(self, z: jax.Array, *codes: jax.Array) -> jax.Array:
-        """float32 [B, h, w, z_channels] -> float32 [B, H, W, 3]: all but the first layer; `codes` go to every norm."""
+        """float32 [B, h, w, z_channels] -> float32 [B, H, W, 3]: all but the first layer. Every norm gets `codes`."""
         x = self.middle(self.stem(z), *codes)
         for index in reversed(range(self.depth)):
             x = getattr(self, f"level{index}")(x, *codes)
@@ -104,7 +105,7 @@ class Decoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution, each followed by attention if asked: [B, h', w', F] -> [B, h', w', F']."""
+    """Residual blocks at one resolution, each optionally with attention after it: [B, h', w', F] -> [B, h', w', F']."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class Middle(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-activation residual block of two 3 x 3 convolutions; at the start of training only its shortcut."""
+    """Pre-activation residual block of two 3 x 3 convolutions. At the start of training it is only its shortcut."""
 
     def __init__(self, fan_in: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, norm: Norm = GroupNorm) -> None:
         self.norm1 = norm(fan_in, dtype=dtype)
@@ -167,7 +168,8 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """One head of self-attention over all positions, the softmax in float32; the identity at the start of training."""
+    """One head of self-attention over all positions, with a float32 softmax. At the start of training it is the
+    identity."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, norm: Norm = GroupNorm) -> None:
         self.norm = norm(width, dtype=dtype)
@@ -175,7 +177,7 @@ class Attention(nnx.Module):
         self.out = linear(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> the same shape: every position attends to all; the result is added to the input."""
+        """[B, h', w', F] -> the same shape: every position attends to all, and the result is added to the input."""
         y = self.norm(x, *codes).reshape(x.shape[0], -1, x.shape[-1])
         scores = jnp.einsum("bqf,bsf->bqs", self.query(y), self.key(y), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * x.shape[-1] ** -0.5).astype(y.dtype)

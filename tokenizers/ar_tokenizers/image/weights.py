@@ -1,8 +1,8 @@
 """Reads pretrained weights from a file that the user names. Nothing is ever downloaded.
 
-Files have torch's names and torch's layout ([O, I, h, w] kernels, batch norms beside them), as `convert_perceptual`
-writes them, in safetensors or npz. Arrays are checked and turned to this package's layout, and batch norms become part
-of the convolution before them.
+Files are safetensors or npz, with torch's names and layout ([O, I, h, w] kernels, separate batch norms), as
+`convert_perceptual` writes them. Arrays are checked and converted to this package's layout, and batch norms are folded
+into the convolution before them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_weights(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, .
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is of another kind, damaged, or does not hold exactly the arrays named in `shapes`.
+      ValueError: the file is of another kind or damaged, or does not hold exactly the arrays named in `shapes`.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,7 +48,7 @@ def read_weights(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, .
             raise ValueError(
                 "it must be .safetensors or .npz; ar_tokenizers.image.convert_perceptual makes one of .pth"
             )
-    except Exception as error:  # each format has its own, and they do not name the file
+    except Exception as error:  # each format has its own errors, and they do not name the file
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
     check_weights(arrays, shapes, str(path))
     return {name: arrays[name].astype(np.float32) for name in shapes}, hashlib.sha256(data).hexdigest()
@@ -75,7 +75,7 @@ class _Header(NamedTuple):
 
 
 def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Raises ValueError if names or shapes are not as requested. The message has the first few of each."""
+    """Raises ValueError if names or shapes differ from `shapes`. The message names the first few."""
     missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
     wrong = [
         f"{name} is {tuple(arrays[name].shape)}, not {shapes[name]}"
@@ -92,7 +92,7 @@ def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
 
 def conv_shapes(name: str, fan_in: int, fan_out: int, kernel: tuple[int, int], norm: str = "") -> Shapes:
-    """The names of a convolution in a file: with a bias, or with a batch norm called `norm` and no bias."""
+    """The names of a convolution's arrays in a file: with a bias, or with no bias and a batch norm called `norm`."""
     weight: Shapes = {f"{name}.weight": (fan_out, fan_in, *kernel)}
     if not norm:
         return weight | {f"{name}.bias": (fan_out,)}
@@ -100,7 +100,8 @@ def conv_shapes(name: str, fan_in: int, fan_out: int, kernel: tuple[int, int], n
 
 
 def conv_params(arrays: Mapping[str, np.ndarray], name: str, norm: str = "", epsilon: float = 1e-5) -> Params:
-    """{"kernel" [h, w, I, O], "bias" [O]}, float32. The batch norm is folded in: in float64, then rounded once."""
+    """{"kernel" [h, w, I, O], "bias" [O]}, float32. The batch norm is folded in with float64 arithmetic and one
+    rounding."""
     kernel = arrays[f"{name}.weight"].astype(np.float64)
     if norm:
         weight, bias, mean, variance = (
@@ -114,9 +115,7 @@ def conv_params(arrays: Mapping[str, np.ndarray], name: str, norm: str = "", eps
 
 
 def conv(params: Params, x: jax.Array, stride: int = 1, padding: Padding = "SAME") -> jax.Array:
-    """[B, h, w, I] -> [B, h', w', O] in the dtype of x; float32 is multiplied in full precision on every
-    accelerator.
-    """
+    """[B, h, w, I] -> [B, h', w', O] in the dtype of x. float32 products have full precision on every accelerator."""
     return jax.lax.conv_general_dilated(
         x,
         params["kernel"].astype(x.dtype),
@@ -128,6 +127,6 @@ def conv(params: Params, x: jax.Array, stride: int = 1, padding: Padding = "SAME
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
-    """[B, h, w, F] -> [B, h', w', F]; the padding is never the largest."""
+    """[B, h, w, F] -> [B, h', w', F]; the maximum ignores padding."""
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), pads)

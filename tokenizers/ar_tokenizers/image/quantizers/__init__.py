@@ -1,12 +1,12 @@
 """The quantizers, made by name from one flat set of settings.
 
-fsq     a grid, no codebook: nothing to collapse, any size                      arXiv:2309.15505, 2601.17124
+fsq     a grid of any size, no codebook that could collapse                     arXiv:2309.15505, 2601.17124
 vq      a learned codebook, by default on the unit sphere                       arXiv:1711.00937, 2110.04627
 simvq   a frozen codebook and one linear layer                                  arXiv:2411.02038
 lfq     signs                                                                   arXiv:2310.05737
 bsq     signs on the unit sphere                                                arXiv:2406.07548
-ibq     a learned codebook, all of whose codes get every gradient               arXiv:2412.02692
-rq      D codes a position, each for the remainder of those before              arXiv:2203.01941
+ibq     a learned codebook; every code gets a gradient                          arXiv:2412.02692
+rq      D codes per position, each codes what the last one left                 arXiv:2203.01941
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ar_tokenizers.image.quantizers.vq import VQ as VQ
 
 NAMES = ("fsq", "vq", "simvq", "lfq", "bsq", "ibq", "rq")
 USUAL_DIM = {"vq": 8, "simvq": 8, "ibq": 32, "rq": 8}
-USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}  # they lose their codebook without; 0 for the others
+USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}  # their codebook collapses without it; others: 0
 
 
 def make(
@@ -47,21 +47,21 @@ def make(
     restart: float = 0.1,
     rngs: nnx.Rngs,
 ) -> Quantizer:
-    """The quantizer of that name. Under nnx.eval_shape it costs nothing and still says its sizes.
+    """Makes the quantizer of that name. Under nnx.eval_shape this costs nothing, and its sizes can still be read.
 
     Args:
-      levels, activation: of fsq.
-      codes: the codebook size of all others.
-      space: of vq: where its codes are, "sphere" or "euclidean".
-      code_dim: numbers in a code of vq, simvq, ibq and rq; 0: the quantizer's usual.
-      depth: codes a position of rq.
-      codebook_update, restart: of vq and rq (codebook.py).
-      gradient: of vq, simvq and rq.
-      beta: weight of the commitment.
-      entropy: weight of the entropy penalty of vq, lfq, bsq and ibq; negative: the quantizer's usual.
+      levels, activation: for fsq.
+      codes: the codebook size, for all others.
+      space: for vq, where the codes are: "sphere" or "euclidean".
+      code_dim: for vq, simvq, ibq and rq, the dimensions of a code vector; 0: the quantizer's usual number.
+      depth: for rq, the codes per position.
+      codebook_update, restart: for vq and rq (codebook.py).
+      gradient: for vq, simvq and rq.
+      beta: the weight of the commitment loss.
+      entropy: for vq, lfq, bsq and ibq, the weight of the entropy penalty; negative: the quantizer's usual weight.
 
     Raises:
-      ValueError: an unknown name, a size that the quantizer cannot have, or a setting that it does not read.
+      ValueError: the name is unknown, a size is impossible for the quantizer, or a setting is not for it.
     """
     if quantizer not in NAMES:
         raise ValueError(f"quantizer must be one of {', '.join(NAMES)}, got {quantizer!r}")

@@ -2,14 +2,14 @@
 
 Axes: B batch, C code dim, K codebook size.
 
-A quantizer has three functions: `bound` brings a latent into the space of the codes, `nearest` finds the code,
-`vectors` looks it up. The training pass uses the same three, so the decoder is trained on exactly the bits that it
-later gets from codes. All arithmetic is float32 and int32 whatever the networks compute in: with bfloat16 indices FSQ
-loses half its codebook (lucidrains/vector-quantize-pytorch#114).
+A quantizer has three functions: `bound` maps a latent into the space of the codes, `nearest` finds the code, `vectors`
+looks up its vector. The training pass uses the same three, so in training the decoder gets exactly the bits that it
+later gets from codes. All arithmetic is float32 and int32, whatever the dtype of the networks is: with bfloat16 indices
+FSQ loses half its codebook (lucidrains/vector-quantize-pytorch#114).
 
-Some quantizers have a state beside their parameters (how often a code was used, say). It is handled by three functions,
-so that it is the same on any mesh, and is checkpointed and resumed with the rest of the training: `init_state` makes
-it, every pass returns `sums` over the positions it saw, and `update_state` brings it up to date once a step.
+Some quantizers also have a state besides their parameters, for example how often each code was used. Three functions
+handle it: `init_state` makes it, every training pass returns `sums` over its positions, and `update_state` updates it
+once per step. So it is the same on any mesh, and is saved and restored with the rest of the training.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ State = dict[str, jax.Array]
 class Quantized(NamedTuple):
     """The result of a training pass of a quantizer."""
 
-    vectors: jax.Array  # float32 [B, ..., C]: exactly `vectors(codes)`, with the gradient of the latent
-    codes: jax.Array  # int32 [B, ...] in [0, K); of depth D > 1: [B, ..., D]
-    loss: jax.Array  # float32 []: what the quantizer itself asks for, a mean over positions
-    sums: dict[str, jax.Array]  # over all positions, for `update_state`: add them over the parts of a batch; {}: none
+    vectors: jax.Array  # float32 [B, ..., C]: exactly `vectors(codes)`, with a gradient for the latents
+    codes: jax.Array  # int32 [B, ...] in [0, K); [B, ..., D] if the depth D is above 1
+    loss: jax.Array  # float32 []: the quantizer's own loss, a mean over positions
+    sums: dict[str, jax.Array]  # sums over positions for `update_state`, to be added over the parts of a batch; or {}
 
 
 class Quantizer(nnx.Module):
@@ -45,7 +45,7 @@ class Quantizer(nnx.Module):
 
     @abstractmethod
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents [..., C] of any size -> float32 [..., C] in the space of the codes; differentiable."""
+        """Any latents [..., C] -> float32 [..., C] in the space of the codes; differentiable."""
 
     @abstractmethod
     def nearest(self, bounded: jax.Array) -> jax.Array:
@@ -56,7 +56,8 @@ class Quantizer(nnx.Module):
         """Codes int32 [...] in [0, K) -> float32 [..., C]."""
 
     def alone(self) -> jax.Array:
-        """float32 [K, C]: the vector of each code; at a depth above 1, its part of the position's vector."""
+        """float32 [K, C]: the vector of each code. If the depth is above 1, it is the code's part of the position's
+        vector."""
         return self.vectors(jnp.arange(self.codebook_size))
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -64,7 +65,7 @@ class Quantizer(nnx.Module):
         return straight_through(bounded, vectors)
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """The term that is added to the loss of the autoencoder."""
+        """The quantizer's own term in the loss of the autoencoder."""
         return jnp.zeros((), jnp.float32)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
@@ -79,8 +80,8 @@ class Quantizer(nnx.Module):
         """The training pass.
 
         Args:
-          z: [B, ..., C], of any float dtype.
-          keys: PRNG keys [B], one for each row; None: not training, and nothing is summed.
+          z: latents [B, ..., C] of any float dtype.
+          keys: PRNG keys [B], one for each row; None: not training, so `sums` are {}.
         """
         bounded = self.bound(z)
         codes = self.nearest(bounded)
@@ -92,12 +93,12 @@ class Quantizer(nnx.Module):
         """The state before the first step.
 
         Args:
-          params: the quantizer's own, a dict of arrays.
+          params: the quantizer's own parameters, a dict of arrays.
         """
         return {}
 
     def update_state(self, params: Params, state: State, sums: dict[str, jax.Array]) -> tuple[Params, State]:
-        """After an optimiser step: the parameters and the state, given the sums over the step's whole batch."""
+        """The parameters and the state after an optimiser step, from the sums over the step's whole batch."""
         return params, state
 
 
@@ -107,16 +108,16 @@ class Quantizer(nnx.Module):
 def straight_through(latents: jax.Array, vectors: jax.Array) -> jax.Array:
     """[..., C] twice -> the value of the second with the gradient of the first (Bengio et al. 2013, arXiv:1308.3432).
 
-    The bracket is exactly zero, so the value is exactly the code's; the usual `z + stop_gradient(vectors - z)` is off
-    by a rounding error.
+    The difference in brackets is exactly zero, so the value is exactly the code's. The usual `z + stop_gradient(vectors
+    - z)` has a rounding error.
     """
     return jax.lax.stop_gradient(vectors) + (latents - jax.lax.stop_gradient(latents))
 
 
 def rotation(latents: jax.Array, vectors: jax.Array) -> jax.Array:
-    """As straight_through, but the gradient is rotated and scaled like the latent would have to be to become its code.
+    """As straight_through, but the gradient is rotated and scaled by the map that turns the latent into its code.
 
-    The rotation trick of Fifty et al. 2024, arXiv:2410.06424: two reflections, held fixed.
+    The rotation trick of Fifty et al. 2024, arXiv:2410.06424: two reflections, treated as constants.
     """
     latent, vector = jax.lax.stop_gradient((latents, vectors))
     here, there = unit(latent), unit(vector)
@@ -134,10 +135,10 @@ GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def norm(vectors: jax.Array) -> jax.Array:
-    """[..., C] -> [..., 1]; never zero, and its gradient finite at zero."""
+    """The norm, [..., C] -> [..., 1]. It is never zero, and its gradient at zero is finite."""
     return jnp.sqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + 1e-12)
 
 
 def unit(vectors: jax.Array) -> jax.Array:
-    """[..., C] -> the same directions with length 1; zero stays zero."""
+    """[..., C] -> unit vectors with the same directions; zero stays zero."""
     return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + 1e-12)

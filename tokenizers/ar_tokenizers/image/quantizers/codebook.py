@@ -1,10 +1,10 @@
-"""A table of K vectors: finds the nearest, computes a softmax over all, and keeps every code in use.
+"""A table of K code vectors: the nearest code, a softmax over all codes, and ways to keep every code in use.
 
 Axes: B batch, N positions (any axes before the last), C code dim, K codebook size.
 
-Functions that need all N x K scores go through blocks of codes, so that at most SCORES scores exist at one time, in the
-backward pass too, and K = 262144 fits beside a network. Blocks are of codes and not of positions: positions are spread
-over the devices of a mesh, and stay where they are.
+Functions that need all N x K scores work through blocks of codes. At most SCORES scores exist at one time, also in the
+backward pass, so K = 262144 fits beside a network. Not positions but codes are divided into blocks, because positions
+are spread over the devices of a mesh and should stay there.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from flax import nnx
 
 from ar_tokenizers.image.quantizers.base import GRADIENTS, Params, Quantizer, State
 
-SCORES = 2**24  # scores held at one time, over all devices: 64 MB of float32
-DECAY = 0.99  # of the moving averages, per step (VQ-VAE, arXiv:1711.00937, appendix A)
+SCORES = 2**24  # most scores in memory at one time, over all devices: 64 MB of float32
+DECAY = 0.99  # decay of the moving averages, per step (VQ-VAE, arXiv:1711.00937, appendix A)
 UPDATES = ("gradient", "ema")
-_NEVER = -1e30  # the score of a missing code; finite, because 0 * inf is NaN
+_NEVER = -1e30  # the score of a padding code; finite, because 0 * inf is NaN
 
 
 # ---- all codes, a block at a time -------------------------------------------------------------------------------
 
 
 def nearness(table: jax.Array) -> jax.Array:
-    """[K, C] -> the bias [K] with which the largest x . t + bias is the code of the smallest distance."""
+    """[K, C] -> the bias [K] such that the code with the largest x . t + bias has the smallest distance to x."""
     return -0.5 * jnp.sum(jnp.square(table), axis=-1)
 
 
@@ -61,7 +61,7 @@ def log_partition(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0)
 def soft_lookup(x: jax.Array, table: jax.Array) -> jax.Array:
     """x [N, C], table [K, C] -> [N, C]: the mean of the codes under softmax(x . t).
 
-    The gradient goes only through the softmax, to x and to all codes. The gradient of the looked-up values is left out.
+    The gradient flows only through the softmax, to x and to all codes. It does not flow through the looked-up values.
     """
 
     @jax.checkpoint
@@ -75,10 +75,12 @@ def soft_lookup(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def entropy_penalty(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
-    """x [N, C], table [K, C] -> []: the mean entropy of p = softmax(x . t + bias) less the entropy of the mean p, nats.
+    """x [N, C], table [K, C] -> []: the mean entropy of p = softmax(x . t + bias) minus the entropy of the mean p, in
+    nats.
 
     It is small if each position is sure of its code and all codes are used equally (Yu et al. 2023, arXiv:2310.05737).
-    The mean is over the positions of this call: the sum over parts of a batch is a little below the value of the whole.
+    The mean is over the positions of this call, so the mean of this value over parts of a batch differs a little from
+    the value of the whole batch.
     """
 
     @jax.checkpoint
@@ -94,7 +96,7 @@ def entropy_penalty(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.
 
 
 def entropy(p: jax.Array) -> jax.Array:
-    """Probabilities -> [], nats; its gradient is finite at zero."""
+    """The entropy of probabilities, [] in nats; its gradient at zero is finite."""
     return -jnp.sum(p * jnp.log(p + 1e-12))
 
 
@@ -102,7 +104,7 @@ _Block = dict[str, jax.Array]  # table [k, C], bias [k], first []
 
 
 def _blocks(x: jax.Array, table: jax.Array, bias: jax.Array | float) -> _Block:
-    """The table as a stack of blocks [n, k, ...], the last filled up with codes that never score."""
+    """The table as a stack of blocks [n, k, ...]. The last block is padded with codes that are never chosen."""
     codes = table.shape[0]
     size = min(codes, max(1, SCORES // max(1, math.prod(x.shape[:-1]))))
     count = -(-codes // size)
@@ -116,7 +118,7 @@ def _blocks(x: jax.Array, table: jax.Array, bias: jax.Array | float) -> _Block:
 
 
 def _scores(x: jax.Array, block: _Block) -> jax.Array:
-    # HIGHEST: at an accelerator's default precision, neighbouring codes of a large codebook swap.
+    # HIGHEST, because with an accelerator's default precision, similar codes of a large codebook are confused.
     return jnp.einsum("...c,kc->...k", x, block["table"], precision="highest") + block["bias"]
 
 
@@ -124,19 +126,19 @@ def _scores(x: jax.Array, block: _Block) -> jax.Array:
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer with a learned table, its moving averages, and the restart of codes that fell out of use.
+    """A quantizer with a learned table, moving averages, and restarts of unused codes.
 
     Args:
-      codebook_update: "gradient": the optimiser moves the codes. "ema": a code is the moving average of the latents
-        that chose it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `update_state` writes it, and no
-        gradient reaches it.
+      codebook_update: "gradient": the optimiser updates the codes. "ema": a code is the moving average of the latents
+        that chose it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `update_state` computes it, and codes
+        get no gradient.
       gradient: how the gradient reaches the latents, "straight_through" or "rotation".
-      restart: a code used less than this share of the mean use, by moving averages, becomes one of the batch's latents
-        (Lee et al. 2022, arXiv:2203.01941, whose threshold is a count and so depends on the batch). 0: never. A step
-        should have at least a position for every 32 codes: with fewer, the average forgets codes that are in use.
+      restart: if a code's moving average of uses is below this share of the mean over codes, one of the batch's latents
+        replaces it; 0: never (Lee et al. 2022, arXiv:2203.01941; their threshold is a count, which depends on the batch
+        size). A step should have at least one position per 32 codes, or the average forgets codes that are in use.
 
     Raises:
-      ValueError: an unknown codebook_update or gradient, or sizes that are no codebook.
+      ValueError: codebook_update or gradient is unknown, or the sizes are too small for a codebook.
     """
 
     def __init__(
@@ -153,20 +155,20 @@ class CodebookQuantizer(Quantizer):
         self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32) / math.sqrt(dim))
 
     def table(self) -> jax.Array:
-        """float32 [K, C]: the codes as they are looked up."""
+        """float32 [K, C]: the code vectors."""
         codebook = self.codebook[...]
         return jax.lax.stop_gradient(codebook) if self.codebook_update == "ema" else codebook
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """The codes' vectors, with the gradient that `gradient` names."""
+        """The codes' vectors, with the kind of gradient that `gradient` names."""
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-        """`count` [K] and `latent` [K, C]: number and sum of the latents by code; `drawn_*`: the same by a code drawn
-        for each latent.
+        """`count` [K] and `latent` [K, C]: the number and the sum of the latents that chose each code. `drawn_*`: the
+        same for a code that is drawn at random for each latent.
 
-        A restarted code should become one latent, not the mean of many, and the draws of a batch must not depend on
-        how it is split. So each latent draws a code and a weight from a distribution with so long a tail that the
+        A restarted code should become one latent, not the mean of many, and the draws must not depend on how a batch is
+        split. So each latent draws a code and a weight. The weights have such a long-tailed distribution that the
         heaviest latent makes up nearly all of a code's sum.
         """
         zeros, sums = jnp.zeros((self.codebook_size, self.dim)), {}
@@ -187,7 +189,7 @@ class CodebookQuantizer(Quantizer):
         return sums
 
     def init_state(self, params: Params) -> State:
-        """The averages that are needed: of each code's usage, and of the latents that chose it."""
+        """The moving averages that are needed: of each code's uses, and of the latents that chose it."""
         state = {}
         if self.restart or self.codebook_update == "ema":
             state["count"] = jnp.zeros(self.codebook_size)
@@ -196,10 +198,10 @@ class CodebookQuantizer(Quantizer):
         return state
 
     def update_state(self, params: Params, state: State, sums: dict[str, jax.Array]) -> tuple[Params, State]:
-        """Moves the averages, then the codes that follow them, and restarts codes that nothing uses."""
+        """Updates the averages, then the codes that follow them, and restarts unused codes."""
         state = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in state.items()}
         codebook = params["codebook"]
-        if self.codebook_update == "ema":  # both averages start at zero and fade alike: their ratio is right
+        if self.codebook_update == "ema":  # both averages start at zero with the same bias, so their ratio has none
             used = state["count"] > 1e-12
             mean = state["latent"] / jnp.where(used, state["count"], 1.0)[:, None]
             codebook = jnp.where(used[:, None], mean, codebook)
@@ -209,7 +211,7 @@ class CodebookQuantizer(Quantizer):
             again = (state["count"] < self.restart * usual) & (weight > 0)
             latent = sums["drawn_latent"] / jnp.where(weight > 0, weight, 1.0)[:, None]
             codebook = jnp.where(again[:, None], latent, codebook)
-            state["count"] = jnp.where(again, usual, state["count"])  # time to be found
+            state["count"] = jnp.where(again, usual, state["count"])  # a new code gets time to be chosen
             if self.codebook_update == "ema":
                 state["latent"] = jnp.where(again[:, None], usual * latent, state["latent"])
         return params | {"codebook": codebook}, state
@@ -228,10 +230,10 @@ def check_gradient(gradient: str) -> None:
 
 
 def pull_together(bounded: jax.Array, vectors: jax.Array, beta: float) -> jax.Array:
-    """A loss that moves codes to their latents, plus beta times one that moves latents to their codes (VQ-VAE,
+    """The loss that moves codes to their latents, plus beta times the loss that moves latents to their codes (VQ-VAE,
     arXiv:1711.00937).
 
-    Taming-transformers' default ("legacy"), and the systems that copied it, have beta on the other term.
+    In taming-transformers' default ("legacy"), and in systems that copied it, beta multiplies the other term.
     """
     codebook = jnp.mean(jnp.square(jax.lax.stop_gradient(bounded) - vectors))
     return codebook + beta * commitment(bounded, vectors)

@@ -15,16 +15,17 @@ ACTIVATIONS = {"tanh": 1.0, "ifsq": 0.8}  # the slope of the tanh: 2 * sigmoid(1
 class FSQ(Quantizer):
     """Finite scalar quantisation: each of C numbers is rounded to one of levels[C] values, and K = prod(levels).
 
-    It has no codebook and no loss, so nothing can collapse. Mentzer et al. 2023, arXiv:2309.15505. The shift that puts
-    a zero latent on the middle level is atanh, the inverse of the bound (the paper's code has tan, which is slightly
-    off).
+    It has no codebook that could collapse, and no loss. Mentzer et al. 2023, arXiv:2309.15505. The shift that maps a
+    zero latent to the middle level is atanh, the inverse of the bound (the paper's code has tan, which is slightly
+    wrong).
 
     Args:
-      activation: "tanh" as in the paper, or "ifsq", 2 * sigmoid(1.6 z) - 1, which spreads a normal latent nearly
-        evenly over the range (iFSQ, arXiv:2601.17124).
+      activation: "tanh" as in the paper, or "ifsq", 2 * sigmoid(1.6 z) - 1, which spreads normally distributed latents
+        almost evenly over the range (iFSQ, arXiv:2601.17124).
 
     Raises:
-      ValueError: an unknown activation, a level below 3 (its shift is infinite), or more than 2**31 - 1 codes.
+      ValueError: the activation is unknown, a number of levels is below 3 (the shift would be infinite), or there are
+        more than 2**31 - 1 codes.
     """
 
     def __init__(self, levels: tuple[int, ...], activation: str = "tanh") -> None:
@@ -40,8 +41,8 @@ class FSQ(Quantizer):
         self.codebook_size = math.prod(levels)
 
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents into the range of each axis's levels; -1 and 1 are the outermost, smooth in between."""
-        # An even number of levels has no middle: theirs sit at -L/2 ... L/2 - 1, half a step below a symmetric range.
+        """Maps latents smoothly into the range of each axis's levels; -1 and 1 are the outermost levels."""
+        # An even number L of levels has no middle one: they are -L/2 ... L/2 - 1, half a step below a symmetric range.
         reach = [(level - 1) / 2 for level in self.levels]
         offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]
         shift = [math.atanh(o / r) for o, r in zip(offset, reach, strict=True)]
@@ -49,7 +50,7 @@ class FSQ(Quantizer):
         return steps / jnp.array(self._half, jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
-        """The code of the nearest levels, the digits of a number in a mixed base."""
+        """The code of the nearest levels, which are its digits in a mixed base."""
         half = jnp.array(self._half, jnp.int32)
         digits = jnp.round(bounded * half.astype(jnp.float32)).astype(jnp.int32) + half
         return jnp.sum(digits * jnp.array(self._basis, jnp.int32), axis=-1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""LFQ and BSQ: a code is the signs of the latent. Axes: N positions, C code dim = bits, K = 2**C codes."""
+"""LFQ and BSQ: a code consists of the signs of the latent. Axes: N positions, C code dim = bits, K = 2**C codes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class LFQ(Quantizer):
     """Lookup-free quantisation: each of C numbers becomes its sign, and the signs are the binary digits of the code.
 
     Yu et al. 2023, arXiv:2310.05737 (MAGVIT-v2). The entropy penalty keeps the codes in use. Under softmax(-|z -
-    code|^2) over all K codes the digits are independent, and digit i is 1 with probability sigmoid(4 z_i): the entropy
-    of a position is a sum over its digits, and the mean probability of all K codes is one product of two [N, sqrt(K)]
-    matrices. Both are exact for any K, and no [N, K] array is ever made.
+    code|^2) over all K codes, the digits are independent, and digit i is 1 with probability sigmoid(4 z_i). So the
+    entropy of a position is a sum over its digits, and the mean probabilities of all K codes are one product of two [N,
+    sqrt(K)] matrices. Both are exact for any K and need no [N, K] array.
 
     Raises:
-      ValueError: K is not a power of two of at least 4.
+      ValueError: K is not a power of two, or is less than 4.
     """
 
     def __init__(self, codes: int, *, beta: float = 0.25, entropy: float = 0.1) -> None:
         if codes < 4 or codes & (codes - 1):
             raise ValueError(f"{type(self).__name__} needs a power of two of codes, at least 4, got {codes}")
         self.dim, self.codebook_size, self.beta, self.entropy = codes.bit_length() - 1, codes, beta, entropy
-        self.length = 1.0  # of one number of a vector
+        self.length = 1.0  # absolute value of each component of a code vector
 
     def bound(self, z: jax.Array) -> jax.Array:
         """The unchanged latents, in float32."""
@@ -42,8 +42,8 @@ class LFQ(Quantizer):
         return jnp.where(digits == 1, jnp.float32(self.length), jnp.float32(-self.length))
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """Commitment, and the entropy penalty, which is small if each latent is sure of its code and all codes are
-        equally used.
+        """The commitment loss and the entropy penalty, which is small if each latent is sure of its code and all codes
+        are used equally.
         """
         loss = self.beta * commitment(bounded, vectors)
         if self.entropy:
@@ -56,10 +56,10 @@ class LFQ(Quantizer):
 
 
 class BSQ(LFQ):
-    """Binary spherical quantisation: LFQ with latents and codes on the unit sphere, so that both are bounded.
+    """Binary spherical quantisation: LFQ with latents and codes on the unit sphere, so both are bounded.
 
-    Zhao et al. 2024, arXiv:2406.07548. The entropy penalty takes latents in units of the codes' numbers, 1 / sqrt(C),
-    so that digits are as sure as LFQ's for any C.
+    Zhao et al. 2024, arXiv:2406.07548. For the entropy penalty, latents are divided by 1 / sqrt(C), the size of a
+    code's components, so digits are as sure as in LFQ for any C.
     """
 
     def __init__(self, codes: int, *, beta: float = 0.25, entropy: float = 0.1) -> None:
@@ -72,12 +72,12 @@ class BSQ(LFQ):
 
 
 def _binary_entropy(logits: jax.Array) -> jax.Array:
-    # It is computed from the logits, because log(1 - p) is wrong if p rounds to 1.
+    # This is computed from the logits, because log(1 - p) is wrong if p rounds to 1.
     return jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)
 
 
 def _probabilities(logits: jax.Array) -> jax.Array:
-    """[N, c], the logits of independent digits -> [N, 2**c], the probabilities of the numbers that they make."""
+    """[N, c] logits of independent digits -> [N, 2**c] probabilities of the numbers with these digits."""
     p = jnp.ones((len(logits), 1))
     for digit in range(logits.shape[1]):
         each = logits[:, digit : digit + 1]

@@ -13,10 +13,11 @@ from ar_tokenizers.image.quantizers.codebook import CodebookQuantizer, commitmen
 
 
 class RQ(CodebookQuantizer):
-    """Residual quantisation: the nearest code, then the nearest to the rest, D times from one shared codebook.
+    """Residual quantisation: the nearest code, then the nearest code to the remainder, and so on, D times from one
+    shared codebook.
 
-    Lee et al. 2022, arXiv:2203.01941: the commitment is asked of every partial sum, so that each depth is a coarser
-    image by itself.
+    Lee et al. 2022, arXiv:2203.01941. The commitment loss is applied to every partial sum, so the first d codes of each
+    position alone already give a coarser image.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class RQ(CodebookQuantizer):
         self.depth = depth
 
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents as they are, in float32."""
+        """The unchanged latents, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
@@ -71,7 +72,7 @@ class RQ(CodebookQuantizer):
         return Quantized(self.through(bounded, self.vectors(codes)), codes, loss, sums)
 
     def _without_depth(self, codes: jax.Array) -> jax.Array:
-        """At depth 1, one code describes a whole position, as in other quantizers."""
+        """Removes the depth axis if the depth is 1, as in quantizers with one code per position."""
         return codes[..., 0] if self.depth == 1 else codes
 
     def _descend(self, bounded: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""SimVQ: a frozen codebook seen through one linear layer. Axes: C code dim, K codebook size."""
+"""SimVQ: a frozen codebook, mapped by one linear layer. Axes: C code dim, K codebook size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ar_tokenizers.image.quantizers.codebook import check_gradient, check_sizes,
 class SimVQ(Quantizer):
     """Vector quantisation with codes that move together: K fixed random vectors, and one trained linear layer.
 
-    Every code gets a gradient from every choice, which keeps all codes in use. Zhu et al. 2024, arXiv:2411.02038.
-    The lookup uses the layer (the authors' code forgets it in `get_codebook_entry`). The codebook can collapse
-    with the rotation gradient (lucidrains/vector-quantize-pytorch#177), and also with many dimensions, because few
-    random codes lie near the encoder's first outputs: with 32 numbers a code, 10 of 1,024 were left
+    Every choice moves all codes through the layer, which keeps them in use. Zhu et al. 2024, arXiv:2411.02038. The
+    lookup uses the layer (the authors' code forgets it in `get_codebook_entry`). The codebook can collapse with the
+    rotation gradient (lucidrains/vector-quantize-pytorch#177). It can also collapse with many dimensions, because few
+    random codes lie near the encoder's first outputs: with 32 dimensions, only 10 of 1,024 codes stayed in use
     (experiments/benchmarks/quantizers.py). So the default is 8, as for vq.
     """
 
@@ -26,11 +26,11 @@ class SimVQ(Quantizer):
         check_sizes("SimVQ", codes, dim)
         check_gradient(gradient)
         self.dim, self.codebook_size, self.beta, self.gradient = dim, codes, beta, gradient
-        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))  # as latents
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))  # like latents
         self.layer = nnx.Linear(dim, dim, param_dtype=jnp.float32, precision="highest", rngs=rngs)
 
     def table(self) -> jax.Array:
-        """float32 [K, C]: the codes as they are looked up."""
+        """float32 [K, C]: the code vectors."""
         return self.layer(jax.lax.stop_gradient(self.codebook[...]))
 
     def bound(self, z: jax.Array) -> jax.Array:
@@ -43,11 +43,11 @@ class SimVQ(Quantizer):
         return nearest(bounded, table, nearness(table))
 
     def vectors(self, codes: jax.Array) -> jax.Array:
-        """The codes' rows in the table, which is a linear map of the fixed codebook."""
+        """The codes' rows in the table, the linear map of the fixed codebook."""
         return self.table()[codes]
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """The codes' vectors, with the gradient that `gradient` names."""
+        """The codes' vectors, with the kind of gradient that `gradient` names."""
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from ar_tokenizers.image.quantizers.codebook import (
     pull_together,
 )
 
-TEMPERATURE = 0.01  # of the entropy penalty's softmax over minus the squared distance (LlamaGen, arXiv:2406.06525)
+TEMPERATURE = 0.01  # of the entropy penalty's softmax over -distance^2 (LlamaGen, arXiv:2406.06525)
 
 SPACES = ("sphere", "euclidean")
 
@@ -23,13 +23,14 @@ SPACES = ("sphere", "euclidean")
 class VQ(CodebookQuantizer):
     """Vector quantisation on the unit sphere: the code with the largest cosine.
 
-    Low-dimensional and l2-normalised as in ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) and LlamaGen's VQ-16
-    (arXiv:2406.06525); codebook and commitment loss as in VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937).
+    Codes are low-dimensional and l2-normalised, as in ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) and LlamaGen's VQ-16
+    (arXiv:2406.06525). The codebook loss and the commitment loss are as in VQ-VAE (van den Oord et al. 2017,
+    arXiv:1711.00937).
 
     Args:
-      space: "sphere"; or "euclidean": the code at the smallest distance, nothing normalised, as in VQGAN
-        (arXiv:2012.09841) and the systems that kept its quantizer: Chameleon, LWM, MoVQGAN, Emu3.
-      entropy: the weight of the entropy penalty; 0: it is not computed.
+      space: "sphere", or "euclidean": the code with the smallest distance, without normalisation, as in VQGAN
+        (arXiv:2012.09841), Chameleon, LWM, MoVQGAN and Emu3.
+      entropy: the weight of the entropy penalty; if 0, it is not computed.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class VQ(CodebookQuantizer):
         self.entropy, self.space = entropy, space
 
     def bound(self, z: jax.Array) -> jax.Array:
-        """Latents in float32, on the unit sphere if that is the space."""
+        """Latents in float32, normalised if the space is the sphere."""
         return self._placed(z.astype("float32"))
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
-        """The nearest code in the space: by Euclidean distance or by angle."""
+        """The nearest code, by Euclidean distance or by angle."""
         table = self._placed(self.table())
         return nearest(bounded, table, nearness(table) if self.space == "euclidean" else 0.0)
 
     def vectors(self, codes: jax.Array) -> jax.Array:
-        """The codes' rows of the codebook, placed in the space."""
+        """The codes' rows of the codebook, normalised if the space is the sphere."""
         return self._placed(self.table())[codes]
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -71,7 +72,7 @@ class VQ(CodebookQuantizer):
             loss = self.beta * commitment(bounded, vectors)
         else:
             loss = pull_together(bounded, vectors, self.beta)
-        if self.entropy:  # -|x - t|^2 is 2 x . t - |t|^2, and a number that all codes share
+        if self.entropy:  # -|x - t|^2 is 2 x . t - |t|^2 plus a number that is the same for all codes
             table = self._placed(self.table())
             bias = 2 / TEMPERATURE * nearness(table) if self.space == "euclidean" else 0.0
             loss += self.entropy * entropy_penalty(bounded * (2 / TEMPERATURE), table, bias)
