@@ -100,7 +100,7 @@ def test_a_training_begins_with_a_file_that_is_what_the_config_describes(tmp_pat
         r"config.lora.targets: expected attention.output, mlp.up, as the adapter .* has; found mlp.up",
         targets=("mlp.up",),
     )
-    refused(r"config.lora.rank \(or ranks\): expected 3, as .* has beside mlp.up; found 2", ranks=())
+    refused(r"config.lora.rank \(or ranks\): expected 3, as .* has for mlp.up; found 2", ranks=())
     refused(r"config.lora.alpha \(or alphas, rslora\): expected 9, .* mlp.up; found 4", alphas=())
     refused(r"config.lora.alpha \(or alphas, rslora\)", rslora=True)
     matrices = found.matrices | {"mlp.up": tuple(np.asarray(each) for each in found.matrices["mlp.up"])}
