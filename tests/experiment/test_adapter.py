@@ -135,7 +135,7 @@ def test_rows_of_a_file_take_their_places_and_must_be_trained_on(tmp_path) -> No
         with pytest.raises(UserError, match=r"training.only: expected embedding\[image\] in it, .* has 2 rows"):
             require_rows(first, bundle.grammar, select(places, axes, vocabulary))
     config.lora.init = str(tmp_path / "others")
-    with pytest.raises(UserError, match="config.lora.init: .*others: its rows are of ids of another vocabulary"):
+    with pytest.raises(UserError, match="config.lora.init: .*others: its rows are for the ids of another vocabulary"):
         require_rows(first_adapter(config, bundle), bundle.grammar, select((), axes, vocabulary))
 
 
