@@ -13,15 +13,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401 (adds bfloat16 to numpy)
 import numpy as np
 from ar_tokenizers.files import write_bytes
+from ar_tokenizers.trees import Params as Params
 from safetensors import safe_open
 from safetensors.numpy import save
 
-Params = dict[str, Any]  # nested dicts of arrays, or of a fact about each: its shape, sharding or axis names
 INDEX = "model.safetensors.index.json"
 _NAMES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",

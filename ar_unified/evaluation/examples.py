@@ -87,15 +87,15 @@ class Codec:
         self.pixels.update(zip(new, by_size(self.tokenizer.decode, list(new.values())), strict=True))
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """The codes, int32 [h, w], of pixels that were learnt."""
+        """The codes, int32 [h, w], of pixels that `learn_pixels` got."""
         return self.codes[_key(pixels)]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """The pixels, uint8 [H, W, 3], of codes that were learnt."""
+        """The pixels, uint8 [H, W, 3], of codes that `learn_codes` got."""
         return self.pixels[_key(codes)]
 
     def encoded(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """The parts with codes in place of pixels that were learnt."""
+        """The parts with codes in place of pixels that `learn_pixels` got."""
         return tuple(CodesPart(self.encode(part.pixels)) if isinstance(part, ImagePart) else part for part in parts)
 
 

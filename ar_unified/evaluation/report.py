@@ -70,7 +70,7 @@ MEANINGS = {
     "story_change_exact": "next images that show the change told",
     "next_text_exact": "next texts of interleaved documents that are the document's own",
     "parse_rate": "sampled sequences that are documents",
-    "reconstruction_exact": "real images still right after the tokenizer: the ceiling of text to image",
+    "reconstruction_exact": "real images that are still right after the tokenizer, the upper limit of text to image",
 }
 
 

@@ -83,7 +83,7 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
 
     def refused(key: str, path: str, wanted: object, has: object) -> UserError:
         return UserError(
-            f"config.lora.{key}: expected {has}, as the adapter {found.folder} has beside {path}; found {wanted}"
+            f"config.lora.{key}: expected {has}, as the adapter {found.folder} has for {path}; found {wanted}"
         )
 
     other = next((path for path in MATRICES if (path in lora.matrices) != (path in found.matrices)), None)

@@ -104,7 +104,7 @@ class OfBundle(Experiment):
         read = objective.VALIDATION_BATCHES * training.batch_size
         rows = sum(batches.rows_per_epoch.values())
         self.say(f"losses: of {min(read, rows)} rows of {training.sequence_length} tokens, of {rows}")
-        task = TransformerTask(
+        task: TransformerTask = TransformerTask(
             batch=batches.batch,
             validation=objective.validation(batches),
             prompt_weight=self.config.loss.prompt,

@@ -52,7 +52,7 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(known is not None)):
         known = known or _read(folder, depends, batches.counts)
     if known is not None:
-        experiment.say(f"reference: known of {split} ({folder})")
+        experiment.say(f"reference: read for {split} from {folder}")
         return known
     count = sum(batches.counts.values())
     experiment.say(f"reference: {experiment.config.init} on {count} pairs of {split}")

@@ -85,7 +85,7 @@ class DrawingConfig:
         )
 
 
-class Rollouts(Drawing):
+class Rollouts(Drawing[PolicyBatch[jax.Array]]):
     """Groups of answers with their advantages.
 
     Args:

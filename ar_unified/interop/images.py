@@ -68,7 +68,7 @@ def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = Mapping
     Args:
         system: a key of SETTINGS. path: the file or its folder. otherwise: settings, if there is no file with them.
 
-    Raises UserError for settings or tensors that are not such a tokenizer's.
+    Raises UserError if settings or tensors do not belong to such a tokenizer.
     """
     found = settings_file(system, path)
     settings = read_settings(found) if found is not None else otherwise

@@ -155,7 +155,7 @@ class _Machine:
 
     def _last(self, n: int) -> list[Any]:
         if len(self.stack) < n:
-            raise IndexError("it takes more than it has")
+            raise IndexError("it takes more from its stack than there is")
         return self.stack[len(self.stack) - n :]
 
     def _marked(self) -> list[Any]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ar_unified.kernels.product import product
 
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # by dtype: the value that a channel's largest becomes
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # dtype -> the largest stored value
 
 
 class Quantized(NamedTuple):

@@ -88,7 +88,9 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     if not program["collectives"]:
         lines.append("    none")
     if program["loops_of_unknown_length"]:
-        lines.append(f"    ({program['loops_of_unknown_length']} loop whose length is data: one turn is counted)")
+        lines.append(
+            f"    ({program['loops_of_unknown_length']} loop whose length depends on data: one iteration is counted)"
+        )
     flops = program["flops"]
     lines.append(
         f"  FLOPs, all devices: {flops['model']:.3g} of the model, {flops['executed']:.3g} run, with what is computed "

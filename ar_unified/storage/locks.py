@@ -135,7 +135,7 @@ def _machine() -> str:
     try:
         return f"{socket.gethostname()} {Path(_BOOT).read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # not known: then no holder on this machine counts as gone
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # unknown, so no holder counts as gone
 
 
 def _is_gone(said: dict[str, Any]) -> bool:

@@ -46,7 +46,7 @@ class Mirror:
             raise UserError(f"{url}: expected a folder in a bucket, as {url.partition('://')[0]}://bucket/run")
         self.root, self._lock = _place(self.url)
         self._tags: dict[str, str] = {}  # of files that are the same here and in the store
-        self._sizes: dict[str, tuple[int, int]] = {}  # of files at their last upload: bytes, time
+        self._sizes: dict[str, tuple[int, int]] = {}  # path -> (bytes, time) at its last upload
         self._guard = threading.Lock()
         self._bring(self.root, removing=True)
 

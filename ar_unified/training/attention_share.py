@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from ar_tokenizers.trees import Metrics
 
 from ar_unified.data.batch import PackedBatch
 from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.metrics import ATTENTION
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.rules import spec
-from ar_unified.training.step import Metrics
 
 MODALITIES = (Role.TEXT, Role.IMAGE)
 _WEIGHTS = 2**23  # attention weights per device at one time, 32 MiB: 64 queries of 32 heads over 4,096 keys

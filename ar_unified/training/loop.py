@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ar_tokenizers.trees import Totals
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -39,8 +40,8 @@ from ar_unified.training.optimizer import OptimizerConfig, learning_rate, make_o
 from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
     STACKED,
+    Batch,
     Drawing,
-    Metrics,
     Params,
     StepReport,
     TrainingTask,
@@ -107,7 +108,7 @@ class NonFinite(RunError):
 
 
 def fit(
-    task: TrainingTask,
+    task: TrainingTask[Batch],
     config: TrainingConfig,
     folder: str | Path,
     *,
@@ -356,15 +357,15 @@ def fit(
     return task.inference_params(state.params, state.model_state)
 
 
-def held_out_scores(task: TrainingTask, params: Params, mesh: Mesh) -> dict[str, float]:
+def held_out_scores(task: TrainingTask[Batch], params: Params, mesh: Mesh) -> dict[str, float]:
     """The validation scores of parameters on `mesh`, as `fit` writes them, without those of `task.inspect`."""
     with jax.set_mesh(mesh):
         return task.summary(_held_out(task, make_eval_step(task, mesh), mesh, params, task.init_state(params)))
 
 
 def _held_out(
-    task: TrainingTask, eval_step: jax.stages.Wrapped, mesh: Mesh, params: Params, model_state: Params
-) -> Metrics:
+    task: TrainingTask[Batch], eval_step: jax.stages.Wrapped, mesh: Mesh, params: Params, model_state: Params
+) -> Totals:
     """Metric sums of all held-out batches."""
     held_out = Meter()
     for batch in task.validation:

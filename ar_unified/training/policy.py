@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ar_tokenizers.trees import Metrics, Totals
 
 from ar_unified.data.batch import A
 from ar_unified.errors import nearest, outside
@@ -27,7 +29,7 @@ from ar_unified.model.config import TransformerConfig
 from ar_unified.model.lora import LoraConfig
 from ar_unified.model.loss import token_losses
 from ar_unified.model.transformer import Transformer
-from ar_unified.training.step import Batch, Metrics, Params
+from ar_unified.training.step import Params
 from ar_unified.training.tasks import TransformerTask, ratios
 
 CHOICES = {"normalisation": ("token", "sequence", "constant")}
@@ -182,7 +184,7 @@ def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tu
 
 
 def log_probabilities(
-    config: TransformerConfig, chunk: int, params: Params, batch: Batch, lora: LoraConfig | None = None
+    config: TransformerConfig, chunk: int, params: Params, batch: PolicyBatch[jax.Array], lora: LoraConfig | None = None
 ) -> jax.Array:
     """f32 [B, T]: the log-probability of each target in the distribution that it was drawn from; 0 if it was not drawn.
     `batch` is a PolicyBatch. lora: settings of an adapter in `params`.
@@ -200,7 +202,7 @@ def log_probabilities(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PolicyTask(TransformerTask):
+class PolicyTask(TransformerTask[PolicyBatch[jax.Array]]):
     """The policy gradient on samples with rewards: `batch` is a `step.Drawing` of PolicyBatches.
 
     Dropout is off, as it is when samples are drawn. The weights of roles, tasks and prompts are not used, because the
@@ -214,12 +216,12 @@ class PolicyTask(TransformerTask):
         """The reference, if the loss uses one: the trained parameters before the first step."""
         return {"reference": self.selection(params).take(params)} if self.policy.kl else {}
 
-    def state_axes(self, params: Params, model_state: Params) -> Any:
+    def state_axes(self, params: Params, model_state: Params) -> Params:
         """The axis names of the reference."""
         return {name: self.selection(params).axes(self.logical_axes(params)) for name in model_state}
 
     def loss(
-        self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
+        self, params: Params, model_state: Params, batch: PolicyBatch[jax.Array], keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """The clipped objective of the policy gradient, with the divergence from the reference."""
         logp = log_probabilities(self.config, self.chunk, params, batch, self.lora)
@@ -240,7 +242,7 @@ class PolicyTask(TransformerTask):
     def _mean(self, values: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32))
 
-    def _told(self, batch: Batch, logp: jax.Array, old: jax.Array, held: jax.Array) -> Metrics:
+    def _told(self, batch: PolicyBatch[jax.Array], logp: jax.Array, old: jax.Array, held: jax.Array) -> Metrics:
         """Sums over a batch. `entropy` is estimated from the drawn tokens, in nats per token. `sampler_trainer` is the
         absolute difference between the log-probabilities of the sampler and of this forward pass, with the same
         weights.
@@ -268,11 +270,11 @@ class PolicyTask(TransformerTask):
             "attended": jnp.sum(jnp.where(present, batch.positions + 1, 0), dtype=jnp.float32),
         }
 
-    def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+    def inspect(self, params: Params, model_state: Params, batch: PolicyBatch[jax.Array]) -> Metrics:
         """No further metrics, because batches are samples and not packed rows."""
         return {}
 
-    def summary(self, totals: Metrics) -> dict[str, float]:
+    def summary(self, totals: Totals) -> dict[str, float]:
         """Means, and `sampler_trainer/max`, an upper bound of the differences. It exceeds the largest one by at most
         about a tenth.
         """
@@ -280,7 +282,7 @@ class PolicyTask(TransformerTask):
         most = _LEAST * 2.0 ** (counted[-1] / _A_FACTOR) if len(counted) else math.nan
         return ratios(totals) | {"sampler_trainer/max": most if most > _LEAST else 0.0}
 
-    def warning(self, line: Any) -> str:
+    def warning(self, line: Mapping[str, float]) -> str:
         """A warning about groups without a reward or a signal."""
         if line.get("groups/failed", 0.0) > 0:
             return f"{line['groups/failed']:.1%} of the groups have no reward, and nothing was learned from them"

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ar_tokenizers.trees import Metrics
 from jax import Array
 
 from ar_unified.data.batch import PackedBatch, PreferenceBatch
 from ar_unified.errors import outside
 from ar_unified.language.vocabulary import Role
 from ar_unified.metrics import LOGPS, LOSS_OF_CHOSEN, LOSS_OF_PAIRS, REWARDS
-from ar_unified.training.step import Metrics, Params
+from ar_unified.training.step import Params
 from ar_unified.training.tasks import TransformerTask
 
 LOSSES = ("dpo", "ipo", "simpo")
@@ -113,7 +114,7 @@ class Pairs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PreferenceTask(TransformerTask):
+class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
     """Preference pairs in packed rows (`data.batch.PreferenceBatch`); all other arguments are as in `TransformerTask`.
 
     The loss of a step is the mean over its pairs. A pair has the weight of its chosen answer's task. role_weights weigh
@@ -147,9 +148,9 @@ class PreferenceTask(TransformerTask):
         metrics["loss"] = jnp.sum(pairs.weight * total), jnp.sum(pairs.weight)
         return *metrics["loss"], metrics | _told(config, pairs)
 
-    def inspect(self, params: Params, model_state: Params, batch: PreferenceBatch[jax.Array]) -> Metrics:
-        """As in `TransformerTask`, on the rows of the pairs."""
-        return super().inspect(params, model_state, batch.documents)
+    def rows(self, batch: PreferenceBatch[jax.Array]) -> PackedBatch[jax.Array]:
+        """The rows of the pairs."""
+        return batch.documents
 
     def _length(self, tokens: Array) -> Array:
         """f32 [B, P, 2]: the number of tokens in each answer, weighted by role."""

@@ -83,7 +83,7 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
 
     config = TransformerConfig(vocab_size=vocabulary.size, **SHAPE)
     optimizer = dataclasses.replace(OPTIMIZER, warmup_steps=min(OPTIMIZER.warmup_steps, steps // 10))
-    task = TransformerTask(config, vocabulary, batch)
+    task: TransformerTask = TransformerTask(config, vocabulary, batch)
     tx, mesh = make_optimizer(optimizer, steps), make_mesh({}, jax.local_devices()[:1])
     placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
     train_step = make_train_step(task, tx, mesh, seed=seed, clip_norm=optimizer.clip_norm)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from ar_tokenizers.trees import Metrics, Totals
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import KeyPath
@@ -27,21 +28,24 @@ from ar_unified.training.optimizer import state_shardings
 from ar_unified.training.rates import UNIFORM, Rates
 from ar_unified.training.selection import EVERYTHING, Selection
 
-Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch or {"pixels"}
-Metrics = dict[str, Any]
+# A pytree of jax.Arrays [B, ...]: a batch of data.batch, a PolicyBatch, or {"pixels"}.
+Batch = TypeVar("Batch")
+Made = TypeVar("Made", covariant=True)  # the same of numpy arrays if it is loaded, of jax.Arrays if it is drawn
+Losses: TypeAlias = jax.Array | dict[str, jax.Array]
+Parts: TypeAlias = tuple[Losses, jax.Array, Metrics, Params]  # sums over a part of a batch, with the gradients
 
 STATISTICS = "statistics"
 STACKED = ("layers", "lora")  # top-level keys of parameters with a first axis of layers
 
 
-class BatchOfStep(Protocol):
+class BatchOfStep(Protocol[Made]):
     """Makes the batch of a step. It is a pure function of the step."""
 
-    def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Batch:
+    def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Made:
         """Divides the rows of the global batch into `count` equal parts, and returns part `index`."""
 
 
-class Drawing(abc.ABC):
+class Drawing(abc.ABC, Generic[Made]):
     """Batches that are drawn with the parameters. The batch of a step is a function of (data, seed, step, parameters).
 
     Attributes:
@@ -51,13 +55,13 @@ class Drawing(abc.ABC):
     every: int
 
     @abc.abstractmethod
-    def __call__(self, step: int, params: Params) -> Batch:
+    def __call__(self, step: int, params: Params) -> Made:
         """The batch of a step on the mesh. It is drawn with the parameters before the first step of the drawing. All
         processes call it at the same time.
         """
 
 
-class TrainingTask(Protocol):
+class TrainingTask(Protocol[Batch]):
     """What is trained: a model, its loss, its data, and the metrics of a step (training/tasks.py).
 
     Metrics are sums, never means. A (sum, count) pair is divided after it was summed over microbatches, devices and
@@ -76,17 +80,17 @@ class TrainingTask(Protocol):
         """The metric that counts work: "tokens" or "images"."""
 
     @property
-    def batch(self) -> BatchOfStep | Drawing:
+    def batch(self) -> BatchOfStep[object] | Drawing[object]:
         """Gives the global batch of a step or a part of it, or is a `Drawing`, which uses the parameters."""
 
     @property
-    def validation(self) -> Sequence[Batch]:
-        """Held-out batches, always the same."""
+    def validation(self) -> Sequence[object]:
+        """Held-out batches, always the same. Like those of `batch`, they may be numpy arrays."""
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
 
-    def logical_axes(self, params: Params) -> Any:
+    def logical_axes(self, params: Params) -> Params:
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
 
     def selection(self, params: Params) -> Selection:
@@ -98,26 +102,26 @@ class TrainingTask(Protocol):
     def init_state(self, params: Params) -> Params:
         """The model state before the first step."""
 
-    def state_axes(self, params: Params, model_state: Params) -> Any:
+    def state_axes(self, params: Params, model_state: Params) -> Params:
         """A tree like model_state, of tuples of logical axis names. params: the parameters of this state, or their
         shapes.
         """
 
-    def of_whole(self, batch: Batch) -> TrainingTask:
+    def of_whole(self, batch: Batch) -> TrainingTask[Batch]:
         """This task with the facts about the whole global batch that its loss needs if it gets only a part of the
         batch. For a whole batch, `loss` finds them itself.
         """
 
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
-    ) -> tuple[jax.Array | dict[str, jax.Array], jax.Array, Metrics]:
+    ) -> tuple[Losses, jax.Array, Metrics]:
         """(sum of weight * loss, sum of weight, metric sums). keys [B]: one for each row; None: held-out data, no
         dropout.
 
         Several losses are a dict, by the top-level key of the parameters that each of them trains.
         """
 
-    def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+    def update_state(self, params: Params, model_state: Params, sums: Params) -> tuple[Params, Params]:
         """(params, model_state) after the optimizer has updated `params`. sums: the step's sums under STATISTICS."""
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
@@ -129,20 +133,20 @@ class TrainingTask(Protocol):
     def warning(self, line: Mapping[str, float]) -> str:
         """A warning about a log line (the `summary` of some steps), or ""."""
 
-    def summary(self, totals: Metrics) -> dict[str, float]:
+    def summary(self, totals: Totals) -> dict[str, float]:
         """The numbers to log, from metric sums on the host."""
 
-    def flops(self, totals: Metrics) -> float | None:
+    def flops(self, totals: Totals) -> float | None:
         """Matrix-multiply FLOPs of training for the work that `totals` counts; None if not known."""
 
     def describe(self) -> dict[str, object]:
         """JSON for the checkpoint, sufficient to build the model again."""
 
 
-class Stateless:
+class Stateless(Generic[Batch]):
     """For tasks without a model state and with a loss that is a sum over rows."""
 
-    def of_whole(self, batch: Batch) -> Any:
+    def of_whole(self, batch: Batch) -> Self:
         """The task itself: the loss of a part does not depend on the whole batch."""
         return self
 
@@ -158,11 +162,11 @@ class Stateless:
         """No state: {}."""
         return {}
 
-    def state_axes(self, params: Params, model_state: Params) -> Any:
+    def state_axes(self, params: Params, model_state: Params) -> Params:
         """No state, so no axes: {}."""
         return {}
 
-    def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+    def update_state(self, params: Params, model_state: Params, sums: Params) -> tuple[Params, Params]:
         """Changes nothing."""
         return params, model_state
 
@@ -199,7 +203,7 @@ class StepReport(NamedTuple):
 
 
 def make_state(
-    task: TrainingTask, tx: optax.GradientTransformation, seed: int, params: Params | None = None
+    task: TrainingTask[Batch], tx: optax.GradientTransformation, seed: int, params: Params | None = None
 ) -> TrainState:
     """The state before the first step, with fresh or given parameters. Jittable, and the same on every mesh."""
     params = task.init(jax.random.key(seed)) if params is None else params
@@ -207,14 +211,14 @@ def make_state(
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(task.selection(params).take(params)), model_state)
 
 
-def abstract_trained(task: TrainingTask, params: Params, mesh: Mesh) -> Params:
+def abstract_trained(task: TrainingTask[Batch], params: Params, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings on `mesh` of the trained part of parameters (or of their shapes)."""
     selection = task.selection(params)
     shapes = jax.eval_shape(selection.take, params)
     return on_mesh(shapes, shardings(mesh, selection.axes(task.logical_axes(params)), shapes))
 
 
-def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(task: TrainingTask[Batch], tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`; nothing is allocated."""
     shapes = jax.eval_shape(lambda: make_state(task, tx, 0))
     whole = NamedSharding(mesh, P())
@@ -245,7 +249,7 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 
 def gradients(
-    task: TrainingTask,
+    task: TrainingTask[Batch],
     params: Params,
     model_state: Params,
     batch: Batch,
@@ -253,7 +257,7 @@ def gradients(
     *,
     accumulation: int,
     mesh: Mesh,
-) -> tuple[jax.Array | dict[str, jax.Array], Params, Metrics]:
+) -> tuple[Losses, Params, Metrics]:
     """(loss or losses, gradients of the trained part, metric sums) of one global batch, computed in `accumulation`
     sequential parts.
 
@@ -267,8 +271,8 @@ def gradients(
     trained = selection.take(params)
     placement = jax.tree.map(lambda x: x.sharding, abstract_trained(task, params, mesh))
 
-    def summed(batch: Batch, keys: jax.Array) -> Any:
-        def objective(trained: Params) -> tuple[Any, tuple[jax.Array, Metrics]]:
+    def summed(batch: Batch, keys: jax.Array) -> Parts:
+        def objective(trained: Params) -> tuple[Losses, tuple[jax.Array, Metrics]]:
             loss, weight, metrics = task.loss(selection.put(params, trained), model_state, batch, keys)
             return loss, (weight, metrics)
 
@@ -287,7 +291,7 @@ def gradients(
     else:
         parts, keys = split_microbatches((batch, keys), accumulation, mesh)
 
-        def add(total: Any, each: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        def add(total: Parts, each: tuple[Batch, jax.Array]) -> tuple[Parts, None]:
             return jax.tree.map(jnp.add, total, summed(*each)), None
 
         first = jax.tree.map(lambda x: x[0], (parts, keys))
@@ -316,7 +320,7 @@ def clipped(grads: Params, norm: jax.Array, largest: float) -> Params:
 
 
 def make_train_step(
-    task: TrainingTask,
+    task: TrainingTask[Batch],
     tx: optax.GradientTransformation,
     mesh: Mesh,
     *,
@@ -337,6 +341,7 @@ def make_train_step(
             task, state.params, state.model_state, batch, key, accumulation=accumulation, mesh=mesh
         )
         statistics = values.pop(STATISTICS, {})
+        assert isinstance(statistics, dict)
         rates = task.rates_of(state.params)
         grads = rates.moving(grads, state.step)
         squares = squared_norms(grads)
@@ -366,7 +371,7 @@ def make_train_step(
     )
 
 
-def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
+def make_eval_step(task: TrainingTask[Batch], mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted function (params, model_state, batch) -> metric sums of a held-out batch, without dropout or
     gradients.
     """
@@ -378,7 +383,7 @@ def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
 
 
-def make_inspection(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
+def make_inspection(task: TrainingTask[Batch], mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted function (params, model_state, batch) -> metric sums of `task.inspect`."""
 
     def inspection(params: Params, model_state: Params, batch: Batch) -> Metrics:

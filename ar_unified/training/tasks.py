@@ -11,14 +11,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ar_tokenizers.image.metrics import collapse, usage
 from ar_tokenizers.image.objective import Objective
+from ar_tokenizers.trees import Metrics, Totals
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.errors import nearest
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role, Vocabulary
@@ -33,12 +35,21 @@ from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.optimizer import is_decayed
 from ar_unified.training.rates import Rates, make_rates, trained_in
 from ar_unified.training.selection import EVERYTHING, Selection, beside_adapter, select
-from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Drawing, Metrics, Params, Stateless
+from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Drawing, Params, Stateless
+
+Pixels = Mapping[str, jax.Array]  # {"pixels": uint8 [B, H, W, 3]}
 
 
-def ratios(totals: Metrics) -> dict[str, float]:
+def ratios(totals: Totals) -> dict[str, float]:
     """sum / count of every pair with a count above 0."""
     return {k: float(v[0] / v[1]) for k, v in totals.items() if isinstance(v, tuple) and v[1] > 0}
+
+
+def _plain(totals: Totals, name: str) -> np.ndarray | float:
+    """A sum without a count."""
+    value = totals[name]
+    assert not isinstance(value, tuple), name
+    return value
 
 
 def wrong_weights(roles: Mapping[str, float], tasks: Mapping[str, float]) -> list[str]:
@@ -58,7 +69,7 @@ def wrong_weights(roles: Mapping[str, float], tasks: Mapping[str, float]) -> lis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TransformerTask(Stateless):
+class TransformerTask(Stateless[Batch]):
     """Next-token prediction on packed rows that mix all tasks.
 
     The weight of a target is role_weights[its role] * task_weights[its document's task], times `prompt_weight` if the
@@ -92,7 +103,7 @@ class TransformerTask(Stateless):
     config: TransformerConfig
     vocabulary: Vocabulary
     batch: BatchOfStep | Drawing
-    validation: Sequence[Batch] = ()
+    validation: Sequence[object] = ()
     role_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt_weight: float = 1.0
@@ -146,7 +157,7 @@ class TransformerTask(Stateless):
         """The model with these parameters, including its adapter."""
         return transformer.Transformer.bind(self.config, params, self.lora)
 
-    def logical_axes(self, params: Params) -> Any:
+    def logical_axes(self, params: Params) -> Params:
         """The axis names of every parameter (parallel/rules.py)."""
         return transformer.logical_axes(params)
 
@@ -178,17 +189,24 @@ class TransformerTask(Stateless):
         """f32, the weight of documents by task, in the order of TASKS."""
         return jnp.array([self.task_weights.get(task, 1.0) for task in TASKS])
 
-    def weights(self, batch: Batch) -> jax.Array:
+    def rows(self, batch: Batch) -> PackedBatch[jax.Array]:
+        """The packed rows of a batch, here the batch itself."""
+        assert isinstance(batch, PackedBatch)
+        return batch
+
+    def weights(self, batch: PackedBatch[jax.Array]) -> jax.Array:
         """f32 [B, T], the weight of each target."""
         prompt = jnp.where(batch.prompt, self.prompt_weight, 1.0)
         return self.of_role[batch.roles] * self.of_task[batch.tasks] * prompt
 
-    def of_targets(self, params: Params, batch: Batch, keys: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def of_targets(
+        self, params: Params, batch: PackedBatch[jax.Array], keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """-log p of every target, and log Z of its softmax, f32 [B, T] each. keys: for dropout; None: no dropout."""
-        return token_losses(*self._predictions(params, batch, keys), **self._softmax)
+        return token_losses(*self._predictions(params, batch, keys), *self._softmax)
 
     def _predictions(
-        self, params: Params, batch: Batch, keys: jax.Array | None
+        self, params: Params, batch: PackedBatch[jax.Array], keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states, head and targets."""
         model = self.bind(params)
@@ -198,17 +216,21 @@ class TransformerTask(Stateless):
         return hidden, model.head(), batch.targets
 
     @property
-    def _softmax(self) -> dict[str, Any]:
-        return dict(chunk=self.chunk, used=self.vocabulary.used, split=self.split)
+    def _softmax(self) -> tuple[int, int, int | None]:
+        """`chunk`, `used` and `split` of the losses."""
+        return self.chunk, self.vocabulary.used, self.split
 
-    def of_whole(self, batch: Batch) -> TransformerTask:
+    def of_whole(self, batch: Batch) -> Self:
         """This task with the weight of each side in a global batch, which the two means of `mean_split` need."""
-        return self if self.mean_split is None else dataclasses.replace(self, side_factors=self._side_factors(batch))
+        if self.mean_split is None:
+            return self
+        return dataclasses.replace(self, side_factors=self._side_factors(self.rows(batch)))
 
-    def _of_images(self, batch: Batch) -> jax.Array:
+    def _of_images(self, batch: PackedBatch[jax.Array]) -> jax.Array:
+        assert self.mean_split is not None
         return batch.targets >= self.mean_split
 
-    def _side_factors(self, batch: Batch) -> jax.Array:
+    def _side_factors(self, batch: PackedBatch[jax.Array]) -> jax.Array:
         """f32 [2], for text and images: the factor by which a weight becomes its share of half the loss. If one side
         has no targets, it has no mean, and the other side still counts half, as in the original.
         """
@@ -216,7 +238,7 @@ class TransformerTask(Stateless):
         sides = jnp.stack([jnp.sum(jnp.where(side, weight, 0.0)) for side in (~image, image)])
         return jnp.where(sides > 0, 0.5 * jnp.sum(sides) / jnp.where(sides > 0, sides, 1.0), 0.0)
 
-    def _shares(self, batch: Batch, weight: jax.Array) -> jax.Array:
+    def _shares(self, batch: PackedBatch[jax.Array], weight: jax.Array) -> jax.Array:
         """f32 [B, T], the weight of each target in the loss. The loss is divided by sum(weight)."""
         if self.mean_split is None:
             return weight
@@ -227,21 +249,23 @@ class TransformerTask(Stateless):
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Weighted cross-entropy and z-loss of the batch, with counts by role and task."""
-        weight = self.weights(batch)
-        share = self._shares(batch, weight)
-        predictions = self._predictions(params, batch, keys)
-        loss, nll, lse = weighted_loss(*predictions, share, self.z_loss, **self._softmax)
+        rows = self.rows(batch)
+        weight = self.weights(rows)
+        share = self._shares(rows, weight)
+        loss, nll, lse = weighted_loss(*self._predictions(params, rows, keys), share, self.z_loss, *self._softmax)
         total = jnp.sum(weight)
-        metrics = self.token_metrics(batch, weight, nll, lse)
+        metrics = self.token_metrics(rows, weight, nll, lse)
         return loss, total, metrics | {"loss": (jnp.sum(share * nll), total)}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         """The attention that text and images give to each other, if `attention_share` is on."""
         if not self.attention_share:
             return {}
-        return attention_shares(self.bind(params), self.vocabulary, batch)
+        return attention_shares(self.bind(params), self.vocabulary, self.rows(batch))
 
-    def token_metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
+    def token_metrics(
+        self, batch: PackedBatch[jax.Array], weight: jax.Array, nll: jax.Array, lse: jax.Array
+    ) -> Metrics:
         """Sums over a batch, from values that the loss has already computed.
 
         `loss/role/ROLE` and `log_z/role/ROLE` are means in nats over the trained positions with a target of this role.
@@ -263,24 +287,25 @@ class TransformerTask(Stateless):
             "attended": jnp.sum(jnp.where(present, batch.positions + 1, 0), dtype=jnp.float32),
         }
         read = self.vocabulary.role(batch.tokens)
+        losses = {}
         for each in Role:
             if each != Role.PAD:
                 name, of_role = each.name.lower(), trained & (role == each)
                 metrics[f"tokens/{name}"] = jnp.sum(present & (read == each), dtype=jnp.float32)
-                metrics[LOSS_BY_ROLE + name] = pair(nll, of_role)
+                metrics[LOSS_BY_ROLE + name] = losses[each] = pair(nll, of_role)
                 metrics[LOG_Z_BY_ROLE + name] = pair(lse, of_role)
         for index, task in enumerate(TASKS):
             metrics[LOSS_BY_TASK + task] = pair(nll, trained & (batch.tasks == index))
-        image, count = metrics[LOSS_BY_ROLE + "image"]
+        image, count = losses[Role.IMAGE]
         metrics["bits_per_image_token"] = (image / math.log(2), count)
         if self.text_bytes is not None:
-            text, _ = metrics[LOSS_BY_ROLE + "text"]
+            text, _ = losses[Role.TEXT]
             sizes = jnp.asarray(self.text_bytes)[jnp.clip(batch.targets, 0, len(self.text_bytes) - 1)]
             counted = jnp.where(trained & (role == Role.TEXT), sizes, 0)
             metrics["bits_per_text_byte"] = (text / math.log(2), jnp.sum(counted, dtype=jnp.float32))
         return metrics
 
-    def summary(self, totals: Metrics) -> dict[str, float]:
+    def summary(self, totals: Totals) -> dict[str, float]:
         """The means of all sums that have a count."""
         return ratios(totals)
 
@@ -298,7 +323,7 @@ class TransformerTask(Stateless):
         """Whether a trained path begins with one of these."""
         return any(path.startswith(beginnings) for path in self._trained)
 
-    def flops(self, totals: Metrics) -> float:
+    def flops(self, totals: Totals) -> float:
         """6 * N_matmul * tokens + 12 * L * N * H * attended keys (forward 1 part, backward 2; remat not counted).
 
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
@@ -318,7 +343,7 @@ class TransformerTask(Stateless):
         beside = sum(math.prod(x.shape) for path, x in self._trained.items() if path.startswith("lora."))
         passes = layers + head + trained + layers * deep + head * bool(below_head) + 2 * beside
         attention = (12.0 if deep else 4.0) * c.n_layers * c.n_heads * c.head_dim
-        return 2.0 * passes * totals["tokens"] + attention * totals["attended"]
+        return float(2.0 * passes * _plain(totals, "tokens") + attention * _plain(totals, "attended"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -330,8 +355,8 @@ class TokenizerTask:
     """
 
     objective: Objective
-    batch: BatchOfStep
-    validation: Sequence[Batch] = ()
+    batch: BatchOfStep[Mapping[str, np.ndarray]]
+    validation: Sequence[Mapping[str, np.ndarray]] = ()
     rates: Sequence[str] = ()
     name: str = "image_tokenizer"
     unit: str = "images"
@@ -340,7 +365,7 @@ class TokenizerTask:
         """Fresh parameters of the autoencoder and of its discriminator."""
         return self.objective.init(key)
 
-    def of_whole(self, batch: Batch) -> TokenizerTask:
+    def of_whole(self, batch: Pixels) -> TokenizerTask:
         """The task itself: the loss of a part does not depend on the whole batch."""
         return self
 
@@ -356,7 +381,7 @@ class TokenizerTask:
         """The averaged weights and the statistics of the codebook before the first step."""
         return self.objective.init_state(params)
 
-    def state_axes(self, params: Params, model_state: Params) -> Any:
+    def state_axes(self, params: Params, model_state: Params) -> Params:
         """The same axes as for the parameters, because most of the state is their averages."""
         return self.logical_axes(model_state)
 
@@ -364,7 +389,7 @@ class TokenizerTask:
         """The autoencoder's averaged weights if there are any, else its parameters."""
         return self.objective.inference_params(params, model_state)
 
-    def logical_axes(self, params: Params) -> Any:
+    def logical_axes(self, params: Params) -> Params:
         """Names the output channels of every kernel. Vectors and scalars have no named axis."""
         return jax.tree.map(
             lambda x: (None,) * (x.ndim - 1) + ("channels",) if x.ndim > 1 else (None,) * x.ndim, params
@@ -381,24 +406,24 @@ class TokenizerTask:
         }
 
     def loss(
-        self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
+        self, params: Params, model_state: Params, batch: Pixels, keys: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array, Metrics]:
         """The losses of the autoencoder and the discriminator, each for its own parameters, from one forward pass."""
         images = jnp.float32(batch["pixels"].shape[0])
         losses, metrics, sums = self.objective.losses(params, model_state, batch["pixels"], keys)
         return losses, images, {"images": images, STATISTICS: sums, **metrics}
 
-    def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+    def inspect(self, params: Params, model_state: Params, batch: Pixels) -> Metrics:
         """No further metrics: {}."""
         return {}
 
-    def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+    def update_state(self, params: Params, model_state: Params, sums: Params) -> tuple[Params, Params]:
         """Updates the averages and the codebook with the statistics of the batch."""
         return self.objective.update_state(params, model_state, sums)
 
-    def summary(self, totals: Metrics) -> dict[str, float]:
+    def summary(self, totals: Totals) -> dict[str, float]:
         """The means of all sums with a count, and the usage of the codebook."""
-        codes = usage(totals["code_counts"]) if "code_counts" in totals else {}
+        codes = usage(np.asarray(_plain(totals, "code_counts"))) if "code_counts" in totals else {}
         return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
 
     def warning(self, line: Mapping[str, float]) -> str:
@@ -407,6 +432,6 @@ class TokenizerTask:
         found = {k.removeprefix("codes/"): v for k, v in line.items() if k.startswith("codes/")}
         return collapse(found, autoencoder.codebook_size, autoencoder.quantizer)
 
-    def flops(self, totals: Metrics) -> None:
+    def flops(self, totals: Totals) -> None:
         """Not known: None."""
         return None

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ar_tokenizers.trees import Metrics, Totals
 
 from ar_unified import storage
 from ar_unified.metrics import read_metrics
 from ar_unified.parallel.hardware import of_kind
-from ar_unified.training.step import Metrics
 
 
 @functools.cache
@@ -102,7 +102,7 @@ class Meter:
 
     def reset(self) -> None:
         """Starts counting again from zero."""
-        self.totals: Metrics = {}
+        self.totals: Totals = {}
         self.steps = 0
         self.waited = 0.0  # seconds in which idle devices waited for a batch
         self.started = time.perf_counter()
@@ -127,6 +127,8 @@ class Meter:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         rates = {"step_seconds": seconds / self.steps, "input_seconds": self.waited / self.steps}
         for name, total in self.totals.items():
+            if isinstance(total, tuple):
+                continue
             if name == unit or (name.startswith(f"{unit}/") and total > 0):
                 rates[f"{unit}_per_second{name.removeprefix(unit)}"] = float(total) / seconds
         return rates | ({"mfu": flops / seconds / peak} if flops is not None else {})

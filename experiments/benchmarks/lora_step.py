@@ -51,7 +51,7 @@ class Way:
     def __init__(self, preset: str, lora: LoraConfig | None):
         batch, mesh = packed(), make_mesh({}, jax.devices()[:1])
         config = config_from(preset, vocab_size=VOCABULARY.size)
-        task = TransformerTask(config, VOCABULARY, lambda *_: batch, lora=lora, attention_share=False)
+        task: TransformerTask = TransformerTask(config, VOCABULARY, lambda *_: batch, lora=lora, attention_share=False)
         tx = make_optimizer(OptimizerConfig(), 1000)
         self.state: Any = jax.jit(lambda: make_state(task, tx, 0))()
         self.batch = jax.device_put(batch)

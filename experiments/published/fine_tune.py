@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             condition_dropout=0.0,
         ),
     },
-    # 1 and 2.0; how often a prompt is dropped is 2.0's.
+    # For Lumina-mGPT 1 and 2.0; the rate of dropped prompts is from 2.0.
     "lumina_mgpt": {
         "training": dict(
             learning_rate=2e-5, final_fraction=1.0, weight_decay=0.1, clip_norm=4.0, condition_dropout=0.1

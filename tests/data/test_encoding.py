@@ -132,7 +132,7 @@ def test_a_file_that_changed_since_it_was_opened_is_a_bad_item(tmp_path: Path) -
         (tmp_path / "a.txt").write_text("one\ntwo\n")
         source = open_source(dict(kind="text", path=tmp_path, by="line"))
         change(tmp_path / "a.txt")
-        with pytest.raises(BadItem, match="a.txt: unreadable_file: the file is not as it was"):
+        with pytest.raises(BadItem, match="a.txt: unreadable_file: the file has changed since"):
             source[1]
 
 

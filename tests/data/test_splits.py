@@ -56,7 +56,7 @@ def test_one_group_stays_whole_on_the_larger_side(tmp_path: Path) -> None:
     spec = dict(kind="folder", path=tmp_path)
     assert len(texts(spec, "[:95%]")) == len(texts(spec, "[5%:]")) == 2
     for split in ("[95%:]", "[:5%]", "train[95%:]"):
-        with pytest.raises(EmptySplit, match="all rows belong to one image or text"):
+        with pytest.raises(EmptySplit, match="all rows share one image or text"):
             texts(spec, split)
     lines(tmp_path, 1)
     with pytest.raises(EmptySplit, match="all texts belong to one"):

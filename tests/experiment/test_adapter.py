@@ -100,7 +100,7 @@ def test_a_training_begins_with_a_file_that_is_what_the_config_describes(tmp_pat
         r"config.lora.targets: expected attention.output, mlp.up, as the adapter .* has; found mlp.up",
         targets=("mlp.up",),
     )
-    refused(r"config.lora.rank \(or ranks\): expected 3, as .* has beside mlp.up; found 2", ranks=())
+    refused(r"config.lora.rank \(or ranks\): expected 3, as .* has for mlp.up; found 2", ranks=())
     refused(r"config.lora.alpha \(or alphas, rslora\): expected 9, .* mlp.up; found 4", alphas=())
     refused(r"config.lora.alpha \(or alphas, rslora\)", rslora=True)
     matrices = found.matrices | {"mlp.up": tuple(np.asarray(each) for each in found.matrices["mlp.up"])}
@@ -135,7 +135,7 @@ def test_rows_of_a_file_take_their_places_and_must_be_trained_on(tmp_path) -> No
         with pytest.raises(UserError, match=r"training.only: expected embedding\[image\] in it, .* has 2 rows"):
             require_rows(first, bundle.grammar, select(places, axes, vocabulary))
     config.lora.init = str(tmp_path / "others")
-    with pytest.raises(UserError, match="config.lora.init: .*others: its rows are of ids of another vocabulary"):
+    with pytest.raises(UserError, match="config.lora.init: .*others: its rows are for the ids of another vocabulary"):
         require_rows(first_adapter(config, bundle), bundle.grammar, select((), axes, vocabulary))
 
 

@@ -39,7 +39,7 @@ def arrays(dtype, K, S, H, slots):
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_new_is_written_and_nothing_else_is(name, monkeypatch):
     dtype, K, S, H = CASES[name]
-    slots = [0, S - 1, 17, S, -1, 33, *range(2, 12)]  # two rows are none
+    slots = [0, S - 1, 17, S, -1, 33, *range(2, 12)]  # S and -1 are no slots
     layer, new, where = arrays(dtype, K, S, H, slots)
     # In two groups: windows of one are in flight while the other is written.
     monkeypatch.setattr(tpu, "_rows", lambda layer: 8)

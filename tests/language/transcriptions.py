@@ -286,7 +286,7 @@ def liquid(text: Text, caption: str, codes: np.ndarray, *, instruction: str | No
     """Liquid draws: liquid/train/train.py, DataCollatorForSupervisedDataset.__call__ (T2I mode); inference_t2i.py.
 
     Read: BOS, the caption and, in one run with it, an instruction that begins with a space; BOI, 32 x 32 codes, EOI,
-    EOS. Learned are codes, EOI and EOS. caption "": a tenth of the training has <unconditional> for caption and
+    EOS. Codes, EOI and EOS are learned. caption "": a tenth of the training has <unconditional> for caption and
     instruction, which guidance compares with.
     """
     c = LIQUID

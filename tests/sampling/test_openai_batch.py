@@ -116,7 +116,7 @@ def test_what_asks_for_nothing_is_taken_and_settings_are_used(tmp_path):
         (line("a", {"messages": []}), "at least one message"),
         (line("a", {"messages": [{"role": "tool", "content": "x"}]}), "messages 0: expected one of the roles"),
         (line("a", {"messages": [{"role": "user"}]}), "messages 0: content: expected a text or a list of parts"),
-        (line("a", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "there are no tools"),
+        (line("a", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "tools and sound are not supported"),
         (chat("a", [{"type": "input_audio"}]), 'content 0: expected type "text"'),
         (chat("a", [{"type": "image_url", "image_url": {"url": 3}}]), "expected a reference to an image"),
         (line("a", {"input": "x"}, "/v1/embeddings"), "expected /v1/chat/completions or /v1/images/generations"),

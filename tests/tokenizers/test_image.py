@@ -144,6 +144,7 @@ def test_errors_within_the_tolerance_cost_nothing_and_are_still_reported():
     losses, found, _ = objective.losses(params, objective.init_state(params), images, None)
     per_image = 0.5 * excess.mean() + np.square(excess).mean()
     np.testing.assert_allclose(losses["autoencoder"] / 4, per_image, rtol=1e-5)
+    assert isinstance(found["l1"], tuple)
     np.testing.assert_allclose(found["l1"][0] / 4, error.mean(), rtol=1e-5)
     assert per_image < 0.5 * error.mean() + np.square(error).mean()
 

@@ -334,7 +334,7 @@ class _Tile(NamedTuple):
 def _tile(q: jax.Array, k: jax.Array) -> _Tile:
     (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G = N // K
-    # Interpreted, or compiled without a TPU and for no particular one: the smallest blocks.
+    # The smallest blocks if it is interpreted, or compiled without a TPU for no particular target.
     kind = device.current().kind
     want = blocks(kind if kind.startswith("TPU") else "cpu", "tpu", H, max(T, S), G, q.dtype.itemsize)
     queries, keys = min(want.block_q, T + -T % 128), min(want.block_k, S + -S % 128)  # lanes come in 128

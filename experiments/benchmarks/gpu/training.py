@@ -47,7 +47,7 @@ def _measure(
     config = config_from(preset, vocabulary.size, remat=remat)
     config = dataclasses.replace(config, n_layers=layers or config.n_layers)
     batch = _batch(vocabulary, rows, T, document)
-    task = TransformerTask(config, vocabulary, lambda step, index=0, count=1: batch, chunk=CHUNK)
+    task: TransformerTask = TransformerTask(config, vocabulary, lambda step, index=0, count=1: batch, chunk=CHUNK)
     tx, mesh = make_optimizer(OptimizerConfig(), 1000), make_mesh({}, jax.devices()[:1])
     placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
     options = compiler_options(mesh, own_options)

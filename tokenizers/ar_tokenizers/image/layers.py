@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ar_tokenizers.image.convolution import conv3x3
-
-Params = dict[str, Any]  # nested, of arrays
+from ar_tokenizers.trees import Params as Params
 
 
 class _Keys:

@@ -22,10 +22,8 @@ from ar_tokenizers.image import autoencoder as autoencoders
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.autoencoder import Autoencoder, Reconstruction, to_float
 from ar_tokenizers.image.config import AutoencoderConfig
-from ar_tokenizers.image.layers import Params
 from ar_tokenizers.image.perceptual import Perceptual
-
-Metrics = dict[str, Any]
+from ar_tokenizers.trees import Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Objective:
 
     def losses(
         self, params: Params, model_state: Params, pixels: jax.Array, keys: jax.Array | None
-    ) -> tuple[dict[str, jax.Array], Metrics, dict[str, Any]]:
+    ) -> tuple[dict[str, jax.Array], Metrics, Params]:
         """The losses to minimise for a batch.
 
         Args:
@@ -113,7 +111,7 @@ class Objective:
         made = Autoencoder.bind(self.autoencoder, params["autoencoder"])(target, keys)
         count = float(target.shape[0])
 
-        def similar(fake: jax.Array) -> tuple[jax.Array, Metrics]:
+        def similar(fake: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             """The weighted sum of the losses that compare an image with its original, and each of these losses by name:
             float32 [B]."""
             error = fake - target
@@ -245,7 +243,7 @@ class Objective:
         return {**params, "autoencoder": model}, model_state
 
 
-def mean_errors(error: jax.Array) -> Metrics:
+def mean_errors(error: jax.Array) -> dict[str, jax.Array]:
     """Mean absolute and mean squared error of each image: [B, H, W, 3] -> float32 [B] by name."""
     return {"l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)), "mse": jnp.mean(jnp.square(error), axis=(1, 2, 3))}
 
@@ -255,4 +253,4 @@ class Judged(NamedTuple):
 
     generator: jax.Array  # float32 [B], weighted
     discriminator: jax.Array  # float32 [B]
-    parts: Metrics  # float32 [B] by name, for the log
+    parts: dict[str, jax.Array]  # float32 [B] by name, for the log

@@ -99,7 +99,7 @@ def to_published(
       dtype: the dtype of all tensors that are not integers.
 
     Raises:
-      ValueError: the tokenizer's network, or what was kept of its file, does not belong to the dialect.
+      ValueError: the tokenizer's network, or the arrays kept from its file, do not fit the dialect.
     """
     write: Any = movq_weights.to_published if dialect in movq_weights.DIALECTS else taming.to_taming
     found = write(tokenizer.config, tokenizer.params, tokenizer.published, dialect)

@@ -12,7 +12,7 @@ GroupNorm uses the whole image, and attention uses every position. So a code dep
 
 Video clips are not supported. The network itself would need little change: frames in the batch, and after each block a
 temporal convolution over past frames, in a residual branch that starts at zero, so that a single frame is treated
-exactly like an image. Missing are also halving over time (1 + 2n frames to 1 + n), and clips in documents, data,
+exactly like an image. Halving over time (1 + 2n frames to 1 + n) is missing too, and so are clips in documents, data,
 grammar and sampling.
 """
 
