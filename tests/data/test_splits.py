@@ -59,7 +59,7 @@ def test_one_group_stays_whole_on_the_larger_side(tmp_path: Path) -> None:
         with pytest.raises(EmptySplit, match="all rows share one image or text"):
             texts(spec, split)
     lines(tmp_path, 1)
-    with pytest.raises(EmptySplit, match="all texts belong to one"):
+    with pytest.raises(EmptySplit, match="all texts share one"):
         texts(dict(kind="text", path=tmp_path, files=("*.txt",), by="line"), "[95%:]")
     with pytest.raises(UserError, match="no row is in split 'dev\\[95%:\\]'; the rows' splits are: train") as caught:
         texts(spec, "dev[95%:]")
