@@ -72,6 +72,7 @@ _EXPECTED = (
     "chosen and rejected"
 )
 _LONGEST = 1 << 16  # characters of a value that is kept as meta
+HINT = 'Say which column is what: columns={"image": "NAME", "text": "NAME"}'
 
 
 class Columns:
@@ -118,10 +119,7 @@ class Columns:
         places, whole, _ = self._plan(tuple(names))
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
-            raise UserError(
-                f"{where}: expected {_EXPECTED}; found {found}. "
-                f'Say which column is what: columns={{"image": "NAME", "text": "NAME"}}'
-            )
+            raise UserError(f"{where}: expected {_EXPECTED}; found {found}. {HINT}")
         used: dict[str, list[str]] = {}
         for part, place in places.items():
             used[part] = []
