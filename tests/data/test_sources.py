@@ -124,7 +124,9 @@ def test_a_bad_row_is_named_by_file_line_and_kind(folder: Path, kit: Any, row: A
 
 
 def test_a_row_with_other_keys_says_how_they_are_mapped(folder: Path, kit: Any) -> None:
-    kit.write(folder / "captions.jsonl", [dict(photo="images/0.png", words="a cat"), dict(image="images/0.png", text=7)])
+    kit.write(
+        folder / "captions.jsonl", [dict(photo="images/0.png", words="a cat"), dict(image="images/0.png", text=7)]
+    )
     source = _captions(folder)
     with pytest.raises(BadItem, match=r"found {photo, words}\. .*: (columns={.*})") as bad:
         source[0]
