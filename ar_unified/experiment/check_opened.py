@@ -13,7 +13,7 @@ import jax
 from ar_unified.data.images import draws_none
 from ar_unified.data.items import Source, has_images
 from ar_unified.data.packing import Mixture
-from ar_unified.data.prepare import folder_name
+from ar_unified.data.prepare import folder_name, same_names
 from ar_unified.errors import about, nearest
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
@@ -182,14 +182,8 @@ def check_held_out(experiment: Experiment) -> None:
 
 
 def _check_names(sets: Mapping[str, Sequence[Source]], problems: Problems) -> None:
-    for key, sources in sets.items():
-        seen: dict[str, int] = {}
-        where = f"data.{key}" if key in ("train", "validation") else f"data.tests.{key}"
-        for i, source in enumerate(sources):
-            first = seen.setdefault(folder_name(source.name), i)
-            if first != i:
-                name = f"its name is {source.name!r}, as of config.{where}[{first}]"
-                problems.say(f"{where}[{i}]", f"{name}: give one of them a `label`")
+    for line in same_names({part: dict(enumerate(sources)) for part, sources in sets.items()}):
+        problems.add("data", line)
 
 
 def _check_mixture(experiment: Experiment, problems: Problems) -> None:

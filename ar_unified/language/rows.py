@@ -50,6 +50,10 @@ _NO = ("tool_calls", "function_call", "audio")
 BLOCKS = "\n\n"  # between adjacent texts, which are blocks of one text
 
 
+class UnknownKeys(DocumentError):
+    """A row whose keys are those of no kind of row, or of two ("bad_row")."""
+
+
 def read_parts(content: object, image: Callable[[str, str], Image], where: str, tokens: bool = False) -> list[Any]:
     """Reads a text or a list of parts: TextPart, the result of `image` for an image's reference, TokensPart.
 
@@ -142,7 +146,8 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
         load_image: takes a reference and returns the image, uint8 [H, W, 3]; its exceptions are not caught.
 
     Raises:
-        DocumentError: the row matches no kind or two kinds, a field has a wrong type, or the document is invalid.
+        DocumentError: the row matches no kind or two kinds (UnknownKeys), a field has a wrong type, or the document is
+            invalid.
     """
     if not isinstance(row, Mapping):
         raise DocumentError("bad_row", f"expected an object, found {type(row).__name__}")
@@ -166,7 +171,7 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
     used = KEYS & row.keys() - {"id", "prompt"}
     if used not in _KINDS:
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
-        raise DocumentError("bad_row", f"expected the keys of one of {kinds}; found {{{', '.join(map(str, row))}}}")
+        raise UnknownKeys("bad_row", f"expected the keys of one of {kinds}; found {{{', '.join(map(str, row))}}}")
     prompt = row.get("prompt")
     if "answer" in row and "question" not in row:
         if prompt in (None, "", []):

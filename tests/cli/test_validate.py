@@ -50,6 +50,22 @@ def test_all_sets_of_a_config_are_looked_at(root: Path, capsys: pytest.CaptureFi
     assert "<h1>three sets</h1>" in html and "other: test" in html and html.count("data:image/png") >= 5
 
 
+def test_two_sources_of_one_name_are_refused_before_they_are_read(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = 'spec("train.jsonl") + spec("train.jsonl"), spec("validation.jsonl")'
+    config = (root / "config.py").read_text().replace('spec("train.jsonl"), spec("validation.jsonl")', both)
+    (root / "config.py").write_text(config)
+    assert main(["validate", "--config", "config.py"]) == 2
+    said = capsys.readouterr().err
+    assert "config.data.train[1]: its name is 'train', as of config.data.train[0]: give one of them a `label`" in said
+    assert not (root / ".cache/validate/three sets.html").exists()
+    labelled = config.replace("    return config", '    config.data.train[1].label = "again"\n    return config')
+    (root / "config.py").write_text(labelled)
+    assert main(["validate", "--config", "config.py"]) == 1, "the missing image"
+    assert "train: again: 2 items" in capsys.readouterr().out
+
+
 def test_a_page_is_written_where_it_says(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "train.jsonl"]) == 0
     assert "page: .cache/validate/train.jsonl.html" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import tarfile
 import tracemalloc
 from collections.abc import Mapping
@@ -143,6 +144,28 @@ def test_members_of_a_tar_that_no_sample_has(tmp_path: Path) -> None:
         "bad_utf8", "empty_text", "bad_json", "", "bad_row", "", "", "bad_utf8", "",
     ]  # fmt: skip
     assert not any(path.name != "a.tar" for path in tmp_path.rglob("*"))
+
+
+def test_a_caption_below_another_name_is_not_lost_without_a_word(tmp_path: Path) -> None:
+    facts: list[Any] = [
+        dict(meta=dict(width=8, caption="a cat")),
+        dict(width=8, exif=dict(iso=100), rows=[dict(label="cat")]),
+        dict(found=[dict(by="x", text="a cat")]),
+    ]
+    members = [each for i in (0, 1, 2) for each in ((f"{i}.png", GOOD), (f"{i}.json", json.dumps(facts[i]).encode()))]
+    (tmp_path / "a.tar").write_bytes(copies.tar(members))
+    spec = dict(kind="webdataset", path=tmp_path / "a.tar")
+    assert kinds(spec) == ["bad_row", "", "bad_row"], "an image with other facts is an image"
+    for i in (0, 2):
+        with pytest.raises(BadItem, match="json, (meta|found), and (meta/caption|found/0/text)") as bad:
+            open_source(spec)[i]
+        text, alone = (json.loads(each) for each in re.findall("keys=({.*?})", bad.value.reason))
+        assert [*open_source(spec | dict(keys=text | dict(image="png"))).texts(i)] == ["a cat"]
+        assert len(open_source(spec | dict(keys=alone | dict(image="png")))[i].parts) == 1
+        assert text["image"] == alone["image"] == "NAME"
+    row = pa.table(dict(image=[GOOD], meta=[facts[0]["meta"]]))
+    pq.write_table(row, tmp_path / "a.parquet")
+    assert kinds(dict(kind="parquet", path=tmp_path / "a.parquet")) == ["bad_row"]
 
 
 def test_tars_that_are_not_whole(tmp_path: Path) -> None:

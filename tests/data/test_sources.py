@@ -123,6 +123,20 @@ def test_a_bad_row_is_named_by_file_line_and_kind(folder: Path, kit: Any, row: A
     assert bad.value.kind == kind and bad.value.origin.endswith("captions.jsonl:3")
 
 
+def test_a_row_with_other_keys_says_how_they_are_mapped(folder: Path, kit: Any) -> None:
+    kit.write(
+        folder / "captions.jsonl", [dict(photo="images/0.png", words="a cat"), dict(image="images/0.png", text=7)]
+    )
+    source = _captions(folder)
+    with pytest.raises(BadItem, match=r"found {photo, words}\. .*: (columns={.*})") as bad:
+        source[0]
+    given = bad.value.reason.rpartition("columns=")[2].replace("NAME", "photo", 1).replace("NAME", "words")
+    assert _captions(folder, columns=json.loads(given))[0].parts[0] == TextPart("a cat")
+    with pytest.raises(BadItem) as bad:
+        source[1]
+    assert "columns=" not in bad.value.reason, "its keys are known"
+
+
 def test_splits_by_name_and_by_part(folder: Path, kit: Any) -> None:
     rows = [dict(image=f"images/{i % 20}.png", text=f"{i}", split="test" if i < 20 else "train") for i in range(400)]
     kit.write(folder / "captions.jsonl", [*rows, b"{broken"])

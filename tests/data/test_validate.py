@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ar_unified.data.checks.validate import validate
+from ar_unified.errors import UserError
 from ar_unified.language.grammar import Grammar
 
 
@@ -46,6 +47,26 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
         validate(tmp_path)
     with pytest.raises(ValueError, match="no such folder or file"):
         validate(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("below", ["", "things", "things/few"])
+def test_a_dataset_of_tfds_is_not_read_as_the_names_of_its_classes(tmp_path, below):
+    folder = tmp_path / "things" / "few" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "label.labels.txt").write_text("cat\ndog\n")
+    assert validate(tmp_path / below, show_progress=False).sources[0].items == 1, "it is a text"
+    (folder / "dataset_info.json").write_text(json.dumps(dict(name="things", configName="few", version="1.0.0")))
+    assert validate(tmp_path / below, show_progress=False).sources[0].items == 1, (
+        "other programs write such a file, too"
+    )
+    (folder / "features.json").write_text("{}")
+    for path in (tmp_path / below, folder):
+        with pytest.raises(UserError, match="found what TFDS wrote") as said:
+            validate(path, show_progress=False)
+        (spec,) = re.findall("{.*?}", str(said.value))
+        assert json.loads(spec) == dict(kind="tfds", name="things/few:1.0.0", data_dir=str(tmp_path.resolve()))
+    (tmp_path / "captions.jsonl").write_text("")
+    assert validate(tmp_path, show_progress=False).sources[0].name.endswith("captions"), "rows come first"
 
 
 def test_images_beside_texts_that_nothing_names_are_told(tmp_path):

@@ -17,12 +17,13 @@ from ar_unified.data.files import folder_at
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
 from ar_unified.data.items import Source, has_images, language
 from ar_unified.data.packing import Packing
+from ar_unified.data.prepare import same_names
 from ar_unified.data.prepare.cutting import can_be_split
 from ar_unified.data.sources import FOLDER_FILES, BadItem, EmptySplit, kind_of, open_source, read, row_files
 from ar_unified.data.sources.augmentation import Augmented
 from ar_unified.data.sources.text_files import FILES as TEXT_FILES
 from ar_unified.data.sources.text_files import find
-from ar_unified.errors import UserError
+from ar_unified.errors import UserError, several
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar, TextLost
@@ -184,7 +185,7 @@ def validate(
         compare: whether to look for copies (`duplicates`).
 
     Raises:
-        UserError: there is nothing to read at `data`.
+        UserError: there is nothing to read at `data`, or two sources of a set have one name.
     """
     view = View(grammar, image_tokenizer, resize)
     by_part = (
@@ -194,7 +195,10 @@ def validate(
         if isinstance(data, Mapping)
         else {"": data}
     )
-    opened, notes = _opened(by_part)
+    by_number, notes = _opened(by_part)
+    if isinstance(data, Mapping) and (problems := same_names(by_number)):
+        raise UserError(several(problems))
+    opened = [(part, source) for part, numbered in by_number.items() for source in numbered.values()]
     sources = [source for _, source in opened]
     validation = Validation([Found(source.name, len(source), part) for part, source in opened])
     validation.note = "\n".join(filter(None, [*notes, _unnamed(data, sources, links)]))
@@ -216,13 +220,16 @@ def validate(
     return validation
 
 
-def _opened(by_part: Mapping[str, Sequence[Mapping[str, Json]]]) -> tuple[list[tuple[str, Source]], list[str]]:
-    """The sources, each with the name of its set; and a remark for each held-out source that is empty."""
-    opened, notes = [], []
+def _opened(
+    by_part: Mapping[str, Sequence[Mapping[str, Json]]],
+) -> tuple[dict[str, dict[int, Source]], list[str]]:
+    """The sources of each set by their number; and a remark for each held-out source that is empty."""
+    opened: dict[str, dict[int, Source]] = {part: {} for part in by_part}
+    notes = []
     for part, specs in by_part.items():
-        for spec in specs:
+        for i, spec in enumerate(specs):
             try:
-                opened.append((part, open_source(spec)))
+                opened[part][i] = open_source(spec)
             except EmptySplit as error:
                 if not _held_out(part):
                     raise

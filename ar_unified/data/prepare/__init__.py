@@ -263,6 +263,22 @@ def folder_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", source).strip(".-") or "source"
 
 
+def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
+    """What to tell about each source whose folder an earlier source of its set has; none if all names differ.
+
+    sets: the sources of each set of a config ("train", "validation", a test's name), by their number in it.
+    """
+    found = []
+    for part, sources in sets.items():
+        where = f"config.data.{part}" if part in ("train", "validation") else f"config.data.tests.{part}"
+        seen: dict[str, int] = {}
+        for i, source in sources.items():
+            if (first := seen.setdefault(folder_name(source.name), i)) != i:
+                name = f"its name is {source.name!r}, as of {where}[{first}]"
+                found.append(f"{where}[{i}]: {name}: give one of them a `label`")
+    return found
+
+
 def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
     vocabulary = grammar.vocabulary
     for name, ours in (("hash", vocabulary.image_hash), ("codebook_size", vocabulary.codebook_size)):

@@ -6,6 +6,7 @@ used raises BadItem, which says what is wrong and where. The caller decides what
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice, starmap
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -39,6 +41,7 @@ from ar_unified.storage import AnyPath, Remote
 __all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
 _OF_OTHERS = ("kind", "weight", "image_weight", "augmentation", "made_by")  # keys that the source does not read
 _PATHS = ("path", "root", "data_dir")
+_TFDS_INFO = "dataset_info.json"
 FOLDER_FILES = ("captions", "docs", "vqa")
 
 
@@ -96,7 +99,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
 
 
 def kind_of(path: str | AnyPath, links: bool = False) -> str:
-    """The kind of source that reads what a person names: by its ending, or by what a folder has in it."""
+    """The kind of source that reads what a person names: by its ending, or by what a folder has in it. Raises UserError
+    for a folder that TFDS wrote: a dataset is read by its name."""
     path = str(path)
     name = path.lower()
     if not storage.path(path).is_dir():
@@ -104,10 +108,43 @@ def kind_of(path: str | AnyPath, links: bool = False) -> str:
         return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "text")
     if row_files(path):
         return "folder"
-    found = folder_at(path, links).search(lambda name: name.lower().endswith((*TABLE_FILES, *TAR_FILES)))
+    found = folder_at(path, links).search(lambda name: name.lower().endswith((*TABLE_FILES, *TAR_FILES, _TFDS_INFO)))
+    infos = [file.name for file in found if file.name.rpartition("/")[2] == _TFDS_INFO]
+    found = [file for file in found if not file.name.lower().endswith(_TFDS_INFO)]
     if not found:
+        _refuse_datasets(storage.path(path), infos)
         return "text"
     return "webdataset" if all(file.name.lower().endswith(TAR_FILES) for file in found) else "parquet"
+
+
+def _refuse_datasets(root: AnyPath, infos: Sequence[str]) -> None:
+    """Raises UserError if one of these files below a folder describes a dataset of TFDS, saying which source reads it.
+
+    TFDS writes DATA_DIR/NAME[/CONFIG]/VERSION/dataset_info.json, so it is at most three folders below the root.
+    """
+    specs = []
+    for info in (root / name for name in infos if name.count("/") <= 3):
+        folder = Path(str(info.parent)).resolve() if isinstance(info, Path) else info.parent
+        if not (folder / "features.json").is_file():
+            continue
+        try:
+            found = json.loads(info.read_bytes())
+            names = [each for key in ("name", "configName", "version") if (each := found.get(key))]
+        except (OSError, ValueError, AttributeError):
+            continue
+        *named, version = map(str, names) if len(names) > 1 else ("NAME", "VERSION")
+        data_dir = folder
+        for _ in (*named, version):
+            data_dir = data_dir.parent
+        spec = {"kind": "tfds", "name": f"{'/'.join(named)}:{version}", "data_dir": str(data_dir)}
+        specs.append(json.dumps(spec, ensure_ascii=False))
+    if specs:
+        more = f", and {len(specs) - 3} more" if len(specs) > 3 else ""
+        raise UserError(
+            f"{root}: expected rows, tables, tars or texts, found what TFDS wrote, which is read by name: "
+            + ", ".join(specs[:3])
+            + more
+        )
 
 
 def _tfds(name: str, split: str = "train", **options: Any) -> Source:

@@ -72,6 +72,8 @@ _EXPECTED = (
     "chosen and rejected"
 )
 _LONGEST = 1 << 16  # characters of a value that is kept as meta
+_DEEPEST = 8  # levels of a value that are searched for a known name
+HINT = 'Say which column is what: columns={"image": "NAME", "text": "NAME"}'
 
 
 class Columns:
@@ -81,18 +83,21 @@ class Columns:
         columns: part -> its place: the name of a column; a path into it ("captions/0/text", "json/caption"); the
             element of a list whose number is in another column ("options[answer]"); or a text with these in braces
             ("{title}\\n\\n{text}"). None: the names above.
+        argument: what the source calls this argument, for messages.
 
     Raises:
         UserError: an unknown part, or a place that is no text.
     """
 
-    def __init__(self, columns: Mapping[str, str] | None = None):
+    def __init__(self, columns: Mapping[str, str] | None = None, argument: str = "columns"):
         for part, place in dict(columns or {}).items():
             if part not in PARTS:
-                raise UserError(f"columns: expected parts of {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}")
+                raise UserError(
+                    f"{argument}: expected parts of {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}"
+                )
             if not isinstance(place, str) or not place:
-                raise UserError(f"columns: expected the name of a column for {part!r}, found {place!r}")
-        self._columns = dict(columns) if columns else None
+                raise UserError(f"{argument}: expected the name of a column for {part!r}, found {place!r}")
+        self._columns, self._argument = dict(columns) if columns else None, argument
         self._plan = functools.lru_cache(maxsize=64)(self._planned)
 
     @property
@@ -118,10 +123,7 @@ class Columns:
         places, whole, _ = self._plan(tuple(names))
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
-            raise UserError(
-                f"{where}: expected {_EXPECTED}; found {found}. "
-                f'Say which column is what: columns={{"image": "NAME", "text": "NAME"}}'
-            )
+            raise UserError(f"{where}: expected {_EXPECTED}; found {found}. {HINT}")
         used: dict[str, list[str]] = {}
         for part, place in places.items():
             used[part] = []
@@ -142,11 +144,15 @@ class Columns:
         needs.
 
         Raises:
-            DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs.
+            DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs, or the text of an
+                image lies in an object of another name, where it would be lost without a word.
         """
         places, whole, used = self._plan(tuple(record), pictures)
         if not whole:
             raise DocumentError("bad_row", f"expected {_EXPECTED}; found {', '.join(map(str, record)) or 'nothing'}")
+        if whole in ("image", "images") and self._columns is None:
+            unused = {name: value for name, value in record.items() if name not in used}
+            _refuse_below(unused, self._argument)
         read = {part: place for part, place in places.items() if pictures or part not in PICTURES}
         found = {part: look_up(record, place, part) for part, place in read.items()}
         images = _Images(found, pictures, required=whole in ("instruction", "question", "text", "images", "image"))
@@ -188,6 +194,30 @@ class Columns:
         there = {*places, *(() if pictures else PICTURES)}
         whole = next((whole[0] for whole in _WHOLES if whole[0] in places and there.issuperset(whole)), "")
         return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *ways(place, names))}
+
+
+_WORDS = {
+    name for part in ("prompt", "messages", "segments", "question", "answer", "texts", "text") for name in _COMMON[part]
+}
+
+
+def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
+    """Raises DocumentError if an object (or a list of them) among the unused values of an image has a text under a
+    known name."""
+    left = [*unused.items()]
+    for _ in range(_DEEPEST):
+        left = [(f"{at}/0", value[0]) if isinstance(value, list) and value else (at, value) for at, value in left]
+        inner = [
+            (f"{at}/{key}", each) for at, value in left if isinstance(value, Mapping) for key, each in value.items()
+        ]
+        for at, value in inner:
+            if at.rpartition("/")[2].lower() in _WORDS and value and isinstance(value, str | list):
+                raise DocumentError(
+                    "bad_row",
+                    f"expected the image's text under a known name, found {', '.join(unused)}, and {at}: read it with "
+                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or without text: {argument}={{"image": "NAME"}}',
+                )
+        left = inner
 
 
 class _Images:

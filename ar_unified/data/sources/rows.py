@@ -17,11 +17,11 @@ from ar_unified.data import encoding, images
 from ar_unified.data.files import FileError, folder_at, require_file
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources import packed
-from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.columns import HINT, Columns
 from ar_unified.data.sources.records import require_words
 from ar_unified.data.sources.splits import Split
 from ar_unified.language.document import Document, DocumentError, TextPart
-from ar_unified.language.rows import document_from_json
+from ar_unified.language.rows import UnknownKeys, document_from_json
 from ar_unified.storage import AnyPath
 
 _LONGEST = 1 << 27  # bytes of a line
@@ -147,7 +147,8 @@ class Rows:
                 require_words(row)
                 document = document_from_json(row, lambda at: load(_reference(found[int(at)])))
         except (_Bad, images.ImageError, DocumentError) as error:
-            raise BadItem(error.kind, origin, str(error)) from error
+            hint = f". {HINT}" if isinstance(error, UnknownKeys) and self._columns is None else ""
+            raise BadItem(error.kind, origin, f"{error}{hint}") from error
         return replace(document, origin=origin)
 
     def _row(self, i: int) -> dict[str, object]:

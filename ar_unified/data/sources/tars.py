@@ -72,7 +72,7 @@ class Tars(RecordSource):
             raise UserError(f"{path}: expected a part, as [:95%], for tars have no named splits; found {split!r}")
         root, found = shards(path, TARS, links=links)
         label = label or named(path, root)
-        super().__init__(Columns(keys), None, label, reversible=reversible, limits=limits)
+        super().__init__(Columns(keys, "keys"), None, label, reversible=reversible, limits=limits)
         self._paths = [root / entry.name for entry in found]
         # For every sample: its tar, its first member, and the bytes of that member's headers (a long name has three
         # headers). For every member: where its data begins, its size, its kind.
