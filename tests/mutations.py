@@ -229,8 +229,8 @@ MUTATIONS = (
     Mutation(
         "padding-is-trained",
         "ar_unified/training/tasks.py",
-        "self.vocabulary.used, self.split)",
-        "None, self.split)",
+        "return self.chunk, self.vocabulary.used, self.split",
+        "return self.chunk, None, self.split",
         "rows that pad a published head take part in its softmax",
         ("tests/training/test_used.py",),
     ),
@@ -245,8 +245,8 @@ MUTATIONS = (
     Mutation(
         "sides-are-trained-as-one",
         "ar_unified/training/tasks.py",
-        "self.vocabulary.used, self.split)",
-        "self.vocabulary.used)",
+        "return self.chunk, self.vocabulary.used, self.split",
+        "return self.chunk, self.vocabulary.used, None",
         "loss.softmax=by_side does nothing",
         ("tests/training/test_used.py",),
     ),
@@ -260,11 +260,11 @@ MUTATIONS = (
     ),
     Mutation(
         "z-loss-has-the-wrong-sign",
-        "ar_unified/training/tasks.py",
-        "(nll + self.z_loss * jnp.square(lse))",
-        "(nll - self.z_loss * jnp.square(lse))",
+        "ar_unified/model/loss.py",
+        "bars = weights, 2 * z_loss * weights * lse",
+        "bars = weights, -2 * z_loss * weights * lse",
         "logits are driven apart",
-        ("tests/training/test_step.py::test_metrics_are_what_they_are_called",),
+        ("tests/model/test_loss.py",),
     ),
     Mutation(
         "prompts-weigh-as-answers",
@@ -294,8 +294,8 @@ MUTATIONS = (
     Mutation(
         "gradient-of-queries-unscaled",
         "ar_unified/kernels/attention/xla.py",
-        'dquery = jnp.einsum("BKGTS,BKSH->BKGTH", dscores, key) * scale',
-        'dquery = jnp.einsum("BKGTS,BKSH->BKGTH", dscores, key)',
+        'dquery = product("BKTS,BKSH->BKTH", dscores, key).reshape(piece[0].shape) * scale',
+        'dquery = product("BKTS,BKSH->BKTH", dscores, key).reshape(piece[0].shape)',
         "queries learn sqrt(head_dim) times too fast",
         ("tests/kernels/test_attention.py",),
     ),

@@ -91,7 +91,7 @@ MUTATIONS = (
     Mutation(
         "a-conversation-loses-its-beginning",
         "ar_unified/sampling/steps.py",
-        "with_slots(layer, _first(state), slots) for layer",
+        "with_slots(layer, slice(width), slots) for layer",
         "layer for layer",
         "the first key of a kept row is the one of its last padding",
         ("tests/sampling/test_conversation.py",),
@@ -271,7 +271,7 @@ MUTATIONS = (
     Mutation(
         "an-adapter-is-not-scaled",
         "ar_unified/model/lora.py",
-        "return self.alpha / (self.rank**0.5 if self.rslora else self.rank)",
+        "return self.alpha_of(path) / (rank**0.5 if self.rslora else rank)",
         "return 1.0",
         "alpha does nothing, and PEFT's adapters say something else here",
         ("tests/model/test_lora.py",),
@@ -303,7 +303,7 @@ MUTATIONS = (
     Mutation(
         "a-merged-adapter-is-not-scaled",
         "ar_unified/model/lora.py",
-        "added = lora.scale * jnp.einsum(",
+        "added = lora.scale_of(path) * jnp.einsum(",
         "added = jnp.einsum(",
         "an exported model is not the one that was trained",
         ("tests/model/test_lora.py",),
