@@ -227,8 +227,8 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ([{"role": "user", "content": [{"type": "text", "text": ""}]}, ANSWER], "empty_text", "content 0"),
         ([USER], "bad_turns", "found user"),
         ([ANSWER, USER], "bad_turns", "found user, assistant, user"),
-        ([USER, ANSWER, {"role": "system", "content": "a"}, USER, ANSWER], "bad_turns", "by turns"),
-        ([USER, {**ANSWER, "weight": 0}, ANSWER], "bad_turns", "by turns"),  # two kinds, so not one turn
+        ([USER, ANSWER, {"role": "system", "content": "a"}, USER, ANSWER], "bad_turns", "turns that alternate"),
+        ([USER, {**ANSWER, "weight": 0}, ANSWER], "bad_turns", "turns that alternate"),  # of two kinds
     ],
 )
 def test_bad_messages_are_refused_by_kind(messages, kind, says):

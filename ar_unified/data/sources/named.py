@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from google.protobuf import json_format
-from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.core import dataset_info, read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from ar_unified.data import images, shapes  # the second makes the embedded dataset known to TFDS
@@ -161,7 +160,7 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ModuleNotFoundError:  # its code imports TensorFlow; a prepared dataset needs no code
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir, file_format="array_record")
-    except (AssertionError, json_format.ParseError, json.JSONDecodeError) as error:
+    except (AssertionError, dataset_info.json_format.ParseError, json.JSONDecodeError) as error:
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name.partition(":")[0]
         raise UserError(
             f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found others or "
