@@ -120,10 +120,9 @@ def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
 
 
 def _kernel(rows, groups, shapes, n_scalars, slots, *refs):
-    n, scales = len(shapes), refs[: n_scalars - 1]
-    first = n  # of the caches: vectors and scales of new entries are as many
-    new = [*refs[len(scales) : first], *scales]  # scales are the last arrays of a layer
-    caches, windows, arrived = refs[first + n : first + 2 * n], refs[first + 2 * n : first + 3 * n], refs[-1]
+    n, n_scales = len(shapes), n_scalars - 1
+    new = [*refs[n_scales:n], *refs[:n_scales]]  # scales come first as scalars, but are the last arrays of a layer
+    caches, windows, arrived = refs[2 * n : 3 * n], refs[3 * n : 4 * n], refs[-1]
     h, g = pl.program_id(0), pl.program_id(1)
 
     def begin(length: int, row: jax.Array, window: int) -> jax.Array:
