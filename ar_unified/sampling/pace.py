@@ -6,13 +6,17 @@ The cost of a step depends on the device and the batch.
 The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
 also guesses from its own draws after wrong guesses; how much more is known once it was used. The cost of a step is
-measured on a few real steps. A trial therefore costs these steps and the compile time, and a pool may spend only a
-small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one process.
+measured on a few steps alone. If these say that a window is faster, it is compared with drawing one by one in use: the
+pool takes some chunks with each in turns, and the clock decides, because a step alone does not show everything that a
+window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a small share of its
+time on trials. So a short job tries nothing, and nothing is measured twice in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,20 +32,29 @@ _AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
 _ALONE, _WIDE = 16, 6
 _PROBES = 3  # trials of a width, alternating with the other; the fastest counts
 _COMPILING = 5.0  # least seconds assumed for compiling: `window=1` may have come from a cache
-_AGAIN = 64 * CHUNK  # steps until the next measurement
+_BLOCK, _PAIRS = 4 * CHUNK, 5  # steps of a block, and pairs of blocks, of a comparison in use
+_HOPELESS = 0.8  # a speed, relative to drawing one by one, at which a comparison ends early
+_RISK = 0.2  # share of the time of a comparison's wide blocks that is assumed to be lost
+_AGAIN = 1024 * CHUNK  # steps until a window in use is compared again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
 _PROMISING = 1.3  # expected tokens a step that allow the greater share
 _BETTER = 1.1  # a window must be this many times faster than drawing one by one
-_FIRST, _EACH = 32, 8  # without a window, saw() gets the first 32 samples, then every 8th
+_FIRST, _EACH = 32, 16  # without a window, saw() gets the first 32 samples, then every 16th
+_DECIDING = 4 * CHUNK  # steps between two decisions: for small images, each would take 1 % of a sample's time
 _KEEP = 0.97, 0.9  # decay of earlier counts, by each sample and by each chunk
 
 
 @dataclass
 class Costs:
-    """Costs of one pool's programs by width: seconds of a step, and of the first call, which includes compiling."""
+    """Costs of one pool's programs by width: seconds of a step, and of the first call, which includes compiling.
+
+    Attributes:
+        used: the widths that were compared in use. The cost of their steps includes what a step alone does not show.
+    """
 
     step: dict[int, float] = field(default_factory=dict)
     first: dict[int, float] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
 
     def of(self, width: int) -> float:
         """Seconds of a step: as measured; else interpolated between a narrower and a wider one; else those of a
@@ -54,6 +67,49 @@ class Costs:
 _COSTS: dict[Hashable, Costs] = {}  # of this process
 
 
+class _Comparison:
+    """Compares a width with drawing one by one in use: the pool takes blocks of chunks with each in turns.
+
+    A block's first chunk does not count, because it includes the change of the width.
+
+    Attributes:
+        turns: widths of the blocks to come, beginning with the present one.
+        lost: how many seconds longer the width's blocks took than drawing their tokens one by one would have taken.
+    """
+
+    def __init__(self, width: int):
+        self.width, self.turns = width, [1, width, width, 1] * (_PAIRS // 2) + [1, width] * (_PAIRS % 2)
+        self.lost = 0.0
+        self._steps, self._sums = 0.0, np.zeros(2)  # of the present block; the sums are tokens and seconds
+        self._blocks: dict[int, list[np.ndarray]] = {1: [], width: []}
+
+    def add(self, width: int, steps: float, tokens: int, seconds: float) -> None:
+        """Adds a chunk: its steps and tokens, and the seconds since the end of the chunk before, which had the same
+        width."""
+        if width != self.turns[0]:
+            return
+        self._steps, self._sums = self._steps + steps, self._sums + (tokens, seconds)
+        if self._steps < _BLOCK:
+            return
+        self._blocks[self.turns.pop(0)].append(self._sums)
+        self._steps, self._sums = 0.0, np.zeros(2)
+        alone, wide = (np.sum(self._blocks[each], axis=0) for each in (1, self.width))
+        if self._ratios:
+            self.lost = max(wide[1] - wide[0] * alone[1] / alone[0], 0.0)
+            if self.speed < _HOPELESS:
+                self.turns = []
+
+    @property
+    def _ratios(self) -> list[float]:
+        pairs = zip(self._blocks[1], self._blocks[self.width], strict=False)
+        return [(wide[0] / wide[1]) / (alone[0] / alone[1]) for alone, wide in pairs]
+
+    @property
+    def speed(self) -> float:
+        """The speed of the width, relative to drawing one by one: the median of the pairs."""
+        return statistics.median(self._ratios)
+
+
 @dataclass
 class _Pool:
     """What one pool has drawn and measured."""
@@ -64,9 +120,11 @@ class _Pool:
     lost: float = 0.0  # of these, spent on trials
     steps: int = 0
     samples: int = 0
-    again: int = _AFTER  # when to measure
+    again: int = _AFTER  # when to measure the steps of width 1, and later when to compare the width in use
     trial: list[tuple[int, bool]] = field(default_factory=list)  # probes to come: a width, and whether it counts
     found: dict[int, float] = field(default_factory=dict)
+    comparison: _Comparison | None = None
+    decision: int = 0  # the number of steps at which to decide again
     foreseen: np.ndarray = field(default_factory=lambda: np.zeros(1 + len(WIDTHS)))  # tokens, and steps by width
     drawn: dict[int, np.ndarray] = field(default_factory=dict)  # by width: tokens, and steps that samples took
     more: dict[int, float] = field(default_factory=dict)  # measured gain over expected gain, beyond one token
@@ -86,6 +144,9 @@ class _Pool:
         tokens, one = self.tokens(width), self.costs.step[1]
         compiling = 0.0 if width in self.costs.first else max(2 * self.costs.first.get(1, 0.0), _COMPILING)
         loss = compiling + (1 + _PROBES) * _WIDE * max(self.costs.of(width) - tokens * one, 0.0)
+        return self._allowed(loss, tokens)
+
+    def _allowed(self, loss: float, tokens: float) -> bool:
         return self.lost + loss <= (_SHARE if tokens >= _PROMISING else _DOUBTFUL) * self.seconds
 
     def decide(self) -> None:
@@ -94,12 +155,12 @@ class _Pool:
             if self.steps >= self.again:
                 self.trial = [(1, True)] * _PROBES
             return
-        again = self.steps >= self.again and self.width > 1
-        if FEW not in self.costs.step or again:
-            width = self.width if again else FEW
-            if self.affordable(width):
-                self.begin(width)
-                return
+        if FEW not in self.costs.step and self.affordable(FEW):
+            self.begin(FEW)
+            return
+        if self.width > 1 and self.steps >= self.again:
+            self.comparison = _Comparison(self.width)
+            return
         known = [width for width in WIDTHS if width in self.costs.step]
         best = max(WIDTHS if len(known) > 1 else known, key=self._worth)
         if best not in known:
@@ -107,12 +168,29 @@ class _Pool:
                 self.begin(best)
                 return
             best = max(known, key=self._worth)
+        if best > 1 and best not in self.costs.used:
+            loss = _RISK * _PAIRS * _BLOCK * self.costs.of(best)
+            if self._allowed(loss, self.tokens(best)):
+                self.comparison = _Comparison(best)
+                return
+            best = max((width for width in known if width == 1 or width in self.costs.used), key=self._worth)
+        if self.width == 1 < best:
+            self.again = self.steps + _AGAIN
         self.width = best
 
     def begin(self, width: int) -> None:
         """Begins a trial. The first steps of a width do not count, because they may include compiling."""
         self.trial = [(width, False), *[(1, True), (width, True)] * _PROBES]
-        self.found, self.again = {}, self.steps + _AGAIN
+        self.found = {}
+
+    def compared(self, comparison: _Comparison) -> None:
+        """Takes the result of a comparison: the width's cost becomes the one that explains its speed."""
+        width = comparison.width
+        self.costs.step[width] = self.tokens(width) * self.costs.step[1] / comparison.speed
+        self.costs.used.add(width)
+        self.lost += comparison.lost
+        self.comparison, self.decision = None, 0
+        self.again = self.steps + _AGAIN  # if the width stays in use
 
     def _worth(self, width: int) -> float:
         """The speed, with a bonus for the present width, so that only a clearly faster width replaces it."""
@@ -126,10 +204,11 @@ class Pace:
     """The window of each pool of an engine.
 
     window: one of WINDOWS, or its number. program: what a step's cost depends on besides the pool's shape; engines with
-    an equal program share their measurements; None: shares with nobody. Raises ValueError for another window.
+    an equal program share their measurements; None: shares with nobody. clock: returns the present time in seconds.
+    Raises ValueError for another window.
     """
 
-    def __init__(self, window: int | str, program: Hashable = None):
+    def __init__(self, window: int | str, program: Hashable = None, clock: Callable[[], float] = time.monotonic):
         if str(window) not in WINDOWS:
             raise ValueError(f"window: expected one of {', '.join(WINDOWS)}; found {window!r}")
         self._measured, self._program = window == "auto", program
@@ -137,25 +216,31 @@ class Pace:
         self.first = 1 if self._measured else self.most  # the first width of a pool
         self.guesses = self.most > 1  # it uses guesses now, or may later
         self._pools: dict[Shape, _Pool] = {}
+        self._clock = clock
+        self._before: tuple[Shape, int, float] | None = None  # of the last chunk: its pool, its width, its end
 
     def next(self, shape: Shape, steps: int) -> tuple[int, int, bool]:
         """The width of the next steps of a pool, how many of `steps` to take, and whether they are a measurement."""
         if not self._measured:
             return self.most, steps, False
         pool = self._pool(shape)
-        if not pool.trial:
+        if not pool.trial and pool.comparison is None and pool.steps >= pool.decision:
+            pool.decision = pool.steps + _DECIDING
             pool.decide()
         if pool.trial:
             width, _ = pool.trial[0]
             return width, min(steps, _ALONE if width == 1 else _WIDE), True
+        width = pool.comparison.turns[0] if pool.comparison else pool.width
         pool.steps += steps
-        pool.seconds += steps * pool.costs.of(pool.width)
-        return pool.width, steps, False
+        pool.seconds += steps * pool.costs.of(width)
+        return width, steps, False
 
     def expected(self, shape: Shape) -> float:
         """The expected tokens that a sample gets from a step of its pool."""
         pool = self._pool(shape)
-        width = pool.width if self._measured else self.most
+        width = self.most
+        if self._measured:
+            width = pool.comparison.turns[0] if pool.comparison else pool.width
         return 1.0 if width == 1 else pool.tokens(width)
 
     def called(self, shape: Shape, width: int, seconds: float) -> None:
@@ -175,9 +260,17 @@ class Pace:
             pool.lost += max(seconds - steps * tokens * pool.costs.step[1], 0.0)
         if not pool.trial:
             pool.costs.step.update(pool.found)
+            pool.decision = 0
 
     def drew(self, shape: Shape, width: int, tokens: int, steps: int, samples: int) -> None:
         """Adds the result of a chunk: its tokens, and the steps that its samples took for them."""
+        if self._measured:
+            before, self._before = self._before, (shape, width, self._clock())
+            comparison = self._pool(shape).comparison
+            if comparison and before and before[:2] == (shape, width):
+                comparison.add(width, steps / max(samples, 1), tokens, self._before[2] - before[2])
+                if not comparison.turns:
+                    self._pool(shape).compared(comparison)
         if width == 1 or not self.guesses:
             return
         if self._measured and steps <= samples * _WIDE:  # a probe: its first step had no guesses

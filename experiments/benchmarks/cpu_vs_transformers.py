@@ -29,6 +29,7 @@ from ar_tokenizers.host import keep_memory
 
 from ar_unified.model.cache import init_cache
 from ar_unified.model.config import TransformerConfig, config_from
+from ar_unified.model.decoded import unstacked
 from ar_unified.model.loss import weighted_loss
 from ar_unified.model.transformer import Transformer, init
 
@@ -73,7 +74,8 @@ def our_train_step(config: TransformerConfig, params, tokens: np.ndarray, chunk:
 
 
 def our_decode(config: TransformerConfig, params, prompts: np.ndarray, new: int) -> Callable[[], np.ndarray]:
-    """A function that continues `prompts` [B, P] greedily: [B, new]."""
+    """A function that continues `prompts` [B, P] greedily: [B, new]. Its parameters have the form that samplers use."""
+    params = jax.jit(functools.partial(unstacked, config))(params)
 
     @jax.jit
     def decode(params, prompts):

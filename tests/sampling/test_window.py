@@ -145,6 +145,8 @@ def test_what_is_certain_comes_in_whole_windows():
 
 def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_AFTER", 8)
+    monkeypatch.setattr(pace, "_DECIDING", 1)
+    monkeypatch.setattr(pace, "_BLOCK", 4)
     monkeypatch.setattr(pace, "WIDTHS", (1, 4))
     monkeypatch.setattr(pace, "FEW", 4)
     monkeypatch.setattr(pace, "_DOUBTFUL", 1e6)  # tries all widths at once, whatever they cost
@@ -162,14 +164,15 @@ def _steps_for_seconds(monkeypatch):
     monkeypatch.setattr(pace, "_COMPILING", 0.0)
 
 
-def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=()):
+def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=(), unseen=1.0):
     """Simulates a pool that draws images of 64 codes. Arguments give the share of codes that is guessed right, the cost
     of a step with each window, the additional cost if its program must be compiled, and how many `more` guesses a
-    window's own draws give.
+    window's own draws give. In use, a step of a window takes `unseen` times as long as when it is measured alone.
 
     Returns the tokens and the seconds of each width, and the pace.
     """
-    rng, first, shape = np.random.default_rng(seed), Pace("auto", program), Shape(2, 64)
+    rng, shape = np.random.default_rng(seed), Shape(2, 64)
+    first = Pace("auto", program, clock=lambda: sum(seconds.values()))
     tokens, seconds, compiled = dict.fromkeys(pace.WIDTHS, 0.0), dict.fromkeys(pace.WIDTHS, 0.0), set(cached)
     left, image = 65.0, rng.random(64) < share
     while images > 0:
@@ -181,8 +184,8 @@ def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, c
         took += cost[width] * count
         if timed:
             first.took(shape, took, gained, count)
+        seconds[width] += took * (unseen if width > 1 else 1.0)
         first.drew(shape, width, count * gained, count, 1)
-        seconds[width] += took
         tokens[width] += count * gained
         left -= count * gained
         while left <= 0:
@@ -227,6 +230,22 @@ def test_auto_is_never_slower_than_one_by_one(cost, share, images, compiling):
     tokens, seconds, _ = driven(cost, share, images, compiling=compiling)
     alone = compiling + cost[1] * sum(tokens.values())
     assert sum(seconds.values()) * 0.97 <= alone
+
+
+@pytest.mark.usefixtures("_steps_for_seconds")
+@pytest.mark.parametrize("images", [20, 100, 400, 3000])
+@pytest.mark.parametrize("unseen, share", [(1.5, 0.6), (2.5, 0.6), (4.0, 0.9)])
+def test_nor_where_a_window_takes_longer_in_use_than_alone(unseen, share, images):
+    tokens, seconds, _ = driven(WAITING, share, images, unseen=unseen)
+    assert sum(seconds.values()) * 0.97 <= WAITING[1] * sum(tokens.values())
+
+
+@pytest.mark.usefixtures("_steps_for_seconds")
+def test_a_window_that_takes_longer_in_use_is_left_out_for_good():
+    tokens, *_ = driven(WAITING, 0.6, 3000, unseen=2.5)
+    assert tokens[1] > 0.95 * sum(tokens.values())
+    tokens, *_ = driven(WAITING, 0.9, 3000, unseen=1.5)  # still twice as fast
+    assert tokens[8] > 0.8 * sum(tokens.values())
 
 
 def test_nor_where_its_own_program_came_from_a_cache():
