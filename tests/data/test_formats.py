@@ -188,6 +188,18 @@ def test_what_hugging_face_writes_needs_no_mapping(tmp_path: Path, kit: Any) -> 
     assert [type(part) for part in parts] == [ImagePart, TextPart, ImagePart]
 
 
+def test_images_alone_have_no_texts_and_are_no_bad_items(tmp_path: Path, kit: Any) -> None:
+    given = [dict(image=to_png(kit.image(i))) for i in range(20)]
+    for spec in (
+        copies.parquet(tmp_path / "parquet", given),
+        copies.webdataset(tmp_path / "tars", given),
+        copies.dataset(tmp_path / "tfds", "alone", dict(image=f.Image()), given),
+    ):
+        source = open_source(spec)
+        assert [texts for _, texts in texts_of(source, range(20))] == [[]] * 20, spec
+        assert [len(item.parts) for _, item in read(source, range(20))] == [1] * 20, spec
+
+
 def test_options_and_several_images(tmp_path: Path, kit: Any) -> None:
     png = to_png(kit.image(1))
     asked = dict(image=[{"bytes": png}], question=["Who?"], options=[["he", "she"]], answer=["1"])

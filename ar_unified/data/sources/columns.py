@@ -192,7 +192,8 @@ class Columns:
         """
         places = self.places(names)
         there = {*places, *(() if pictures else PICTURES)}
-        whole = next((whole[0] for whole in _WHOLES if whole[0] in places and there.issuperset(whole)), "")
+        alone = "" if pictures else "image"  # an image that was not read may be all there is
+        whole = next((whole[0] for whole in _WHOLES if whole[0] in places and there.issuperset(whole)), alone)
         return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *ways(place, names))}
 
 
@@ -416,7 +417,8 @@ def _text(found: Mapping[str, object], images: _Images) -> dict[str, object]:
 
 
 def _alone(found: Mapping[str, object], images: _Images) -> dict[str, object]:
-    return {"segments": [{"type": "image", "image": reference} for reference in images.rest()]}
+    shown = [images.next("image")] if images.endless else images.rest()
+    return {"segments": [{"type": "image", "image": reference} for reference in shown]}
 
 
 _WRITERS = {
