@@ -36,7 +36,7 @@ import numpy as np
 from ar_unified import storage
 from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data import prepare as preparing
-from ar_unified.data.images import draws_none
+from ar_unified.data.images import draws_none, for_single
 from ar_unified.data.prepare import load_report
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
@@ -175,7 +175,7 @@ def _preview(experiment: Experiment) -> Any:
         Request(id=str(i), parts=prompt, mode="image", seed=i, image=experiment.filter("image"))
         for i, prompt in enumerate(prompts[:_PREVIEWS])
     ]
-    sampling = experiment.config.sampling
+    sampling, tokenizer = experiment.config.sampling, for_single(experiment.image_tokenizer)
 
     adapter = lora(experiment.config)
     whole = (
@@ -192,7 +192,7 @@ def _preview(experiment: Experiment) -> Any:
         for sample in engine.generate(requests):
             for part in sample.document.parts if sample.document else ():
                 if isinstance(part, CodesPart):
-                    shown[f"sample {sample.request.id}"] = experiment.image_tokenizer.decode(part.codes[None])[0]
+                    shown[f"sample {sample.request.id}"] = tokenizer.decode(part.codes[None])[0]
         return shown
 
     return preview

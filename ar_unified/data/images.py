@@ -174,6 +174,12 @@ class ImageCodec(Cells, Protocol):
         """int32 [B, h, w] -> uint8 [B, H, W, 3]."""
 
 
+def for_single(codec: ImageCodec) -> ImageCodec:
+    """The tokenizer for calls with one image. An image tokenizer pads each call to a batch, which takes as long as a
+    whole one."""
+    return getattr(codec, "single", codec)
+
+
 class NoImages:
     """Takes the place of the image tokenizer in a model of text alone. It has no codes, and refuses every image."""
 

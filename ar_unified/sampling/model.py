@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ar_unified.bundle import Bundle, BundleError
-from ar_unified.data.images import WAY, CodesAlone, ImageCodec, NoImages, Resize, draws_none, to_rgb
+from ar_unified.data.images import WAY, CodesAlone, ImageCodec, NoImages, Resize, draws_none, for_single, to_rgb
 from ar_unified.data.sizes import default_resize
 from ar_unified.errors import UserError, about
 from ar_unified.interop.peft import bases
@@ -330,13 +330,13 @@ class Model:
         pixels = to_rgb(pixels) if isinstance(pixels, Image.Image) else np.asarray(pixels)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise ValueError(f"image: expected uint8 [H, W, 3], found {pixels.dtype} {list(pixels.shape)}")
-        return self.image_tokenizer.encode(self.resize(pixels)[None])[0]
+        return for_single(self.image_tokenizer).encode(self.resize(pixels)[None])[0]
 
     def detokenize_image(self, codes: np.ndarray) -> np.ndarray:
         """Turns codes int32 [h, w] into pixels uint8 [H, W, 3]. Raises UserError if there is no decoder."""
         if why := draws_none(self.image_tokenizer):
             raise UserError(why)
-        return self.image_tokenizer.decode(np.asarray(codes)[None])[0]
+        return for_single(self.image_tokenizer).decode(np.asarray(codes)[None])[0]
 
     def _coded(self, parts: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(map(self._part, parts))

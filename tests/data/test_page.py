@@ -83,6 +83,16 @@ def test_with_tokenizers_documents_are_tokens_with_decoded_images_beside_them(
     assert found.of_class("image") >= 2
 
 
+def test_a_shown_image_is_encoded_once_and_alone(folder: Path, grammar: Grammar, tokenizer: Any, kit: Any) -> None:
+    """A real tokenizer pads each call to a batch, unless it is asked for single images."""
+    tokenizer.single = kit.Tokenizer()
+    validate(folder, grammar, tokenizer, sequence_length=128, show=3, show_progress=False)
+    assert tokenizer.single.shapes == [(1, 16, 16, 3)] * len(tokenizer.single.shapes) and not tokenizer.shapes
+    assert len(tokenizer.single.shapes) == 3 + 3 + 2 * 3, (
+        "three documents of each file, and two images in each of docs.jsonl"
+    )
+
+
 def test_nothing_of_the_data_becomes_a_part_of_the_page(tmp_path: Path, kit: Any) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.png").write_bytes(to_png(picture(1)))

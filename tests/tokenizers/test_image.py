@@ -205,6 +205,23 @@ def test_codes_do_not_depend_on_the_batch_they_came_in():
     assert tokenizer.encode(images[:0]).shape == (0, 2, 3) and tokenizer.decode(codes[:0]).shape == (0, 16, 24, 3)
 
 
+def test_a_single_image_is_not_padded_to_a_batch(monkeypatch):
+    tokenizer, seen = ImageTokenizer(SMALL, trained(SMALL), batch_size=4), []
+    for name in ("_encode", "_decode"):
+        program = getattr(tokenizer.single, name)
+
+        def counted(params, rows, program=program):
+            seen.append(len(rows))
+            return program(params, rows)
+
+        monkeypatch.setattr(tokenizer.single, name, counted)
+    image = random_images(1)
+    codes = tokenizer.single.encode(image)
+    np.testing.assert_array_equal(codes, tokenizer.encode(image))
+    np.testing.assert_array_equal(tokenizer.single.decode(codes), tokenizer.decode(codes))
+    assert seen == [1, 1] and tokenizer.single.hash == tokenizer.hash
+
+
 def test_a_replica_computes_the_same_on_its_device():
     tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=2)
     device = jax.devices()[3]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ar_unified.data.images import ImageCodec, Resize, draws_none
+from ar_unified.data.images import ImageCodec, Resize, draws_none, for_single
 from ar_unified.data.items import printable
 from ar_unified.data.prepare.cutting import can_be_split, split
 from ar_unified.data.sizes import default_resize
@@ -64,7 +64,9 @@ class View:
     ):
         if resize is None and grammar is not None and tokenizer is not None:
             resize = default_resize(grammar.layout, tokenizer)
-        self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
+        self.grammar, self.resize = grammar, resize
+        self.tokenizer = None if tokenizer is None else for_single(tokenizer)
+        self._known: tuple[Document, Document] | None = None  # the last document of `_real`, and its result
 
     def encoded(self, document: Document) -> Encoded | None:
         """Ids and marks of the document with blank images, because only their sizes matter; None without a grammar or a
@@ -182,7 +184,10 @@ class View:
         tokenizer, resize = self.tokenizer, self.resize
         if self.grammar is None or tokenizer is None or resize is None:
             return None
-        return _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
+        if self._known is None or self._known[0] is not document:  # `words` and `shown` ask for the same one
+            codes = _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
+            self._known = document, codes
+        return self._known[1]
 
 
 def _turns(document: Document) -> list[tuple[str, tuple[Part, ...]]]:

@@ -99,6 +99,14 @@ class ImageTokenizer:
         params = jax.device_put(self.params, device)
         return ImageTokenizer(self.config, params, batch_size=self.batch_size, published=self.published)
 
+    @functools.cached_property
+    def single(self) -> ImageTokenizer:
+        """The same tokenizer for calls with one image, which it does not pad to a batch.
+
+        Where two codes are equally near but for rounding, it may take another one than a batch does.
+        """
+        return ImageTokenizer(self.config, self.params, batch_size=1, published=self.published)
+
     def vectors(self) -> np.ndarray:
         """The quantizer's vector for each code, float32 [K, C]; similar codes have similar vectors
         (Quantizer.alone)."""
