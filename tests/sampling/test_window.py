@@ -154,9 +154,12 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_BETTER", 0.0)  # the wider one wins
     grammar = GRAMMARS["rows"]
     asked = images(40, (3, 4))
+    params = jax.device_put(params, jax.devices()[0])  # as a bundle's are
     auto = engine(grammar, params, window="auto")
+    programs = auto._programs.several._cache_size()
     same(collect(auto.generate(asked)), collect(engine(grammar, params).generate(asked)))
     assert auto.tokens_a_step > 1.05
+    assert auto._programs.several._cache_size() - programs <= 1, "the pace allows for one compilation"
 
 
 @pytest.fixture
