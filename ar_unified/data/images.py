@@ -248,10 +248,10 @@ class Resize:
         factor: side of one code in pixels.
         max_height, max_width: largest sides with "aspect", in pixels; 0 means twice the target's sides.
         resample: the filter. It gets wider where an image gets smaller; see `resampling`.
-        decoding: "full" decodes all pixels, and averages blocks of them first if an image has 6 times the target's sides
-            or more. "reduced" first shrinks an image of 4 times the target's sides or more as far as twice these
-            sides allow. The decoder of a JPEG divides its sides by 2, 4 or 8; other images are divided by any whole
-            number.
+        decoding: "full" decodes all pixels. If an image has 6 times the target's sides or more, blocks of pixels are
+            averaged before the filter. "reduced" first divides the sides of an image of 4 times the target's sides or
+            more, by the largest number that leaves twice the target's sides: 2, 4 or 8 for a JPEG, whose decoder does
+            that, and any whole number for other images.
     """
 
     kind: Literal["crop", "aspect"]

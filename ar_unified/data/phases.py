@@ -1,5 +1,5 @@
-"""Training in phases. Each phase has a first step, a mixture of documents, probabilities of flips and dropped prompts, a
-length of rows and a batch size."""
+"""Training in phases. Each phase has a first step, a mixture of documents, probabilities of flips and dropped prompts,
+a length of rows and a batch size."""
 
 from __future__ import annotations
 
