@@ -49,7 +49,7 @@ def in_rgb(image: Image.Image) -> AnyImage:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)) and image.mode not in ("I", "F"):
-        raise ImageError("unreadable_image", "expected values from 0 up, found a TIFF of signed 8 bit values")
+        raise ImageError("unreadable_image", "expected values of 0 or more, found a TIFF of signed 8 bit values")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         white = declared or _white(values, image.mode, tags)
@@ -111,7 +111,9 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
         return 2**bits - 1 if bits < 16 else 65535
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError("unreadable_image", "expected numbers, found NaN or infinite values in an image of floats")
+        raise ImageError(
+            "unreadable_image", "expected finite values, found NaN or infinite values in an image of floats"
+        )
     signed16 = bits == 16 and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))  # the largest value is 32767
     whites = _WHITES if mode == "F" else _WHITES[1:2] if signed16 else _WHITES[1:]
     for white in whites:

@@ -268,7 +268,7 @@ class Bucket:
             parts = name.split("/")
             if any(part in ("", ".", "..") for part in parts):
                 if wanted(name):
-                    error = FileError("path_escapes", "expected a name with parts, none of them empty, . or ..")
+                    error = FileError("path_escapes", "expected a name in which no part is empty, . or ..")
                     found.append(Found(name, error=error))
             elif wanted(name) and not any(map(hidden, parts)):
                 found.append(Found(name, facts.size))

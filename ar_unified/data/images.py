@@ -53,7 +53,9 @@ class Limits:
         if min(height, width) < 1 or height * width > self.pixels:
             raise ImageError("image_shape", f"expected 1 to {self.pixels} pixels, found {found}")
         if max(height, width) > self.aspect * min(height, width):
-            raise ImageError("image_shape", f"expected sides within a factor {self.aspect:g}, found {found}")
+            raise ImageError(
+                "image_shape", f"expected a longer side of at most {self.aspect:g} times the shorter, found {found}"
+            )
 
 
 LIMITS = Limits()
@@ -194,8 +196,8 @@ class CodesAlone(NoImages):
     """
 
     no_decoder = (
-        "this model's images are codes alone, as its image tokenizer cannot be imported: give it images as CodesPart; "
-        "`Model.generate` draws them as codes"
+        "this model's images are codes alone, because its image tokenizer cannot be imported: give it images as "
+        "CodesPart; `Model.generate` returns its images as codes"
     )
 
     def __init__(self, codebook_size: int):
@@ -270,7 +272,7 @@ class Resize:
         for name in ("height", "width"):
             side = getattr(self, name)
             if side < self.factor or side % self.factor:
-                raise UserError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
+                raise UserError(f"resize: expected {name} to be a multiple of the factor {self.factor}, found {side}")
 
     @property
     def largest(self) -> tuple[int, int]:

@@ -411,7 +411,9 @@ class ImageBatches:
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Picks:
     if batch_size % count or not 0 <= index < count:
-        raise UserError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
+        raise UserError(
+            f"process {index} of {count}: expected a number of processes that divides the batch size {batch_size}"
+        )
     rows = batch_size // count
     start = step * batch_size + index * rows
     return mixture.picks(start, start + rows)

@@ -84,8 +84,8 @@ def mixtures(
                 current[at] = packing
             elif share:
                 raise UserError(
-                    f"source {name!r}: no document fits into rows of {phase.sequence_length} tokens, as from step "
-                    f"{phase.from_step} on: leave it out of the weights of this phase, or make its rows longer"
+                    f"source {name!r}: no document fits into the rows of {phase.sequence_length} tokens that begin at "
+                    f"step {phase.from_step}: leave the source out of the weights of this phase, or make its rows longer"
                 )
         found.append(Mixture([packing.rows for packing in current], shares, taken))
     return found

@@ -33,7 +33,7 @@ def require(resample: str) -> None:
     """Raises UserError if the package that computes a filter is missing. The message says how to install it."""
     if resample in _VECTORS and importlib.util.find_spec("cykooz_resizer") is None:
         raise UserError(
-            f"{resample!r} needs the package cykooz-resizer, which is not here: pip install 'ar_unified[simd]'"
+            f"{resample!r} needs the package cykooz-resizer, which is not installed: pip install 'ar_unified[simd]'"
         )
 
 

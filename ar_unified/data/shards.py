@@ -193,7 +193,9 @@ class Shards:
             self._starts = np.cumsum([0, *map(len, parts)])
             self._facts = self.index
         if len(self._starts) != count + 1 or self._starts[-1] != len(self.index):
-            raise UserError(f"{folder}: index.npy is not of these {count} shards: delete it and prepare the data again")
+            raise UserError(
+                f"{folder}: index.npy belongs to other shards than these {count}: delete it and prepare the data again"
+            )
         self._reader = functools.lru_cache(maxsize=_OPEN)(self._opened)
 
     def __len__(self) -> int:
@@ -241,8 +243,8 @@ class Shards:
         reader = _Records(path)
         if (found := reader.count) != (known := self._starts[number + 1] - self._starts[number]):
             raise UserError(
-                f"{path}: holds {found} documents, its index {known}: a file was changed; delete {self._folder} "
-                "and prepare the data again"
+                f"{path}: found {found} documents, but its index has {known}, so a file was changed: delete "
+                f"{self._folder} and prepare the data again"
             )
         return reader
 

@@ -24,7 +24,7 @@ class Stored:
     def __init__(self, path: Path):
         with open(path, "rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("expected an array of version 1.0")
+                raise ValueError("expected a .npy file of version 1.0")
             shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
             self._begin = file.tell()
         if len(shape) != 1 or self.dtype.hasobject:
@@ -44,12 +44,12 @@ class Stored:
         """The elements of a slice without steps, as a copy that the caller may change."""
         start, stop, step = stretch.indices(self._count)
         if step != 1:
-            raise ValueError(f"expected a stretch, found steps of {step}")
+            raise ValueError(f"expected a slice without steps, found steps of {step}")
         found = np.empty(max(0, stop - start), self.dtype)
         rest, at = found.view(np.uint8).data, self._begin + start * self.dtype.itemsize
         while rest:
             if not (count := os.preadv(self._file, [rest], at)):
-                raise OSError(f"{self._path}: ends before byte {at}: it was changed")
+                raise OSError(f"{self._path}: the file ends before byte {at}: it was changed")
             rest, at = rest[count:], at + count
         return found
 

@@ -26,8 +26,8 @@ def require(name: str) -> None:
     """Raises UserError if `av` is missing. The message says how to install it. name: the file that needs it."""
     if importlib.util.find_spec("av") is None:
         raise UserError(
-            f"{name}: videos need the package av, which is not here: pip install 'ar_unified[video]', or take them out "
-            "of the folder"
+            f"{name}: videos need the package av, which is not installed: pip install 'ar_unified[video]', or take the "
+            "videos out of the folder"
         )
 
 

@@ -205,7 +205,7 @@ def _cut(text: str) -> str:
 def _alike(alike: Alike) -> str:
     kinds = [kind for kind in alike.kinds if kind.count]
     if not kinds:
-        return "<p>No copies were found, and no training document is held out too.</p>\n"
+        return "<p>No copies were found, and no training document is also held out.</p>\n"
     html = ""
     for kind in kinds:
         html += f"<h3>{kind.count:,} of {kind.of:,} {escape(kind.says)}</h3>\n"

@@ -255,7 +255,9 @@ def _looked_at(
         return None
     try:
         if item.rejected is not None and item.rejected.parts == item.answer:
-            raise BadItem("same_answers", source.origin(i), "expected two answers, found one twice")
+            raise BadItem(
+                "same_answers", source.origin(i), "expected two different answers, found the same answer twice"
+            )
         encoded, *more = [view.encoded(answered) for answered in item.answered]  # two documents of a preference pair
         length = max(0 if each is None else len(each) for each in (encoded, *more))
         if max_tokens and length > max_tokens and (more or not can_be_split(item)):
@@ -285,8 +287,9 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
         count
         and (
             f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
-            'captions.jsonl, one line {"image": "name.png", "text": "what it shows"} each. If the texts are pages that '
-            f'show them, or name.txt describes the clip name.gif, use {{"kind": "pages", "path": "{data}"}}, or "clips"'
+            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each. If the texts are '
+            f'pages that show them, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the clip '
+            'name.gif, use the kind "clips"'
         )
         or ""
     )
@@ -304,7 +307,7 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
         except UserError as error:
             expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
             raise UserError(
-                f"{path}: expected at least one of {expected} in it, Parquet, Arrow, tar or text files; found none"
+                f"{path}: expected at least one of {expected} in it, or Parquet, Arrow, tar or text files; found none"
             ) from error
     elif kind in ("text", "jsonl") and not storage.path(path).is_file():
         raise UserError(f"{path}: no such folder or file")

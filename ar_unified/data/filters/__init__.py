@@ -104,7 +104,11 @@ class Filters:
             most = f" to {self.max_side}" if self.max_side else " pixels or more"
             raise BadItem("filtered_size", origin, f"expected sides of {self.min_side}{most}, {found}")
         if self.max_aspect and long > self.max_aspect * short:
-            raise BadItem("filtered_aspect", origin, f"expected sides within a factor {self.max_aspect:g}, {found}")
+            raise BadItem(
+                "filtered_aspect",
+                origin,
+                f"expected a longer side of at most {self.max_aspect:g} times the shorter, {found}",
+            )
 
 
 class Filtered:
@@ -261,7 +265,7 @@ def _reasons(found: Duplicates, filters: Filters, origin: Callable[[int], str]) 
             yield (
                 at,
                 "filtered_duplicate",
-                f"expected {filters.duplicates} once each, found those of {origin(first)} again",
+                f"expected {filters.duplicates} without copies, found copies of those in {origin(first)}",
             )
         if filters.max_repeats and repeats > filters.max_repeats:
             reason = f"expected an image in at most {filters.max_repeats} documents, found one in {repeats}"

@@ -187,7 +187,7 @@ class Plans:
     def _other(self) -> UserError:
         return UserError(
             f"source {self._name!r}: its rows of {self._length} tokens were planned for other documents than "
-            f"are there: a file was changed; delete rows-{self._length}*.npy beside the shards, and start again"
+            f"these, so a file was changed: delete rows-{self._length}*.npy next to the shards, and start again"
         )
 
 
