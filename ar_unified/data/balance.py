@@ -17,8 +17,8 @@ def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: fl
     """How often to read each source: 1 is once, 0.1 is an even tenth of it, and 2.5 is two and a half times.
 
     A source of b bytes gets a share in proportion to b^(1/temperature). A temperature of 1 keeps the shares as they
-    are. A higher one reads a small language several times (multilingual BERT used 1.4; XLM-R, arXiv:1911.02116, and
-    mT5, arXiv:2010.11934, used 3.3). The largest source is read once, or less if the total would be more than
+    are. A higher temperature reads small languages several times (multilingual BERT used 1.4; XLM-R, arXiv:1911.02116,
+    and mT5, arXiv:2010.11934, used 3.3). The largest source is read once, or less if the total would be more than
     max_bytes.
 
     Raises:

@@ -34,7 +34,7 @@ class PackedBatch(Generic[A]):
 
     @classmethod
     def padding(cls, rows: int, length: int, pad: int) -> PackedBatch[np.ndarray]:
-        """Rows without a document, as numpy arrays to write documents into."""
+        """Rows of padding, as numpy arrays into which documents can be written."""
         fill = {"tokens": pad, "targets": pad, "doc_start": length}
         return PackedBatch(
             **{name: np.full((rows, length), fill.get(name, 0), dtype) for name, dtype in cls.dtypes().items()}
@@ -56,8 +56,8 @@ class PackedBatch(Generic[A]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PreferenceBatch(Generic[A]):
-    """Rows of preference pairs. The documents of a row with `segment_ids` 2p + 1 and 2p + 2 are the chosen and the
-    rejected answer of its pair p. A pytree like `PackedBatch`.
+    """Rows of preference pairs. In each row, the documents with `segment_ids` 2p + 1 and 2p + 2 are the chosen and the
+    rejected answer of pair p. A pytree like `PackedBatch`.
 
     Attributes:
         documents: PackedBatch [B, T].

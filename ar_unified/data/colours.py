@@ -43,7 +43,7 @@ class ImageError(ValueError):
 
 
 def in_rgb(image: Image.Image) -> AnyImage:
-    """Converts an image that Pillow has opened to upright RGB, by the table above. Raises ImageError."""
+    """Converts an image of Pillow to upright RGB, by the table above. Raises ImageError."""
     tags, clear, profile = dict(getattr(image, "tag_v2", {})), _clear(image), image.info.get("icc_profile")
     declared = 65535 if image.format in ("PNG", "PPM") and image.mode == "I" else 0
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -99,7 +99,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
-    """The value of white in a grey image [H, W] whose mode does not say it. Raises ImageError.
+    """The value of white in a grey image [H, W] whose mode does not define it. Raises ImageError.
 
     Floats are in 0..1, 0..255 or 0..65535, and integers of mode "I" are in 0..255 or 0..65535. The smallest range that
     contains all pixels is chosen. Values may be outside by 1/255 of the range, because resampling overshoots. If no

@@ -67,7 +67,7 @@ class _State:
     Attributes:
         scene: what the last picture shows.
         it: the object that "it" means. told: those of its attributes that were mentioned.
-        attribute: the one that was asked for last.
+        attribute: the attribute that was asked for last.
         edited: the last edit, as (kind, object before, object after).
         asked: all questions about the last picture.
     """
@@ -267,6 +267,6 @@ _WAYS: dict[str, Callable[..., _Step | None]] = {
 }
 _WEIGHTS = {"describe": 1, "question": 2, "count": 0.5, "follow_up": 3, "edit": 2, "edit_it": 3, "before": 3}
 _DRAWN_FIRST = 0.3  # share of conversations that begin with "draw"
-# Most edits in one conversation. Two held-out edits in a row would need three held-out scenes, which is too rare.
+# Maximum number of edits in a conversation. Two held-out edits in a row need three held-out scenes: that is too rare.
 _EDITS = {"train": 2, "validation": 1, "unseen_combinations": 2}
 _TRIES = 500  # scenes that are tried for a plan

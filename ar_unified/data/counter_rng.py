@@ -1,8 +1,8 @@
 """Random numbers as functions of a stream and a counter. Element i is the same for every caller and in any order.
 
 A stream is named by `key(seed, source, epoch, ...)`. Nothing here has state, so the batch, permutation or choice of any
-step can be computed without the steps before it. The numbers never change between versions, so an old training
-continues in its old order.
+step can be computed without the steps before it. The numbers never change between versions, so a training
+continues in the same order after an update.
 """
 
 from __future__ import annotations

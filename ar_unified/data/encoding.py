@@ -19,7 +19,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16 (little endian)",
     codecs.BOM_UTF16_BE: "UTF-16 (big endian)",
 }
-# Whether the first, second, third and fourth of every four bytes are mostly zero in Latin text.
+# Whether bytes 0, 1, 2 and 3 of every four bytes are mostly zero, if the text is Latin.
 _ZEROS = {
     (False, True, True, True): "UTF-32 (little endian)",
     (True, True, True, False): "UTF-32 (big endian)",

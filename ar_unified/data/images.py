@@ -40,7 +40,7 @@ class Limits:
     """Limits for an image. Its header is checked first, so a decompression bomb is never decoded.
 
     Attributes:
-        pixels: most pixels (2**26 is 8192 x 8192, 192 MiB decoded).
+        pixels: maximum number of pixels (2**26 is 8192 x 8192, 192 MiB decoded).
         aspect: largest ratio of the longer side to the shorter side.
     """
 
@@ -64,8 +64,8 @@ LIMITS = Limits()
 def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -> np.ndarray:
     """An image file as read-only uint8 [H, W, 3]: see `colours`.
 
-    resize: how the decoded image is resized. Resizing here avoids two copies of the whole image, a tenth of the time,
-        and lets the decoder of a JPEG do a part of it.
+    resize: how the decoded image is resized. Resizing here avoids two copies of the whole image (a tenth of the
+        time), and lets the decoder of a JPEG do a part of the resizing.
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no image of
@@ -234,7 +234,7 @@ def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.nd
 RESIZES = ("crop", "aspect")
 Decoding = Literal["full", "reduced"]
 WAY = ("resample", "decoding")  # these say how an image is resized; the other fields say to which size
-_GAP = {"full": 3.0, "reduced": 2.0}  # shrinking by whole factors keeps at least so many times the target's sides
+_GAP = {"full": 3.0, "reduced": 2.0}  # shrinking by whole factors leaves at least this multiple of the target's sides
 _SCALES = (8, 4, 2)  # by which a JPEG's decoder can divide the sides
 
 
@@ -251,9 +251,9 @@ class Resize:
         max_height, max_width: largest sides with "aspect", in pixels; 0 means twice the target's sides.
         resample: the filter. It gets wider where an image gets smaller; see `resampling`.
         decoding: "full" decodes all pixels. If an image has 6 times the target's sides or more, blocks of pixels are
-            averaged before the filter. "reduced" first divides the sides of an image of 4 times the target's sides or
-            more, by the largest number that leaves twice the target's sides: 2, 4 or 8 for a JPEG, whose decoder does
-            that, and any whole number for other images.
+            averaged before the filter. "reduced" first shrinks an image of 4 times the target's sides or more, but
+            leaves at least twice the target's sides. The decoder of a JPEG divides its sides by 2, 4 or 8; the sides of
+            other images are divided by any whole number.
     """
 
     kind: Literal["crop", "aspect"]
@@ -309,7 +309,8 @@ class Resize:
         whole = (image.width, image.height) if orientation in range(5, 9) else (image.height, image.width)
         times = min(side / wanted for side, wanted in zip(whole, self.target(*whole), strict=True))
         for scale in _SCALES:
-            # If `scale` does not divide a side, its last pixel is incomplete. It must also be last when upright.
+            # If `scale` does not divide a side, the last pixel of this side is incomplete. After the image is turned
+            # upright, it must still be the last.
             exact = orientation == 1 or not any(side % scale for side in whole)
             if exact and times >= _GAP[self.decoding] * scale:
                 image.draft(image.mode, (image.width // scale, image.height // scale))
@@ -333,7 +334,7 @@ def resize(
     gap: float = _GAP["full"],
     whole: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Scales the largest centred window of the aspect height x width to this size: uint8 [height, width, 3].
+    """Scales the largest centred window with the aspect of height x width to this size: uint8 [height, width, 3].
 
     gap: a large image is first shrunk by whole factors, to at least `gap` times height and width.
     whole: as in `Resize.__call__`.

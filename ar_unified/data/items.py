@@ -18,7 +18,7 @@ class BadItem(Exception):
     """An item that cannot be used.
 
     Attributes:
-        kind: one word for counting: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
+        kind: the kind of fault: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
             "path_escapes", "empty_file", "unreadable_image", "image_shape", "unreadable_file", "too_large",
             "text_lost", "same_answers" (two answers with equal tokens), or another kind of DocumentError.
         origin: "file:line", or the dataset's name and index. reason: what was expected and what was found.
@@ -89,7 +89,7 @@ def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def resized(source: Source, resize: Resize) -> Source:
-    """The same items with resized images. A source that can resize images does so as it decodes them. If the source
+    """The same items with resized images. A source that can resize images does so while it decodes them. If the source
     gives several items the same array for an image, the resized image is one array too.
     """
     early = getattr(source, "resized", None)

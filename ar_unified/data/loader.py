@@ -33,7 +33,7 @@ from ar_unified.manifests import Json, require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
-_MARKS = Encoded(np.zeros(256, np.int32), np.arange(256, dtype=np.uint8))  # all marks, for two tables
+_MARKS = Encoded(np.zeros(256, np.int32), np.arange(256, dtype=np.uint8))  # all marks, for the tables below
 _ROLES = np.where(_MARKS.unlearned, Role.PAD, _MARKS.roles).astype(np.uint8).tobytes()
 _PROMPT = (~_MARKS.trained).tobytes()
 _LOOKED_AT = 1000  # documents of a source that are searched for an image
@@ -84,7 +84,7 @@ class PackedBatches:
         sequence_length: the length of the longest rows.
         names, shards, packings: for every source that is used, its folder's name, its documents, and its packing into
             the longest rows.
-        rows_per_epoch: for every source that is used, the number of rows in one epoch, if all are the longest rows.
+        rows_per_epoch: for every source that is used, the number of rows in one epoch, with rows of the longest length.
         shares: for every phase, the share of rows that each source gets.
         order: {"order": 2}, or {} if the order of rows is the same as in early versions.
 
@@ -300,7 +300,7 @@ class ImageBatches:
         mirror: whether half of the images are mirrored left to right. Leave it off for images of text, or if left and
             right matter.
         short_side: images are scaled so that their short side has this many pixels, and a window of `size` is cropped
-            at a random place. None crops the largest centred window of the aspect of `size` and scales it.
+            at a random place. None crops the largest centred window with the aspect of `size` and scales it.
         recolour: share of images with randomly changed colours (`images.recoloured`).
     """
 

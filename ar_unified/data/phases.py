@@ -50,7 +50,9 @@ def require_order(phases: Sequence[Phase]) -> None:
     it."""
     steps = [phase.from_step for phase in phases]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-        raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+        raise UserError(
+            f"phases: expected the first to begin at step 0, and each later than the one before; found {steps}"
+        )
 
 
 def mixtures(
@@ -67,7 +69,7 @@ def mixtures(
         packings: maps a length of rows to the packing of each source. The longest rows have room for every document.
         weights: the weight of each source in each phase; used only if the phase has weights.
 
-    Raises UserError for a phase whose rows hold no document of a source that it names.
+    Raises UserError if no document of a source that a phase names fits into the rows of this phase.
     """
     found: list[Mixture] = []
     current = list(packings[max(packings)])  # `taken` counts the rows of these packings
@@ -85,7 +87,7 @@ def mixtures(
             elif share:
                 raise UserError(
                     f"source {name!r}: no document fits into the rows of {phase.sequence_length} tokens that begin at "
-                    f"step {phase.from_step}: leave the source out of the weights of this phase, or make its rows longer"
+                    f"step {phase.from_step}: leave the source out of this phase's weights, or make its rows longer"
                 )
         found.append(Mixture([packing.rows for packing in current], shares, taken))
     return found

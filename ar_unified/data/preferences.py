@@ -3,7 +3,7 @@
 So a pair is in one microbatch and on the devices of one row, whatever the mesh is, and its place is found by counting
 documents in the row. Everything else is as in `loader`; in particular, batch(step) is a pure function.
 
-Axes: `B` rows, `T` tokens of a row, `P` maximum of pairs in a row, `R` roles of targets.
+Axes: `B` rows, `T` tokens of a row, `P` maximum number of pairs in a row, `R` roles of targets.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def free_places(scene: Scene) -> list[str]:
     return [p for p in PLACES if all(o.place != p for o in scene)]
 
 
-# Each returns tuples of the scene after the change, the object that the text is about, and what that object becomes.
+# Each function returns tuples: the scene after the change, the object that the text is about, and what it becomes.
 
 
 def _moves(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
@@ -173,7 +173,7 @@ def _disappearances(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
 
 @lru_cache(maxsize=64)
 def sprite(shape: str, size: str, cell: int) -> np.ndarray:
-    """The share of each pixel that a shape covers, in the middle of its corner: f32 [cell, cell]."""
+    """The share of each pixel that a shape in the middle of its corner covers: f32 [cell, cell]."""
     scale = 8  # drawn large and averaged down, for anti-aliasing
     middle, radius = cell * scale / 2 - 0.5, _RADIUS[size] * 2 * cell * scale
     canvas = Image.new("L", (cell * scale, cell * scale))

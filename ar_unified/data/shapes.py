@@ -8,7 +8,7 @@
 
 Each also exists as `<name>_32`, with images of 32 x 32 instead of 64 x 64 pixels. The splits are `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no training
-image or text contains). edits.py and conversations.py say more about the splits of these two. `scene` is JSON
+image or text contains). edits.py and conversations.py describe the splits of these two. `scene` is JSON
 (`scenes.scene_from_json`). Importing this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 
@@ -62,8 +62,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Examples in the order in which they were made."}
     BUILDER_CONFIGS = _configs()
-    # Nothing is downloaded. Without this line, TFDS 4.9.10 would look for checksums next to this file, and for that
-    # import importlib_resources, which it does not install.
+    # Nothing is downloaded. Without this line, TFDS 4.9.10 would look for checksums next to this file. It would import
+    # importlib_resources, which it does not install.
     url_infos = None
 
     def __init__(self, *, file_format: Any = "array_record", **kwargs: object) -> None:

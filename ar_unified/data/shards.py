@@ -38,14 +38,14 @@ INDEX = np.dtype(
         ("text_bytes", "<i4"),  # UTF-8 bytes of all its text
         ("task", "i1"),  # index into TASKS
         ("images", "<i2"),
-        ("part", "<i2"),  # number within its item, as long documents are split; in a pair, CHOSEN or REJECTED
-        ("pair", "?"),  # one text and one image that may be read either way
+        ("part", "<i2"),  # number within its item (long documents are split); in a pair, CHOSEN or REJECTED
+        ("pair", "?"),  # one text and one image that may be read in both directions
     ]
 )
 CHOSEN, REJECTED = -1, -2
 _INDEX, _STARTS = "index.npy", "starts.npy"
-_OPEN, _THREADS = 128, 16  # shards of a source that are kept open, and read at the same time
-_QUICKLY = 0.05  # seconds; what a batch has not read by then is read from several shards at the same time
+_OPEN, _THREADS = 128, 16  # how many shards of a source are open, and are read at the same time
+_QUICKLY = 0.05  # seconds; after that, a batch reads several shards at the same time
 _HEADER = struct.Struct("<Q")  # the item of the source from which the document was made
 
 
@@ -143,8 +143,8 @@ def join_indexes(folder: Path, count: int) -> np.ndarray:
 
 
 class Lengths:
-    """int32 [n], the tokens of each group of `answers` documents that always share a row: 2 for a preference pair.
-    Slices are read when they are needed.
+    """int32 [n], the number of tokens in each group of `answers` documents that always share a row; `answers` is 2 for
+    preference pairs. Slices are read when they are needed.
     """
 
     def __init__(self, index: np.ndarray | Stored, answers: int):

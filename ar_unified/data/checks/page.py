@@ -25,8 +25,8 @@ from ar_unified.workdir import write_text
 _SIDE = 224  # pixels of an image's longer side on the page
 _SMALL = 96  # an image of this longer side or less is shown pixel by pixel
 _EXAMPLES = 12  # maximum number of bad items of one kind that are shown
-_CHARACTERS = 2000  # maximum of a text that are shown
-_BARS = 40  # of a histogram
+_CHARACTERS = 2000  # maximum number of characters of a text that are shown
+_BARS = 40  # maximum number of bars of a histogram
 
 
 def write(path: str | Path, validation: Validation, title: str) -> None:
@@ -47,7 +47,7 @@ def write(path: str | Path, validation: Validation, title: str) -> None:
     page, style = (here.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
     filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one pass, as data may contain "@BODY@"
     text = re.sub(r"@(TITLE|STYLE|BODY)@", lambda name: filled[name[1]], page)
-    write_text(path, text.encode(errors="backslashreplace").decode())  # file names may not be UTF-8
+    write_text(path, text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
 
 
 def _name(found: Found) -> str:

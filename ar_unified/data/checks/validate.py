@@ -178,7 +178,7 @@ def validate(
             of such lists by the name of their set: "train", and other names for held-out sets. Of a folder,
             `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source; if there are none, its Parquet,
             Arrow or tar files; if there are none of these either, its text files.
-        grammar: together with the tokenizer or `resize`, it makes lengths in tokens known.
+        grammar: together with the tokenizer or `resize`, it gives lengths in tokens.
         image_tokenizer: together with a grammar, it shows the first documents as their real tokens.
         resize: as for `prepare`.
         max_tokens: longer documents that cannot be split are reported as bad ("too_long"). Used only with a grammar.

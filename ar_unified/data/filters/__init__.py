@@ -250,7 +250,7 @@ def _decide(
 
 
 def _reasons(found: Duplicates, filters: Filters, origin: Callable[[int], str]) -> Iterator[tuple[int, str, str]]:
-    """Yields the documents to leave out, with kind and reason. If a document comes several times, the first counts."""
+    """Yields the documents to leave out, with kind and reason. If a document comes again, its first reason counts."""
     for at, (overlap, same, shown, repeats) in enumerate(
         zip(*(column.tolist() for column in (found.overlap, found.same, found.shown, found.repeats)), strict=True)
     ):

@@ -141,11 +141,11 @@ class Search:
 
 
 def _leaders(pairs: np.ndarray | Sequence[Sequence[int]], count: int) -> np.ndarray:
-    """For each of `count` things, its leader: the first earlier thing that it is paired with and that leads itself. If
-    there is none, the thing leads itself.
+    """The leader of each of `count` things. A thing that is paired with earlier leaders follows the first of them.
+    Every other thing becomes a leader and leads itself.
 
-    So copies of copies do not count: if each of many images differs a little from the image before it, the first and
-    the last are not copies.
+    So chains are not followed: if each of many images differs a little from the image before it, the first and the last
+    are not copies.
     """
     leader = np.arange(count)
     pairs = np.asarray(pairs)

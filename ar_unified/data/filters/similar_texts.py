@@ -22,7 +22,7 @@ BINS = 64
 _LEAST, _RUN, _BAND = 32, 5, 4
 _ALIKE = 0.7  # minimum share of bins in which two texts agree if they are nearly the same
 _EMPTY = np.uint32(0xFFFFFFFF)
-_NEIGHBOURS = 12  # how many texts with the same group of bins each text is compared with
+_NEIGHBOURS = 12  # a text is compared with so many others that agree with it in a group of bins
 
 
 def words(text: str) -> list[str]:

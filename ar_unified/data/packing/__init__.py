@@ -33,7 +33,7 @@ class Packing:
     documents there are.
 
     Args:
-        lengths: int [n], tokens of every document, 1..sequence_length; an array, or an object that gives its slices.
+        lengths: int [n], tokens of every document, 1..sequence_length; an array, or an object that can be sliced.
         sequence_length: T.
         seed: for the order. It is combined with `name` (of the source), so that sources are shuffled independently.
         folder: the folder of the source's shards, and perhaps of its planned rows (`blocks.store`).

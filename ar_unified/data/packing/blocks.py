@@ -7,8 +7,8 @@ random in every epoch (`packing`).
 
 The plan is stored next to the shards, and readers load the part for one block at a time:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
-         rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether best-fit-decreasing; written last. If
-                                documents are longer than a row, a fourth column counts those that are in no row
+         rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether planned by best-fit-decreasing; written
+                                last. If documents are longer than a row, a fourth column counts them
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Slots:
         return Places(counts, first, slots - first, self._sizes[lengths])
 
     def documents(self, places: np.ndarray) -> np.ndarray:
-        """The documents at these places, in the order of descending length of the block's documents."""
+        """The documents at these places. Places are in order of descending length."""
         return self._given[self._order[places]]
 
 
@@ -192,7 +192,7 @@ class Plans:
 
 
 def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str = "", leave_out: bool = False) -> None:
-    """Plans the rows of a source and stores the plan next to its shards, if it is not there. Args: see `Plans`."""
+    """Plans the rows of a source and stores the plan next to its shards, unless it exists. Args: see `Plans`."""
     plan, table = _paths(folder, sequence_length)
     if storage.exists(table) or not len(lengths):
         return
