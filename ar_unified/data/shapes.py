@@ -8,7 +8,7 @@
 
 Each also exists as `<name>_32`, with images of 32 x 32 instead of 64 x 64 pixels. The splits are `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no training
-image or text contains). edits.py and conversations.py describe the splits of these two. `scene` is JSON
+image or text contains). For edits and conversations, edits.py and conversations.py describe the splits. `scene` is JSON
 (`scenes.scene_from_json`). Importing this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 
