@@ -9,8 +9,7 @@ filter remains the default.
 The crate's bicubic filter is left out, because version 6.1 may read outside its buffer and crash. This happens where an
 image is enlarged and the first output pixel lies on the centre of an input pixel. There the weights of the neighbouring
 input pixels are 0, and the crate drops these pixels, but the next output pixel needs them. The weights of the other two
-filters are 0 only at their ends, so no output pixel needs an input pixel that lies before all those of the
-first output pixel.
+filters are 0 only at their ends, so the first output pixel always needs the first input pixels.
 """
 
 from __future__ import annotations
