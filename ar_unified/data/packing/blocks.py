@@ -2,8 +2,8 @@
 
 A source is cut into runs of RUN documents. A fixed permutation distributes the runs over blocks of at most BLOCK
 documents, so that each block is a mixture of the source. A source that is not larger than a block is one block. The
-rows of a block are planned once (`fitting`), as slots of given lengths. In every epoch,
-documents are assigned at random to the slots of their length (`packing`).
+rows of a block are planned once (`fitting`), as slots of given lengths. In every epoch, documents are assigned at
+random to the slots of their length (`packing`).
 
 The plan is stored next to the shards, and readers load the part for one block at a time:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
