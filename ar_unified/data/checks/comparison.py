@@ -39,7 +39,7 @@ class Alike:
     kinds: list[Kind]
 
     def lines(self) -> list[str]:
-        """A line for each way that was found, with the number of documents and the origins of the first pair."""
+        """A line for each way in which documents are alike, with their number and the origins of the first pair."""
         lines = []
         for kind in self.kinds:
             if kind.count:

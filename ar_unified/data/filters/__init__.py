@@ -123,7 +123,7 @@ class Filtered:
 
     @property
     def has_images(self) -> bool:
-        """What the source says. Filters do not change it."""
+        """False if the source is known to contain text alone."""
         return getattr(self.source, "has_images", True)
 
     @property
