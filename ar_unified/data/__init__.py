@@ -1,14 +1,14 @@
-"""From data sets to batches: documents are read once into token shards, and the loader packs them into rows.
+"""From data sets to batches: documents are written once as token shards, and the loader packs them into rows.
 
-sources/       what a config names -> a source of documents (items.py): one file for each form that data has
+sources/       open the data sets that a config names, with one file for each form of data (items.py: what a source is)
 shapes.py      the embedded dataset (scenes.py: what it shows)
-images.py      bytes -> uint8 RGB -> the size a model wants (sizes.py)
-files.py       which files are read; encoding.py: how their text is decoded
-checks/        what is in the data, as a person and as a model would see it
+images.py      decodes image files to uint8 RGB and resizes them (sizes.py: to which size)
+files.py       finds the files to read; encoding.py decodes their text
+checks/        show what is in the data, to a person and as a model would see it
 filters/       leave out items on request, and decide what a copy is
-prepare/       sources -> token shards (shards.py), through the image tokenizer and the grammar, by all processes
-packing/       which documents share a row, and which row comes when
-loader.py      shards -> batches (batch.py), and images for an image tokenizer
+prepare/       writes token shards (shards.py) from sources, with the image tokenizer and the grammar, in all processes
+packing/       decides which documents share a row, and in which order the rows come
+loader.py      makes batches (batch.py) from shards, and batches of images for an image tokenizer
 
-balance.py computes the share of each source, counter_rng.py random numbers as functions of a counter.
+balance.py computes the share of each source. counter_rng.py computes random numbers as functions of a counter.
 """

@@ -1,4 +1,4 @@
-"""How much of each source a text tokenizer is trained on: all of it, an even part of it, or all of it several times."""
+"""Decides how much of each source a text tokenizer reads: an even part, all of it, or all of it several times."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ _LOOKED_AT = 256  # items of a source that are read to estimate the size of its 
 
 
 def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: float = float("inf")) -> list[float]:
-    """How often each source is to be read: 1 once, 0.1 an even tenth of it, 2.5 twice and a half.
+    """How often to read each source: 1 is once, 0.1 is an even tenth of it, and 2.5 is two and a half times.
 
     A source of b bytes gets a share in proportion to b^(1/temperature). A temperature of 1 keeps the shares as they
-    are; a higher one shows more of a small language, by reading it several times (multilingual BERT 1.4; XLM-R,
-    arXiv:1911.02116, and mT5, arXiv:2010.11934,
-    3.3). The largest source is read once, or less if everything together would be more than max_bytes.
+    are. A higher temperature reads small languages several times (multilingual BERT used 1.4; XLM-R, arXiv:1911.02116,
+    and mT5, arXiv:2010.11934, used 3.3). The largest source is read once, or less if the total would be more than
+    max_bytes.
 
     Raises:
-        UserError: a temperature below 1.
+        UserError: if the temperature is below 1.
     """
     if not temperature >= 1:
         raise UserError(f"config.text_tokenizer.temperature: expected at least 1, found {temperature}")
     sizes = [text_bytes(source) for source in sources]
     largest = max(sizes, default=0.0)
-    # If no text was found here, reading the source will tell why.
+    # A source in which no text was found is read anyway, so that the reader reports the reason.
     often = [(size / largest) ** (1 / temperature - 1) if size else 1.0 for size in sizes]
     total = sum(size * times for size, times in zip(sizes, often, strict=True))
     return [times * min(1.0, max_bytes / total) for times in often] if total else often
 
 
 def text_bytes(source: Source) -> float:
-    """About how many bytes of UTF-8 text a source has, from 256 of its items."""
+    """Estimates how many bytes of UTF-8 text a source has, from 256 of its items."""
     looked = found = 0
     part = indices(len(source), min(1.0, _LOOKED_AT / max(len(source), 1)), source.name)
     for _, texts in texts_of(source, part):
@@ -46,10 +46,10 @@ def text_bytes(source: Source) -> float:
 
 
 def indices(items: int, times: float, name: str) -> Iterator[int]:
-    """Which of `items` to read, in order, to have read them `times` times: whole passes, then an even part.
+    """The indices to read, in order, if `items` items are read `times` times: whole passes, then an even part.
 
-    The part takes one item out of every 1 / part successive items, chosen at random by `name`. So it is spread over the
-    whole, has no item twice, and needs no memory.
+    An even tenth, for example, is one random item from every ten successive items; `name` is the seed. So the part is
+    spread over the whole source, has no item twice, and needs no memory.
     """
     whole, count = int(times), round((times - int(times)) * items)
     for _ in range(whole):

@@ -1,4 +1,4 @@
-"""The fields of a batch of packed rows: what the loader makes, the step trains on, and planning knows by its shapes."""
+"""The fields of a batch of packed rows. The loader makes batches; planning needs only their shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from ar_unified.language.vocabulary import Role
 
-A = TypeVar("A")  # of a batch's fields: np.ndarray as it is loaded, jax.Array in a step, jax.ShapeDtypeStruct in plans
+A = TypeVar("A")  # type of a field: np.ndarray in the loader, jax.Array in a step, jax.ShapeDtypeStruct in planning
 
 
 def _of(dtype: DTypeLike) -> Any:
@@ -21,20 +21,20 @@ def _of(dtype: DTypeLike) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedBatch(Generic[A]):
-    """Rows of whole documents side by side: arrays of numpy or jax, or shapes, each [B, T]. A pytree."""
+    """Rows of whole documents, one after another. Every field is [B, T]: a numpy or jax array, or a shape. A pytree."""
 
     tokens: A = _of(np.int32)  # the inputs; pad after the last document
-    targets: A = _of(np.int32)  # the next token of the same document, else pad
-    positions: A = _of(np.int32)  # place in its document; 0 on padding
-    doc_start: A = _of(np.int32)  # where in the row its document begins; T on padding
-    segment_ids: A = _of(np.int32)  # number of its document in the row, from 1; 0 on padding
-    tasks: A = _of(np.int8)  # task of its document, as an index into TASKS
-    roles: A = _of(np.int8)  # role of the target, by its place (language.encoded); PAD: no target, or not learned
-    prompt: A = _of(np.bool_)  # whether the target is only read, not learned: a user's or the system's turn
+    targets: A = _of(np.int32)  # the next token of the same document; pad if there is none
+    positions: A = _of(np.int32)  # position in the document; 0 on padding
+    doc_start: A = _of(np.int32)  # position in the row where the document begins; T on padding
+    segment_ids: A = _of(np.int32)  # number of the document in the row, from 1; 0 on padding
+    tasks: A = _of(np.int8)  # task of the document, as an index into TASKS
+    roles: A = _of(np.int8)  # role of the target (language.encoded); PAD if there is no target, or it is not learned
+    prompt: A = _of(np.bool_)  # whether the target is only read and not learned, as in a user's turn
 
     @classmethod
     def padding(cls, rows: int, length: int, pad: int) -> PackedBatch[np.ndarray]:
-        """Rows without a document, as numpy arrays to write documents into."""
+        """Rows of padding, as numpy arrays into which documents can be written."""
         fill = {"tokens": pad, "targets": pad, "doc_start": length}
         return PackedBatch(
             **{name: np.full((rows, length), fill.get(name, 0), dtype) for name, dtype in cls.dtypes().items()}
@@ -42,27 +42,28 @@ class PackedBatch(Generic[A]):
 
     @classmethod
     def shapes(cls, rows: int, length: int) -> PackedBatch[jax.ShapeDtypeStruct]:
-        """ShapeDtypeStructs [rows, length]."""
+        """The batch as ShapeDtypeStructs [rows, length]."""
         return PackedBatch(
             **{name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in cls.dtypes().items()}
         )
 
     @classmethod
     def dtypes(cls) -> dict[str, np.dtype]:
-        """By field."""
+        """The dtype of each field."""
         return {field.name: field.metadata["dtype"] for field in dataclasses.fields(cls)}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PreferenceBatch(Generic[A]):
-    """Rows of preference pairs: documents 2p + 1 and 2p + 2 of a row are the chosen and the rejected answer of its pair
-    p (`PackedBatch.segment_ids`). A pytree like `PackedBatch`.
+    """Rows of preference pairs. In each row, the documents with `segment_ids` 2p + 1 and 2p + 2 are the chosen and the
+    rejected answer of pair p. A pytree like `PackedBatch`.
 
     Attributes:
         documents: PackedBatch [B, T].
-        reference: f32 [B, P, 2, R], for up to P pairs in a row: the log-probabilities under the reference model, summed
-            over the trained positions of each answer, by Role of the target; 0 where there is no pair, or no reference.
+        reference: f32 [B, P, 2, R], for up to P pairs in a row. It has the log-probabilities under the reference model,
+            summed over the trained positions of each answer, separately for each Role of the target. It is 0 where
+            there is no pair or no reference.
     """
 
     documents: PackedBatch[A]
@@ -70,6 +71,6 @@ class PreferenceBatch(Generic[A]):
 
     @classmethod
     def shapes(cls, rows: int, length: int, pairs: int) -> PreferenceBatch[jax.ShapeDtypeStruct]:
-        """ShapeDtypeStructs."""
+        """The batch as ShapeDtypeStructs."""
         reference = jax.ShapeDtypeStruct((rows, pairs, 2, len(Role)), np.float32)
         return PreferenceBatch(PackedBatch.shapes(rows, length), reference)

@@ -1,16 +1,17 @@
-"""What becomes of each kind of pixel, as an image file has them, on the way to uint8 RGB.
+"""Converts the pixels of an image file to uint8 RGB. The table says how each kind of pixel is converted.
 
-1, 2, 4, 8 bit grey and RGB           as they are
-16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), whatever the brightest pixel is
-palette, CMYK (Adobe's too), YCbCr, LAB                Pillow's RGB
-alpha, a transparent colour or palette entry           laid on white
-floats (TIFF, PFM)                    white is 1, 255 or 65535, `_white` decides by the values
-32 bit and signed 16 bit integers     white is 255 or 65535, decided in the same way
-grey that counts down to white        turned over
-NaN, infinite or negative values, a range that cannot be told, signed 8 bit   unreadable_image
-animations, files of several pages    the first image
-EXIF orientation                      upright
-an ICC profile (Display P3, Adobe RGB, inks, grey)     in sRGB; one that is broken or of other pixels is passed over
+1, 2, 4, 8 bit grey and RGB           kept as they are
+16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), even if no pixel is that bright
+palette, CMYK (Adobe's too), YCbCr, LAB                converted to RGB by Pillow
+alpha, a transparent colour or palette entry           drawn on a white background
+floats (TIFF, PFM)                    white is 1, 255 or 65535; `_white` chooses from the values of the pixels
+32 bit and signed 16 bit integers     white is 255 or 65535, chosen in the same way
+grey in which 0 is white              inverted
+NaN, infinite or negative values, an unknown range, signed 8 bit   refused as "unreadable_image"
+animations, files of several pages    only the first image is used
+EXIF orientation                      the image is turned upright
+an ICC profile (Display P3, Adobe RGB, inks, grey)     converted to sRGB; a profile that is broken, or made for other
+                                      pixels, is ignored
 
 """
 
@@ -27,14 +28,14 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2  # a sample format
-_WHITES = (1, 255, 65535)  # what the values of an image may end at
+_WHITES = (1, 255, 65535)  # the values that white may have if the file does not say it
 
 
-AnyImage = np.ndarray | Image.Image  # uint8 [H, W, 3], or the same as Pillow has it
+AnyImage = np.ndarray | Image.Image  # uint8 [H, W, 3], or the same pixels as an image of Pillow
 
 
 class ImageError(ValueError):
-    """An image that cannot be used. `kind`: "empty_file", "unreadable_image" or "image_shape"."""
+    """An image that cannot be used. `kind` is "empty_file", "unreadable_image" or "image_shape"."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -42,18 +43,18 @@ class ImageError(ValueError):
 
 
 def in_rgb(image: Image.Image) -> AnyImage:
-    """An image that Pillow has opened, upright and in RGB: see the table above. Raises ImageError."""
+    """Converts an image of Pillow to upright RGB, by the table above. Raises ImageError."""
     tags, clear, profile = dict(getattr(image, "tag_v2", {})), _clear(image), image.info.get("icc_profile")
     declared = 65535 if image.format in ("PNG", "PPM") and image.mode == "I" else 0
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)) and image.mode not in ("I", "F"):
-        raise ImageError("unreadable_image", "expected values from 0 up, found a TIFF of signed 8 bit values")
+        raise ImageError("unreadable_image", "expected values of 0 or more, found a TIFF of signed 8 bit values")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         white = declared or _white(values, image.mode, tags)
         grey = np.clip(np.rint(values.astype(np.float32) * np.float32(255 / white)), 0, 255).astype(np.uint8)
-        if tags.get(_PHOTOMETRIC) == 0:  # 0 is white; Pillow turns over 8 bits only
+        if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, and Pillow inverts only 8 bit images
             grey = 255 - grey
         if clear is not None:
             grey[values == clear] = 255
@@ -70,7 +71,7 @@ def in_rgb(image: Image.Image) -> AnyImage:
 
 
 def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """RGB, RGBA, CMYK or L with a profile of the same pixels as sRGB; everything else as it is."""
+    """Converts RGB, RGBA, CMYK or L to sRGB if its profile can be used. Returns other images unchanged."""
     transform = _to_srgb(profile, image.mode) if isinstance(profile, bytes) and profile else None
     found = transform and ImageCms.applyTransform(image, transform)
     return found or image
@@ -78,7 +79,7 @@ def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
 
 @functools.lru_cache(maxsize=32)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None: it is sRGB, or cannot be used."""
+    """The transform from a profile to sRGB; None if the profile is sRGB already or cannot be used."""
     if mode not in ("RGB", "RGBA", "CMYK", "L"):
         return None
     try:
@@ -98,19 +99,22 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
-    """The value that is white in grey [H, W] of a mode that does not say so by itself. Raises ImageError.
+    """The value of white in a grey image [H, W] whose mode does not define it. Raises ImageError.
 
-    Floats are in 0..1, 0..255 or 0..65535, integers of mode "I" in one of the latter two. The smallest range that holds
-    the brightest pixel is taken; a 255th more is allowed at both ends, as resampling overshoots. If nothing is brighter
-    than a 16th of 255 or 65535, the image would be almost black and is more likely of another range, so it is refused.
+    Floats are in 0..1, 0..255 or 0..65535, and integers of mode "I" are in 0..255 or 0..65535. The smallest range that
+    contains all pixels is chosen. Values may be outside by 1/255 of the range, because resampling overshoots. If no
+    pixel is brighter than 1/16 of 255 or 65535, the image would be almost black. It probably has another range, so it
+    is refused.
     """
     bits = int(np.max(tags.get(_BITS, 16)))
     if mode.startswith("I;16"):
         return 2**bits - 1 if bits < 16 else 65535
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError("unreadable_image", "expected numbers, found NaN or infinite values in an image of floats")
-    signed16 = bits == 16 and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))  # which ends at 32767
+        raise ImageError(
+            "unreadable_image", "expected finite values, found NaN or infinite values in an image of floats"
+        )
+    signed16 = bits == 16 and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))  # the largest value is 32767
     whites = _WHITES if mode == "F" else _WHITES[1:2] if signed16 else _WHITES[1:]
     for white in whites:
         least = 0 if white == 1 else white / 16
@@ -124,10 +128,10 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
 
 
 def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The transparent colour of a PNG without a palette, as its pixels have it; None: none.
+    """The transparent colour of a PNG without a palette, in the values of Pillow's pixels; None if there is none.
 
-    A PNG gives the colour in the depth of the file. Pillow scales 2 and 4 bits to 8, and keeps the upper 8 bits of 16
-    in RGB, so the colour is converted in the same way.
+    A PNG stores the colour in the bit depth of the file. Pillow scales 2 and 4 bits to 8, and of 16 bit RGB it keeps
+    the upper 8 bits. So the colour is converted in the same way.
     """
     clear = image.info.get("transparency")
     if image.format != "PNG" or image.mode == "P" or not isinstance(clear, int | tuple):

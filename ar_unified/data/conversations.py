@@ -9,8 +9,8 @@ understood.
     edit_it     Now make it large.                  a picture; "it" is the object mentioned last
     before      What colour was it before?          red
 
-As with edits, the conversation alone decides its split: all of its scenes belong to that split, and what is done to
-which object is held out, too.
+As with edits (`edits`), the content of a conversation decides its split: all of its scenes belong to that split, and
+validation uses only edits that never occur in training.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Exchange:
     """A question and its right answer.
 
     Attributes:
-        kind: as above. asked: the user's words.
-        answer: the assistant's words; None: the answer is a picture of `scene`.
+        kind: one of the kinds in the table above. asked: the user's words.
+        answer: the assistant's words; None if the answer is a picture of `scene`.
         scene: what the last picture shows after the answer.
     """
 
@@ -54,7 +54,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`shown`: the scene whose picture stands in the first question; None: in the first answer."""
+    """`shown` is the scene whose picture is in the first question; None if the first picture is an answer."""
 
     shown: Scene | None
     exchanges: tuple[Exchange, ...]
@@ -62,8 +62,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _State:
-    """What has been said so far: the scene on the last picture, what "it" is and which of its attributes were told, the
-    attribute asked for last, the last edit as (kind, old, new), and all questions about this picture.
+    """What has been said so far.
+
+    Attributes:
+        scene: what the last picture shows.
+        it: the object that "it" means. told: those of its attributes that were mentioned.
+        attribute: the attribute that was asked for last.
+        edited: the last edit, as (kind, object before, object after).
+        asked: all questions about the last picture.
     """
 
     scene: Scene
@@ -98,7 +104,7 @@ def sample_conversation(rng: np.random.Generator, split: str) -> Conversation:
 
 def _plan(rng: np.random.Generator, most: int) -> tuple[str, ...]:
     """The kinds of questions, in order. They are chosen before the scene, so that rare edits come as often as common
-    ones. `most`: most edits.
+    ones. `most` is the largest number of edits.
     """
     length = int(rng.integers(2, 5))
     plan = ["draw"] if rng.random() < _DRAWN_FIRST else []
@@ -133,7 +139,7 @@ def _plan(rng: np.random.Generator, most: int) -> tuple[str, ...]:
 
 
 def _carried_out(rng: np.random.Generator, plan: tuple[str, ...], state: _State) -> tuple[Exchange, ...]:
-    """The exchanges of a plan about the scene of `state`; () if they are not possible there."""
+    """The exchanges that follow a plan, about the scene of `state`; () if this scene does not allow them."""
     exchanges: list[Exchange] = []
     for way in plan:
         name, _, kind = way.partition(" ")
@@ -187,7 +193,7 @@ def _answered(state: _State, kind: str, said: str, o: Object, attribute: str, to
 
 
 def _told(name: str) -> frozenset[str]:
-    """The attributes that a noun phrase says."""
+    """The attributes that a noun phrase mentions."""
     return frozenset(attribute for attribute, words in _NAMED.items() if words & set(name.split()))
 
 
@@ -233,7 +239,7 @@ def _edited(
 ) -> _Step:
     old, new = change
     if new is not None:
-        # What is added has been described in full, and what was changed is known to have changed.
+        # An added object was described in full. The new value of a changed attribute was mentioned.
         told = frozenset(_QUESTIONS_OF_IT) if old is None else told | {_CHANGED[kind]}
     then = _State(after, state.split, new, told, edited=(kind, old, new) if old and new else None)
     return Exchange(turn, said, None, after), then
@@ -260,7 +266,7 @@ _WAYS: dict[str, Callable[..., _Step | None]] = {
     "before": _before,
 }
 _WEIGHTS = {"describe": 1, "question": 2, "count": 0.5, "follow_up": 3, "edit": 2, "edit_it": 3, "before": 3}
-_DRAWN_FIRST = 0.3  # share of conversations
-# Most edits in one conversation. Two held-out edits in a row would need three held-out scenes, which is too rare.
+_DRAWN_FIRST = 0.3  # share of conversations that begin with "draw"
+# Maximum number of edits in a conversation. Two held-out edits in a row need three held-out scenes: that is too rare.
 _EDITS = {"train": 2, "validation": 1, "unseen_combinations": 2}
 _TRIES = 500  # scenes that are tried for a plan

@@ -1,8 +1,8 @@
-"""Random numbers as functions of a stream and a counter: element i is the same whoever asks, in whatever order.
+"""Random numbers as functions of a stream and a counter. Element i is the same for every caller and in any order.
 
-A stream is named by `key(seed, source, epoch, ...)`. Nothing here has state, so a batch, a permutation or a choice of
-any step can be made without the steps before. The numbers never change between versions, so an old training goes on in
-its old order.
+A stream is named by `key(seed, source, epoch, ...)`. Nothing here has state, so the batch, permutation or choice of any
+step can be computed without the steps before it. The numbers never change between versions, so a training
+continues in the same order after an update.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 
 
 def key(*parts: int | str) -> np.uint64:
-    """One number that depends on all parts and their order: names a stream of random numbers."""
+    """One number that depends on all parts and their order. It names a stream of random numbers."""
     text = "\0".join(f"{'s' if isinstance(part, str) else 'i'}{part}" for part in parts)
     return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
 def hash64(stream: np.uint64, counter: Any) -> np.ndarray:
-    """Random uint64, same shape as `counter`: element i depends on `stream` and counter[i] only (splitmix64)."""
+    """Random uint64 of the shape of `counter`. Element i depends only on `stream` and counter[i] (splitmix64)."""
     with np.errstate(over="ignore"):
         z = stream + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -29,15 +29,16 @@ def hash64(stream: np.uint64, counter: Any) -> np.ndarray:
 
 
 def uniform(stream: np.uint64, counter: Any) -> np.ndarray:
-    """Like `hash64`, float64 in [0, 1)."""
+    """Like `hash64`, but float64 in [0, 1)."""
     return (hash64(stream, counter) >> np.uint64(11)) * 2.0**-53
 
 
 def permute(index: Any, size: Any, stream: Any) -> np.ndarray:
-    """Where a random permutation of 0..size-1 sends `index`, int64, without making the permutation.
+    """The places, int64, to which a random permutation of 0..size-1 sends `index`. The permutation is never stored.
 
-    A Feistel network over the next power of four, walked until it lands inside. `index`, `size` and `stream`, uint64,
-    broadcast; every size has its own permutation. Each call has many small steps, so make few calls with large arrays.
+    A Feistel network permutes the numbers below the next power of four. It is repeated until the result is below
+    `size`. `index`, `size` and `stream` (uint64) are broadcast. Every size has its own permutation. Each call has many
+    small steps, so make few calls with large arrays.
     """
     given = (np.asarray(each, dtype) for each, dtype in ((index, np.int64), (size, np.int64), (stream, np.uint64)))
     index, size, stream = np.broadcast_arrays(*given)

@@ -5,8 +5,9 @@
     move      Move the star to the bottom right.     remove   Remove the large square.
               Move the star down.
 
-The edit alone decides its split: both of its scenes belong to that split, and its action (`action_of`: what is done to
-which object) is held out too. So no model has read in training, for example, that the red circle becomes blue.
+The content of an edit decides its split. Both of its scenes belong to that split. A tenth of all actions (`action_of`:
+what is done to which object) never occur in training, and validation uses only these. For example, no model has read in
+training that the green square becomes blue.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Edit:
     instruction: str
 
 
-Option = tuple[Object | None, Object | None]  # the object before and after; None: not there
+Option = tuple[Object | None, Object | None]  # the object before and after the edit; None where it does not exist
 
 
 def _recolourings(scene: Scene) -> Iterator[Option]:
@@ -89,7 +90,7 @@ _ATTRIBUTES = {"colour": "recolour", "shape": "reshape", "size": "resize", "plac
 
 
 def action_of(old: Object | None, new: Object | None) -> str:
-    """What is done to which object, in words that depend neither on the wording nor on the object's place and size."""
+    """What is done to which object, as a fixed text that names the object only by its colour and shape."""
     o = old or new
     assert o is not None
     if old is None or new is None:
@@ -100,12 +101,12 @@ def action_of(old: Object | None, new: Object | None) -> str:
 
 @lru_cache(maxsize=4096)
 def is_held_out(old: Object | None, new: Object | None) -> bool:
-    """Whether this action is held out of the training split, as a tenth of all actions are."""
+    """Whether this action is held out of the training split. A tenth of all actions are held out."""
     return zlib.crc32(action_of(old, new).encode()) % 10 == 0
 
 
 def kind_of(before: Scene, after: Scene) -> str:
-    """The one of KINDS_OF_EDITS that leads from one scene to another. Raises ValueError if no single edit does."""
+    """The kind of edit that turns `before` into `after`. Raises ValueError if no single edit does."""
     gone, new = set(before) - set(after), set(after) - set(before)
     if len(gone) == len(new) == 1:
         (old,), (become,) = gone, new
@@ -132,8 +133,8 @@ def sample_edit(rng: np.random.Generator, split: str) -> Edit:
 
 
 def options(rng: np.random.Generator, kind: str, before: Scene, split: str) -> Iterator[tuple[*Option, Scene]]:
-    """The edits of one kind of a scene that belong to `split`, in random order: the object before, the object after,
-    and the scene after.
+    """The edits of one kind that are possible in the scene `before` and belong to `split`, in random order. Yields the
+    object before, the object after, and the scene after.
     """
     found = list(_WAYS[kind](before))
     for i in rng.permutation(len(found)):
@@ -151,7 +152,7 @@ def _apart(scene: Scene) -> bool:
 
 
 def instruction(rng: np.random.Generator, kind: str, old: Object | None, new: Object | None, name: str) -> str:
-    """An edit in English; `name` stands for the object that is there: "the red circle", "it"."""
+    """An edit as an English instruction. `name` refers to the object that is edited: "the red circle" or "it"."""
     if old is None:
         assert new is not None
         what = noun(rng, new)

@@ -1,9 +1,9 @@
-"""Text files are UTF-8, with or without a byte order mark. Any other encoding is refused by its name.
+"""Text files are UTF-8, with or without a byte order mark. All other encodings are refused.
 
-One rule for all readers: rows, corpora, prompts, members of archives. The mark is skipped at the beginning of a file,
-and nowhere else. UTF-16 and UTF-32 are recognised by their marks, or by the zeros of Latin text. Single-byte encodings
-cannot be told apart, so the error shows how the bytes read in Windows-1252. A zero byte is an error too. No encoding is
-ever guessed.
+The same rule applies to rows, corpora, prompts and members of archives. The mark is skipped at the beginning of a file,
+and nowhere else. UTF-16 and UTF-32 are recognised by their marks, or by the zero bytes in Latin text. Single-byte
+encodings cannot be told apart, so the error shows how the bytes would read in Windows-1252. A zero byte is an error
+too. No encoding is ever guessed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import BinaryIO
 HEAD = 1024  # bytes of a file that are looked at
 
 _MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32 (little endian)",  # it begins with the mark of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32 (little endian)",  # first, because it begins with the mark of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32 (big endian)",
     codecs.BOM_UTF16_LE: "UTF-16 (little endian)",
     codecs.BOM_UTF16_BE: "UTF-16 (big endian)",
 }
-# Whether each of the first four bytes of Latin text is not zero.
+# Whether bytes 0, 1, 2 and 3 of every four bytes are mostly zero, if the text is Latin.
 _ZEROS = {
     (False, True, True, True): "UTF-32 (little endian)",
     (True, True, True, False): "UTF-32 (big endian)",
@@ -37,16 +37,16 @@ _CONTENTS = {
 
 
 class EncodingError(ValueError):
-    """Bytes that are not UTF-8. The message: expected, found, what to do."""
+    """Bytes that are not UTF-8. The message says what was expected, what was found, and what to do."""
 
 
 def no_content(data: bytes) -> str:
-    """A description of bytes that are only a pointer to a file's content or its packed form; else ""."""
+    """A description of bytes that are a Git LFS pointer, packed data or a PDF; "" for all others."""
     return next((name for magic, name in _CONTENTS.items() if data.startswith(magic)), "")
 
 
 def foreign(head: bytes) -> str:
-    """The encoding that a file's first `HEAD` bytes show if it is not UTF-8; else ""."""
+    """The encoding or format that a file's first `HEAD` bytes show, if it is not UTF-8; else ""."""
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
@@ -60,7 +60,7 @@ def foreign(head: bytes) -> str:
 
 
 def begin(file: BinaryIO) -> int:
-    """Moves a file that was just opened to where its text begins, and returns that place. Raises EncodingError,
+    """Moves a newly opened file to the byte where its text begins, and returns the place. Raises EncodingError,
     OSError."""
     head = file.read(HEAD)
     _refuse(head)
@@ -76,7 +76,7 @@ def unmarked(data: bytes) -> bytes:
 
 
 def text(data: bytes, at: int | None = None) -> str:
-    """Bytes of UTF-8 as text. `at`: where in their file they begin, for the message. Raises EncodingError."""
+    """Decodes UTF-8. `at` is the place of the first byte in its file, for the message. Raises EncodingError."""
     where, at = ("", 0) if at is None else (" of the file", at)
     try:
         found = data.decode("utf-8")

@@ -1,15 +1,18 @@
-"""Which files of a folder belong to a dataset, and which file a name in a row means. One rule for all readers.
+"""Decides which files of a folder belong to a dataset, and which file a name in a row means.
 
-- A name stays inside: `..` may not lead out, and an absolute path counts by where it points. NFC and NFD spellings of a
-  name are one name. Otherwise a name is taken as written. If only the case of letters differs, or `\\` stands for `/`,
-  the message says so.
-- Links that stay inside are followed. One that leads out is refused, unless the source says `links=True` (--links) or
-  it is the Hugging Face cache's own: from <repository>/snapshots/<revision>/ into <repository>/blobs/.
-- A search of a folder skips hidden files and folders (`.*`, `@eaDir`, `__MACOSX`, ...), reads a folder that several
-  links lead to once, and names what cannot be read (a pipe, a link to nothing, a locked folder).
-- A path that a person gives (the folder itself, a file) may be a link to anywhere.
-- Nothing is fetched: a name is a path, a file: URL or a data: URL.
-- A folder may be an object store's (`storage`): there are no links then, and a name is the object's to the letter.
+All readers use these rules:
+
+- A name must mean a file inside the folder: `..` may not lead out of it, and an absolute path must point into it. NFC
+  and NFD spellings of a name are one name. Otherwise the spelling must be exact. If only the case of letters differs,
+  or the name has `\\` in place of `/`, the message says so.
+- A link to a place inside the folder is followed. A link to a place outside is refused, unless the source has
+  `links=True` (--links) or the link belongs to the Hugging Face cache: it leads from
+  <repository>/snapshots/<revision>/ into <repository>/blobs/.
+- A search of a folder skips hidden files and folders (`.*`, `@eaDir`, `__MACOSX`, ...). If several links lead to one
+  folder, it is read once. What cannot be read (a pipe, a link to nothing, a locked folder) is reported by name.
+- A path that the user gives (the folder itself, a file) may be a link to anywhere.
+- Nothing is downloaded: a name is a path, a file: URL or a data: URL.
+- A folder may be in an object store (`storage`). It has no links, and a name must be exactly the object's name.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from ar_unified import storage
 from ar_unified.errors import UserError
 from ar_unified.storage import AnyPath, Remote
 
-LARGEST = 1 << 28  # most bytes of an image's file
+LARGEST = 1 << 28  # maximum bytes of an image file
 # What file managers, desktops and network storage leave in folders, besides names that begin with a dot.
 _LITTER = {
     "@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
@@ -42,7 +45,7 @@ _LITTER = {
 class FileError(ValueError):
     """A file that cannot be used. The caller adds its name to the message.
 
-    `kind`: "path_escapes", "missing_image", "unreadable_image" or "unreadable_file".
+    `kind` is "path_escapes", "missing_image", "unreadable_image" or "unreadable_file".
     """
 
     def __init__(self, kind: str, reason: str):
@@ -52,8 +55,8 @@ class FileError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """A file that a search of a folder found: its path below the folder, with "/", and its size in bytes. `error`: what
-    is wrong with it; "" for a good file.
+    """A file that a search of a folder found: its path below the folder, with "/", and its size in bytes. `error` says
+    what is wrong with it; None for a good file.
     """
 
     name: str
@@ -67,10 +70,10 @@ def hidden(name: str) -> bool:
 
 
 class Folder:
-    """A dataset's folder. `links`: whether links that lead out of it are followed.
+    """A dataset's folder. `links` says whether links that lead out of it are followed.
 
     Raises:
-        UserError: `links` is neither True nor False.
+        UserError: if `links` is neither True nor False.
     """
 
     def __init__(self, root: str | Path, links: bool = False):
@@ -103,7 +106,7 @@ class Folder:
             raise FileError("missing_image", str(error.strerror)) from error
 
     def path(self, name: str) -> Path:
-        """The file that a row means by `name`. Raises FileError if it is outside or missing."""
+        """The file that a row means by `name`. Raises FileError if it is outside the folder or missing."""
         if "\0" in name:
             raise FileError("missing_image", "a name cannot have a zero byte")
         full = os.path.normpath(os.path.join(self._lexical, name))
@@ -143,7 +146,7 @@ class Folder:
     # ---- links ----------------------------------------------------------------------------------------------------
 
     def _refused(self, name: str) -> str:
-        """Why a path below the folder may not be followed; "" if it may."""
+        """The reason why a path below the folder may not be followed; "" if it may be followed."""
         if self.links or self._is_inside(self.root / name):
             return ""
         link = name
@@ -165,7 +168,7 @@ class Folder:
         path.
 
         Raises:
-            UserError: it is no folder, or cannot be read.
+            UserError: if it is no folder, or cannot be read.
         """
         try:
             os.listdir(self.root)
@@ -176,7 +179,7 @@ class Folder:
         found: list[Found] = []
         folders, links, seen = [""], list[str](), {self._real}
         while folders or links:
-            if not folders:  # links come last, so that a folder that lies inside anyway is read under its own path
+            if not folders:  # links come last, so that a folder inside is read under its own path
                 links.sort()
                 link = links.pop(0)
                 real = os.path.realpath(self.root / link)
@@ -194,7 +197,7 @@ class Folder:
         return sorted(found, key=lambda item: item.name)
 
     def _look(self, here: str, wanted: Callable[[str], bool]) -> Iterator[tuple[Found | str, bool]]:
-        """The files and the names of the folders in one folder, and whether each is a link."""
+        """Yields each file (`Found`) and subfolder (its path) of one folder, and whether it is a link."""
         try:
             with os.scandir(self.root / here) as entries:
                 seen = [(os.path.join(here, entry.name), entry.is_symlink()) for entry in entries]
@@ -226,13 +229,13 @@ class Folder:
 
 
 class Bucket:
-    """A dataset's folder in an object store, as `Folder` is one on disk."""
+    """A dataset's folder in an object store, with the methods of `Folder`."""
 
     def __init__(self, root: Remote):
         self.root, self.links = root, False
 
     def read(self, name: str) -> bytes:
-        """As `Folder.read`."""
+        """See `Folder.read`."""
         found = meant(name)
         return found if isinstance(found, bytes) else self.read_file(found)
 
@@ -256,7 +259,7 @@ class Bucket:
         return self.root if below == "." else self.root / below
 
     def search(self, wanted: Callable[[str], bool]) -> list[Found]:
-        """As `Folder.search`. Raises UserError: nothing is there."""
+        """See `Folder.search`. Raises UserError if there are no objects in it."""
         objects = storage.found_under(str(self.root))
         if not objects:
             raise UserError(f"{self.root}: no such file or folder")
@@ -265,7 +268,7 @@ class Bucket:
             parts = name.split("/")
             if any(part in ("", ".", "..") for part in parts):
                 if wanted(name):
-                    error = FileError("path_escapes", "expected a name with parts, none of them empty, . or ..")
+                    error = FileError("path_escapes", "expected a name in which no part is empty, . or ..")
                     found.append(Found(name, error=error))
             elif wanted(name) and not any(map(hidden, parts)):
                 found.append(Found(name, facts.size))
@@ -276,7 +279,7 @@ AnyFolder = Folder | Bucket
 
 
 def folder_at(root: str | AnyPath, links: bool = False) -> AnyFolder:
-    """A dataset's folder, on disk or in a store. Raises UserError: `links` is neither True nor False."""
+    """A dataset's folder, on disk or in a store. Raises UserError if `links` is neither True nor False."""
     root = storage.path(root)
     return Folder(root, links) if isinstance(root, Path) else Bucket(root)
 
@@ -298,8 +301,8 @@ def require_file(path: str | AnyPath) -> None:
 
 
 def meant(name: str) -> str | bytes:
-    """What a name in a row stands for: the bytes of a data: URL, or else a path, which may be given as a file: URL.
-    Raises FileError.
+    """What a name in a row stands for: the bytes in a data: URL, the path in a file: URL, or else the name itself as a
+    path. Raises FileError.
     """
     scheme = re.match(r"(data|file):|[A-Za-z][A-Za-z0-9+.-]*://", name, re.IGNORECASE)
     if scheme and name[:5].lower() == "data:":
@@ -333,7 +336,7 @@ def _blobs(real: str) -> str | None:
 
 
 def _listed(folder: Path) -> dict[str, list[str]]:
-    """The names in a folder, by a normal form that all spellings of one name share."""
+    """The names in a folder, grouped by a normal form that all spellings of one name share."""
     names: dict[str, list[str]] = {}
     try:
         for name in sorted(os.listdir(folder)):

@@ -1,6 +1,7 @@
-"""Images as bytes -> uint8 RGB -> the size a model wants. An image is decoded only after its header was checked.
+"""Decodes image files to uint8 RGB and resizes them for a model. An image is decoded only after its header was checked.
 
-`decode` reads image files; `to_rgb` converts what Pillow has opened. `colours` says what becomes of each kind of pixel.
+`decode` reads image files; `to_rgb` converts images that Pillow has opened. `colours` says how each kind of pixel is
+converted.
 
 Axes: `H` `W` height and width in pixels.
 """
@@ -24,9 +25,9 @@ from ar_unified.data.encoding import no_content
 from ar_unified.data.resampling import Resample, scaled
 from ar_unified.errors import UserError
 
-# Formats Pillow reads by itself. Formats that start another program (EPS) or are hardly tested stay out.
+# Formats that Pillow reads by itself. Formats that need another program (EPS) or are hardly tested are left out.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What their files are called, in small letters.
+# The endings of their files' names, in lower case.
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
@@ -39,7 +40,7 @@ class Limits:
     """Limits for an image. Its header is checked first, so a decompression bomb is never decoded.
 
     Attributes:
-        pixels: most pixels (2**26 is 8192 x 8192, 192 MiB decoded).
+        pixels: maximum number of pixels (2**26 is 8192 x 8192, 192 MiB decoded).
         aspect: largest ratio of the longer side to the shorter side.
     """
 
@@ -47,12 +48,14 @@ class Limits:
     aspect: float = 20.0
 
     def check(self, height: int, width: int) -> None:
-        """Raises ImageError "image_shape"."""
+        """Raises ImageError ("image_shape") if an image of this size is outside the limits."""
         found = f"{height} x {width} pixels (height x width)"
         if min(height, width) < 1 or height * width > self.pixels:
             raise ImageError("image_shape", f"expected 1 to {self.pixels} pixels, found {found}")
         if max(height, width) > self.aspect * min(height, width):
-            raise ImageError("image_shape", f"expected sides within a factor {self.aspect:g}, found {found}")
+            raise ImageError(
+                "image_shape", f"expected a longer side of at most {self.aspect:g} times the shorter, found {found}"
+            )
 
 
 LIMITS = Limits()
@@ -61,8 +64,8 @@ LIMITS = Limits()
 def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -> np.ndarray:
     """An image file as read-only uint8 [H, W, 3]: see `colours`.
 
-    resize: what is done to it then; two copies of the whole image are saved, a tenth of the time, and the decoder of a
-        JPEG may do a part of it.
+    resize: how the decoded image is resized. Resizing here avoids two copies of the whole image (a tenth of the
+        time), and lets the decoder of a JPEG do a part of the resizing.
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no image of
@@ -72,17 +75,17 @@ def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -
         whole = resize.shrink(image) if resize else None
         found = in_rgb(image)
         pixels = resize(found, whole) if resize else _pixels(found)
-    pixels.flags.writeable = False  # sources hand the same image out more than once
+    pixels.flags.writeable = False  # sources may return the same array several times
     return pixels
 
 
 def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
-    """At most `most` images of an animation, `evenly` spaced, each as from `decode`. Raises ImageError."""
+    """At most `most` images of an animation, spaced `evenly`, each uint8 [H, W, 3]. Raises ImageError."""
     with _opened(data, limits) as image:
         count = getattr(image, "n_frames", 1)
         if count > _MOST_FRAMES:
             raise ImageError("image_shape", f"expected at most {_MOST_FRAMES} frames, found {count}")
-        if image.format == "GIF" and not data.rstrip(b"\0\r\n").endswith(b";"):  # Pillow shows what is there
+        if image.format == "GIF" and not data.rstrip(b"\0\r\n").endswith(b";"):  # Pillow would not notice
             raise ImageError("unreadable_image", "the animation is cut short: a GIF ends with ';'")
         shown = []
         for number in evenly(count, most):
@@ -145,15 +148,15 @@ def to_thumbnail(pixels: np.ndarray, side: int) -> bytes:
 
 
 class Cells(Protocol):
-    """What codes stand for: `codes_per_position` codes, side by side, are `factor` x `factor` pixels."""
+    """How codes cover an image: `codes_per_position` neighbouring codes stand for `factor` x `factor` pixels."""
 
     @property
     def factor(self) -> int:
-        """Side of one code in pixels."""
+        """The side, in pixels, of the square that one position covers."""
 
     @property
     def codes_per_position(self) -> int:
-        """Codes that stand side by side for one place of an image."""
+        """How many codes one position of an image has. They are neighbours in a row of codes."""
 
 
 class ImageCodec(Cells, Protocol):
@@ -161,7 +164,7 @@ class ImageCodec(Cells, Protocol):
 
     @property
     def codebook_size(self) -> int:
-        """K."""
+        """The number of codes, K."""
 
     @property
     def hash(self) -> str:
@@ -186,7 +189,7 @@ class NoImages:
     codebook_size, factor, codes_per_position, hash = 0, 1, 1, ""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
-        """Raises UserError: there is no image tokenizer."""
+        """Raises UserError, because there is no image tokenizer."""
         raise UserError("expected text alone, found an image: this model has no image tokenizer")
 
     decode = encode
@@ -195,27 +198,27 @@ class NoImages:
 class CodesAlone(NoImages):
     """Takes the place of an image tokenizer that is not available. Images go in and come out as codes.
 
-    Its sizes count one pixel for each code.
+    In its sizes, one code counts as one pixel.
     """
 
     no_decoder = (
-        "this model's images are codes alone, as its image tokenizer cannot be imported: give it images as CodesPart; "
-        "`Model.generate` draws them as codes"
+        "this model's images are codes alone, because its image tokenizer cannot be imported: give it images as "
+        "CodesPart; `Model.generate` returns its images as codes"
     )
 
     def __init__(self, codebook_size: int):
         self.codebook_size = codebook_size
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
-        """Raises UserError: pixels cannot become codes here."""
+        """Raises UserError, because it cannot turn pixels into codes."""
         raise UserError(self.no_decoder)
 
     decode = encode
 
 
 def draws_none(tokenizer: ImageCodec) -> str:
-    """Why a tokenizer cannot decode codes to images, and what to do, in a sentence; "" if it can. A tokenizer from a
-    file may have no decoder.
+    """The reason why a tokenizer cannot decode codes to images, and what to do; "" if it can. A tokenizer from a file
+    may have no decoder.
 
     Call it before a model samples codes that nothing could decode.
     """
@@ -223,7 +226,7 @@ def draws_none(tokenizer: ImageCodec) -> str:
 
 
 def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Applies `function` to all arrays of one shape in one call; gives the results in the order of the arrays."""
+    """Calls `function` once for all arrays of the same shape; returns the results in the order of the arrays."""
     rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, array in enumerate(arrays):
         rows[array.shape].append(i)
@@ -236,26 +239,27 @@ def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.nd
 
 RESIZES = ("crop", "aspect")
 Decoding = Literal["full", "reduced"]
-WAY = ("resample", "decoding")  # how an image gets its size; the rest says which size
-_GAP = {"full": 3.0, "reduced": 2.0}  # times the target's sides that an image keeps where it shrinks by whole factors
-_SCALES = (8, 4, 2)  # by which a JPEG's decoder divides
+WAY = ("resample", "decoding")  # these say how an image is resized; the other fields say to which size
+_GAP = {"full": 3.0, "reduced": 2.0}  # shrinking by whole factors leaves at least this multiple of the target's sides
+_SCALES = (8, 4, 2)  # by which a JPEG's decoder can divide the sides
 
 
 @dataclass(frozen=True)
 class Resize:
-    """How images of any size come to sizes that a tokenizer and a layout take.
+    """How to resize images of any size to sizes that a tokenizer and a layout accept.
 
     Attributes:
-        kind: "crop": the largest centred window of the target's aspect, scaled to exactly height x width.
-            "aspect": the image's own aspect, as near as sides that are multiples of `factor` allow, with about
-            height * width pixels (the way of Emu3 and Lumina-mGPT); what hangs over is cropped from the middle.
-        height, width: of the target, in pixels, multiples of `factor`.
-        factor: pixels a side of one code.
-        max_height, max_width: largest sides of "aspect", in pixels; 0: twice the target's.
-        resample: the filter, which is widened where an image gets smaller: see `resampling`.
-        decoding: "full": all pixels go through the filter, of 6 times the target's sides and more their means.
-            "reduced": an image of 4 times the target's sides or more is first divided by the largest of 2, 4 and 8 (by
-            any number, if it is no JPEG) that leaves twice the target's sides; a JPEG's decoder does that itself.
+        kind: "crop" takes the largest centred window of the target's aspect and scales it to exactly height x width.
+            "aspect" scales to about height * width pixels and keeps the image's own aspect, as nearly as sides that are
+            multiples of `factor` allow (as in Emu3 and Lumina-mGPT). A centred crop removes what does not fit.
+        height, width: size of the target in pixels, multiples of `factor`.
+        factor: side of one code in pixels.
+        max_height, max_width: largest sides with "aspect", in pixels; 0 means twice the target's sides.
+        resample: the filter. It gets wider where an image gets smaller; see `resampling`.
+        decoding: "full" decodes all pixels. If an image has 6 times the target's sides or more, blocks of pixels are
+            averaged before the filter. "reduced" first shrinks an image of 4 times the target's sides or more, but
+            leaves at least twice the target's sides. The decoder of a JPEG divides its sides by 2, 4 or 8; the sides of
+            other images are divided by any whole number.
     """
 
     kind: Literal["crop", "aspect"]
@@ -274,7 +278,7 @@ class Resize:
         for name in ("height", "width"):
             side = getattr(self, name)
             if side < self.factor or side % self.factor:
-                raise UserError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
+                raise UserError(f"resize: expected {name} to be a multiple of the factor {self.factor}, found {side}")
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -283,16 +287,16 @@ class Resize:
 
     @property
     def way(self) -> dict[str, str]:
-        """`resample` and `decoding` where they are not the defaults: records of before had neither."""
+        """`resample` and `decoding` where they differ from the defaults. Old records have neither."""
         known = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: found for name in WAY if (found := getattr(self, name)) != known[name]}
 
     def record(self) -> dict[str, Any]:
-        """All that decides the pixels, as JSON values."""
+        """Everything that decides the pixels, as JSON values."""
         return {name: found for name, found in dataclasses.asdict(self).items() if name not in WAY} | self.way
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image of height x width pixels gets."""
+        """The height and width to which an image of height x width pixels is resized."""
         if self.kind == "crop":
             return self.height, self.width
         scale = math.sqrt(self.height * self.width / (height * width))
@@ -301,9 +305,9 @@ class Resize:
         return h, w
 
     def shrink(self, image: Image.Image) -> tuple[int, int] | None:
-        """Tells the decoder of a JPEG that Pillow has opened, and not read yet, by how much it may divide the sides.
+        """Tells the decoder of a JPEG by how much it may divide the sides. The image is open but not decoded yet.
 
-        Returns height and width as they were, upright; None: it is no JPEG, and nothing was looked at.
+        Returns the original height and width of the upright image; None if it is no JPEG or `decoding` is "full".
         """
         if self.decoding != "reduced" or image.format not in ("JPEG", "MPO"):
             return None
@@ -311,7 +315,8 @@ class Resize:
         whole = (image.width, image.height) if orientation in range(5, 9) else (image.height, image.width)
         times = min(side / wanted for side, wanted in zip(whole, self.target(*whole), strict=True))
         for scale in _SCALES:
-            # A side that cannot be divided ends with a part of a pixel, which must be the last of the image as shown.
+            # If `scale` does not divide a side, the last pixel of this side is incomplete. After the image is turned
+            # upright, it must still be the last.
             exact = orientation == 1 or not any(side % scale for side in whole)
             if exact and times >= _GAP[self.decoding] * scale:
                 image.draft(image.mode, (image.width // scale, image.height // scale))
@@ -319,9 +324,9 @@ class Resize:
         return whole
 
     def __call__(self, image: AnyImage, whole: tuple[int, int] | None = None) -> np.ndarray:
-        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. An array that has its size already is not touched.
+        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. An array that already has this size is returned unchanged.
 
-        whole: height and width before the decoder made it smaller; None: it did not.
+        whole: height and width before the decoder made the image smaller; None if it did not.
         """
         whole = whole or _sides(image)
         return resize(image, *self.target(*whole), self.resample, _GAP[self.decoding], whole)
@@ -335,9 +340,10 @@ def resize(
     gap: float = _GAP["full"],
     whole: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """The largest centred window with the aspect of height x width, scaled to it. uint8 [H, W, 3].
+    """Scales the largest centred window with the aspect of height x width to this size: uint8 [height, width, 3].
 
-    gap: times height and width that an image keeps where it is first shrunk by whole factors. whole: as in `Resize`.
+    gap: a large image is first shrunk by whole factors, to at least `gap` times height and width.
+    whole: as in `Resize.__call__`.
     """
     h, w = whole or _sides(image)
     if _sides(image) == (height, width):
@@ -359,11 +365,11 @@ def _sides(image: AnyImage) -> tuple[int, int]:
 
 
 def recoloured(pixels: np.ndarray, draw: Sequence[float]) -> np.ndarray:
-    """Gives the same shapes other colours: channels change places, and each gets its own tone curve.
+    """Changes the colours of an image at random: channels are permuted, and each gets its own tone curve.
 
     White and black do not change, and nearly white stays nearly white. uint8 [H, W, 3] -> the same shape.
 
-    draw: four numbers in [0, 1): they choose one of the six orders, and the exponent of each channel's curve, 1/2 to 2.
+    draw: four numbers in [0, 1). They choose one of the six orders, and the exponent of each channel's curve, 1/2 to 2.
     """
     orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
     exponents = 4.0 ** (np.asarray(draw[1:]) - 0.5)

@@ -1,4 +1,4 @@
-"""What a source is, and what it says about an item that cannot be used."""
+"""The interface of a source, and the error for an item that cannot be used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class BadItem(Exception):
     """An item that cannot be used.
 
     Attributes:
-        kind: one word for counting: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
+        kind: the kind of fault: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
             "path_escapes", "empty_file", "unreadable_image", "image_shape", "unreadable_file", "too_large",
-            "text_lost", "same_answers" (as tokens), or another kind of DocumentError.
+            "text_lost", "same_answers" (two answers with equal tokens), or another kind of DocumentError.
         origin: "file:line", or the dataset's name and index. reason: what was expected and what was found.
     """
 
@@ -39,7 +39,7 @@ class LeftOut:
     """Counts bad items by kind, and keeps the first of each.
 
     Attributes:
-        kinds: kind -> {"count", "first"}, in the order in which they came.
+        kinds: maps each kind to {"count", "first"}, in the order in which the kinds came.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,14 @@ class LeftOut:
         return "; ".join(f"{found['count']} {kind}, first {found['first']}" for kind, found in self.kinds.items())
 
 
-TOGETHER = 64  # items read at once if the source does not say; their bytes are in memory, not their pixels
+TOGETHER = 64  # items read at once if the source does not say it; only their bytes are in memory, not their pixels
 
 
 def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], Document]]]:
-    """Calls that give the items of `indices`, in order. The source reads many at a time if it can; each call decodes
-    one item, in any thread.
+    """Yields each of `indices`, in order, with a function that returns its item. The source reads many items at a time
+    if it can. Each function decodes one item, and may run in any thread.
 
-    The call raises BadItem, as `source[i]` does.
+    The function raises BadItem, as `source[i]` does.
     """
     many = getattr(source, "fetch", None)
     for chunk in _chunks(indices, getattr(source, "together", TOGETHER)):
@@ -69,7 +69,7 @@ def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Calla
 
 
 def texts_of(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, list[str] | BadItem]]:
-    """The texts of items in the order of `indices`, read many at a time if the source can; bad items come as values."""
+    """Yields each of `indices`, in order, with the item's texts or its BadItem. Many are read at a time if possible."""
     many = getattr(source, "fetch_texts", None)
     for chunk in _chunks(indices, getattr(source, "together", TOGETHER)):
         yield from zip(chunk, many(chunk) if many else (_texts(source, i) for i in chunk), strict=True)
@@ -89,8 +89,8 @@ def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def resized(source: Source, resize: Resize) -> Source:
-    """The same items with their images resized by the code that decodes them. If the source gives several items the
-    same array for an image, the resized image is one array too.
+    """The same items with resized images. A source that can resize images does so while it decodes them. If the source
+    gives several items the same array for an image, the resized image is one array too.
     """
     early = getattr(source, "resized", None)
     return early(resize) if early else _Resized(source, resize)
@@ -130,33 +130,33 @@ class _Resized:
 
 
 def language(source: Source, i: int) -> str:
-    """The language that item i says it is in; "" if the source does not know it."""
+    """The language that item i declares; "" if the source does not know it."""
     known = getattr(source, "language", None)
     return known(i) if known else ""
 
 
 def has_images(source: Source) -> bool:
-    """False for a source that is known to hold text alone."""
+    """False for a source that is known to contain text alone."""
     return getattr(source, "has_images", True)
 
 
 def names_images(source: Source) -> bool:
-    """False for a source that holds text alone, or in which no item says that it has an image."""
+    """False for a source that contains text alone, or in which no item names an image."""
     return getattr(source, "names_images", has_images(source))
 
 
 class Source(Protocol):
     """Documents by index. Safe to read from many threads.
 
-    A source that reads many items faster than one by one has two more methods: `fetch(indices)` gives a list of calls
-    that give the documents (see `fetched`); `fetch_texts(indices)` gives for each item what `texts` gives, or the
-    BadItem that it raises. `together` is how many items are best read at once. A source that decodes images itself has
-    `resized(resize)`, which gives the same source, but with each image resized as it is decoded (`resized`).
+    A source that reads many items faster than one by one has two more methods. `fetch(indices)` returns a list of
+    functions that return the documents (see `fetched`). `fetch_texts(indices)` returns for each item what `texts`
+    returns, or the BadItem that it raises. `together` is the best number of items to read at once. A source that
+    decodes images itself has `resized(resize)`, which returns the same source with each image resized as it is decoded.
 
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.
-        reversible: whether its pairs of one text and one image may be read either way.
-        fingerprint: JSON values that change when the items do; images behind references are not looked at.
+        reversible: whether its pairs of one text and one image may be read in both directions.
+        fingerprint: JSON values that change when the items change. Images to which items only refer are not looked at.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """JSON values that change when the items do."""
+        """JSON values that change when the items change."""
 
     def __len__(self) -> int: ...
 
@@ -172,7 +172,7 @@ class Source(Protocol):
         """Item i with images as ImagePart. Raises BadItem."""
 
     def texts(self, i: int) -> list[str]:
-        """The text of item i; opens no image. Raises BadItem."""
+        """The texts of item i. Opens no image. Raises BadItem."""
 
     def origin(self, i: int) -> str:
-        """Where item i stands, for messages."""
+        """Where item i comes from, for messages."""

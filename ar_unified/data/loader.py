@@ -1,4 +1,4 @@
-"""Prepared shards -> packed batches for the transformer; sources -> image batches for the image tokenizer.
+"""Makes packed batches for the transformer from shards, and image batches for the image tokenizer from sources.
 
 batch(step) is a pure function of (data, seed, step). The global batch is the same in any order of steps and with any
 number of processes or threads; each process asks for its slice.
@@ -33,7 +33,7 @@ from ar_unified.manifests import Json, require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
-_MARKS = Encoded(np.zeros(256, np.int32), np.arange(256, dtype=np.uint8))  # tables for bytes.translate
+_MARKS = Encoded(np.zeros(256, np.int32), np.arange(256, dtype=np.uint8))  # all marks, for the tables below
 _ROLES = np.where(_MARKS.unlearned, Role.PAD, _MARKS.roles).astype(np.uint8).tobytes()
 _PROMPT = (~_MARKS.trained).tobytes()
 _LOOKED_AT = 1000  # documents of a source that are searched for an image
@@ -44,7 +44,7 @@ class NothingReadable(UserError):
 
 
 class Chosen(NamedTuple):
-    """The items (documents, or preference pairs) of one epoch of a source, for the rows `at` of a batch."""
+    """The items (documents or preference pairs) from one epoch of a source that fill the rows `at` of a batch."""
 
     source: int
     epoch: int
@@ -53,7 +53,7 @@ class Chosen(NamedTuple):
 
 
 def _require_kind(name: str, counts: Mapping[str, Json], answers: int) -> None:
-    """Raises UserError for a source of pairs where documents are expected, and the other way round."""
+    """Raises UserError for a source of preference pairs where documents are expected, or the reverse."""
     found = 2 if counts.get("preferences") else 1
     if counts["documents"] and found != answers:
         kinds = {1: ("documents", "likelihood"), 2: ("preference pairs", "preference")}
@@ -64,35 +64,38 @@ def _require_kind(name: str, counts: Mapping[str, Json], answers: int) -> None:
 
 
 class PackedBatches:
-    """Rows of whole documents from the shards that `prepare` left in `folder`.
+    """Rows of whole documents from the shards that `prepare` wrote to `folder`.
 
-    Every epoch of a source has each of its documents once. Each epoch draws again which documents are flipped and which
-    lose their condition. In a new phase, a source goes on where the previous phase left it. If the length of rows
-    changes, the source goes on with its next window (`Packing.after`); for a small source that is its next epoch.
+    Every epoch of a source has each of its documents once. Each epoch chooses again, at random, which documents are
+    flipped and which lose their condition (`Phase`). In a new phase, a source continues where the previous phase
+    stopped. If the length of rows changes, it continues with its next window (`Packing.after`); for a small source that
+    is its next epoch.
 
     Args:
-        folder: what one `prepare` wrote.
-        grammar: the data was prepared with it.
-        batch_size, sequence_length: B and T, unless a phase says another. The longest rows of any phase must hold the
-            longest document.
+        folder: the folder that one `prepare` wrote.
+        grammar: the grammar with which the data was prepared.
+        batch_size, sequence_length: B and T for phases that do not set their own. The longest rows of any phase must
+            have room for the longest document.
         phases: in order; the first begins at step 0.
         seed: for the order and for all random choices.
 
     Attributes:
         phases: each with its batch_size and sequence_length.
-        sequence_length: that of the longest rows.
-        names, shards, packings: for every source that is used, its folder's name, its documents, its longest rows.
-        rows_per_epoch: how many of the longest rows one epoch of every source that is used has.
-        shares: for every phase, the sources' shares of the stream.
-        order: {"order": 2}; or {} if a training that an early version began continues in its old order.
+        sequence_length: the length of the longest rows.
+        names, shards, packings: for every source that is used, its folder's name, its documents, and its packing into
+            the longest rows.
+        rows_per_epoch: for every source that is used, the number of rows in one epoch, with rows of the longest length.
+        shares: for every phase, the share of rows that each source gets.
+        order: {"order": 2}, or {} if the order of rows is the same as in early versions.
 
     Raises:
-        ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        UserError: an unknown source, weights out of range, phases out of order, a document longer than any row, a
-            phase whose rows hold no document of a source, or a source of preference pairs (`preferences`).
+        ManifestMismatch: if the data was prepared with another vocabulary or grammar.
+        UserError: if a source is unknown, weights are out of range, phases are out of order, a document is longer than
+            any row, no document of a source fits into a row of a phase, or a source has preference pairs
+            (`preferences`).
     """
 
-    answers = 1  # documents of an item that share a row in any case
+    answers = 1  # documents of an item; they always share a row
 
     def __init__(
         self,
@@ -156,9 +159,9 @@ class PackedBatches:
         self.shares = [dict(zip(self.names, mixture.shares, strict=True)) for mixture in self._mixtures]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """For every source: rows per epoch, fill of the rows, and shares of the stream (one for each phase).
+        """For every source: rows per epoch, fill of the rows, and its share of the rows in each phase.
 
-        If phases have rows of several lengths, `by_length` has rows, fill, and documents left out for each length.
+        If phases have rows of several lengths, `by_length` has rows, fill and left-out documents for each length.
         """
         packed = summary(dict(zip(self.names, self.packings, strict=True)))
         found = {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self.names}
@@ -171,7 +174,7 @@ class PackedBatches:
         return found
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch[np.ndarray]:
-        """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
+        """The rows of one of `process_count` processes in the global batch of `step`, [B / process_count, T]."""
         return self.laid(*self.picked(step, process_index, process_count))
 
     def picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
@@ -224,7 +227,7 @@ class PackedBatches:
             document = documents[i]
             if count := len(document.own_images):
                 rest = self.grammar.drop_context(document, int(image[i] % np.uint64(count)))
-                # A document that begins with the image has no context to lose, and its row has no room for an <eot>.
+                # If the document begins with the image, the new prompt would make it longer, and its row may be full.
                 documents[i] = rest if len(rest) <= len(document) else document
         return documents, tasks
 
@@ -237,7 +240,7 @@ def pack(
     shape: tuple[int, int],
     pad: int,
 ) -> PackedBatch[np.ndarray]:
-    """Documents side by side in their rows.
+    """Writes documents into their rows, one after another.
 
     Args:
         documents: n documents. tasks: int8 [n]. rows: int [n], ascending; the row of each document.
@@ -286,18 +289,18 @@ def pack(
 class ImageBatches:
     """Images of the sources' documents at one size, for training an image tokenizer.
 
-    Every epoch of a source visits each of its documents once and draws one of its images. If a document has no readable
-    image, another document takes its place.
+    Every epoch of a source visits each of its documents once and takes one of its images at random. If a document has
+    no readable image, another document replaces it.
 
     Args:
         sources: at least one with images; sources of text alone are left out. Items are read when they are needed, and
             up to `memory` bytes of them are kept in memory.
         size: (H, W) in pixels.
-        weights: shares of the sources; None: by their number of documents.
+        weights: shares of the sources; None means in proportion to their numbers of documents.
         mirror: whether half of the images are mirrored left to right. Leave it off for images of text, or if left and
             right matter.
-        short_side: scales images to this short side, in pixels, and crops the window at a random place; None: crops the
-            largest centred window of the size's aspect.
+        short_side: images are scaled so that their short side has this many pixels, and a window of `size` is cropped
+            at a random place. None crops the largest centred window with the aspect of `size` and scales it.
         recolour: share of images with randomly changed colours (`images.recoloured`).
     """
 
@@ -366,8 +369,8 @@ class ImageBatches:
         )
 
     def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
-        """One image. draw: random integers that choose the document's image, the top and left of the window, and
-        mirroring.
+        """One image. draw: random integers that choose one of the document's images, the top and left of the window,
+        and mirroring.
         """
         count = len(self.sources[source])
         for attempt in range(_LOOKED_AT):
@@ -408,7 +411,9 @@ class ImageBatches:
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Picks:
     if batch_size % count or not 0 <= index < count:
-        raise UserError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
+        raise UserError(
+            f"process {index} of {count}: expected a number of processes that divides the batch size {batch_size}"
+        )
     rows = batch_size // count
     start = step * batch_size + index * rows
     return mixture.picks(start, start + rows)

@@ -1,5 +1,5 @@
-"""A training in phases. Each phase has its first step, its mixture of documents and how they are read, its length of
-rows and its batch size."""
+"""Training in phases. Each phase has a first step, a mixture of documents, probabilities of flips and dropped prompts,
+a length of rows and a batch size."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ar_unified.errors import UserError
 
 @dataclass(frozen=True)
 class Phase:
-    """How documents are mixed and read, from a step of the training to the next phase.
+    """How documents are mixed and read, from a step of the training until the next phase begins.
 
     Attributes:
         from_step: its first step.
-        weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
-        flip_pairs: probability that a pair of one text and one image is read the other way, image first.
-        condition_dropout: probability that a document that asks for an image loses its prompt (`grammar.drop_prompt`),
-            and that an interleaved document loses everything before one of its images (`grammar.drop_context`). The
-            rest is what the unconditional context of classifier-free guidance sees. The gap in the row becomes padding.
-        sequence_length, batch_size: tokens of a row, rows of a batch; None: the loader's. If rows are shorter than the
-            longest rows of any phase, documents that are longer than a row are left out.
+        weights: maps a source to its share of the rows; sources that are not named are left out. None means in
+            proportion to their rows in an epoch, so that the epochs of all sources end together.
+        flip_pairs: probability that a pair of one text and one image is read in the other direction.
+        condition_dropout: probability that a text-to-image document loses its prompt (`grammar.drop_prompt`), and that
+            an interleaved document loses everything before one of its images (`grammar.drop_context`). What remains is
+            what the unconditional context of classifier-free guidance sees. The gap in the row becomes padding.
+        sequence_length, batch_size: tokens of a row, and rows of a batch; None means the loader's. If rows are shorter
+            than the longest rows of any phase, documents that are longer than a row are left out.
 
     Raises UserError for a probability outside [0, 1], or a size below 1.
     """
@@ -45,11 +46,13 @@ class Phase:
 
 
 def require_order(phases: Sequence[Phase]) -> None:
-    """Raises ValueError unless the first phase begins at step 0 and each other phase begins after the phase before
+    """Raises UserError unless the first phase begins at step 0 and each other phase begins after the phase before
     it."""
     steps = [phase.from_step for phase in phases]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-        raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+        raise UserError(
+            f"phases: expected the first to begin at step 0, and each later than the one before; found {steps}"
+        )
 
 
 def mixtures(
@@ -58,15 +61,15 @@ def mixtures(
     packings: Mapping[int, Sequence[Packing]],
     weights: Sequence[Sequence[float]],
 ) -> list[Mixture]:
-    """The stream of each phase. Every source goes on where the phase before left it.
+    """The stream of rows of each phase. Every source continues where the phase before stopped.
 
     Args:
         phases: each with its batch_size and sequence_length.
-        names: of the sources. packings: for each source, by the length of the rows; the longest rows hold every
-            document.
-        weights: for each phase and each source; used if the phase has weights.
+        names: the names of the sources.
+        packings: maps a length of rows to the packing of each source. The longest rows have room for every document.
+        weights: the weight of each source in each phase; used only if the phase has weights.
 
-    Raises UserError for a phase whose rows hold no document of a source that it names.
+    Raises UserError if no document of a source that a phase names fits into the rows of this phase.
     """
     found: list[Mixture] = []
     current = list(packings[max(packings)])  # `taken` counts the rows of these packings
@@ -83,8 +86,8 @@ def mixtures(
                 current[at] = packing
             elif share:
                 raise UserError(
-                    f"source {name!r}: no document fits into rows of {phase.sequence_length} tokens, as from step "
-                    f"{phase.from_step} on: leave it out of the weights of this phase, or make its rows longer"
+                    f"source {name!r}: no document fits into the rows of {phase.sequence_length} tokens that begin at "
+                    f"step {phase.from_step}: leave the source out of this phase's weights, or make its rows longer"
                 )
         found.append(Mixture([packing.rows for packing in current], shares, taken))
     return found

@@ -1,9 +1,9 @@
-"""Preference pairs -> packed batches: both answers of a pair side by side in one row.
+"""Packs preference pairs into batches. Both answers of a pair are in one row, one after the other.
 
-So a pair lies in one microbatch and on the devices of one row, whatever the mesh is, and a pair is found by counting
-documents in the row. Everything else comes from `loader`; in particular, batch(step) is a pure function.
+So a pair is in one microbatch and on the devices of one row, whatever the mesh is, and its place is found by counting
+documents in the row. Everything else is as in `loader`; in particular, batch(step) is a pure function.
 
-Axes: `B` rows, `T` tokens of a row, `P` most pairs of a row, `R` roles of targets.
+Axes: `B` rows, `T` tokens of a row, `P` maximum number of pairs in a row, `R` roles of targets.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from ar_unified.data.phases import Phase
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
 
-Sums = Mapping[str, np.ndarray]  # by source: f32 [its pairs, 2, R], as in PreferenceBatch.reference
+Sums = Mapping[str, np.ndarray]  # maps a source to f32 [its pairs, 2, R], as in PreferenceBatch.reference
 
 
 class PreferenceBatches(PackedBatches):
-    """Rows of whole preference pairs from the shards that `prepare` left in `folder`.
+    """Rows of whole preference pairs from the shards that `prepare` wrote to `folder`.
 
-    A pair is read as it is: nothing is flipped, and no prompt is dropped. sequence_length: at least the longest pair
-    (both answers, each with the prompt). All other args and errors are those of `PackedBatches`.
+    A pair is read as it is: nothing is flipped, and no prompt is dropped. A row must have room for the longest pair
+    (both answers, each with the prompt). Args and errors are those of `PackedBatches`.
 
     Attributes:
-        reference: the reference's log-probabilities of each pair. Set it before batches that need it; {}: zeros.
-        pairs: P of the longest rows: the number that fits into a row if all pairs are as short as the shortest.
+        reference: the reference model's log-probabilities of each pair. Set it before you read batches that need it;
+            with {}, batches contain zeros.
+        pairs: P of the longest rows: how many pairs fit into a row if all are as short as the shortest pair.
     """
 
     answers = 2
@@ -54,11 +55,11 @@ class PreferenceBatches(PackedBatches):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Pairs of each source."""
+        """The number of pairs of each source."""
         return {name: len(source) // 2 for name, source in zip(self.names, self.shards, strict=True)}
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PreferenceBatch[np.ndarray]:  # type: ignore[override]
-        """Rows process_index/process_count of the global batch of `step`."""
+        """The rows of one of `process_count` processes in the global batch of `step`."""
         phase, count, chosen = self.picked(step, process_index, process_count)
         most = max(1, (phase.sequence_length or self.sequence_length) // self._shortest)
         reference = np.zeros((count, most, 2, len(Role)), np.float32)
@@ -69,9 +70,9 @@ class PreferenceBatches(PackedBatches):
         return PreferenceBatch(self.laid(phase, count, chosen), reference)
 
     def every(self) -> Iterator[tuple[str, PackedBatch, np.ndarray]]:
-        """All pairs of all sources once, in full batches: the source, rows [B, T], and the number of each pair in them.
+        """Yields all pairs of all sources once, in full batches: a source's name, rows [B, T], and the pairs' numbers.
 
-        The numbers are int64 [B, P], -1 for none. The last rows of a source may be padding.
+        The numbers are int64 [B, P], -1 where there is no pair. The last rows of a source may be padding.
         """
         whole = dataclasses.replace(self.phases[0], sequence_length=self.sequence_length)
         for source, (name, packing) in enumerate(zip(self.names, self.packings, strict=True)):

@@ -1,13 +1,15 @@
-"""The filters that give an image its size: Pillow's, and the same ones computed with vector instructions.
+"""The filters that resize an image: Pillow's, and the same ones computed with vector instructions.
 
-Pillow's own code uses none: of a photograph of 1,536 x 1,152 pixels, Lanczos takes 13 ms of 20. The values that end in
-`_simd` are computed by the Rust crate fast_image_resize, in the package cykooz-resizer, in a sixth of the time and less
-(docs/data_at_scale.md). It rounds its weights to 16 bits where Pillow has 22 and takes columns first, so pixels
-differ: they are values of their own, and the default stays Pillow's.
+Pillow's own code does not use vector instructions. Reading a photograph of 1,536 x 1,152 pixels takes 20 ms, of which
+Lanczos takes 13. Filters whose names end in `_simd` use the Rust crate fast_image_resize (package cykooz-resizer). They
+take a sixth of the time or less (docs/data_at_scale.md). The crate rounds its weights to 16 bits, Pillow to 22, and it
+filters columns first. So its pixels differ from Pillow's. This is why its filters have their own names, and Pillow's
+filter remains the default.
 
-Its bicubic filter is left out. Version 6.1 reads outside its buffer, up to a crash, where an image is enlarged and the
-first result lies on a pixel's centre: the weights of the pixels beside are 0 there and dropped, though the next result
-begins with them. The weights of the other two are 0 at their ends alone, so no result begins before the first.
+The crate's bicubic filter is left out, because version 6.1 may read outside its buffer and crash. This happens where an
+image is enlarged and the first output pixel lies on the centre of an input pixel. There the weights of the neighbouring
+input pixels are 0, and the crate drops these pixels, but the next output pixel needs them. The weights of the other two
+filters are 0 only at their ends, so the first output pixel always needs the first input pixels.
 """
 
 from __future__ import annotations
@@ -22,27 +24,27 @@ from PIL import Image
 from ar_unified.errors import UserError
 
 Resample = Literal["lanczos", "bicubic", "bilinear", "lanczos_simd", "bilinear_simd"]
-# What the crate calls a filter, and how far it reaches beyond the box, in pixels of the result, as Pillow counts it
+# The crate's name of a filter, and how far it reaches beyond the box, in output pixels, as Pillow counts it
 _VECTORS = {"lanczos_simd": ("lanczos3", 2.5), "bilinear_simd": ("bilinear", 0.5)}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 def require(resample: str) -> None:
-    """Raises UserError, which says how to install it, if the package that computes a filter is missing."""
+    """Raises UserError if the package that computes a filter is missing. The message says how to install it."""
     if resample in _VECTORS and importlib.util.find_spec("cykooz_resizer") is None:
         raise UserError(
-            f"{resample!r} needs the package cykooz-resizer, which is not here: pip install 'ar_unified[simd]'"
+            f"{resample!r} needs the package cykooz-resizer, which is not installed: pip install 'ar_unified[simd]'"
         )
 
 
 def scaled(image: Image.Image, height: int, width: int, box: Box, resample: Resample, gap: float) -> np.ndarray:
     """The part of an RGB image that lies in `box`, scaled to height x width. uint8 [height, width, 3].
 
-    gap: a large image is first shrunk by whole factors to no less than so many times height and width: it costs a
-        fraction and looks the same.
+    gap: a large image is first shrunk by whole factors, to at least `gap` times height and width. This takes a fraction
+        of the time and looks the same.
 
     Raises:
-        UserError: `require`.
+        UserError: if the package that computes the filter is missing (`require`).
     """
     if resample not in _VECTORS:
         filter_ = Image.Resampling[resample.upper()]
@@ -61,7 +63,7 @@ def scaled(image: Image.Image, height: int, width: int, box: Box, resample: Resa
 
 
 def _shrunk(image: Image.Image, height: int, width: int, box: Box, reach: float, gap: float) -> tuple[Image.Image, Box]:
-    """What Pillow's `reducing_gap` does before the filter: means over whole factors, of the part that is needed."""
+    """Does what Pillow's `reducing_gap` does before the filter: averages blocks of pixels, only where needed."""
     left, top, right, bottom = box
     across, down = (right - left) / width, (bottom - top) / height
     times = max(int(across / gap), 1), max(int(down / gap), 1)

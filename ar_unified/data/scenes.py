@@ -1,10 +1,10 @@
-"""Procedural scenes: what the embedded dataset `shapes` shows, how it is drawn, and how English speaks of it.
+"""Procedural scenes: what the embedded dataset `shapes` shows, how it is drawn, and the English texts about it.
 
-A scene is one to three objects. Each has a shape, a colour and a size and is in its own corner of the image, and no two
+A scene is one to three objects. Each has a shape, a colour and a size, and its own corner of the image. No two objects
 have the same colour and shape. So a corner identifies an object, and so does "the red circle". Everything here is a
 function of its arguments and of the given numpy generator.
 
-The scene alone decides its split (`split_of`), so no split can leak into another.
+The content of a scene decides its split (`split_of`), so no split can leak into another.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Scene = tuple[Object, ...]  # in the order of PLACES
 
 
 def scene_to_json(scene: Scene) -> str:
-    """A scene as one line of JSON, as TFDS keeps it beside the image."""
+    """A scene as one line of JSON, as TFDS stores it together with the image."""
     return json.dumps([asdict(o) for o in scene])
 
 
@@ -72,8 +72,8 @@ def scene_from_json(text: str | bytes) -> Scene:
 
 
 def split_of(scene: Scene) -> str:
-    """The split of a scene: "unseen_combinations" if it has a held-out (shape, colour); a hash puts a tenth of all
-    others into "validation".
+    """The split of a scene: "unseen_combinations" if it has a held-out (shape, colour). A hash puts a tenth of all
+    other scenes into "validation".
     """
     if any(o.kind in UNSEEN for o in scene):
         return "unseen_combinations"
@@ -104,9 +104,10 @@ class Change:
 
 
 def sample_change(rng: np.random.Generator, scene: Scene, split: str) -> Change | None:
-    """A random change to a scene of `split`: an object moves, changes colour, appears or disappears.
+    """A random change that turns `scene` into a scene of `split`: an object moves, changes colour, appears or
+    disappears.
 
-    Returns None if no change leads there, which happens rarely in the small splits.
+    Returns None if no change does that, which happens rarely in the small splits.
     """
     ways = (_moves, _recolourings, _appearances, _disappearances)
     for way in rng.permutation(len(ways)):
@@ -119,21 +120,21 @@ def sample_change(rng: np.random.Generator, scene: Scene, split: str) -> Change 
 
 
 def in_order(objects: Sequence[Object]) -> Scene:
-    """The scene of these objects."""
+    """The scene with these objects, in the order of PLACES."""
     return tuple(sorted(objects, key=lambda o: PLACES.index(o.place)))
 
 
 def without(scene: Scene, gone: Object) -> list[Object]:
-    """The scene without this object."""
+    """The objects of the scene without `gone`."""
     return [o for o in scene if o != gone]
 
 
 def free_places(scene: Scene) -> list[str]:
-    """The places where nothing stands."""
+    """The places without an object."""
     return [p for p in PLACES if all(o.place != p for o in scene)]
 
 
-# Each gives (scene after, the object the text is about, what it becomes).
+# Each function returns tuples: the scene after the change, the object that the text is about, and what it becomes.
 
 
 def _moves(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
@@ -172,7 +173,7 @@ def _disappearances(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
 
 @lru_cache(maxsize=64)
 def sprite(shape: str, size: str, cell: int) -> np.ndarray:
-    """How much of each pixel a shape covers, centred in a corner of `cell` pixels: f32 [cell, cell]."""
+    """The share of each pixel that a shape in the middle of its corner covers: f32 [cell, cell]."""
     scale = 8  # drawn large and averaged down, for anti-aliasing
     middle, radius = cell * scale / 2 - 0.5, _RADIUS[size] * 2 * cell * scale
     canvas = Image.new("L", (cell * scale, cell * scale))
@@ -202,14 +203,14 @@ def _ground(side: int) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _corner(shape: str, colour: str, size: str, cell: int) -> np.ndarray:
-    """A corner in which an object stands: uint8 [cell, cell, 3]."""
+    """A corner with an object: uint8 [cell, cell, 3]."""
     ground = np.array(BACKGROUND, np.float32)
     cover = sprite(shape, size, cell)[..., None]
     return np.rint(ground + cover * (np.array(COLOURS[colour], np.float32) - ground)).astype(np.uint8)
 
 
 def render(scene: Scene, side: int = 64) -> np.ndarray:
-    """Draws a scene: uint8 [side, side, 3]. Every object stands in the middle of its corner."""
+    """Draws a scene: uint8 [side, side, 3]. Every object is in the middle of its corner."""
     if side % 2 or side < 32:
         raise ValueError(f"a shapes image needs an even side of at least 32 pixels, found {side}")
     cell = side // 2
@@ -245,7 +246,7 @@ def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 def number(count: int) -> str:
-    """Zero to three in words."""
+    """A number from zero to three as a word."""
     return _NUMBERS[count]
 
 
@@ -325,7 +326,7 @@ def _change_text(rng: np.random.Generator, before: Scene, subject: Object, targe
 
 
 def question(rng: np.random.Generator, scene: Scene, split: str) -> tuple[str, str]:
-    """A question about the scene and its one right answer; in `train` no question names an unseen pair."""
+    """A question about the scene and its one right answer. Only `unseen_combinations` asks about a held-out kind."""
     ways = (_ask_colour, _ask_shape, _ask_size, _ask_place, _ask_count, _ask_presence, _ask_neighbour)
     share = (0.22, 0.22, 0.12, 0.14, 0.1, 0.12, 0.08)
     while True:
@@ -375,7 +376,7 @@ def _ask_presence(rng: np.random.Generator, scene: Scene, split: str) -> tuple[s
         shape, colour = _any(rng, scene).kind
         return f"Is there a {colour} {shape}?", "yes"
     absent = [k for k in KINDS if k not in present and (k not in UNSEEN or split == "unseen_combinations")]
-    # Half of them share a colour or a shape with an object that is there, so one attribute is not enough to answer.
+    # Half of the questions share a colour or a shape with an object that is there, so one attribute is not enough.
     close = [k for k in absent if any(k[0] == p[0] or k[1] == p[1] for p in present)]
     chosen = close if rng.random() < 0.5 else absent
     shape, colour = chosen[rng.integers(len(chosen))]

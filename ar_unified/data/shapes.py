@@ -6,9 +6,9 @@
     shapes/edits       {image, instruction, edited_image, scene, edited_scene}   see edits.py
     shapes/conversations   {messages, images, kinds, scenes}    turns about a picture; see conversations.py
 
-each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels). The splits are `train`,
-`validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
-training image or text contains). For edits and conversations see those modules. `scene` is JSON
+Each also exists as `<name>_32`, with images of 32 x 32 instead of 64 x 64 pixels. The splits are `train`,
+`validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no training
+image or text contains). For edits and conversations, edits.py and conversations.py describe the splits. `scene` is JSON
 (`scenes.scene_from_json`). Importing this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 
@@ -62,8 +62,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Examples in the order in which they were made."}
     BUILDER_CONFIGS = _configs()
-    # Nothing is downloaded. It is defined here because TFDS 4.9.10 would look for checksums beside this file, and
-    # import importlib_resources for that, which it does not install.
+    # Nothing is downloaded. Without this line, TFDS 4.9.10 would look for checksums next to this file. It would import
+    # importlib_resources, which it does not install.
     url_infos = None
 
     def __init__(self, *, file_format: Any = "array_record", **kwargs: object) -> None:
@@ -95,7 +95,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # the questions about an image stay together, and `prepare` encodes it once
+            disable_shuffling=True,  # the questions about an image stay together, so that `prepare` encodes it once
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, object]]]]:

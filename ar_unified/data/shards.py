@@ -1,12 +1,12 @@
-"""Documents as tokens on disk: ArrayRecord shards, each with an index of what a loader must know before it reads them.
+"""Documents as tokens on disk, in ArrayRecord shards. Each has an index of what a loader must know before reading.
 
 <folder>/manifest.json                     what the tokens mean and what is in the folder; written last
          <source>/00000.array_record       one record per document: its item's number, int32 tokens, uint8 marks
-                  00000.index.npy          INDEX, one row a document
-                  00000.skipped.jsonl      {"origin", "kind", "reason"}, one row an item that was left out
-                  index.npy                the shards' indexes one after the other, for all processes of a host to map
-                  starts.npy               int64 [shards + 1], documents before each shard; the last: all documents
-                  rows-*.npy               which of them share a row (`blocks`)
+                  00000.index.npy          INDEX, one row for each document
+                  00000.skipped.jsonl      {"origin", "kind", "reason"}, one line for each item that was left out
+                  index.npy                the indexes of all shards joined; all processes of a host map this file
+                  starts.npy               int64 [shards + 1], documents before each shard; the last number counts all
+                  rows-*.npy               which documents share a row (`packing.blocks`)
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ INDEX = np.dtype(
         ("text_bytes", "<i4"),  # UTF-8 bytes of all its text
         ("task", "i1"),  # index into TASKS
         ("images", "<i2"),
-        ("part", "<i2"),  # number within its item: long documents are split; CHOSEN, then REJECTED in a pair
-        ("pair", "?"),  # one text and one image that may be read either way
+        ("part", "<i2"),  # number within its item (long documents are split); in a pair, CHOSEN or REJECTED
+        ("pair", "?"),  # one text and one image that may be read in both directions
     ]
 )
 CHOSEN, REJECTED = -1, -2
 _INDEX, _STARTS = "index.npy", "starts.npy"
-_OPEN, _THREADS = 128, 16  # shards of a source that are kept open, and read at the same time
-_QUICKLY = 0.05  # for so many seconds, a batch's shards are read one after the other
+_OPEN, _THREADS = 128, 16  # how many shards of a source are open, and are read at the same time
+_QUICKLY = 0.05  # seconds; after that, a batch reads several shards at the same time
 _HEADER = struct.Struct("<Q")  # the item of the source from which the document was made
 
 
@@ -66,13 +66,13 @@ class ShardWriter:
     def write(
         self, document: Encoded, *, item: int, part: int, text_bytes: int, task: int, images: int, pair: bool
     ) -> None:
-        """Adds a document; the rest as in INDEX."""
+        """Adds a document. item: the item from which it was made. The other args are fields of INDEX."""
         tokens, marks = document.tokens.astype("<i4"), document.marks.astype(np.uint8)
         self._records.write(_HEADER.pack(item) + tokens.tobytes() + marks.tobytes())
         self._index.append((len(document), text_bytes, task, images, part, pair))
 
     def skip(self, origin: str, kind: str, reason: str) -> None:
-        """Notes an item that is left out: where it stands, its kind of fault, the reason."""
+        """Records an item that is left out: where it comes from, the kind of fault, and the reason."""
         self._skipped.append({"origin": origin, "kind": kind, "reason": reason})
 
     def __enter__(self) -> ShardWriter:
@@ -106,17 +106,17 @@ def _name(number: int) -> str:
 
 
 def index_path(shard: Path) -> Path:
-    """The index of a shard. It is written before the shard has its name."""
+    """The path of a shard's index. The index is complete before the shard gets its final name."""
     return shard.with_suffix(".index.npy")
 
 
 def skipped_path(shard: Path) -> Path:
-    """The list of the items that a shard leaves out."""
+    """The path of the list of items that a shard leaves out."""
     return shard.with_suffix(".skipped.jsonl")
 
 
 def read_index(shard: Path) -> np.ndarray:
-    """INDEX [n] of a shard."""
+    """The index of a shard, INDEX [n]."""
     with about(f"{index_path(shard)}: delete the folder and prepare the data again"):
         return np.load(storage.fetch(index_path(shard)), allow_pickle=False)
 
@@ -143,8 +143,8 @@ def join_indexes(folder: Path, count: int) -> np.ndarray:
 
 
 class Lengths:
-    """int32 [n], tokens of groups of `answers` documents that always share a row: 2 for a preference pair. Slices are
-    read when they are needed.
+    """int32 [n], the number of tokens in each group of `answers` documents that always share a row; `answers` is 2 for
+    preference pairs. Slices are read when they are needed.
     """
 
     def __init__(self, index: np.ndarray | Stored, answers: int):
@@ -171,7 +171,7 @@ def _mapped(path: Path) -> np.ndarray:
 class Shards:
     """The documents of one prepared source, by index. Safe to read from many threads.
 
-    It takes little memory: only the needed part of the index is read, and a shard is open only while it is read.
+    It takes little memory: only the needed part of the index is read, and only the shards used last are open.
 
     Attributes:
         index: INDEX [n], mapped from its file, for code that needs all of it.
@@ -193,14 +193,16 @@ class Shards:
             self._starts = np.cumsum([0, *map(len, parts)])
             self._facts = self.index
         if len(self._starts) != count + 1 or self._starts[-1] != len(self.index):
-            raise UserError(f"{folder}: index.npy is not of these {count} shards: delete it and prepare the data again")
+            raise UserError(
+                f"{folder}: index.npy belongs to other shards than these {count}: delete it and prepare the data again"
+            )
         self._reader = functools.lru_cache(maxsize=_OPEN)(self._opened)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def facts(self, documents: np.ndarray) -> np.ndarray:
-        """INDEX of each of `documents`, int64 [k]."""
+        """The rows of INDEX for `documents`, int64 [k]."""
         return take(self._facts, documents)
 
     def lengths(self, answers: int = 1) -> Lengths:
@@ -208,7 +210,7 @@ class Shards:
         return Lengths(self._facts, answers)
 
     def read(self, documents: Sequence[int] | np.ndarray, lengths: np.ndarray | None = None) -> list[Encoded]:
-        """The content of each of `documents`, read-only. lengths: tokens of each, from the index, if already known."""
+        """The content of each of `documents`, read-only. lengths: tokens of each; None reads them from the index."""
         wanted = np.asarray(documents, np.int64)
         records = [b""] * len(wanted)
         shard = np.searchsorted(self._starts, wanted, "right") - 1
@@ -224,7 +226,7 @@ class Shards:
         began = time.perf_counter()
         while parts and time.perf_counter() - began < _QUICKLY:
             fetch(parts.pop())
-        if parts:  # the files are far away: many at a time
+        if parts:  # reading is slow, so several shards are read at the same time
             with ThreadPoolExecutor(min(len(parts), _THREADS)) as pool:
                 list(pool.map(fetch, parts))
         lengths = self.facts(wanted)["length"] if lengths is None else lengths
@@ -241,14 +243,14 @@ class Shards:
         reader = _Records(path)
         if (found := reader.count) != (known := self._starts[number + 1] - self._starts[number]):
             raise UserError(
-                f"{path}: holds {found} documents, its index {known}: a file was changed; delete {self._folder} "
-                "and prepare the data again"
+                f"{path}: found {found} documents, but its index has {known}, so a file was changed: delete "
+                f"{self._folder} and prepare the data again"
             )
         return reader
 
 
 class _Records:
-    """The records of an open shard, `count` of them. Safe to read from many threads, one after the other.
+    """The records of an open shard, `count` of them. Safe to use from many threads, of which one reads at a time.
 
     Records are read one by one, without read-ahead and without ArrayRecord's threads. These threads wait for one
     another, which takes two thirds of the processor time when a list of records is read.

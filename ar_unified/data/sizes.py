@@ -7,8 +7,8 @@ from ar_unified.language.syntax import ImageLayout
 
 
 def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
-    """The resize that fits a layout. If all images have one size, they are cropped to it. If images may have many
-    sizes, the aspect is kept, and the area is that of half the layout's largest sides (`Resize.largest`).
+    """The resize that fits a layout. If the layout has one size, images are cropped to it. If it allows many sizes, the
+    aspect is kept, and the area is that of an image with half the layout's largest sides (`Resize.largest`).
     """
     factor = tokenizer.factor * layout.units[0]
     height, width = (side * factor for side in layout.most)

@@ -1,7 +1,7 @@
 """An array in a .npy file that is read in slices, when they are needed.
 
-Mapping such a file would work too, but the touched pages of a map count as memory of the process, and at 10^9 documents
-an epoch touches all of its 14 GB. Here, only copies of slices are in memory, as long as they are in use.
+The file could be mapped into memory instead, but the pages that were touched would count as memory of the process. With
+10^9 documents, an epoch touches all 14 GB of the index. Here, only copies of slices are in memory, while they are used.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-_TOGETHER = 2**12  # most elements that one read may span: `blocks.RUN` documents lie together
+_TOGETHER = 2**12  # one read spans at most so many elements (`blocks.RUN`)
 
 
 class Stored:
-    """Elements of one dimension. Safe to read from many threads.
+    """An array of one dimension in a file. Safe to read from many threads.
 
-    Raises ValueError: the file is not whole, or holds something else.
+    Raises ValueError if the file is incomplete, or contains something else.
     """
 
     def __init__(self, path: Path):
         with open(path, "rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("expected an array of version 1.0")
+                raise ValueError("expected a .npy file of version 1.0")
             shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
             self._begin = file.tell()
         if len(shape) != 1 or self.dtype.hasobject:
@@ -41,21 +41,21 @@ class Stored:
         return self._count
 
     def __getitem__(self, stretch: slice) -> np.ndarray:
-        """Elements of consecutive indices, which belong to the caller."""
+        """The elements of a slice without steps, as a copy that the caller may change."""
         start, stop, step = stretch.indices(self._count)
         if step != 1:
-            raise ValueError(f"expected a stretch, found steps of {step}")
+            raise ValueError(f"expected a slice without steps, found steps of {step}")
         found = np.empty(max(0, stop - start), self.dtype)
         rest, at = found.view(np.uint8).data, self._begin + start * self.dtype.itemsize
         while rest:
             if not (count := os.preadv(self._file, [rest], at)):
-                raise OSError(f"{self._path}: ends before byte {at}: it was changed")
+                raise OSError(f"{self._path}: the file ends before byte {at}: it was changed")
             rest, at = rest[count:], at + count
         return found
 
 
 def take(array: np.ndarray | Stored, indices: np.ndarray) -> np.ndarray:
-    """The elements of any `indices`, int64 [k]."""
+    """The elements at any `indices`, int64 [k]."""
     if isinstance(array, np.ndarray):
         return array[indices]
     found = np.empty(len(indices), array.dtype)

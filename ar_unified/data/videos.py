@@ -1,7 +1,7 @@
-"""A few images of a video file: MP4, QuickTime, WebM, Matroska, AVI. The package `av` (FFmpeg's libraries) reads them.
+"""Reads a few frames of a video file (MP4, QuickTime, WebM, Matroska, AVI) with the package `av` (FFmpeg's libraries).
 
 The times of all frames are read from the packets, without decoding. Then decoding starts at the last key frame before
-each wanted frame and ends at that frame. Frames are upright; the first of several tracks is taken.
+each wanted frame and ends at that frame. Frames are upright. If a file has several video tracks, the first is used.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 from ar_unified.data.images import LIMITS, ImageError, Limits, evenly
 from ar_unified.errors import UserError
 
-# What their files are called, in small letters.
+# The endings of their files' names, in lower case.
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 _MOST_FRAMES = 1_000_000  # nine hours of video
 
 
 def require(name: str) -> None:
-    """Raises UserError, which says how to install it, if `av` is missing. name: of a file that needs it."""
+    """Raises UserError if `av` is missing. The message says how to install it. name: the file that needs it."""
     if importlib.util.find_spec("av") is None:
         raise UserError(
-            f"{name}: videos need the package av, which is not here: pip install 'ar_unified[video]', or take them out "
-            "of the folder"
+            f"{name}: videos need the package av, which is not installed: pip install 'ar_unified[video]', or take the "
+            "videos out of the folder"
         )
 
 
@@ -82,7 +82,7 @@ def _decoded(file: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int],
     now, shown = None, None
     for time in wanted:
         key = keys[max(bisect.bisect_right(keys, time) - 1, 0)] if keys else time
-        if shown is None or now is None or key > now:  # frames in between are skipped
+        if shown is None or now is None or key > now:  # skips the frames before the key frame
             file.seek(key, stream=stream, backward=True)
             shown = file.decode(stream)
         frame = next((frame for frame in shown if frame.pts is not None and frame.pts >= time), None)
@@ -94,7 +94,7 @@ def _decoded(file: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int],
 
 
 def _upright(frame: Any) -> np.ndarray:
-    """A frame as a player shows it: phones store frames as they were held, with the rotation beside them."""
+    """A frame as a player shows it. A phone stores frames as its camera was held, and the rotation separately."""
     pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
     pixels.flags.writeable = False
     return pixels

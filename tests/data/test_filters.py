@@ -82,7 +82,8 @@ def test_the_report_counts_each_kind_with_an_example(root: Path, kit: Any, gramm
     found = report.sources[sources[0].name]
     assert found.skipped == {"filtered_duplicate": 3, "filtered_held_out": 1, "filtered_size": 1}
     assert found.documents == len(sources[0]) - 5
-    assert "captions.jsonl:13: filtered_duplicate: " in str(report) and "captions.jsonl:4 again" in str(report)
+    said = str(report)
+    assert "captions.jsonl:13: filtered_duplicate: " in said and f"copies of those in {root}/captions.jsonl:4" in said
     assert found.first["filtered_held_out"].endswith(f"found the content of {root}/test.jsonl:1")
 
 

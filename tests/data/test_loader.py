@@ -210,7 +210,7 @@ def test_phases_out_of_order_are_refused(prepared: Path, grammar: Grammar) -> No
     for later in ([Phase(0)], [Phase(5), Phase(5)], [Phase(5), Phase(3)]):
         with pytest.raises(ValueError, match="each later than the one before; found"):
             batches(prepared, grammar, *later)
-    with pytest.raises(ValueError, match="the first from step 0"):
+    with pytest.raises(ValueError, match="the first to begin at step 0"):
         batches(prepared, grammar, from_step=2)
     with pytest.raises(ValueError, match="flip_pairs: expected a probability, found 1.5"):
         batches(prepared, grammar, Phase(3, flip_pairs=1.5))

@@ -36,7 +36,9 @@ def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And no image is taken for a broken one."""
     known = importlib.util.find_spec
-    missing = "'lanczos_simd' needs the package cykooz-resizer, which is not here: pip install 'ar_unified\\[simd\\]'"
+    missing = (
+        "'lanczos_simd' needs the package cykooz-resizer, which is not installed: pip install 'ar_unified\\[simd\\]'"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cykooz_resizer" else known(name))
     resize = Resize("crop", 8, 8, resample="lanczos_simd")
     with pytest.raises(UserError, match=missing):

@@ -11,7 +11,7 @@ from ar_unified.data.items import BadItem, Source, printable
 from ar_unified.language.document import Document, ImagePart, TextPart
 
 _EXAMPLES = 12
-_OFTEN = 8  # an image in at least so many documents is reported
+_OFTEN = 8  # an image in at least this many documents is reported
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way in which documents are alike: its name, how many documents of how many, and the first of them."""
+    """One way in which documents are alike: a phrase for it, how many documents (`count` of `of`), and examples."""
 
     says: str
     count: int = 0
@@ -34,12 +34,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Alike:
-    """All ways to be alike."""
+    """All ways in which documents can be alike."""
 
     kinds: list[Kind]
 
     def lines(self) -> list[str]:
-        """A line for each kind of likeness that was found, with the number of documents and the place of the first."""
+        """A line for each way in which documents are alike, with their number and the origins of the first pair."""
         lines = []
         for kind in self.kinds:
             if kind.count:
@@ -56,12 +56,12 @@ class Comparison:
         self._where: list[tuple[Source, int, bool]] = []
 
     def add(self, document: Document, source: Source, i: int, *, held_out: bool) -> None:
-        """Adds a document, item `i` of `source`. held_out: whether it belongs to the validation or a test."""
+        """Adds a document, item `i` of `source`. held_out: whether it belongs to the validation set or a test."""
         self._search.add(document, held_out=held_out)
         self._where.append((source, i, held_out))
 
     def found(self) -> Alike:
-        """What is alike among all documents that were added."""
+        """Finds which of all added documents are alike."""
         if not self._where:
             return Alike([])
         found = self._search.found()

@@ -1,6 +1,6 @@
-"""One self-contained page about what `validate` found. It needs no other file, font or script, and all data is escaped.
+"""Writes a self-contained page about what `validate` found: it needs no other file, font or script. Data is escaped.
 
-It can be read on a phone and on a desk, in light and dark. Large images are scaled down.
+The page can be read on phones and on large screens, in light and dark mode. Large images are scaled down.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ar_unified.workdir import write_text
 
 _SIDE = 224  # pixels of an image's longer side on the page
 _SMALL = 96  # an image of this longer side or less is shown pixel by pixel
-_EXAMPLES = 12  # bad items of one kind
-_CHARACTERS = 2000  # of a text
-_BARS = 40  # of a histogram
+_EXAMPLES = 12  # maximum number of bad items of one kind that are shown
+_CHARACTERS = 2000  # maximum number of characters of a text that are shown
+_BARS = 40  # maximum number of bars of a histogram
 
 
 def write(path: str | Path, validation: Validation, title: str) -> None:
@@ -45,9 +45,9 @@ def write(path: str | Path, validation: Validation, title: str) -> None:
     )
     here = files("ar_unified.data.checks")
     page, style = (here.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
-    filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one pass: data may hold "@BODY@"
+    filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one pass, as data may contain "@BODY@"
     text = re.sub(r"@(TITLE|STYLE|BODY)@", lambda name: filled[name[1]], page)
-    write_text(path, text.encode(errors="backslashreplace").decode())  # names of files that are no UTF-8
+    write_text(path, text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
 
 
 def _name(found: Found) -> str:
@@ -205,7 +205,7 @@ def _cut(text: str) -> str:
 def _alike(alike: Alike) -> str:
     kinds = [kind for kind in alike.kinds if kind.count]
     if not kinds:
-        return "<p>No copies were found, and no training document is held out too.</p>\n"
+        return "<p>No copies were found, and no training document is also held out.</p>\n"
     html = ""
     for kind in kinds:
         html += f"<h3>{kind.count:,} of {kind.of:,} {escape(kind.says)}</h3>\n"

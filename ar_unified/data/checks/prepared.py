@@ -34,16 +34,18 @@ def look(
     show: int = 3,
     first: int | None = None,
 ) -> Validation:
-    """Counts, lengths and what was left out of each source of prepared folders, by name.
+    """Reports counts, lengths and left-out items of each source in prepared folders.
 
     Args:
-        grammar: documents are shown as text pieces instead of numbers; with a tokenizer too, images are shown.
-        sequence_length: length of rows, in tokens; None: the longest document that was allowed.
+        folders: the folders by name, from `parts`.
+        grammar: with it, documents are shown as pieces of text instead of numbers.
+        image_tokenizer: together with a grammar, shows the images of documents.
+        sequence_length: length of rows, in tokens; None means the length of the longest document that was allowed.
         show: how many documents of each source are shown.
-        first: how many documents of each source are read to count tokens by role; None: all.
+        first: how many documents of each source are read to count tokens by role; None means all.
 
     Raises:
-        ManifestMismatch: the data was prepared with another vocabulary than the grammar's.
+        ManifestMismatch: if the data was prepared with another vocabulary than the grammar's.
     """
     view, sources, longest = View(grammar, image_tokenizer), [], 1
     for part, folder in folders.items():
@@ -67,7 +69,7 @@ def look(
 
 
 def _count(found: Found, shards: Shards, folder: Path, count: int) -> None:
-    """Counts from the index and from the list of items that were left out."""
+    """Adds the counts of the index to `found`, and the items that were left out."""
     index = shards.index
     for i, task in enumerate(TASKS):
         if documents := int((index["task"] == i).sum()):

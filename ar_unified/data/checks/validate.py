@@ -31,21 +31,23 @@ from ar_unified.language.vocabulary import Role
 from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath, Remote
 
-NAMES = {"least": 0, "50%": 50, "90%": 90, "99%": 99, "most": 100}  # what the percentiles are called
+NAMES = {"least": 0, "50%": 50, "90%": 90, "99%": 99, "most": 100}  # name -> percentile
 
 
 @dataclass
 class Found:
-    """What one source holds.
+    """What one source contains.
 
     Attributes:
         part: the set of an experiment that it belongs to: "train", "validation", the name of a test; "" otherwise.
         items: how many it has. looked: how many of them were looked at.
-        tasks: task -> good documents. bad: what is wrong with which item, in order.
-        text_bytes, images: a number for each document. sides: (height, width) in pixels of each image. tokens: with a
-        grammar, the length of each document that `prepare` would make of the items.
-        roles: Role -> tokens. languages: language -> documents, as far as texts say theirs.
-        first: the first good documents as the model will see them. shown: the same for a page.
+        tasks: number of good documents of each task. bad: the bad items, in order.
+        text_bytes, images: bytes of text and number of images of each document.
+        sides: (height, width) of each image, in pixels.
+        tokens: the length of each document that `prepare` would make of the items; [] without a grammar.
+        roles: number of tokens of each Role.
+        languages: number of documents in each language, if texts declare theirs.
+        first: the first good documents as text for a terminal. shown: the same documents for a page.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Found:
 
     @property
     def kinds(self) -> Counter[str]:
-        """Bad items by kind."""
+        """The number of bad items of each kind."""
         return Counter(bad.kind for bad in self.bad)
 
     @property
@@ -90,14 +92,14 @@ class Found:
             self.count(found.roles)
 
     def count(self, roles: np.ndarray) -> None:
-        """Adds tokens by role, uint8 [n]."""
+        """Counts the roles of n tokens, uint8 [n]."""
         for role, count in enumerate(np.bincount(roles).tolist()):
             if count:
                 self.roles[Role(role).name.lower()] += count
 
     def fill(self, sequence_length: int) -> float | None:
-        """Share of the positions of packed rows that hold a token; None: not known, or a document is longer than a
-        row."""
+        """Share of the positions of packed rows that hold a token; None if lengths are not known, or a document is
+        longer than a row."""
         if not self.tokens or max(self.tokens) > sequence_length:
             return None
         return Packing(np.array(self.tokens), sequence_length, seed=0, name=self.name).fill
@@ -130,11 +132,12 @@ class Found:
 
 @dataclass
 class Validation:
-    """What all sources hold; `print` it.
+    """What all sources contain. `print` shows it.
 
     Attributes:
-        alike: which documents are alike; None: nothing was compared.
-        sequence_length: length of the rows that documents will be packed into, in tokens; None: not known.
+        note: remarks for the user.
+        alike: which documents are alike; None if nothing was compared.
+        sequence_length: length of the rows that documents will be packed into, in tokens; None if it is not known.
     """
 
     sources: list[Found]
@@ -168,24 +171,25 @@ def validate(
     workers: int = 2,
     show_progress: bool = True,
 ) -> Validation:
-    """Reads every item, images included.
+    """Reads every item with its images, and reports what it found.
 
     Args:
-        data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself; without them, its Parquet,
-            Arrow or tar files, else its text files), one such file or name with braces, a list of source specs
-            (`open_source`), or such lists by the name of their set: "train", and others, which are held out.
-        grammar: together with the tokenizer or `resize`, makes lengths in tokens known.
-        image_tokenizer: together with a grammar, shows the first documents as their real tokens.
+        data: a folder, a file, a name with braces for several files, a list of source specs (`open_source`), or a dict
+            of such lists by the name of their set: "train", and other names for held-out sets. Of a folder,
+            `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source; if there are none, its Parquet,
+            Arrow or tar files; if there are none of these either, its text files.
+        grammar: together with the tokenizer or `resize`, it gives lengths in tokens.
+        image_tokenizer: together with a grammar, it shows the first documents as their real tokens.
         resize: as for `prepare`.
-        max_tokens: longer documents are reported as bad ("too_long"); only read with a grammar.
+        max_tokens: longer documents that cannot be split are reported as bad ("too_long"). Used only with a grammar.
         sequence_length: length of the rows that documents will be packed into.
         links: whether links that lead out of a folder or file are followed.
-        show: documents of each source to show.
-        first: items of each source to look at; None: all.
+        show: how many documents of each source to show.
+        first: how many items of each source to look at; None means all.
         compare: whether to look for copies (`duplicates`).
 
     Raises:
-        UserError: there is nothing to read at `data`, or two sources of a set have one name.
+        UserError: if there is nothing to read at `data`, or two sources of a set have the same name.
     """
     view = View(grammar, image_tokenizer, resize)
     by_part = (
@@ -223,7 +227,7 @@ def validate(
 def _opened(
     by_part: Mapping[str, Sequence[Mapping[str, Json]]],
 ) -> tuple[dict[str, dict[int, Source]], list[str]]:
-    """The sources of each set by their number; and a remark for each held-out source that is empty."""
+    """The sources of each set by their number, and a remark about each held-out source that is empty."""
     opened: dict[str, dict[int, Source]] = {part: {} for part in by_part}
     notes = []
     for part, specs in by_part.items():
@@ -251,7 +255,9 @@ def _looked_at(
         return None
     try:
         if item.rejected is not None and item.rejected.parts == item.answer:
-            raise BadItem("same_answers", source.origin(i), "expected two answers, found one twice")
+            raise BadItem(
+                "same_answers", source.origin(i), "expected two different answers, found the same answer twice"
+            )
         encoded, *more = [view.encoded(answered) for answered in item.answered]  # two documents of a preference pair
         length = max(0 if each is None else len(each) for each in (encoded, *more))
         if max_tokens and length > max_tokens and (more or not can_be_split(item)):
@@ -272,8 +278,8 @@ def _looked_at(
 
 
 def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
-    """A remark on a folder that was read as text alone although it has images, because no rows name them; "" if there
-    are none."""
+    """A remark about a folder that has images but was read as text alone, because no row names them; "" for other
+    data."""
     if not isinstance(data, str | Path | Remote) or not storage.path(data).is_dir() or any(map(has_images, sources)):
         return ""
     count = len(folder_at(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
@@ -281,8 +287,9 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
         count
         and (
             f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
-            'captions.jsonl, one line {"image": "name.png", "text": "what it shows"} each. If the texts are pages that '
-            f'show them, or name.txt describes the clip name.gif, use {{"kind": "pages", "path": "{data}"}}, or "clips"'
+            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each. If the texts are '
+            f'pages that show them, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the clip '
+            'name.gif, use the kind "clips"'
         )
         or ""
     )
@@ -300,7 +307,7 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
         except UserError as error:
             expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
             raise UserError(
-                f"{path}: expected at least one of {expected} in it, Parquet, Arrow, tar or text files; found none"
+                f"{path}: expected at least one of {expected} in it, or Parquet, Arrow, tar or text files; found none"
             ) from error
     elif kind in ("text", "jsonl") and not storage.path(path).is_file():
         raise UserError(f"{path}: no such folder or file")

@@ -1,5 +1,5 @@
-"""Documents as a model would see them, in words for a terminal and as tokens for a page. Grammar, tokenizer and size
-may each be missing.
+"""Shows documents as a model would see them, in words for a terminal and as tokens for a page. Grammar, tokenizer and
+size may each be missing.
 
 Axes: `H` `W` height and width in pixels, `h` `w` in codes.
 """
@@ -25,8 +25,8 @@ from ar_unified.language.vocabulary import Role
 class Token:
     """An id, or all codes of an image as one token: its text, its Role, and whether it is learned.
 
-    original, image: uint8 [H, W, 3]; for an image token, the image as it was encoded, and what its codes decode to.
-        None where that is not known or not possible, and for other tokens.
+    original, image: only for an image token, uint8 [H, W, 3]: the image as it was encoded, and the image that its codes
+        decode to. None if it is not known or not possible, and for other tokens.
     """
 
     text: str
@@ -41,9 +41,9 @@ class Shown:
     """A document for a person to look at.
 
     Attributes:
-        turns: the speaker, and its texts and images, uint8 [H, W, 3], in order. The speaker may be "document" (nobody),
-            or "rejected" (the answer of a pair that the assistant should not give).
-        count: how many tokens it has; `tokens` may be only the first of them. 0 where there is no grammar.
+        turns: in order, each speaker with the texts and images, uint8 [H, W, 3], of the turn. The speaker may be
+            "document" (nobody), or "rejected" (the answer of a pair that the assistant should not give).
+        count: how many tokens the document has; 0 if that is not known. `tokens` may be only the first of them.
     """
 
     origin: str
@@ -53,7 +53,7 @@ class Shown:
     tokens: list[Token] = field(default_factory=list)
 
 
-MOST = 400  # tokens of a document on a page
+MOST = 400  # maximum number of tokens of a document on a page
 
 
 class View:
@@ -100,7 +100,7 @@ class View:
         return _coded(document, blank)
 
     def words(self, document: Document) -> str:
-        """The document in words, with <image H x W> for images; then as tokens, if there are a grammar and a
+        """The document in words, with <image H x W> for images. Then its tokens, if there are a grammar and a
         tokenizer.
         """
         lines = [f"({printable(document.origin)}, {document.task})"]
@@ -135,7 +135,7 @@ class View:
         return Shown(document.origin, document.task, turns, len(found), list(self._tokens(found, codes, originals)))
 
     def read(self, found: Encoded, origin: str, task: str) -> Shown:
-        """A document of prepared shards, read back; without a grammar, its ids as numbers."""
+        """A document that was read from prepared shards. Without a grammar, its ids are shown as numbers."""
         turns: list[tuple[str, list[str | np.ndarray]]] = []
         codes: list[np.ndarray] = []
         if self.grammar is not None:

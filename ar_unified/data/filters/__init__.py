@@ -1,12 +1,13 @@
-"""Filters: what `prepare` leaves out of the training sources on request. By default they leave out nothing.
+"""Filters decide what `prepare` leaves out of the training sources. By default nothing is left out.
 
-Filters that look at one item (sizes, length, language) are applied when the item is read. Filters that need all items
-(copies, images that repeat too often, items that are held out too) are decided before, in one pass over all items, and
-their verdicts are kept in a file. So only the sources and the settings decide what is left out, not the order of
-reading.
+Filters that look at one item (sizes, length, language) are applied when the item is read. Filters that compare all
+items (copies, images that repeat too often, items that are also held out) are applied before, in one pass over all
+items, and their verdicts are kept in a file. So only the sources and the settings decide what is left out, not the
+order of reading.
 
-Each item that is left out is a BadItem, counted and listed with the others: kind "filtered_size", "filtered_aspect",
-"filtered_length", "filtered_language", "filtered_duplicate", "filtered_repeated" or "filtered_held_out".
+Each item that is left out becomes a BadItem, which is counted and listed with the others. Its kind is "filtered_size",
+"filtered_aspect", "filtered_length", "filtered_language", "filtered_duplicate", "filtered_repeated" or
+"filtered_held_out".
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ class Filters:
     """Which items are left out. 0, () or "keep" turns a filter off.
 
     Attributes:
-        min_side: least shorter side of each image, in pixels. max_side: largest longer side.
+        min_side: minimum of an image's shorter side, in pixels. max_side: maximum of its longer side.
         max_aspect: largest ratio of an image's longer side to its shorter side.
-        min_characters, max_characters: limits for all text of an item (for tokens: config.data.max_tokens).
+        min_characters, max_characters: limits for all text of an item (config.data.max_tokens limits tokens).
         languages: the languages to keep; items without a language are kept, too.
         duplicates: "keep" keeps all; "documents" keeps the first of several items with the same images and words;
-            "images" leaves out an item if all its images are in earlier items, even with other words. Copies count as
-            the same image, also if scaled, recompressed, or cropped a little (`duplicates`).
-        max_repeats: most items that an image may be in. An image in more items is probably a watermark or a
-            placeholder.
-        held_out: leaves out items that share an image with the validation or the tests, and items without images that
-        share their words.
+            "images" leaves out an item if all its images are in earlier items, even with other words. An image that
+            was scaled, recompressed, or cropped a little counts as the same image (`duplicates`).
+        max_repeats: maximum number of items that an image may be in. An image in more items is probably a watermark or
+            a placeholder.
+        held_out: leaves out an item that shares an image with the validation set or a test. An item without images is
+            left out if it has the same words as an item there.
     """
 
     min_side: int = 0
@@ -82,7 +83,7 @@ class Filters:
         return self.duplicates != "keep" or self.max_repeats > 0 or self.held_out
 
     def check(self, document: Document, of: str) -> None:
-        """Raises BadItem if a filter of single items leaves the document out. of: its language, "" if it says none."""
+        """Raises BadItem if a filter of single items leaves the document out. of: its language, or "" if unknown."""
         for part in document.parts:
             if isinstance(part, ImagePart):
                 height, width = part.pixels.shape[:2]
@@ -103,13 +104,17 @@ class Filters:
             most = f" to {self.max_side}" if self.max_side else " pixels or more"
             raise BadItem("filtered_size", origin, f"expected sides of {self.min_side}{most}, {found}")
         if self.max_aspect and long > self.max_aspect * short:
-            raise BadItem("filtered_aspect", origin, f"expected sides within a factor {self.max_aspect:g}, {found}")
+            raise BadItem(
+                "filtered_aspect",
+                origin,
+                f"expected a longer side of at most {self.max_aspect:g} times the shorter, {found}",
+            )
 
 
 class Filtered:
-    """A source without the items that the filters leave out; the others keep their numbers.
+    """A source without the items that the filters leave out. The other items keep their indices.
 
-    verdicts: item -> (kind, reason), for items that are left out because of other items.
+    verdicts: maps an item to (kind, reason), if it is left out because of other items.
     """
 
     def __init__(self, source: Source, filters: Filters, verdicts: Mapping[int, tuple[str, str]], decided_by: Any):
@@ -118,7 +123,7 @@ class Filtered:
 
     @property
     def has_images(self) -> bool:
-        """As the source says; filters do not change it."""
+        """False if the source is known to contain text alone."""
         return getattr(self.source, "has_images", True)
 
     @property
@@ -159,11 +164,11 @@ class Filtered:
         return [texts for _, texts in texts_of(self.source, indices)]
 
     def origin(self, i: int) -> str:
-        """Where item i of the source stands."""
+        """Where item i of the source comes from."""
         return self.source.origin(i)
 
     def language(self, i: int) -> str:
-        """The language that item i of the source says it is in."""
+        """The language that item i of the source declares."""
         return language(self.source, i)
 
 
@@ -176,10 +181,10 @@ def filtered(
     workers: int = 2,
     show_progress: bool = True,
 ) -> list[Source]:
-    """The sources without what the filters leave out.
+    """The sources without the items that the filters leave out.
 
     Args:
-        sources: the training sources. held_out: the sources of the validation and of all tests.
+        sources: the training sources. held_out: the sources of the validation set and all tests.
         file: where the verdicts of the pass over all items are written, whole or not at all. An existing file is used
             if its sources and filters are the same.
     """
@@ -245,7 +250,7 @@ def _decide(
 
 
 def _reasons(found: Duplicates, filters: Filters, origin: Callable[[int], str]) -> Iterator[tuple[int, str, str]]:
-    """The documents to leave out, with kind and reason. Where several reasons hold for one, the first decides."""
+    """Yields the documents to leave out, with kind and reason. If a document comes again, its first reason counts."""
     for at, (overlap, same, shown, repeats) in enumerate(
         zip(*(column.tolist() for column in (found.overlap, found.same, found.shown, found.repeats)), strict=True)
     ):
@@ -260,7 +265,7 @@ def _reasons(found: Duplicates, filters: Filters, origin: Callable[[int], str]) 
             yield (
                 at,
                 "filtered_duplicate",
-                f"expected {filters.duplicates} once each, found those of {origin(first)} again",
+                f"expected {filters.duplicates} without copies, found copies of those in {origin(first)}",
             )
         if filters.max_repeats and repeats > filters.max_repeats:
             reason = f"expected an image in at most {filters.max_repeats} documents, found one in {repeats}"

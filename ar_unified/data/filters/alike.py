@@ -1,9 +1,9 @@
 """Decides from two small pictures whether the images are copies of each other.
 
-A copy may be scaled, recompressed, or cut a little at its sides. If the original is moved and stretched by a few
-percent, it equals the copy again. So one picture is aligned with the other (by Gauss-Newton on the places of its sides,
-as Lucas and Kanade do). If no difference is left, they are copies. Pictures that only look alike (two emoji of one
-face, two photos of one dress) differ somewhere in every alignment.
+A copy may be scaled, recompressed, or cropped a little. If the original is moved and stretched by a few percent, it
+equals the copy again. So one picture is aligned with the other (by Gauss-Newton steps that move its sides, as Lucas and
+Kanade do). If no difference remains, they are copies. Pictures that only look alike (two emoji of one face, two photos
+of one dress) differ somewhere in every alignment.
 
 Axes: `P` pairs, `N` pixels of a side, `C` colours.
 """
@@ -15,10 +15,10 @@ from PIL import Image
 
 SIDE = 32  # pixels of a small picture, whatever the image's shape
 LARGEST_CUT = 0.12  # largest part of a side that may be missing in the smaller of two copies
-_MANY, _BATCH = 4096, 64  # pairs that are read at once; so few that their arrays stay in a processor's cache
+_MANY, _BATCH = 4096, 64  # pairs that are read at once, and computed at once (their arrays fit into the cache)
 _STEPS = 5
-_USUAL_CUT, _NOISE = 0.05, 6  # of a side; grey values
-# Limits of `alike`, between copies and look-alikes of photos and emoji: experiments/benchmarks/duplicates.py
+_USUAL_CUT, _NOISE = 0.05, 6  # usual crop as a share of a side; usual noise in grey values
+# Limits of `alike` that separate copies from look-alikes (photos and emoji): experiments/benchmarks/duplicates.py
 _COARSE, _ROUGH, _LEFT, _TINT = 28.0, 22.0, 1.6, 5.0
 
 
@@ -32,13 +32,12 @@ def small(pixels: np.ndarray) -> np.ndarray:
 
 
 def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which pairs of small pictures, uint8 [P, SIDE, SIDE, 3] each, are of copies: bool [P].
+    """Which pairs of small pictures, uint8 [P, SIDE, SIDE, 3] each, are copies: bool [P].
 
     First, the root mean square of the remaining difference in grey values must be less than _COARSE at a quarter of the
-    size, and less than _ROUGH at half of the size. Then two conditions must hold at full size in every colour. The
-    largest difference anywhere, averaged over 3 x 3 pixels, is less than _LEFT times the sum of 16 grey values and the
-    height of the edges there, because edges never meet exactly. And half of the pixels are lighter and half are darker,
-    within _TINT grey values.
+    size, and less than _ROUGH at half of the size. Then two conditions must be true at full size, in every colour. At
+    every place, the difference, averaged over 3 x 3 pixels, is less than _LEFT times (16 grey values + the height of
+    the edges there), because edges are never aligned exactly. And the median difference is less than _TINT grey values.
     """
     found = np.zeros(len(a), bool)
     for at in range(0, len(a), _MANY):
@@ -61,12 +60,12 @@ def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The rest of `alike`, for float32 [P, C, N, N]."""
+    """The checks of `alike` after the first, for pictures float32 [P, C, N, N]."""
     found = np.zeros(len(a), bool)
     grey_a, grey_b = _half(_grey(a)), _half(_grey(b))
     still = np.zeros((len(a), 4), np.float32)
     there, error = _laid(grey_a, grey_b, still, _STEPS)
-    back, other = _laid(grey_b, grey_a, still, _STEPS)  # the smaller of the two lies within the other
+    back, other = _laid(grey_b, grey_a, still, _STEPS)  # the cropped picture is a part of the other
     (near,) = np.nonzero(np.minimum(error, other) < _ROUGH)
     if len(near):
         turned = (other < error)[near, None, None, None]
@@ -78,7 +77,7 @@ def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _could_be(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which pairs, float32 [P, N, N] each, may match after the best small move; a quick estimate from their slopes."""
+    """Which pairs, float32 [P, N, N] each, may match after the best small move: a quick estimate from their slopes."""
     slopes = _slopes((a + b) / 2)
     left = (a - b).reshape(len(a), -1, 1)
     pull = slopes @ left
@@ -96,9 +95,10 @@ def _same(a: np.ndarray, seen: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _laid(a: np.ndarray, b: np.ndarray, move: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds how to move each image of `a` onto the image of `b`, float32 [P, N, N], beginning with `move`. A move is
-    the place of the centre and the stretch, vertically and horizontally, [P, 4]. Also gives the root mean square of the
-    remaining difference, [P].
+    """Finds the moves that align each image of `a` with the image of `b`, float32 [P, N, N], starting from `move`.
+
+    A move is four numbers: the shift of the centre and the stretch, each vertical and horizontal. Returns the moves,
+    [P, 4], and the root mean square of the remaining difference, [P].
     """
     slopes = _slopes(b)
     inverse = np.linalg.inv(_curvature(slopes))
@@ -116,8 +116,7 @@ def _laid(a: np.ndarray, b: np.ndarray, move: np.ndarray, steps: int) -> tuple[n
 
 
 def _slopes(a: np.ndarray) -> np.ndarray:
-    """The derivatives of images, float32 [P, N, N], by the centre and the stretch, vertically and horizontally: [P, 4,
-    N * N]."""
+    """The derivatives of images, float32 [P, N, N], with respect to the four numbers of a move: [P, 4, N * N]."""
     P, N = a.shape[:2]
     u = _centres(N)
     down, right = (gradient * N for gradient in np.gradient(a, axis=(1, 2)))
@@ -125,14 +124,14 @@ def _slopes(a: np.ndarray) -> np.ndarray:
 
 
 def _curvature(slopes: np.ndarray) -> np.ndarray:
-    """[P, 4, 4]. It includes a prior on the size of moves and of noise, so an image without an edge is not moved."""
+    """The Hessian, [P, 4, 4]. It includes a prior on moves and noise, so an image without an edge is not moved."""
     hessian = slopes @ slopes.transpose(0, 2, 1)
     hessian[:, range(4), range(4)] += (_NOISE / _USUAL_CUT) ** 2 * slopes.shape[2] / 256
     return hessian
 
 
 def _warped(a: np.ndarray, move: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [P, C, N, N] after a move, and which pixels the moved image covers, bool [P, N, N]."""
+    """Images, float32 [P, C, N, N], after a move, and which pixels the moved image covers, bool [P, N, N]."""
     N = a.shape[-1]
     rows, seen_rows = _read(move[:, 0], move[:, 2], N)
     columns, seen_columns = _read(move[:, 1], move[:, 3], N)
@@ -142,7 +141,7 @@ def _warped(a: np.ndarray, move: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _read(centre: np.ndarray, stretch: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
     """The weight of each source line for each new line, float32 [P, N, N] (linear interpolation), and whether the new
-    line is inside.
+    line is inside the image.
     """
     at = (centre[:, None] + (1 + stretch[:, None]) * _centres(N) + 0.5) * N - 0.5
     weight = np.maximum(0, 1 - np.abs(np.clip(at, 0, N - 1)[..., None] - np.arange(N, dtype=np.float32)))
@@ -165,12 +164,12 @@ def _grey(a: np.ndarray) -> np.ndarray:
 
 
 def _half(a: np.ndarray) -> np.ndarray:
-    """float32 [P, N, N] at half the size."""
+    """Images, float32 [P, N, N], at half the size."""
     return (a[:, ::2, ::2] + a[:, 1::2, ::2] + a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 4
 
 
 def _blurred(a: np.ndarray) -> np.ndarray:
-    """float32 [P, N, N], averaged over 3 x 3 with the weights 1 2 1."""
+    """Images, float32 [P, N, N], averaged over 3 x 3 pixels with the weights 1 2 1."""
     a = np.pad(a, ((0, 0), (1, 1), (1, 1)), mode="edge")
     a = (a[:, :-2] + 2 * a[:, 1:-1] + a[:, 2:]) / 4
     return (a[:, :, :-2] + 2 * a[:, :, 1:-1] + a[:, :, 2:]) / 4

@@ -1,13 +1,13 @@
 """Finds copies among many images without looking at all pairs: hashes propose pairs, and `alike` decides about them.
 
-An image is described by 33 numbers: its lowest frequencies, of luma and of two colours. Scaling and recompression do
-not change them, and small crops change them a little. Each hash table keeps one bit for each of some random directions
-(Charikar, 2002). Copies often have the same hash in a table, other images hardly ever. The few bits that are nearest to
-changing are also tried flipped (multi-probe, Lv et al., 2007), so few tables are enough. Work grows with the number of
-images.
+An image is described by 33 numbers: the lowest frequencies of its luma and of two colour differences. Scaling and
+recompression do not change them, and small crops change them a little. In each hash table, the hash of an image has one
+bit for each of several random directions (Charikar, 2002). Copies often have the same hash in a table, and other images
+hardly ever. The few bits that are nearest to changing are also tried flipped (multi-probe, Lv et al., 2007), so few
+tables are enough. The work grows with the number of images, not of pairs.
 
-In memory an image takes 33 x 2 bytes and 16 for the current table. Its small picture is read only if its hash equals
-another's.
+In memory, an image takes 33 x 2 bytes, and 16 more for the current table. Its small picture is read only if its hash
+equals that of another image.
 
 Axes: `n` images, `m` pairs.
 """
@@ -24,18 +24,18 @@ _TABLES = 8
 _TURNED = 4  # bits of a hash that are tried both ways
 _SPARE = 6  # bits of a hash beyond log2(n), so that a table has several places for each image
 _BITS = 63
-_NEIGHBOURS = 12  # if many images share a hash, neighbours to each side that are compared
-_FAR = 4.6  # distance between the numbers of two images, in standard deviations; it is about 8 for unrelated images
+_NEIGHBOURS = 12  # if many images share a hash, so many neighbours on each side are compared
+_FAR = 4.6  # maximum distance between the numbers of copies, in standard deviations; about 8 for unrelated images
 _CHUNK = 1 << 16
 
 _LOW = [(i, j) for i in range(6) for j in range(6 - i)]
 _LOW_COLOUR = [(i, j) for i in range(3) for j in range(3 - i)]
-# The least standard deviation, for images that are all alike: a third to a tenth of the value for photos.
+# Minimum of the standard deviation, needed if all images are alike: a third to a tenth of the value for photos.
 _LEAST = np.array([0.02 / (1 + i + j) for i, j in (*_LOW, *_LOW_COLOUR, *_LOW_COLOUR)])
 
 
 def frequencies(small: np.ndarray) -> np.ndarray:
-    """The numbers that an image is found by: uint8 [n, SIDE, SIDE, 3] -> float16 [n, 33]."""
+    """The numbers that describe an image: uint8 [n, SIDE, SIDE, 3] -> float16 [n, 33]."""
     pixels = small.astype(np.float32).transpose(3, 0, 1, 2) / 255
     light = 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
     waves = np.cos(np.pi * np.outer(np.arange(6), np.arange(SIDE) + 0.5) / SIDE).astype(np.float32) / SIDE
@@ -47,10 +47,10 @@ def frequencies(small: np.ndarray) -> np.ndarray:
 
 
 def copies(small: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Nearly all pairs that are copies of each other: int64 [m, 2], places in `which`, i < j, sorted.
+    """Nearly all pairs that are copies of each other: int64 [m, 2], indices into `which`, i < j, sorted.
 
     Args:
-        small: uint8 [N, SIDE, SIDE, 3], of all images; may be a file (`np.memmap`).
+        small: uint8 [N, SIDE, SIDE, 3], the small pictures of all images; may be a file (`np.memmap`).
         numbers: their `frequencies`, [N, 33].
         which: int64 [n], the images that are compared.
     """
@@ -83,7 +83,7 @@ def candidates(numbers: np.ndarray) -> np.ndarray:
 def _met(
     numbers: np.ndarray, mean: np.ndarray, deviation: np.ndarray, directions: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images i and j, int64 [m] each, that share the hash of one table when some bits of i are flipped.
+    """Yields images i and j, int64 [m] each, that share the hash of one table when some bits of i are flipped.
 
     The hash is the upper part of a code of 63 bits. Images with the same hash are sorted by the lower bits, so that
     neighbours in that order are the most alike.

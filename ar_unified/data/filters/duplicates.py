@@ -1,10 +1,10 @@
-"""Which documents repeat an earlier one, and which are in a held-out set, too.
+"""Finds documents that repeat an earlier one, and training documents that are also in a held-out set.
 
 Documents are added one after the other and not kept. An image takes 8 bytes for the hash of its pixels, 66 for
 `copies`, and 3 KiB in a temporary file. A text takes 8 bytes for the hash of its words, and 256 more if it is the whole
 document.
 
-Axes: `n` documents, `u` images that differ in a pixel.
+Axes: `n` documents.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _FLUSH = 256
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What was found for each document, in the order in which they were added; -1: nothing.
+    """What was found for each document, in the order in which they were added; -1 means nothing.
 
     Attributes:
         same: int64 [n], the first document that has the same images in the same order and the same words. Images count
-        as the same if they are copies: scaled, recompressed, or cut a little. For documents without images, nearly the
-        same words are enough.
+            as the same if they are copies: scaled, recompressed, or cropped a little. For documents without images,
+            nearly the same words are enough.
         shown: int64 [n], the first document with a copy of its first image, if earlier documents have copies of all its
             images.
-        repeats: int64 [n], how many documents that are not held out have a copy of its most repeated image.
+        repeats: int64 [n], how many training documents have a copy of its most frequent image.
         overlap: int64 [n], the first held-out document with a copy of one of its images; for a document without images,
             the first with nearly the same words.
     """
@@ -47,13 +47,13 @@ class Duplicates:
 
 
 class Search:
-    """`add` takes documents; `found` says which are duplicates. Held-out documents are compared with each other only;
-    all others are compared with them and with each other.
+    """`add` takes documents; `found` says which are duplicates. Held-out documents are compared only with each other.
+    Training documents are compared with each other and with held-out documents.
     """
 
     def __init__(self) -> None:
         self._held_out: list[bool] = []
-        self._words, self._images = array("Q"), array("q", [0])  # how many images documents 0 to i - 1 have
+        self._words, self._images = array("Q"), array("q", [0])  # at i: how many images documents 0 to i - 1 have
         self._alone: list[int] = []  # documents that are one text, long enough to be compared
         self._signatures: list[np.ndarray] = []
         self._pixels = array("Q")
@@ -62,7 +62,7 @@ class Search:
         self._file = tempfile.TemporaryFile()
 
     def add(self, document: Document, *, held_out: bool = False) -> None:
-        """Takes in a document; its images and words are hashed now and compared by `found`."""
+        """Adds a document. Its images and words are hashed now, and compared later by `found`."""
         pixels = [part.pixels for part in document.parts if isinstance(part, ImagePart)]
         words = texts.words(" ".join(part.text for part in document.parts if isinstance(part, TextPart)))
         if not pixels and (signature := texts.signature(words)) is not None:
@@ -86,7 +86,7 @@ class Search:
             self._waiting = []
 
     def found(self) -> Duplicates:
-        """Which of the documents so far are copies of which, in the order in which they were added."""
+        """Compares all documents that were added so far."""
         groups = self._groups()
         words = self._texts()
         count = len(self._held_out)
@@ -96,8 +96,8 @@ class Search:
         trained = ~np.array(self._held_out, bool)[owner]
         in_documents = np.unique(np.stack([groups[trained], owner[trained]]), axis=1)[0]
         often = dict(zip(*(column.tolist() for column in np.unique(in_documents, return_counts=True)), strict=True))
-        # For training and for held-out documents: contents -> the first document that has them; image -> the first that
-        # has it.
+        # One dict for training documents and one for held-out ones. `firsts` maps contents to the first document that
+        # has them; `seen` maps an image to the first document that has it.
         firsts: tuple[dict[tuple[int, ...], int], ...] = ({}, {})
         seen: tuple[dict[int, int], ...] = ({}, {})
         for i, held_out in enumerate(self._held_out):
@@ -117,12 +117,12 @@ class Search:
         return Duplicates(same, shown, repeats, overlap)
 
     def _groups(self) -> np.ndarray:
-        """For every image the number of the first image that it is a copy of, int64."""
+        """For every image, the number of the first image that it is a copy of, int64."""
         self._flush()
         if not self._pixels:
             return np.zeros(0, np.int64)
         _, first, inverse = np.unique(np.array(self._pixels, np.uint64), return_index=True, return_inverse=True)
-        order = np.argsort(first)  # in the order in which they were shown
+        order = np.argsort(first)  # in the order in which they were added
         rank = np.argsort(order)
         kept = first[order]
         self._file.flush()
@@ -141,10 +141,11 @@ class Search:
 
 
 def _leaders(pairs: np.ndarray | Sequence[Sequence[int]], count: int) -> np.ndarray:
-    """For each of `count` things, the first thing it is paired with that is not itself paired with an earlier one.
+    """The leader of each of `count` things. A thing that is paired with earlier leaders follows the first of them.
+    Every other thing becomes a leader and leads itself.
 
-    So chains do not count: if each of many images differs a little from the image before it, the first and the last are
-    not copies.
+    So chains are not followed: if each of many images differs a little from the image before it, the first and the last
+    are not copies.
     """
     leader = np.arange(count)
     pairs = np.asarray(pairs)

@@ -1,10 +1,10 @@
 """Finds texts that are the same, by a hash of their words, or nearly the same, by their runs of five words.
 
-A text's words are its letters and digits, in lower case and in one form (NFKC): case, punctuation and space do not
-count. Texts of at least _LEAST words are also compared by MinHash with one permutation (Li, Owen and Zhang, 2012).
-Every run of five words is hashed into one of 64 bins, and the least hash of each bin is kept. The similarity of two
-texts is the share of bins in which they agree. Bins are compared in groups of four, so texts that agree in no group are
-never compared.
+A text's words are its runs of letters and digits, in lower case and in one form (NFKC). So case, punctuation and spaces
+do not count. Texts of at least _LEAST words are also compared by MinHash with one permutation (Li, Owen and Zhang,
+2012). Every run of five words is hashed into one of 64 bins, and the least hash of each bin is kept. The similarity of
+two texts is the share of bins in which they agree. Bins form groups of four, and two texts are compared only if they
+agree in a whole group.
 
 Axes: `n` texts, `m` pairs.
 """
@@ -20,13 +20,13 @@ import numpy as np
 
 BINS = 64
 _LEAST, _RUN, _BAND = 32, 5, 4
-_ALIKE = 0.7  # share of bins
+_ALIKE = 0.7  # minimum share of bins in which two texts agree if they are nearly the same
 _EMPTY = np.uint32(0xFFFFFFFF)
-_NEIGHBOURS = 12  # how many texts of a band each text is compared with
+_NEIGHBOURS = 12  # a text is compared with so many others that agree with it in a group of bins
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in their order, NFKC and without case. Two copies must have the same."""
+    """The words of a text in their order, NFKC and without case. Copies have the same words."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -41,7 +41,7 @@ def signature(found: list[str]) -> np.ndarray | None:
         return None
     hashes = np.array([zlib.crc32(word.encode()) for word in found], np.uint64)
     runs = np.zeros(len(found) - _RUN + 1, np.uint64)
-    for i in range(_RUN):  # places count: each word is multiplied by another number
+    for i in range(_RUN):  # each word is multiplied by another number, so order counts
         runs = (runs + hashes[i : len(found) - _RUN + 1 + i]) * np.uint64(0x9E3779B97F4A7C15)
         runs ^= runs >> np.uint64(29)
     least = np.full(BINS, _EMPTY, np.uint32)

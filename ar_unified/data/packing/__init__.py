@@ -1,12 +1,12 @@
-"""The order of rows, and the documents in each: pure functions of the documents' lengths and a seed.
+"""Decides the order of rows and the documents in each row, as pure functions of the documents' lengths and a seed.
 
 A source is planned in blocks (`blocks`). The documents of a block never change, nor do the lengths of the documents
-that share a row. Every epoch draws again three things: which document of a length fills which slot of its block, the
+that share a row. Three things are random in every epoch: which document of a length fills which slot of its block, the
 order of the blocks, and the order of the rows within each window of WINDOW blocks. So a source of one block or one
 window is shuffled as a whole. From a larger source, only the files of one window are read at a time. Each epoch of a
-source holds each of its documents exactly once, and any row can be made without the rows before it.
+source has each of its documents exactly once, and any row can be made without the rows before it.
 
-Sources are mixed row by row: `weights` are shares of rows. If rows are full, these are shares of tokens.
+Sources are mixed row by row, so `weights` are shares of rows. If rows are full, they are also shares of tokens.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from ar_unified.data.packing.blocks import Plans, Stretches
 from ar_unified.errors import UserError
 
 WINDOW = 4  # blocks whose rows are shuffled together
-PERIOD = 1024  # rows after which the order of the sources repeats: shares are exact to 1/1024
+PERIOD = 1024  # rows after which the order of the sources repeats, so shares are exact to 1/1024
 
 # ---- one source --------------------------------------------------------------------------------------------------
 
 
 class Packing:
-    """The rows of one source, epoch after epoch. Its memory is a few blocks, however many documents there are.
+    """The rows of one source, epoch after epoch. It keeps only a few blocks in memory, however many
+    documents there are.
 
     Args:
-        lengths: int [n], tokens of every document, 1..sequence_length; an array, or an object that gives its slices.
+        lengths: int [n], tokens of every document, 1..sequence_length; an array, or an object that can be sliced.
         sequence_length: T.
         seed: for the order. It is combined with `name` (of the source), so that sources are shuffled independently.
-        folder: has the source's shards, and perhaps its planned rows (`blocks.store`).
-        leave_out: documents that are longer than a row are left out, instead of being an error.
+        folder: the folder of the source's shards, and perhaps of its planned rows (`blocks.store`).
+        leave_out: whether documents that are longer than a row are left out; if not, they are an error.
 
     Attributes:
-        rows: rows in an epoch. fill: share of their positions that hold a token. windows: how many; each is shuffled by
-            itself.
-        left_out: documents that are longer than a row.
+        rows: number of rows in an epoch. fill: share of their positions that hold a token.
+        windows: number of windows. Each is shuffled by itself.
+        left_out: number of documents that are left out.
         order: the version of the order of rows: 1 is the first version; 2 has blocks and `fitting.paired_fit`.
 
     Raises:
-        UserError: there are no documents, or a document is longer than a row.
+        UserError: if there are no documents, or a document is longer than a row and not left out.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class Packing:
         self.order = 1 if len(self._plans.rows) == 1 and self._plans.decreasing else 2
         self._slots = functools.lru_cache(maxsize=2 * WINDOW)(
             self._plans.slots
-        )  # a batch may end one epoch, begin the next
+        )  # a batch may end one epoch and begin the next
         self._epochs = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def documents(self, epoch: int, rows: np.ndarray) -> list[np.ndarray]:
-        """The documents, int64 [k], of each of `rows` of an epoch; the longest of a row first."""
+        """The documents, int64 [k], of each of `rows` of an epoch. The longest document of a row comes first."""
         order, ends, starts = self._epochs(epoch)
         window = np.searchsorted(starts, rows, "right") - 1
         start = starts[window]
@@ -105,21 +106,21 @@ class Packing:
         """How many rows count as taken here if `taken` rows of `other` are taken. `other` is the same source in rows of
         another length.
 
-        The windows of an epoch have the same documents at any length, so reading goes on with the next window. The
-        unread documents of the window before come in the next epoch.
+        At any length of rows, the windows of an epoch have the same documents, so reading continues with the next
+        window. The documents of the current window that were not read come in the next epoch.
         """
         epoch, item = divmod(taken, other.rows)
         begun = int(np.searchsorted(other._epochs(epoch)[2], item))
         return epoch * self.rows + int(self._epochs(epoch)[2][begun])
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The blocks in the order of an epoch; where the rows of each block end; where the rows of each window begin
-        and the last end, int64 [windows + 1].
+        """Returns the blocks in the order of an epoch, the row where each block ends, and the row where each window
+        begins, int64 [windows + 1]; the last number is where the last window ends.
         """
         count = len(self._plans.rows)
         order = permute(np.arange(count), count, key(self.seed, self.name, epoch, "blocks"))
         ends = np.cumsum(self._plans.rows[order])
-        most, more = divmod(count, self.windows)  # the first `more` windows have a block more
+        most, more = divmod(count, self.windows)  # the first `more` windows have one more block
         blocks = np.cumsum(most + (np.arange(self.windows) < more))
         return order, ends, np.append(0, ends[blocks - 1])
 
@@ -137,18 +138,18 @@ class Picks:
 
 
 class Mixture:
-    """An endless stream over sources by weight; pick j is a pure function of (weights, sizes, j).
+    """An endless stream of rows from several sources. Pick j is a pure function of (weights, sizes, taken, j).
 
     Sources take turns as evenly as their weights allow, so that every part of the stream has nearly the right share of
-    each source. The turns repeat after PERIOD. A source that is at its end begins its next epoch.
+    each source. The turns repeat after PERIOD picks. A source that is at its end begins its next epoch.
 
     Args:
         sizes: for every source, rows (or items) in an epoch, at least 1.
-        weights: shares, at least 0; None: by size, so that epochs of all sources end together.
-        taken: rows of every source that were read before this stream; it goes on after them. None: none.
+        weights: shares, at least 0. None means in proportion to the sizes, so that epochs of all sources end together.
+        taken: how many rows of every source were read before; the stream continues after them. None means 0.
 
     Raises:
-        UserError: weights are negative or all zero, or a source has no rows.
+        UserError: if weights are negative or all zero, or a source has no rows.
     """
 
     def __init__(
@@ -177,19 +178,19 @@ class Mixture:
         return Picks(source, epoch, item)
 
     def taken(self, stop: int) -> list[int]:
-        """Rows of every source that were read before pick `stop`."""
+        """How many rows of every source were read before pick `stop`."""
         cycles, rest = divmod(stop, PERIOD)
         partly = np.bincount(self._source[:rest], minlength=len(self.sizes))
         return (self._taken + cycles * self._counts + partly).tolist()
 
     @property
     def shares(self) -> list[float]:
-        """Share of each source in the stream."""
+        """The share of each source in the stream."""
         return (self._counts / PERIOD).tolist()
 
 
 def _apportion(shares: np.ndarray) -> np.ndarray:
-    """Divides PERIOD turns by largest remainder; a source with any weight gets at least one."""
+    """Divides PERIOD turns by the largest-remainder method. A source with a weight above 0 gets at least one turn."""
     exact = shares / shares.sum() * PERIOD
     counts = np.where(shares > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
     while counts.sum() < PERIOD:

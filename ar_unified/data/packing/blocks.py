@@ -1,14 +1,14 @@
-"""Which documents are planned together, and which of them share a row. Only their lengths decide it, not a seed.
+"""Decides which documents are planned together, and which of them share a row. Only lengths decide it, not a seed.
 
 A source is cut into runs of RUN documents. A fixed permutation distributes the runs over blocks of at most BLOCK
 documents, so that each block is a mixture of the source. A source that is not larger than a block is one block. The
-rows of a block are planned once (`fitting`), as slots of given lengths; every epoch draws again which document of a
-length fills which slot (`packing`).
+rows of a block are planned once (`fitting`), as slots of given lengths. In every epoch, documents are assigned at
+random to the slots of their length (`packing`).
 
-The plan is kept beside the shards, and readers load the part for one block at a time:
+The plan is stored next to the shards, and readers load the part for one block at a time:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
-         rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether best-fit-decreasing; written last. A
-                                fourth column where rows are shorter than documents: how many are in no row
+         rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether planned by best-fit-decreasing; written
+                                last. If documents are longer than a row, a fourth column counts them
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ar_unified.data.stored import Stored
 from ar_unified.errors import UserError, about
 
 RUN = 2**12  # documents that lie together in the shards, so that a block is read from few shards
-BLOCK = 2**16  # a uint16 can number these
+BLOCK = 2**16  # maximum number of documents in a block; a uint16 can number them
 
 
 class Stretches(Protocol):
-    """Numbers that can be read by slices: an array, or a file (`stored.Stored`, `shards.Lengths`)."""
+    """Numbers that can be read in slices: an array, or a file (`stored.Stored`, `shards.Lengths`)."""
 
     def __len__(self) -> int: ...
 
@@ -39,10 +39,10 @@ class Stretches(Protocol):
 
 
 class Blocks:
-    """Documents 0..documents-1 of a source, dealt out into `count` blocks.
+    """Documents 0..documents-1 of a source, divided into `count` blocks.
 
     Attributes:
-        starts: int64 [count + 1], documents in the blocks before each.
+        starts: int64 [count + 1], the number of documents in all blocks before each block; the last counts all.
     """
 
     def __init__(self, documents: int):
@@ -60,7 +60,7 @@ class Blocks:
         return found[found < self._documents]
 
     def lengths(self, block: int, lengths: Stretches) -> np.ndarray:
-        """The lengths of a block's documents, from the lengths of all: one slice is read for each run."""
+        """The lengths of a block's documents, from the lengths of all documents. One slice is read for each run."""
         return np.concatenate([lengths[run * RUN : (run + 1) * RUN] for run in self._runs_of(block).tolist()])
 
     def _runs_of(self, block: int) -> np.ndarray:
@@ -68,11 +68,11 @@ class Blocks:
 
 
 class Places(NamedTuple):
-    """Slots of some rows, row by row, the longest of a row first. In each epoch, documents of the same length change
-    places."""
+    """Slots of some rows, row by row, the longest of a row first. In each epoch, documents of the same length exchange
+    their slots."""
 
-    counts: np.ndarray  # int64 [rows]: slots of each row
-    first: np.ndarray  # int64 [k]: the first document of this length, in the block's documents by descending length
+    counts: np.ndarray  # int64 [rows]: number of slots in each row
+    first: np.ndarray  # int64 [k]: how many documents of the block are longer than this slot
     number: np.ndarray  # int64 [k]: number of the slot among the slots of its length
     size: np.ndarray  # int64 [k]: how many slots have this length
 
@@ -81,7 +81,8 @@ class Slots:
     """The rows of one block: places for documents of given lengths.
 
     Args:
-        documents: int64 [n]. lengths: int [n], of each document. row: int [n], of each slot, by descending length.
+        documents: int64 [n], the documents of the block. lengths: int [n], the length of each.
+        row: int [n], the row of each slot. Slots are in order of descending length.
         sequence_length: T.
 
     Raises ValueError if the documents of a row do not fit into it.
@@ -104,7 +105,7 @@ class Slots:
         return len(self._ends)
 
     def places(self, rows: np.ndarray) -> Places:
-        """The places of some rows."""
+        """The slots of some rows."""
         ends = self._ends[rows]
         counts = ends - np.where(rows > 0, self._ends[rows - 1], 0)
         at = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
@@ -114,7 +115,7 @@ class Slots:
         return Places(counts, first, slots - first, self._sizes[lengths])
 
     def documents(self, places: np.ndarray) -> np.ndarray:
-        """Documents by their places in the block's documents by descending length."""
+        """The documents at these places. Places are in order of descending length."""
         return self._given[self._order[places]]
 
 
@@ -124,17 +125,17 @@ class Plans:
     Args:
         lengths: int [n], tokens of every document.
         sequence_length: T.
-        folder: has the source's shards. name: the source's name, for messages.
-        leave_out: documents that are longer than a row are in none, and are no error.
+        folder: the folder of the source's shards. name: the source's name, for messages.
+        leave_out: whether documents that are longer than a row are left out; if not, they are an error.
 
     Attributes:
-        rows, tokens: int64 [blocks].
-        left_out: documents that are longer than a row.
-        decreasing: whether best-fit-decreasing has planned all of them (`fitting`).
+        rows, tokens: int64 [blocks], the number of rows and tokens of each block.
+        left_out: number of documents that are left out.
+        decreasing: whether best-fit-decreasing planned all blocks (`fitting`).
 
     Raises:
-        UserError: there are no documents, or a document is longer than a row. `slots` raises it too, if the plan was
-            made for other lengths.
+        UserError: if there are no documents, or a document is longer than a row and not left out. `slots` raises it
+            too, if the plan was made for other lengths.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class Plans:
         self.decreasing = bool(decreasing.all())
 
     def slots(self, block: int) -> Slots:
-        """The rows of a block; the lengths of its documents are read again."""
+        """The rows of a block. The lengths of its documents are read again."""
         lengths, documents = self._blocks.lengths(block, self._lengths), self._blocks.documents(block)
         row = self._rows[self._blocks.starts[block] : self._blocks.starts[block + 1]]
         if self.left_out:
@@ -186,12 +187,12 @@ class Plans:
     def _other(self) -> UserError:
         return UserError(
             f"source {self._name!r}: its rows of {self._length} tokens were planned for other documents than "
-            f"are there: a file was changed; delete rows-{self._length}*.npy beside the shards, and start again"
+            f"these, so a file was changed: delete rows-{self._length}*.npy next to the shards, and start again"
         )
 
 
 def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str = "", leave_out: bool = False) -> None:
-    """Plans the rows of a source beside its shards, unless that is done. Args and errors: as for `Plans`."""
+    """Plans the rows of a source and stores the plan next to its shards, unless it exists. Args: see `Plans`."""
     plan, table = _paths(folder, sequence_length)
     if storage.exists(table) or not len(lengths):
         return
@@ -204,7 +205,7 @@ def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str =
             counts.append(count)
     with whole(table) as file:
         lines = np.array(counts, np.int64)
-        np.save(file, lines if lines[:, 3].any() else lines[:, :3])  # earlier versions read this name
+        np.save(file, lines if lines[:, 3].any() else lines[:, :3])  # earlier versions expect three columns
 
 
 def _planned(

@@ -1,4 +1,4 @@
-"""Chooses which documents share a row by their lengths, so that few positions stay empty.
+"""Chooses by their lengths which documents share a row, so that few positions stay empty.
 
 There are two ways, and the way with fewer rows is taken. Best-fit-decreasing is nearly perfect if lengths differ much:
 less than a hundredth of the positions stay empty. But captions of images of one size have nearly the same length, and
@@ -15,17 +15,17 @@ import numpy as np
 from ar_unified.data.counter_rng import key, permute
 
 _FULL = 0.99  # with this share of tokens, the second way is not tried
-_TRIES = 64  # tokens that a pair may leave free
+_TRIES = 64  # maximum number of tokens that a pair may leave free
 
 
 def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool]:
-    """The row of every document, and whether best-fit-decreasing made them.
+    """The row of every document, and whether best-fit-decreasing chose the rows.
 
     Args:
         lengths: int [n], descending, each in 1..sequence_length.
 
     Returns:
-        int64 [n], rows numbered from 0 without gaps; bool.
+        The rows, int64 [n], numbered from 0 without gaps; and the bool.
     """
     rows = best_fit(lengths, sequence_length)
     if lengths.sum() < _FULL * (rows.max() + 1) * sequence_length:
@@ -36,12 +36,12 @@ def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit-decreasing: each document goes into the row with the least room that is enough. Arguments and result are
-    those of `rows_of`.
+    """Best-fit-decreasing: each document goes into the row with the least room that is enough. Takes lengths and gives
+    rows as `rows_of` does.
     """
     rows = []
-    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # free tokens -> rows with so many
-    some = opened = 0  # some: bit i for each i of free tokens that some row has
+    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # for each number of free tokens, the rows
+    some = opened = 0  # bit i of `some`: whether a row has i free tokens
     for length in lengths.tolist():
         if fitting := some >> length:
             free = length + _lowest(fitting)
@@ -60,8 +60,8 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """The longest document opens a row, random documents follow, and the two that leave least room end it. Arguments
-    and result are those of `rows_of`.
+    """The longest document opens a row, random documents follow, and the two that leave the least room end it. Takes
+    lengths and gives rows as `rows_of` does.
     """
     pool = _Pool(lengths, sequence_length)
     packed: list[int] = []
@@ -79,10 +79,10 @@ def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
             single = pool.longest(room)
             chosen = (single,)
             if single and room * pool.count >= 2.5 * pool.tokens and (next_one := pool.next()) <= room:
-                chosen = (next_one,)  # it leaves room for two more
+                chosen = (next_one,)  # then there is room for two more
             elif single:
                 chosen = pool.pair(room, single) or chosen
-    order = np.argsort(-np.array(packed), kind="stable")  # documents of one length are alike
+    order = np.argsort(-np.array(packed), kind="stable")  # documents of the same length are interchangeable
     return np.array(rows, np.int64)[order]
 
 
@@ -95,10 +95,10 @@ class _Pool:
         self._there = sum(1 << length for length, left in enumerate(self._left) if left)
         self._turned = sum(1 << sequence_length - length for length, left in enumerate(self._left) if left)
         self._line = lengths[permute(np.arange(len(lengths)), len(lengths), key("line"))].tolist()
-        self._gone = [0] * (sequence_length + 1)  # how many documents of a length still wait, and are taken
+        self._gone = [0] * (sequence_length + 1)  # of each length: how many are taken but still in `_line`
 
     def longest(self, room: int) -> int:
-        """The greatest length that fits; 0: none."""
+        """The greatest length that fits; 0 if none does."""
         return max(0, (self._there & ((2 << room) - 1)).bit_length() - 1)
 
     def next(self) -> int:
@@ -108,7 +108,7 @@ class _Pool:
         return self._line[-1]
 
     def pair(self, room: int, more: int) -> tuple[int, int] | None:
-        """The lengths of the two documents that fill most of `room`; None if no two fill more than `more`."""
+        """The lengths of the two documents that fill the most of `room`; None if no two fill more than `more`."""
         for both in range(room, max(more, room - _TRIES, 2 * _lowest(self._there) - 1), -1):
             found = self._there & self._turned >> self._most - both  # bit i: documents of lengths i and both - i exist
             if both % 2 == 0 and self._left[both // 2] == 1:
