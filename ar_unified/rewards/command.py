@@ -3,9 +3,9 @@ per line.
 
     {"id": "...", "sample": 0, "prompt": [parts], "answer": [parts], "expected": [parts], "meta": {...}}
 
-Parts are {"type": "text", "text": ...} and {"type": "image", "image": PATH}. The PNG files exist while the command
-runs. The command must print only the rewards, in the order of the answers. If it fails, its stderr is shown. It is
-started once for each drawing of samples.
+Parts are {"type": "text", "text": ...} and {"type": "image", "image": PATH}. The PNG files exist only while the command
+runs. The command must print only the rewards, in the order of the answers. If it fails, the message shows the last line
+of its stderr. The command is started once for each batch of answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ar_unified.rewards.reward import Failure, Verdict, verdict
 
 
 class Command:
-    """The reward that a command prints. Raises UserError if the command does not exist."""
+    """A reward that a command computes. Raises UserError if the command does not exist."""
 
     def __init__(self, line: str, timeout: float):
         try:
@@ -57,7 +57,10 @@ class Command:
         return [verdict(line) for line in lines]
 
     def _run(self, asked: str) -> tuple[str, str]:
-        """The program's output, and what went wrong. The program and all processes that it started are ended here."""
+        """Runs the program on the lines `asked`, then kills it and all processes that it started.
+
+        Returns its output and "", or "" and what went wrong.
+        """
         patience = self.timeout * max(asked.count("\n"), 1)
         try:
             process = subprocess.Popen(

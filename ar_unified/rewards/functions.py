@@ -21,7 +21,7 @@ Function = Callable[[Document, Document], object]
 def named(module: str, name: str) -> Function:
     """The function with the name "module:name". Raises UserError if there is none.
 
-    The module is imported, so a config can run code, as a command line can.
+    The module is imported, which runs its code. So a config can run code, just as a command line can.
     """
     where = f"{module}:{name}"
     try:
@@ -42,7 +42,7 @@ def guarded(function: Function, timeout: float) -> Reward:
     def reward(prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         pairs = list(zip(prompts, answers, strict=True))
-        while len(verdicts) < len(pairs):  # one more turn for each answer that hangs
+        while len(verdicts) < len(pairs):  # one more thread after each answer that hangs
             said: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
             left = pairs[len(verdicts) :]
             threading.Thread(target=_ask, args=(function, left, said), name="reward", daemon=True).start()

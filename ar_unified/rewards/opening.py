@@ -10,7 +10,7 @@ FORMS = 'a shipped one, "module:function", "command:PROGRAM ARGUMENTS" or "score
 
 
 def open_reward(config: RewardConfig) -> Reward:
-    """The reward of a config. If it cannot be opened, raises UserError, which names what is missing."""
+    """Opens the reward that a config names. Raises UserError that says what is wrong or missing."""
     kind, colon, rest = config.function.partition(":")
     if not config.function:
         raise UserError(f"expected {FORMS}; found none")
