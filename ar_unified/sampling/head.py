@@ -49,12 +49,14 @@ def with_head(layers: Params, text: Array, image: Array) -> Weights:
 
 
 def text_logits(weights: Weights, hidden: Array, adapter: Array) -> Array:
-    """f32 [R, ..., W] of hidden states [R, ..., D]; adapter: of each row, int32 [R]."""
+    """Logits f32 [R, ..., W] from hidden states [R, ..., D]. adapter: the number of each row's adapter, int32 [R]."""
     return _project(weights, "text", hidden, adapter, weights.text, 0)
 
 
 def code_logits(grammar: Grammar, weights: Weights, hidden: Array, adapter: Array) -> Array:
-    """f32 [R, ..., image codes] of hidden states [R, ..., D]; adapter: of each row, int32 [R]."""
+    """Logits f32 [R, ..., image codes] from hidden states [R, ..., D]. adapter: the number of each row's adapter, int32
+    [R].
+    """
     return _project(weights, "image", hidden, adapter, weights.image, grammar.vocabulary.image_offset)
 
 

@@ -7,9 +7,9 @@ Messages are turns (`language.rows`), and the last one is the user's. The role "
 Images are data: URLs or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
-    temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how images are
-    modalities                      ["text"]: mode "text"; with "image", or without this key: as the model likes
-    size                            image_size; "auto": what the model does
+    temperature, top_p, top_k       how text is drawn; our key "image": {"temperature": ...} says how images are drawn
+    modalities                      ["text"] or ["image"]: that mode; both, or without this key: mode "free"
+    size                            image_size; "auto": the same as no image_size
     metadata                        meta
     keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
 
@@ -80,7 +80,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Asked:
-    """The parts of a request that its answer repeats: its id, the kind of answer, and the model's name."""
+    """What the answer to a line repeats from it: its id, the kind of answer, and the model's name."""
 
     custom_id: Any
     endpoint: Literal["chat", "images"]

@@ -23,8 +23,8 @@ from ar_unified.sampling import guidance
 from ar_unified.sampling.request import MODES, Request, RequestError, TooLong
 from ar_unified.sampling.steps import Shape, Start
 
-_SHARES = (4, 2, 1)  # lengths of a cache, as parts of max_length
-_SLOTS = 64  # its length is a multiple of
+_SHARES = (4, 2, 1)  # a cache has the length max_length divided by one of these
+_SLOTS = 64  # the length of a cache is a multiple of this
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +34,11 @@ class Plan:
     Attributes:
         request: the request itself. prompt: int32 [n], its tokens.
         given: int32 [m], the first tokens of every sample that are known in advance.
-        prefixes: what each context reads, tokens int32 [...]; the first context reads prompt and given.
-        starts: where each context's images begin, after its prefix. resets: whether each new <boi> goes back there.
+        prefixes: the tokens that each context reads first, int32 [...]; the first context reads prompt and given.
+        starts: where each context's images begin; 0 for the first context. resets: whether each new <boi> goes back
+            there.
         budget: most tokens of a sample, including `given`. smallest: tokens of the smallest image that it may make.
-        steps: how many are drawn, if that is known; else None.
+        steps: how many steps a sample takes, if that is known; else None.
         start: the state from which the automaton resumes.
         shape: the shape of the pool that serves it.
     """
@@ -72,7 +73,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         size = layout.height, layout.width
     inside = at.opened.phase not in (PARTS, DONE)
     given = _given(grammar, request, size) if request.mode == "image" and not inside else np.zeros(0, np.int32)
-    given = given[len(prompt) - at.begin :] if len(given) else given  # without what the prompt has
+    given = given[len(prompt) - at.begin :] if len(given) else given  # without the tokens that the prompt already has
     own = np.concatenate([prompt, given])
     if len(given):
         at = grammar.breaks_off(own)
@@ -82,7 +83,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
     least = max(least, int(request.mode == "image"))
     smallest = syntax.block(*(size or layout.units))
     largest = syntax.block(*(size or (layout.height, layout.width)))
-    # The tokens that the current image still needs, and those of the images that must follow.
+    # `rest` is what the current image still needs; `needed` adds the images that must follow, and <eos>.
     rest = syntax.block(*_sides(layout, at.opened, size)) - (len(own) - at.begin) if inside else 0
     needed = len(given) + rest + max(least - inside, 0) * smallest + 1
     budget = _budget(request, needed, most * largest + 1, len(prompt), max_length)
@@ -95,7 +96,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         starts.append(len(base))
         resets.append(context != "image_only")
     if len(prefixes) == 3 and most == 1 and np.array_equal(prefixes[1], prefixes[2]):
-        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # no image in the prompt
+        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # they are equal if the prompt has no image
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
     wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape
@@ -270,8 +271,8 @@ def cache_length(max_length: int, part: int = 1) -> int:
 def _length_class(n: int, max_length: int) -> int:
     """The cache length for n tokens: max_length, or a half or a quarter of it, in multiples of 64.
 
-    It is a multiple of 64 because XLA on a CPU sums a row in vectors. With an incomplete vector, a row's bits would
-    depend on how much of the cache is read for its batch (kernels/decode_attention/xla.py).
+    It is a multiple of 64 because XLA on a CPU sums a row in vectors. With an incomplete vector, the bits of a row's
+    result would depend on how much of the cache is read for its batch (kernels/decode_attention/xla.py).
     """
     classes = [cache_length(max_length, part) for part in _SHARES]
     fitting = [length for length in classes if length >= n]
