@@ -4,14 +4,14 @@
     {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}], "mode": "text"}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}, ...]}
     {"prompt": "a cat", "n": 4, "seed": 7, "guidance": 3, "image_size": [32, 48], "image": {"temperature": 0.9}}
-    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that image, redrawn where the mask
-    is white {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that image, below its first 64
-    pixels
+    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        a.png, redrawn where the mask is white
+    {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 a.png, redrawn below its first 64 rows
 
 Parts of "content", and of the content of messages, are texts, images and {"type": "tokens", "ids": [...]}. Images
 are files under the requests' folder, or data: URLs. Sizes are in pixels. Every row needs one of "prompt", "content" and
 "messages"; all other keys are optional. `sampling.request` explains the settings, and the `defaults` of a job have the
 same keys.
+
 A row's own columns are kept in "meta", with one warning for each file (`sampling.columns` says which keys they are). An
 id may be any text; the request's folder of images is named after it.
 """
@@ -84,11 +84,11 @@ class Line:
     """One entry of a requests file.
 
     Attributes:
-        number: of its row, from 1. id: its own, else its number. name: of its folder of images, which is the id if that
-            can be a folder's name.
-        content: text, ids, and images. history: the turns before it, which may have images, too.
+        number: the number of its row, from 1. id: the row's id, or else its number. name: the name of its folder of
+            images, which is the id if that can be a folder's name.
+        content: the parts of the prompt: text, ids, and images. history: the turns before, which may have images, too.
         canvas: an image that the answer's first image completes.
-        request: its parts and canvas are still missing; None if there is an `error`.
+        request: the request, still without parts and canvas; None if there is an `error`.
         retry: whether the request may succeed if the job is run again.
         batch: what an answer in OpenAI's format repeats, if the row is a line of an OpenAI batch.
         prompt_tokens: the number of prompt tokens, known once the request has its parts.
@@ -126,8 +126,8 @@ def read_requests(
             prompts.
 
     Raises:
-        RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file holds no request
-            at all. OSError: it cannot be read.
+        RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file contains no
+            request. OSError: a file cannot be read.
     """
     settings = dict(defaults or {})
     _settings(settings, cells, "defaults")
@@ -198,7 +198,7 @@ def _typed(row: Mapping[str, Json], types: Mapping[str, tuple[type, ...]], where
 
 
 def _turns(row: Mapping[str, Json], read: Callable[[str], bytes]) -> tuple[Turn, ...]:
-    """The turns before the answer; their images are Image."""
+    """The turns before the answer; their images are PromptImages."""
     said = [key for key in ("prompt", "content", "messages") if key in row]
     if len(said) != 1:
         raise RequestError('expected either "prompt" (a text), "content" (a list of parts) or "messages" (turns)')
@@ -305,7 +305,7 @@ def _stop(stop: Any, where: str) -> tuple[str | tuple[int, ...], ...]:
 
 
 def _codes(size: Any, cells: Cells, where: str) -> tuple[int, int]:
-    """Pixels, one number or [height, width], as codes."""
+    """Converts a size in pixels, one number or [height, width], to height and width in codes."""
     sides = [size, size] if isinstance(size, int) else list(size)
     factor = cells.factor
     if len(sides) != 2 or any(type(side) is not int or side < 1 or side % factor for side in sides):

@@ -34,12 +34,14 @@ Read = Callable[[], Mapping[str, Json]]
 def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
     """The rows of a CSV or TSV file, numbered from 1 after its header.
 
-    lines: of the file, with line ends. Raises RequestError if there is no column of prompts, or a cell is cut off.
+    lines: the lines of the file, with line ends. Raises RequestError if there is no column of prompts, or a cell is cut
+    off.
     """
     lines = iter(lines)
     first = next(lines, "")
     tabs = path.suffix.lower() != ".csv" or ("\t" in first and "," not in first)
-    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","  # some spreadsheets
+    # Some spreadsheets write semicolons.
+    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
     records = _tabs([first, *lines]) if tabs else csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         names = _names(path, next(records, []))

@@ -35,7 +35,7 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
     """The form in which to read a checkpoint for decoding: stacked parameters, matrices in the compute dtype, with
     shardings.
 
-    Returns ShapeDtypeStructs with shardings; without a mesh they lie on this process's first device.
+    Returns ShapeDtypeStructs with shardings. Without a mesh, the sharding is this process's first device.
     """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
@@ -47,7 +47,9 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
 
 
 def read(bundle: Bundle, target: Params) -> Params:
-    """A bundle's parameters in the dtypes and places of `target`, a tree of ShapeDtypeStructs with shardings."""
+    """Reads a bundle's parameters with the dtypes and shardings of `target`, a tree of ShapeDtypeStructs with
+    shardings.
+    """
     return bundle.params(*(jax.tree.map(operator.attrgetter(name), target) for name in ("sharding", "dtype")))
 
 
