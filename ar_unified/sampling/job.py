@@ -360,7 +360,7 @@ class _Preparation:
     def _save(self, name: str, pixels: np.ndarray) -> dict[str, Json]:
         path = self._output / name
         if not path.exists():
-            clean(path.parent)  # left by a killed process
+            clean(path.parent)  # removes what a killed process left
             write_image(path, pixels)
         return _image(name, *pixels.shape[:2])
 

@@ -37,7 +37,7 @@ class Plan:
         prefixes: the tokens that each context reads first, int32 [...]; the first context reads prompt and given.
         starts: where each context's images begin; 0 for the first context. resets: whether each new <boi> goes back
             there.
-        budget: most tokens of a sample, including `given`. smallest: tokens of the smallest image that it may make.
+        budget: the most tokens of a sample, including `given`. smallest: how many tokens its smallest possible image has.
         steps: how many steps a sample takes, if that is known; else None.
         start: the state from which the automaton resumes.
         shape: the shape of the pool that serves it.

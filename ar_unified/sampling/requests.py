@@ -161,7 +161,7 @@ def _shown(names: Iterable[str]) -> str:
 def _line(
     row: Row, number: int, cells: Cells, settings: Mapping[str, Json], names: Names, own: dict[str, None]
 ) -> Line:
-    """The entry of a row; its own columns are added to `own`."""
+    """The entry of a row; the row's own columns are added to `own`."""
     id = name = f"{number:06d}"
     batch = openai_batch.asked(row.data)
     try:

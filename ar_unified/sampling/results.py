@@ -235,7 +235,7 @@ class Writer:
             path = self._folder / name
             if path.parent not in self._touched:
                 self._touched.add(path.parent)
-                clean(path.parent)  # left by a killed process for the same request
+                clean(path.parent)  # removes what a killed process left for this request
             write_image(path, pixels)
         for entry in entries:
             # A lone surrogate of a bad request becomes its JSON escape.

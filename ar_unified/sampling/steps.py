@@ -36,7 +36,7 @@ from ar_unified.sampling.decoding import Filters
 from ar_unified.sampling.drafts import Drafts, forgotten, no_drafts
 from ar_unified.sampling.head import Weights, code_logits, head_parts, text_ids, text_logits, with_head
 
-CHUNK = 64  # most steps of a chunk
+CHUNK = 64  # the most steps of a chunk
 FACTS = 3  # columns after the tokens of a chunk
 PIECE = 1024  # tokens of a long prompt that are read at once
 

@@ -47,9 +47,7 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
 
 
 def read(bundle: Bundle, target: Params) -> Params:
-    """Reads a bundle's parameters with the dtypes and shardings of `target`, a tree of ShapeDtypeStructs with
-    shardings.
-    """
+    """Reads a bundle's parameters with the dtypes and shardings of `target`, a tree of ShapeDtypeStructs."""
     return bundle.params(*(jax.tree.map(operator.attrgetter(name), target) for name in ("sharding", "dtype")))
 
 
@@ -83,7 +81,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
 
 
 def _place(path: KeyPath, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
-    """The sharding of each layer's part of the result of `form`, as a hashable value; None: the default."""
+    """How the result of `form` for one layer is sharded, as a hashable value. None means the default."""
     if mesh is None:
         return None
     tree: Any = jax.eval_shape(form, jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype))
