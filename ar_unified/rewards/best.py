@@ -48,10 +48,8 @@ class BestReport:
     mean: float
 
     def __str__(self) -> str:
-        said = (
-            f"best of n: {self.requests} chosen, with a reward of {self.best:.4g} in the mean; {self.mean:.4g} of all"
-        )
-        said += f"; {self.pairs} pairs of a better and a worse"
+        said = f"best of n: {self.requests} chosen samples, with a mean reward of {self.best:.4g}"
+        said += f" (all samples: {self.mean:.4g}); {self.pairs} pairs of a better and a worse sample"
         return said + (
             f"; {self.unrewarded} samples have no reward, the first: {self.first}" if self.unrewarded else ""
         )

@@ -40,7 +40,7 @@ class Command:
         except ValueError as error:
             raise UserError(f"command {line!r}: {error}") from error
         if not self.words or shutil.which(self.words[0]) is None:
-            raise UserError(f"command {line!r}: there is no program {(self.words or [''])[0]!r} that could be run")
+            raise UserError(f"command {line!r}: expected a program on PATH, found no {(self.words or [''])[0]!r}")
         self.timeout = timeout
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
@@ -51,7 +51,7 @@ class Command:
             said, why = self._run("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         lines = said.splitlines()
         if not why and len(lines) != len(rows):
-            why = f"expected {len(rows)} lines, a number each, found {len(lines)}"
+            why = f"expected {len(rows)} lines with one number each, found {len(lines)}"
         if why:  # it is unclear which line belongs to which answer
             return [Failure(f"{self.words[0]}: {why}")] * len(rows)
         return [verdict(line) for line in lines]
@@ -78,7 +78,7 @@ class Command:
         try:
             said, complained = process.communicate(asked, timeout=patience)
         except subprocess.TimeoutExpired:
-            return "", f"it had not ended within {patience:g} s"
+            return "", f"it did not end within {patience:g} s"
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)

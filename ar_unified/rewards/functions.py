@@ -27,7 +27,7 @@ def named(module: str, name: str) -> Function:
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{where}: {error}; a module is looked for where Python looks (PYTHONPATH)") from error
+        raise UserError(f"{where}: {error}; Python searches for modules in its path (see PYTHONPATH)") from error
     except Exception as error:
         raise UserError(f"{where}: {module} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(found, name, None)
@@ -50,7 +50,7 @@ def guarded(function: Function, timeout: float) -> Reward:
                 try:
                     verdicts.append(said.get(timeout=timeout))
                 except queue.Empty:
-                    verdicts.append(Failure(f"it had no answer within {timeout:g} s"))
+                    verdicts.append(Failure(f"it returned nothing within {timeout:g} s"))
                     break
         return verdicts
 

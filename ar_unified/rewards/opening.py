@@ -6,7 +6,7 @@ from ar_unified.errors import UserError, nearest
 from ar_unified.rewards import command, functions, scores, shipped
 from ar_unified.rewards.reward import Reward, RewardConfig
 
-FORMS = 'a shipped one, "module:function", "command:PROGRAM ARGUMENTS" or "scores:FILE"'
+FORMS = 'the name of a shipped reward, "module:function", "command:PROGRAM ARGUMENTS" or "scores:FILE"'
 
 
 def open_reward(config: RewardConfig) -> Reward:

@@ -36,5 +36,5 @@ class Scores:
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
         """Looks up the score of each answer."""
         keys = [(answer.id, int(answer.meta.get("sample", 0))) for answer in answers]
-        none = f"{self.file} has no score of sample"
+        none = f"{self.file} has no score for sample"
         return [self.known.get(key, Failure(f"{none} {key[1]} of {key[0]!r}")) for key in keys]

@@ -27,7 +27,7 @@ def exact_answer(prompt: Document, answer: Document) -> float:
     """
     expected = (text_of(prompt, answer=True) if prompt.asks else "") or str(prompt.meta.get("expected", ""))
     if not expected:
-        raise ValueError("the prompt has no right answer of text to compare with")
+        raise ValueError('the prompt has no right answer that is text: give it one, or a column "expected"')
     return float(same_text(expected, text_of(answer)))
 
 
