@@ -136,10 +136,12 @@ def _dpg(job: Path, report: ExportReport) -> None:
             report.left_out[asked.id] = f"{len(asked.images)} of {asked.n} samples have an image so far"
             continue
         if asked.n > 4 or "." in asked.id:
-            raise ExportError(f"request {asked.id}: dpg takes at most 4 samples (n), and ids without a dot")
+            raise ExportError(
+                f"request {asked.id}: dpg takes at most 4 samples (n) of a request, and its id may have no dot"
+            )
         images = [Image.open(asked.images[i]) for i in range(asked.n)]
         if len({image.size for image in images}) > 1 or images[0].width != images[0].height:
-            raise ExportError(f"request {asked.id}: dpg takes square images of one size: set image_size")
+            raise ExportError(f"request {asked.id}: dpg takes square images that have the same size: set image_size")
         side = images[0].width
         grid = Image.new("RGB", (side * min(asked.n, 2), side * (1 + (asked.n > 2))))
         for i, image in enumerate(images):

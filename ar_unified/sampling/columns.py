@@ -71,8 +71,7 @@ def own_columns(row: Mapping[str, Json], *, foreign: bool = False) -> dict[str, 
         suggestion = _suggestion(key, row, foreign) if key not in ROW else ""
         if suggestion:
             raise RequestError(
-                f"unknown key {key!r:.60}: did you mean {suggestion}? A column of your own of that name may stand in "
-                '"meta"'
+                f'unknown key {key!r:.60}: did you mean {suggestion}? If it is a column of your own, put it into "meta"'
             )
     return own
 
@@ -149,7 +148,7 @@ class Names:
     def add(self, id: str, number: int) -> str:
         """The name for the id of row `number`. Raises RequestError if another row has that id."""
         if id in self._ids:
-            raise RequestError(f"id {id!r:.120} is that of line {self._ids[id]} already: give every request its own")
+            raise RequestError(f"id {id!r:.120}: line {self._ids[id]} already has this id: give each request its own")
         self._ids[id] = number
         name = id if _NAME.fullmatch(id) and not _RESERVED.fullmatch(id) else _made(id)
         if name.casefold() in self._taken:  # "Cat" and "cat" are the same folder on some file systems

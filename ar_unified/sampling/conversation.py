@@ -90,7 +90,7 @@ class Conversation:
         """The plan of the next turn. Raises RequestError or GrammarError if it cannot be served."""
         if request.history or not request.turn or request.n != 1:
             raise RequestError(
-                "history, turn, n: a conversation has its own history, and goes on from one answer to a turn; "
+                "history, turn, n: expected no history, turn true and n 1, because a conversation adds one answer; "
                 f"found {len(request.history)} turns, {request.turn} and {request.n}"
             )
         said = replace(request, history=self.turns)
@@ -99,7 +99,9 @@ class Conversation:
         try:
             return replace(self.engine.plan(served), request=said)
         except TooLong as error:
-            raise RequestError(f"{error}, or begin another conversation: the prompt is the whole of this one") from None
+            raise RequestError(
+                f"{error}, or begin another conversation, because the prompt contains all of this one"
+            ) from None
 
     def _prompt(self, request: Request) -> np.ndarray:
         """All tokens before the answer, int32 [n]."""

@@ -148,7 +148,7 @@ class Engine:
             raise ValueError(f"kv_dtype: expected one of {expected}; found {kv_dtype!r}")
         check_weights_dtype(weights_dtype)
         if logprobs and str(window) != "1":
-            raise ValueError(f"window: expected 1 where log-probabilities are asked for, found {window!r}")
+            raise ValueError(f"window: expected 1 with logprobs, found {window!r}")
         ways = ways_of(batch_size, mesh)
         self.weights_dtype = weights_dtype
         self.config, self.params, self.grammar = config, params, grammar

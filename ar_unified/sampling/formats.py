@@ -131,7 +131,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         except encoding.EncodingError as error:
             raise RequestError(f"{path}: {error}") from None
         if path.suffix.lower() not in _TEXTS and b"\0" in file.read(encoding.HEAD):
-            raise RequestError(f"{path}: expected a file of requests, found one that is no text")
+            raise RequestError(f"{path}: expected a file of requests, found a file that is not text")
         file.seek(start)
         yield from file
 
@@ -165,7 +165,7 @@ def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
     lines = _lines(path)
     if tables.header(first):
         next(lines)
-        leave(f"the first line, {first!r}, as a header")
+        leave(f"the header {first!r}")
     yield from _rows(folder, ((number, partial(_prompt, line)) for number, line in lines))
 
 
@@ -242,7 +242,7 @@ def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Map
     files = _prompt_files(folder.root)
     if not files:
         raise RequestError(
-            f"{folder.root}: expected a folder of .txt files, a prompt each, found none: name the file itself"
+            f"{folder.root}: expected a folder of .txt files with one prompt each, found none: give a file instead"
         )
     for file in sorted(folder.root.iterdir()):
         if file not in files and not hidden(file.name):

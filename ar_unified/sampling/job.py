@@ -77,7 +77,7 @@ class JobReport:
         rate = f"{self.samples / self.seconds:.2f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
         found = f", {self.found} were done already" if self.found else ""
         many = f", {self.tokens_a_step:.2f} tokens a step" if self.tokens_a_step > 1 else ""
-        first = f"\nerrors are in samples.jsonl; the first, {self.first_error}" if self.first_error else ""
+        first = f"\nerrors are in samples.jsonl; the first is in {self.first_error}" if self.first_error else ""
         return f"{self.samples} samples, {self.errors} errors{found}; {rate}{many}{first}"
 
 
@@ -284,7 +284,7 @@ class _Preparation:
             if not self._engine.grammar.vocabulary.codebook_size:
                 if line.canvas or _images(line):
                     raise RequestError(
-                        "content: expected texts, as this model was trained on text alone; found an image"
+                        "content: expected texts, because this model was trained on text alone; found an image"
                     )
             if line.request is not None and line.request.mode != "text" and (why := draws_none(self._tokenizer)):
                 raise RequestError(f'mode: expected "text", found {line.request.mode!r}: {why}')

@@ -47,8 +47,9 @@ def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, 
 def number(adapters: Mapping[str, int], name: str) -> int:
     """The number of an adapter. Raises RequestError if there is no such adapter."""
     if name not in adapters:
-        known = ", ".join(repr(each) for each in adapters if each) or "none, as no adapter was loaded"
-        raise RequestError(f"adapter: expected one of {known}; found {name!r:.80}{nearest(name, adapters)}")
+        known = ", ".join(repr(each) for each in adapters if each)
+        expected = f"one of {known}" if known else "none, because no adapter was loaded"
+        raise RequestError(f"adapter: expected {expected}; found {name!r:.80}{nearest(name, adapters)}")
     return adapters[name]
 
 

@@ -37,7 +37,7 @@ class Plan:
         prefixes: the tokens that each context reads first, int32 [...]; the first context reads prompt and given.
         starts: where each context's images begin; 0 for the first context. resets: whether each new <boi> goes back
             there.
-        budget: the most tokens of a sample, including `given`. smallest: how many tokens its smallest possible image has.
+        budget: the most tokens of a sample, including `given`. smallest: the tokens of its smallest possible image.
         steps: how many steps a sample takes, if that is known; else None.
         start: the state from which the automaton resumes.
         shape: the shape of the pool that serves it.
@@ -212,8 +212,8 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
     if not v.codebook_size:
         if request.mode in ("image", "interleaved") or request.images[0] or request.canvas is not None:
             raise RequestError(
-                f'mode: expected "text" or "free", as this model was trained on text alone, found {request.mode!r} '
-                "with an image asked for"
+                f'mode: expected "text" or "free" without images, because this model was trained on text alone; '
+                f"found {request.mode!r} with images"
             )
         return
     if size is not None:
@@ -240,7 +240,7 @@ def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> Non
     for axis, (phase, said) in enumerate(((HEIGHT, opened.height), (WIDTH, opened.width))):
         if opened.phase == phase and said and not str(wanted[axis]).startswith(str(said)):
             name = ("height", "width")[axis]
-            raise RequestError(f"image_size: the prompt has begun a {name} with {said}, found {wanted[axis]}")
+            raise RequestError(f"image_size: the {name} in the prompt begins with {said}, found {wanted[axis]}")
 
 
 def _budget(request: Request, needed: int, most: int, prompt: int, max_length: int) -> int:
@@ -259,7 +259,7 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
             f"so at most {room} fit, found {budget}"
         )
     if budget < needed:
-        raise RequestError(f"max_tokens: {images} need {needed}, found {budget}")
+        raise RequestError(f"max_tokens: {images} need {needed} tokens, found {budget}")
     return budget
 
 

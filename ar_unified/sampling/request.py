@@ -125,7 +125,7 @@ class Request:
         if self.mode not in MODES:
             raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
         if self.history and not self.turn:
-            raise RequestError("history: expected turns before one that is to be answered, found turn: false")
+            raise RequestError(f"history: expected no turns with turn: false, found {len(self.history)}")
         if self.turn:
             try:
                 check_speakers([*(turn.speaker for turn in self.history), "user", "assistant"])
@@ -149,7 +149,9 @@ class Request:
                 f"found {self.negative_prompt!r:.80} with {self.context!r}"
             )
         if self.image_guidance and self.context == "image_only":
-            raise RequestError('image_guidance: compares "image_only" with another context: name one in `context`')
+            raise RequestError(
+                'context: expected another one than "image_only" with image_guidance, found "image_only"'
+            )
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise RequestError(f"repetition_penalty: expected a number > 0 (1: off), found {self.repetition_penalty}")
         if any(not stop for stop in self.stop):

@@ -145,7 +145,9 @@ def read_requests(
             raise RequestError(f"{path}: expected at least one request, found none")
         before = number
         if left:
-            warn(f"{path}: left out, not prompts: {_shown(f'{kind} ({n})' for kind, n in left.items())}")
+            warn(
+                f"{path}: left out, because they are not prompts: {_shown(f'{kind} ({n})' for kind, n in left.items())}"
+            )
         if own:
             called = [f"{key} is {elsewhere(key)} here" for key in own if elsewhere(key)]
             hint = f" (settings have other names: {_shown(called)})" if called else ""
@@ -249,10 +251,10 @@ def request_of(
     own = {key: value for key, value in row.items() if key in SETTINGS and key not in columns}
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
-        raise RequestError(f"meta: expected object, found {meta!r:.80}")
+        raise RequestError(f"meta: expected an object, found {meta!r:.80}")
     twice = [key for key in columns if key in meta]
     if twice:
-        raise RequestError(f"meta: {twice[0]!r:.80} is both in it and in the row: expected only one")
+        raise RequestError(f"meta: {twice[0]!r:.80} is both in meta and in the row: remove one of them")
     _typed(own, SETTINGS, "")
     merged = dict(defaults) | own
     for modality in ("text", "image"):
@@ -290,7 +292,7 @@ def _settings(row: Mapping[str, Any], cells: Cells, where: str) -> dict[str, Any
     if row.get("guidance", 1) != 1 or row.get("image_guidance", 0):
         if "context" not in row:
             raise RequestError(
-                f"{where}guidance: a scale needs the context it compares with: one of {', '.join(CONTEXTS)}"
+                f"{where}context: expected one of {', '.join(CONTEXTS)}, because guidance needs it; found none"
             )
     if "image_size" in row:
         settings["image_size"] = _codes(row["image_size"], cells, where)

@@ -107,7 +107,7 @@ def _names(path: Path, header: Sequence[str]) -> list[str]:
         shown = ", ".join(plain)
         raise RequestError(
             f"{path}: expected a first line that names the columns, one of them {', '.join(PROMPTS[:3])}; "
-            f"found {shown!r:.120}. A file with a prompt on each line ends in .txt"
+            f"found {shown!r:.120}. If each line is a prompt, the file's name must end in .txt"
         )
     names = [low if low in ROW else name for low, name in zip(lower, plain, strict=True)]
     names[found] = "prompt"
@@ -119,7 +119,7 @@ def _names(path: Path, header: Sequence[str]) -> list[str]:
 
 def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Json]:
     if len(cells) > len(names):
-        raise RequestError(f"expected {len(names)} cells, as the first line has, found {len(cells)}: {cells!r:.120}")
+        raise RequestError(f"expected {len(names)} cells like the first line, found {len(cells)}: {cells!r:.120}")
     return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=False) if name and _says(name, cell)}
 
 

@@ -151,7 +151,7 @@ def test_a_command_that_fails_says_so(program, message):
 
 
 def test_a_command_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="expected a program on PATH, found no 'no-such-program'"):
+    with pytest.raises(UserError, match="found no program 'no-such-program' that can be run"):
         of("command:no-such-program --fast")
 
 
