@@ -97,7 +97,9 @@ def keep_best(folder: str | Path, reward: Reward) -> BestReport:
 def _judged(
     folder: Path, groups: Sequence[list[dict[str, Any]]], reward: Reward
 ) -> Iterator[tuple[list[dict[str, Any]], list[Verdict]]]:
-    """Yields, for each request, its lines and a verdict for each line. A line with an error has a Failure with it."""
+    """Yields, for each request, its lines and a verdict for each line. The verdict of a line with an error is a
+    Failure.
+    """
     for start in range(0, len(groups), _TOGETHER):
         some = groups[start : start + _TOGETHER]
         lines = [row for group in some for row in group if "error" not in row]

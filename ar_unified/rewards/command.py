@@ -59,7 +59,7 @@ class Command:
     def _run(self, asked: str) -> tuple[str, str]:
         """Runs the program on the lines `asked`, then kills it and all processes that it started.
 
-        Returns its output and "", or "" and what went wrong.
+        Returns (its output, ""), or ("", what went wrong).
         """
         patience = self.timeout * max(asked.count("\n"), 1)
         try:

@@ -107,6 +107,6 @@ def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
 
 
 def _find_ids(ids: Sequence[int], stop: Sequence[int]) -> int | None:
-    """The position in `ids` where the ids `stop` end."""
+    """The position in `ids` after the first place where `stop` occurs, or None."""
     n = len(stop)
     return next((i + n for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == tuple(stop)), None)

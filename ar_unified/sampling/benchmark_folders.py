@@ -50,7 +50,7 @@ class _Asked:
 
 @dataclass
 class ExportReport:
-    """How many images were written to which folder, and by id, the requests that were left out and the reason."""
+    """images: how many were written to `folder`. left_out: for each request that was left out, by id, the reason."""
 
     folder: Path
     images: int = 0

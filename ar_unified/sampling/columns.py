@@ -57,7 +57,7 @@ _ORDINARY = {"model"}  # words that resemble a setting ("mode") but are no missp
 _ALIKE = 0.85  # difflib's least ratio of a misspelling: "sed" and "seed" have 0.86, "step" and "stop" 0.75
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}[A-Za-z0-9_-]|[A-Za-z0-9]")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, with any suffix
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # reserved on Windows, with any suffix
 
 
 def own_columns(row: Mapping[str, Json], *, foreign: bool = False) -> dict[str, Json]:

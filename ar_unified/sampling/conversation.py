@@ -240,7 +240,7 @@ def _read(engine: Engine, own: _Programs, state: State, new: dict[int, tuple[int
 
 
 def _contexts(plan: Plan) -> list[tuple[str, str]]:
-    """Keys for a plan's contexts: the adapter, and the name of the context, "" for the conversation itself."""
+    """Keys for a plan's contexts: (adapter, name of the context). The name is "" for the conversation itself."""
     names = ["", plan.request.context, "image_only"][: len(plan.prefixes)]
     return [(plan.request.adapter, name) for name in names]
 

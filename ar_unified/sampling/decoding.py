@@ -25,7 +25,9 @@ _FLOOR = -1e30  # stands for NaN and -inf of an allowed token: below every finit
 
 @dataclass(frozen=True)
 class Filter:
-    """How to draw a token. Temperature 0 takes the most likely one. top_k 0 and top_p 1 are off. top_k comes first."""
+    """How to draw a token. Temperature 0 takes the most likely one. top_k is applied before top_p. top_k 0 and top_p 1
+    are off.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -56,7 +58,7 @@ class Filters(NamedTuple):
         return cls(*(jnp.asarray(column, t) for column, t in zip(columns, types, strict=True)))
 
     def at(self, image: Array) -> Filters:
-        """The column for each row, [B]: `image` bool [B] says whether its next token is an image code."""
+        """The filter of each row, arrays [B]. image: bool [B], whether the row's next token is an image code."""
         return Filters(*(jnp.where(image, column[:, 1], column[:, 0]) for column in self))
 
 
@@ -161,7 +163,9 @@ def _argmax(x: Array) -> Array:
 
 
 def _ranks(x: Array) -> Array:
-    """uint32 in the order of the floats: flips every bit of a negative float, and the sign bit of a positive one."""
+    """Maps floats to uint32 in the same order: flips all bits of a negative float, and the sign bit of a positive
+    one.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 

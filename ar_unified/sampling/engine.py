@@ -103,7 +103,7 @@ class Engine:
             sampler's converted copy.
         grammar: the grammar of documents, and its vocabulary.
         batch_size: R, the number of samples decoded at once (with guidance, each takes two or three rows).
-        max_length: tokens of prompt and answer together; the longest KV cache.
+        max_length: the most tokens of prompt and answer together, and so the length of the longest KV cache.
         kv_dtype: the dtype of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each
             vector.
         weights_dtype: the dtype of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute
@@ -326,7 +326,9 @@ class Engine:
         self._pace.drew(shape, rows.shape[1] // CHUNK, *many)
 
     def _learn(self, shape: Shape, sample: Sample) -> None:
-        """Learns from a sample's codes for later guesses, and tells the pace which of them would have been guessed."""
+        """Learns from a sample's codes for later guesses, and tells `_pace` which of them the table would have
+        guessed.
+        """
         if sample.document is not None and self._pace.asks(shape):
             images = [part.codes for part in sample.document.parts if isinstance(part, CodesPart)]
             self._pace.saw(shape, len(sample.tokens), [self._pairs.learn(codes) for codes in images])
@@ -338,8 +340,8 @@ class Engine:
         return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.first)
 
     def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:
-        """Calls `steps.decode_chunk` or its variant with a window; also returns how many steps it asked for: `count` or
-        fewer."""
+        """Calls `steps.decode_chunk` or its variant with a window. Also returns how many steps it asked for, at most
+        `count`."""
         width, count, timed = self._pace.next(shape, count)
         drafts = state.drafts
         if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):

@@ -25,7 +25,7 @@ from ar_unified.language.automaton import Event
 def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
     """The weights of the contexts, which add up to 1. image_scale is the scale of the third context.
 
-    Let c be the logits of the request, u the unconditional ones and i those with images only. Then C = 2 is Ho &
+    Let c be the logits of context 0, u those of context 1 and i those of context 2. Then C = 2 is Ho &
     Salimans' u + s (c - u), and C = 3 is InstructPix2Pix's u + s_i (i - u) + s (c - i). The weights may be applied to
     logits or to log-probabilities, because the two differ by a constant per row.
     """

@@ -61,8 +61,9 @@ def code_logits(grammar: Grammar, weights: Weights, hidden: Array, adapter: Arra
 
 
 def _project(weights: Weights, part: str, hidden: Array, adapter: Array, head: Array, first: int) -> Array:
-    """A mesh splits the head, and each device reads its part. Then the logits are split by rows, and each device draws
-    for its own rows. Only the logits are sent between devices, because they are smaller than the head."""
+    """Logits from one part of the head. A mesh splits the head, and each device reads its share. Then the logits are
+    split by rows, and each device draws for its own rows. Only the logits are sent between devices, because they are
+    smaller than the head."""
     logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:

@@ -340,7 +340,7 @@ class _Preparation:
         return _Ready(line, self._prompt(request, line.name, images), plan)
 
     def _prompt(self, request: Request, name: str, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """Returns the parts as JSON, and writes their images to files, except to files that exist already."""
+        """Returns the parts as JSON, and writes their images to files, unless the files exist already."""
         segments: list[dict[str, Any]] = []
         given = iter(enumerate(images))
         for turn in request.turns:

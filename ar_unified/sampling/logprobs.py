@@ -49,8 +49,8 @@ def decode_chunk(
 
 
 def of_token(grammar: Grammar, weights: Weights, state: State, token: Array) -> Array:
-    """f32 [R]: the log-probability that `token`, int32 [R], had in `state`, the state before it; 0 if it was forced or
-    given."""
+    """The log-probability, f32 [R], of `token`, int32 [R], in `state`, the state before the token. It is 0 if the token
+    was forced or given."""
     machine, vocabulary, rows = grammar.automaton, grammar.vocabulary, state.rows
     R, C = state.position.shape
     hidden = state.hidden.reshape(R, C, -1)

@@ -30,7 +30,7 @@ _PROBES = 3  # timings of a width, alternating with width 1; the fastest counts
 _COMPILING = 5.0  # least seconds assumed for compiling, because the program of width 1 may have come from a cache
 _AGAIN = 64 * CHUNK  # steps until the next measurement
 _SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
-_PROMISING = 1.3  # expected tokens a step that allow the greater share
+_PROMISING = 1.3  # if at least this many tokens a step are expected, the greater share is allowed
 _BETTER = 1.1  # a window must be this many times faster than drawing one by one
 _FIRST, _EACH = 32, 8  # without a window, saw() gets the first 32 samples, then every 8th
 _KEEP = 0.97, 0.9  # decay of earlier counts, by each sample and by each chunk
@@ -44,8 +44,8 @@ class Costs:
     first: dict[int, float] = field(default_factory=dict)
 
     def of(self, width: int) -> float:
-        """Seconds of a step: as measured, else interpolated between a narrower and a wider one. If only width 1 is
-        measured, `width` times its seconds."""
+        """Seconds of a step: as measured, else interpolated between a narrower and a wider one. If only width 1 was
+        measured, it is `width` times as long."""
         if width in self.step or len(self.step) < 2:
             return self.step.get(width, width * self.step.get(1, 0.0))
         return float(np.interp(width, sorted(self.step), [self.step[each] for each in sorted(self.step)]))
@@ -60,14 +60,15 @@ class _Pool:
 
     costs: Costs
     width: int = 1
-    seconds: float = 0.0  # about how many its steps took
-    lost: float = 0.0  # of these, lost by trials
+    seconds: float = 0.0  # about how long its steps took
+    lost: float = 0.0  # of these, the part that trials lost
     steps: int = 0
     samples: int = 0
     again: int = _AFTER  # the step from which to measure next
     trial: list[tuple[int, bool]] = field(default_factory=list)  # timings to come: a width, and whether it counts
     found: dict[int, float] = field(default_factory=dict)
-    foreseen: np.ndarray = field(default_factory=lambda: np.zeros(1 + len(WIDTHS)))  # tokens, and steps by width
+    # The tokens, and the steps that each width would take for them.
+    foreseen: np.ndarray = field(default_factory=lambda: np.zeros(1 + len(WIDTHS)))
     drawn: dict[int, np.ndarray] = field(default_factory=dict)  # by width: tokens, and steps that samples took
     # By width: the measured gain over the expected gain. The gain is the tokens of a step beyond one.
     more: dict[int, float] = field(default_factory=dict)
@@ -129,7 +130,7 @@ class Pace:
     Args:
         window: one of WINDOWS, or its number.
         program: everything except the pool's shape that the cost of a step depends on. Engines with an equal program
-            share their measurements; None: with no other engine.
+            share their measurements; None: shares with no other engine.
 
     Raises ValueError for another window.
     """

@@ -49,7 +49,7 @@ def place(before: Any, above: Any) -> Any:
 
 
 def likely(learned: Any, before: Any, above: Any, numpy: Any) -> Any:
-    """The guess: the table's entry, else the code above. In the first row, the code before; at the first place, 0.
+    """The guess: the table's entry, else the code above, else the code before, else 0.
 
     numpy: the module of the arrays, numpy or jax.numpy.
     """

@@ -33,7 +33,7 @@ class Plan:
 
     Attributes:
         request: the request itself. prompt: int32 [n], its tokens.
-        given: int32 [m], the first tokens of every sample that are known in advance.
+        given: int32 [m], the first tokens of every sample, which are known in advance.
         prefixes: the tokens that each context reads first, int32 [...]; the first context reads prompt and given.
         starts: where each context's images begin; 0 for the first context. resets: whether each new <boi> goes back
             there.
@@ -159,7 +159,9 @@ def _ids(part: TokensPart, size: int) -> np.ndarray:
 
 
 def _sides(layout: ImageLayout, opened: Opened, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width, in codes, of the image that was begun: the prompt's, else the request's, else the smallest."""
+    """Height and width, in codes, of the image that was begun: as in the prompt, else as requested, else the
+    smallest.
+    """
     said, wanted = [opened.height, opened.width], size or (0, 0)
     sides = []
     for axis, unit in enumerate(layout.units):

@@ -57,7 +57,9 @@ class PromptImage:
     read: Callable[[str], bytes]
 
     def load(self) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises PromptImageError or RequestError that names the image and what is wrong with it."""
+        """The pixels, uint8 [H, W, 3]. Raises PromptImageError or RequestError that names the image and what is wrong
+        with it.
+        """
         where = f"image {self.name!r:.80}"
         try:
             return images.decode(self.read(self.name))
@@ -122,8 +124,8 @@ def read_requests(
         cells: the image tokenizer, or another object that knows how many pixels a code stands for.
         defaults: values for settings that a request does not give.
         links: whether to follow links that lead out of the requests' folder.
-        warn: called once for each file with columns of its own, and once for each file with entries that are no
-            prompts.
+        warn: called once for each file with columns that are no settings, and once for each file with entries that are
+            no prompts.
 
     Raises:
         RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file contains no

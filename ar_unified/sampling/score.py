@@ -76,9 +76,9 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
 def forward(
     config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array, adapter: Array
 ) -> tuple[Array, Array]:
-    """For tokens int32 [b, P]: f32 [b, P - 1], the log-probability of each token after the first, given the tokens
-    before it, and bool [b, P - 1], whether it was the likeliest id. `used` and `split` are arguments of `token_losses`;
-    adapter: the number of each row's adapter, int32 [b].
+    """For each token after the first, of tokens int32 [b, P]: its log-probability given the tokens before it, f32
+    [b, P - 1], and whether it was the likeliest id, bool [b, P - 1]. `used` and `split` are arguments of
+    `token_losses`; adapter: the number of each row's adapter, int32 [b].
     """
     model = Transformer.bind(config, params)
     b, P = tokens.shape

@@ -32,10 +32,9 @@ WEIGHT_DTYPES = (None, *LARGEST)
 
 
 def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
-    """The form in which to read a checkpoint for decoding: stacked parameters, matrices in the compute dtype, with
-    shardings.
+    """The form in which to read a checkpoint for decoding: stacked parameters, with matrices in the compute dtype.
 
-    Returns ShapeDtypeStructs with shardings. Without a mesh, the sharding is this process's first device.
+    Returns ShapeDtypeStructs with shardings. Without a mesh, all parameters are on this process's first device.
     """
     here = SingleDeviceSharding(jax.local_devices()[0])
 

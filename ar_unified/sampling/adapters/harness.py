@@ -90,7 +90,7 @@ class Harness:
                 if room > 0:
                     request = replace(request, max_tokens=min(int(budget) + 1, room))  # our max_tokens counts <eos>
             except (RequestError, GrammarError):
-                pass  # such as a prompt that leaves no room: the engine reports the error with the sample
+                pass  # the engine reports the error with the sample, for example if a prompt is too long
             yield request
 
 
