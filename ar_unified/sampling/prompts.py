@@ -28,7 +28,9 @@ class Prompts:
 
     def __init__(self, prefill: Callable[[np.ndarray, np.ndarray, np.ndarray], Prefix], rows: int, pad: int):
         self._prefill, self._rows, self._pad = prefill, rows, pad
-        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # last used one last
+        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = (
+            OrderedDict()
+        )  # the most recently used one is last
 
     def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
         """Returns the batches that contain the prompts. Each comes with the row of every prompt, or -1 if that prompt
