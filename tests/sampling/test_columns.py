@@ -41,7 +41,7 @@ def test_columns_of_its_own_travel_with_one_warning_and_slips_stay_errors(tmp_pa
     first, second, third, fourth = read(path, warnings)
     assert first.request.meta == {"category": "colour", "split": "val"}
     assert second.request.meta == {"category": "colour", "prompt_en": "x", "model": "m", "step": 3, "of": 1}
-    assert "'guidence': did you mean 'guidance'?" in third.error and "expected only one" in fourth.error
+    assert "'guidence': did you mean 'guidance'?" in third.error and "remove one of them" in fourth.error
     (warning,) = warnings
     assert warning == f"{path}: columns that are no settings are kept in meta: category, split, prompt_en, model, step"
 
