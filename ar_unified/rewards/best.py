@@ -2,7 +2,8 @@
 
     best.jsonl         for each request, the chosen line of samples.jsonl, with its "reward" and the "rewards" of all
                        samples
-    preferences.jsonl  {"prompt" or "messages", "chosen", "rejected"}: the best and the worst, if they differ
+    preferences.jsonl  {"prompt" or "messages", "chosen", "rejected"}: for each request, the answers with the highest
+                       and the lowest reward, if these rewards differ
     unrewarded.jsonl   every sample without a reward, and the reason; other samples are not affected
 
 All three files are in the folder of a finished job (sampling/job.py). Paths of images are relative to this folder.
@@ -31,8 +32,12 @@ _TOGETHER = 32  # requests per call of the reward
 
 @dataclass(frozen=True)
 class BestReport:
-    """requests, pairs: how many there are. unrewarded: the number of samples without a reward. best: the mean reward of
-    the chosen samples. mean: the mean reward of all samples.
+    """What `keep_best` found.
+
+    Attributes:
+        requests: the number of requests with a chosen sample. pairs: the number of preference pairs.
+        unrewarded: the number of samples without a reward. first: the first of these and the reason, or "".
+        best: the mean reward of the chosen samples. mean: the mean reward of all samples that have a reward.
     """
 
     requests: int
@@ -43,10 +48,8 @@ class BestReport:
     mean: float
 
     def __str__(self) -> str:
-        said = (
-            f"best of n: {self.requests} chosen, with a reward of {self.best:.4g} in the mean; {self.mean:.4g} of all"
-        )
-        said += f"; {self.pairs} pairs of a better and a worse"
+        said = f"best of n: {self.requests} chosen samples, with a mean reward of {self.best:.4g}"
+        said += f" (all samples: {self.mean:.4g}); {self.pairs} pairs of a better and a worse sample"
         return said + (
             f"; {self.unrewarded} samples have no reward, the first: {self.first}" if self.unrewarded else ""
         )
@@ -94,7 +97,9 @@ def keep_best(folder: str | Path, reward: Reward) -> BestReport:
 def _judged(
     folder: Path, groups: Sequence[list[dict[str, Any]]], reward: Reward
 ) -> Iterator[tuple[list[dict[str, Any]], list[Verdict]]]:
-    """The lines of each request, each with its verdict. The verdict of a line with an error is the error."""
+    """Yields, for each request, its lines and a verdict for each line. The verdict of a line with an error is a
+    Failure.
+    """
     for start in range(0, len(groups), _TOGETHER):
         some = groups[start : start + _TOGETHER]
         lines = [row for group in some for row in group if "error" not in row]
@@ -126,7 +131,7 @@ def _parts(folder: Path, segments: Sequence[Mapping[str, Any]]) -> tuple[Part, .
 
 
 def _plain(segments: Sequence[Mapping[str, Json]]) -> Any:
-    """A single text as a string, or parts as `language.rows.read_parts` takes them."""
+    """Returns a single text as a string, and anything else as the parts that `language.rows.read_parts` reads."""
     if len(segments) == 1 and segments[0]["type"] == "text":
         return segments[0]["text"]
     keys = ("type", "text", "image")

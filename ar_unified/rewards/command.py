@@ -3,9 +3,9 @@ per line.
 
     {"id": "...", "sample": 0, "prompt": [parts], "answer": [parts], "expected": [parts], "meta": {...}}
 
-Parts are {"type": "text", "text": ...} and {"type": "image", "image": PATH}. The PNG files exist while the command
-runs. The command must print only the rewards, in the order of the answers. If it fails, its stderr is shown. It is
-started once for each drawing of samples.
+Parts are {"type": "text", "text": ...} and {"type": "image", "image": PATH}. The PNG files exist only while the command
+runs. The command must print only the rewards, in the order of the answers. If it fails, the message shows the last line
+of its stderr. The command is started once for each batch of answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ar_unified.rewards.reward import Failure, Verdict, verdict
 
 
 class Command:
-    """The reward that a command prints. Raises UserError if the command does not exist."""
+    """A reward that a command computes. Raises UserError if the command does not exist."""
 
     def __init__(self, line: str, timeout: float):
         try:
@@ -40,7 +40,7 @@ class Command:
         except ValueError as error:
             raise UserError(f"command {line!r}: {error}") from error
         if not self.words or shutil.which(self.words[0]) is None:
-            raise UserError(f"command {line!r}: there is no program {(self.words or [''])[0]!r} that could be run")
+            raise UserError(f"command {line!r}: found no program {(self.words or [''])[0]!r} that can be run")
         self.timeout = timeout
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
@@ -51,13 +51,16 @@ class Command:
             said, why = self._run("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         lines = said.splitlines()
         if not why and len(lines) != len(rows):
-            why = f"expected {len(rows)} lines, a number each, found {len(lines)}"
+            why = f"expected {len(rows)} lines with one number each, found {len(lines)}"
         if why:  # it is unclear which line belongs to which answer
             return [Failure(f"{self.words[0]}: {why}")] * len(rows)
         return [verdict(line) for line in lines]
 
     def _run(self, asked: str) -> tuple[str, str]:
-        """The program's output, and what went wrong. The program and all processes that it started are ended here."""
+        """Runs the program on the lines `asked`, then kills it and all processes that it started.
+
+        Returns (its output, ""), or ("", what went wrong).
+        """
         patience = self.timeout * max(asked.count("\n"), 1)
         try:
             process = subprocess.Popen(
@@ -75,7 +78,7 @@ class Command:
         try:
             said, complained = process.communicate(asked, timeout=patience)
         except subprocess.TimeoutExpired:
-            return "", f"it had not ended within {patience:g} s"
+            return "", f"it did not end within {patience:g} s"
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)

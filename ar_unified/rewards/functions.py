@@ -21,13 +21,13 @@ Function = Callable[[Document, Document], object]
 def named(module: str, name: str) -> Function:
     """The function with the name "module:name". Raises UserError if there is none.
 
-    The module is imported, so a config can run code, as a command line can.
+    The module is imported, which runs its code. So a config can run code, just as a command line can.
     """
     where = f"{module}:{name}"
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{where}: {error}; a module is looked for where Python looks (PYTHONPATH)") from error
+        raise UserError(f"{where}: {error}; Python searches for modules in its path (see PYTHONPATH)") from error
     except Exception as error:
         raise UserError(f"{where}: {module} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(found, name, None)
@@ -42,7 +42,7 @@ def guarded(function: Function, timeout: float) -> Reward:
     def reward(prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         pairs = list(zip(prompts, answers, strict=True))
-        while len(verdicts) < len(pairs):  # one more turn for each answer that hangs
+        while len(verdicts) < len(pairs):  # one more thread after each answer that hangs
             said: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
             left = pairs[len(verdicts) :]
             threading.Thread(target=_ask, args=(function, left, said), name="reward", daemon=True).start()
@@ -50,7 +50,7 @@ def guarded(function: Function, timeout: float) -> Reward:
                 try:
                     verdicts.append(said.get(timeout=timeout))
                 except queue.Empty:
-                    verdicts.append(Failure(f"it had no answer within {timeout:g} s"))
+                    verdicts.append(Failure(f"it returned nothing within {timeout:g} s"))
                     break
         return verdicts
 

@@ -6,11 +6,11 @@ from ar_unified.errors import UserError, nearest
 from ar_unified.rewards import command, functions, scores, shipped
 from ar_unified.rewards.reward import Reward, RewardConfig
 
-FORMS = 'a shipped one, "module:function", "command:PROGRAM ARGUMENTS" or "scores:FILE"'
+FORMS = 'the name of a shipped reward, "module:function", "command:PROGRAM ARGUMENTS" or "scores:FILE"'
 
 
 def open_reward(config: RewardConfig) -> Reward:
-    """The reward of a config. If it cannot be opened, raises UserError, which names what is missing."""
+    """Opens the reward that a config names. Raises UserError that says what is wrong or missing."""
     kind, colon, rest = config.function.partition(":")
     if not config.function:
         raise UserError(f"expected {FORMS}; found none")

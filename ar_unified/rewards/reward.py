@@ -27,12 +27,12 @@ class RewardConfig:
     Attributes:
         function: the reward: the name of a shipped reward, "module:function" for Python, "command:PROGRAM ..." for
             another language, or "scores:FILE" for existing samples.
-        timeout: seconds that a reward may take for one answer. A command that gets n answers at once has n times as
-            long.
-        on_error: what happens if a reward raises, hangs or is not a finite number. "skip": the group of its answer is
+        timeout: seconds that a reward may take for one answer. A command that gets n answers at once may take n times
+            as long.
+        on_error: what happens if a reward raises, hangs or is not a finite number. "skip": the group of this answer is
             left out, counted and named, and training goes on. "stop": training stops before the step.
 
-    Raises ValueError, which names the field.
+    Raises ValueError that names the field.
     """
 
     function: str = ""
@@ -62,7 +62,7 @@ Reward = Callable[[Sequence[Document], Sequence[Document]], list[Verdict]]
 
 
 def verdict(value: Any) -> Verdict:
-    """A value as a reward, or the reason why it is not a reward."""
+    """Converts a value to a reward, or says why it is not a reward."""
     if isinstance(value, Failure):
         return value
     try:

@@ -15,7 +15,7 @@ from ar_unified.rewards.reward import Failure, Verdict, verdict
 
 
 class Scores:
-    """Scores from a file. Raises UserError if the file is missing or has a line of another form."""
+    """Scores from a file. Raises UserError if the file is missing or a line has another form."""
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
@@ -34,7 +34,7 @@ class Scores:
                 raise UserError(f"{self.file}:{number}: {expected}, found {found!r}") from error
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
-        """The score of each answer in the file."""
+        """Looks up the score of each answer."""
         keys = [(answer.id, int(answer.meta.get("sample", 0))) for answer in answers]
-        none = f"{self.file} has no score of sample"
+        none = f"{self.file} has no score for sample"
         return [self.known.get(key, Failure(f"{none} {key[1]} of {key[0]!r}")) for key in keys]

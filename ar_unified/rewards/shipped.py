@@ -1,10 +1,11 @@
 """Rewards that come with the package, by their names in `reward.function`.
 
-exact_answer  1 if the answer's text is right, except for white space at the ends
+exact_answer  1 if the answer's text is right; white space at its ends does not matter
 shapes        1 if the image shows the scene in the prompt's `meta` (evaluation/shapes.py)
-shapes_objects  the share of the objects in that scene or in the image that are in both; 1 if `shapes` is 1
-shapes_closeness  the mean over all places with an object in that scene or in the image. The right object counts half,
-              the closeness of its pixels counts half. A finer reward, for scenes rarely drawn right
+shapes_objects  intersection over union of the objects in that scene and the objects in the image; 1 if `shapes` is 1
+shapes_closeness  the mean over all places where that scene or the image has an object. Half of a place's value is for
+              the right object, and half for how close its pixels are. Finer than `shapes`, for scenes that are rarely
+              drawn right
 easy_vqa      1 if the image shows the figure that the prompt names (evaluation/easy_vqa.py)
 brevity       -1 for each character of the answer's text: shorter is better
 length        the number of characters of the answer's text
@@ -21,10 +22,12 @@ from ar_unified.language.document import Document, ImagePart
 
 
 def exact_answer(prompt: Document, answer: Document) -> float:
-    """Raises ValueError if a prompt has no right answer, neither its own nor in a request's column "expected"."""
+    """1 if the answer's text is the right one, else 0. The right one is the prompt's own or, for a request, its column
+    "expected". Raises ValueError if a prompt has neither.
+    """
     expected = (text_of(prompt, answer=True) if prompt.asks else "") or str(prompt.meta.get("expected", ""))
     if not expected:
-        raise ValueError("the prompt has no right answer of text to compare with")
+        raise ValueError('the prompt has no right answer that is text: give it one, or a column "expected"')
     return float(same_text(expected, text_of(answer)))
 
 
@@ -41,7 +44,7 @@ def _pixels(protocol: str) -> Callable[[Document, Document], float]:
 
 
 def shapes_objects(prompt: Document, answer: Document) -> float:
-    """Intersection over union of the wanted objects and the drawn objects. An object is its shape, colour and place."""
+    """Intersection over union of the wanted and the drawn objects. Objects are equal if shape, colour and place are."""
     if (scenes := _wanted_and_found(prompt, answer)) is None:
         return 0.0
     wanted, found = ({(each.shape, each.colour, each.place) for each in objects} for objects in scenes)
@@ -49,11 +52,11 @@ def shapes_objects(prompt: Document, answer: Document) -> float:
 
 
 def shapes_closeness(prompt: Document, answer: Document) -> float:
-    """The mean over the places of both scenes. The right object counts half, and the closeness of its pixels counts
-    half.
+    """The mean over all places where one of the two scenes has an object. Half of a place's value is for the right
+    object, and half for the fourth power of how close its pixels are.
 
-    The fourth power of the closeness separates nearly right objects, such as a square for a circle (0.91), from right
-    ones.
+    The fourth power separates right objects from nearly right ones: a square in place of a circle has a closeness of
+    0.91.
     """
     if (scenes := _wanted_and_found(prompt, answer)) is None:
         return 0.0

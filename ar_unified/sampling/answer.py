@@ -17,7 +17,7 @@ Stop = str | tuple[int, ...]  # a text, or ids of text pieces
 
 
 def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broken: bool = False) -> Sample:
-    """The sample of a row that has ended. tokens: int32 [n], <eos> included. broken: the row's logits were NaN."""
+    """The sample of a row that has ended. tokens: int32 [n], with <eos>. broken: whether the row's logits were NaN."""
     request = plan.request
     if broken:
         reason = "the model's logits were NaN: the weights are broken, or overflow in the compute dtype"
@@ -26,7 +26,7 @@ def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broke
         document = _document(grammar, plan, tokens)
     except GrammarError as error:
         return Sample(request, index, tokens, None, "error", str(error))
-    # The budget ended it: the grammar allowed more, but nothing that it allowed would have fitted.
+    # The budget ended the sample if the grammar allowed more tokens, but the rest of the budget was too small for them.
     left = plan.budget - len(tokens)
     if request.mode == "image":
         images = sum(not isinstance(part, TextPart) for part in document.parts)
@@ -59,7 +59,7 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
 
 
 def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
-    """The document that follows the prompt. Text that continues the prompt's text becomes a part of its own."""
+    """The document that follows the prompt. Text that continues the prompt's text becomes a separate part."""
     prompt = plan.prompt
     at = grammar.breaks_off(prompt)
     opened = prompt[at.begin :]
@@ -67,8 +67,8 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     *_, (begin, end) = (0, 0), *grammar.texts(prompt)
     before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
     runs = grammar.texts(np.append(prompt[:1], tokens)) if len(before) else []
-    if runs and runs[0][0] == 1:  # else a control comes first, or an image that text opens
-        # Parsed again with the text before, because the meaning of ids may depend on it.
+    if runs and runs[0][0] == 1:  # else the tokens begin with a control token, or with text that opens an image
+        # Decoded again, after the prompt's text, because the meaning of ids may depend on the text before them.
         first = tokens[: runs[0][1] - 1]
         whole, known = (grammar.text_codec.decode([int(i) for i in ids])
                         for ids in (np.concatenate([before, first]), before))  # fmt: skip
@@ -79,8 +79,8 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
 
 
 def _first_stop(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> tuple[int, Stop] | None:
-    """(n, stop) for the stop that comes first; n is the smallest number of tokens that contain it. A stop never spans
-    an image.
+    """Returns (n, stop) for the stop that comes first, or None. n is the smallest number of tokens that contain it. A
+    stop never spans an image.
     """
     stops = plan.request.stop
     before = np.append(plan.prompt[:1], plan.prompt[grammar.breaks_off(plan.prompt).begin :])
@@ -99,7 +99,7 @@ def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
     decode = grammar.text_codec.decode
     if stop not in decode(ids):
         return None
-    low, high = 0, len(ids)  # decode(ids[:high]) has it, decode(ids[:low]) does not
+    low, high = 0, len(ids)  # decode(ids[:high]) contains the stop, decode(ids[:low]) does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if stop in decode(ids[:middle]) else (middle, high)
@@ -107,6 +107,6 @@ def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
 
 
 def _find_ids(ids: Sequence[int], stop: Sequence[int]) -> int | None:
-    """The position in `ids` where the ids `stop` end."""
+    """The position in `ids` after the first place where `stop` occurs, or None."""
     n = len(stop)
     return next((i + n for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == tuple(stop)), None)

@@ -1,4 +1,4 @@
-"""The least time that decoding can take: every step reads the weights once, and each row's part of the cache.
+"""The least time that decoding can take: every step reads the weights once, and the cache of each row.
 
 This follows "How to Scale Your Model" (jax-ml/scaling-book, inference): memory bandwidth limits decoding up to hundreds
 of rows.

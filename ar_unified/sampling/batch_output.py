@@ -1,13 +1,13 @@
-"""Writes a finished job's answers to the lines of an OpenAI batch file, in the format of OpenAI's output files.
+"""Writes the answers of a finished job whose requests were an OpenAI batch, in the format of OpenAI's output files.
 
     batch_output.jsonl   {"id", "custom_id", "response": {"status_code": 200, "request_id", "body"}, "error": null}
-    batch_errors.jsonl   the same, status_code 400 (the line cannot be served) or 500 (drawing failed), and a body that
-                         says why: {"error": {"message", "type", "param", "code"}}
+    batch_errors.jsonl   the same, but with status_code 400 (the line cannot be served) or 500 (drawing failed), and a
+                         body that says why: {"error": {"message", "type", "param", "code"}}
 
 Every line of the batch is in one of them, in the batch's order. The body is a chat completion, or an answer of
 /v1/images/generations. The content of a chat answer with images is a list of parts in reading order, {"type": "text"}
-and {"type": "image_url"}, with the images as PNG in data: URLs. So it can be copied into a later conversation. Both
-files depend only on the requests and samples.jsonl, because ids are hashes and "created" is always 0.
+and {"type": "image_url"}, with the images as PNG in data: URLs. So this list can be copied into a later conversation.
+Both files depend only on the requests and samples.jsonl, because ids are hashes and "created" is always 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FINISHED = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class _Failed(Exception):
-    """A line without an answer."""
+    """A line of the batch gets no answer."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -39,7 +39,7 @@ class _Failed(Exception):
 
 
 def write(folder: Path, lines: Sequence[Line], weights: str) -> None:
-    """Writes both files into the folder of a job that is complete; does nothing for a job without a batch's lines.
+    """Writes both files into the folder of a complete job. Does nothing if the job has no lines of an OpenAI batch.
 
     weights: the name of the model that answered. Raises OSError.
     """
@@ -52,7 +52,7 @@ def write(folder: Path, lines: Sequence[Line], weights: str) -> None:
     with whole(answers) as output, whole(failures) as errors:
         for line in lines:
             if line.batch is None and not line.error:
-                continue  # one of our own requests among the batch's
+                continue  # a request in our own format between the lines of the batch
             try:
                 body = _body(folder, line, samples[line.number], weights)
                 _put(output, line, 200, body)

@@ -1,4 +1,4 @@
-"""Writes a job's samples as the files that benchmarks of text-to-image models read.
+"""Writes a job's samples in the file layouts that benchmarks of text-to-image models read.
 
     geneval         00000/metadata.jsonl, 00000/samples/0000.png        djghosh13/geneval, evaluate_images.py
     dpg             ID.png, a request's images as one 2 x 2 grid        TencentQQGYLab/ELLA, compute_dpg_bench.py
@@ -6,9 +6,9 @@
     mjhq            CATEGORY/ID.png                                     MJHQ-30K, whose FID compares folders
     folder          ID_00_00.png and metadata.jsonl                     Hugging Face's `imagefolder`; FID on any set
 
-Only the first image of a sample is used, except that `folder` has all. Files are links to the job's own files where
-possible, which take no space. A running job can be exported, and exported again when it has more samples: an image gets
-the same name each time.
+Only the first image of a sample is used; `folder` uses all. Where possible, the files are hard links to the job's own
+files, which take no space. A running job can be exported, and exported again when it has more samples, because an image
+always gets the same name.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Asked:
 
 @dataclass
 class ExportReport:
-    """What was written where, and for each left-out request, by id, the reason."""
+    """images: how many were written to `folder`. left_out: for each request that was left out, by id, the reason."""
 
     folder: Path
     images: int = 0
@@ -65,7 +65,8 @@ class ExportReport:
 def export(job: str | Path, benchmark: str, folder: str | Path) -> ExportReport:
     """Writes what `benchmark` reads into `folder`, from the samples in the folder of a job.
 
-    Raises ExportError for an unknown benchmark, or if requests lack what it needs (the message says what); OSError.
+    Raises ExportError for an unknown benchmark, or if requests lack what it needs (the message says what), and
+    OSError.
     """
     if benchmark not in BENCHMARKS:
         raise ExportError(f"layout: expected one of {', '.join(BENCHMARKS)}, found {benchmark!r}")
@@ -78,7 +79,7 @@ def export(job: str | Path, benchmark: str, folder: str | Path) -> ExportReport:
 
 
 def _asked(job: Path, report: ExportReport) -> Iterator[_Asked]:
-    """The requests with an image, in order."""
+    """Yields the requests that have an image, in order, and adds the others to `report.left_out`."""
     requests: dict[int, _Asked] = {}
     for row in read(job):
         prompt = " ".join(part["text"] for part in row["prompt"] if part["type"] == "text")
@@ -129,28 +130,31 @@ def _geneval(job: Path, report: ExportReport) -> None:
 
 
 def _dpg(job: Path, report: ExportReport) -> None:
-    """A grid for each request that is complete: rows of two, all of one size (the evaluator's --resolution)."""
+    """Writes a grid for each complete request, two images in a row, all of one size (the evaluator's --resolution)."""
     for asked in _asked(job, report):
         if len(asked.images) < asked.n:
             report.left_out[asked.id] = f"{len(asked.images)} of {asked.n} samples have an image so far"
             continue
         if asked.n > 4 or "." in asked.id:
-            raise ExportError(f"request {asked.id}: dpg takes at most 4 samples (n), and ids without a dot")
+            raise ExportError(
+                f"request {asked.id}: dpg takes at most 4 samples (n) of a request, and its id may have no dot"
+            )
         images = [Image.open(asked.images[i]) for i in range(asked.n)]
         if len({image.size for image in images}) > 1 or images[0].width != images[0].height:
-            raise ExportError(f"request {asked.id}: dpg takes square images of one size: set image_size")
+            raise ExportError(f"request {asked.id}: dpg takes square images that have the same size: set image_size")
         side = images[0].width
         grid = Image.new("RGB", (side * min(asked.n, 2), side * (1 + (asked.n > 2))))
         for i, image in enumerate(images):
             grid.paste(image, (i % 2 * side, i // 2 * side))
-        unfinished = report.folder.with_name(f".{report.folder.name}.{asked.id}.png")  # the folder holds images only
+        # It is written outside the folder, which may contain only complete images.
+        unfinished = report.folder.with_name(f".{report.folder.name}.{asked.id}.png")
         grid.save(unfinished)
         os.replace(unfinished, report.folder / f"{asked.id}.png")
         report.images += asked.n
 
 
 def _t2i_compbench(job: Path, report: ExportReport) -> None:
-    """The prompt ends at the first "_" of the name; the number after the last "_" orders the images."""
+    """In a file's name, the prompt ends at the first "_", and the number after the last "_" orders the images."""
     for asked in _asked(job, report):
         name = f"{asked.prompt}_000000.png"
         if re.search(r"[_/\0]", asked.prompt) or len(name.encode()) > _NAME_BYTES:
@@ -195,7 +199,7 @@ def _folder(job: Path, report: ExportReport) -> None:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`n`: samples for each request that the benchmark asks for. `write`: writes the files, from (job, report)."""
+    """`n`: how many samples of each request the benchmark needs. `write`: writes its files, called as (job, report)."""
 
     n: int
     write: Callable[[Path, ExportReport], None]

@@ -1,5 +1,5 @@
-"""Sorts the keys of a row into settings, misspelled settings and columns of its own, and makes a folder name from its
-id.
+"""Sorts the keys of a row into settings, misspelled settings and the row's own columns, and makes a folder name from
+the row's id.
 
 A key that is clearly not a setting ("category", "prompt_id") is the row's own column and is kept in `meta`. A key that
 resembles a setting ("guidence", "imageSize"), or is another system's name for it ("guidance_scale"), is an error that
@@ -54,31 +54,30 @@ _ELSEWHERE = {
     **dict.fromkeys(("frequencypenalty", "presencepenalty"), "repetition_penalty"),
 }
 _ORDINARY = {"model"}  # words that resemble a setting ("mode") but are no misspelling
-_ALIKE = 0.85  # difflib's ratio: "sed" and "seed" have 0.86, "step" and "stop" 0.75
+_ALIKE = 0.85  # difflib's least ratio of a misspelling: "sed" and "seed" have 0.86, "step" and "stop" 0.75
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}[A-Za-z0-9_-]|[A-Za-z0-9]")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, with any suffix
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # reserved on Windows, with any suffix
 
 
 def own_columns(row: Mapping[str, Json], *, foreign: bool = False) -> dict[str, Json]:
     """The row's own columns.
 
-    foreign: the row was not written for this program. Raises RequestError for the first key that may be a mistaken
-    setting.
+    foreign: whether the row was written for other programs. Raises RequestError for the first key that may be a
+    mistaken setting.
     """
     own = {key: value for key, value in row.items() if key not in ROW or (foreign and _no_filter(key, value))}
     for key in own:
         suggestion = _suggestion(key, row, foreign) if key not in ROW else ""
         if suggestion:
             raise RequestError(
-                f"unknown key {key!r:.60}: did you mean {suggestion}? A column of your own of that name may stand in "
-                '"meta"'
+                f'unknown key {key!r:.60}: did you mean {suggestion}? If it is a column of your own, put it into "meta"'
             )
     return own
 
 
 def check_keys(row: Mapping[str, Json], known: Iterable[str], where: str) -> None:
-    """Raises RequestError for the first key that is not in `known`; here a row may have no columns of its own."""
+    """Raises RequestError for the first key that is not in `known`. The row's own columns are errors, too."""
     names = list(known)
     for key in row:
         if key not in names:
@@ -107,7 +106,7 @@ def nearly(key: str, known: Iterable[str]) -> str:
 
 
 def _no_filter(key: str, value: object) -> bool:
-    """Whether this is a column "text" or "image" without settings for drawing tokens."""
+    """Whether this is a column named "text" or "image" whose value is not a dict of settings."""
     return key in ("text", "image") and not isinstance(value, Mapping)
 
 
@@ -128,7 +127,7 @@ def _plain(key: str) -> str:
 
 
 def _swapped(a: str, b: str) -> bool:
-    """Whether the two differ by one swap of adjacent letters, as "mdoe"."""
+    """Whether the two differ by one swap of adjacent letters, as in "mdoe" and "mode"."""
     return len(a) == len(b) and any(a[:i] + a[i + 1] + a[i] + a[i + 2 :] == b for i in range(len(a) - 1))
 
 
@@ -149,7 +148,7 @@ class Names:
     def add(self, id: str, number: int) -> str:
         """The name for the id of row `number`. Raises RequestError if another row has that id."""
         if id in self._ids:
-            raise RequestError(f"id {id!r:.120} is that of line {self._ids[id]} already: give every request its own")
+            raise RequestError(f"id {id!r:.120}: line {self._ids[id]} already has this id: give each request its own")
         self._ids[id] = number
         name = id if _NAME.fullmatch(id) and not _RESERVED.fullmatch(id) else _made(id)
         if name.casefold() in self._taken:  # "Cat" and "cat" are the same folder on some file systems

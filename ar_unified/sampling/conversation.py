@@ -5,9 +5,9 @@
     talk.say((TextPart("What colour is it?"),), mode="text")
 
 `Engine.generate` reads the whole prompt of each request, so that a sample is a function of weights, request, seed and
-index, bit for bit. A conversation keeps the keys and values of the steps that drew an answer, and a prefill would round
-them differently. So its answers depend on all turns and their requests, but not on the other conversations of a batch
-(`say_all`).
+index, bit for bit. A conversation keeps the keys and values that were computed while an answer was drawn. A prefill
+would round them differently. So the answers of a conversation depend on all its turns and their requests, but not on
+the other conversations of a batch (`say_all`).
 
 A conversation remembers which tokens each context has read. A turn's plan says what each context must read. The
 beginning that the cache already contains is not read again.
@@ -50,7 +50,7 @@ class _Kept(NamedTuple):
 
 
 class Conversation:
-    """Turns with one model. Several are served at once by `say_all`.
+    """A conversation with one model. `say_all` serves several conversations at once.
 
     Args:
         engine: its max_length limits the whole conversation, and the kept cache has its kv_dtype.
@@ -59,7 +59,8 @@ class Conversation:
     Attributes:
         turns: all turns so far.
         tokens: int32 [n], the tokens of all turns, with the answers as they were drawn.
-        prefilled: how many tokens each context of the last turn read before its answer, its own context first.
+        prefilled: how many tokens each context of the last turn read before the answer, the request's own context
+            first.
     """
 
     def __init__(self, engine: Engine, history: Sequence[Turn] = ()):
@@ -70,15 +71,14 @@ class Conversation:
         self._kept: dict[
             tuple[str, str], _Kept
         ] = {}  # by adapter and context, without contexts that reset at each image
-        self._params: Any = None  # that computed the caches
+        self._params: Any = None  # the parameters that computed the caches
 
     def say(self, parts: Sequence[Part], **settings: object) -> Sample:
         """The answer to the user's next turn.
 
-        settings: of a Request. All turns may have the same seed, because draws also depend on the position.
+        settings: settings of the Request. All turns may have the same seed, because draws also depend on the position.
 
-        Raises RequestError that says what to change, if the turn cannot be served, and then leaves the conversation
-        unchanged.
+        Raises RequestError that says what to change, if the turn cannot be served. The conversation is then unchanged.
         """
         request = Request(**{"id": f"turn {len(self.turns)}", "parts": tuple(parts)} | settings)  # type: ignore[arg-type]
         (sample,) = say_all([(self, request)])
@@ -90,7 +90,7 @@ class Conversation:
         """The plan of the next turn. Raises RequestError or GrammarError if it cannot be served."""
         if request.history or not request.turn or request.n != 1:
             raise RequestError(
-                "history, turn, n: a conversation has its own history, and goes on from one answer to a turn; "
+                "history, turn, n: expected no history, turn true and n 1, because a conversation adds one answer; "
                 f"found {len(request.history)} turns, {request.turn} and {request.n}"
             )
         said = replace(request, history=self.turns)
@@ -99,7 +99,9 @@ class Conversation:
         try:
             return replace(self.engine.plan(served), request=said)
         except TooLong as error:
-            raise RequestError(f"{error}, or begin another conversation: the prompt is the whole of this one") from None
+            raise RequestError(
+                f"{error}, or begin another conversation, because the prompt contains all of this one"
+            ) from None
 
     def _prompt(self, request: Request) -> np.ndarray:
         """All tokens before the answer, int32 [n]."""
@@ -110,7 +112,7 @@ class Conversation:
         return np.concatenate([self.tokens, new])
 
     def kept(self, context: tuple[str, str], prefix: np.ndarray) -> tuple[int, Cache | None]:
-        """How many of a context's tokens are already in its cache, and the tokens. The last token is always read
+        """How many tokens of `prefix` are already in the context's cache, and this cache. The last token is always read
         again."""
         found = self._kept.get(context)
         if found is None or self._params is not self.engine.params:
@@ -136,7 +138,7 @@ class Conversation:
 
 
 def say_all(asked: Sequence[tuple[Conversation, Request]]) -> list[Sample]:
-    """The answers to the next turns of several conversations of one engine, in their order.
+    """Answers the next turn of each of several conversations of one engine. The answers are in the order of `asked`.
 
     A request contains only the user's turn and asks for one sample. The answer's `request.history` has all earlier
     turns. A request that cannot be served gives an `error` and leaves its conversation unchanged.
@@ -185,7 +187,7 @@ def _programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) ->
 
 
 def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[Sample]:
-    """Serves a turn of at most R conversations with equally many contexts."""
+    """Serves one turn of each of at most R conversations, whose plans have equally many contexts."""
     R, C = engine.batch_size, len(group[0][1].prefixes)
     own = _programs(engine.config, engine.grammar, engine.mesh)
     jobs = {i: Job(plan, 0, None) for i, (_, plan) in enumerate(group)}
@@ -238,7 +240,7 @@ def _read(engine: Engine, own: _Programs, state: State, new: dict[int, tuple[int
 
 
 def _contexts(plan: Plan) -> list[tuple[str, str]]:
-    """Keys for a plan's contexts: the adapter, and the name of the context; "" is the conversation itself."""
+    """Keys for a plan's contexts: (adapter, name of the context). The name is "" for the conversation itself."""
     names = ["", plan.request.context, "image_only"][: len(plan.prefixes)]
     return [(plan.request.adapter, name) for name in names]
 

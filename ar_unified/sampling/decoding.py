@@ -1,8 +1,8 @@
-"""Logits -> one token per row: temperature, top-k and top-p per row and modality, then Gumbel-argmax.
+"""Draws one token per row from logits: temperature, top-k and top-p per row and modality, then Gumbel-argmax.
 
-No sort: a row's top-k or top-p set is {values >= t} for one threshold t, and a search finds t. T5X and tpu-inference do
-the same; this search runs on the bits of the floats, so the set is exact, except that all ties are kept. Noise depends
-only on (seed, sample, position), so a row draws the same token in any slot of any batch.
+Nothing is sorted. A row's top-k or top-p set is {values >= t} for one threshold t, and a search finds t, as in T5X and
+tpu-inference. This search runs on the bits of the floats, so the set is exact, except that all ties are kept. Noise
+depends only on (seed, sample, position), so a row draws the same token in any slot of any batch.
 
 Axes: B rows, V vocabulary.
 """
@@ -25,7 +25,9 @@ _FLOOR = -1e30  # stands for NaN and -inf of an allowed token: below every finit
 
 @dataclass(frozen=True)
 class Filter:
-    """How to draw a token. temperature 0: the most likely one. top_k 0, top_p 1: off. top_k first, then top_p."""
+    """How to draw a token. Temperature 0 takes the most likely one. top_k is applied before top_p. top_k 0 and top_p 1
+    are off.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -50,19 +52,19 @@ class Filters(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Filter, Filter]]) -> Filters:
-        """One (text, image) pair per row."""
+        """Makes the arrays from one (text, image) pair of filters per row."""
         columns = [[[getattr(f, name) for f in pair] for pair in pairs] for name in cls._fields]
         types = (jnp.float32, jnp.int32, jnp.float32)
         return cls(*(jnp.asarray(column, t) for column, t in zip(columns, types, strict=True)))
 
     def at(self, image: Array) -> Filters:
-        """The column for each row, [B]: `image` bool [B] says whether its next token is an image code."""
+        """The filter of each row, arrays [B]. image: bool [B], whether the row's next token is an image code."""
         return Filters(*(jnp.where(image, column[:, 1], column[:, 0]) for column in self))
 
 
 def row_keys(seed: Array, sample: Array) -> Array:
-    """uint32 [B], int32 [B] -> keys [B]. The code names the random generator, so that a change of jax's default changes
-    nothing.
+    """The random key of each row, [B], from its seed, uint32 [B], and its sample's index, int32 [B]. The code names the
+    random generator, so that a change of jax's default changes nothing.
     """
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), i))(seed, sample)
 
@@ -70,15 +72,15 @@ def row_keys(seed: Array, sample: Array) -> Array:
 def choose(
     logits: Array, allowed: Array | None, active: Array, filters: Filters, keys: Array, position: Array
 ) -> tuple[Array, Array]:
-    """The next token of every row, int32 [B], an index into the logits; and whether the row's logits were NaN, bool
-    [B].
+    """Draws the next token of every row, int32 [B], an index into the logits. Also returns whether the row's logits had
+    a NaN, bool [B].
 
     Args:
         logits: f32 [B, V], guidance already mixed in. NaN and -inf count as the least likely.
         allowed: bool [B, V]; only allowed tokens are ever returned, whatever the logits are. None: all are allowed.
-        active: bool [B]; all other rows get an arbitrary token at no cost.
-        filters: [B] each (`Filters.at`).
-        keys: [B] from `row_keys`. position: int32 [B], of the token in its sequence, prompt included.
+        active: bool [B], the rows that need a token; all other rows get an arbitrary token at no cost.
+        filters: one filter per row, arrays [B] (`Filters.at`).
+        keys: [B] from `row_keys`. position: int32 [B], the token's position in its sequence, prompt included.
     """
     drawn = active & (filters.temperature > 0)  # these rows need noise; the others are done by argmax
     nan = jnp.isnan(logits)
@@ -128,7 +130,7 @@ def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
 def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
     """Which tokens stay, bool [B, V]: the top_k of a row, and of these the smallest set with probability top_p or more.
 
-    logits f32 [B, V] (-inf: not there), top_k i32 [B] (0: off), top_p f32 [B] (1: off; probabilities are renormalised
+    logits f32 [B, V] (-inf: not allowed), top_k i32 [B] (0: off), top_p f32 [B] (1: off; probabilities are renormalised
     after top_k). If logits tie at the threshold, all of them stay. A filter that no row uses costs nothing.
     """
     ranks = _ranks(logits)
@@ -153,7 +155,7 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
 
 def _argmax(x: Array) -> Array:
     """jnp.argmax(x, -1) for x [B, V] without NaN, int32 [B]. XLA on CPUs does not vectorise jnp.argmax, but it
-    vectorises the two reductions used here. The barrier stops XLA from computing the noise once for each reduction.
+    vectorises the two reductions used here. The barrier stops XLA from computing the noise again for each reduction.
     """
     x = jax.lax.optimization_barrier(x)
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
@@ -161,14 +163,16 @@ def _argmax(x: Array) -> Array:
 
 
 def _ranks(x: Array) -> Array:
-    """uint32 in the order of the floats: flips every bit of a negative float, and the sign bit of a positive one."""
+    """Maps floats to uint32 in the same order: flips all bits of a negative float, and the sign bit of a positive
+    one.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
-    """For each row that is `used`: a threshold t, uint32 [B], such that {rank >= t} is the smallest such set with
-    weight `least` or more.
+    """For each row that is `used`: a threshold t, uint32 [B], such that {rank >= t} is the smallest set of this form
+    with weight `least` or more.
 
     Args:
         ranks: uint32 [B, V]. weight: f32 [B, V], >= 0. least: f32 [B], less than the weight of the whole row.

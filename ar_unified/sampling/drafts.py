@@ -20,11 +20,11 @@ from ar_unified.model.config import TransformerConfig
 class Drafts(NamedTuple):
     """n guesses of the tokens after each row's next token. `window.py` makes, reads and checks them."""
 
-    tokens: Array  # i32 [R, n]; -1: none, from there on
-    hidden: Array  # [R * C, n, D], after each of them
-    automaton: automaton.State  # [R, n] each, after each of them
-    position: Array  # i32 [R, n, C], the same
-    codes: Array  # i32 [R, codes of the largest image], of the current image
+    tokens: Array  # i32 [R, n]; -1: no guess here nor at any later place
+    hidden: Array  # [R * C, n, D], the hidden state after each guess
+    automaton: automaton.State  # [R, n] each, the state after each guess
+    position: Array  # i32 [R, n, C], the positions after each guess
+    codes: Array  # i32 [R, codes of the largest image], the codes of the current image
 
 
 def no_drafts(config: TransformerConfig, grammar: Grammar, slots: int, contexts: int, width: int) -> Drafts | None:
@@ -42,7 +42,7 @@ def no_drafts(config: TransformerConfig, grammar: Grammar, slots: int, contexts:
 
 
 def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None:
-    """The state without drafts in `rows`, bool [R]: the rows with other next tokens than their drafts were made for."""
+    """Removes the drafts of `rows`, bool [R], because these rows now have other next tokens than the drafts assume."""
     if drafts is None:
         return None
     gone = jnp.broadcast_to(rows, drafts.tokens.shape[:1])[:, None]

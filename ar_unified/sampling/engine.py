@@ -2,8 +2,8 @@
 
 Requests are served in pools (`steps.Shape`). The pool depends on how many contexts a request is guided with and which
 length of cache it needs. Both follow from the request alone, and no row depends on another, so a sample does not depend
-on the rest of its batch, its slot, or its time. For each pool, three programs are compiled. Temperature, guidance,
-size, seed and budget are arrays, so no request makes the engine compile another program.
+on the rest of its batch, on its slot, or on the time when it is drawn. For each pool, three programs are compiled.
+Temperature, guidance, size, seed and budget are arrays, so no request makes the engine compile another program.
 
 The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. For images of a given size, the host knows
 how many tokens a sample takes. So it knows in advance when the slot becomes free, ends the chunk there, and starts the
@@ -48,8 +48,8 @@ from ar_unified.sampling.weights import check_weights_dtype
 
 KV_DTYPES = (None, "int8", "float8_e4m3fn", "bfloat16", "float32")
 _AHEAD = 4  # samples planned ahead, as a multiple of the slots
-_SHORT = 16  # steps of a chunk while samples wait and a slot's end is unknown
-_SHORTEST = 8  # least steps of any other chunk that is cut short
+_SHORT = 16  # steps of a chunk while samples wait and it is unknown when a slot becomes free
+_SHORTEST = 8  # the fewest steps of any other chunk that is cut short
 
 
 class Programs(NamedTuple):
@@ -99,21 +99,24 @@ class Engine:
 
     Args:
         config, params: the transformer and its parameters, from training or from `sampling.weights.settled`. Parameters
-            of the same shapes may replace them between calls. Training parameters stay in memory beside the sampler's
-            converted copy.
+            of the same shapes may replace them between calls. Training parameters stay in memory together with the
+            sampler's converted copy.
         grammar: the grammar of documents, and its vocabulary.
-        batch_size: R, samples decoded at once (two or three rows each with guidance).
-        max_length: tokens of prompt and answer together; the longest KV cache.
-        kv_dtype: of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each vector.
-        weights_dtype: of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute dtype.
+        batch_size: R, the number of samples decoded at once (with guidance, each takes two or three rows).
+        max_length: the most tokens of prompt and answer together, and so the length of the longest KV cache.
+        kv_dtype: the dtype of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each
+            vector.
+        weights_dtype: the dtype of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute
+            dtype.
         window: positions of an image that are drawn at once (`window.py`), one of sampling.pace.WINDOWS.
         mesh: devices to decode on; its data axes split the samples and its tensor axis splits the heads (`parallel`).
         softmax: one of `language.syntax.SOFTMAXES`, the softmax that the model was trained with; `score` uses it.
-        adapters: by the names that requests use (`low_rank`); a request without a name uses the model alone.
-        logprobs: whether samples have log-probabilities; this excludes a window.
+        adapters: the adapters by the names that requests use (`low_rank`); a request without a name uses the model
+            alone.
+        logprobs: whether samples have log-probabilities; not possible with a window.
 
     Raises:
-        ValueError: the model's vocabulary differs from the grammar's, a size is not positive or the mesh does not
+        ValueError: if the model's vocabulary differs from the grammar's, a size is not positive or the mesh does not
             divide it, kv_dtype, weights_dtype, window or softmax is unknown, or logprobs are combined with a window.
     """
 
@@ -145,7 +148,7 @@ class Engine:
             raise ValueError(f"kv_dtype: expected one of {expected}; found {kv_dtype!r}")
         check_weights_dtype(weights_dtype)
         if logprobs and str(window) != "1":
-            raise ValueError(f"window: expected 1 where log-probabilities are asked for, found {window!r}")
+            raise ValueError(f"window: expected 1 with logprobs, found {window!r}")
         ways = ways_of(batch_size, mesh)
         self.weights_dtype = weights_dtype
         self.config, self.params, self.grammar = config, params, grammar
@@ -162,7 +165,7 @@ class Engine:
         self._prepared: tuple[Any, Any] = (None, None)
         of = config, grammar, mesh, batch_size, kv_dtype, weights_dtype, tuple(self.adapters)
         self._pace, self._pairs, self._logprobs = Pace(window, of), Pairs(), logprobs
-        self._slot_steps = np.zeros(2, np.int64)  # at work, and all
+        self._slot_steps = np.zeros(2, np.int64)  # slots at work and all slots, summed over the steps
         self._drawn = np.zeros(2, np.int64)  # tokens, and steps that samples took for them
 
     def generate(self, requests: Iterable[Request | Plan]) -> Iterator[Sample]:
@@ -184,7 +187,7 @@ class Engine:
                 yield from self._serve(shape, waiting, prompts)
 
     def score(self, items: Iterable[Scored]) -> list[Score]:
-        """Log-likelihoods of the items: one Score for each, in the same order.
+        """Log-likelihoods of the items. Returns one Score for each item, in the same order.
 
         An item is a document, or a pair of a request and the parts of a possible answer. In a document the answer is
         scored; if it has no turns, all of it is scored. Log-probabilities are the model's own, over all ids of the
@@ -232,8 +235,8 @@ class Engine:
         return plan(self.grammar, request, self.max_length)
 
     def number(self, adapter: str) -> int:
-        """The number of the adapter with this name; 0 for "", no adapter. Raises RequestError if the engine does not
-        have it.
+        """The number of the adapter with this name; 0 for "", which means no adapter. Raises RequestError if the engine
+        does not have it.
         """
         return number(self.adapters, adapter)
 
@@ -323,7 +326,9 @@ class Engine:
         self._pace.drew(shape, rows.shape[1] // CHUNK, *many)
 
     def _learn(self, shape: Shape, sample: Sample) -> None:
-        """Learns from a sample's codes for later guesses, and tells the pace which of them would have been guessed."""
+        """Learns from a sample's codes for later guesses, and tells `_pace` which of them the table would have
+        guessed.
+        """
         if sample.document is not None and self._pace.asks(shape):
             images = [part.codes for part in sample.document.parts if isinstance(part, CodesPart)]
             self._pace.saw(shape, len(sample.tokens), [self._pairs.learn(codes) for codes in images])
@@ -335,8 +340,8 @@ class Engine:
         return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.first)
 
     def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:
-        """Calls `steps.decode_chunk` or its variant with a window; also returns how many steps it asked for: `count` or
-        fewer."""
+        """Calls `steps.decode_chunk` or its variant with a window. Also returns how many steps it asked for, at most
+        `count`."""
         width, count, timed = self._pace.next(shape, count)
         drafts = state.drafts
         if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):
@@ -397,7 +402,7 @@ class _Waiting:
         return shape in self._queues
 
     def next(self, shape: Shape) -> Job | None:
-        """The first that waits for this pool."""
+        """The first job that waits for this pool, or None."""
         self._fill()
         if (queue := self._queues.get(shape)) is None:
             return None
@@ -432,7 +437,7 @@ def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> 
     if not waiting:
         return CHUNK
     if len(slots) == 1:
-        tokens_a_step = 1.0  # a chunk ends with its only sample
+        tokens_a_step = 1.0  # the chunk stops by itself when its only sample ends
     left = [None if slot.left is None else math.ceil(slot.left / tokens_a_step) for slot in slots if slot is not None]
     ends = [n for n in left if n is not None] + [CHUNK if None not in left else _SHORT]
     return max(min(ends), min(_SHORTEST, max(ends)))

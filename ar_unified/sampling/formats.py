@@ -1,12 +1,12 @@
 """Reads rows from files of requests. Each format has a small reader that returns what a line of our own JSONL would
 say.
 
-    *.jsonl   a line is a request of ours, a plain {"prompt"}, a line of an OpenAI batch, or one of GenEval's metadata
-    *.txt     a line is a prompt; so are T2I-CompBench's files
-    *.tsv, *.csv, *.parquet   a row is a request (`sampling.tables`): PartiPrompts.tsv, DiffusionDB's metadata
+    *.jsonl   a line is a request of ours, a plain {"prompt"}, a line of an OpenAI batch or of GenEval's metadata
+    *.txt     a line is a prompt, as in T2I-CompBench's files
+    *.tsv, *.csv, *.parquet   a row is a request (`sampling.tables`), as in PartiPrompts.tsv and DiffusionDB's metadata
     *.tar     WebDataset: key.txt is a prompt, key.json a request, key.png, key.jpg, ... images in front of the prompt
-    *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list; an entry that is a text is a prompt a
-    folder of ID.txt, a prompt each (DPG-Bench's prompts)
+    *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list; an entry that is a text is a prompt
+    a folder of ID.txt, each with one prompt (DPG-Bench's prompts)
 
 An unreadable row becomes a row with an error, and the following rows are still read. These never become prompts: the
 header of a table, other members of a tar, README and LICENSE files, hidden files, and files that macOS adds to archives
@@ -37,21 +37,22 @@ from ar_unified.sampling.request import RequestError
 _MOST_TEXT = 1 << 24  # most bytes of a prompt's file
 _IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
-_TEXTS = (".txt", ".jsonl", ".csv", ".tsv")  # here a zero byte is an error of its line
+_TEXTS = (".txt", ".jsonl", ".csv", ".tsv")  # in these files, a zero byte is an error of its line
 _GENEVAL = {"tag", "include", "prompt"}
 _MJHQ = {"category", "prompt"}
-_ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.\w+)?", re.IGNORECASE)  # names of files
+# Names of files that are not prompts.
+_ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.\w+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request as its file has it.
+    """One request, as read from a file.
 
     Attributes:
-        number: from 1; the line, where the file has lines.
+        number: from 1; the line number, if the file has lines.
         data: the request's settings, with the keys of our JSONL. error: why there is no data, or "".
-        load: returns the bytes of an image by the name that the row uses; raises RequestError, FileError or OSError.
-        foreign: the row was written for other programs (a table, a shard's metadata), not as a request.
+        load: returns the bytes of an image that the row names; raises RequestError, FileError or OSError.
+        foreign: whether the row was written for other programs (a table, a shard's metadata), not as a request.
     """
 
     number: int
@@ -65,11 +66,12 @@ Left = Callable[[str], None]  # is called with the kind of each thing that is le
 
 
 def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = False) -> Iterator[Row]:
-    """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
+    """The requests of a file or folder, in order, without blank lines. Raises OSError, and RequestError for a broken
+    file.
 
     The name's suffix gives the format. Without a known suffix, a file whose lines begin with "{" is JSONL. `leave` is
-    called for everything that is not a prompt: "README.txt", "members .cls". `links`: whether to follow links that lead
-    out of the requests' folder, to images and to prompts in a folder.
+    called with the kind of everything that is not a prompt, such as "README.txt" or "members .cls". `links`: whether to
+    follow links that lead out of the requests' folder, to images and to prompts in a folder.
     """
     path = Path(path)
     suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)
@@ -93,7 +95,7 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = F
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
-    """sha256 of the content of all files (of a folder: of all its prompts)."""
+    """sha256 of the content of all files; for a folder, of the files with its prompts."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
         for file in filter(Path.is_file, _prompt_files(path)) if path.is_dir() else [path]:
@@ -129,7 +131,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         except encoding.EncodingError as error:
             raise RequestError(f"{path}: {error}") from None
         if path.suffix.lower() not in _TEXTS and b"\0" in file.read(encoding.HEAD):
-            raise RequestError(f"{path}: expected a file of requests, found one that is no text")
+            raise RequestError(f"{path}: expected a file of requests, found a file that is not text")
         file.seek(start)
         yield from file
 
@@ -156,14 +158,14 @@ def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
     try:
         first = _text(next((line for _, line in _lines(path)), b"")).strip()
     except RequestError:
-        first = ""  # its row has the error
+        first = ""  # the error is reported with the row
     if "\t" in first and tables.header(first):
         yield from _rows(folder, tables.delimited(path, _texts(path)), foreign=True)
         return
     lines = _lines(path)
     if tables.header(first):
         next(lines)
-        leave(f"the first line, {first!r}, as a header")
+        leave(f"the header {first!r}")
     yield from _rows(folder, ((number, partial(_prompt, line)) for number, line in lines))
 
 
@@ -240,7 +242,7 @@ def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Map
     files = _prompt_files(folder.root)
     if not files:
         raise RequestError(
-            f"{folder.root}: expected a folder of .txt files, a prompt each, found none: name the file itself"
+            f"{folder.root}: expected a folder of .txt files with one prompt each, found none: give a file instead"
         )
     for file in sorted(folder.root.iterdir()):
         if file not in files and not hidden(file.name):

@@ -1,4 +1,4 @@
-"""Writes the web page that shows a job's samples: one file beside the images that needs no server and no network.
+"""Writes the web page that shows a job's samples: one file next to the images, which needs no server and no network.
 
 The page contains the job's rows. It builds cards as they come into view and loads thumbnails, so ten thousand samples
 scroll like ten. A click shows the full image.
@@ -42,7 +42,7 @@ def write(folder: str | Path, title: str = "Samples") -> Path:
 
 
 def _page(title: str, data: str) -> str:
-    """The page, made of the gallery.* files beside this module."""
+    """The page, made of the gallery.* files in the folder of this module."""
     here = files("ar_unified.sampling")
     page, style, script = (
         here.joinpath(f"gallery.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
@@ -54,8 +54,8 @@ def _page(title: str, data: str) -> str:
 
 
 def _shown(folder: Path, part: dict[str, Any]) -> dict[str, Json]:
-    """A part of a line in the page's form: a large image has its thumbnail, if the job made one (older versions did
-    not).
+    """A part of a line in the form that the page reads. A large image gets its thumbnail, if the job made one (older
+    versions did not).
     """
     if max(part.get("height", 0), part.get("width", 0)) <= THUMBNAIL:
         return part

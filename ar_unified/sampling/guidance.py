@@ -1,9 +1,9 @@
 """Classifier-free guidance: an image's logits are a weighted sum over the C contexts of its request.
 
 Context 0 is the request itself. The others are unconditional contexts to compare with. Each is a prefix followed by
-images alone. One of them "resets" if each new image starts again from the prefix; otherwise (the context "image_only")
-it keeps the images before. Only image codes are guided: text, sizes and control tokens come from the request's own
-logits, and unconditional contexts never see text.
+images alone. A context "resets" if each new image starts again from the prefix. The context "image_only" does not
+reset: it keeps the earlier images. Only image codes are guided: text, sizes and control tokens come from the request's
+own logits, and unconditional contexts never see text.
 
 All contexts of a request run in one forward, as rows side by side: [R * C]. So mixing is a reshape, and all contexts of
 a request are on one device, no matter how rows are split over devices.
@@ -25,8 +25,9 @@ from ar_unified.language.automaton import Event
 def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
     """The weights of the contexts, which add up to 1. image_scale is the scale of the third context.
 
-    C = 2 is Ho & Salimans' u + s (c - u), C = 3 InstructPix2Pix's u + s_i (i - u) + s (c - i). The weights may be
-    applied to logits or to log-probabilities, because the two differ by a constant per row.
+    Let c be the logits of context 0, u those of context 1 and i those of context 2. Then C = 2 is Ho &
+    Salimans' u + s (c - u), and C = 3 is InstructPix2Pix's u + s_i (i - u) + s (c - i). The weights may be applied to
+    logits or to log-probabilities, because the two differ by a constant per row.
     """
     if contexts == 1:
         return [1.0]
@@ -47,12 +48,12 @@ def mix(logits: Array, weights: Array) -> Array:
 
 
 def advance(event: Event, position: Array, start: Array, resets: Array) -> tuple[Array, Array]:
-    """(where, next), int32 [R, C] each: the place where each context writes a token, and the place of its next token.
+    """Returns the place where each context writes a token, and the place of its next token, int32 [R, C] each.
 
     Args:
         event: what the token means for images, [R].
         position: int32 [R, C], the place after everything that each context has read so far.
-        start: int32 [R, C], the place after its prefix. resets: bool [R, C]; False for context 0.
+        start: int32 [R, C], the place after each context's prefix. resets: bool [R, C]; False for context 0.
 
     An unconditional context does not read text. It writes all text tokens to one place: after its last image or, if it
     resets, after its prefix. The next <boi> overwrites that place.

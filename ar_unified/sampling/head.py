@@ -49,18 +49,21 @@ def with_head(layers: Params, text: Array, image: Array) -> Weights:
 
 
 def text_logits(weights: Weights, hidden: Array, adapter: Array) -> Array:
-    """f32 [R, ..., W] of hidden states [R, ..., D]; adapter: of each row, int32 [R]."""
+    """Logits f32 [R, ..., W] from hidden states [R, ..., D]. adapter: the number of each row's adapter, int32 [R]."""
     return _project(weights, "text", hidden, adapter, weights.text, 0)
 
 
 def code_logits(grammar: Grammar, weights: Weights, hidden: Array, adapter: Array) -> Array:
-    """f32 [R, ..., image codes] of hidden states [R, ..., D]; adapter: of each row, int32 [R]."""
+    """Logits f32 [R, ..., image codes] from hidden states [R, ..., D]. adapter: the number of each row's adapter, int32
+    [R].
+    """
     return _project(weights, "image", hidden, adapter, weights.image, grammar.vocabulary.image_offset)
 
 
 def _project(weights: Weights, part: str, hidden: Array, adapter: Array, head: Array, first: int) -> Array:
-    """A mesh splits the head, and each device reads its part. Then the logits are split by rows, and each device draws
-    for its own rows. Only the logits are sent between devices, because they are smaller than the head."""
+    """Logits from one part of the head. A mesh splits the head, and each device reads its share. Then the logits are
+    split by rows, and each device draws for its own rows. Only the logits are sent between devices, because they are
+    smaller than the head."""
     logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:

@@ -1,16 +1,16 @@
 """Turns requests into a folder of samples. A job that was killed at any moment can continue where it stopped.
 
     manifest.json   what determines the samples: vocabulary, weights, requests, defaults, engine shape
-    samples*.jsonl  one line per sample, appended after its images are written; bad requests are lines, too
-    images/NAME/00_00.png   image 00 of sample 00; prompt_00.png, an image of the prompt as the model saw it; beside
-                            one of more than 256 pixels a side its thumbnail, 00_00.jpg. NAME is the request's id, or,
-                            where that cannot name a folder, what its lines have as "name"
+    samples*.jsonl  one line per sample, appended after its images are written; a bad request is a line, too
+    images/NAME/    the images of a request: 00_00.png is image 00 of sample 00, and prompt_00.png is an image of the
+                    prompt as the model saw it. If a side has more than 256 pixels, 00_00.jpg is the thumbnail. NAME is
+                    the request's id; if that cannot name a folder, its lines have another "name"
     index.html      the gallery, when all is done
-    batch_output.jsonl, batch_errors.jsonl   when all is done: the output files of an OpenAI batch, if the requests are
-                                             one
+    batch_output.jsonl, batch_errors.jsonl   the output files of an OpenAI batch, when all is done; only if the requests
+                                             are such a batch
 
-A sample depends only on its request. So an interrupted job, or one split over several processes, ends with the same
-lines and images as any other; only the order of the lines may differ.
+A sample depends only on its request. So a job ends with the same lines and images, even if it is interrupted or split
+over several processes. Only the order of the lines may differ.
 """
 
 from __future__ import annotations
@@ -54,10 +54,14 @@ class JobMismatch(Mismatch):
 
 @dataclass(frozen=True)
 class JobReport:
-    """What a process did: samples and errors of this run, lines that were done before, tokens drawn, seconds.
+    """What a process did.
 
-    `complete`: no process has anything left to do. `first_error`: the first of this run, with its line, or "".
-    `tokens_a_step`: tokens that a sample got from one step of the engine, more than 1 with a window.
+    Attributes:
+        samples, errors, tokens: how many there were in this run. seconds: how long it took. found: how many samples
+            were done before.
+        complete: whether no process has anything left to do. first_error: the first error of this run, with its line,
+            or "".
+        tokens_a_step: the mean number of tokens that a sample got from one step of the engine; 1 without a window.
     """
 
     samples: int
@@ -73,7 +77,7 @@ class JobReport:
         rate = f"{self.samples / self.seconds:.2f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
         found = f", {self.found} were done already" if self.found else ""
         many = f", {self.tokens_a_step:.2f} tokens a step" if self.tokens_a_step > 1 else ""
-        first = f"\nerrors are in samples.jsonl; the first, {self.first_error}" if self.first_error else ""
+        first = f"\nerrors are in samples.jsonl; the first is in {self.first_error}" if self.first_error else ""
         return f"{self.samples} samples, {self.errors} errors{found}; {rate}{many}{first}"
 
 
@@ -99,11 +103,11 @@ def run_job(
         defaults: values for settings that a request does not give, with the keys of a request.
         weights: a name of the weights (a hash, or checkpoint and step), so that samples of other weights are not mixed
             in.
-        resize: the resizing of data preparation, from uint8 [H, W, 3] to uint8; None: what the layout implies.
+        resize: resizes an image as data preparation did, from uint8 [H, W, 3] to uint8; None: as the layout implies.
         links: whether to follow links that lead out of the requests' folder (`data.files`).
         process: (k, n): this is process k of n that share the job; it serves every n-th request. Each process has its
-            own engine. Their number may change when the job is run again.
-        show_progress: a bar with rate and time left, on stderr.
+            own engine. The number of processes may change when the job is run again.
+        show_progress: whether to show a bar with rate and time left, on stderr.
         warn: called with remarks on the files of requests, once for each file.
 
     Raises:
@@ -230,11 +234,13 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, J
 
 
 def _begin(output: Path, manifest: Mapping[str, Json], *, mend: bool) -> None:
-    """Writes the manifest, or compares it with an existing one. mend: also removes files that killed processes left."""
+    """Writes the manifest, or compares it with an existing one. mend: whether to remove files that killed processes
+    left.
+    """
     path = output / "manifest.json"
     if path.exists():
         for field, (a, b) in differences(read_json(path), manifest).items():
-            if field != "engine.batch_size":  # after running out of memory, a job may continue with another
+            if field != "engine.batch_size":  # after running out of memory, a job may continue with another size
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "
@@ -278,7 +284,7 @@ class _Preparation:
             if not self._engine.grammar.vocabulary.codebook_size:
                 if line.canvas or _images(line):
                     raise RequestError(
-                        "content: expected texts, as this model was trained on text alone; found an image"
+                        "content: expected texts, because this model was trained on text alone; found an image"
                     )
             if line.request is not None and line.request.mode != "text" and (why := draws_none(self._tokenizer)):
                 raise RequestError(f'mode: expected "text", found {line.request.mode!r}: {why}')
@@ -334,7 +340,7 @@ class _Preparation:
         return _Ready(line, self._prompt(request, line.name, images), plan)
 
     def _prompt(self, request: Request, name: str, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """The parts as JSON; writes their images to files that do not exist yet."""
+        """Returns the parts as JSON, and writes their images to files, unless the files exist already."""
         segments: list[dict[str, Any]] = []
         given = iter(enumerate(images))
         for turn in request.turns:
@@ -354,7 +360,7 @@ class _Preparation:
     def _save(self, name: str, pixels: np.ndarray) -> dict[str, Json]:
         path = self._output / name
         if not path.exists():
-            clean(path.parent)  # left by a killed process
+            clean(path.parent)  # removes what a killed process left
             write_image(path, pixels)
         return _image(name, *pixels.shape[:2])
 

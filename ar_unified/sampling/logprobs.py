@@ -1,7 +1,7 @@
 """The log-probability with which each token was drawn, for training on samples.
 
 The distribution is the one that the token was drawn from: it mixes the contexts, covers the ids that the grammar
-allows, and includes temperature and filters. A token that the grammar forces has probability 1. It needs one more
+allows, and includes temperature and filters. A token that the grammar forces has probability 1. This needs one more
 product with the head for each step, so an engine computes it only on request.
 
 Axes: R slots, C contexts, V vocabulary, W text pieces, control tokens and sides.
@@ -25,7 +25,9 @@ from ar_unified.sampling.steps import CHUNK, State
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, count: Array
 ) -> tuple[State, Array]:
-    """`steps.decode_chunk`, with the bits of the log-probabilities, float32 [R, CHUNK], packed before its result."""
+    """`steps.decode_chunk`, with the bits of the log-probabilities, float32 [R, CHUNK], packed in front of its
+    result.
+    """
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
     keys = decoding.row_keys(state.rows.seed, state.rows.sample)
     tokens = jnp.full((len(halted), CHUNK), grammar.vocabulary.pad, jnp.int32)
@@ -47,8 +49,8 @@ def decode_chunk(
 
 
 def of_token(grammar: Grammar, weights: Weights, state: State, token: Array) -> Array:
-    """f32 [R]: the log-probability that `token`, int32 [R], had in `state`, the state before it; 0 if it was forced or
-    given."""
+    """The log-probability, f32 [R], of `token`, int32 [R], in `state`, the state before the token. It is 0 if the token
+    was forced or given."""
     machine, vocabulary, rows = grammar.automaton, grammar.vocabulary, state.rows
     R, C = state.position.shape
     hidden = state.hidden.reshape(R, C, -1)

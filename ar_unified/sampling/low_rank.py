@@ -1,7 +1,7 @@
-"""Several LoRA adapters beside one model, in the sampler's form. Each row of a batch has its own adapter.
+"""Several LoRA adapters for one model, in the form that the sampler reads. Each row of a batch has its own adapter.
 
-The adapters of a matrix are stacked. Number 0 is no adapter: it is zeros, so a row without an adapter has the model's
-own numbers. Ranks smaller than the largest are padded with zeros. The scale is multiplied into B.
+The adapters of a matrix are stacked. Number 0 means no adapter. It is all zeros, so a row without an adapter gets the
+model's own results. Ranks smaller than the largest are padded with zeros. The scale is multiplied into B.
 
 L layers, A adapters, I inputs, O outputs, r the largest rank.
 """
@@ -33,8 +33,8 @@ _NONE = TokenRows(np.zeros(0, np.int64), np.zeros((0, 0), np.float32))
 
 
 def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, *bases: str) -> dict[str, Adapter]:
-    """Reads the adapters in those folders, by name. bases: as in `interop.peft.read`. Raises UserError that names the
-    adapter."""
+    """Reads the adapters in folders; the keys are their names. bases: as in `interop.peft.read`. Raises UserError that
+    names the adapter."""
     found = {}
     for name, folder in folders.items():
         if not name:
@@ -47,14 +47,15 @@ def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, 
 def number(adapters: Mapping[str, int], name: str) -> int:
     """The number of an adapter. Raises RequestError if there is no such adapter."""
     if name not in adapters:
-        known = ", ".join(repr(each) for each in adapters if each) or "none, as no adapter was loaded"
-        raise RequestError(f"adapter: expected one of {known}; found {name!r:.80}{nearest(name, adapters)}")
+        known = ", ".join(repr(each) for each in adapters if each)
+        expected = f"one of {known}" if known else "none, because no adapter was loaded"
+        raise RequestError(f"adapter: expected {expected}; found {name!r:.80}{nearest(name, adapters)}")
     return adapters[name]
 
 
 def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
-    """params["adapters"] (model/lora.py), in the compute dtype: a [L, A + 1, I, r] and b [L, A + 1, r, O] of each
-    matrix that any adapter changes; for settled parameters, a list with [A + 1, ...] for each layer.
+    """Makes params["adapters"] (model/lora.py), in the compute dtype: a [L, A + 1, I, r] and b [L, A + 1, r, O] for
+    each matrix that any adapter changes. For settled parameters, it is a list with [A + 1, ...] for each layer.
     """
     rank = max(a.shape[-1] for adapter in adapters for a, _ in adapter.matrices.values())
     stacked: dict[str, Any] = {}
@@ -85,7 +86,7 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
 
 
 def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
-    """params["rows"] (model/own_rows.py) of adapters that have their own rows; {} if none has.
+    """Makes params["rows"] (model/own_rows.py) from the adapters that have their own rows; {} if none has.
 
     Rows that an adapter lacks, and all rows of number 0, are the model's. Raises UserError if an adapter's
     rows belong to another vocabulary.

@@ -75,11 +75,11 @@ def load(
     Args:
         mesh: the mesh to decode on, or the sizes of its axes over all devices, such as {"data": -1, "tensor": 2}.
             `data` splits the samples and `tensor` the heads. None: this process's first device.
-        batch_size: samples drawn at once, and images coded at once; default: 8, rounded up to what the mesh divides.
-        max_length: most tokens of prompt and answer together; default: the bundle's.
-        dtype: of the matrix products, "float32" or "bfloat16"; default: the bundle's.
-        kv_dtype: of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
-        weights_dtype: of the layers' matrices, one of weights.WEIGHT_DTYPES; default: `dtype`.
+        batch_size: how many samples are drawn, or images coded, at once; default: 8, rounded up to fit the mesh.
+        max_length: the most tokens of prompt and answer together; default: the bundle's.
+        dtype: the dtype of the matrix products, "float32" or "bfloat16"; default: the bundle's.
+        kv_dtype: the dtype of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
+        weights_dtype: the dtype of the layers' matrices, one of weights.WEIGHT_DTYPES; default: `dtype`.
         window: positions of an image that are drawn at once, one of pace.WINDOWS. A window takes fewer steps for the
             same samples.
         adapters: folders of LoRA adapters in PEFT's form (`ar-unified export --to peft`), by names of your choice. A
@@ -142,7 +142,8 @@ def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
         raise BundleError(f"data.image_size: expected a height and a width in pixels, found {size!r:.80}")
     way = {name: data[name] for name in WAY if name in data}
-    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0], **way)  # type: ignore[arg-type]  # it checks the kind
+    # Resize checks the kind.
+    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0], **way)  # type: ignore[arg-type]
 
 
 class Model:
@@ -150,7 +151,7 @@ class Model:
 
     Args:
         engine: the transformer, and the grammar of both tokenizers.
-        image_tokenizer: None: the model has text only. resize: as in `run_job`.
+        image_tokenizer: None if the model has text only. resize: as in `run_job`.
         defaults: values for settings that a request does not give, with the keys of a request.
         weights: a name of the weights, for `run_job`. warning: shown to users who draw images with the model.
     """
@@ -181,7 +182,7 @@ class Model:
         size: int | tuple[int, int] | None = None,
         **settings: object,
     ) -> list[Image.Image]:
-        """Images for a prompt: texts, and images too, if the model was trained to edit them.
+        """Draws images for a prompt of texts, and of images too, if the model was trained to edit them.
 
         Args:
             seed, n: draws n images. Image i of a seed does not depend on n.
@@ -206,8 +207,9 @@ class Model:
     def ask(self, *content: Content, **settings: object) -> str:
         """The text of the answer to a prompt of images and texts, as in ask(image, "How many?").
 
-        settings: of a request, such as seed=1, max_tokens=50, text={"temperature": 0.7}. Raises RequestError like
-        `draw`.
+        settings: settings of a request, such as seed=1, max_tokens=50, text={"temperature": 0.7}.
+
+        Raises RequestError like `draw`.
         """
         settings = {"seed": 0} | settings | {"mode": "text", "n": 1}
         (document,) = self._answers(self.request(*content, **settings))
@@ -219,7 +221,7 @@ class Model:
         Args:
             messages: turns, {"role": "system" | "user" | "assistant", "content": a text, or a list of {"type": "text",
                 "text"} and {"type": "image", "image": an image}}. The last one is the user's.
-            settings: of a request; mode "text" keeps the answer to words.
+            settings: settings of a request; with mode "text", the answer has no images.
 
         Returns {"role": "assistant", "content": ...} in the same form: the content is a text, or a list if the model
         drew an image. Raises RequestError like `draw`.
@@ -236,12 +238,12 @@ class Model:
 
     @property
     def _chatting(self) -> dict[str, Json]:
-        """The settings of a request for one turn."""
+        """The default settings of a request for one turn."""
         draws = self.vocabulary.codebook_size and not draws_none(self.image_tokenizer)
         return {"mode": "free" if draws else "text", "seed": 0}
 
     def message(self, document: Document) -> dict[str, Json]:
-        """An answer as `chat` gives it."""
+        """An answer in the form that `chat` returns."""
         if not _images(document):
             return {"role": "assistant", "content": _text(document)}
         parts: list[dict[str, Any]] = []
@@ -261,7 +263,7 @@ class Model:
         return dataclasses.replace(request, history=history, parts=self._coded(request.parts))
 
     def request(self, *content: Content, **settings: Any) -> Request:
-        """A request for that prompt, with the model's defaults for all settings that are not given.
+        """A request for the prompt `content`, with the model's defaults for all settings that are not given.
 
         `settings` have the keys of a line of requests (`sampling.requests`): image_size is in pixels, text and image
         are dicts or Filters. Raises RequestError.
@@ -309,7 +311,8 @@ class Model:
 
     @functools.cached_property
     def ids(self) -> Ids:
-        """Translates ids to and from the published model that this one came from; without one, ids stay the same.
+        """Translates between the ids of this model and of the published model that it was made from. If there is none,
+        ids stay the same.
 
         model.logits(model.ids.ours(tokens))[..., model.ids.ours(range(V))] are the published model's logits.
         """
@@ -320,8 +323,8 @@ class Model:
         return self.grammar.encode(document.changed(self._coded_part)).tokens
 
     def parse(self, ids: np.ndarray | Sequence[int]) -> Document:
-        """The document that ids [n] stand for, with images as codes. Raises GrammarError with the position that is
-        wrong."""
+        """The document that ids [n] stand for, with images as codes. Raises GrammarError that names the wrong
+        position."""
         return self.grammar.parse(ids)
 
     def tokenize_image(self, pixels: np.ndarray | Image.Image) -> np.ndarray:

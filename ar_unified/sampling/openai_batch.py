@@ -7,9 +7,9 @@ Messages are turns (`language.rows`), and the last one is the user's. The role "
 Images are data: URLs or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
-    temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how images are
-    modalities                      ["text"]: mode "text"; with "image", or without this key: as the model likes
-    size                            image_size; "auto": what the model does
+    temperature, top_p, top_k       how text is drawn; our key "image": {"temperature": ...} says how images are drawn
+    modalities                      ["text"] or ["image"]: that mode; both, or without this key: mode "free"
+    size                            image_size; "auto": the same as no image_size
     metadata                        meta
     keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
 
@@ -56,16 +56,16 @@ _NEUTRAL: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "response_format": (({"type": "text"},), "answers are free text: ask for JSON in the prompt"),
         "audio": ((), "there is no sound here: leave it out"),
         "prediction": ((), "leave it out"),
-        "reasoning_effort": (("none",), "the model answers at once: leave it out"),
+        "reasoning_effort": (("none",), "the model answers without reasoning: leave it out"),
         "verbosity": (("medium",), 'leave it out, or set "max_tokens"'),
     },
     "images": {
-        "response_format": (("b64_json",), 'images come in the answer: "b64_json"'),
-        "quality": (("auto", "standard"), "there is one quality: leave it out"),
-        "style": (("vivid",), "say it in the prompt"),
+        "response_format": (("b64_json",), "images are returned in the answer, not as URLs"),
+        "quality": (("auto", "standard"), "there is only one quality: leave it out"),
+        "style": (("vivid",), "describe the style in the prompt"),
         "background": (("auto", "opaque"), "images are opaque: leave it out"),
         "output_format": (("png",), "images are PNG: leave it out"),
-        "output_compression": ((100,), "PNG loses nothing: leave it out"),
+        "output_compression": ((100,), "PNG is lossless: leave it out"),
         "moderation": (("auto", "low"), "leave it out"),
         "stream": ((False,), "a batch is not streamed: leave it out"),
         "partial_images": ((0,), "a batch is not streamed: leave it out"),
@@ -80,7 +80,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Asked:
-    """The parts of a request that its answer repeats: its id, the kind of answer, and the model's name."""
+    """What the answer to a line repeats from it: its id, the kind of answer, and the model's name."""
 
     custom_id: Any
     endpoint: Literal["chat", "images"]
@@ -100,7 +100,7 @@ def request(row: Mapping[str, Any]) -> dict[str, Any]:
     """Rewrites a line of a batch with the keys of our own lines, without its id. Raises RequestError that says what to
     change."""
     if row.get("custom_id") in (None, ""):
-        raise RequestError("custom_id: expected a text of its own, found none")
+        raise RequestError("custom_id: expected a text that no other line has, found none")
     if row.get("method", "POST") != "POST":
         raise RequestError(f'method: expected "POST", found {row["method"]!r:.80}')
     endpoint = _endpoint(row.get("url", "/v1/chat/completions"))

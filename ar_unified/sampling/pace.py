@@ -1,14 +1,14 @@
 """Chooses how many positions a pool draws at once: the number that the user set, or the fastest one.
 
-A wider window takes fewer steps, but each costs more. How many fewer steps depends on the model and on what it draws.
-The cost of a step depends on the device and the batch.
+A wider window takes fewer steps, but each costs more. The number of saved steps depends on the model and on what it
+draws. The cost of a step depends on the device and the batch.
 
 The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
-also guesses from its own draws after wrong guesses; how much more is known once it was used. The cost of a step is
-measured on a few steps alone. If these say that a window is faster, it is compared with drawing one by one in use: the
-pool takes some chunks with each in turns, and the clock decides, because a step alone does not show everything that a
-window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a small share of its
+also guesses from its own draws after wrong guesses. How much more is known once a window was used. The cost of a step
+is measured on a few steps alone. If these say that a window is faster, it is compared with drawing one by one in use:
+the pool takes some chunks with each in turns, and the clock decides, because a step alone does not show everything that
+a window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a small share of its
 time on trials. So a short job tries nothing, and nothing is measured twice in one process.
 """
 
@@ -27,17 +27,17 @@ from ar_unified.sampling.steps import CHUNK, Shape
 WIDTHS = (1, 2, 4, FEW)
 WINDOWS = (*map(str, WIDTHS), "auto")
 _AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
-# Steps that are timed together. The two numbers make timings of one-token steps and of wide steps about equally long,
-# because a busy machine slows short ones less.
+# Steps that are timed together: one-token steps, and wide steps. With these numbers, both timings take about equally
+# long, because a busy machine slows short timings less.
 _ALONE, _WIDE = 16, 6
-_PROBES = 3  # trials of a width, alternating with the other; the fastest counts
-_COMPILING = 5.0  # least seconds assumed for compiling: `window=1` may have come from a cache
+_PROBES = 3  # timings of a width, alternating with width 1; the fastest counts
+_COMPILING = 5.0  # least seconds assumed for compiling, because the program of width 1 may have come from a cache
 _BLOCK, _PAIRS = 4 * CHUNK, 5  # steps of a block, and pairs of blocks, of a comparison in use
 _HOPELESS = 0.8  # a speed, relative to drawing one by one, at which a comparison ends early
 _RISK = 0.2  # share of the time of a comparison's wide blocks that is assumed to be lost
 _AGAIN = 1024 * CHUNK  # steps until a window in use is compared again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
-_PROMISING = 1.3  # expected tokens a step that allow the greater share
+_PROMISING = 1.3  # if at least this many tokens a step are expected, the greater share is allowed
 _BETTER = 1.1  # a window must be this many times faster than drawing one by one
 _FIRST, _EACH = 32, 16  # without a window, saw() gets the first 32 samples, then every 16th
 _DECIDING = 4 * CHUNK  # steps between two decisions: for small images, each would take 1 % of a sample's time
@@ -57,8 +57,8 @@ class Costs:
     used: set[int] = field(default_factory=set)
 
     def of(self, width: int) -> float:
-        """Seconds of a step: as measured; else interpolated between a narrower and a wider one; else those of a
-        single-token step."""
+        """Seconds of a step: as measured, else interpolated between a narrower and a wider one. If only width 1 was
+        measured, it is `width` times as long."""
         if width in self.step or len(self.step) < 2:
             return self.step.get(width, width * self.step.get(1, 0.0))
         return float(np.interp(width, sorted(self.step), [self.step[each] for each in sorted(self.step)]))
@@ -116,18 +116,20 @@ class _Pool:
 
     costs: Costs
     width: int = 1
-    seconds: float = 0.0  # spent in its steps, about
-    lost: float = 0.0  # of these, spent on trials
+    seconds: float = 0.0  # about how long its steps took
+    lost: float = 0.0  # of these, the part that trials lost
     steps: int = 0
     samples: int = 0
-    again: int = _AFTER  # when to measure the steps of width 1, and later when to compare the width in use
-    trial: list[tuple[int, bool]] = field(default_factory=list)  # probes to come: a width, and whether it counts
+    again: int = _AFTER  # the step from which to time width 1, and later to compare the width in use
+    trial: list[tuple[int, bool]] = field(default_factory=list)  # timings to come: a width, and whether it counts
     found: dict[int, float] = field(default_factory=dict)
     comparison: _Comparison | None = None
-    decision: int = 0  # the number of steps at which to decide again
-    foreseen: np.ndarray = field(default_factory=lambda: np.zeros(1 + len(WIDTHS)))  # tokens, and steps by width
+    decision: int = 0  # the step from which to decide again
+    # The tokens, and the steps that each width would take for them.
+    foreseen: np.ndarray = field(default_factory=lambda: np.zeros(1 + len(WIDTHS)))
     drawn: dict[int, np.ndarray] = field(default_factory=dict)  # by width: tokens, and steps that samples took
-    more: dict[int, float] = field(default_factory=dict)  # measured gain over expected gain, beyond one token
+    # By width: the measured gain over the expected gain. The gain is the tokens of a step beyond one.
+    more: dict[int, float] = field(default_factory=dict)
 
     def tokens(self, width: int) -> float:
         """The expected tokens of a sample in one step."""
@@ -136,7 +138,7 @@ class _Pool:
         return min(float(width), 1 + more * max(foreseen - 1, _LEAST))
 
     def speed(self, width: int) -> float:
-        """Tokens a second of a sample."""
+        """The expected tokens that a sample gets in a second."""
         return (1.0 if width == 1 else self.tokens(width)) / self.costs.of(width)
 
     def affordable(self, width: int) -> bool:
@@ -203,8 +205,12 @@ _LEAST = 0.02  # least expected tokens beyond one in a step, because more may co
 class Pace:
     """The window of each pool of an engine.
 
-    window: one of WINDOWS, or its number. program: what a step's cost depends on besides the pool's shape; engines with
-    an equal program share their measurements; None: shares with nobody. clock: returns the present time in seconds.
+    Args:
+        window: one of WINDOWS, or its number.
+        program: everything except the pool's shape that the cost of a step depends on. Engines with an equal program
+            share their measurements; None: shares with no other engine.
+        clock: returns the present time in seconds.
+
     Raises ValueError for another window.
     """
 
@@ -214,7 +220,7 @@ class Pace:
         self._measured, self._program = window == "auto", program
         self.most = FEW if self._measured else int(window)
         self.first = 1 if self._measured else self.most  # the first width of a pool
-        self.guesses = self.most > 1  # it uses guesses now, or may later
+        self.guesses = self.most > 1  # whether guesses are used now, or may be later
         self._pools: dict[Shape, _Pool] = {}
         self._clock = clock
         self._before: tuple[Shape, int, float] | None = None  # of the last chunk: its pool, its width, its end
@@ -273,13 +279,13 @@ class Pace:
                     self._pool(shape).compared(comparison)
         if width == 1 or not self.guesses:
             return
-        if self._measured and steps <= samples * _WIDE:  # a probe: its first step had no guesses
+        if self._measured and steps <= samples * _WIDE:  # a timing: its first step had no guesses
             tokens, steps = tokens - samples, steps - samples
         pool = self._pool(shape)
         count = pool.drawn[width] = pool.drawn.get(width, np.zeros(2)) * _KEEP[1] + (tokens, steps)
         foreseen = pool.foreseen[0] / pool.foreseen[1 + WIDTHS.index(width)] - 1 if pool.foreseen[0] else 0.0
         if count[1]:
-            pool.more.pop(width, None)  # keeps the last used width last
+            pool.more.pop(width, None)  # so that the last used width comes last
             pool.more[width] = (count[0] / count[1] - 1) / max(foreseen, _LEAST)
 
     def asks(self, shape: Shape) -> bool:

@@ -1,9 +1,9 @@
-"""A table from which `window.py` guesses codes: which code last followed a pair of codes, the code before and the code
-above.
+"""A table from which `window.py` guesses codes. For a pair of codes, the code before and the code above, it has the
+code that last followed them.
 
 The host learns it from images as they are drawn, and passes it to the device with the weights. If the code above has
 been right more often for a pair, the table has no entry, and the code above is the guess. A wrong entry only costs a
-step that could have been saved, so entries may collide.
+step that could have been saved, so several pairs may share an entry.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 SIZE = 1 << 15
-_STEP = 257  # codes below it have their own entries, as far as SIZE allows
-_SURE = 4  # limit of an entry's count, because what is drawn changes
+_STEP = 257  # pairs of codes below it have their own entries, as far as SIZE allows
+_SURE = 4  # limit of an entry's count, so that the table follows when other images are drawn
 
 
 class Pairs:
@@ -23,7 +23,7 @@ class Pairs:
     def __init__(self) -> None:
         self.table = np.full(SIZE, -1, np.int32)
         self._last = self.table.copy()
-        self._ahead = np.zeros(SIZE, np.int32)  # how often it was right, minus how often the code above was
+        self._ahead = np.zeros(SIZE, np.int32)  # how often an entry was right, minus how often the code above was
 
     def learn(self, codes: np.ndarray) -> np.ndarray:
         """Adds an image's codes, int [h, w]; returns which of them the table would have guessed, bool [h * w]."""
@@ -49,9 +49,9 @@ def place(before: Any, above: Any) -> Any:
 
 
 def likely(learned: Any, before: Any, above: Any, numpy: Any) -> Any:
-    """The guess: the table's entry, else the code above, or the code before in the first row; at the very beginning 0.
+    """The guess: the table's entry, else the code above, else the code before, else 0.
 
-    numpy: the module that the arrays are of, numpy or jax.numpy.
+    numpy: the module of the arrays, numpy or jax.numpy.
     """
     alike = numpy.where(above >= 0, above, numpy.maximum(before, 0))
     return numpy.where(learned >= 0, learned, alike)

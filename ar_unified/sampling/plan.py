@@ -23,8 +23,8 @@ from ar_unified.sampling import guidance
 from ar_unified.sampling.request import MODES, Request, RequestError, TooLong
 from ar_unified.sampling.steps import Shape, Start
 
-_SHARES = (4, 2, 1)  # lengths of a cache, as parts of max_length
-_SLOTS = 64  # its length is a multiple of
+_SHARES = (4, 2, 1)  # a cache has the length max_length divided by one of these
+_SLOTS = 64  # the length of a cache is a multiple of this
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,12 @@ class Plan:
 
     Attributes:
         request: the request itself. prompt: int32 [n], its tokens.
-        given: int32 [m], the first tokens of every sample that are known in advance.
-        prefixes: what each context reads, tokens int32 [...]; the first context reads prompt and given.
-        starts: where each context's images begin, after its prefix. resets: whether each new <boi> goes back there.
-        budget: most tokens of a sample, including `given`. smallest: tokens of the smallest image that it may make.
-        steps: how many are drawn, if that is known; else None.
+        given: int32 [m], the first tokens of every sample, which are known in advance.
+        prefixes: the tokens that each context reads first, int32 [...]; the first context reads prompt and given.
+        starts: where each context's images begin; 0 for the first context. resets: whether each new <boi> goes back
+            there.
+        budget: the most tokens of a sample, including `given`. smallest: the tokens of its smallest possible image.
+        steps: how many steps a sample takes, if that is known; else None.
         start: the state from which the automaton resumes.
         shape: the shape of the pool that serves it.
     """
@@ -72,7 +73,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         size = layout.height, layout.width
     inside = at.opened.phase not in (PARTS, DONE)
     given = _given(grammar, request, size) if request.mode == "image" and not inside else np.zeros(0, np.int32)
-    given = given[len(prompt) - at.begin :] if len(given) else given  # without what the prompt has
+    given = given[len(prompt) - at.begin :] if len(given) else given  # without the tokens that the prompt already has
     own = np.concatenate([prompt, given])
     if len(given):
         at = grammar.breaks_off(own)
@@ -82,7 +83,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
     least = max(least, int(request.mode == "image"))
     smallest = syntax.block(*(size or layout.units))
     largest = syntax.block(*(size or (layout.height, layout.width)))
-    # The tokens that the current image still needs, and those of the images that must follow.
+    # `rest` is what the current image still needs; `needed` adds the images that must follow, and <eos>.
     rest = syntax.block(*_sides(layout, at.opened, size)) - (len(own) - at.begin) if inside else 0
     needed = len(given) + rest + max(least - inside, 0) * smallest + 1
     budget = _budget(request, needed, most * largest + 1, len(prompt), max_length)
@@ -95,7 +96,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         starts.append(len(base))
         resets.append(context != "image_only")
     if len(prefixes) == 3 and most == 1 and np.array_equal(prefixes[1], prefixes[2]):
-        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # no image in the prompt
+        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # they are equal if the prompt has no image
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
     wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape
@@ -158,7 +159,9 @@ def _ids(part: TokensPart, size: int) -> np.ndarray:
 
 
 def _sides(layout: ImageLayout, opened: Opened, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width, in codes, of the image that was begun: the prompt's, else the request's, else the smallest."""
+    """Height and width, in codes, of the image that was begun: as in the prompt, else as requested, else the
+    smallest.
+    """
     said, wanted = [opened.height, opened.width], size or (0, 0)
     sides = []
     for axis, unit in enumerate(layout.units):
@@ -211,8 +214,8 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
     if not v.codebook_size:
         if request.mode in ("image", "interleaved") or request.images[0] or request.canvas is not None:
             raise RequestError(
-                f'mode: expected "text" or "free", as this model was trained on text alone, found {request.mode!r} '
-                "with an image asked for"
+                f'mode: expected "text" or "free" without images, because this model was trained on text alone; '
+                f"found {request.mode!r} with images"
             )
         return
     if size is not None:
@@ -239,7 +242,7 @@ def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> Non
     for axis, (phase, said) in enumerate(((HEIGHT, opened.height), (WIDTH, opened.width))):
         if opened.phase == phase and said and not str(wanted[axis]).startswith(str(said)):
             name = ("height", "width")[axis]
-            raise RequestError(f"image_size: the prompt has begun a {name} with {said}, found {wanted[axis]}")
+            raise RequestError(f"image_size: the {name} in the prompt begins with {said}, found {wanted[axis]}")
 
 
 def _budget(request: Request, needed: int, most: int, prompt: int, max_length: int) -> int:
@@ -258,7 +261,7 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
             f"so at most {room} fit, found {budget}"
         )
     if budget < needed:
-        raise RequestError(f"max_tokens: {images} need {needed}, found {budget}")
+        raise RequestError(f"max_tokens: {images} need {needed} tokens, found {budget}")
     return budget
 
 
@@ -270,8 +273,8 @@ def cache_length(max_length: int, part: int = 1) -> int:
 def _length_class(n: int, max_length: int) -> int:
     """The cache length for n tokens: max_length, or a half or a quarter of it, in multiples of 64.
 
-    It is a multiple of 64 because XLA on a CPU sums a row in vectors. With an incomplete vector, a row's bits would
-    depend on how much of the cache is read for its batch (kernels/decode_attention/xla.py).
+    It is a multiple of 64 because XLA on a CPU sums a row in vectors. With an incomplete vector, the bits of a row's
+    result would depend on how much of the cache is read for its batch (kernels/decode_attention/xla.py).
     """
     classes = [cache_length(max_length, part) for part in _SHARES]
     fitting = [length for length in classes if length >= n]

@@ -19,20 +19,22 @@ _Key = tuple[int, bytes]
 
 
 class Prompts:
-    """Reads prompts, each once however many samples begin with it, and keeps the last ones.
+    """Reads each prompt once, no matter how many samples begin with it, and keeps the last batches.
 
     Args:
         prefill: reads a batch: tokens [rows, size], lengths [rows], adapter [rows], int32 each.
-        rows: of a batch. pad: the id that fills the places after a prompt.
+        rows: the number of rows of a batch. pad: the id that fills the places after a prompt.
     """
 
     def __init__(self, prefill: Callable[[np.ndarray, np.ndarray, np.ndarray], Prefix], rows: int, pad: int):
         self._prefill, self._rows, self._pad = prefill, rows, pad
-        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # last used one last
+        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = (
+            OrderedDict()
+        )  # the most recently used one is last
 
     def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
-        """The batches with the prompts; each comes with one row number for each prompt, -1 if the prompt is in another
-        batch."""
+        """Returns the batches that contain the prompts. Each comes with the row of every prompt, or -1 if that prompt
+        is in another batch."""
         wanted = {_key(prompt): prompt for prompt in prompts}
         kept = {id: batch for id, batch in self._batches.items() if wanted.keys() & batch[1].keys()}
         known = {key for _, rows in kept.values() for key in rows}

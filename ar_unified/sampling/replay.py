@@ -4,7 +4,7 @@ automaton again, in parallel.
 A trainer needs this to compute the probability with which a token was drawn, because the grammar allowed only some ids.
 If it allowed only one id, nothing was drawn.
 
-Axes: B samples, n their tokens, K ranges.
+Axes: B samples, n tokens of a sample, K ranges.
 """
 
 from __future__ import annotations

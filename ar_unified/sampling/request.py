@@ -44,14 +44,14 @@ class Request:
     Attributes:
         id: names the request in samples and messages.
         parts: the prompt: text, images as codes of the image tokenizer, and token ids, in reading order.
-        turn: True: answer the prompt; False: go on writing the document it begins.
-        history: the turns before it: a system turn, and questions with their answers.
+        turn: whether to answer the prompt (True) or to continue the document that it begins (False).
+        history: the turns before the prompt: a system turn, and questions with their answers.
         mode: "text": no images; "image": only images; "interleaved": text and at least one image; "free": the model
             chooses. In every mode, the grammar can parse the answer.
         n: how many samples. seed: 0 <= seed < 2**32; sample i of a request does not depend on n.
         max_tokens: budget of a sample, <eos> included; None: as many as its images need in mode "image", else as many
             as fit.
-        stop: where to stop: each a text or consecutive ids of text pieces. The answer is cut before the stop.
+        stop: texts, or sequences of ids of text pieces. The answer ends before the first one that appears.
         min_images, max_images: images in a sample; None: exactly one in mode "image", at least one in "interleaved",
             any number in "free".
         image_size: (height, width) of every image in codes; None: the canvas's size, the fixed grid's, or the model's
@@ -59,18 +59,18 @@ class Request:
         canvas: int32 [h, w], codes that the first image must have, -1 where codes are drawn. This completes an image
             (its first rows are given) or repairs it (all but a hole is given).
         guidance: scale of classifier-free guidance on image codes; 1: no guidance, at no cost.
-        image_guidance: a second scale, for the effect of the prompt's images besides its text (InstructPix2Pix, arXiv
-            2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), where i is the context
-            with the images alone. 0: only one scale.
-        context: u, the unconditional context of guidance, one of CONTEXTS. The current image follows it.
+        image_guidance: a second scale, for the effect of the prompt's images alone (InstructPix2Pix, arXiv
+            2211.09800; Chameleon's 3.0 and 1.2). The logits become u + image_guidance (i - u) + guidance (c - i), where
+            c are those of the request, u those of `context` and i those of the images alone. 0: only one scale.
+        context: the unconditional context of guidance, one of CONTEXTS. The current image follows it.
             "empty_prompt": <bos> <eot>, as trained by condition dropout. "bos_boi": <bos> (Chameleon, LWM).
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
             "negative_prompt": that text as the prompt (Emu3).
-        negative_prompt: its text.
+        negative_prompt: the text for the context "negative_prompt".
         prompt_suffix: a text appended to the text of a prompt for an image (mode "image", turn True), such as
-            Emu3-Gen's words of praise. The unconditional contexts do not have it.
-        repetition_penalty: of text pieces that the prompt or the answer already has; 1: none. Logits above 0 are
-            divided by it, others are multiplied by it (CTRL, arXiv 1909.05858).
+            the quality words of Emu3-Gen. The unconditional contexts do not have it.
+        repetition_penalty: the penalty on text pieces that the prompt or the answer already has; 1: none. Logits above
+            0 are divided by it, others are multiplied by it (CTRL, arXiv 1909.05858).
         adapter: the name of one of the engine's adapters, used for drawing; "": none.
         text, image: how text (and control) tokens and image codes are drawn.
         meta: copied to the samples.
@@ -125,7 +125,7 @@ class Request:
         if self.mode not in MODES:
             raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
         if self.history and not self.turn:
-            raise RequestError("history: expected turns before one that is to be answered, found turn: false")
+            raise RequestError(f"history: expected no turns with turn: false, found {len(self.history)}")
         if self.turn:
             try:
                 check_speakers([*(turn.speaker for turn in self.history), "user", "assistant"])
@@ -149,7 +149,9 @@ class Request:
                 f"found {self.negative_prompt!r:.80} with {self.context!r}"
             )
         if self.image_guidance and self.context == "image_only":
-            raise RequestError('image_guidance: compares "image_only" with another context: name one in `context`')
+            raise RequestError(
+                'context: expected another one than "image_only" with image_guidance, found "image_only"'
+            )
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise RequestError(f"repetition_penalty: expected a number > 0 (1: off), found {self.repetition_penalty}")
         if any(not stop for stop in self.stop):
@@ -189,7 +191,7 @@ class Request:
 
     @property
     def contexts(self) -> int:
-        """How many contexts are decoded for it: 1 without guidance, 2, or 3 with `image_guidance`."""
+        """How many contexts are decoded: 1 without guidance, 2 with it, or 3 with `image_guidance`."""
         if self.mode == "text" or (self.guidance == 1 and self.image_guidance in (0, 1)):
             return 1
         return 3 if self.image_guidance else 2
@@ -201,7 +203,7 @@ class Sample:
 
     Attributes:
         request, index: sample `index` of `request`.
-        tokens: int32 [n], generated, <eos> included unless it was stopped.
+        tokens: int32 [n], the generated tokens, with <eos> unless a stop ended the sample.
         document: the document of these tokens: the parts after the prompt, with images as codes. None if there was an
             error.
         finish_reason: "eos": the model ended it; "length": the budget did; "stop": one of `request.stop` did; "error".

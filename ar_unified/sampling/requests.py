@@ -4,14 +4,14 @@
     {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}], "mode": "text"}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}, ...]}
     {"prompt": "a cat", "n": 4, "seed": 7, "guidance": 3, "image_size": [32, 48], "image": {"temperature": 0.9}}
-    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that image, redrawn where the mask
-    is white {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that image, below its first 64
-    pixels
+    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        a.png, redrawn where the mask is white
+    {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 a.png, redrawn below its first 64 rows
 
 Parts of "content", and of the content of messages, are texts, images and {"type": "tokens", "ids": [...]}. Images
 are files under the requests' folder, or data: URLs. Sizes are in pixels. Every row needs one of "prompt", "content" and
 "messages"; all other keys are optional. `sampling.request` explains the settings, and the `defaults` of a job have the
 same keys.
+
 A row's own columns are kept in "meta", with one warning for each file (`sampling.columns` says which keys they are). An
 id may be any text; the request's folder of images is named after it.
 """
@@ -57,7 +57,9 @@ class PromptImage:
     read: Callable[[str], bytes]
 
     def load(self) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises PromptImageError or RequestError that names the image and what is wrong with it."""
+        """The pixels, uint8 [H, W, 3]. Raises PromptImageError or RequestError that names the image and what is wrong
+        with it.
+        """
         where = f"image {self.name!r:.80}"
         try:
             return images.decode(self.read(self.name))
@@ -84,11 +86,11 @@ class Line:
     """One entry of a requests file.
 
     Attributes:
-        number: of its row, from 1. id: its own, else its number. name: of its folder of images, which is the id if that
-            can be a folder's name.
-        content: text, ids, and images. history: the turns before it, which may have images, too.
+        number: the number of its row, from 1. id: the row's id, or else its number. name: the name of its folder of
+            images, which is the id if that can be a folder's name.
+        content: the parts of the prompt: text, ids, and images. history: the turns before, which may have images, too.
         canvas: an image that the answer's first image completes.
-        request: its parts and canvas are still missing; None if there is an `error`.
+        request: the request, still without parts and canvas; None if there is an `error`.
         retry: whether the request may succeed if the job is run again.
         batch: what an answer in OpenAI's format repeats, if the row is a line of an OpenAI batch.
         prompt_tokens: the number of prompt tokens, known once the request has its parts.
@@ -122,12 +124,12 @@ def read_requests(
         cells: the image tokenizer, or another object that knows how many pixels a code stands for.
         defaults: values for settings that a request does not give.
         links: whether to follow links that lead out of the requests' folder.
-        warn: called once for each file with columns of its own, and once for each file with entries that are no
-            prompts.
+        warn: called once for each file with columns that are no settings, and once for each file with entries that are
+            no prompts.
 
     Raises:
-        RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file holds no request
-            at all. OSError: it cannot be read.
+        RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file contains no
+            request. OSError: a file cannot be read.
     """
     settings = dict(defaults or {})
     _settings(settings, cells, "defaults")
@@ -145,7 +147,9 @@ def read_requests(
             raise RequestError(f"{path}: expected at least one request, found none")
         before = number
         if left:
-            warn(f"{path}: left out, not prompts: {_shown(f'{kind} ({n})' for kind, n in left.items())}")
+            warn(
+                f"{path}: left out, because they are not prompts: {_shown(f'{kind} ({n})' for kind, n in left.items())}"
+            )
         if own:
             called = [f"{key} is {elsewhere(key)} here" for key in own if elsewhere(key)]
             hint = f" (settings have other names: {_shown(called)})" if called else ""
@@ -161,7 +165,7 @@ def _shown(names: Iterable[str]) -> str:
 def _line(
     row: Row, number: int, cells: Cells, settings: Mapping[str, Json], names: Names, own: dict[str, None]
 ) -> Line:
-    """The entry of a row; its own columns are added to `own`."""
+    """The entry of a row; the row's own columns are added to `own`."""
     id = name = f"{number:06d}"
     batch = openai_batch.asked(row.data)
     try:
@@ -198,7 +202,7 @@ def _typed(row: Mapping[str, Json], types: Mapping[str, tuple[type, ...]], where
 
 
 def _turns(row: Mapping[str, Json], read: Callable[[str], bytes]) -> tuple[Turn, ...]:
-    """The turns before the answer; their images are Image."""
+    """The turns before the answer; their images are PromptImages."""
     said = [key for key in ("prompt", "content", "messages") if key in row]
     if len(said) != 1:
         raise RequestError('expected either "prompt" (a text), "content" (a list of parts) or "messages" (turns)')
@@ -249,10 +253,10 @@ def request_of(
     own = {key: value for key, value in row.items() if key in SETTINGS and key not in columns}
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
-        raise RequestError(f"meta: expected object, found {meta!r:.80}")
+        raise RequestError(f"meta: expected an object, found {meta!r:.80}")
     twice = [key for key in columns if key in meta]
     if twice:
-        raise RequestError(f"meta: {twice[0]!r:.80} is both in it and in the row: expected only one")
+        raise RequestError(f"meta: {twice[0]!r:.80} is both in meta and in the row: remove one of them")
     _typed(own, SETTINGS, "")
     merged = dict(defaults) | own
     for modality in ("text", "image"):
@@ -290,7 +294,7 @@ def _settings(row: Mapping[str, Any], cells: Cells, where: str) -> dict[str, Any
     if row.get("guidance", 1) != 1 or row.get("image_guidance", 0):
         if "context" not in row:
             raise RequestError(
-                f"{where}guidance: a scale needs the context it compares with: one of {', '.join(CONTEXTS)}"
+                f"{where}context: expected one of {', '.join(CONTEXTS)}, because guidance needs it; found none"
             )
     if "image_size" in row:
         settings["image_size"] = _codes(row["image_size"], cells, where)
@@ -305,7 +309,7 @@ def _stop(stop: Any, where: str) -> tuple[str | tuple[int, ...], ...]:
 
 
 def _codes(size: Any, cells: Cells, where: str) -> tuple[int, int]:
-    """Pixels, one number or [height, width], as codes."""
+    """Converts a size in pixels, one number or [height, width], to height and width in codes."""
     sides = [size, size] if isinstance(size, int) else list(size)
     factor = cells.factor
     if len(sides) != 2 or any(type(side) is not int or side < 1 or side % factor for side in sides):

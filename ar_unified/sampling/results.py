@@ -86,7 +86,7 @@ class Done:
 
     @classmethod
     def read(cls, folder: str | Path) -> Done:
-        """Raises OSError, and UserError for a line that no job wrote."""
+        """Reads the files of a job. Raises OSError, and UserError for a line that no job wrote."""
         done = cls()
         for row in read(folder):
             if row.get("retry"):
@@ -168,12 +168,12 @@ class Writer:
     """Decodes images and appends lines on its own thread, while the engine goes on.
 
     Args:
-        folder: of the job. file: from `open_shard`.
+        folder: the job's folder. file: the file from `open_shard`.
         decode: codes int32 [B, h, w] -> images uint8 [B, H, W, 3].
         batch: how many entries are decoded and written together; an entry waits at most five seconds for others.
         written: called on the thread with the rows that are safely on disk.
 
-    It is a context manager; on exit, it writes all entries. `put` or the exit raises an error of the thread.
+    It is a context manager; on exit, it writes all entries. An error of the thread is raised by `put` or by the exit.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Writer:
             raise self._error
 
     def put(self, entry: Entry) -> None:
-        """Passes an entry to the thread; waits while the thread is four batches late."""
+        """Passes an entry to the thread; waits while the thread is four batches behind."""
         if self._error:
             raise self._error
         self._queue.put(entry)
@@ -235,7 +235,7 @@ class Writer:
             path = self._folder / name
             if path.parent not in self._touched:
                 self._touched.add(path.parent)
-                clean(path.parent)  # left by a killed process for the same request
+                clean(path.parent)  # removes what a killed process left for this request
             write_image(path, pixels)
         for entry in entries:
             # A lone surrogate of a bad request becomes its JSON escape.
@@ -260,5 +260,5 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def thumbnail(image: Path) -> Path:
-    """The path of an image's thumbnail, if it has one: beside the image."""
+    """The path of an image's thumbnail, if it has one. It is in the image's folder."""
     return image.with_suffix(".jpg")

@@ -61,10 +61,10 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     """The token ids of the prompt, of each part to be scored, and of <eos>. Raises GrammarError or RequestError.
 
     For a Document, the prompt is everything before its last answer; if it has no turns, all parts are scored. For a
-    request and an answer, it is the request's prompt; without turns, the answer goes on where the prompt's text ends.
+    request and an answer, it is the request's prompt; without turns, the answer continues the prompt's text.
     """
     if isinstance(item, Document):
-        grammar.encode(item)  # a part that no grammar can hold is named by its index in the document
+        grammar.encode(item)  # so that an error names a wrong part by its index in the document
         request = Request.asking(item)
         answer: Sequence[Part | TokensPart] = item.answer
     else:
@@ -76,9 +76,9 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
 def forward(
     config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array, adapter: Array
 ) -> tuple[Array, Array]:
-    """For tokens int32 [b, P]: f32 [b, P - 1], the log-probability of each token after the first, given the tokens
-    before it, and bool [b, P - 1], whether it was the likeliest id. `used` and `split` are arguments of `token_losses`;
-    adapter: of each row, int32 [b].
+    """For each token after the first, of tokens int32 [b, P]: its log-probability given the tokens before it, f32
+    [b, P - 1], and whether it was the likeliest id, bool [b, P - 1]. `used` and `split` are arguments of
+    `token_losses`; adapter: the number of each row's adapter, int32 [b].
     """
     model = Transformer.bind(config, params)
     b, P = tokens.shape

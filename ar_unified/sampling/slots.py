@@ -22,8 +22,11 @@ from ar_unified.sampling.steps import Shape
 
 @dataclass(eq=False)
 class Job:
-    """One sample in a slot. left: steps until its end, if known. tokens: ids drawn so far, without the given ones.
-    logprobs: the log-probabilities of `tokens`, if they are asked for.
+    """One sample in a slot.
+
+    Attributes:
+        left: how many steps are left, if that is known.
+        tokens: the ids drawn so far, without the given ones. logprobs: their log-probabilities, if they are asked for.
     """
 
     plan: Plan

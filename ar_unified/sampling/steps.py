@@ -36,7 +36,7 @@ from ar_unified.sampling.decoding import Filters
 from ar_unified.sampling.drafts import Drafts, forgotten, no_drafts
 from ar_unified.sampling.head import Weights, code_logits, head_parts, text_ids, text_logits, with_head
 
-CHUNK = 64  # most steps of a chunk
+CHUNK = 64  # the most steps of a chunk
 FACTS = 3  # columns after the tokens of a chunk
 PIECE = 1024  # tokens of a long prompt that are read at once
 
@@ -56,7 +56,7 @@ class Start(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The requests' settings, constant while a row is decoded. Each [R, ...]."""
+    """The requests' settings, which are constant while a row is decoded. Each array is [R, ...]."""
 
     seed: Array  # u32 [R]
     sample: Array  # i32 [R]
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
     resets: Array  # bool [R, C]
     filters: Filters  # [R, 2] each
     penalty: Array  # f32 [R]
-    canvas: Array  # i32 [R, codes of the largest image], of the first image; -1: to be drawn
+    canvas: Array  # i32 [R, codes of the largest image], the codes of the first image; -1: to be drawn
     adapter: Array  # i32 [R], number of the adapter; 0: none
 
     @property
@@ -75,12 +75,12 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """A pool. Each [R, ...] or [R * C, ...]."""
+    """The state of a pool. Each array is [R, ...] or [R * C, ...]."""
 
     rows: Rows
     automaton: automaton.State
     position: Array  # i32 [R, C], where the next token of each context goes
-    hidden: Array  # [R * C, D], for the next token
+    hidden: Array  # [R * C, D], from which the next token is drawn
     cache: Cache
     seen: Array  # bool [R, W], text pieces in the row's prompt or answer
     broken: Array  # bool [R], the model's logits were NaN
@@ -203,9 +203,9 @@ def insert(
     """Starts samples in slots.
 
     Args:
-        prefix: prompts. source: int32 [M], rows of it. slots: int32 [M], the target rows among the pool's [R * C]. One
-            prompt may go to several rows; a slot beyond the end is ignored.
-        fresh: bool [R], slots whose sample is new. They take rows and position, [R, ...] each, and their automaton
+        prefix: the prompts. source: int32 [M], rows of `prefix`. slots: int32 [M], the rows of the pool that they go
+            to, out of [R * C]. One prompt may go to several rows; a slot beyond the end is ignored.
+        fresh: bool [R], the slots whose sample is new. They take rows and position, [R, ...] each, and their automaton
             resumes from `start`, i32 [R] each.
     """
     C, v = position.shape[1], grammar.vocabulary
@@ -288,7 +288,7 @@ def take(state: State, first: Cache, row: Array) -> Cache:
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, steps: Array
 ) -> tuple[State, Array]:
-    """Up to `steps` (at most CHUNK) more tokens of every row. It stops early once all rows have ended.
+    """Decodes up to `steps` (at most CHUNK) more tokens of every row. It stops early once all rows have ended.
 
     halted: bool [R], rows that end before the first step. Returns the state, and the results packed for one copy to the
     host, int32 [R, CHUNK + 3]: the tokens (PAD after the end of a row), the number of steps, whether the row has ended,
@@ -312,7 +312,9 @@ def decode_chunk(
 
 
 def packed(grammar: Grammar, state: State, tokens: Array, taken: Array) -> Array:
-    """Packs the result of a chunk for the host: tokens int32 [R, any], then the last columns of `decode_chunk`."""
+    """Packs the result of a chunk for the host: tokens int32 [R, any], then the last columns of `decode_chunk`'s
+    result.
+    """
     facts = jnp.stack([taken, grammar.automaton.done(state.automaton), state.broken], axis=1)
     return jnp.concatenate([tokens, facts.astype(jnp.int32)], axis=1)
 

@@ -34,12 +34,14 @@ Read = Callable[[], Mapping[str, Json]]
 def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
     """The rows of a CSV or TSV file, numbered from 1 after its header.
 
-    lines: of the file, with line ends. Raises RequestError if there is no column of prompts, or a cell is cut off.
+    lines: the lines of the file, with line ends. Raises RequestError if there is no column of prompts, or a cell is cut
+    off.
     """
     lines = iter(lines)
     first = next(lines, "")
     tabs = path.suffix.lower() != ".csv" or ("\t" in first and "," not in first)
-    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","  # some spreadsheets
+    # Some spreadsheets write semicolons.
+    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
     records = _tabs([first, *lines]) if tabs else csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         names = _names(path, next(records, []))
@@ -53,7 +55,7 @@ def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
 
 
 def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Read]]:
-    """The rows of a Parquet file, numbered from 1. Columns of bytes are not read; `leave` is called with them."""
+    """The rows of a Parquet file, numbered from 1. Columns of bytes are left out, with a call of `leave`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,7 +107,7 @@ def _names(path: Path, header: Sequence[str]) -> list[str]:
         shown = ", ".join(plain)
         raise RequestError(
             f"{path}: expected a first line that names the columns, one of them {', '.join(PROMPTS[:3])}; "
-            f"found {shown!r:.120}. A file with a prompt on each line ends in .txt"
+            f"found {shown!r:.120}. If each line is a prompt, the file's name must end in .txt"
         )
     names = [low if low in ROW else name for low, name in zip(lower, plain, strict=True)]
     names[found] = "prompt"
@@ -117,7 +119,7 @@ def _names(path: Path, header: Sequence[str]) -> list[str]:
 
 def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Json]:
     if len(cells) > len(names):
-        raise RequestError(f"expected {len(names)} cells, as the first line has, found {len(cells)}: {cells!r:.120}")
+        raise RequestError(f"expected {len(names)} cells like the first line, found {len(cells)}: {cells!r:.120}")
     return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=False) if name and _says(name, cell)}
 
 

@@ -32,10 +32,9 @@ WEIGHT_DTYPES = (None, *LARGEST)
 
 
 def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
-    """The form in which to read a checkpoint for decoding: stacked parameters, matrices in the compute dtype, with
-    shardings.
+    """The form in which to read a checkpoint for decoding: stacked parameters, with matrices in the compute dtype.
 
-    Returns ShapeDtypeStructs with shardings; without a mesh they lie on this process's first device.
+    Returns ShapeDtypeStructs with shardings. Without a mesh, all parameters are on this process's first device.
     """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
@@ -47,7 +46,7 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
 
 
 def read(bundle: Bundle, target: Params) -> Params:
-    """A bundle's parameters in the dtypes and places of `target`, a tree of ShapeDtypeStructs with shardings."""
+    """Reads a bundle's parameters with the dtypes and shardings of `target`, a tree of ShapeDtypeStructs."""
     return bundle.params(*(jax.tree.map(operator.attrgetter(name), target) for name in ("sharding", "dtype")))
 
 
@@ -81,7 +80,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
 
 
 def _place(path: KeyPath, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
-    """The sharding of each layer's part of the result of `form`, as a hashable value; None: the default."""
+    """How the result of `form` for one layer is sharded, as a hashable value. None means the default."""
     if mesh is None:
         return None
     tree: Any = jax.eval_shape(form, jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype))

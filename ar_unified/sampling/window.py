@@ -1,18 +1,18 @@
 """Decodes several positions of an image at once, and gives the same tokens as decoding one by one.
 
-Noise belongs to (seed, sample, position), so a token is a function of the tokens before it. A step guesses the next w
-- 1 tokens of a row, reads them in one forward after the known token, and draws at each of the w positions. The first
-draw is right; each further draw is right if all guesses before it equal the tokens that were drawn there. (This is
-Jacobi iteration as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi
+Noise depends only on (seed, sample, position), so a token is a function of the tokens before it. A step guesses the
+next w - 1 tokens of a row, reads them in one forward after the known token, and draws at each of the w positions. The
+first draw is right; each further draw is right if all guesses before it equal the tokens that were drawn there. (This
+is Jacobi iteration as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi
 Decoding", arXiv 2410.01699; here both draws have the same noise, so a guess is either right or wrong and no
 distribution changes.) So a step gives between 1 and w tokens. In exact arithmetic, they equal the tokens of
 `steps.step`.
 
-A guess is the token that the last step drew at that position after a wrong guess. If the last step drew nothing there,
-`pairs.py` looks up the code before and the code above: the guess is the code that last followed the same pair in
-earlier images. If there is none, the guess is the code above. Tokens that the grammar forces or a canvas gives are
-known, so they need no guess. Text is not guessed: if all rows are in text, `steps.step` takes the step. Guesses end
-where the contexts of a row would no longer write to consecutive places, such as after an image.
+The last step has also drawn tokens after its first wrong guess; these draws are the guesses at their positions. For
+other positions, `pairs.py` looks up the code before and the code above: the guess is the code that last followed the
+same pair in earlier images. If there is none, the guess is the code above. Tokens that the grammar forces or a canvas
+gives are known, so they need no guess. Text is not guessed: if all rows are in text, `steps.step` takes the step.
+Guesses end where the contexts of a row would no longer write to consecutive places, such as after an image.
 
 Wrong guesses leave entries in the cache after the row's end. They are overwritten before anything reads them.
 
@@ -46,8 +46,8 @@ def decode_chunk(
     count: Array,
     learned: Array,
 ) -> tuple[State, Array]:
-    """`count` (at most CHUNK) more steps of every row, with 1 to `width` tokens each. It stops early once all rows have
-    ended.
+    """Takes `count` (at most CHUNK) more steps of every row, with 1 to `width` tokens each. It stops early once all
+    rows have ended.
 
     Arguments and results are those of `steps.decode_chunk`, but the tokens are int32 [R, CHUNK * width]. The state has
     drafts of this width. learned: the table of `pairs.Pairs`.
@@ -130,7 +130,7 @@ def step(
     counts = jnp.arange(width) <= last[:, None]
     where = jnp.where(counts & machine.in_image(machines), machine.code(machines), drafts.codes.shape[1])
     codes = drafts.codes.at[every[:, None], where].set(token - grammar.vocabulary.image_offset, mode="drop")
-    # The draws after the tokens that are now known, by their distance from the last known token.
+    # The draws at positions after the last known token, in order.
     place = last[:, None] + 1 + jnp.arange(n)
     inside = jnp.minimum(place, n)
     again = jnp.where((place <= n) & jnp.take_along_axis(image, inside, 1), jnp.take_along_axis(token, inside, 1), -1)
@@ -239,12 +239,12 @@ def guess(
     codes: Array,
     learned: Array,
 ) -> Drafts:
-    """The guesses for the next positions; they are not read yet.
+    """The guesses for the next positions; the model has not read them yet.
 
     Args:
-        after: the automaton's state after the known tokens, [R] each. position, writes: int32 [R, C], of
-        `guidance.advance`.
-        again: int32 [R, n], the tokens drawn there before; -1: none. codes: of the current image, as in `Drafts`.
+        after: the automaton's state after the known tokens, [R] each. position, writes: int32 [R, C], from
+            `guidance.advance`.
+        again: int32 [R, n], the tokens that the last step drew there; -1: none. codes: as in `Drafts`.
         learned: the table of `pairs.Pairs`.
     """
     machine, rows, offset = grammar.automaton, state.rows, grammar.vocabulary.image_offset
@@ -254,7 +254,7 @@ def guess(
         at, position, codes, writes, going = carry
         forced, image = steps.known(grammar, at, rows.canvas), machine.in_image(at)
         place = machine.code(at)
-        near = jnp.stack([place - 1, place - machine.columns(at)], axis=1)  # of the codes before and above
+        near = jnp.stack([place - 1, place - machine.columns(at)], axis=1)  # the places of the codes before and above
         near = jnp.where(near >= 0, jnp.take_along_axis(codes, near, axis=1, mode="clip"), -1)
         code = pairs.likely(learned[pairs.place(near[:, 0], near[:, 1])], near[:, 0], near[:, 1], jnp)
         token = jnp.where(forced >= 0, forced, jnp.where(drawn >= 0, drawn, offset + code))

@@ -68,9 +68,12 @@ def test_a_training_by_rewards_and_the_best_of_its_samples(folder, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(reward__function="shape"), r"config.reward.function: expected a shipped one.*did you mean 'shapes'"),
+        (
+            dict(reward__function="shape"),
+            r"config.reward.function: expected the name of a shipped reward.*did you mean 'shapes'",
+        ),
         (dict(reward__function="tests.cli.test_rewards:brigt"), "no function of that name; did you mean 'bright'"),
-        (dict(reward__function=""), "config.reward.function: expected a shipped one.*found none"),
+        (dict(reward__function=""), "config.reward.function: expected the name of a shipped reward.*found none"),
         (dict(reward__function="scores:x.jsonl"), "has none for the answers that a training draws"),
         (dict(reward__group_size=3), r"config.reward.batch_size: expected whole groups of 3|whole groups of 3"),
         (

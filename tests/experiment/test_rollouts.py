@@ -259,7 +259,11 @@ def test_a_reward_that_raises_hangs_or_is_no_number_costs_its_group(params, tmp_
     batch = jax.device_get(rewarded.rollouts(reward=failing, **settings)(0, params))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     reasons = {row["reason"] for row in rows}
-    expected = {"RuntimeError: no such thing", "it had no answer within 0.2 s", "expected a finite number, found nan"}
+    expected = {
+        "RuntimeError: no such thing",
+        "it returned nothing within 0.2 s",
+        "expected a finite number, found nan",
+    }
     assert reasons == expected and {row["sample"] for row in rows} == {1}
     failed = ~batch.scored.reshape(10, 4)
     assert (failed == failed[:, :1]).all() and failed[:, 0].sum() == len(rows) >= 3

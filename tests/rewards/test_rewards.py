@@ -87,7 +87,7 @@ def test_one_answer_that_fails_costs_no_other():
     assert time.monotonic() - began < 20
     assert [value for value in found if not isinstance(value, Failure)] == [2, 3, 4, 5]
     reasons = [value.reason for value in found if isinstance(value, Failure)]
-    late = "it had no answer within 0.3 s"
+    late = "it returned nothing within 0.3 s"
     assert reasons == [
         "ValueError: not like this", late, "expected a finite number, found nan",
         "expected a number, found None", "expected a number, found 'many'", late,
@@ -102,7 +102,7 @@ def test_a_function_is_named_by_module_and_name(tmp_path, monkeypatch):
     for name, message in {
         "my_rewards_of_a_test:vowel": "no function of that name; did you mean 'vowels'",
         "my_rewards_of_a_test:number": "no function of that name",
-        "no_such_module:f": "No module named 'no_such_module'; a module is looked for where Python looks",
+        "no_such_module:f": "No module named 'no_such_module'; Python searches for modules in its path",
         "my_broken_rewards:f": "cannot be imported: ZeroDivisionError",
         "shape": "did you mean 'shapes'",
         "shapes:": "module:function",
@@ -138,8 +138,8 @@ def test_a_command_reads_json_and_prints_numbers(tmp_path):
     "program, message",
     [
         ("import sys; print(1); sys.exit('it is broken')", "ended with status 1 and said 'it is broken'"),
-        ("print(1)", "expected 2 lines, a number each, found 1"),
-        ("import time; time.sleep(60)", "had not ended within 1 s"),
+        ("print(1)", "expected 2 lines with one number each, found 1"),
+        ("import time; time.sleep(60)", "did not end within 1 s"),
         ("print('nan'); print('?')", "expected a finite number, found nan"),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_command_that_fails_says_so(program, message):
 
 
 def test_a_command_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="there is no program 'no-such-program'"):
+    with pytest.raises(UserError, match="found no program 'no-such-program' that can be run"):
         of("command:no-such-program --fast")
 
 
@@ -162,7 +162,7 @@ def test_a_file_of_scores(tmp_path):
     found = of(f"scores:{file}")([asking()] * 3, [saying("a", sample) for sample in (0, 1, 2)])
     assert found[0] == 0.5
     assert [value.reason for value in found[1:]] == [
-        f"{file} has no score of sample 1 of 'q'", "expected a finite number, found nan",
+        f"{file} has no score for sample 1 of 'q'", "expected a finite number, found nan",
     ]  # fmt: skip
     file.write_text('{"id": "q"}\n')
     with pytest.raises(UserError, match='scores.jsonl:1: expected {"id", "sample", "score"}'):

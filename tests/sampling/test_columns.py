@@ -41,7 +41,7 @@ def test_columns_of_its_own_travel_with_one_warning_and_slips_stay_errors(tmp_pa
     first, second, third, fourth = read(path, warnings)
     assert first.request.meta == {"category": "colour", "split": "val"}
     assert second.request.meta == {"category": "colour", "prompt_en": "x", "model": "m", "step": 3, "of": 1}
-    assert "'guidence': did you mean 'guidance'?" in third.error and "expected only one" in fourth.error
+    assert "'guidence': did you mean 'guidance'?" in third.error and "remove one of them" in fourth.error
     (warning,) = warnings
     assert warning == f"{path}: columns that are no settings are kept in meta: category, split, prompt_en, model, step"
 
@@ -142,21 +142,24 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
     warnings = []
     first, second = read(tmp_path / "b.parquet", warnings)
     assert (first.request.seed, first.request.meta, second.request.meta) == (2**31, {"nsfw": 0.5}, {"nsfw": None})
-    assert "left out, not prompts: column image" in warnings[0] and "are kept in meta: nsfw" in warnings[1]
+    assert (
+        "left out, because they are not prompts: column image" in warnings[0]
+        and "are kept in meta: nsfw" in warnings[1]
+    )
 
 
 @pytest.mark.parametrize(
     "name, data, words",
     [
         ("a.tsv", b"bond\telement\nb\tc\n", "one of them prompt, caption, text; found 'bond, element'"),
-        ("a.csv", b"a cat\na dog\n", "A file with a prompt on each line ends in .txt"),
+        ("a.csv", b"a cat\na dog\n", "If each line is a prompt, the file's name must end in .txt"),
         ("a.csv", b"prompt,prompt\na,b\n", "found 'prompt' twice"),
         ("a.csv", b'prompt\n"a\n', "expected a CSV file"),
         ("a.csv", "prompt\na\nHünd\n".encode("cp1252"), "a.csv, line 3: expected"),
         ("a.tsv", "prompt\tcategory\n".encode("utf-16"), "a.tsv: expected"),
         ("a.parquet", b"PAR1 broken", "expected a Parquet file"),
         ("a.txt.gz", b"\x1f\x8b", "unpack it first"),
-        ("a.png", b"\x89PNG\r\n\x1a\n\x00\x00", "a.png: expected a file of requests, found one that is no text"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\x00\x00", "a.png: expected a file of requests, found a file that is not text"),
         ("a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x08", "a.xlsx: expected "),
         ("a.txt", b"\n\n", "expected at least one request, found none"),
     ],
@@ -174,7 +177,9 @@ def test_what_is_no_prompt_never_becomes_one(tmp_path):
         (folder / name).write_text(f"prompt of {name}")
     warnings = []
     assert prompts(read(folder, warnings)) == ["prompt of a.txt", "prompt of license-plate.txt"]
-    assert warnings == [f"{folder}: left out, not prompts: LICENSE (1), README.txt (1), files .png (1)"]
+    assert warnings == [
+        f"{folder}: left out, because they are not prompts: LICENSE (1), README.txt (1), files .png (1)"
+    ]
     (folder / "._c.txt").write_text("new")  # after a Mac added its files, the job is the same
 
     shard = tar(tmp_path / "a.tar", {
@@ -190,7 +195,7 @@ def test_what_is_no_prompt_never_becomes_one(tmp_path):
 
     (tmp_path / "b.txt").write_text("prompt\na cat\n")  # a table of one column
     warnings = []
-    assert prompts(read(tmp_path / "b.txt", warnings)) == ["a cat"] and "'prompt', as a header" in warnings[0]
+    assert prompts(read(tmp_path / "b.txt", warnings)) == ["a cat"] and "the header 'prompt'" in warnings[0]
     (tmp_path / "c.json").write_text('["a cat", {"prompt": "a dog", "n": 2}]')
     assert [line.request.n for line in read(tmp_path / "c.json")] == [1, 2]
     (folder / "a.txt").unlink(), (folder / "license-plate.txt").unlink()
@@ -214,5 +219,5 @@ def test_an_id_that_cannot_name_a_folder_gets_a_name(tmp_path):
     assert names == [line.name for line in read(path)][: len(ids)]
     *numbered, twice, wrong = lines[len(ids) :]
     assert [line.id for line in numbered] == ["000018", "000019"]
-    assert "is that of line 2 already" in twice.error and "expected a text or a number" in wrong.error
+    assert "line 2 already has this id" in twice.error and "expected a text or a number" in wrong.error
     assert Names().add("a/b", 1) == names[1] != Names().add("a b", 1)  # only by the id

@@ -169,7 +169,7 @@ def test_what_cannot_be_served_leaves_the_conversation_as_it_was(params):
     for parts, settings, words in [
         ((TextPart("a" * 180),), dict(mode="image"), "raise max_length, or begin another conversation"),
         ((TextPart("a" * 180),), dict(mode="text"), "begin another conversation"),
-        ((TextPart("a"),), dict(n=2), "goes on from one answer"),
+        ((TextPart("a"),), dict(n=2), "adds one answer"),
         ((image(first.grammar, size=(9, 9)),), {}, "2 x 3"),
         ((TextPart("a"),), dict(guidance=float("nan")), "guidance"),
     ]:

@@ -267,7 +267,7 @@ def test_bad_requests_are_one_line_each_and_the_rest_is_served(engine, tmp_path)
     rows = [{"id": "good", "prompt": "abc"}, *[row for row, _ in bad], {"id": "last", "prompt": "cba"}]
     requests = write_requests(tmp_path / "in", rows)
     report = run(engine, requests, tmp_path / "out")
-    assert (report.samples, report.errors) == (2, len(bad)) and "the first, line 2: " in str(report)
+    assert (report.samples, report.errors) == (2, len(bad)) and "the first is in line 2: " in str(report)
     found = {row["line"]: row for row in map(json.loads, (tmp_path / "out/samples.jsonl").read_text().splitlines())}
     assert set(found) == set(range(1, len(rows) + 1))
     for number, (_, words) in enumerate(bad, 2):
@@ -288,7 +288,7 @@ def test_a_scale_needs_the_context_it_compares_with(engine, tmp_path):
     report = run(engine, requests, tmp_path / "out", defaults={})
     assert (report.samples, report.errors) == (1, 1)
     (error,) = [row["error"] for row in read(tmp_path / "out") if "error" in row]
-    assert "a scale needs the context" in error
+    assert "because guidance needs it; found none" in error
 
 
 def test_a_image_put_in_order_is_tried_again(engine, tmp_path):

@@ -70,7 +70,7 @@ def test_probabilities_of_all_tokens_add_up_to_one():
 
 
 def test_log_probabilities_and_a_window_are_refused():
-    with pytest.raises(ValueError, match="window: expected 1 where log-probabilities are asked for, found 4"):
+    with pytest.raises(ValueError, match="window: expected 1 with logprobs, found 4"):
         Engine(tiny.CONFIG, None, tiny.GRAMMARS["grid"], batch_size=1, max_length=8, window=4, logprobs=True)
 
 

@@ -17,7 +17,7 @@ from ar_unified.sampling.plan import prompt_tokens
 from ar_unified.sampling.request import Request, RequestError
 from ar_unified.sampling.score import pieces
 
-_BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # the harnesses' names for it
+_BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # the harnesses' names for max_tokens
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +29,20 @@ class Harness:
 
     Args:
         model: decodes the prompts of one call together, in its slots.
-        turn: True: prompts are answered; False: they are continued.
-        max_tokens: of an answer, if the harness does not say.
+        turn: whether prompts are answered (True) or continued (False).
+        max_tokens: the most tokens of an answer, if the harness does not say.
 
-    If a prompt cannot be served (because it is too long), this is logged, and the answer is "" or a likelihood of 0.
+    If a prompt cannot be served, for example because it is too long, this is logged, and the answer is "" or a
+    likelihood of 0.
     """
 
     def __init__(self, model: Model, *, turn: bool = True, max_tokens: int = 256):
         self.engine, self.parts, self.turn, self.max_tokens = model.engine, model.parts, turn, max_tokens
 
     def answers(self, asked: Sequence[tuple[Prompt, Mapping[str, Json]]]) -> list[str]:
-        """The text of the answer to each prompt. Decoding is greedy unless its settings have `do_sample` or a
-        temperature. The answer ends before the text or texts `until`, and has at most `max_new_tokens` tokens."""
+        """The text of the answer to each prompt. Decoding is greedy unless the prompt's settings have `do_sample` or a
+        temperature. The answer ends before the first of the texts in `until`, and has at most `max_new_tokens` tokens.
+        """
         answers = [""] * len(asked)
         for sample in self.engine.generate(self._requests(asked)):
             if sample.document is None:
@@ -88,7 +90,7 @@ class Harness:
                 if room > 0:
                     request = replace(request, max_tokens=min(int(budget) + 1, room))  # our max_tokens counts <eos>
             except (RequestError, GrammarError):
-                pass  # the engine reports it with the sample, for example if a prompt leaves no room
+                pass  # the engine reports the error with the sample, for example if a prompt is too long
             yield request
 
 

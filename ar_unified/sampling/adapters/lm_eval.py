@@ -21,15 +21,15 @@ class EngineLM(LM):
     """A model as the harness's language model.
 
     Args:
-        turn: False: a text is continued; True: a prompt is answered.
-        max_gen_toks: most tokens of an answer if the task does not say.
+        turn: whether prompts are answered (True) or texts are continued (False).
+        max_gen_toks: the most tokens of an answer, if the task does not say.
     """
 
     def __init__(self, model: Model, *, turn: bool = False, max_gen_toks: int = 256):
         super().__init__()
         self._model = Harness(model, turn=turn, max_tokens=max_gen_toks)
         self._encode = model.grammar.text_codec.encode
-        self._room = model.engine.max_length - 2 - turn  # for text, besides <bos>, <eos> and <eot>
+        self._room = model.engine.max_length - 2 - turn  # tokens of text, besides <bos>, <eos> and <eot>
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-likelihood in nats, and whether it is the greedy continuation."""
@@ -46,8 +46,8 @@ class EngineLM(LM):
         return self._model.likelihoods(pairs)
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """For each (text,): the log-likelihood of the whole text. In a long text every token counts once, given as much
-        context as fits.
+        """For each (text,): the log-likelihood of the whole text. In a long text, every token counts once, and its
+        context is as much of the text before it as fits.
         """
         pairs, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
@@ -63,7 +63,7 @@ class EngineLM(LM):
         return totals
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """For each (context, settings): the text up to one of `until`."""
+        """For each (context, settings): the generated text, up to the first of the texts in `until`."""
         asked = []
         for context, settings in (request.args for request in requests):
             budget = settings.get("max_gen_toks") or self._model.max_tokens

@@ -46,8 +46,8 @@ class EngineLMM(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
         """For each (context, settings, doc_to_visual, doc_to_text, doc_id, task, split): the answers of all its rounds.
 
-        Every round is a prompt of its own. `doc_to_text` makes the next prompt from the answers so far, until it says
-        that there is none. Whether a prompt repeats earlier rounds is the task's decision.
+        Every round is a separate prompt. `doc_to_text` makes the next prompt from the answers so far, until it says
+        that the rounds are over. The task decides whether a prompt repeats earlier rounds.
         """
         answers: list[Any] = [[] for _ in requests]
         asked = {}  # by request: the prompt of this round, and what the task remembers

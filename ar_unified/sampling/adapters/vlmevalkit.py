@@ -18,7 +18,7 @@ from ar_unified.sampling.model import Model
 
 
 class EngineVLM(BaseModel):
-    """A model in the kit's form; `settings` are those of `Harness.answers`."""
+    """A model in the form that the kit calls; `settings` are the settings that `Harness.answers` reads."""
 
     INTERLEAVE = True
     allowed_types = ["text", "image"]
@@ -28,7 +28,7 @@ class EngineVLM(BaseModel):
         self._model, self._settings = Harness(model), settings
 
     def generate_inner(self, message: Sequence[dict[str, str]], dataset: str | None = None) -> str:
-        """The answer to [{"type": "text" | "image", "value": a text or a file}]; `dataset` changes nothing."""
+        """The answer to [{"type": "text" | "image", "value": a text or a file}]; `dataset` is ignored."""
         content = [part["value"] if part["type"] == "text" else _image(part["value"]) for part in message]
         return self._model.answers([(content, self._settings)])[0]
 
