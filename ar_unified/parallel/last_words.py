@@ -33,7 +33,7 @@ def missing(text: str) -> list[int]:
 
 
 def gone(processes: list[int]) -> str:
-    """ "process 1 is gone (its log: logs/process-1.log)" """
+    """Text like "process 1 is gone (log: logs/process-1.log in the workdir)", for one or more processes."""
     names = ", ".join(map(str, processes[:20])) + (f" and {len(processes) - 20} more" if len(processes) > 20 else "")
     verb = "process {} is gone" if len(processes) == 1 else "processes {} are gone"
     return f"{verb.format(names)} (log: logs/process-{processes[0]}.log in the workdir)"
@@ -62,7 +62,7 @@ def main() -> None:
     ended."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # signals are for the process, whose last lines are still to come
+        signal.signal(number, signal.SIG_IGN)  # the process handles them; its last lines must still be read
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def say(line: str) -> None:

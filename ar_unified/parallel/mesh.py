@@ -1,4 +1,4 @@
-"""The device mesh: four named axes, configured by name, `make_mesh({"data": -1, "fsdp": 8, "tensor": 4})`.
+"""The device mesh has four named axes. Their sizes are given by name: `make_mesh({"data": -1, "fsdp": 8, "tensor": 4})`.
 
 `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads, MLP and vocabulary,
 `context` splits the sequence. An axis that is not named has size 1, so that one program works on a laptop and a pod.
@@ -25,7 +25,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """A mesh with the axes `data, fsdp, tensor, context` over `devices` (default: all of them).
 
     Args:
-      shape: size by axis name; absent axes have size 1, one axis may be -1 (all remaining devices). None: `data=-1`.
+      shape: size by axis name. Absent axes have size 1; one axis may be -1 (all remaining devices). None: `data=-1`.
       devices: the devices of the mesh.
 
     Axis types are always Auto (the default of jax.make_mesh is Explicit, which makes shardings part of the types).
@@ -59,7 +59,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             f"a product of them that divides {len(slices[0])}, and let data span the slices"
         )
     shape_of_slice = (sizes["data"] // len(slices), *(sizes[axis] for axis in MESH_AXES[1:]))
-    # If a TPU's axes do not match these sizes, one of them may serve two of ours.
+    # If the axes of a TPU's network do not match these sizes, one of them may be split into two axes of the mesh.
     parts = [mesh_utils.create_device_mesh(shape_of_slice, part, allow_split_physical_axes=True) for part in slices]
     return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
