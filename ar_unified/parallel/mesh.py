@@ -1,4 +1,4 @@
-"""The device mesh has four named axes. Their sizes are given by name: `make_mesh({"data": -1, "fsdp": 8, "tensor": 4})`.
+"""The device mesh has four named axes. The sizes are given by name: `make_mesh({"data": -1, "fsdp": 8, "tensor": 4})`.
 
 `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads, MLP and vocabulary,
 `context` splits the sequence. An axis that is not named has size 1, so that one program works on a laptop and a pod.
