@@ -1,4 +1,4 @@
-"""Block sizes of the kernels: a table by device, head dim, length and GQA ratio. Each row says where it comes from.
+"""A table of the kernels' block sizes by device, head dim, length and GQA ratio. Each row says where it comes from.
 
 A row is the best known choice for its case; `blocks` takes the first row that fits, so rows for special cases come
 first.
@@ -16,7 +16,7 @@ class Tile(NamedTuple):
       block_q: queries in a block.
       block_k: keys in a block.
       stages: blocks of the inner loop that are copied at the same time (hopper.py).
-      heads: most query heads in a step (tpu.py).
+      heads: the largest number of query heads in a step (tpu.py).
     """
 
     block_q: int
@@ -29,15 +29,15 @@ class Tile(NamedTuple):
 class Row:
     """
     Attributes:
-      device: beginning of JAX's name of the device kind: "TPU v5 lite"; "hopper" for H100, H200 and similar GPUs, which
-        attention treats alike.
+      device: the beginning of JAX's name of the device kind, such as "TPU v5 lite", or "hopper" for H100, H200 and
+        similar GPUs, which attention treats alike.
       kernel: "forward", "dq" or "dkv"; None: all.
       head_dim: H; None: any.
       tile: the choice.
       origin: the run that produced it, or another reason.
-      length: longest T or S that it is for; None: any.
-      group: query heads per KV head that it is for; None: any.
-      dtype_bytes: bytes of an element of q that it is for; None: any.
+      length: the largest T or S for which the row may be used; None: any.
+      group: the number of query heads per KV head; None: any.
+      dtype_bytes: the bytes of an element of q; None: any.
     """
 
     device: str
@@ -61,8 +61,9 @@ LONG_TPU = "fits VMEM, and a list of steps for 128k by 128k scalar memory (compi
 
 _UP_TO = 1 << 15
 _TPU = [
-    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # six products for one
-    Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # in bfloat16
+    # One float32 product is computed as six bfloat16 products.
+    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),
+    Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),
     Row("TPU", None, 256, Tile(512, 512, heads=2), FITS_TPU, length=_UP_TO, group=1),
     Row("TPU", None, 256, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO),
     Row("TPU", None, None, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO, group=1),

@@ -6,10 +6,10 @@ share in blocks that TMA copies into a ring of shared memory. After a block is u
 one thread block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
-bytes per clock from HBM, which are 7.5 bfloat16 numbers. It does 64 multiply-adds with each number, a quarter of the
-2048 that its tensor cores do per clock (a third on an H200). CUDA cores, with 128 lanes, would have to widen each
-number and then use it G times. At G = 8 this uses half of their throughput, and with int8 all of it, without counting
-the softmax.
+bytes per clock from HBM, which are 7.5 bfloat16 numbers. With 64 multiply-adds for each of them, it uses a quarter of
+the 2048 multiply-adds that its tensor cores can do per clock (a third on an H200). CUDA cores, with 128 lanes, would
+have to widen each number and then use it G times. At G = 8 this would take half of their throughput, and with int8 all
+of it, even without the softmax.
 
 An int8 block is copied as int8, and widened once from shared memory to shared memory.
 
@@ -33,17 +33,17 @@ from ar_unified.kernels.merge import merge
 
 HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # rows of a wgmma
-BLOCK = 64  # slots
-RING_BYTES = 64 * 1024  # of keys and values being copied per thread block; an SM has room for more than two
-THREAD_BLOCKS = 4 * 132  # to split rows into: two at once on each SM of an H100 or H200, and two after them
-SHORTEST_PART = 4 * BLOCK  # fewest slots of a row that are worth a thread block
+BLOCK = 64  # slots per block
+RING_BYTES = 64 * 1024  # the ring of keys and values of a thread block; an SM has room for more than two rings
+THREAD_BLOCKS = 4 * 132  # the aim of splitting rows: two at once on each SM of an H100 or H200, and two after them
+SHORTEST_PART = 4 * BLOCK  # the smallest number of slots that is worth a thread block
 _LOG2_E = math.log2(math.e)
-_LOWEST = -1e30  # the maximum of no scores; finite, because -inf - -inf is NaN
+_LOWEST = -1e30  # the maximum before any score; finite, because -inf - -inf is NaN
 _WGMMA, _BY_ROW, _BY_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why this module cannot compute these arguments; None if it can."""
+    """Returns the reason why this module cannot compute these arguments, or None if it can."""
     if q.dtype != jnp.bfloat16 or k.dtype not in (jnp.bfloat16, jnp.int8):
         return f"expected q in bfloat16 and a cache in bfloat16 or int8; found {q.dtype} and {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
@@ -120,13 +120,13 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
     fetch_k = fetcher(k_ref, k_scale_ref, k_smem, k_scale_smem, k_ready)
     fetch_v = fetcher(v_ref, v_scale_ref, v_smem, v_scale_smem, v_ready)
 
-    # q_smem after the G heads is never written, because each row of a product depends only on its own row.
+    # The rows of q_smem after the G heads need no value, because each row of a product depends only on its own row.
     plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, q_ref.shape[2])], q_ready)
     for i in range(stages):
         fetch_k(jnp.int32(i))
         fetch_v(jnp.int32(i))
     plgpu.barrier_wait(q_ready)
-    factor = (spec.scale if spec.soft_cap is None else spec.soft_cap) * _LOG2_E  # a GPU exponentiates by 2
+    factor = (spec.scale if spec.soft_cap is None else spec.soft_cap) * _LOG2_E  # a GPU computes powers of 2
 
     def step(i, carry):
         acc, highest, total = carry
@@ -180,7 +180,7 @@ def _operand(smem, wide_smem):
 
 
 def _product(a, b) -> jax.Array:
-    """a @ b, both in shared memory."""
+    """a @ b, with a and b in shared memory."""
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
@@ -190,7 +190,7 @@ def _product(a, b) -> jax.Array:
 
 
 def _accumulate(spec: Spec, acc: jax.Array, a: jax.Array, b) -> jax.Array:
-    """acc + a @ b, a in registers and b in shared memory."""
+    """acc + a @ b, with a in registers and b in shared memory."""
     if spec.interpret:  # JAX's GPU emulation lacks run_state and left operands in registers
         b = b[...]
         plgpu.commit_smem()  # wgmma uses the async proxy; this ordinary read needs the fence
