@@ -1,4 +1,5 @@
-"""Which parameters a checkpoint stores: all of them, or only the trained ones if the rest can be read elsewhere.
+"""Decides which parameters a checkpoint stores: all of them, or only the trained ones if the rest can be read
+elsewhere.
 
 If an adapter of a few megabytes is trained with a model of many gigabytes, every save would write the unchanged model
 again, although the bundle that training started from already contains it.

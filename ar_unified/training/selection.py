@@ -1,4 +1,4 @@
-"""Selects the parameters that are trained: leaves by their paths, and rows of a table by the kind of their ids.
+"""Selects the parameters that are trained. Leaves are selected by path, rows of a table by the kind of their ids.
 
     ("layers.attention", "*.norm")    every leaf below a path, and every leaf with a path that matches
     ("head[image]",)                  only the head's rows of image codes, as Anole trains
@@ -36,7 +36,8 @@ _PLACE = re.compile(r"([\w.*?]+)(?:\[(\w+)\])?")
 class Selection:
     """
     Attributes:
-        parts: the trained rows of each trained leaf, by its path; () means all rows. None: all parameters are trained.
+        parts: maps the path of each trained leaf to its trained rows; () means all rows. None: all parameters are
+        trained.
     """
 
     parts: Mapping[str, Rows] | None = None
@@ -46,7 +47,7 @@ class Selection:
         return self._taken(params, lambda leaf, rows: jnp.concatenate([leaf[begin:end] for begin, end in rows]))
 
     def put(self, params: Params, taken: Params) -> Params:
-        """`params` with the trained part put in."""
+        """`params`, with the trained part replaced by `taken`."""
         if self.parts is None:
             return taken
         whole = _copied(params)
@@ -105,12 +106,12 @@ EVERYTHING = Selection()
 
 
 def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
-    """The selection for places; without places, it is everything.
+    """The selection of the parameters that `places` name; without places, it is everything.
 
     Args:
         places: paths of leaves, or of nodes above them, in which * matches anything. If the path is a table of ids, it
             may end with [text], [control], [size], [image] or [new] to select only these rows.
-        axes: logical axes of every parameter, which show what a table of ids is.
+        axes: logical axes of every parameter, which show the tables of ids.
         new: the ids that "new" means.
 
     Raises ValueError if a place matches nothing. The message begins with the place.
@@ -136,7 +137,8 @@ def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Col
 
 
 def beside_adapter(places: Sequence[str], params: Params, new: Collection[int]) -> tuple[str, ...]:
-    """The places that are trained with an adapter: the adapter, `places`, and rows of new ids, which are untrained.
+    """The places that are trained with an adapter: the adapter, `places`, and the rows of new ids, which have not
+    been trained before.
 
     Args:
         params: the model's parameters, or their axes, which show whether the head is a separate table. new: as in
