@@ -3,8 +3,8 @@
 `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads, MLP and vocabulary,
 `context` splits the sequence. An axis that is not named has size 1, so that one program works on a laptop and a pod.
 
-TPU slices are joined by the data centre's network (DCN), some hundred times slower than the links inside one (ICI).
-Slices are the outer part of `data`, which transfers one gradient per step; no other axis crosses slices.
+TPU slices are joined by the data centre's network (DCN), which is about a hundred times slower than the links inside a
+slice (ICI). Slices are the outer part of `data`, which transfers one gradient per step; no other axis crosses slices.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def decoding_axes(shape: Mapping[str, int]) -> dict[str, int]:
-    """The mesh for decoding, from a config's mesh and the devices of one process: `tensor` splits heads, all other axes
-    split rows.
+    """The mesh for decoding on the devices of one process, from a config's mesh. `tensor` splits heads, and all other
+    devices split rows.
 
     Each process serves requests of its own. The axes fsdp and context save memory in training, but would make every
     decoding step wait for weights. So their devices split rows instead.

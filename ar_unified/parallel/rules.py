@@ -16,13 +16,13 @@ from jax.tree_util import KeyPath
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
-    "batch": ("data", "fsdp"),  # fsdp devices hold different rows too: splitting parameters must not idle compute
+    "batch": ("data", "fsdp"),  # fsdp devices have different rows, too: all of them must compute
     "draws": ("data", "fsdp", "tensor"),  # rows of logits in sampling: each device draws for its own rows
     "sequence": "context",  # long rows are split along T; keys and values travel
     # Parameters.
-    "embed": "fsdp",  # every matrix has a model axis, so this one row shards all of them, ZeRO-3 style
+    "embed": "fsdp",  # every matrix has an axis of d_model, so this row shards all of them, as in ZeRO-3
     "vocab": "tensor",  # the largest matrix; a chunk's logits stay split too
-    "heads": "tensor",  # attention is independent by head: no communication until the output projection
+    "heads": "tensor",  # heads are independent in attention: no communication until the output projection
     "kv_heads": "tensor",  # each is on the devices of the query heads that read it
     "mlp": "tensor",  # columns of the first matrix and rows of the second: one all-reduce per block
     "channels": "fsdp",  # output channels of a convolution: tokenizers are small, only their state is worth splitting

@@ -162,7 +162,7 @@ def start(
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """A context for a whole program: all processes end together; a process that fails ends at once and says why."""
+    """A context for a whole program. All processes end together, but one that fails ends at once and says why."""
     try:
         yield
     except Exception as error:
@@ -225,8 +225,8 @@ def first() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line for people: only process 0 prints to the terminal; with several processes, each writes it to its
-    log."""
+    """Prints a line for people. Only process 0 prints to the terminal; with several processes, each writes the line to
+    its log."""
     if first():
         try:
             print(line, flush=True)

@@ -1,4 +1,4 @@
-"""How much attention the positions of one modality give to the other modality, for each layer.
+"""Measures how much attention the positions of one modality give to the other modality, for each layer.
 
 A model of text and images may learn to ignore one of them. For each layer, and for each pair (modality of the query,
 modality of the key), the share is

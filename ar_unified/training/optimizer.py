@@ -155,7 +155,8 @@ def _moved_by_muon(params: Any) -> Any:
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:
-    """Shardings for `tx.init(params)`: moments are sharded like their parameters, counters as `other` says."""
+    """Shardings for `tx.init(params)`: moments are sharded like their parameters, counters have the sharding
+    `other`."""
     return optax.tree_map_params(
         tx,
         lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,

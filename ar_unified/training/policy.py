@@ -53,7 +53,7 @@ class PolicyConfig:
         each sample, then over samples, so a token of a long sample weighs less. "constant": the sum of each sample,
         divided by the positions of a row.
       drop_flat: groups with equal rewards are left out of all means, because they would only dilute the means.
-      redraws: how often prompts with groups without a signal are replaced by other prompts.
+      redraws: how often groups without a signal are replaced by groups of other prompts, at most.
       minibatches, epochs: samples are drawn for `minibatches` steps at once, and are used `epochs` times. If either is
         above 1, the policy changes while they are used, and the clip has an effect.
 
@@ -249,8 +249,7 @@ class PolicyTask(TransformerTask[PolicyBatch[jax.Array]]):
 
     def _told(self, batch: PolicyBatch[jax.Array], logp: jax.Array, old: jax.Array, held: jax.Array) -> Metrics:
         """Sums over a batch. `entropy` is estimated from the drawn tokens, in nats per token. `sampler_trainer` is the
-        absolute difference between the log-probabilities of the sampler and of this forward pass, with the same
-        weights.
+        absolute difference between the log-probabilities of the sampler and of this code, with the same parameters.
         """
         everywhere = jnp.ones_like(batch.scored)
         drawn = batch.drawn
@@ -280,8 +279,8 @@ class PolicyTask(TransformerTask[PolicyBatch[jax.Array]]):
         return {}
 
     def summary(self, totals: Totals) -> dict[str, float]:
-        """Means, and `sampler_trainer/max`, an upper bound of the differences. It exceeds the largest one by at most
-        about a tenth.
+        """Means, and `sampler_trainer/max`, an upper bound of the differences. It exceeds the largest difference by at
+        most about a tenth.
         """
         counted = np.flatnonzero(np.asarray(totals["sampler_trainer"]))
         most = _LEAST * 2.0 ** (counted[-1] / _A_FACTOR) if len(counted) else math.nan

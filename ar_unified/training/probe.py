@@ -111,8 +111,8 @@ def _rows_of(ids_per_image: int) -> int:
 
 
 def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> PackedBatch[np.ndarray]:
-    """A batch of `count` rows with one image each; the last rows are empty. Inputs are <boi> and all ids except the
-    last, targets are the ids.
+    """A batch of `count` rows with one image each. If there are fewer images, the last rows are empty. Inputs are <boi>
+    and all ids except the last; targets are the ids.
     """
     T = ids[0].size
     targets = np.full((count, T), vocabulary.pad, np.int32)

@@ -59,7 +59,7 @@ def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
 
     Args:
       before: for each process, the mean seconds that its devices waited for the batch of a step.
-      step_seconds: the mean seconds of a step. A wait of a tenth of it is reported.
+      step_seconds: the mean seconds of a step. A wait that exceeds the median by more than a tenth of it is reported.
     """
     slowest = int(np.argmax(before))
     usual = float(np.median(before))

@@ -2,7 +2,7 @@
 
 reference.py  what it computes, in a few lines
 bounds.py     finds the mask and the blocks that every kernel must read, from `doc_start`
-xla.py        in chunks, by XLA: any platform and shape
+xla.py        XLA, in chunks: any platform and shape
 tpu.py        Pallas for TPU, over the list of blocks that visits.py makes
 hopper.py     Pallas for Hopper GPUs, built from warpgroup.py, copies.py and tile.py (the arithmetic)
 blocks.py     block sizes by device and shape, each with its origin

@@ -50,7 +50,7 @@ class Row:
     dtype_bytes: int | None = None
 
 
-# ---- TPU. No run on a TPU has produced any of these yet. Splash attention is best with 1024 to 2048 queries and 256
+# ---- TPU. None of these was chosen by a run on a TPU yet. Splash attention is best with 1024 to 2048 queries and 256
 # (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). A step here does as much work with
 # several heads: 8 heads of 512 x 512 are as many scores as one head of 2048 x 1024, and short blocks fit documents
 # better. The number of heads is what fits the 16 MiB of VMEM that a kernel has by default

@@ -28,8 +28,8 @@ class BlockRanges(NamedTuple):
     """For each block of one kind (queries or keys), the blocks begin <= j < end of the other kind that it needs; int32
     [B, blocks].
 
-    All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. The left
-    edge of a document is to their left, the diagonal to their right.
+    All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. They lie
+    between the left edge of a document and the diagonal.
     """
 
     begin: jax.Array
@@ -79,9 +79,9 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
     """The blocks of queries that need each block of keys, [B, J], from `key_ranges`.
 
-    The ranges are exact if bounds do not decrease along the row. If they do, or at padding between documents, a range
-    may be wider than needed, and blocks count as clean only if all blocks between the first and the last clean block
-    are clean.
+    The ranges are exact if bounds do not decrease along the row. If they do, or if padding lies between documents, a
+    range may be wider than needed, and blocks count as clean only if all blocks between the first and the last clean
+    block are clean.
     """
 
     def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from jax import lax
 
 ROWS = 64  # rows of a wgmma, and of the tile of one warpgroup
 CONSUMERS = 2  # warpgroups that compute; one more warpgroup copies
-REGISTERS = 240, 24  # of a computing and of a copying thread; one thread of each of the 3 warpgroups: at most 504
+REGISTERS = 240, 24  # registers of a computing and a copying thread; at most 504 for one thread of each warpgroup
 
 
 def serve_queries(n, i, b, walk, block_k, ready, tiles, numbers, bounds, *rings) -> None:

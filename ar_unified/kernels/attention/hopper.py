@@ -141,8 +141,8 @@ def backward(
 
     block_q, block_k, stages, _ = dkv_tile
     by_query = key_ranges(bounds, S, block_q, block_k)
-    # Two [64, 256] sums in float32 do not fit a warpgroup's registers. Then both warpgroups compute the same 64 keys,
-    # and each sums half of the columns.
+    # Two [64, 256] sums in float32 do not fit a warpgroup's registers. So at a head dim of 256 both warpgroups compute
+    # the same 64 keys, and each sums half of the columns.
     parts = CONSUMERS * ROWS // block_k
     dk, dv = _launch(
         "dkv",

@@ -211,8 +211,8 @@ def _dkey(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta,
 
 
 def _visit(outer, inner, cuts):
-    """The outer block of this step, and its word of `inner`; the word is 0 after the core's last visit (nothing to
-    do)."""
+    """The outer block of this step, and this step's word of `inner`, or 0 (nothing to do) after the core's last
+    visit."""
     at, live = _entry(pl.program_id(0) // (pl.num_programs(0) // (cuts.shape[0] - 1)), pl.program_id(1), cuts)
     return lists.outer_block(outer[at]), jnp.where(live, inner[at], 0)
 
@@ -296,7 +296,7 @@ def _dot(a, b, transposed=False):
 
 
 class _Tile(NamedTuple):
-    """Shapes of a call, without its batch, and of a step."""
+    """Shapes of a call (without the batch) and of a step."""
 
     T: int
     S: int

@@ -1,8 +1,8 @@
 """The work of a kernel as a list of steps. Each step is a pair of a block of queries and a block of keys.
 
 Each entry is one visit of an outer block (of queries in forward and dQ, of keys in dK/dV) to one block of the other
-kind. Visits of one outer block follow each other, so a kernel adds up in fast memory between FIRST and LAST. The list
-is as long as the work, so the grid has no empty steps. The only exception is an outer block without any partner
+kind. Visits of one outer block follow each other, so a kernel keeps its sums in fast memory from FIRST to LAST. The
+list is as long as the work, so the grid has no empty steps. The only exception is an outer block without any partner
 (padding): it gets one visit that computes nothing, because its zeros must be written.
 
 If there are two cores, the list is cut between two outer blocks into two parts of about the same length.

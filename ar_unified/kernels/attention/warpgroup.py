@@ -40,7 +40,7 @@ class Walk(NamedTuple):
     repeat: int
 
     def block(self, at: jax.Array) -> jax.Array:
-        """The block of masked visit number `at` in one repeat."""
+        """The block of masked visit number `at`, counted within one repeat."""
         return jnp.where(at < self.left, self.begin + at, self.clean_end + at - self.left)
 
     def fold(self, step: Callable, carry: tuple) -> tuple:

@@ -1,8 +1,8 @@
 """Attention by XLA alone, for any platform and shape. Its memory grows with T, not with T * T.
 
 Queries are computed in chunks, each with the prefix of keys that it can see. Backward computes a chunk's weights again
-from the log-sum-exp of forward (FlashAttention, arXiv 2205.14135, with XLA's large products). Keys of other documents
-inside the prefix are computed and masked; only the kernels skip them.
+from the log-sum-exp of forward, as in FlashAttention (arXiv 2205.14135), but with XLA's large products. Keys of other
+documents inside the prefix are computed and masked; only the kernels skip them.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim.
 """

@@ -31,7 +31,7 @@ def cache_write(layer: Layer, new: Layer, slots: jax.Array, *, backend: str = "a
         "tpu_interpret" and, on a TPU, "auto" run the kernel if it can write such a cache. Otherwise XLA writes.
 
     Returns:
-      Arrays like `layer`, in the same memory if `layer` is donated or carried by a loop.
+      Arrays like `layer`, in the same memory if `layer` is donated or the carry of a loop.
     """
     for old, x in zip(layer, new, strict=True):
         expected = (*old.shape[:2], old.shape[3]) if x.ndim == 3 else old.shape[:2]

@@ -24,7 +24,7 @@ WINDOW_BYTES = 4 * 1024 * 1024  # bytes of VMEM, for the windows of two groups o
 
 
 class _Lying(NamedTuple):
-    """An array as it lies in memory, [B, K, *, *], and its new entries. `axis`: the axis of slots; `turned`: whether
+    """An array in its layout in memory, [B, K, *, *], and its new entries. `axis`: the axis of slots; `turned`: whether
     axes 2 and 3 of the cache are exchanged in memory.
 
     `new` is [K, B, *] with elements of 32 bits: a projection to heads has this layout, and one row of it can be read

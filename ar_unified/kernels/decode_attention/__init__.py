@@ -5,7 +5,7 @@ query heads of a KV head. A cache in int8 with one scale per vector (`quantize`)
 
 spec.py       the arguments of every implementation
 reference.py  what it computes, in a few lines
-xla.py        with XLA: any platform and shape, the whole cache
+xla.py        with XLA: any platform and shape; it reads the whole cache or a prefix
 tpu.py        Pallas for TPU
 hopper.py     Pallas for Hopper GPUs
 int8.py       converts keys and values to int8

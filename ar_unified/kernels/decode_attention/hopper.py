@@ -1,9 +1,9 @@
 """Decode attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU, with enough thread blocks to keep HBM busy.
 
 A thread block computes one KV head of one row, over a share of the row's live slots. Rows are split into equal parts
-until there are enough for every SM, and the parts are merged by their log-sum-exps. A thread block goes through its
-share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of the next begins. While
-one thread block computes, others on the SM wait for memory.
+until there are enough thread blocks for every SM. The parts are merged by their log-sum-exps. A thread block goes
+through its share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of the next
+begins. While one thread block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
 bytes per clock from HBM, which are 7.5 bfloat16 numbers. With 64 multiply-adds for each of them, it uses a quarter of
@@ -62,7 +62,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     G = N // K
     parts = min(pl.cdiv(THREAD_BLOCKS, B * K), pl.cdiv(S, SHORTEST_PART))
     stages = max(2, RING_BYTES // (2 * BLOCK * H * cache.k.dtype.itemsize))
-    query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # only whole rows of tiles
+    query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # whole tiles of 8 rows
     quantized = cache.scales is not None
     # TMA copies whole blocks only if strides are multiples of 16 bytes; the cache itself is never padded.
     scales = [jnp.pad(x[:, :, 0], [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in cache.scales or ()]

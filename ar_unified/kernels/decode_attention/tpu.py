@@ -3,8 +3,8 @@ product.
 
 The grid is as long as the list of live blocks, not as B * S. Blocks of slots that no query sees, before a window or
 after a row's end, are not fetched and not visited. While the last block of a row is computed, the first block of the
-next row is being copied. A core runs its steps one after the other and carries the softmax along, so no row is split
-into parts that must be merged. If a chip has two cores (v4, v5p), each takes half of the KV heads.
+next row is being copied. A core runs its steps one after the other and carries the running softmax along, so no row is
+split into parts that must be merged. If a chip has two cores (v4, v5p), each takes half of the KV heads.
 
 If the last axis of an array does not fill rows of 128 lanes, XLA puts the axis before it along the lanes. So a cache of
 head dim 64 is passed as [B, K, H, S], which is its layout in memory: no copy is made.
