@@ -46,14 +46,15 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
     """The message for a process that ended without FAREWELL, from the end of its stderr."""
     who, blamed = f"process {process} of {processes}", missing(text)
     if not blamed:
-        return f"{who} was ended from outside: killed, or out of memory. {AGAIN}"
+        return f"{who} was killed from outside, or ran out of memory. {AGAIN}"
     if _START not in text:
         return f"{who} was stopped by JAX: {gone(blamed)}. {AGAIN}"
     names = f"process{'es' if len(blamed) > 1 else ''} {', '.join(map(str, blamed))}"
     return (
-        f"{who} gave up at the start: {names} did not come to {coordinator} in time. Is it running (see its "
+        f"{who} gave up at the start: {names} did not connect to {coordinator} in time. Is it running (see its "
         f"log, or the scheduler's)? Can its host resolve and reach {coordinator} (firewall, proxy variables)? Has "
-        "each the same --coordinator and --processes, and a --process of its own? --start-timeout waits longer."
+        "each process the same --coordinator and --processes, and its own --process? A larger --start-timeout waits "
+        "longer."
     )
 
 

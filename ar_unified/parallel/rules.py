@@ -54,7 +54,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
         parts = (target,) if isinstance(target, str) else target or ()
         for part in parts:
             if part in taken:
-                raise ValueError(f"{name}: logical axes {taken[part]!r} and {axis!r} both want mesh axis {part!r}")
+                raise ValueError(f"{name}: logical axes {taken[part]!r} and {axis!r} both need mesh axis {part!r}")
             taken[part] = str(axis)
         ways = math.prod(mesh.shape[part] for part in parts)
         if size % ways:

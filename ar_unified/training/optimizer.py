@@ -80,7 +80,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     begins = [0, *(math.ceil(share * steps) for share in config.restarts)]
     lengths = [end - begin for begin, end in itertools.pairwise([*begins, steps])]
     if min(lengths) < 1:
-        raise ValueError(f"restarts: expected rising shares of the steps, between 0 and 1; found {config.restarts}")
+        raise ValueError(f"restarts: expected ascending fractions of the steps in (0, 1); found {config.restarts}")
     return optax.join_schedules([_schedule(config, length) for length in lengths], begins[1:])
 
 

@@ -72,7 +72,7 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
         ValueError: if there are no ids, or fewer than 1 step. RuntimeError: if the loss became infinite or NaN.
     """
     if not ids.size or steps < 1:
-        raise ValueError(f"probe: expected at least 1 step on the ids of at least 1 image, got {steps} and {ids.shape}")
+        raise ValueError(f"probe: expected at least 1 step and 1 image; found {steps} steps and ids {ids.shape}")
     rows = _rows_of(ids[0].size)
     vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
 

@@ -160,9 +160,9 @@ def _ids(
     if kind not in known:
         raise ValueError(f"{place!r}: expected one of {', '.join(known)}; found {kind!r}{nearest(kind, known)}")
     if others:
-        raise ValueError(f"{place!r}: {others[0]} has no rows of ids, as embedding and head have")
+        raise ValueError(f"{place!r}: {others[0]} has no rows of ids; only embedding and head have them")
     if kind == NEW and not new:
-        raise ValueError(f"{place!r}: no ids are new, as this training extends no language model")
+        raise ValueError(f"{place!r}: no ids are new, because this training does not extend a language model")
     if not (ids := new if kind == NEW else vocabulary.ids(Role[kind.upper()])):
         raise ValueError(f"{place!r}: this vocabulary has no {kind} tokens")
     return ids

@@ -66,8 +66,9 @@ def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
     if before[slowest] - usual <= 0.1 * step_seconds:
         return {}
     said = (
-        f"process {slowest} of {len(before)} keeps the others waiting: {before[slowest]:.3g} s for its part of each "
-        f"batch, others {usual:.3g} s, a step {step_seconds:.3g} s; look at its host's storage, memory and other jobs"
+        f"process {slowest} of {len(before)} keeps the others waiting: its devices wait {before[slowest]:.3g} s for "
+        f"each batch, those of the others {usual:.3g} s, and a step takes {step_seconds:.3g} s; check the storage, the "
+        "memory and other jobs of its host"
     )
     return {f"process {slowest}": said}
 

@@ -93,5 +93,5 @@ def test_what_does_not_fit_is_refused_in_words():
     with pytest.raises(ValueError, match="takes bfloat16 or float16 .* found float32"):
         attention(q, k, v, doc_start=doc_start, backend="hopper")
     q, k, v = (x[..., :48].astype(jnp.bfloat16) for x in (q, k, v))
-    with pytest.raises(ValueError, match="head_dim of 64, 128, 256; found 48"):
+    with pytest.raises(ValueError, match="head dim of 64, 128, 256; found 48"):
         attention(q, k, v, doc_start=doc_start, backend="hopper")

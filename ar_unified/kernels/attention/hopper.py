@@ -56,9 +56,9 @@ HEAD_DIMS = (64, 128, 256)
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     """Returns the reason why these shapes cannot be computed here, or None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-        return f"the kernel takes bfloat16 or float16 for q, k and v alike; found {q.dtype} and {k.dtype}"
+        return f"expected q, k and v of bfloat16 or float16, all the same; found {q.dtype} and {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
-        return f"the kernel takes a head_dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
+        return f"expected a head dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
     return None
 
 

@@ -53,7 +53,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"expected queries and keys of bfloat16 or float32, both the same; found {q.dtype} and {k.dtype}"
     if (most := _tile(q, k).visits(None)) > VISITS:
-        return f"{q.shape[1]} queries by {k.shape[1]} keys may take {most} steps, and scalar memory holds {VISITS}"
+        return f"{q.shape[1]} queries by {k.shape[1]} keys may take {most} steps; scalar memory has room for {VISITS}"
     return None
 
 

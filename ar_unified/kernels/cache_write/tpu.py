@@ -57,7 +57,7 @@ def unsupported(layer: tuple[jax.Array, ...]) -> str | None:
     lanes = H % LANES or len(layer) > 2  # some arrays have their slots along the lanes
     window = LANES if lanes else 32 // layer[0].dtype.itemsize
     if H % 64 or S % window or _rows(layer) is None:
-        return f"expected heads in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
+        return f"expected a head dim in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
     return None
 
 

@@ -105,7 +105,7 @@ def _check(q, k, v, lengths, k_scale, v_scale, window) -> None:
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (x is not None) != (k.dtype == jnp.int8):
             raise ValueError(
-                f"decode_attention: an int8 cache, and no other, has scales; found {k.dtype} and {name} {x}"
+                f"decode_attention: expected scales for an int8 cache, and for no other; found {k.dtype} and {name} {x}"
             )
         shape = (B, k.shape[1], 1, k.shape[2])
         if x is not None and (x.shape != shape or x.dtype != jnp.float32):

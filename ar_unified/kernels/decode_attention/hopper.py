@@ -49,9 +49,9 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     if q.shape[-1] not in HEAD_DIMS:
         return f"expected a head dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
     if q.shape[1] > ROWS * k.shape[1]:
-        return f"expected at most {ROWS} query heads a KV head; found {q.shape[1]} on {k.shape[1]}"
+        return f"expected at most {ROWS} query heads per KV head; found {q.shape[1]} for {k.shape[1]} KV heads"
     if k.shape[2] % 8:
-        return f"expected a cache of a multiple of 8 slots, what TMA copies; found {k.shape[2]}"
+        return f"expected a number of slots that is a multiple of 8, because TMA copies the cache; found {k.shape[2]}"
     return None
 
 
