@@ -37,7 +37,7 @@ _SCATTER = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
 }
-# By the name in parallel/hardware.py. Other kinds use the compiler's own defaults.
+# Keys are names of parallel/hardware.py. Other kinds use the compiler's own defaults.
 OPTIONS: dict[str, dict[str, str]] = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), _OVERLAP | _SCATTER)
 
 _BOOLEANS = {"true": "True", "false": "False"}

@@ -1,4 +1,4 @@
-"""Copies the parameters in training from the mesh of all devices to the devices of each process.
+"""Copies parameters during training, from the mesh of all devices to the devices of each process.
 
 The copies use the network between devices, never a host's memory or a file.
 """

@@ -18,7 +18,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
     "batch": ("data", "fsdp"),  # fsdp devices have different rows, too: all of them must compute
     "draws": ("data", "fsdp", "tensor"),  # rows of logits in sampling: each device draws for its own rows
-    "sequence": "context",  # long rows are split along T; keys and values travel
+    "sequence": "context",  # long rows are split along T; keys and values are sent between devices
     # Parameters.
     "embed": "fsdp",  # every matrix has an axis of d_model, so this row shards all of them, as in ZeRO-3
     "vocab": "tensor",  # the largest matrix; a chunk's logits stay split too

@@ -19,8 +19,8 @@ from ar_unified.training.step import Params, TrainingTask, abstract_trained
 class Kept:
     """
     Args:
-        read: takes shapes, dtypes and shardings, and returns the parameters that training started from, with fresh
-            values for the trained parts. None: they cannot be read again, and a checkpoint stores all parameters.
+        read: a function of shapes, dtypes and shardings. It returns the parameters that training started from, with
+        fresh values for the trained parts. None: they cannot be read again, and a checkpoint stores all parameters.
     """
 
     def __init__(self, task: TrainingTask, mesh: Mesh, read: Callable[[Params], Params] | None):

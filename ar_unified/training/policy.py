@@ -5,7 +5,7 @@ needs no value network. Later variants are options. From DAPO (Yu et al., arXiv:
 mean over tokens, and no groups without a signal. From Dr. GRPO (Liu et al., arXiv:2503.20783): no division by the
 standard deviation, and division by a constant instead of by lengths.
 
-The policy is exactly the distribution from which samples were drawn. It includes guidance, which mixes contexts, the
+The policy is exactly the distribution from which samples were drawn. It includes the mix of contexts by guidance, the
 temperature, and the restriction to the ids that the grammar allows. So the ratio of new and old probability starts at
 exactly 1.
 
@@ -107,7 +107,7 @@ class PolicyBatch(Generic[A]):
     scored: A  # bool [B], whether every sample of its group has a reward
     flat: A  # bool [B], whether all rewards of its group are equal
     cut: A  # bool [B], whether the token budget ended the sample
-    old: A | None = None  # f32 [B, T], log-probabilities of the policy that drew; None: the same as now
+    old: A | None = None  # f32 [B, T], the policy's log-probabilities when it drew the targets; None: as now
 
     @classmethod
     def shapes(cls, rows: int, length: int, contexts: int, ranges: int, old: bool) -> PolicyBatch[jax.ShapeDtypeStruct]:

@@ -102,7 +102,7 @@ def make_rates(
         rates, phases: as in the docstring of this module; () for none.
         axes, shapes: axes and shapes of all parameters. vocabulary, new: as in `select`.
 
-    Raises ValueError, which names the rate, if it has another form, matches no parameter, or matches no trained one.
+    Raises ValueError, which names the rate, if it is not PLACE=FACTOR, or if no trained parameter matches it.
     """
     if not rates and not phases:
         return UNIFORM

@@ -4,8 +4,8 @@
     ("head[image]",)                  only the head's rows of image codes, as Anole trains
     ("embedding[new]", "head[new]")   rows of ids that the original language model did not have (`language.extension`)
 
-Parameters that are not selected are constants of the step. They get no gradient, so no gradient passes through layers
-below which nothing is trained. They have no optimizer state and no weight decay, and their bits stay the same.
+Parameters that are not selected are constants of the step. They have no gradient, no optimizer state and no weight
+decay, and their bits stay the same. If nothing below a layer is trained, no gradient passes through this layer.
 """
 
 from __future__ import annotations

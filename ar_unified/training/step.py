@@ -119,7 +119,7 @@ class TrainingTask(Protocol[Batch]):
         """(sum of weight * loss, sum of weight, metric sums). keys [B]: one for each row; None: held-out data, no
         dropout.
 
-        Several losses are a dict, by the top-level key of the parameters that each of them trains.
+        Several losses are a dict. The key of a loss is the top-level key of the parameters that it trains.
         """
 
     def update_state(self, params: Params, model_state: Params, sums: Params) -> tuple[Params, Params]:

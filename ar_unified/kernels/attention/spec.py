@@ -13,7 +13,7 @@ class Spec:
       scale: factor of the scores.
       soft_cap: scores become soft_cap * tanh(score / soft_cap); None: no cap.
       shift: q_offset - kv_offset, if both are known when tracing; else None.
-      interpret: emulate the kernel on a CPU; for tpu.py it may be pltpu.InterpretParams, which say how.
+      interpret: emulate the kernel on a CPU; for tpu.py it may be the settings of the emulation, pltpu.InterpretParams.
     """
 
     scale: float

@@ -1,11 +1,11 @@
 """Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, without steps in which no query sees a key.
 
-The grid of a kernel is a list (visits.py). It has an entry for each pair of a block of queries and a block of keys that
-it sees, in the order in which the sums are completed. Scalar prefetch passes the list to the index maps, so blocks of
-other documents are neither fetched nor computed, and the pipeline never runs empty between two documents. Two other
-ways are worse. A dense grid with clamped index maps pays for each empty step, and most steps are empty for documents of
-1k in a row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for each block of queries.
-The list costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are computed in groups.
+The grid of a kernel is a list (visits.py). For each block of queries, it has an entry for each block of keys that it
+sees. Entries of one sum follow each other. Scalar prefetch passes the list to the index maps, so blocks of other
+documents are neither fetched nor computed, and the pipeline never runs empty between two documents. Two other ways are
+worse. A dense grid with clamped index maps pays for each empty step, and most steps are empty for documents of 1k in a
+row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for each block of queries. The list
+costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are computed in groups.
 
 A step computes several query heads, if possible all of one KV head. So keys are fetched and masks computed once for all
 of them, and a step is long enough to hide its fixed cost even with the short blocks that documents need.
@@ -15,7 +15,7 @@ over 128 lanes. Exponentials have base 2. Except for float32, the scale and log2
 and not its S scores.
 
 v4 and v5p have two cores, which share the first axis of a grid. If one step computes all heads of a device, this axis
-is the two halves of the list.
+has two entries, one for each half of the list.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim; in one step, r is one of
 the query heads and p one of the KV heads.
@@ -63,7 +63,8 @@ class Work(NamedTuple):
 
     Attributes:
       bounds: int32 [B, 2, T], padded to whole blocks.
-      by_query, by_key: visits of blocks of queries and of keys, for each group of rows of one call.
+      by_query, by_key: the visits in which blocks of queries (of keys) are the outer blocks, for each group of rows
+        that one call computes.
     """
 
     bounds: jax.Array
@@ -72,7 +73,7 @@ class Work(NamedTuple):
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Work:
-    """The work of attention with these bounds, for queries and keys of these shapes."""
+    """The `Work` of attention with these bounds, for queries and keys of these shapes."""
     tile = _tile(q, k)
     bounds = pad_queries(bounds, tile.padded[0], tile.S)
     groups = jax.tree.map(lambda x: x.reshape(-1, tile.rows(spec, len(x)), x.shape[1]), bounds)
@@ -227,7 +228,7 @@ def _entry(core, step, cuts):
 
 def _each_head(tile: _Tile) -> Callable[[Callable], None]:
     """Calls body(p, r) for each query head of a step. Two at a time would take 4% fewer cycles by libtpu's schedules,
-    and twice as long to compile."""
+    but twice as long to compile."""
 
     def run(body: Callable) -> None:
         pl.loop(0, tile.heads)(lambda r: body(r * tile.kv_heads // tile.heads, r))
@@ -249,7 +250,8 @@ def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> Non
 
 
 def _factors(spec: Spec, dtype: DTypeLike) -> tuple[float, float]:
-    """The factors of queries and of scores that give scores to base 2 or, with a soft cap, the argument of the tanh.
+    """The factors for queries and for scores. With them, scores have base 2 or, with a soft cap, are the argument of
+    tanh.
 
     float32 queries are not scaled, to avoid one more rounding: float32 is used when precision matters.
     """
@@ -355,7 +357,7 @@ def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, list
     rows = bounds.first.shape[0]
 
     def listed(outer, heads, outer_is_keys):
-        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if they shared only the heads
+        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if cores shared only heads
         return lists.visits(
             outer,
             by_query,

@@ -22,7 +22,7 @@ from ar_unified.kernels.attention.bounds import BlockRanges
 
 FIRST, LAST = 1, 2  # the sums of the outer block begin with this visit; they end with this visit
 MASKED, CLEAN = 4, 8  # some queries see some keys; all queries see all keys; no flag: nothing to compute
-_OTHER, _ROW = 4, 16  # bits by which the other block and the row are shifted, to make room
+_OTHER, _ROW = 4, 16  # bits by which the other block and the row are shifted, to make room for the rest of a word
 
 
 class Visits(NamedTuple):

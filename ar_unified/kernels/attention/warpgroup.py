@@ -164,12 +164,12 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def down(x: jax.Array, tile: jax.Array) -> jax.Array:
-    """A value for each row of a tile, in the tile's shape."""
+    """Broadcasts a vector with a value for each row to the tile's shape."""
     return lax.broadcast_in_dim(x, tile.shape, [0])
 
 
 def across(x: jax.Array, tile: jax.Array) -> jax.Array:
-    """A value for each column of a tile, in the tile's shape."""
+    """Broadcasts a vector with a value for each column to the tile's shape."""
     return lax.broadcast_in_dim(x, tile.shape, [1])
 
 

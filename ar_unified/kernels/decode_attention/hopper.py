@@ -11,7 +11,7 @@ the 2048 multiply-adds that its tensor cores can do per clock (a third on an H20
 have to widen each number and then use it G times. At G = 8 this would take half of their throughput, and with int8 all
 of it, even without the softmax.
 
-An int8 block is copied as int8, and widened once from shared memory to shared memory.
+An int8 block is copied as int8. Then it is widened once, from one part of shared memory to another.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim, P parts of a row.
 """
@@ -35,7 +35,7 @@ HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # rows of a wgmma
 BLOCK = 64  # slots per block
 RING_BYTES = 64 * 1024  # the ring of keys and values of a thread block; an SM has room for more than two rings
-THREAD_BLOCKS = 4 * 132  # the aim of splitting rows: two at once on each SM of an H100 or H200, and two after them
+THREAD_BLOCKS = 4 * 132  # wanted: two at once on each of the 132 SMs of an H100 or H200, and two more after them
 SHORTEST_PART = 4 * BLOCK  # the smallest number of slots that is worth a thread block
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # the maximum before any score; finite, because -inf - -inf is NaN

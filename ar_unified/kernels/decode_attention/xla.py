@@ -1,8 +1,8 @@
 """Decode attention with XLA only: any platform, any shape.
 
 XLA's shapes are static, so it reads the whole cache, or a half, a quarter or an eighth of it, depending on the longest
-row of the batch. The result of a row does not depend on this, because more slots add exact zeros in the same order. On
-a CPU the results are equal bit for bit if the cache's length is a multiple of SHORTEST.
+row of the batch. The result of a row does not depend on this: additional slots only add exact zeros, and do not change
+the order of the sum. On a CPU the results are equal bit for bit if the cache's length is a multiple of SHORTEST.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
