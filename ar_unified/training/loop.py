@@ -404,7 +404,7 @@ def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: i
         where = f"gradient of {name}" + (f", layer {bad[name][-1]}" if name.startswith(stacked) else "")
         where += f" ({len(bad)} of {len(leaves)} leaves are not finite)"
     else:
-        where = "the loss itself, or the norm of gradients that are each finite"
+        where = "the loss itself, or the total norm although each gradient is finite"
     kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
     return (
         f"not finite at step {taken - 1}: {where}; loss {loss}, gradient norm {norm}. The step was not taken; {kept}. "

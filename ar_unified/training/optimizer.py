@@ -46,7 +46,7 @@ class OptimizerConfig:
     decay: str = "sqrt"  # WSD only; or "linear"
     decay_fraction: float = 0.2  # WSD only: the last part of the steps, with a falling rate
     final_fraction: float = 0.1  # fraction of the peak at the last step
-    restarts: Sequence[float] = ()  # ascending fractions of the steps; each part between two has a whole schedule
+    restarts: Sequence[float] = ()  # ascending fractions of the steps; at each of them a new schedule begins
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8

@@ -111,7 +111,7 @@ def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Col
     Args:
         places: paths of leaves, or of nodes above them, in which * matches anything. If the path is a table of ids, it
             may end with [text], [control], [size], [image] or [new] to select only these rows.
-        axes: logical axes of every parameter, which show the tables of ids.
+        axes: logical axes of every parameter. A leaf whose first axis is "vocab" is a table of ids.
         new: the ids that "new" means.
 
     Raises ValueError if a place matches nothing. The message begins with the place.

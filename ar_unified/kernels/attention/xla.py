@@ -129,7 +129,7 @@ def _backward(spec, piece, key, value):
     dweights = jnp.einsum("BKGTH,BKSH->BKGTS", dout, value, preferred_element_type=jnp.float32)
     dscores = weights * (dweights - delta[..., None])
     if spec.soft_cap is not None:
-        dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # finite for hidden scores, of weight 0
+        dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # avoids an infinity at hidden scores
     dscores = dscores.astype(query.dtype)
     # The sums over queries are computed as [H, S] and then transposed: on a CPU, XLA computes such a product 3x faster
     # than one of shape [S, H]. The barrier keeps XLA from transposing the product itself. The caller adds chunks in
@@ -172,7 +172,7 @@ def _pieces(length: int, chunk: int, shift: int | None, keys: int) -> Iterator[t
 
 
 def _split(arrays, axes, chunk):
-    """Cuts each array into chunks along its axis of `axes`. The chunks become the first axis."""
+    """Cuts array i into chunks along axes[i]. The chunks become the first axis."""
 
     def one(x: jax.Array, axis: int) -> jax.Array:
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :]), axis, 0)
