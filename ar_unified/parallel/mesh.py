@@ -65,8 +65,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def decoding_axes(shape: Mapping[str, int]) -> dict[str, int]:
-    """The mesh for decoding on the devices of one process, from a config's mesh. `tensor` splits heads, and all other
-    devices split rows.
+    """The mesh for decoding on the devices of one process, from a config's mesh. `tensor` splits heads, and the other
+    axes become `data`, which splits rows.
 
     Each process serves requests of its own. The axes fsdp and context save memory in training, but would make every
     decoding step wait for weights. So their devices split rows instead.

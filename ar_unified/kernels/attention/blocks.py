@@ -71,7 +71,7 @@ _TPU = [
     Row("TPU", None, None, Tile(512, 512, heads=1), LONG_TPU, dtype_bytes=4),
     Row("TPU", None, 256, Tile(1024, 512, heads=1), LONG_TPU),
     Row("TPU", None, None, Tile(1024, 512, heads=2), LONG_TPU),
-    Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest that TPU kernels take, to interpret in tests"),
+    Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest blocks that TPU kernels take, for interpreted tests"),
 ]
 
 # ---- Hopper. None of these was chosen by timing alternatives. They are published tilings if there are any, reduced

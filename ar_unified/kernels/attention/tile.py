@@ -16,7 +16,7 @@ from ar_unified.kernels.attention.spec import Spec
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # the maximum before any score; finite, so that exp2(-inf - LOWEST) = 0 in a row that sees nothing
-Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # a vector over a tile's rows, a tile -> the tile's shape
+Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # broadcasts a vector over rows to the shape of a tile
 
 
 def factor(spec: Spec) -> float:
