@@ -24,7 +24,7 @@ def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.
     out, lse = jnp.stack(outs), jnp.stack(lses)
     highest = lse.max(0)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # -inf - -inf would be NaN
-    weights = jnp.exp(lse - highest)  # at most 1, and 1 for the highest, for scores of any size
+    weights = jnp.exp(lse - highest)  # at most 1 for scores of any size, and 1 for the largest
     total = weights.sum(0)
     shares = (weights / jnp.where(total > 0, total, 1.0))[..., None]
     merged = jnp.where(shares > 0, out.astype(shares.dtype) * shares, 0.0).sum(0)

@@ -11,10 +11,10 @@ from ar_unified.kernels import device
 def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """jnp.einsum(axes, a, b) for two arrays of the same dtype, which is also the dtype of the result.
 
-    For a bfloat16 result, XLA CPU widens both inputs to float32: it is slower than float32 by the time of widening. For
-    a float32 result it uses the machine's instructions (AVX512-BF16, AMX), so here the result is rounded afterwards: 2x
-    faster, the same numbers. Other devices compute the bfloat16 result directly, because sums over devices would
-    otherwise be sent as float32.
+    For a bfloat16 result, XLA on a CPU first converts both inputs to float32, so it is slower than with float32 inputs.
+    For a float32 result it uses the machine's bfloat16 instructions (AVX512-BF16, AMX). So here the result is float32,
+    and is rounded afterwards: this is 2x faster and gives the same numbers. Other devices compute the bfloat16 result
+    directly, because sums over devices would otherwise be sent as float32.
     """
     if a.dtype == jnp.bfloat16 and device.current().platform == "cpu":
         return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32).astype(a.dtype)

@@ -1,9 +1,9 @@
-"""QK-norm and RoPE of queries or keys, in one pass each way.
+"""QK-norm and RoPE of queries or keys, in one pass forward and one pass backward.
 
-JAX's own derivative of this chain keeps several float32 copies of its input. This one keeps only its input and one
-reciprocal norm per head, and computes the rest again. Everything between the two matrix products is elementwise, except
-for sums over H. XLA fuses it on every platform, so that only the input is read and the output written. Inside the
-attention kernel, keys would be normalised again for each block of queries.
+JAX's own derivative of these operations keeps several float32 copies of the input. This one keeps only the input and
+one reciprocal norm per head, and computes the rest again. Everything between the projection and the product q k is
+elementwise, except for sums over H. XLA fuses it on every platform, so that only the input is read and the output
+written. This is not a part of the attention kernel, because keys would be normalised again for each block of queries.
 
 The rotation of pairs (i, i + H/2) is x * cos + (x with its halves swapped) * sin.
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos, equal for both in a pair; -sin for the first, sin
+Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos for both of a pair; -sin for one, sin for the other
 
 
 def qk_norm_rope(
@@ -61,7 +61,7 @@ def _forward(eps, x, rope, scale, bias):
 
 def _backward(eps, residuals, out_bar):
     x, (cos, sin), scale, bias, rnorm = residuals
-    normed_bar = _rotated(out_bar, (cos, -sin), _wide)  # a rotation's transpose turns back
+    normed_bar = _rotated(out_bar, (cos, -sin), _wide)  # the transpose of a rotation is its inverse
     if x is None:
         return normed_bar.astype(out_bar.dtype), None, None, None
     unit = _centred(x, _mean(x, bias)) * rnorm
@@ -69,7 +69,7 @@ def _backward(eps, residuals, out_bar):
     x_bar = unit_bar - unit * jnp.mean(unit_bar * unit, -1, keepdims=True)
     if bias is not None:
         x_bar -= jnp.mean(unit_bar, -1, keepdims=True)
-    summed = tuple(range(4 - scale.ndim))  # over heads too, if they share the weights
+    summed = tuple(range(4 - scale.ndim))  # the sums include heads if these share the weights
     scale_bar = jnp.sum(normed_bar * unit, summed).astype(scale.dtype)
     bias_bar = None if bias is None else jnp.sum(normed_bar, summed).astype(bias.dtype)
     return (x_bar * rnorm).astype(x.dtype), None, scale_bar, bias_bar
@@ -93,7 +93,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _rotated(x: jax.Array, rope: Rope, seen: Callable[..., jax.Array], *weights: jax.Array) -> jax.Array:
-    """seen(x, *weights), elementwise and float32, rotated.
+    """Rotates seen(x, *weights), where `seen` is elementwise and its result is float32.
 
     A TPU's vector has 128 lanes, and splitting it at lane 64 makes padded copies. So on a TPU the matrix unit swaps the
     halves of x, exactly. On other devices a split costs nothing, and a product would double the work.

@@ -1,12 +1,12 @@
-"""Compiler options by kind of device; they are part of a program, like its mesh.
+"""Compiler options for each kind of device. They are part of a program, like its mesh.
 
 They are compile options and not environment variables, so that a plan is compiled with the options of its target, and a
 checkpoint records the options that were really used. The purpose of each:
 
   async_collective_fusion, overlap_compute_collective_tc, enable_async_all_gather
-      a gather of weights is split into steps inside a fusion that computes meanwhile
+      a gather of weights is split into steps, and runs inside a fusion that computes at the same time
   minor_sharding_for_major_trivial_input, relayout_group_size_threshold, assign_all_reduce_scatter_layout
-      a gradient's layout suits the scatter: one reduce-scatter replaces an all-reduce of the whole gradient and a slice
+      gradients get a layout for which one reduce-scatter replaces an all-reduce of the whole gradient and a slice
 
 Names and values: MaxText's benchmarks/xla_flags_library.py. Their effect on our programs: docs/tpu_training.md.
 """
@@ -37,7 +37,7 @@ _SCATTER = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
 }
-# By the name in parallel/hardware.py. Other kinds use the compiler's own defaults.
+# Keys are names of parallel/hardware.py. Other kinds use the compiler's own defaults.
 OPTIONS: dict[str, dict[str, str]] = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), _OVERLAP | _SCATTER)
 
 _BOOLEANS = {"true": "True", "false": "False"}
@@ -48,11 +48,11 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
     """The options to compile a program for the devices of `mesh`.
 
     Args:
-      own: strings "name=value", each added to OPTIONS or replacing one of them.
+      own: strings "name=value". Each is added to OPTIONS, or replaces the option of this name.
 
-    Options set by LIBTPU_INIT_ARGS are not changed. If this compiler does not know one of OPTIONS, it is left out with
-    a warning, because the next libtpu may rename it. Raises UserError if the compiler does not know one of `own` or
-    cannot read its value.
+    Options set by LIBTPU_INIT_ARGS are not changed. An option of OPTIONS that this compiler does not know is left out
+    with a warning, because the next libtpu may rename options. Raises UserError if the compiler does not know one of
+    `own` or cannot read its value.
     """
     device = mesh.devices.flat[0]
     hardware = of_kind(device.device_kind)
@@ -72,7 +72,7 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
 
 def _refused(mesh: Mesh, options: Mapping[str, str]) -> tuple[str, str] | None:
     """(option, message) for the first option that the compiler refuses; the option is "" if the message does not name
-    it. None: it accepts all.
+    it. Returns None if the compiler accepts all.
 
     This compiles an empty program, because the real one takes minutes.
     """

@@ -1,4 +1,4 @@
-"""Copies the parameters in training from the mesh of all devices to the devices of each process.
+"""Copies parameters during training, from the mesh of all devices to the devices of each process.
 
 The copies use the network between devices, never a host's memory or a file.
 """
@@ -15,7 +15,7 @@ from ar_unified.parallel.rules import specs
 
 
 def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
-    """A copy of `params` on a mesh of this process's devices; each other process gets a copy on its own.
+    """A copy of `params` on a mesh of this process's devices; each other process gets a copy on its own devices.
 
     All processes must call it at the same time. An array that is already in the right place is shared, not copied, so
     donating `params` also deletes the copy.

@@ -1,7 +1,8 @@
 """The speed and memory of a device, by kind. MFU and the estimates of a plan use these numbers.
 
-A device is what JAX counts as one: one chip from v4 on (v4's two cores as one, "megacore"), half a chip of TPU7x. All
-numbers are the vendors' peaks: dense, per device and in one direction. A program reaches only part of them.
+A device is what JAX counts as one device: a whole chip from v4 on (the two cores of a v4 count as one, a "megacore"),
+but half a chip of TPU7x. All numbers are the vendors' peaks: dense, per device and in one direction. A program reaches
+only part of them.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ class Hardware:
       that does not fit).
       hbm_bandwidth: bytes/s.
       link: bytes/s in one direction, of one link to one neighbour (TPU) or of all links together (GPU).
-      torus: axes of the network that joins the devices of a slice; a device has two links along each. 0: a switch.
-      ring: an axis is closed to a ring if its size is a multiple of this.
+      torus: the number of axes of the network that joins the devices of a slice; a device has two links along each
+      axis. 0: a switch joins them.
+      ring: an axis of the network is closed to a ring if its size is a multiple of this.
       largest: number of devices in the largest slice (TPU) or node (GPU).
-      dcn: bytes/s to other slices or nodes.
-      host: devices on one host.
+      dcn: bytes/s of one device to other slices or nodes.
+      host: the number of devices on one host.
       source: the source of the numbers.
     """
 
@@ -45,7 +47,7 @@ class Hardware:
     source: str
 
 
-# First match by prefix of device_kind, so longer names come first.
+# The first row whose `kind` begins the device_kind is taken, so longer names come first.
 HARDWARE = (
     Hardware(
         "v6e", "TPU v6 lite", 918e12, 31.25 * GiB, 1638e9, 100e9, 2, 16, 256, 12.5e9, 8,

@@ -33,7 +33,7 @@ def missing(text: str) -> list[int]:
 
 
 def gone(processes: list[int]) -> str:
-    """ "process 1 is gone (its log: logs/process-1.log)" """
+    """Text like "process 1 is gone (log: logs/process-1.log in the workdir)", for one or more processes."""
     names = ", ".join(map(str, processes[:20])) + (f" and {len(processes) - 20} more" if len(processes) > 20 else "")
     verb = "process {} is gone" if len(processes) == 1 else "processes {} are gone"
     return f"{verb.format(names)} (log: logs/process-{processes[0]}.log in the workdir)"
@@ -46,14 +46,15 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
     """The message for a process that ended without FAREWELL, from the end of its stderr."""
     who, blamed = f"process {process} of {processes}", missing(text)
     if not blamed:
-        return f"{who} was ended from outside: killed, or out of memory. {AGAIN}"
+        return f"{who} was killed from outside, or ran out of memory. {AGAIN}"
     if _START not in text:
         return f"{who} was stopped by JAX: {gone(blamed)}. {AGAIN}"
     names = f"process{'es' if len(blamed) > 1 else ''} {', '.join(map(str, blamed))}"
     return (
-        f"{who} gave up at the start: {names} did not come to {coordinator} in time. Is it running (see its "
+        f"{who} gave up at the start: {names} did not connect to {coordinator} in time. Is it running (see its "
         f"log, or the scheduler's)? Can its host resolve and reach {coordinator} (firewall, proxy variables)? Has "
-        "each the same --coordinator and --processes, and a --process of its own? --start-timeout waits longer."
+        "each process the same --coordinator and --processes, and its own --process? A larger --start-timeout waits "
+        "longer."
     )
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     ended."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # signals are for the process, whose last lines are still to come
+        signal.signal(number, signal.SIG_IGN)  # the process handles them; its last lines must still be read
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def say(line: str) -> None:

@@ -1,10 +1,10 @@
-"""The device mesh: four named axes, configured by name, `make_mesh({"data": -1, "fsdp": 8, "tensor": 4})`.
+"""The device mesh has four named axes. The sizes are given by name: `make_mesh({"data": -1, "fsdp": 8, "tensor": 4})`.
 
 `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads, MLP and vocabulary,
 `context` splits the sequence. An axis that is not named has size 1, so that one program works on a laptop and a pod.
 
-TPU slices are joined by the data centre's network (DCN), some hundred times slower than the links inside one (ICI).
-Slices are the outer part of `data`, which transfers one gradient per step; no other axis crosses slices.
+TPU slices are joined by the data centre's network (DCN), which is about a hundred times slower than the links inside a
+slice (ICI). Slices are the outer part of `data`, which transfers one gradient per step; no other axis crosses slices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """A mesh with the axes `data, fsdp, tensor, context` over `devices` (default: all of them).
 
     Args:
-      shape: size by axis name; absent axes have size 1, one axis may be -1 (all remaining devices). None: `data=-1`.
+      shape: size by axis name. Absent axes have size 1; one axis may be -1 (all remaining devices). None: `data=-1`.
       devices: the devices of the mesh.
 
     Axis types are always Auto (the default of jax.make_mesh is Explicit, which makes shardings part of the types).
@@ -41,7 +41,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
     rest = [axis for axis, size in sizes.items() if size == -1]
     if wrong or len(rest) > 1:
-        raise ValueError(f"mesh {sizes}: sizes are positive, and at most one is -1 (all that is left)")
+        raise ValueError(f"mesh: expected positive sizes, or -1 for one axis (all the rest); found {sizes}")
     product = math.prod(size for size in sizes.values() if size != -1)
     if rest and len(devices) % product == 0:
         sizes[rest[0]] = len(devices) // product
@@ -59,14 +59,14 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             f"a product of them that divides {len(slices[0])}, and let data span the slices"
         )
     shape_of_slice = (sizes["data"] // len(slices), *(sizes[axis] for axis in MESH_AXES[1:]))
-    # If a TPU's axes do not match these sizes, one of them may serve two of ours.
+    # If the axes of a TPU's network do not match these sizes, one of them may be split into two axes of the mesh.
     parts = [mesh_utils.create_device_mesh(shape_of_slice, part, allow_split_physical_axes=True) for part in slices]
     return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def decoding_axes(shape: Mapping[str, int]) -> dict[str, int]:
-    """The mesh for decoding, from a config's mesh and the devices of one process: `tensor` splits heads, all other axes
-    split rows.
+    """The mesh for decoding on the devices of one process, from a config's mesh. `tensor` splits heads, and the other
+    axes become `data`, which splits rows.
 
     Each process serves requests of its own. The axes fsdp and context save memory in training, but would make every
     decoding step wait for weights. So their devices split rows instead.
@@ -81,7 +81,7 @@ def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
     if len({len(part) for part in slices.values()}) > 1:
-        raise ValueError(f"mesh: slices of one size were expected; found {[len(part) for part in slices.values()]}")
+        raise ValueError(f"mesh: expected slices of the same size; found {[len(part) for part in slices.values()]}")
     return [slices[index] for index in sorted(slices)]
 
 

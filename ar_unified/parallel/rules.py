@@ -1,4 +1,4 @@
-"""Logical axis -> mesh axis: models name the meaning of an axis, and this table says which mesh axis splits it.
+"""Maps logical axes to mesh axes: models name the meaning of an axis, and this table says which mesh axis splits it.
 
 A parameter names each of its axes ("embed", "heads", ...); models do not know the mesh. To change how a model is split
 over devices, change a row here. The compiler (GSPMD) derives the communication.
@@ -16,14 +16,14 @@ from jax.tree_util import KeyPath
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
-    "batch": ("data", "fsdp"),  # fsdp devices hold different rows too: splitting parameters must not idle compute
-    "draws": ("data", "fsdp", "tensor"),  # rows of logits in sampling, which every device shares
-    "sequence": "context",  # long rows are split along T; keys and values travel
+    "batch": ("data", "fsdp"),  # fsdp devices have different rows, too: all of them must compute
+    "draws": ("data", "fsdp", "tensor"),  # rows of logits in sampling: each device draws for its own rows
+    "sequence": "context",  # long rows are split along T; keys and values are sent between devices
     # Parameters.
-    "embed": "fsdp",  # every matrix has a model axis, so this one row shards all of them, ZeRO-3 style
+    "embed": "fsdp",  # every matrix has an axis of d_model, so this row shards all of them, as in ZeRO-3
     "vocab": "tensor",  # the largest matrix; a chunk's logits stay split too
-    "heads": "tensor",  # attention is independent by head: no communication until the output projection
-    "kv_heads": "tensor",  # on the devices of the query heads that read them
+    "heads": "tensor",  # heads are independent in attention: no communication until the output projection
+    "kv_heads": "tensor",  # each is on the devices of the query heads that read it
     "mlp": "tensor",  # columns of the first matrix and rows of the second: one all-reduce per block
     "channels": "fsdp",  # output channels of a convolution: tokenizers are small, only their state is worth splitting
     "head_dim": None,  # summed inside a head: if split, every score would need an all-reduce
@@ -54,7 +54,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
         parts = (target,) if isinstance(target, str) else target or ()
         for part in parts:
             if part in taken:
-                raise ValueError(f"{name}: logical axes {taken[part]!r} and {axis!r} both want mesh axis {part!r}")
+                raise ValueError(f"{name}: logical axes {taken[part]!r} and {axis!r} both need mesh axis {part!r}")
             taken[part] = str(axis)
         ways = math.prod(mesh.shape[part] for part in parts)
         if size % ways:
@@ -94,7 +94,8 @@ def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:
 
 
 def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): all rows on this process's devices are in part `index` of `count` equal parts of a batch.
+    """(index, count): if a batch is cut into `count` equal parts, all rows on this process's devices are in part
+    `index`.
 
     It is (0, 1), the whole batch, for a single process, or if the mesh spreads a process's rows over several parts.
     """
@@ -117,9 +118,11 @@ def batch_shardings(mesh: Mesh, batch: Any) -> Any:
 
 
 def place_batch(mesh: Mesh, batch: Any, part: tuple[int, int] = (0, 1)) -> Any:
-    """Puts a global batch onto the mesh, from `part` (index, count) of it: a pytree of numpy arrays [B / count, ...].
+    """Puts a global batch onto the mesh. Each process copies the rows of its own devices.
 
-    Each process copies the rows of its own devices, which must be in its part (`batch_part`).
+    Args:
+      batch: a part of the global batch, a pytree of numpy arrays [B / count, ...].
+      part: (index, count) of this part, which must contain the rows of this process's devices (`batch_part`).
     """
     index, count = part
 

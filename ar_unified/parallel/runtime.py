@@ -1,4 +1,4 @@
-"""Many processes as one program: the only module that uses `jax.distributed`.
+"""Runs many processes as one program. This is the only module that uses `jax.distributed`.
 
 Every process of a job runs the same command. `start` joins them, from flags or the cluster's environment; `barrier`
 lets them wait for each other; `ending` ends them together. A single process is the usual case and costs nothing:
@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from absl import flags
 
-# These are private. No public API offers: finding the cluster before anything starts (jax.distributed.initialize only
-# tells after starting), a service that names missing processes (initialize does not pass its time-out on to it), and a
-# message to all processes that needs no device.
+# These are private, because no public API can do three things. It cannot find the cluster before anything starts
+# (jax.distributed.initialize tells only after the start). It cannot set the time-out of the service, which names
+# missing processes (initialize does not pass its own on). It cannot send a message to all processes without a device.
 from jax._src import clusters, distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
@@ -41,10 +41,10 @@ from ar_unified import errors, interrupts, storage
 from ar_unified.errors import RunError, UserError
 from ar_unified.parallel import last_words
 
-_TICK = 0.5  # seconds, of `apart`
-_LATE = 20  # most ticks between two processes after a barrier
-ALONE = 14 * 86400.0  # seconds to wait for others: as long as these live
-_GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them for their messages
+_TICK = 0.5  # seconds between two calls of `preempted` in `apart`
+_LATE = 20  # by how many ticks two processes may differ at most, after a barrier
+ALONE = 14 * 86400.0  # seconds; long enough to wait for the others as long as they live
+_GRACE = 3.0  # seconds that process 0 waits before it ends: its end ends the others, which may have messages to write
 # Errors of collectives that lost a peer, from gloo, NCCL and the coordination service.
 _PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
 
@@ -58,7 +58,8 @@ class ProcessesMissing(RunError):
 
 
 class _Log:
-    """Where this process writes if there are several: its log, and the reader that receives its stderr."""
+    """The log of this process, and the reader that receives its stderr. It exists only if there are several
+    processes."""
 
     def __init__(self, folder: Path, process: int, processes: int, coordinator: str, heartbeat_timeout: int):
         self.heartbeat_timeout = heartbeat_timeout
@@ -81,7 +82,7 @@ class _Log:
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(2, f"{last_words.FAREWELL}\n".encode())
-        for stream, terminal in self.streams.items():  # the last writing ends, unless a child of ours has one
+        for stream, terminal in self.streams.items():  # closes the pipe, unless a child of ours still has it
             os.dup2(terminal, stream)
         self.reader.wait(timeout=10)
 
@@ -105,11 +106,12 @@ def start(
     """Joins the processes of this job, before the first JAX computation.
 
     Args:
-      coordinator: HOST:PORT of process 0. processes: their number. process: which of them this is, from 0. Give all
-        three or none. With none, JAX reads the environment (SLURM, GKE, TPU metadata, Open MPI, Kubernetes); if it
-        names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is started.
+      coordinator: HOST:PORT of process 0. processes: the number of processes. process: the index of this one, from 0.
+        Give all three or none. With none, JAX reads the environment (SLURM, GKE, TPU metadata, Open MPI, Kubernetes);
+        if it names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is started.
       logs: folder for `process-<i>.log`, on storage that all processes share; not touched by a single process.
-      start_timeout: seconds until all must have come. heartbeat_timeout: seconds until a silent process counts as dead.
+      start_timeout: seconds within which all processes must join. heartbeat_timeout: seconds of silence after which a
+        process counts as dead.
 
     Raises UserError for flags that do not fit together. A time-out ends the process; its last message names who is
     missing.
@@ -136,8 +138,8 @@ def start(
     _log.write(
         f"process {process} of {processes}, coordinator {coordinator}, pid {os.getpid()} on {os.uname().nodename}"
     )
-    # The service times out first and tells all present clients who is missing; their own time-out is for a silent
-    # service.
+    # The service times out first, and tells all present clients which processes are missing. The clients' own time-out
+    # is for a service that does not answer.
     service = _jax.get_distributed_runtime_service
     _jax.get_distributed_runtime_service = partial(service, cluster_register_timeout=start_timeout)
     try:
@@ -160,14 +162,14 @@ def start(
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """A context for a whole program: all processes end together; a process that fails ends at once and says why."""
+    """A context for a whole program. All processes end together, but one that fails ends at once and says why."""
     try:
         yield
     except Exception as error:
         if _log is not None:
             _fail(error)
         raise
-    except BaseException:  # SystemExit: all processes raise it at the same place
+    except BaseException:  # such as SystemExit, which all processes raise at the same place
         _stop()
         raise
     _stop()
@@ -198,7 +200,7 @@ def _explain(error: Exception, explained: str | None) -> None:
     lost = _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing)
     if explained is not None:
         print(f"ar-unified: {explained}", file=sys.stderr, flush=True)
-    elif lost:  # a fault of the connection, and not of this process
+    elif lost:  # the connection failed, not this process
         _log.write("".join(traceback.format_exception(error)))
     else:
         traceback.print_exception(error)
@@ -209,12 +211,12 @@ def _explain(error: Exception, explained: str | None) -> None:
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(_log.heartbeat_timeout + 10)  # it ends this process with the answer
+        time.sleep(_log.heartbeat_timeout + 10)  # JAX ends this process meanwhile, and names the lost process
     if jax.process_index() == 0:
         time.sleep(_GRACE)
 
 
-# ---- between the two ------------------------------------------------------------------------------------------------
+# ---- while it runs --------------------------------------------------------------------------------------------------
 
 
 def first() -> bool:
@@ -223,8 +225,8 @@ def first() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line for people: only process 0 prints to the terminal; with several processes, each writes it to its
-    log."""
+    """Prints a line for people. Only process 0 prints to the terminal; with several processes, each writes the line to
+    its log."""
     if first():
         try:
             print(line, flush=True)
@@ -235,8 +237,7 @@ def say(line: str) -> None:
 
 
 def barrier(name: str, timeout: float = 600.0) -> None:
-    """Waits until every process is at the barrier of this name, through the coordination service, without using a
-    device.
+    """Waits until every process is at the barrier of this name. It uses the coordination service and no device.
 
     After the barrier, this process sees what the others wrote into the workdir before it, in an object store too.
 
@@ -255,7 +256,7 @@ def barrier(name: str, timeout: float = 600.0) -> None:
 
 
 def preempted() -> bool:
-    """Whether all processes stop now: SIGTERM came to one of them, and they have agreed to stop at this call.
+    """Whether all processes stop now, because one of them received SIGTERM and all have agreed to stop at this call.
 
     All processes must call it equally often, at the end of every step. It needs JAX's own handler of SIGTERM, so no
     other may be installed. Always False for a single process.
@@ -263,18 +264,18 @@ def preempted() -> bool:
     global _asked
     if _log is None:
         return False
-    _asked += 1  # not the step: a second training restarts at 0, before the agreed step
+    _asked += 1  # not the step, because a second training starts at step 0 again, before the agreed step
     return multihost_utils.reached_preemption_sync_point(_asked)
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[Callable[[], None]]:
     """A context for work that each process does at its own pace. It yields a function that each process calls
-    repeatedly. About a second after a SIGTERM to one process, this function raises Preempted in all. All leave the
-    block together.
+    repeatedly. About a second after a SIGTERM to one process, this function raises Preempted in all processes. All
+    processes leave the block together.
 
-    `preempted` needs equally many calls in all processes. Here processes share only the time, so it is called once per
-    tick.
+    `preempted` must be called equally often in all processes. Here the processes have only the time in common, so it is
+    called once per tick of the clock.
     """
     barrier("apart", timeout=ALONE)
     asked, began, stop = _asked, time.monotonic(), None
@@ -308,7 +309,7 @@ def _told(name: str, number: int) -> int:
 
 
 def to_host(tree: Any) -> Any:
-    """Copies arrays on any mesh to numpy arrays on process 0; other processes get None. All must call it.
+    """Copies arrays on any mesh to numpy arrays on process 0; other processes get None. All processes must call it.
 
     It copies leaf by leaf; each leaf is briefly whole on every device.
     """

@@ -30,8 +30,8 @@ def unzigzag(x: jax.Array) -> jax.Array:
 
 
 def pieces(device: jax.Array, ways: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Where the early and the late piece of each of `ways` devices begin in the sequence, for pieces of `width`
-    columns."""
+    """The columns of the sequence at which the early and the late piece of a device begin, for `ways` devices and
+    pieces of `width` columns."""
     return device * width, (2 * ways - 1 - device) * width
 
 
@@ -54,7 +54,8 @@ def _exchange(x: jax.Array, part) -> jax.Array:
 
 
 def _homes(ways: int) -> tuple[list[int], list[int]]:
-    """The devices of pieces 0, 2, 4, ... and of pieces 1, 3, 5, ...; each list has every device once."""
+    """The devices that hold pieces 0, 2, 4, ..., and the devices that hold pieces 1, 3, 5, ...; each list has every
+    device once."""
     home = [min(piece, 2 * ways - 1 - piece) for piece in range(2 * ways)]
     return home[0::2], home[1::2]
 

@@ -1,4 +1,4 @@
-"""How much attention the positions of one modality give to the other modality, for each layer.
+"""Measures how much attention the positions of one modality give to the other modality, for each layer.
 
 A model of text and images may learn to ignore one of them. For each layer, and for each pair (modality of the query,
 modality of the key), the share is
@@ -6,10 +6,10 @@ modality of the key), the share is
     share(a -> b) = mean over queries q of modality a, and over heads, of  sum over keys k of modality b of  w(q, k)
 
 where w(q, k) is the softmax of q . k / sqrt(H) over the keys that q sees (its own document up to itself,
-without padding). Only queries that see keys of both modalities count. A share is a number in [0, 1]. The shares of one
-a sum to at most 1; control and size tokens get the rest. `uniform` is reported beside the layers: it would be the share
-if the same queries gave equal weight to all keys that they see. It depends only on the data. If a layer has a larger
-share than this, it attends to that modality more than by chance.
+without padding). Only queries that see keys of both modalities count. A share is a number in [0, 1]. For each a, the
+shares sum to at most 1; control and size tokens get the rest. `uniform` is reported together with the layers. It is the
+share that would result if the same queries gave equal weight to all keys that they see. It depends only on the data. If
+a layer has a larger share than this, it attends to that modality more than by chance.
 
 The training step does not store attention weights. The shares come from a separate forward pass over a held-out batch,
 which computes the weights for one chunk of queries at a time.
@@ -34,7 +34,8 @@ _WEIGHTS = 2**23  # attention weights per device at one time, 32 MiB: 64 queries
 
 
 def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBatch[jax.Array]) -> Metrics:
-    """(sum, count) pairs of one batch: "attention/text_to_image/layer_00", ..., "attention/text_to_image/uniform"."""
+    """(sum, count) pairs of one batch, named "attention/text_to_image/layer_00", ...,
+    "attention/text_to_image/uniform"."""
     role = jnp.where(batch.segment_ids > 0, vocabulary.role(batch.tokens), Role.PAD)
     modality = jnp.stack([role == each for each in MODALITIES], -1)  # [B, T, M]
     doc_start = batch.doc_start
@@ -62,13 +63,13 @@ def layer_shares(
     Args:
       query: [B, T, N, H], rotated. key: [B, T, K, H]. doc_start: int32 [B, T]; T on padding.
       modality: bool [B, T, M].
-      room: how many attention weights may exist on a device at one time; at least one column of queries is computed.
+      room: how many attention weights may exist on a device at one time. A chunk has at least one query of each row.
     """
     B, T, N, H = query.shape
     K = key.shape[2]
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1
-    if not mesh.empty and mesh.size > 1:  # each device has whole columns; chunks are cut along them
+    if not mesh.empty and mesh.size > 1:  # each device has all positions of its rows
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         query, key, doc_start, modality = (
             jax.lax.with_sharding_constraint(x, spec(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))

@@ -1,4 +1,4 @@
-"""Detects training that has gone wrong without a NaN: the loss stays above its first values."""
+"""Detects training that has gone wrong without a NaN, because the loss stays above its first values."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from ar_unified.errors import RunError
 
-_BEGINNING = 10  # first steps; their mean loss is the beginning
-_MEMORY = 0.9  # for the running mean: about ten steps, so one bad batch does not count
+_BEGINNING = 10  # first steps; the loss at the beginning is their mean loss, or the first loss if it is lower
+_MEMORY = 0.9  # decay of the running mean, over about ten steps, so that one bad batch does not count
 
 
 class Diverged(RunError):
@@ -16,13 +16,13 @@ class Diverged(RunError):
 
 
 class Watch:
-    """Takes the loss of every step, and raises Diverged when the running mean exceeds 1.5 x the first losses + 1.
+    """Takes the loss of every step. Raises Diverged if the running mean exceeds 1.5 x the loss at the beginning + 1.
 
     The first losses are those of an untrained model. A model with a much higher loss is worse than untrained, and
     almost never recovers. The `+ 1` leaves room for a model that began with a low loss (fine-tuning).
 
     Args:
-      rows: the rows of metrics.jsonl from an earlier part of this run; the first one gives the first loss.
+      rows: the rows of metrics.jsonl from an earlier part of this run; the first row gives the loss at the beginning.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
@@ -32,7 +32,8 @@ class Watch:
         self._mean: float | None = None
 
     def add(self, step: int, loss: float, latest: Callable[[], int | None]) -> None:
-        """Adds the loss of a step. step: its number, from 0. latest: finds the last checkpoint, for the message."""
+        """Adds the loss of step `step`, counted from 0. latest: returns the step of the last checkpoint, for the
+        message."""
         if self.began is None:
             self._first.append(loss)
             if len(self._first) < _BEGINNING:
@@ -44,7 +45,7 @@ class Watch:
             kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
             raise Diverged(
                 f"diverged at step {step}: the loss has risen to {self._mean:.4g} from {self.began:.4g} at the "
-                f"beginning; {kept}. Try a lower learning rate (lower it with the batch size too), a longer warm-up or "
-                "a lower clip_norm; with an adversary, a smaller weight or a later start. Starting again resumes from "
-                "the checkpoint and, with the same settings, diverges again."
+                f"beginning; {kept}. Try a lower learning rate (lower it if you lower the batch size, too), a longer "
+                "warm-up or a lower clip_norm; with an adversary, try a smaller weight or a later start for it. "
+                "Starting again resumes from the checkpoint and, with the same settings, diverges again."
             )

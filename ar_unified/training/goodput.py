@@ -1,9 +1,9 @@
 """Goodput: the fraction of a run's wall time spent on steps that were kept, and what used the rest of the time.
 
-Every second since the first attempt at a run counts for one activity. Time that counts for no other activity is "step":
-the devices were working on a step. "down" is the time between two attempts. "redone" is the time of steps that came
-after the checkpoint from which the next attempt started. The attempts are stored in `goodput.json` beside the metrics,
-so they survive interruptions.
+Every second since the first attempt at a run counts for one activity. Time that counts for no other activity counts for
+"step", in which the devices work on a step. "down" is the time between two attempts. "redone" is the time of steps that
+came after the checkpoint from which the next attempt started. The attempts are stored in `goodput.json` next to the
+metrics, so they survive interruptions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 from ar_unified.errors import UserError
 from ar_unified.workdir import read_json, write_json
 
-# The activities besides "step". "input" is time when only the batch of the next step was missing. "drawing" is time
-# when samples to learn from were drawn; it starts when the host has finished its part of the previous step.
+# The activities besides "step". "input" is time in which the devices were idle, because the batch of the next step was
+# missing. "drawing" is time in which samples to learn from were drawn; it starts when the host has dispatched the
+# previous step.
 ACTIVITIES = ("down", "redone", "start", "compile", "input", "drawing", "validation", "preview", "checkpoint")
 
 
@@ -27,7 +28,7 @@ class Goodput:
     """Records the time of one attempt, after the earlier attempts.
 
     Args:
-      path: of goodput.json. first: the number of steps taken before this attempt.
+      path: the path of goodput.json. first: the number of steps taken before this attempt.
       active: True on one process only; the others measure and write nothing.
     """
 
@@ -52,7 +53,8 @@ class Goodput:
         self.seconds[activity] += seconds
 
     def write(self, step: int, *, finished: bool = False) -> dict[str, float]:
-        """Writes the record after `step` steps. Returns {"goodput": share of steps, "time/ACTIVITY": its share}.
+        """Writes the record after `step` steps. Returns {"goodput": the share of "step" in the wall time,
+        "time/ACTIVITY": the share of an activity}.
 
         finished: the training is complete, so the time until somebody asks for more steps is not "down".
         """
@@ -72,8 +74,8 @@ def shares(attempts: list[dict[str, Any]]) -> dict[str, float]:
     """Fractions of the wall time of all attempts, as `Goodput.write` returns them. Activities that took no time are
     left out.
 
-    An attempt has began and seen (Unix seconds), first and last (steps taken at these times), seconds by activity, and
-    `finished`.
+    An attempt has the keys `began` and `seen` (its start and its last record, Unix seconds), `first` and `last` (steps
+    taken at these times), `seconds` (by activity) and `finished`.
     """
     total = dict.fromkeys(("step", *ACTIVITIES), 0.0)
     for attempt, following in itertools.zip_longest(attempts, attempts[1:]):
@@ -104,7 +106,7 @@ def wall(path: str | Path) -> float:
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:
-    """The earlier attempts; [] if there are none. A broken file, or one of another form, must not stop training."""
+    """The earlier attempts; [] if there are none. A broken file must not stop training."""
     try:
         return read_json(path)
     except (OSError, UserError):

@@ -1,4 +1,5 @@
-"""Which parameters a checkpoint stores: all of them, or only the trained ones if the rest can be read elsewhere.
+"""Decides which parameters a checkpoint stores: all of them, or only the trained ones if the rest can be read
+elsewhere.
 
 If an adapter of a few megabytes is trained with a model of many gigabytes, every save would write the unchanged model
 again, although the bundle that training started from already contains it.
@@ -18,8 +19,8 @@ from ar_unified.training.step import Params, TrainingTask, abstract_trained
 class Kept:
     """
     Args:
-        read: takes shapes, dtypes and shardings, and returns the parameters that training started from, with fresh
-            values for the trained parts. None: they cannot be read again, and a checkpoint stores all parameters.
+        read: a function of shapes, dtypes and shardings. It returns the parameters that training started from, with
+        fresh values for the trained parts. None: they cannot be read again, and a checkpoint stores all parameters.
     """
 
     def __init__(self, task: TrainingTask, mesh: Mesh, read: Callable[[Params], Params] | None):

@@ -1,9 +1,9 @@
 """The one training loop, for every task. Read it once from top to bottom.
 
-A run is a folder. `fit` continues what it finds there. It recognises a finished training. An interrupted training
-continues from its last checkpoint and ends with the same parameters as without the interruption (bit for bit in fp32 on
-a CPU), because the state contains everything except the data, and the data is a function of the step. Every process of
-a job runs this loop. Only process 0 writes the shared files and prints.
+A run is a folder, and `fit` continues what it finds there. If training has finished, it only returns the parameters. An
+interrupted training continues from its last checkpoint and ends with the same parameters as without the interruption
+(bit for bit in fp32 on a CPU), because the state contains everything except the data, and the data is a function of the
+step. Every process of a job runs this loop. Only process 0 writes the shared files and prints.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class TrainingConfig:
     preview_every: int = 0
     checkpoint_every: int = 200
     keep: int = 3  # how many of the newest checkpoints are kept
-    keep_every: int = 0  # also kept: multiples of this, itself a multiple of checkpoint_every; 0: none
-    keep_best: bool = True  # also kept: the lowest validation loss, saved when it is found
+    keep_every: int = 0  # also keep those at multiples of this, which is a multiple of checkpoint_every; 0: none
+    keep_best: bool = True  # also keep the one with the lowest validation loss; it is saved at once
 
     def __post_init__(self) -> None:
         whole = dict.fromkeys(("steps", "accumulation", "keep"), "[1, inf)")
@@ -124,7 +124,8 @@ def fit(
     """Trains `task` to `config.steps` in `folder` and returns the parameters on `mesh`.
 
     Args:
-      manifest: the vocabulary's manifest. It goes into every checkpoint, and a checkpoint with another one is refused.
+      manifest: the vocabulary's manifest. It is stored in every checkpoint, and a checkpoint with another manifest is
+        refused.
       preview: called with (steps taken, params); returns images, uint8 [H, W, 3], for TensorBoard. In a job of many
         processes, process 0 calls it with the parameters as numpy arrays.
       checkpoint_folder: the folder of checkpoints, or a URL such as gs://bucket/run; default: `folder`/checkpoints.
@@ -132,7 +133,8 @@ def fit(
         parameters to start from. None: fresh parameters.
       kept_elsewhere: if True, `begin` provides the untrained parameters at every start, and checkpoints store only the
         trained ones.
-      profile: (first, last) steps taken, between which a trace is written to `folder`/profile; None: no trace.
+      profile: (first, last), the numbers of steps taken at the start and at the end of a trace, which is written to
+        `folder`/profile; None: no trace.
       logger: receives the console lines.
 
     Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, manifests.ManifestMismatch,
@@ -150,11 +152,12 @@ def fit(
         keep_best=config.keep_best,
     )
     start = checkpoints.latest() or 0
-    runtime.barrier(f"{task.name} from step {start}")  # fails, and does not hang, if checkpoints differ
+    runtime.barrier(f"{task.name} from step {start}")  # fails instead of hanging if checkpoints differ
     clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
     finished = start >= config.steps
     kept = Kept(task, mesh, begin if kept_elsewhere else None)
-    if finished and not abstract.model_state:  # without the optimizer: a reader may have another, or no room for it
+    # A finished run restores only the parameters: the optimizer may now be another, or there may be no room for it.
+    if finished and not abstract.model_state:
         params = checkpoints.restore(start, manifest=manifest, params=kept.abstract(abstract.params))["params"]
         state = TrainState(abstract.step, kept.whole(abstract.params, params), abstract.optimizer, {})
     elif start:
@@ -230,7 +233,7 @@ def fit(
 
     # ---------------------------------------------------------------------- Data: this process's rows of a global batch
     source = task.batch
-    every = source.every if isinstance(source, Drawing) else 1  # a saved run resumes where a drawing begins
+    every = source.every if isinstance(source, Drawing) else 1  # a run is saved only before new samples are drawn
     part = (0, 1) if isinstance(source, Drawing) else batch_part(mesh, len(jax.tree.leaves(source(start))[0]))
     hand = concurrent.futures.ThreadPoolExecutor(1, "batches")  # prepares the next batch while the devices work
 
@@ -239,7 +242,7 @@ def fit(
             return hand.submit(lambda: place_batch(mesh, source(step, *part), part))
         drawn: concurrent.futures.Future = concurrent.futures.Future()
         began = time.perf_counter()
-        drawn.set_result(source(step, params))  # not on `hand`: all processes need the same order
+        drawn.set_result(source(step, params))  # not on `hand`, because all processes need the same order
         meter.waited += time.perf_counter() - began
         clock.add("drawing", time.perf_counter() - began)
         return drawn
@@ -256,7 +259,7 @@ def fit(
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in programs:
             began = time.perf_counter()
-            with clock.during("compile"), jax.set_mesh(mesh):  # for tracing; previews may use other devices
+            with clock.during("compile"), jax.set_mesh(mesh):  # for tracing only: previews may use other devices
                 programs[shapes] = train_step.lower(state, batch).compile()
             new = f" for batches of {' x '.join(map(str, shapes[0]))}" if len(programs) > 1 else ""
             telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s{new}")
@@ -294,7 +297,8 @@ def fit(
             pending = (taken, report)
 
             border = taken % every == 0
-            came = border and (asked() or (signal.SIGTERM if runtime.preempted() else 0))  # the checkpoint has priority
+            # After a signal only the checkpoint is written, without validation and previews.
+            came = border and (asked() or (signal.SIGTERM if runtime.preempted() else 0))
             validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not came
             show = _due(taken, config.preview_every, config.steps) and preview is not None and not came
             save = border and (_due(taken, config.checkpoint_every, config.steps) or taken == config.steps or came)
@@ -308,7 +312,7 @@ def fit(
             if validate:
                 with clock.during("validation"), jax.set_mesh(mesh):
                     totals = _held_out(task, eval_step, mesh, state.params, state.model_state)
-                    first = place_batch(mesh, task.validation[0])  # enough, because this needs an extra pass
+                    first = place_batch(mesh, task.validation[0])  # only one batch, because this needs an extra pass
                     inspected = jax.device_get(inspection(state.params, state.model_state, first))
                 scores = task.summary(totals | inspected)
                 telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
@@ -358,7 +362,7 @@ def fit(
 
 
 def held_out_scores(task: TrainingTask[Batch], params: Params, mesh: Mesh) -> dict[str, float]:
-    """The validation scores of parameters on `mesh`, as `fit` writes them, without those of `task.inspect`."""
+    """The validation scores that `fit` writes, except those of `task.inspect`, for parameters on `mesh`."""
     with jax.set_mesh(mesh):
         return task.summary(_held_out(task, make_eval_step(task, mesh), mesh, params, task.init_state(params)))
 
@@ -400,10 +404,10 @@ def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: i
         where = f"gradient of {name}" + (f", layer {bad[name][-1]}" if name.startswith(stacked) else "")
         where += f" ({len(bad)} of {len(leaves)} leaves are not finite)"
     else:
-        where = "the loss itself, or the norm of gradients that are each finite"
+        where = "the loss itself, or the total norm although each gradient is finite"
     kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
     return (
         f"not finite at step {taken - 1}: {where}; loss {loss}, gradient norm {norm}. The step was not taken; {kept}. "
         f"Look at batch({taken - 1}), then try a lower learning rate, a longer warm-up, a lower clip_norm, qk_norm or "
-        "z_loss, or float32; starting again resumes from the checkpoint and meets the same batch."
+        "z_loss, or float32. Starting again resumes from the checkpoint and comes to the same batch."
     )

@@ -27,10 +27,10 @@ class OptimizerConfig:
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) updates the layers' matrices by their orthogonalised
     momentum. AdamW updates embeddings, head and norms (b1, b2 and eps are only for AdamW). Muon's updates are scaled to
-    the root mean square of AdamW's, 0.2 of the rate (Liu et al., arXiv:2502.16982), so a learning rate and a decay for
-    AdamW are a good first choice for Muon.
+    the root mean square of AdamW's updates, 0.2 times the rate (Liu et al., arXiv:2502.16982). So a learning rate and a
+    decay for AdamW are a good first choice for Muon.
 
-    WSD is warm-up, stable, decay (arXiv:2404.06395): a long run; the decay can start from any of its checkpoints.
+    WSD means warm-up, stable, decay (arXiv:2404.06395). The decay can start from any checkpoint of the stable part.
     `decay="sqrt"` falls as 1 - sqrt(x), the best shape in the comparison of arXiv:2405.18392.
 
     A restart repeats the whole schedule with its warm-up (Loshchilov & Hutter, arXiv:1608.03983), for training in
@@ -45,13 +45,13 @@ class OptimizerConfig:
     schedule: str = "cosine"  # or "wsd"
     decay: str = "sqrt"  # WSD only; or "linear"
     decay_fraction: float = 0.2  # WSD only: the last part of the steps, with a falling rate
-    final_fraction: float = 0.1  # share of the peak at the last step
-    restarts: Sequence[float] = ()  # rising shares of the steps; each stretch between two has its own schedule
+    final_fraction: float = 0.1  # fraction of the peak at the last step
+    restarts: Sequence[float] = ()  # ascending fractions of the steps; at each of them a new schedule begins
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0  # norm of the whole gradient, or of each loss's if there are several; 0: no clipping
+    clip_norm: float = 1.0  # limit of the norm of the gradient (of each gradient if there are several losses); 0: none
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -80,12 +80,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     begins = [0, *(math.ceil(share * steps) for share in config.restarts)]
     lengths = [end - begin for begin, end in itertools.pairwise([*begins, steps])]
     if min(lengths) < 1:
-        raise ValueError(f"restarts: expected rising shares of the steps, between 0 and 1; found {config.restarts}")
+        raise ValueError(f"restarts: expected ascending fractions of the steps in (0, 1); found {config.restarts}")
     return optax.join_schedules([_schedule(config, length) for length in lengths], begins[1:])
 
 
 def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """One schedule, up and down, over `steps` steps."""
+    """A single schedule with warm-up and decay, over `steps` steps."""
     warmup = config.warmup_steps
     decay_steps = steps - warmup if config.schedule == "cosine" else max(1, round(config.decay_fraction * steps))
     if decay_steps < 1 or warmup + decay_steps > steps:
@@ -127,8 +127,8 @@ def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update for plain parameter trees. The train step does the clipping, because it already knows the norm, and
-    applies the rates of parts (`rates`).
+    """The update for plain parameter trees. The train step does the clipping, because it already knows the norm. It
+    also applies the rates of parts (rates.py).
 
     Raises ValueError as `learning_rate` does.
     """
@@ -155,12 +155,13 @@ def _moved_by_muon(params: Any) -> Any:
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:
-    """Shardings for `tx.init(params)`: moments are sharded like their parameters, counters as `other` says."""
+    """Shardings for `tx.init(params)`: moments are sharded like their parameters, counters have the sharding
+    `other`."""
     return optax.tree_map_params(
         tx,
         lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         jax.eval_shape(tx.init, params),
         param_shardings,
         transform_non_params=lambda _: other,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # for parameters that belong to another group's state
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # a parameter that another optimizer updates
     )

@@ -3,10 +3,11 @@
 Group relative policy optimisation (Shao et al., arXiv:2402.03300) compares the samples of a prompt with each other and
 needs no value network. Later variants are options. From DAPO (Yu et al., arXiv:2503.14476): a higher upper clip, the
 mean over tokens, and no groups without a signal. From Dr. GRPO (Liu et al., arXiv:2503.20783): no division by the
-standard deviation, and a constant instead of lengths.
+standard deviation, and division by a constant instead of by lengths.
 
-The policy is exactly the distribution from which samples were drawn: with contexts mixed by guidance, with the
-temperature, and over the ids that the grammar allows. So the ratio of new and old probability starts at exactly 1.
+The policy is exactly the distribution from which samples were drawn. It includes the mix of contexts by guidance, the
+temperature, and the restriction to the ids that the grammar allows. So the ratio of new and old probability starts at
+exactly 1.
 
 Axes: B samples, T positions, C contexts, K ranges of ids, D model, P prompts, G samples of a group.
 """
@@ -34,7 +35,7 @@ from ar_unified.training.tasks import TransformerTask, ratios
 
 CHOICES = {"normalisation": ("token", "sequence", "constant")}
 
-_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # number of bins for differences; bins per factor of 2; the first bin
+_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # histogram of differences: bins, bins per factor of 2, first bin
 _MANY = 0.999  # a share of groups that counts as all groups
 
 
@@ -51,10 +52,10 @@ class PolicyConfig:
       normalisation: how the loss is averaged. "token": all tokens have the same weight. "sequence": over the tokens of
         each sample, then over samples, so a token of a long sample weighs less. "constant": the sum of each sample,
         divided by the positions of a row.
-      drop_flat: groups with equal rewards are left out of all means, because they would only dilute them.
-      redraws: how often prompts with groups without a signal are replaced by other prompts.
-      minibatches, epochs: a drawing has samples for `minibatches` steps, and is used `epochs` times. If either is above
-        1, the policy changes after the drawing, and the clip matters.
+      drop_flat: groups with equal rewards are left out of all means, because they would only dilute the means.
+      redraws: how often groups without a signal are replaced by groups of other prompts, at most.
+      minibatches, epochs: samples are drawn for `minibatches` steps at once, and are used `epochs` times. If either is
+        above 1, the policy changes while they are used, and the clip has an effect.
 
     Raises ValueError, which names the field, for a number out of range or an unknown choice.
     """
@@ -81,24 +82,24 @@ class PolicyConfig:
 
     @property
     def steps(self) -> int:
-        """The number of steps for which one drawing is used."""
+        """The number of steps for which samples are drawn at once."""
         return self.epochs * self.minibatches
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PolicyBatch(Generic[A]):
-    """Samples, one per row, with the samples of a group in adjacent rows: numpy arrays, jax arrays, or shapes. A
-    pytree.
+    """Samples, one per row. The samples of a group are in adjacent rows. A pytree of numpy arrays, jax arrays or
+    shapes.
     """
 
-    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images have the same columns in all
+    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images are in the same columns in all
     positions: A  # i32 [B, C, T], positions in the context; 0 on padding
     doc_start: A  # i32 [B, C, T], where the context begins in the row; T on padding
     mix: A  # f32 [B, C, T], factor on a context's logits, divided by the temperature
     targets: A  # i32 [B, T], the next token of the sample, or pad
     drawn: A  # bool [B, T], whether the target was drawn (neither given nor forced)
-    spans: A  # i32 [B, T, K, 2], the ids it was drawn from; if not drawn, only the target
+    spans: A  # i32 [B, T, K, 2], ranges of ids from which it was drawn; if not drawn, only the target
     sampled: A  # f32 [B, T], the sampler's log-probability of the target
     reward: A  # f32 [B]; 0 if there is none
     advantage: A  # f32 [B]
@@ -106,7 +107,7 @@ class PolicyBatch(Generic[A]):
     scored: A  # bool [B], whether every sample of its group has a reward
     flat: A  # bool [B], whether all rewards of its group are equal
     cut: A  # bool [B], whether the token budget ended the sample
-    old: A | None = None  # f32 [B, T], the policy's log-probabilities at the drawing; None: the present ones
+    old: A | None = None  # f32 [B, T], the policy's log-probabilities when it drew the targets; None: as now
 
     @classmethod
     def shapes(cls, rows: int, length: int, contexts: int, ranges: int, old: bool) -> PolicyBatch[jax.ShapeDtypeStruct]:
@@ -143,8 +144,8 @@ def group_advantages(rewards: np.ndarray, scale: bool) -> tuple[np.ndarray, np.n
 
 
 def divergence(logp: jax.Array, reference: jax.Array) -> jax.Array:
-    """An estimate of KL(policy || reference) at each drawn token, never negative: r - 1 - log r, r = reference / policy
-    (k3 of Schulman, joschu.net/blog/kl-approx.html, as GRPO has it)."""
+    """An estimate of KL(policy || reference) at each drawn token, as in GRPO: r - 1 - log r with r = reference /
+    policy. It is never negative (k3 of Schulman, joschu.net/blog/kl-approx.html)."""
     difference = reference - logp
     return jnp.exp(difference) - difference - 1
 
@@ -169,7 +170,11 @@ def token_objective(
 
 
 def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the weight of each token [B, T], the divisor of the weighted sum []), from bool drawn [B, T] and kept [B]."""
+    """(the weight of each token [B, T], the divisor of the weighted sum []).
+
+    Args:
+      drawn: bool [B, T], whether a token was drawn. kept: bool [B], whether a sample counts.
+    """
     there = drawn & kept[:, None]
     weight = there.astype(jnp.float32)
     if config.normalisation == "token":
@@ -244,8 +249,7 @@ class PolicyTask(TransformerTask[PolicyBatch[jax.Array]]):
 
     def _told(self, batch: PolicyBatch[jax.Array], logp: jax.Array, old: jax.Array, held: jax.Array) -> Metrics:
         """Sums over a batch. `entropy` is estimated from the drawn tokens, in nats per token. `sampler_trainer` is the
-        absolute difference between the log-probabilities of the sampler and of this forward pass, with the same
-        weights.
+        absolute difference between the log-probabilities of the sampler and of this code, with the same parameters.
         """
         everywhere = jnp.ones_like(batch.scored)
         drawn = batch.drawn
@@ -275,8 +279,8 @@ class PolicyTask(TransformerTask[PolicyBatch[jax.Array]]):
         return {}
 
     def summary(self, totals: Totals) -> dict[str, float]:
-        """Means, and `sampler_trainer/max`, an upper bound of the differences. It exceeds the largest one by at most
-        about a tenth.
+        """Means, and `sampler_trainer/max`, an upper bound of the differences. It exceeds the largest difference by at
+        most about a tenth.
         """
         counted = np.flatnonzero(np.asarray(totals["sampler_trainer"]))
         most = _LEAST * 2.0 ** (counted[-1] / _A_FACTOR) if len(counted) else math.nan

@@ -2,10 +2,10 @@
 answer.
 
 The loss of a pair is a function of the log-probabilities of its two answers under the model and under a reference. The
-reference is the model before the first step. It is never in memory beside the model: its log-probabilities are computed
-once (`answers`), and are part of the batches.
+reference is the model before the first step. It is never in memory together with the model: its log-probabilities are
+computed once (`answers`), and are part of the batches.
 
-Axes: B rows, T position, P the most pairs in a row, R roles of targets; 2: the chosen answer and the rejected answer.
+Axes: B rows, T position, P largest number of pairs in a row, R roles of targets; 2: the chosen and the rejected answer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PreferenceConfig:
     """
 
     loss: str = "dpo"  # one of LOSSES
-    beta: float = 0.1  # cost of leaving the reference; for simpo the scale of the scores, 2 or more
+    beta: float = 0.1  # how strongly the model is held to the reference; for simpo a scale of the scores, 2 or more
     gamma: float = 1.0  # for simpo: by how much the chosen answer's reward should be higher
     label_smoothing: float = 0.0  # for dpo and simpo: the assumed share of swapped pairs (cDPO)
     length_normalised: bool = False  # for dpo and ipo: divide s by the tokens (arXiv:2411.15124), as simpo does
@@ -77,7 +77,7 @@ def scores(config: PreferenceConfig, logps: Array, reference: Array, tokens: Arr
 
 
 def pair_losses(config: PreferenceConfig, scored: Array) -> Array:
-    """Scores f32 [..., 2] of chosen and rejected answers -> the loss of each pair, f32 [...]."""
+    """The loss of each pair, f32 [...], from the scores of its chosen and its rejected answer, f32 [..., 2]."""
     margin = scored[..., 0] - scored[..., 1]
     if config.loss == "ipo":
         return jnp.square(margin - 1 / (2 * config.beta))
@@ -92,7 +92,7 @@ def trained(batch: PackedBatch[jax.Array]) -> Array:
 
 
 def by_answer(values: Array, batch: PackedBatch[jax.Array], pairs: int) -> Array:
-    """Sums of values f32 [B, T] over the trained targets of each answer, by role: f32 [B, P, 2, R]."""
+    """The sums of values f32 [B, T] over the trained targets of each answer and role, f32 [B, P, 2, R]."""
     places = 2 * pairs * len(Role)
     own = (batch.segment_ids - 1) * len(Role) + batch.roles
     where = jnp.where(trained(batch), own, places)  # one more place for tokens outside answers
@@ -117,15 +117,15 @@ class Pairs(NamedTuple):
 class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
     """Preference pairs in packed rows (`data.batch.PreferenceBatch`); all other arguments are as in `TransformerTask`.
 
-    The loss of a step is the mean over its pairs. A pair has the weight of its chosen answer's task. role_weights weigh
-    the log-probabilities, and so the part of each modality in the scores. Prompts are not part of the scores. z_loss is
-    computed on the tokens of the SFT term.
+    The loss of a step is the mean over its pairs. A pair has the weight of its chosen answer's task. role_weights
+    multiply the log-probabilities, and so the part of each modality in the scores. Prompts are not part of the scores.
+    z_loss is computed on the tokens of the SFT term.
     """
 
     preference: PreferenceConfig = PreferenceConfig()
 
     def answers(self, params: Params, batch: PackedBatch[jax.Array], pairs: int) -> Array:
-        """Log-probabilities of each answer, by the target's role, under `params`, the reference: f32 [B, P, 2, R]."""
+        """Log-probabilities of each answer under the reference `params`, by the target's role, f32 [B, P, 2, R]."""
         return -by_answer(self.of_targets(params, batch)[0], batch, pairs)
 
     def loss(
@@ -149,7 +149,7 @@ class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
         return *metrics["loss"], metrics | _told(config, pairs)
 
     def rows(self, batch: PreferenceBatch[jax.Array]) -> PackedBatch[jax.Array]:
-        """The rows of the pairs."""
+        """The packed rows that contain the pairs."""
         return batch.documents
 
     def _length(self, tokens: Array) -> Array:
@@ -161,7 +161,7 @@ class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
         logps = -by_answer(nll, rows, count) * self.of_role
         tokens = by_answer(jnp.ones_like(nll), rows, count)
         scored = scores(self.preference, logps, batch.reference * self.of_role, self._length(tokens)[..., None])
-        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # its weight, once per token
+        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # its weight, added once per token
         there = jnp.all(jnp.sum(tokens, -1) > 0, -1)
         weight = jnp.where(there, task / jnp.maximum(tokens[:, :, 0].sum(-1), 1.0), 0.0)
         return Pairs(logps, scored, tokens, there, weight)

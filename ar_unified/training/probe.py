@@ -1,4 +1,4 @@
-"""Measures how well a small transformer predicts image ids, which neither entropy nor rFID shows about a tokenizer.
+"""Measures how well a small transformer predicts a tokenizer's image ids. Neither entropy nor rFID shows this.
 
 Two tokenizers may have equally good images, but the ids of one may be far harder to model. So a transformer of a fixed
 small size is trained with a fixed small budget on ids of training images, in reading order, and its bits per id are
@@ -25,7 +25,7 @@ from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import TrainState, abstract_state, make_eval_step, make_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
 
-TOKENS = 2048  # per step, in whole images
+TOKENS = 2048  # ids per step: as many whole images as fit, but at least one
 SHAPE: dict[str, Any] = dict(
     d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_mlp=384, qk_norm="rmsnorm"
 )
@@ -49,7 +49,7 @@ class Probe:
         return make_eval_step(self.task, self.mesh)
 
     def __call__(self, ids: np.ndarray) -> dict[str, Any]:
-        """{"bits_per_id": mean negative log2-likelihood of an id, given those before it; "budget"}."""
+        """{"bits_per_id": mean negative log2-likelihood of an id, given the ids before it; "budget": `self.budget`}."""
         total = count = 0.0
         for start in range(0, len(ids), self.rows):
             batch = _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows)
@@ -69,10 +69,10 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
     """Trains on ids int32 [N, h, w] for `steps` steps of about TOKENS ids. The result is deterministic for a `seed`.
 
     Raises:
-        ValueError: there are no ids, or fewer than 1 step. RuntimeError: the loss became infinite or NaN.
+        ValueError: if there are no ids, or fewer than 1 step. RuntimeError: if the loss became infinite or NaN.
     """
     if not ids.size or steps < 1:
-        raise ValueError(f"probe: expected at least 1 step on the ids of at least 1 image, got {steps} and {ids.shape}")
+        raise ValueError(f"probe: expected at least 1 step and 1 image; found {steps} steps and ids {ids.shape}")
     rows = _rows_of(ids[0].size)
     vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
 
@@ -111,8 +111,8 @@ def _rows_of(ids_per_image: int) -> int:
 
 
 def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> PackedBatch[np.ndarray]:
-    """A batch of `count` rows with one image each; the last rows are empty. Inputs are <boi> and all ids except the
-    last, targets are the ids.
+    """A batch of `count` rows with one image each. If there are fewer images, the last rows are empty. Inputs are <boi>
+    and all ids except the last; targets are the ids.
     """
     T = ids[0].size
     targets = np.full((count, T), vocabulary.pad, np.int32)

@@ -1,7 +1,7 @@
 """How fast each part of the parameters is trained: factors on the learning rate, and phases in which parts are frozen.
 
-    rates=("layers.*=0.1", "embedding[new]=2")        the last match counts; without one, the factor is 1
-    phases=((0, ("embedding[new]", "head[new]")), (200, ()))    from step 0 only these are trained, from 200 all
+    rates=("layers.*=0.1", "embedding[new]=2")        the last match counts; without a match, the factor is 1
+    phases=((0, ("embedding[new]", "head[new]")), (200, ()))    from step 0 only these are trained, from step 200 all
 
 A factor scales the whole update, including decoupled weight decay, as a learning rate does. A part that is frozen in a
 phase has a gradient of zero there: its moments stay or decay, and its bits do not change. It still has optimizer state,
@@ -55,8 +55,8 @@ class Rates:
     """
     Attributes:
         begins: the first step of each phase; (0,) if there is only one.
-        factors: by path of trained parameters, f32 [P], or [P, trained rows] if rows differ; {} if all factors are
-            always 1.
+        factors: maps the path of a trained parameter to f32 [P], or [P, trained rows] if rows differ. None: all factors
+        are always 1.
     """
 
     begins: tuple[int, ...] = (0,)
@@ -99,10 +99,10 @@ def make_rates(
     """The rates of the parameters that `selection` trains.
 
     Args:
-        rates, phases: as above; () for none.
+        rates, phases: as in the docstring of this module; () for none.
         axes, shapes: axes and shapes of all parameters. vocabulary, new: as in `select`.
 
-    Raises ValueError, which names the rate, if it is not a rate, or if it matches nothing or nothing that is trained.
+    Raises ValueError, which names the rate, if it is not PLACE=FACTOR, or if no trained parameter matches it.
     """
     if not rates and not phases:
         return UNIFORM

@@ -1,11 +1,11 @@
-"""Selects the parameters that are trained: leaves by their paths, and rows of a table by the kind of their ids.
+"""Selects the parameters that are trained. Leaves are selected by path, rows of a table by the kind of their ids.
 
     ("layers.attention", "*.norm")    every leaf below a path, and every leaf with a path that matches
     ("head[image]",)                  only the head's rows of image codes, as Anole trains
     ("embedding[new]", "head[new]")   rows of ids that the original language model did not have (`language.extension`)
 
-Parameters that are not selected are constants of the step. They get no gradient, so no gradient passes through layers
-below which nothing is trained. They have no optimizer state and no weight decay, and their bits stay the same.
+Parameters that are not selected are constants of the step. They have no gradient, no optimizer state and no weight
+decay, and their bits stay the same. If nothing below a layer is trained, no gradient passes through this layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _PLACE = re.compile(r"([\w.*?]+)(?:\[(\w+)\])?")
 class Selection:
     """
     Attributes:
-        parts: the trained rows of each trained leaf, by its path; () means all rows. None: all parameters are trained.
+        parts: maps the path of each trained leaf to its trained rows; () means all rows. None: all parameters are
+        trained.
     """
 
     parts: Mapping[str, Rows] | None = None
@@ -46,7 +47,7 @@ class Selection:
         return self._taken(params, lambda leaf, rows: jnp.concatenate([leaf[begin:end] for begin, end in rows]))
 
     def put(self, params: Params, taken: Params) -> Params:
-        """`params` with the trained part put in."""
+        """`params`, with the trained part replaced by `taken`."""
         if self.parts is None:
             return taken
         whole = _copied(params)
@@ -105,12 +106,12 @@ EVERYTHING = Selection()
 
 
 def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
-    """The selection for places; without places, it is everything.
+    """The selection of the parameters that `places` name; without places, it is everything.
 
     Args:
         places: paths of leaves, or of nodes above them, in which * matches anything. If the path is a table of ids, it
             may end with [text], [control], [size], [image] or [new] to select only these rows.
-        axes: logical axes of every parameter, which show what a table of ids is.
+        axes: logical axes of every parameter. A leaf whose first axis is "vocab" is a table of ids.
         new: the ids that "new" means.
 
     Raises ValueError if a place matches nothing. The message begins with the place.
@@ -136,7 +137,8 @@ def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Col
 
 
 def beside_adapter(places: Sequence[str], params: Params, new: Collection[int]) -> tuple[str, ...]:
-    """The places that are trained with an adapter: the adapter, `places`, and rows of new ids, which are untrained.
+    """The places that are trained with an adapter: the adapter, `places`, and the rows of new ids, which have not
+    been trained before.
 
     Args:
         params: the model's parameters, or their axes, which show whether the head is a separate table. new: as in
@@ -158,9 +160,9 @@ def _ids(
     if kind not in known:
         raise ValueError(f"{place!r}: expected one of {', '.join(known)}; found {kind!r}{nearest(kind, known)}")
     if others:
-        raise ValueError(f"{place!r}: {others[0]} has no rows of ids, as embedding and head have")
+        raise ValueError(f"{place!r}: {others[0]} has no rows of ids; only embedding and head have them")
     if kind == NEW and not new:
-        raise ValueError(f"{place!r}: no ids are new, as this training extends no language model")
+        raise ValueError(f"{place!r}: no ids are new, because this training does not extend a language model")
     if not (ids := new if kind == NEW else vocabulary.ids(Role[kind.upper()])):
         raise ValueError(f"{place!r}: this vocabulary has no {kind} tokens")
     return ids

@@ -30,7 +30,7 @@ from ar_unified.training.selection import EVERYTHING, Selection
 
 # A pytree of jax.Arrays [B, ...]: a batch of data.batch, a PolicyBatch, or {"pixels"}.
 Batch = TypeVar("Batch")
-Made = TypeVar("Made", covariant=True)  # the same of numpy arrays if it is loaded, of jax.Arrays if it is drawn
+Made = TypeVar("Made", covariant=True)  # such a batch, of numpy arrays if it is loaded, of jax.Arrays if it is drawn
 Losses: TypeAlias = jax.Array | dict[str, jax.Array]
 Parts: TypeAlias = tuple[Losses, jax.Array, Metrics, Params]  # sums over a part of a batch, with the gradients
 
@@ -46,18 +46,19 @@ class BatchOfStep(Protocol[Made]):
 
 
 class Drawing(abc.ABC, Generic[Made]):
-    """Batches that are drawn with the parameters. The batch of a step is a function of (data, seed, step, parameters).
+    """Batches of samples that are drawn from the model. The batch of a step is a function of (data, seed, step,
+    parameters).
 
     Attributes:
-      every: the number of steps that use one drawing. A run can only be resumed at the first of them.
+      every: the number of steps for which samples are drawn at once. A run can only be resumed at the first of them.
     """
 
     every: int
 
     @abc.abstractmethod
     def __call__(self, step: int, params: Params) -> Made:
-        """The batch of a step on the mesh. It is drawn with the parameters before the first step of the drawing. All
-        processes call it at the same time.
+        """The batch of a step on the mesh. At the first of `every` steps, it draws from the model with the parameters
+        before this step. All processes call it at the same time.
         """
 
 
@@ -118,7 +119,7 @@ class TrainingTask(Protocol[Batch]):
         """(sum of weight * loss, sum of weight, metric sums). keys [B]: one for each row; None: held-out data, no
         dropout.
 
-        Several losses are a dict, by the top-level key of the parameters that each of them trains.
+        Several losses are a dict. The key of a loss is the top-level key of the parameters that it trains.
         """
 
     def update_state(self, params: Params, model_state: Params, sums: Params) -> tuple[Params, Params]:
@@ -140,7 +141,7 @@ class TrainingTask(Protocol[Batch]):
         """Matrix-multiply FLOPs of training for the work that `totals` counts; None if not known."""
 
     def describe(self) -> dict[str, object]:
-        """JSON for the checkpoint, sufficient to build the model again."""
+        """JSON for the checkpoint, from which the model can be built again."""
 
 
 class Stateless(Generic[Batch]):
@@ -193,7 +194,7 @@ class TrainState(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What one step reports. `values`: sums, (sum, count) pairs and histograms; the others are the NaN guard."""
+    """What one step reports. `values`: sums, (sum, count) pairs and histograms. The other fields detect NaN."""
 
     values: Metrics
     loss: jax.Array  # f32 []; the sum if there are several
@@ -283,7 +284,7 @@ def gradients(
             grads = {name: pull_back(none | {name: one[name]})[0][name] for name in trained}
         else:
             (grads,) = pull_back(jnp.ones_like(loss))
-        # Without this, the compiler may not shard the gradients, and the memory that fsdp saves is lost.
+        # Without the constraint, the compiler may not shard the gradients, and the memory that fsdp saves is lost.
         return loss, weight, metrics, jax.lax.with_sharding_constraint(grads, placement)
 
     if accumulation == 1:

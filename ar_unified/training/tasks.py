@@ -46,14 +46,14 @@ def ratios(totals: Totals) -> dict[str, float]:
 
 
 def _plain(totals: Totals, name: str) -> np.ndarray | float:
-    """A sum without a count."""
+    """A sum that has no count."""
     value = totals[name]
     assert not isinstance(value, tuple), name
     return value
 
 
 def wrong_weights(roles: Mapping[str, float], tasks: Mapping[str, float]) -> list[str]:
-    """One line per error in the weights of a `TransformerTask`. Each begins with the name of the field, as
+    """One line per error in the weights of a `TransformerTask`. Each begins with the name of the field, such as
     "role_weights".
     """
     problems = []
@@ -81,7 +81,7 @@ class TransformerTask(Stateless[Batch]):
       batch: batch(step) returns a `data.batch.PackedBatch`.
       validation: held-out batches, always the same.
       text_bytes: i32 [text_size], the number of UTF-8 bytes of each text token; None: bits per byte are not reported.
-      split: the first id of those with a separate softmax (`ImageLayout.split`); None: one softmax for all ids.
+      split: the first of the ids that have a separate softmax (`ImageLayout.split`); None: one softmax for all ids.
       mean_split: targets from this id on are one side, all others are the other side. The loss is half of one side's
         mean plus half of the other's, for any number of targets on each side (LargeWorldModel/LWM, train.py). None: one
         mean over all targets.
@@ -231,8 +231,8 @@ class TransformerTask(Stateless[Batch]):
         return batch.targets >= self.mean_split
 
     def _side_factors(self, batch: PackedBatch[jax.Array]) -> jax.Array:
-        """f32 [2], for text and images: the factor by which a weight becomes its share of half the loss. If one side
-        has no targets, it has no mean, and the other side still counts half, as in the original.
+        """The factors of weights for text and for images, f32 [2]. With them, each side has half of the total weight.
+        If one side has no targets, it has no mean, and the other side still counts half, as in the original.
         """
         weight, image = self.weights(batch), self._of_images(batch)
         sides = jnp.stack([jnp.sum(jnp.where(side, weight, 0.0)) for side in (~image, image)])
@@ -327,10 +327,10 @@ class TransformerTask(Stateless[Batch]):
         """6 * N_matmul * tokens + 12 * L * N * H * attended keys (forward 1 part, backward 2; remat not counted).
 
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
-        counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not work.
-        If only a part is trained, the backward pass counts what it computes: 2 for each trained weight of a matmul,
-        and, for the gradients of inputs, 2 for each weight from the first trained one on. The matrices of an adapter
-        count as matmuls, too.
+        counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not counted.
+        If only a part is trained, the backward pass counts what it computes. For the gradients of weights, this is 2
+        for each trained weight of a matmul. For the gradients of inputs, it is 2 for each weight from the first trained
+        one on. The matrices of an adapter count as matmuls, too.
         """
         c, (layers, head) = self.config, matmul_parameters(self.config)
         looked_up, below_head = not c.tie_embeddings, self._trained.keys() - {"head"}
@@ -374,7 +374,7 @@ class TokenizerTask:
         return EVERYTHING
 
     def rates_of(self, params: Params) -> Rates:
-        """The rates of the places."""
+        """The rates of the parameters, by `rates`."""
         return make_rates(self.rates, (), self.logical_axes(params), params, Vocabulary(1, 0), EVERYTHING)
 
     def init_state(self, params: Params) -> Params:
@@ -433,5 +433,5 @@ class TokenizerTask:
         return collapse(found, autoencoder.codebook_size, autoencoder.quantizer)
 
     def flops(self, totals: Totals) -> None:
-        """Not known: None."""
+        """None, because they are not known."""
         return None

@@ -1,4 +1,4 @@
-"""What a run reports: JSONL, TensorBoard, a console line for each log, and its speed."""
+"""What a run reports: JSONL, TensorBoard, lines on the console, and its speed."""
 
 from __future__ import annotations
 
@@ -53,21 +53,22 @@ def device_memory() -> dict[str, float]:
 
 
 def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
-    """{"process I": a warning with its name} for the process that the others wait for; {} if there is none.
+    """{"process I": a warning} if the others wait for process I; {} if there is no such process.
 
     All processes begin a step together, so one process with slow batches makes all devices idle.
 
     Args:
       before: for each process, the mean seconds that its devices waited for the batch of a step.
-      step_seconds: the mean seconds of a step. A wait of a tenth of it is reported.
+      step_seconds: the mean seconds of a step. A wait that exceeds the median by more than a tenth of it is reported.
     """
     slowest = int(np.argmax(before))
     usual = float(np.median(before))
     if before[slowest] - usual <= 0.1 * step_seconds:
         return {}
     said = (
-        f"process {slowest} of {len(before)} keeps the others waiting: {before[slowest]:.3g} s for its part of each "
-        f"batch, others {usual:.3g} s, a step {step_seconds:.3g} s; look at its host's storage, memory and other jobs"
+        f"process {slowest} of {len(before)} keeps the others waiting: its devices wait {before[slowest]:.3g} s for "
+        f"each batch, those of the others {usual:.3g} s, and a step takes {step_seconds:.3g} s; check the storage, the "
+        "memory and other jobs of its host"
     )
     return {f"process {slowest}": said}
 
@@ -203,7 +204,7 @@ def _summary_writer() -> Any:
     if "torch" in sys.modules:
         from tensorboardX import SummaryWriter
     else:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
         try:
             from tensorboardX import SummaryWriter
         finally:
@@ -212,7 +213,10 @@ def _summary_writer() -> Any:
 
 
 def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) -> str:
-    """step 200/1000  loss 3.1416  grad 0.52  12.3k tokens/s (image 9k, text 3.3k)  0.2 s/step  MFU 31.4%  ETA 2:48"""
+    """A line such as:
+
+    step 200/1000  loss 3.1416  grad 0.52  12.3k tokens/s (image 9k, text 3.3k)  0.2 s/step  MFU 31.4%  ETA 2:48
+    """
     rate = f"{unit}_per_second"
     kinds = {key.removeprefix(f"{rate}/"): value for key, value in values.items() if key.startswith(f"{rate}/")}
     parted = ", ".join(f"{kind} {_short(v)}" for kind, v in sorted(kinds.items(), key=lambda item: -item[1]))

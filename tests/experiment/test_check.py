@@ -95,7 +95,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("training.warmup_steps", 5000, "do not fit into 3200 steps"),
         ("training.warmup_steps", -1, "at least 0"),
         ("training.decay_fraction", 1.5, r"in \[0, 1\]"),
-        ("training.restarts", "(0.9,0.5)", "rising shares"),
+        ("training.restarts", "(0.9,0.5)", "ascending fractions"),
         ("training.batch_size", 0, "at least 1"),
         ("training.accumulation", 3, "a divisor of batch_size, 8; found 3"),
         ("training.sequence_length", 100, "at least config.data.max_tokens, 256, .*found 100"),

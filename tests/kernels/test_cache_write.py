@@ -64,7 +64,7 @@ def test_groups_of_rows_are_written_alike():
 def test_what_has_no_whole_windows_is_left_to_xla(shape):
     _, K, S, H = shape
     layer, new, where = arrays(jnp.bfloat16, K, S, H, [3])
-    assert "expected heads in multiples of 64" in (tpu.unsupported(layer) or "")
+    assert "expected a head dim in multiples of 64" in (tpu.unsupported(layer) or "")
     found = jax.jit(functools.partial(cache_write, backend="tpu_interpret"))(layer, new, where)
     np.testing.assert_array_equal(found[0][0, :, 3], new[0][0])
 

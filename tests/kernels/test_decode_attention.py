@@ -181,8 +181,8 @@ def test_what_does_not_fit_is_refused_in_words():
         (dict(v=arrays["v"][:, :, :3]), "K dividing N"),
         (dict(q=arrays["q"][:, :3]), "K dividing N"),
         (dict(lengths=arrays["lengths"][:1]), "expected lengths int32"),
-        (dict(k=int8["k"], v=int8["v"], v_scale=int8["v_scale"]), "has scales; found int8 and k_scale None"),
-        (dict(k_scale=int8["k_scale"]), "an int8 cache, and no other, has scales"),
+        (dict(k=int8["k"], v=int8["v"], v_scale=int8["v_scale"]), "and for no other; found int8 and k_scale None"),
+        (dict(k_scale=int8["k_scale"]), "expected scales for an int8 cache, and for no other"),
         (dict(int8, k_scale=int8["k_scale"][..., :3]), "expected k_scale float32"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -90,8 +90,8 @@ def test_the_walk_visits_every_block_once_and_masks_all_but_the_clean_ones(name,
 def test_what_does_not_fit_is_refused_in_words():
     q, k, v, _ = CASES["multi-head"].arrays()
     doc_start = jnp.zeros(q.shape[:2], jnp.int32)
-    with pytest.raises(ValueError, match="takes bfloat16 or float16 .* found float32"):
+    with pytest.raises(ValueError, match="expected q, k and v of bfloat16 or float16.* found float32"):
         attention(q, k, v, doc_start=doc_start, backend="hopper")
     q, k, v = (x[..., :48].astype(jnp.bfloat16) for x in (q, k, v))
-    with pytest.raises(ValueError, match="head_dim of 64, 128, 256; found 48"):
+    with pytest.raises(ValueError, match="head dim of 64, 128, 256; found 48"):
         attention(q, k, v, doc_start=doc_start, backend="hopper")

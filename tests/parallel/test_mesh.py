@@ -25,8 +25,8 @@ def test_axes_are_named_and_auto_and_one_takes_the_rest():
     [
         (dict(data=-1, fsdp=3), "fsdp=3.*multiply to 3, but there are 8 devices"),
         (dict(data=2, fsdp=2), "multiply to 4, but there are 8 devices"),
-        (dict(data=-1, fsdp=-1), "at most one is -1"),
-        (dict(data=0), "sizes are positive"),
+        (dict(data=-1, fsdp=-1), "or -1 for one axis"),
+        (dict(data=0), "expected positive sizes"),
         (dict(model=2), "unknown axes.*model.*data, fsdp, tensor, context"),
     ],
 )
@@ -63,7 +63,7 @@ def test_rules_place_axes_by_name():
     "axes, shape, message",
     [
         (("embed", "mlp"), (6, 8), "w: axis 'embed' has size 6, which mesh fsdp = 4 does not divide"),
-        (("heads", "mlp"), (8, 8), "w: logical axes 'heads' and 'mlp' both want mesh axis 'tensor'"),
+        (("heads", "mlp"), (8, 8), "w: logical axes 'heads' and 'mlp' both need mesh axis 'tensor'"),
         (("embed", "width"), (8, 8), "w: unknown logical axis 'width'"),
         (("embed",), (8, 8), "w: 1 logical axes"),
     ],

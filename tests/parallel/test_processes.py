@@ -79,7 +79,7 @@ def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole,
     (code, output), _ = job.end()
     assert code not in (0, 143) and time.monotonic() - killed < 8 + 10
     assert "process 0 of 2 was stopped by JAX: process 1 is gone" in output and AGAIN in output
-    assert AGAIN in job.log(0) and "process 1 of 2 was ended from outside" in job.log(1)
+    assert AGAIN in job.log(0) and "process 1 of 2 was killed from outside" in job.log(1)
     assert finish(tmp_path, 2) == whole(2)  # bit for bit
 
 
@@ -97,9 +97,9 @@ def test_all_processes_save_where_the_validation_loss_is_lowest(tmp_path):
 
 def test_who_does_not_come_is_named(tmp_path):
     [(code, output)] = Job(tmp_path, 2, start=4, absent=[1], **SETTINGS).end()
-    assert code and "gave up at the start: process 1 did not come to localhost:" in output
+    assert code and "gave up at the start: process 1 did not connect to localhost:" in output
     [(code, _)] = (job := Job(tmp_path, 2, start=4, absent=[0], **SETTINGS)).end()
-    assert code and "gave up at the start: process 0 did not come to localhost:" in job.log(1)
+    assert code and "gave up at the start: process 0 did not connect to localhost:" in job.log(1)
 
 
 def test_no_checkpoint_is_lost_under_fire(tmp_path):

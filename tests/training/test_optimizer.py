@@ -38,7 +38,7 @@ def test_a_restart_begins_the_schedule_anew(schedule):
 
 def test_restarts_out_of_order_are_refused():
     for wrong in ((0.0,), (0.5, 0.5), (0.6, 0.3), (1.0,)):
-        with pytest.raises(ValueError, match="expected rising shares of the steps"):
+        with pytest.raises(ValueError, match="expected ascending fractions of the steps"):
             curve(100, restarts=wrong)
 
 

@@ -134,7 +134,7 @@ def test_a_run_that_is_stopped_in_a_phase_goes_on_to_the_same_bits(tmp_path):
         (dict(rates=("layers=nan",)), "with a factor above 0; found 'layers=nan'"),
         (dict(rates=("=2",)), "found '=2'"),
         (dict(rates=("head[text]=2",), only=("head[image]",)), "'head\\[text\\]' names no trained parameters"),
-        (dict(rates=("head[new]=2",)), "'head\\[new\\]': no ids are new, as this training extends no language model"),
+        (dict(rates=("head[new]=2",)), "'head\\[new\\]': no ids are new, because this training does not"),
         (dict(phases=((0, ("heads",)), (2, ()))), "'heads' names none"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_process_that_others_wait_for_is_named():
     assert straggler([0.1, 0.1, 0.13, 0.1], 1.0) == {}
     found = straggler([0.1, 0.1, 0.9, 0.1], 1.0)
     assert list(found) == ["process 2"]
-    assert "process 2 of 4 keeps the others waiting: 0.9 s" in found["process 2"]
+    assert "process 2 of 4 keeps the others waiting: its devices wait 0.9 s" in found["process 2"]
 
 
 def test_a_warning_is_said_when_it_begins_and_when_it_comes_again():

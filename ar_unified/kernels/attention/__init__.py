@@ -1,11 +1,11 @@
 """Fused causal attention over packed documents: one public function, one meaning, a kernel for each kind of device.
 
 reference.py  what it computes, in a few lines
-bounds.py     from `doc_start` to the blocks that must be read: the mask and the work of every kernel
-xla.py        in chunks, by XLA: any platform and shape
+bounds.py     finds the mask and the blocks that every kernel must read, from `doc_start`
+xla.py        XLA, in chunks: any platform and shape
 tpu.py        Pallas for TPU, over the list of blocks that visits.py makes
-hopper.py     Pallas for Hopper GPUs, in terms of warpgroup.py and copies.py; tile.py is its arithmetic
-blocks.py     block sizes by device and shape, each with where it comes from
+hopper.py     Pallas for Hopper GPUs, built from warpgroup.py, copies.py and tile.py (the arithmetic)
+blocks.py     block sizes by device and shape, each with its origin
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ar_unified.kernels.attention import reference
 from ar_unified.kernels.attention.bounds import make_bounds
 from ar_unified.kernels.attention.spec import Spec
 
-# Names of what backward needs from forward, for policies of `jax.checkpoint`. If all are saved, nothing of forward runs
-# again. WORK is what kernels make from the bounds of documents.
+# Names of the arrays that backward needs from forward, for policies of `jax.checkpoint`. If all are saved, forward does
+# not run again. WORK names the arrays that kernels make from the bounds of documents.
 OUT, LSE, WORK = "attention_out", "attention_lse", "attention_work"
 
 
@@ -52,9 +52,9 @@ def attention(
       k, v: [B, S, K, H]; K divides N, and query head n reads KV head n // (N / K).
       doc_start: int32 [B, T], position of the first key of each query's document. It should not decrease along a row,
         except at padding; otherwise the result is still right, but less work is skipped.
-      scale: of the scores; None: H ** -0.5.
-      window: most keys that a query sees, including itself; None: its whole document.
-      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: plain scores.
+      scale: factor of the scores; None: H ** -0.5.
+      window: the largest number of keys that a query sees, including its own; None: its whole document.
+      soft_cap: c; each score becomes c * tanh(score / c) (Gemma 2, arXiv 2408.00118). None: plain scores.
       q_offset, kv_offset: positions of the first query and key in their row, int or int32 [] or [B]. They are for a
         part of a row under context parallelism, and for queries that continue a cache.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, T, N].
@@ -89,15 +89,15 @@ def attention_gradients(
     kv_offset: jax.Array | int = 0,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients through a part of the keys, if the output was merged (kernels/merge.py) from several parts.
+    """Gradients of attention to a part of the keys, if the output was merged (kernels/merge.py) from several parts.
 
     The gradient of q is this part's share, and must be summed over all parts. The gradients of k and v are complete.
 
     Args:
-      q, k, v, doc_start and the last arguments: as in the call of `attention` for this part.
+      q, k, v, doc_start and the arguments after it: as in the call of `attention` for this part.
       lse: float32 [B, T, N], over all keys.
       delta: float32 [B, T, N], sum(dout * out) over H with the merged output, minus the gradient of `lse`.
-      dout: [B, T, N, H], of the merged output.
+      dout: [B, T, N, H], the gradient of the merged output.
     """
     backend, spec, work = _prepare(
         q, k, v, doc_start, scale, window, soft_cap, q_offset=q_offset, kv_offset=kv_offset, backend=backend

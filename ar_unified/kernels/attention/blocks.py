@@ -1,4 +1,4 @@
-"""Block sizes of the kernels: a table by device, head dim, length and GQA ratio. Each row says where it comes from.
+"""A table of the kernels' block sizes by device, head dim, length and GQA ratio. Each row says where it comes from.
 
 A row is the best known choice for its case; `blocks` takes the first row that fits, so rows for special cases come
 first.
@@ -16,7 +16,7 @@ class Tile(NamedTuple):
       block_q: queries in a block.
       block_k: keys in a block.
       stages: blocks of the inner loop that are copied at the same time (hopper.py).
-      heads: most query heads in a step (tpu.py).
+      heads: the largest number of query heads in a step (tpu.py).
     """
 
     block_q: int
@@ -29,15 +29,15 @@ class Tile(NamedTuple):
 class Row:
     """
     Attributes:
-      device: beginning of JAX's name of the device kind: "TPU v5 lite"; "hopper" for H100, H200 and similar GPUs, which
-        attention treats alike.
+      device: the beginning of JAX's name of the device kind, such as "TPU v5 lite", or "hopper" for H100, H200 and
+        similar GPUs, which attention treats alike.
       kernel: "forward", "dq" or "dkv"; None: all.
       head_dim: H; None: any.
       tile: the choice.
       origin: the run that produced it, or another reason.
-      length: longest T or S that it is for; None: any.
-      group: query heads per KV head that it is for; None: any.
-      dtype_bytes: bytes of an element of q that it is for; None: any.
+      length: the largest T or S for which the row may be used; None: any.
+      group: the number of query heads per KV head; None: any.
+      dtype_bytes: the bytes of an element of q; None: any.
     """
 
     device: str
@@ -50,7 +50,7 @@ class Row:
     dtype_bytes: int | None = None
 
 
-# ---- TPU. No run on a TPU has produced any of these yet. Splash attention is best with 1024 to 2048 queries and 256
+# ---- TPU. None of these was chosen by a run on a TPU yet. Splash attention is best with 1024 to 2048 queries and 256
 # (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). A step here does as much work with
 # several heads: 8 heads of 512 x 512 are as many scores as one head of 2048 x 1024, and short blocks fit documents
 # better. The number of heads is what fits the 16 MiB of VMEM that a kernel has by default
@@ -61,8 +61,9 @@ LONG_TPU = "fits VMEM, and a list of steps for 128k by 128k scalar memory (compi
 
 _UP_TO = 1 << 15
 _TPU = [
-    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # six products for one
-    Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # in bfloat16
+    # One float32 product is computed as six bfloat16 products.
+    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),
+    Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),
     Row("TPU", None, 256, Tile(512, 512, heads=2), FITS_TPU, length=_UP_TO, group=1),
     Row("TPU", None, 256, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO),
     Row("TPU", None, None, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO, group=1),
@@ -70,7 +71,7 @@ _TPU = [
     Row("TPU", None, None, Tile(512, 512, heads=1), LONG_TPU, dtype_bytes=4),
     Row("TPU", None, 256, Tile(1024, 512, heads=1), LONG_TPU),
     Row("TPU", None, None, Tile(1024, 512, heads=2), LONG_TPU),
-    Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest that TPU kernels take, to interpret in tests"),
+    Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest blocks that TPU kernels take, for interpreted tests"),
 ]
 
 # ---- Hopper. None of these was chosen by timing alternatives. They are published tilings if there are any, reduced

@@ -1,4 +1,4 @@
-"""Two numbers for each query say which keys it sees, and so which blocks of keys a block of queries needs.
+"""Two numbers for each query say which keys it sees. They also give the blocks of keys that a block of queries needs.
 
 In a packed row documents lie one after another, so a causal query sees one run of keys: from the first key of its
 document (or of its window) to itself. The two ends of the run are the mask. Their minimum and maximum over a block of
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 
 class Bounds(NamedTuple):
-    """Query t of a row sees the keys first[t] <= s <= last[t], counted from the first key given; if first > last it
-    sees none. Both are int32 [B, T] and non-decreasing along a row, except at queries that see nothing.
+    """Query t of a row sees the keys first[t] <= s <= last[t], where s counts from the first given key; if first > last
+    it sees none. Both are int32 [B, T] and non-decreasing along a row, except at queries that see nothing.
     """
 
     first: jax.Array
@@ -28,8 +28,8 @@ class BlockRanges(NamedTuple):
     """For each block of one kind (queries or keys), the blocks begin <= j < end of the other kind that it needs; int32
     [B, blocks].
 
-    All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. The left
-    edge of a document is to their left, the diagonal to their right.
+    All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. They lie
+    between the left edge of a document and the diagonal.
     """
 
     begin: jax.Array
@@ -46,7 +46,7 @@ def make_bounds(
     q_offset: jax.Array | int = 0,
     kv_offset: jax.Array | int = 0,
 ) -> Bounds:
-    """Bounds of the queries at q_offset + t over `keys` keys at kv_offset + s; see `attention` for the arguments."""
+    """Bounds of queries at positions q_offset + t, for `keys` keys at positions kv_offset + s; see `attention`."""
     positions = jnp.arange(doc_start.shape[1], dtype=jnp.int32) + jnp.asarray(q_offset, jnp.int32).reshape(-1, 1)
     positions = jnp.broadcast_to(positions, doc_start.shape)
     first = doc_start if window is None else jnp.maximum(doc_start, positions - (window - 1))
@@ -57,7 +57,7 @@ def make_bounds(
 
 
 def pad_queries(bounds: Bounds, length: int, keys: int) -> Bounds:
-    """Bounds of `length` queries; those after the given ones see nothing."""
+    """Bounds of `length` queries; the added queries at the end see nothing."""
     pad = [(0, 0), (0, length - bounds.first.shape[1])]
     return Bounds(jnp.pad(bounds.first, pad, constant_values=keys), jnp.pad(bounds.last, pad, constant_values=-1))
 
@@ -70,7 +70,7 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 
     first, last = blocks(bounds.first), blocks(bounds.last)
     begin, end = first.min(-1) // block_k, last.max(-1) // block_k + 1
-    begin = jnp.where(last.max(-1) < 0, 0, begin)  # all of the block is padding: 0 <= j < 0
+    begin = jnp.where(last.max(-1) < 0, 0, begin)  # all of the block is padding, so the range is empty
     clean_begin = jnp.minimum(-(-first.max(-1) // block_k), end)
     clean_end = jnp.clip((last.min(-1) + 1) // block_k, clean_begin, end)
     return BlockRanges(begin, end, clean_begin, clean_end)
@@ -79,9 +79,9 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
     """The blocks of queries that need each block of keys, [B, J], from `key_ranges`.
 
-    The ranges are exact if bounds do not decrease along the row. If they do, or at padding between documents, a range
-    may be wider than needed, and blocks count as clean only if all blocks between the first and the last clean block
-    are clean.
+    The ranges are exact if bounds do not decrease along the row. If they do, or if padding lies between documents, a
+    range may be wider than needed, and blocks count as clean only if all blocks between the first and the last clean
+    block are clean.
     """
 
     def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

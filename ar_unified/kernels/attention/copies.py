@@ -12,15 +12,17 @@ from jax import lax
 
 ROWS = 64  # rows of a wgmma, and of the tile of one warpgroup
 CONSUMERS = 2  # warpgroups that compute; one more warpgroup copies
-REGISTERS = 240, 24  # registers of a computing and a copying thread; at most 504 for three threads
+REGISTERS = 240, 24  # registers of a computing and a copying thread; at most 504 for one thread of each warpgroup
 
 
 def serve_queries(n, i, b, walk, block_k, ready, tiles, numbers, bounds, *rings) -> None:
     """Copies the operands of a block of queries: its own rows once, then its blocks of keys and values, each to a free
     slot.
 
-    tiles, numbers, bounds: pairs (from, to) of arrays [B, T, N, H], [B, N, T] and [B, T]; `ready` counts them.  rings:
-    (from, to, free, ready) of keys and values, in the order in which the kernel frees them.
+    Args:
+      tiles, numbers, bounds: pairs (from, to) of arrays [B, T, N, H], [B, N, T] and [B, T].
+      ready: the barrier that counts these copies.
+      rings: (from, to, free, ready) for keys and for values, in the order in which the kernel frees them.
     """
     plgpu.set_max_registers(REGISTERS[1], action="decrease")
     for w in range(CONSUMERS):
@@ -44,9 +46,12 @@ def serve_keys(kv, b, walk, block_q, registers, keys, tiles, ready, free, *rings
     """Copies the operands of a block of keys: its own rows once, then its blocks of queries for each of the G heads
     that share it, each to a free slot.
 
-    keys: the part of an array [B, S, K, H] that is in [group, part] of shared memory. tiles: pairs (from, to) of such
-    arrays; `ready` counts them. rings: (tile, numbers, bounds, ready) in the order in which the kernel waits for them:
-    a pair of [B, T, N, H] and pairs of [B, N, T] and of [B, T].
+    Args:
+      keys: keys(array, group, part) is the part of an array [B, S, K, H] for [group, part] of shared memory.
+      tiles: pairs (from, to) of such arrays.
+      ready: the barrier that counts the copies of `tiles`.
+      rings: (tile, numbers, bounds, ready), in the order in which the kernel waits for them. `tile` is a pair (from,
+        to) of [B, T, N, H], `numbers` are pairs of [B, N, T], and `bounds` are pairs of [B, T].
     """
     plgpu.set_max_registers(registers, action="decrease")
     groups, parts = tiles[0][1].shape[:2]

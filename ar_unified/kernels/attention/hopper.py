@@ -1,15 +1,17 @@
 """Attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU: blocks outside a query's document are never read.
 
 One thread block has three warpgroups. The last one only issues TMA copies into a ring of shared memory; the other two
-multiply (wgmma) 64 rows each. When a thread block starts, it reads the blocks to visit from the ranges of bounds.py:
-first the blocks that need a mask, then the clean ones, so only one of the two loops computes a mask.
+multiply (wgmma) 64 rows each. When a thread block starts, it reads from the ranges of bounds.py which blocks it must
+visit. It first visits the blocks that need a mask and then the clean ones, so only one of the two loops computes a
+mask.
 
 forward   one block of queries, over its blocks of keys
 dq        the same walk, with the weights computed again from the log-sum-exp
 dkv       a block of keys, over its blocks of queries for each of the G heads that share them; scores are transposed
           ([S, T]), so that weights stay in registers as the left operand of both products
 
-Backward has two kernels, so it is deterministic; one kernel with atomic sums of dq would need 5 products, not 7.
+Backward has two kernels, so it is deterministic. A single kernel would need 5 products instead of 7, but would have to
+add up dq by atomic operations.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim, I blocks of queries, J
 blocks of keys. Scores are kept in base 2: `factor` of tile.py is the softmax's scale times log2(e).
@@ -52,16 +54,16 @@ HEAD_DIMS = (64, 128, 256)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these shapes cannot be computed here; None if they can."""
+    """Returns the reason why these shapes cannot be computed here, or None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-        return f"the kernel takes bfloat16 or float16 for q, k and v alike; found {q.dtype} and {k.dtype}"
+        return f"expected q, k and v of bfloat16 or float16, all the same; found {q.dtype} and {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
-        return f"the kernel takes a head_dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
+        return f"expected a head dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
     return None
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """The form of the bounds for `forward` and `backward`: here the bounds themselves."""
+    """Returns the bounds in the form that `forward` and `backward` take, here unchanged."""
     return bounds
 
 
@@ -139,8 +141,8 @@ def backward(
 
     block_q, block_k, stages, _ = dkv_tile
     by_query = key_ranges(bounds, S, block_q, block_k)
-    # Two [64, 256] sums in float32 do not fit a warpgroup's registers. Then both warpgroups compute the same 64 keys,
-    # and each sums half of the columns.
+    # Two [64, 256] sums in float32 do not fit a warpgroup's registers. So at a head dim of 256 both warpgroups compute
+    # the same 64 keys, and each sums half of the columns.
     parts = CONSUMERS * ROWS // block_k
     dk, dv = _launch(
         "dkv",
@@ -203,7 +205,7 @@ def _forward_kernel(
             total = total * fade + weights.sum(1)
             acc = acc * down(fade, acc)
             weights = weights.astype(v_smem.dtype)
-            # Without it the compiler would move this work after the turn, next to its use.
+            # Without the barrier, the compiler would move this work after the turn, next to its use.
             acc, total, highest, weights = lax.optimization_barrier((acc, total, highest, weights))
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_ready.at[slot])
@@ -299,12 +301,12 @@ def _dkv_kernel(
     walk = read_walk(ranges_ref.at[b, j], repeat=G)
     stages, parts, _, columns = q_smem.shape
     groups = CONSUMERS // parts  # groups of 64 keys
-    registers = REGISTERS if parts == 1 else (232, 40)  # more parts need more copies
+    registers = REGISTERS if parts == 1 else (232, 40)  # two parts need more copies, so a copying thread needs more
     # With two parts both warpgroups have the keys of group 0; otherwise each has its own keys and all columns.
     group, part = (warpgroup, 0) if parts == 1 else (0, warpgroup)
 
     def keys(ref, group, part):
-        """The part of a [B, S, K, H] array that is in [group, part] of shared memory."""
+        """The part of a [B, S, K, H] array that belongs in [group, part] of shared memory."""
         return ref.at[b, pl.ds((j * groups + group) * ROWS, ROWS), kv, pl.ds(part * columns, columns)]
 
     @pl.when(warpgroup < CONSUMERS)
@@ -323,7 +325,7 @@ def _dkv_kernel(
                 scores = tile.scores(spec, scores())
                 weights = tile.weights(spec, scores, across(load(lse_smem.at[slot], BY_COLUMN), scores))
                 slopes = tile.slopes(spec, scores, weights)
-                # Done first, because the rest would not fit the registers beside the scores.
+                # This is done first, because the scores and the rest together would not fit the registers.
                 weights, slopes = lax.optimization_barrier((weights.astype(q_smem.dtype), slopes))
                 if masked:
                     s = iota(slopes.shape, 0) + (j * groups + group) * ROWS
@@ -339,7 +341,7 @@ def _dkv_kernel(
                 (k_smem.at[own], q_smem.at[slot]),
                 (v_smem.at[own], dout_smem.at[slot]),
                 weights_and_dscores,
-                overlap=spec.soft_cap is None,  # with a soft cap it does not fit the registers
+                overlap=spec.soft_cap is None,  # with a soft cap, both products do not fit the registers
             )
             dv, dk = accumulate(spec, (dv, weights, dout_smem.at[slot, part]), (dk, ds, q_smem.at[slot, part]))
             plgpu.barrier_arrive(free.at[slot])
@@ -387,7 +389,7 @@ def _launch(
 
 def _place(backwards: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(head, block, row of the batch, warpgroup) of this thread. Thread blocks start in order, and those with most work
-    should start first: in long documents, the last queries and the first keys.
+    should start first. In long documents, these are the last queries and the first keys.
     """
     block = lax.axis_index("block")
     if backwards:

@@ -1,4 +1,5 @@
-"""What attention computes, in a few lines: all scores at once. Slow, exact, and differentiated by JAX itself."""
+"""A short definition of attention, which computes all scores at once. It is slow and exact, and JAX differentiates
+it."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from ar_unified.kernels.attention.spec import Spec
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these cannot be computed here; None if they can."""
+    """Returns the reason why these cannot be computed here, or None if they can."""
     return None
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """The form of the bounds for `forward` and `backward`: here the bounds themselves."""
+    """Returns the bounds in the form that `forward` and `backward` take, here unchanged."""
     return bounds
 
 
@@ -45,8 +46,7 @@ def backward(
     delta: jax.Array,
     dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, for given `lse` and `delta` [B, N, T]. These may be over more keys than the given
-    ones."""
+    """Gradients of q, k and v. `lse` and `delta` [B, N, T] may come from attention to more keys than k."""
     B, T, N, H = q.shape
 
     def objective(q, k, v):  # with weight = exp(score - lse), the gradient of a score is weight * (dout . v - delta)

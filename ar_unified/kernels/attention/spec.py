@@ -1,4 +1,4 @@
-"""The static settings of an attention: besides shapes, a kernel is compiled for these."""
+"""The static settings of attention. A kernel is compiled for these and for the shapes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 class Spec:
     """
     Attributes:
-      scale: of the scores.
+      scale: factor of the scores.
       soft_cap: scores become soft_cap * tanh(score / soft_cap); None: no cap.
       shift: q_offset - kv_offset, if both are known when tracing; else None.
-      interpret: emulate the kernel on a CPU; for tpu.py it may say how (pltpu.InterpretParams).
+      interpret: emulate the kernel on a CPU; for tpu.py it may be the settings of the emulation, pltpu.InterpretParams.
     """
 
     scale: float

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from ar_unified.kernels.attention.spec import Spec
 
 LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # the maximum of no scores; finite, so that exp2(-inf - LOWEST) = 0 in a row that sees nothing
-Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # a vector over the rows of a tile -> the shape of the tile
+LOWEST = -1e30  # the maximum before any score; finite, so that exp2(-inf - LOWEST) = 0 in a row that sees nothing
+Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # broadcasts a vector over rows to the shape of a tile
 
 
 def factor(spec: Spec) -> float:
@@ -43,18 +43,19 @@ def softmax_step(
 
 
 def log_sum_exp(highest: jax.Array, total: jax.Array) -> jax.Array:
-    """Natural log-sum-exp [T] from the maximum and the sum of weights; -inf where nothing was seen."""
+    """Natural log-sum-exp [T] from the maximum and the sum of weights; -inf for a row that sees nothing."""
     some = total > 0
     return jnp.where(some, highest * (1 / LOG2_E) + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
 
 
 def weights(spec: Spec, scores: jax.Array, lse: jax.Array) -> jax.Array:
-    """The weights of a tile again, from the base-2 log-sum-exp in the tile's shape; 0 in a row that has +inf."""
+    """The weights of a tile, computed again from the base-2 log-sum-exp in the tile's shape; 0 in a row where it is
+    +inf."""
     return jnp.exp2(scores * factor(spec) - lse)
 
 
 def slopes(spec: Spec, scores: jax.Array, weights: jax.Array) -> jax.Array:
-    """The factor of dweights - delta in the gradient of the products q k, without spec.scale, which the caller applies
-    once to the sum over tiles.
+    """The gradient of the products q k is the result * (dweights - delta) * spec.scale. The caller multiplies by
+    spec.scale only once, after the sum over tiles.
     """
     return weights if spec.soft_cap is None else weights * (1 - scores * scores)

@@ -1,7 +1,7 @@
 """Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, without steps in which no query sees a key.
 
-The grid of a kernel is a list (visits.py). It has an entry for each block of queries and each block of keys that it
-sees, in the order in which their sums are completed. Scalar prefetch passes it to the index maps, so blocks of other
+The grid of a kernel is a list (visits.py). For each block of queries, it has an entry for each block of keys that it
+sees. Entries of one sum follow each other. Scalar prefetch passes the list to the index maps, so blocks of other
 documents are neither fetched nor computed, and the pipeline never runs empty between two documents. Two other ways are
 worse. A dense grid with clamped index maps pays for each empty step, and most steps are empty for documents of 1k in a
 row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for each block of queries. The list
@@ -11,11 +11,11 @@ A step computes several query heads, if possible all of one KV head. So keys are
 of them, and a step is long enough to hide its fixed cost even with the short blocks that documents need.
 
 Scores are [S, T], so the numbers of a query (its bounds, maximum, log-sum-exp) lie along lanes and need not be copied
-over 128 lanes. Exponentials have base 2. The H numbers of a query are multiplied by the scale and log2(e), instead of
-its S scores, except for float32.
+over 128 lanes. Exponentials have base 2. Except for float32, the scale and log2(e) multiply the H numbers of a query,
+and not its S scores.
 
 v4 and v5p have two cores, which share the first axis of a grid. If one step computes all heads of a device, this axis
-is the two halves of the list.
+has two entries, one for each half of the list.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim; in one step, r is one of
 the query heads and p one of the KV heads.
@@ -41,28 +41,30 @@ from ar_unified.kernels.attention.bounds import Bounds, key_ranges, pad_queries,
 from ar_unified.kernels.attention.spec import Spec
 
 HEAD_DIMS = (64, 128, 256)
-VISITS = 96 * 1024  # most visits of one call: three quarters of the scalar memory, which is 1 MiB on TPU v4 to 7
+VISITS = 96 * 1024  # per call at most; they take three quarters of the scalar memory, which is 1 MiB on TPU v4 to 7
 _HIDDEN = -1e30  # the score of a key that is not seen; finite, so that a query that sees no key does not give NaN
 _LOG2E = math.log2(math.e)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these shapes cannot be computed here; None if they can."""
+    """Returns the reason why these shapes cannot be computed here, or None if they can."""
     if q.shape[-1] not in HEAD_DIMS:
         return f"expected a head dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"expected queries and keys of bfloat16 or float32, both the same; found {q.dtype} and {k.dtype}"
     if (most := _tile(q, k).visits(None)) > VISITS:
-        return f"{q.shape[1]} queries by {k.shape[1]} keys may take {most} steps, and scalar memory holds {VISITS}"
+        return f"{q.shape[1]} queries by {k.shape[1]} keys may take {most} steps; scalar memory has room for {VISITS}"
     return None
 
 
 class Work(NamedTuple):
-    """The kernels' form of bounds. It is made once for all layers of a step, and used again in backward.
+    """The bounds in the form that the kernels take. It is made once for all layers of a step, and used again in
+    backward.
 
     Attributes:
       bounds: int32 [B, 2, T], padded to whole blocks.
-      by_query, by_key: visits of blocks of queries and of keys, for each group of rows of one call.
+      by_query, by_key: the visits in which blocks of queries (of keys) are the outer blocks, for each group of rows
+        that one call computes.
     """
 
     bounds: jax.Array
@@ -71,7 +73,7 @@ class Work(NamedTuple):
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Work:
-    """The work of attention with these bounds, for queries and keys of these shapes."""
+    """The `Work` of attention with these bounds, for queries and keys of these shapes."""
     tile = _tile(q, k)
     bounds = pad_queries(bounds, tile.padded[0], tile.S)
     groups = jax.tree.map(lambda x: x.reshape(-1, tile.rows(spec, len(x)), x.shape[1]), bounds)
@@ -106,7 +108,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, minus the gradient of `lse`."""
     tile = _tile(q, k)
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse * _LOG2E)  # query sees nothing: hidden scores get weight 0
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse * _LOG2E)  # if a query sees nothing, its hidden scores get weight 0
 
     def rows(visits, bounds, query, key, value, lse, delta, dout):
         by_query, by_key = visits
@@ -137,7 +139,7 @@ def _forward(spec, tile, outer, inner, cuts, bounds, query, key, value, out, lse
     @pl.when(word & lists.FIRST != 0)
     def _():
         sums[...] = jnp.zeros_like(sums)
-        highest[...] = jnp.full_like(highest, _HIDDEN / 2)  # not lower, so that hidden scores get weight exactly zero
+        highest[...] = jnp.full_like(highest, _HIDDEN / 2)  # above _HIDDEN, so that hidden scores get weight zero
         total[...] = jnp.zeros_like(total)
 
     def add(seen):
@@ -210,14 +212,15 @@ def _dkey(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta,
 
 
 def _visit(outer, inner, cuts):
-    """The outer block of this step, and its inner word; a step after its core's last visit has nothing to do."""
+    """The outer block of this step, and this step's word of `inner`, or 0 (nothing to do) after the core's last
+    visit."""
     at, live = _entry(pl.program_id(0) // (pl.num_programs(0) // (cuts.shape[0] - 1)), pl.program_id(1), cuts)
     return lists.outer_block(outer[at]), jnp.where(live, inner[at], 0)
 
 
 def _entry(core, step, cuts):
-    """(entry, active): the visit of a core at this step, and whether there still is one. After its last visit a core
-    stays at the last entry.
+    """(entry, active): the entry of a core at this step, and whether it is a visit. After its last visit a core stays
+    at the last entry.
     """
     at, end = cuts[core] + step, cuts[core + 1]
     return jnp.minimum(at, end - 1), at < end
@@ -225,7 +228,7 @@ def _entry(core, step, cuts):
 
 def _each_head(tile: _Tile) -> Callable[[Callable], None]:
     """Calls body(p, r) for each query head of a step. Two at a time would take 4% fewer cycles by libtpu's schedules,
-    and twice as long to compile."""
+    but twice as long to compile."""
 
     def run(body: Callable) -> None:
         pl.loop(0, tile.heads)(lambda r: body(r * tile.kv_heads // tile.heads, r))
@@ -247,7 +250,8 @@ def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> Non
 
 
 def _factors(spec: Spec, dtype: DTypeLike) -> tuple[float, float]:
-    """The factors of queries and of scores that give scores to base 2 or, with a soft cap, the argument of the tanh.
+    """The factors for queries and for scores. With them, scores have base 2 or, with a soft cap, are the argument of
+    tanh.
 
     float32 queries are not scaled, to avoid one more rounding: float32 is used when precision matters.
     """
@@ -272,7 +276,7 @@ def _scores(spec, key, query, seen):
 
 
 def _weights(spec, key, value, query, dout, lse, delta, seen):
-    """The softmax, and the gradient of scores before they are scaled, [S, T]; `lse` in base 2."""
+    """The softmax, and the gradient of the products q k without the factor `scale`, [S, T]; `lse` has base 2."""
     scores, slope = _scores(spec, key, query, seen)
     weights = jnp.exp2(scores - lse)
     dscores = weights * (_dot(value, dout, transposed=True) - delta)
@@ -294,7 +298,7 @@ def _dot(a, b, transposed=False):
 
 
 class _Tile(NamedTuple):
-    """Shapes of a call, without its batch, and of a step."""
+    """Shapes of a call (without the batch) and of a step."""
 
     T: int
     S: int
@@ -318,7 +322,7 @@ class _Tile(NamedTuple):
         return self.T + -self.T % self.queries, self.S + -self.S % self.keys
 
     def per_query(self, rows: int) -> jax.ShapeDtypeStruct:
-        """A number for each query, grouped by the heads of a step, so that a block has whole rows."""
+        """The shape of one number per query, grouped by the heads of a step, so that a block has whole rows."""
         shape = (rows, self.N // self.heads, self.heads, self.padded[0])
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -326,7 +330,7 @@ class _Tile(NamedTuple):
         return lists.most(self.T, self.S, self.queries, self.keys, shift)
 
     def rows(self, spec: Spec, rows: int) -> int:
-        """The largest divisor of `rows` for which scalar memory has room."""
+        """The number of rows in a call: the largest divisor of `rows` whose visits fit into scalar memory."""
         most = VISITS // self.visits(spec.shift)
         return max(b for b in range(1, min(rows, most) + 1) if rows % b == 0)
 
@@ -334,10 +338,10 @@ class _Tile(NamedTuple):
 def _tile(q: jax.Array, k: jax.Array) -> _Tile:
     (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G = N // K
-    # The smallest blocks if it is interpreted, or compiled without a TPU for no particular target.
+    # Without a TPU it is interpreted, or compiled for no particular target, with the smallest blocks.
     kind = device.current().kind
     want = blocks(kind if kind.startswith("TPU") else "cpu", "tpu", H, max(T, S), G, q.dtype.itemsize)
-    queries, keys = min(want.block_q, T + -T % 128), min(want.block_k, S + -S % 128)  # lanes come in 128
+    queries, keys = min(want.block_q, T + -T % 128), min(want.block_k, S + -S % 128)  # whole rows of 128 lanes
     if want.heads <= G:
         heads, kv_heads = max(r for r in range(1, want.heads + 1) if G % r == 0), 1
     else:
@@ -353,7 +357,7 @@ def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, list
     rows = bounds.first.shape[0]
 
     def listed(outer, heads, outer_is_keys):
-        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if cores could only share heads
+        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if cores shared only heads
         return lists.visits(
             outer,
             by_query,
@@ -366,7 +370,7 @@ def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, list
 
 
 def _call(kernel, spec, tile, visits, ins: dict[str, jax.Array], outs: dict[str, jax.ShapeDtypeStruct], scratch):
-    """Runs a kernel over its visits. An array's name says how it is cut."""
+    """Runs a kernel over its visits. The name of an array determines how it is cut into blocks."""
     outer_is_keys = kernel is _dkey
 
     heads, parts = (tile.K // tile.kv_heads, tile.parts) if outer_is_keys else (tile.N // tile.heads, 1)
@@ -411,7 +415,8 @@ def _like(x: jax.Array, dtype) -> jax.ShapeDtypeStruct:
 
 
 def _lay(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, N, H] -> [B, N, length, H], padded with zeros after T, because weight zero times garbage may be NaN."""
+    """[B, T, N, H] -> [B, N, length, H], padded with zeros after T, because a weight of zero times an arbitrary value
+    may be NaN."""
     x = jnp.moveaxis(x, 1, 2)
     return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)]) if length > x.shape[2] else x
 
@@ -421,7 +426,8 @@ def _unlay(x: jax.Array, length: int) -> jax.Array:
 
 
 def _by_rows(function: Callable, visits: Any, arrays: Any) -> Any:
-    """Calls function(visits, *arrays) for a group of rows at a time: arrays [B, ...], visits [groups, ...]."""
+    """Calls function(visits, *arrays) for one group of rows after the other. Given are arrays [B, ...] and visits
+    [groups, ...]."""
     groups = len(jax.tree.leaves(visits)[0])
     if groups == 1:
         return function(jax.tree.map(lambda x: x[0], visits), *arrays)

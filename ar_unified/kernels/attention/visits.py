@@ -1,8 +1,8 @@
-"""The work of a kernel as a list: pairs of a block of queries and a block of keys, one step after the other.
+"""The work of a kernel as a list of steps. Each step is a pair of a block of queries and a block of keys.
 
 Each entry is one visit of an outer block (of queries in forward and dQ, of keys in dK/dV) to one block of the other
-kind. Visits of one outer block follow each other, so a kernel adds up in fast memory between FIRST and LAST. The list
-is as long as the work, so the grid has no empty steps. The only exception is an outer block without any partner
+kind. Visits of one outer block follow each other, so a kernel keeps its sums in fast memory from FIRST to LAST. The
+list is as long as the work, so the grid has no empty steps. The only exception is an outer block without any partner
 (padding): it gets one visit that computes nothing, because its zeros must be written.
 
 If there are two cores, the list is cut between two outer blocks into two parts of about the same length.
@@ -20,9 +20,9 @@ import numpy as np
 
 from ar_unified.kernels.attention.bounds import BlockRanges
 
-FIRST, LAST = 1, 2  # the outer block's sums begin with this visit; they end with it
-MASKED, CLEAN = 4, 8  # some queries see some keys; all see all; without either flag there is nothing to compute
-_OTHER, _ROW = 4, 16  # block numbers are shifted by so many bits to make room
+FIRST, LAST = 1, 2  # the sums of the outer block begin with this visit; they end with this visit
+MASKED, CLEAN = 4, 8  # some queries see some keys; all queries see all keys; no flag: nothing to compute
+_OTHER, _ROW = 4, 16  # bits by which the other block and the row are shifted, to make room for the rest of a word
 
 
 class Visits(NamedTuple):
@@ -54,19 +54,21 @@ def inner_block(inner):
 
 
 def most(queries: int, keys: int, block_q: int, block_k: int, shift: int | None) -> int:
-    """Most visits that one row can make, in either direction: in a causal row that is one document."""
+    """The largest number of visits that one row can need, whether queries or keys are the outer blocks. A causal row
+    that is a single document needs the most."""
     query_blocks, key_blocks = -(-queries // block_q), -(-keys // block_k)
     last = np.arange(1, query_blocks + 1) * block_q - 1 + (keys if shift is None else shift)
     met = np.clip(last // block_k + 1, 0, key_blocks)
-    return int(met.sum()) + query_blocks + key_blocks  # each block may have no partner
+    return int(met.sum()) + query_blocks + key_blocks  # a block without a partner has a visit, too
 
 
 def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_keys: bool, cores: int = 1) -> Visits:
-    """The visits of all rows, at most `limit`.
+    """The visits of all rows, in arrays of `limit` entries.
 
     Args:
-      outer: the blocks for each outer block: `by_query` itself or its `query_ranges`. It may be wider than the work, if
-        padding lies between documents; `by_query` decides whether a visit computes something and needs a mask.
+      outer: the blocks that each outer block visits: `by_query` itself, or its `query_ranges`. If padding lies between
+        documents, a range may contain blocks without work; `by_query` decides whether a visit computes something and
+        needs a mask.
       by_query: the blocks of keys for each block of queries, from `key_ranges`.
       cores: how many cores share the visits; at most the number of outer blocks.
     """

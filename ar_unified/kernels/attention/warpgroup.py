@@ -1,7 +1,7 @@
 """The parts of the Hopper kernels: the walk over blocks, and the products and tiles of one warpgroup.
 
 A tile is [64, columns] in the registers of the 128 threads of a warpgroup, in the layout of wgmma's results; a vector
-over its rows or its columns has the layout that remains.
+over its rows or its columns has this layout, reduced over the other axis.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 class Walk(NamedTuple):
     """The blocks that one block visits, in order: `left` masked blocks from `begin`, the other masked blocks from
-    `clean_end`, then the clean blocks. With `repeat`, all masked blocks are visited so many times before the clean
-    blocks.
+    `clean_end`, then the clean blocks. All masked blocks are visited `repeat` times before the clean blocks, which are
+    then visited `repeat` times, too.
     """
 
     begin: jax.Array
@@ -40,7 +40,7 @@ class Walk(NamedTuple):
     repeat: int
 
     def block(self, at: jax.Array) -> jax.Array:
-        """The block of masked visit number `at` in one repeat."""
+        """The block of masked visit number `at`, counted within one repeat."""
         return jnp.where(at < self.left, self.begin + at, self.clean_end + at - self.left)
 
     def fold(self, step: Callable, carry: tuple) -> tuple:
@@ -69,7 +69,8 @@ def read_walk(ranges_ref, repeat: int = 1) -> Walk:
 
 
 def stacked(ranges: BlockRanges) -> jax.Array:
-    """int32 [B, blocks, 4]. If no block is clean, the whole range counts as left of the clean blocks."""
+    """The ranges as one array, int32 [B, blocks, 4]. If no block is clean, the whole range counts as left of the clean
+    blocks."""
     clean_begin = jnp.clip(ranges.clean_begin, ranges.begin, ranges.end)
     empty = ranges.clean_begin >= ranges.clean_end
     clean_begin = jnp.where(empty, ranges.end, clean_begin)
@@ -88,7 +89,8 @@ def _multiply(acc, a, b) -> None:
 
 
 def product(a, b, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
-    """a @ b.T, both in shared memory; `meanwhile` runs when the product has been issued."""
+    """a @ b.T, with a and b in shared memory. `meanwhile` runs after the product is issued, before its result is
+    awaited."""
 
     def run(acc):
         _multiply(acc, a, b)
@@ -113,8 +115,8 @@ def two_products(first: tuple, second: tuple, then: Callable, *, overlap: bool) 
         behind = 1 if len(second[0].shape) == 2 else second[0].shape[0]
 
         def result(acc, wait_n):
-            # The wait does not name the registers that it waits for: without the barrier, code that uses them could
-            # move before it.
+            # The wait does not name the registers that it waits for. Without the barrier, code that uses them could
+            # move before the wait.
             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=wait_n))
 
         return then(lambda: result(acc_first, behind), lambda: result(acc_second, 0))
@@ -126,7 +128,7 @@ def two_products(first: tuple, second: tuple, then: Callable, *, overlap: bool) 
 def accumulate(spec: Spec, *terms: tuple) -> list[jax.Array]:
     """[acc + a @ b for acc, a, b in terms], with a in registers and b in shared memory."""
     accs, lefts, rights = zip(*terms, strict=True)
-    if spec.interpret:  # JAX's emulation of a GPU has neither run_state nor a left operand in registers (0.12)
+    if spec.interpret:  # JAX 0.12's emulation of a GPU supports neither run_state nor a left operand in registers
         out = [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
         plgpu.commit_smem()  # signals that wgmma has read b, so that TMA may write there next
         return out
@@ -151,7 +153,7 @@ def load(ref, layout=BY_ROW) -> jax.Array:
 
 
 def full(shape, value: float) -> jax.Array:
-    """An array with one value in registers, float32: a matrix if `shape` is a tuple, else a number for each row."""
+    """A float32 array in registers, filled with `value`: a matrix if `shape` is a tuple, else a vector over rows."""
     layout = plgpu.Layout.WGMMA if isinstance(shape, tuple) else BY_ROW
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
@@ -162,12 +164,12 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def down(x: jax.Array, tile: jax.Array) -> jax.Array:
-    """A value for each row of a tile, in the tile's shape."""
+    """Broadcasts a vector with a value for each row to the tile's shape."""
     return lax.broadcast_in_dim(x, tile.shape, [0])
 
 
 def across(x: jax.Array, tile: jax.Array) -> jax.Array:
-    """A value for each column of a tile, in the tile's shape."""
+    """Broadcasts a vector with a value for each column to the tile's shape."""
     return lax.broadcast_in_dim(x, tile.shape, [1])
 
 

@@ -1,8 +1,8 @@
 """Attention by XLA alone, for any platform and shape. Its memory grows with T, not with T * T.
 
 Queries are computed in chunks, each with the prefix of keys that it can see. Backward computes a chunk's weights again
-from the log-sum-exp of forward (FlashAttention, arXiv 2205.14135, with XLA's large products). Keys of other documents
-inside the prefix are computed and masked; only the kernels skip them.
+from the log-sum-exp of forward, as in FlashAttention (arXiv 2205.14135), but with XLA's large products. Keys of other
+documents inside the prefix are computed and masked; only the kernels skip them.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -20,17 +20,17 @@ from ar_unified.kernels.product import product
 from ar_unified.kernels.row_max import row_max
 
 CHUNK = 128  # queries per head whose scores are in memory at once
-PREFIXES = 8  # most lengths of prefixes; beyond PREFIXES * CHUNK queries, several chunks share a prefix in a loop
+PREFIXES = 8  # different lengths of prefixes, at most; beyond PREFIXES * CHUNK queries, chunks share a prefix in a loop
 _HIDDEN = -1e30  # added to the score of an unseen key; finite, so that a row that sees no key gives no NaN
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why these shapes cannot be computed here; None if they can."""
+    """Returns the reason why these shapes cannot be computed here, or None if they can."""
     return None
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """The form of the bounds for `forward` and `backward`: here the bounds themselves."""
+    """Returns the bounds in the form that `forward` and `backward` take, here unchanged."""
     return bounds
 
 
@@ -69,7 +69,7 @@ def backward(
     query, dout = _grouped(q, k, chunk), _grouped(dout, k, chunk)
     key, value = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     bounds = pad_queries(bounds, query.shape[3], k.shape[1])
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # for a row that sees nothing: its weights are exactly zero
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # if a row sees nothing, its weights are exactly zero
     lse, delta = (
         jnp.pad(x, [(0, 0), (0, 0), (0, query.shape[3] - T)]).reshape(*query.shape[:3], -1) for x in (lse, delta)
     )
@@ -104,7 +104,7 @@ def _scores(spec, query, key, first, last):
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    # Added, not selected: layers and heads share this bias, which costs less than masking the scores of each head.
+    # A bias is added instead of masking scores, because all layers and heads share it, which costs less.
     s = jnp.arange(key.shape[2], dtype=jnp.int32)
     bias = jnp.where((first[..., None] <= s) & (s <= last[..., None]), 0.0, _HIDDEN)
     return scores + bias[:, None, None]
@@ -129,10 +129,11 @@ def _backward(spec, piece, key, value):
     dweights = jnp.einsum("BKGTH,BKSH->BKGTS", dout, value, preferred_element_type=jnp.float32)
     dscores = weights * (dweights - delta[..., None])
     if spec.soft_cap is not None:
-        dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # hidden scores have no weight anyway
+        dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # avoids an infinity at hidden scores
     dscores = dscores.astype(query.dtype)
-    # The sums over queries are computed as [H, S] and transposed, because XLA CPU's product is 3x faster than into [S,
-    # H]. The barrier keeps XLA from transposing the product itself. The caller adds chunks in float32.
+    # The sums over queries are computed as [H, S] and then transposed: on a CPU, XLA computes such a product 3x faster
+    # than one of shape [S, H]. The barrier keeps XLA from transposing the product itself. The caller adds chunks in
+    # float32.
     weights, dscores, dout, query = (_over_group(x) for x in (weights.astype(value.dtype), dscores, dout, query))
     sums = product("BKTS,BKTH->BKHS", dscores, query * scale), product("BKTS,BKTH->BKHS", weights, dout)
     dquery = product("BKTS,BKSH->BKTH", dscores, key).reshape(piece[0].shape) * scale
@@ -162,7 +163,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _pieces(length: int, chunk: int, shift: int | None, keys: int) -> Iterator[tuple[int, int, int]]:
-    """Ranges begin..end of the queries, each of whole chunks, and how many keys from the first they can see."""
+    """Yields (begin, end, seen): a range of queries, of whole chunks, that can see only the first `seen` keys."""
     chunks = length // chunk
     count = min(chunks, PREFIXES) if shift is not None else 1
     edges = [chunks * i // count * chunk for i in range(count + 1)]
@@ -171,7 +172,7 @@ def _pieces(length: int, chunk: int, shift: int | None, keys: int) -> Iterator[t
 
 
 def _split(arrays, axes, chunk):
-    """Cuts `axes` of the arrays into chunks, which come first."""
+    """Cuts array i into chunks along axes[i]. The chunks become the first axis."""
 
     def one(x: jax.Array, axis: int) -> jax.Array:
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :]), axis, 0)

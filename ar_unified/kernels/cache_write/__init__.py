@@ -21,17 +21,17 @@ Layer = tuple[jax.Array, ...]
 
 
 def cache_write(layer: Layer, new: Layer, slots: jax.Array, *, backend: str = "auto") -> Layer:
-    """The cache of a layer with one more slot of each row.
+    """Writes one slot of each row, and returns the cache of the layer.
 
     Args:
       layer: keys and values [B, K, S, H]; for an int8 cache also their scales, float32 [B, K, 1, S].
       new: the new entry of each array, [B, K, H] or [B, K], of the same dtype.
       slots: int32 [B], where to write; a row whose slot is not in 0 .. S - 1 stays unchanged.
-      backend: one of kernels.backend.BACKENDS, the same as for the attention that reads the cache. The kernel runs for
-        "tpu" and "tpu_interpret", and for "auto" on a TPU if it can write such a cache; else XLA writes.
+      backend: one of kernels.backend.BACKENDS, the same as for the attention that reads the cache. "tpu",
+        "tpu_interpret" and, on a TPU, "auto" run the kernel if it can write such a cache. Otherwise XLA writes.
 
     Returns:
-      Arrays like `layer`, in the same memory if `layer` is donated or carried by a loop.
+      Arrays like `layer`, in the same memory if `layer` is donated or the carry of a loop.
     """
     for old, x in zip(layer, new, strict=True):
         expected = (*old.shape[:2], old.shape[3]) if x.ndim == 3 else old.shape[:2]

@@ -1,8 +1,9 @@
 """Writes a slot of each row on TPU: the tiles that hold it are read, changed and written back.
 
-Memory is read and written in tiles. A slot is one row of a tile, or one lane in caches that lie as [B, K, H, S]. The
-tiles of all heads of a row are one window. The windows of a group of rows are copied at the same time, then the windows
-of the next group. So only moving the bytes takes time: 2 x 16 slots of a bfloat16 cache for each new slot.
+Memory is read and written in tiles. A slot is one row of a tile, or one lane in caches whose layout in memory is [B, K,
+H, S]. The tiles of all heads of a row are one window. The windows of a group of rows are copied at the same time, then
+the windows of the next group. So only moving the bytes takes time: for each new slot of a bfloat16 cache, 16 slots are
+read and 16 are written.
 
 B batch, K KV heads, S cache slot, H head dim, W slots of a window.
 """
@@ -23,11 +24,11 @@ WINDOW_BYTES = 4 * 1024 * 1024  # bytes of VMEM, for the windows of two groups o
 
 
 class _Lying(NamedTuple):
-    """An array as it lies in memory, [B, K, *, *], and its new entries. `axis`: the axis of slots; `turned`: whether
+    """An array in its layout in memory, [B, K, *, *], and its new entries. `axis`: the axis of slots; `turned`: whether
     axes 2 and 3 of the cache are exchanged in memory.
 
-    New entries come as [K, B, *], 32 bits, or [B, K, H, 1] for a turned cache. A projection to heads gives this form,
-    and one row can be read alone. New scales come as [K * B]; the kernel reads them as scalars.
+    `new` is [K, B, *] with elements of 32 bits: a projection to heads has this layout, and one row of it can be read
+    alone. For a turned cache it is [B, K, H, 1]. New scales are [K * B]; the kernel reads them as scalars.
     """
 
     cache: jax.Array
@@ -37,7 +38,7 @@ class _Lying(NamedTuple):
 
     @property
     def window(self) -> int:
-        """Slots that are read and written together."""
+        """The number of slots that are read and written together."""
         return LANES if self.axis == 3 else 32 // self.cache.dtype.itemsize
 
 
@@ -51,24 +52,24 @@ def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
 
 
 def unsupported(layer: tuple[jax.Array, ...]) -> str | None:
-    """Why the kernel cannot write into these; None if it can."""
+    """Returns the reason why the kernel cannot write into these arrays, or None if it can."""
     H, S = layer[0].shape[3], layer[0].shape[2]
     lanes = H % LANES or len(layer) > 2  # some arrays have their slots along the lanes
     window = LANES if lanes else 32 // layer[0].dtype.itemsize
     if H % 64 or S % window or _rows(layer) is None:
-        return f"expected heads in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
+        return f"expected a head dim in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
     return None
 
 
 def _heads(layer: tuple[jax.Array, ...]) -> int:
-    """KV heads of a core; two cores of a chip share the heads."""
+    """The number of KV heads per core; two cores of a chip share the heads."""
     K = layer[0].shape[1]
     return K // 2 if K % 2 == 0 else K
 
 
 def _rows(layer: tuple[jax.Array, ...]) -> int | None:
-    """The number of rows in a group: enough for their new entries to fill whole tiles, or all rows. None: not even the
-    smallest group fits into memory.
+    """The number of rows in a group: enough for their new entries to fill whole tiles, or all rows. Returns None if not
+    even the smallest group fits into memory.
     """
     B, _, _, H = layer[0].shape
     window = (LANES if H % LANES else 32 // layer[0].dtype.itemsize) * H * layer[0].dtype.itemsize
@@ -80,7 +81,7 @@ def _rows(layer: tuple[jax.Array, ...]) -> int | None:
 def forward(
     layer: tuple[jax.Array, ...], new: tuple[jax.Array, ...], slots: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, ...]:
-    """As `cache_write`."""
+    """See `cache_write`."""
     arrays = [_lying(*each) for each in zip(layer, new, strict=True)]
     B, K, heads, rows = *layer[0].shape[:2], _heads(layer), _rows(layer)
     assert rows is not None
@@ -113,7 +114,7 @@ def forward(
 
 
 def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
-    """The heads of one core, for a group of rows."""
+    """The new entries that one core writes for a group of rows."""
     if new.ndim == 3:
         return pl.BlockSpec((heads, rows, new.shape[2]), lambda h, g, *_: (h, g, 0))
     return pl.BlockSpec((rows, heads, *new.shape[2:]), lambda h, g, *_: (g, h, 0, 0))
@@ -121,7 +122,7 @@ def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
 
 def _kernel(rows, groups, shapes, n_scalars, slots, *refs):
     n, n_scales = len(shapes), n_scalars - 1
-    new = [*refs[n_scales:n], *refs[:n_scales]]  # scales come first as scalars, but are the last arrays of a layer
+    new = [*refs[n_scales:n], *refs[:n_scales]]  # scales are scalars and come first, but in a layer they come last
     caches, windows, arrived = refs[2 * n : 3 * n], refs[3 * n : 4 * n], refs[-1]
     h, g = pl.program_id(0), pl.program_id(1)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def forward(layer: tuple[jax.Array, ...], new: tuple[jax.Array, ...], slots: jax.Array) -> tuple[jax.Array, ...]:
-    """As `cache_write`."""
+    """See `cache_write`."""
     B, _, S = layer[0].shape[:3]
     rows, slots = jnp.arange(B), jnp.where(slots < 0, S, slots)  # a slot below 0 would count from the end
     return tuple(

@@ -5,10 +5,10 @@ query heads of a KV head. A cache in int8 with one scale per vector (`quantize`)
 
 spec.py       the arguments of every implementation
 reference.py  what it computes, in a few lines
-xla.py        with XLA: any platform and shape, the whole cache
+xla.py        with XLA: any platform and shape; it reads the whole cache or a prefix
 tpu.py        Pallas for TPU
 hopper.py     Pallas for Hopper GPUs
-int8.py       keys and values to int8
+int8.py       converts keys and values to int8
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def decode_attention(
     of length 0 gets exact zeros, and a log-sum-exp of -inf. The values of unseen slots do not matter but must be
     finite. If a row has several queries, this is true for the last one, and each query sees one slot more than the
     query before. Queries beyond the cache get an unspecified finite value. XLA reads the cache once for all queries;
-    the kernels read it once per query. `attention` computes the same with q_offset = lengths - 1, and can be
-    differentiated; this function cannot, and raises TypeError if it is.
+    the kernels read it once per query. This function cannot be differentiated; the attempt raises TypeError.
+    `attention` with q_offset = lengths - 1 computes the same, and can be differentiated.
 
     Args:
       q: [B, N, H], or [B, T, N, H], rotated, not scaled.
@@ -55,8 +55,8 @@ def decode_attention(
       k_scale, v_scale: float32 [B, K, 1, S], only for an int8 cache: the key and value of slot s are k[..., s, :] *
         k_scale[..., s] and v[..., s, :] * v_scale[..., s], as from `quantize`. TPUs read this shape without a copy.
       scale: factor of the scores; None: H ** -0.5.
-      window: most slots that a query sees, including its own; None: all live slots.
-      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: plain scores.
+      window: the largest number of slots that a query sees, including its own; None: all live slots.
+      soft_cap: c; each score becomes c * tanh(score / c) (Gemma 2, arXiv 2408.00118). None: plain scores.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, N].
       backend: one of kernels.backend.BACKENDS; "auto": the kernel of the current device, and xla on CPUs.
 
@@ -105,7 +105,7 @@ def _check(q, k, v, lengths, k_scale, v_scale, window) -> None:
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (x is not None) != (k.dtype == jnp.int8):
             raise ValueError(
-                f"decode_attention: an int8 cache, and no other, has scales; found {k.dtype} and {name} {x}"
+                f"decode_attention: expected scales for an int8 cache, and for no other; found {k.dtype} and {name} {x}"
             )
         shape = (B, k.shape[1], 1, k.shape[2])
         if x is not None and (x.shape != shape or x.dtype != jnp.float32):

@@ -1,17 +1,17 @@
 """Decode attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU, with enough thread blocks to keep HBM busy.
 
 A thread block computes one KV head of one row, over a share of the row's live slots. Rows are split into equal parts
-until there are enough for every SM, and the parts are merged by their log-sum-exps. A thread block goes through its
-share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of the next begins. While
-one thread block computes, others on the SM wait for memory.
+until there are enough thread blocks for every SM. The parts are merged by their log-sum-exps. A thread block goes
+through its share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of the next
+begins. While one thread block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
-bytes per clock from HBM, which are 7.5 bfloat16 numbers. It does 64 multiply-adds with each number, a quarter of the
-2048 that its tensor cores do per clock (a third on an H200). CUDA cores, with 128 lanes, would have to widen each
-number and then use it G times. At G = 8 this uses half of their throughput, and with int8 all of it, without counting
-the softmax.
+bytes per clock from HBM, which are 7.5 bfloat16 numbers. With 64 multiply-adds for each of them, it uses a quarter of
+the 2048 multiply-adds that its tensor cores can do per clock (a third on an H200). CUDA cores, with 128 lanes, would
+have to widen each number and then use it G times. At G = 8 this would take half of their throughput, and with int8 all
+of it, even without the softmax.
 
-An int8 block is copied as int8, and widened once from shared memory to shared memory.
+An int8 block is copied as int8. Then it is widened once, from one part of shared memory to another.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim, P parts of a row.
 """
@@ -33,25 +33,25 @@ from ar_unified.kernels.merge import merge
 
 HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # rows of a wgmma
-BLOCK = 64  # slots
-RING_BYTES = 64 * 1024  # of keys and values being copied per thread block; an SM has room for more than two
-THREAD_BLOCKS = 4 * 132  # to split rows into: two at once on each SM of an H100 or H200, and two after them
-SHORTEST_PART = 4 * BLOCK  # fewest slots of a row that are worth a thread block
+BLOCK = 64  # slots per block
+RING_BYTES = 64 * 1024  # the ring of keys and values of a thread block; an SM has room for more than two rings
+THREAD_BLOCKS = 4 * 132  # wanted: two at once on each of the 132 SMs of an H100 or H200, and two more after them
+SHORTEST_PART = 4 * BLOCK  # the smallest number of slots that is worth a thread block
 _LOG2_E = math.log2(math.e)
-_LOWEST = -1e30  # the maximum of no scores; finite, because -inf - -inf is NaN
+_LOWEST = -1e30  # the maximum before any score; finite, because -inf - -inf is NaN
 _WGMMA, _BY_ROW, _BY_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why this module cannot compute these arguments; None if it can."""
+    """Returns the reason why this module cannot compute these arguments, or None if it can."""
     if q.dtype != jnp.bfloat16 or k.dtype not in (jnp.bfloat16, jnp.int8):
         return f"expected q in bfloat16 and a cache in bfloat16 or int8; found {q.dtype} and {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"expected a head dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
     if q.shape[1] > ROWS * k.shape[1]:
-        return f"expected at most {ROWS} query heads a KV head; found {q.shape[1]} on {k.shape[1]}"
+        return f"expected at most {ROWS} query heads per KV head; found {q.shape[1]} for {k.shape[1]} KV heads"
     if k.shape[2] % 8:
-        return f"expected a cache of a multiple of 8 slots, what TMA copies; found {k.shape[2]}"
+        return f"expected a number of slots that is a multiple of 8, because TMA copies the cache; found {k.shape[2]}"
     return None
 
 
@@ -62,7 +62,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     G = N // K
     parts = min(pl.cdiv(THREAD_BLOCKS, B * K), pl.cdiv(S, SHORTEST_PART))
     stages = max(2, RING_BYTES // (2 * BLOCK * H * cache.k.dtype.itemsize))
-    query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # only whole rows of tiles
+    query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # whole tiles of 8 rows
     quantized = cache.scales is not None
     # TMA copies whole blocks only if strides are multiples of 16 bytes; the cache itself is never padded.
     scales = [jnp.pad(x[:, :, 0], [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in cache.scales or ()]
@@ -120,13 +120,13 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
     fetch_k = fetcher(k_ref, k_scale_ref, k_smem, k_scale_smem, k_ready)
     fetch_v = fetcher(v_ref, v_scale_ref, v_smem, v_scale_smem, v_ready)
 
-    # q_smem after the G heads is never written, because each row of a product depends only on its own row.
+    # The rows of q_smem after the G heads need no value, because each row of a product depends only on its own row.
     plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, q_ref.shape[2])], q_ready)
     for i in range(stages):
         fetch_k(jnp.int32(i))
         fetch_v(jnp.int32(i))
     plgpu.barrier_wait(q_ready)
-    factor = (spec.scale if spec.soft_cap is None else spec.soft_cap) * _LOG2_E  # a GPU exponentiates by 2
+    factor = (spec.scale if spec.soft_cap is None else spec.soft_cap) * _LOG2_E  # a GPU computes powers of 2
 
     def step(i, carry):
         acc, highest, total = carry
@@ -180,7 +180,7 @@ def _operand(smem, wide_smem):
 
 
 def _product(a, b) -> jax.Array:
-    """a @ b, both in shared memory."""
+    """a @ b, with a and b in shared memory."""
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
@@ -190,7 +190,7 @@ def _product(a, b) -> jax.Array:
 
 
 def _accumulate(spec: Spec, acc: jax.Array, a: jax.Array, b) -> jax.Array:
-    """acc + a @ b, a in registers and b in shared memory."""
+    """acc + a @ b, with a in registers and b in shared memory."""
     if spec.interpret:  # JAX's GPU emulation lacks run_state and left operands in registers
         b = b[...]
         plgpu.commit_smem()  # wgmma uses the async proxy; this ordinary read needs the fence

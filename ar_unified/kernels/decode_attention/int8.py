@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [..., H] as int8 [..., H] and scale float32 [...]: x is about int8 * scale, with an error of at most half a
-    scale in each element.
+    """Converts x [..., H] to int8 [..., H] and a scale, float32 [...]. x is about int8 * scale, with an error of at
+    most half a scale in each element.
 
-    Symmetric, scale = max |x| / 127; a vector of zeros has scale 0 and stays exactly zero. A vector with an infinity or
-    a NaN gets a scale that is not finite, so the result is not finite either.
+    The scale is max |x| / 127, for a symmetric range. A vector of zeros has scale 0 and stays exactly zero. A vector
+    with an infinity or a NaN gets a scale that is not finite, so the result is not finite either.
     """
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / 127

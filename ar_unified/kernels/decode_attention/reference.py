@@ -9,7 +9,7 @@ from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why this module cannot compute these arguments; None if it can."""
+    """Returns the reason why this module cannot compute these arguments, or None if it can."""
     return None
 
 

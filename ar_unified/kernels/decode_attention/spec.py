@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 
 class Cache(NamedTuple):
-    """The slots that queries see: in row b, begin[b] <= s < end[b], which may be empty.
+    """A cache and the slots that queries see. In row b these are begin[b] <= s < end[b], possibly none.
 
-    k, v: [B, K, S, H].  scales: the factors of keys and of values, float32 [B, K, 1, S] each; None: no factors. begin,
-    end: int32 [B], 0 <= begin < end <= S or both 0.
+    Attributes:
+      k, v: [B, K, S, H].
+      scales: the factors of keys and of values, float32 [B, K, 1, S] each; None: no factors.
+      begin, end: int32 [B], 0 <= begin < end <= S or both 0.
     """
 
     k: jax.Array
@@ -24,12 +26,12 @@ class Cache(NamedTuple):
 
     @property
     def seen(self) -> jax.Array:
-        """bool [B, S]."""
+        """Whether queries see each slot, bool [B, S]."""
         s = jnp.arange(self.k.shape[2], dtype=jnp.int32)
         return (self.begin[:, None] <= s) & (s < self.end[:, None])
 
     def before(self, n: int) -> Cache:
-        """The slots seen by queries n positions before these; the `end` of these may lie beyond the cache."""
+        """The cache for queries that are n positions before the present ones. `self.end` may lie beyond the cache."""
         end = jnp.clip(self.end - n, 0, self.k.shape[2])
         return self._replace(begin=jnp.maximum(self.begin - n, 0), end=end)
 

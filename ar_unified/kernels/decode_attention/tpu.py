@@ -2,9 +2,9 @@
 product.
 
 The grid is as long as the list of live blocks, not as B * S. Blocks of slots that no query sees, before a window or
-after a row's end, are not fetched and not visited. The next row's first block is being copied while the last one of
-this row is computed. A core runs its steps one after the other and carries the softmax along, so nothing is split and
-merged here. If a chip has two cores (v4, v5p), each takes half of the KV heads.
+after a row's end, are not fetched and not visited. While the last block of a row is computed, the first block of the
+next row is being copied. A core runs its steps one after the other and carries the running softmax along, so no row is
+split into parts that must be merged. If a chip has two cores (v4, v5p), each takes half of the KV heads.
 
 If the last axis of an array does not fill rows of 128 lanes, XLA puts the axis before it along the lanes. So a cache of
 head dim 64 is passed as [B, K, H, S], which is its layout in memory: no copy is made.
@@ -24,13 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
 BLOCK_BYTES = 512 * 1024  # bytes of keys in a step: a copy long enough to hide the step's fixed cost of 0.3 us
-HEADS = 8  # most KV heads per step; each is a separate product
+HEADS = 8  # KV heads per step, at most; each is a separate product
 DTYPES = (jnp.float32, jnp.bfloat16)
 SMALL_DTYPES = (jnp.int8, jnp.float8_e4m3fn)  # only for a cache
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why this module cannot compute these arguments; None if it can."""
+    """Returns the reason why this module cannot compute these arguments, or None if it can."""
     if q.dtype not in DTYPES or k.dtype not in (*DTYPES, *SMALL_DTYPES):
         expected = "q in float32 or bfloat16 and a cache in one of these, int8 or float8_e4m3fn"
         return f"expected {expected}; found {q.dtype} and {k.dtype}"
@@ -45,7 +45,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     K, S = cache.k.shape[1:3]
     G = N // K
     heads, block = _tiles(K, S, H, cache.k.dtype.itemsize)
-    # The rows of a tile are the heads of a step where each has one query: an axis of size 1 would be padded to eight.
+    # If each KV head has one query, the rows of a tile are the heads of a step: an axis of size 1 would be padded to 8.
     rows = (heads,) if G == 1 else (heads, G)
     query = (q * jnp.asarray(spec.scale, q.dtype)).reshape(B, K // heads, *rows, H)
     row_of, block_of, count = _live_blocks(cache, block)
@@ -59,7 +59,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     else:
         slots = pl.BlockSpec((1, heads, block, H), lambda h, i, row_of, block_of, *_: (row_of[i], h, block_of[i], 0))
         k, v = cache.k, cache.v
-    # A block of some heads of [B, K, S] would not be a whole tile; with an axis of size 1 in between, it is.
+    # A block of some heads of [B, K, S] would not be a whole tile. With an axis of size 1 between K and S, it is.
     scales = pl.BlockSpec((1, heads, 1, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
     quantized = [] if cache.scales is None else list(cache.scales)
     out, lse = pl.pallas_call(
@@ -86,21 +86,21 @@ def _tiles(K: int, S: int, H: int, itemsize: int) -> tuple[int, int]:
     """KV heads and slots per step: at most half of the heads, so that two cores can share them, and BLOCK_BYTES of
     keys."""
     heads = max(n for n in range(1, max(K // 2, 1) + 1) if K % n == 0 and n <= HEADS)
-    fit = BLOCK_BYTES // (heads * max(H, 128) * itemsize)  # a power of two if the head dim is one
+    fit = BLOCK_BYTES // (heads * max(H, 128) * itemsize)  # a power of two if the head dim is a power of two
     return heads, min(S, max(fit // 128 * 128, 128))
 
 
 def _live_blocks(cache: Cache, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The row of each live block and its place in the row, int32 [B * blocks per row], and the number of live blocks;
-    the rest of the list is never read. A row without live slots is listed with its first block, so that its zeros are
-    written.
+    """Returns the row of each live block, its place in the row, both int32 [B * blocks per row], and the number of live
+    blocks. Entries after this number are never read. A row without live slots is listed with its first block, so that
+    its zeros are written.
     """
     B, S = cache.k.shape[0], cache.k.shape[2]
     first = cache.begin // block
     count = jnp.maximum(pl.cdiv(cache.end, block) - first, 1)
-    behind = jnp.cumsum(count)  # of each row: one more than its last place in the list
+    behind = jnp.cumsum(count)  # for each row: one more than the place of its last block in the list
     i = jnp.arange(B * pl.cdiv(S, block), dtype=jnp.int32)
-    # Compares all with all, because a search with look-ups would be loops and gathers on TPU, in every layer.
+    # All pairs are compared, because on a TPU a binary search would become loops and gathers, in every layer.
     row = jnp.minimum((behind <= i[:, None]).sum(1, dtype=jnp.int32), B - 1)
     shift = jnp.where(row[:, None] == jnp.arange(B), first - (behind - count), 0).sum(1, dtype=jnp.int32)
     return row, i + shift, behind[-1]
@@ -110,7 +110,7 @@ def _kernel(spec, block, turned, row_of, block_of, begin, end, q, k, v, *refs):
     *scales, out, lse, highest, total, acc = refs
     i = pl.program_id(1)
     row, start = row_of[i], block_of[i] * block
-    first, last = begin[row], end[row] - 1  # of the slots that the row sees
+    first, last = begin[row], end[row] - 1  # the first and the last slot that the row sees
 
     @pl.when(start <= first)
     def _():
@@ -153,7 +153,7 @@ def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     if seen is not None:
         scores = jnp.where(seen(scores.shape, 2), scores, -jnp.inf)
-        # Memory after the array's end has arbitrary values, perhaps NaN, and a weight of zero does not remove these.
+        # Memory after the array's end has arbitrary values, perhaps NaN, and a weight of zero does not remove a NaN.
         values = jnp.where(seen(values.shape, cached.index("S")), values, 0)
     new = jnp.maximum(highest[...], scores.max(-1, keepdims=True))  # finite: each listed block has a seen slot
     weights, shrink = jnp.exp(scores - new), jnp.exp(highest[...] - new)

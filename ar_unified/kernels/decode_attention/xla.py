@@ -1,8 +1,8 @@
 """Decode attention with XLA only: any platform, any shape.
 
 XLA's shapes are static, so it reads the whole cache, or a half, a quarter or an eighth of it, depending on the longest
-row of the batch. The result of a row does not depend on this, because more slots add exact zeros in the same order. On
-a CPU it is the same bit for bit if the cache's length is a multiple of SHORTEST.
+row of the batch. The result of a row does not depend on this: additional slots only add exact zeros, and do not change
+the order of the sum. On a CPU the results are equal bit for bit if the cache's length is a multiple of SHORTEST.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 from ar_unified.kernels.row_max import row_max
 
-PREFIXES = (8, 4, 2, 1)  # parts of the cache; XLA copies a part, so more choices do not pay off
+PREFIXES = (8, 4, 2, 1)  # the length is divided by one of these; XLA copies the part, so more choices are not worth it
 SHORTEST = 64  # the shortest prefix; prefixes except the whole cache are multiples of it
 _HIDDEN = -1e30  # added to the score of an unseen slot; finite, so that a row that sees no slot gives no NaN
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why this module cannot compute these arguments; None if it can."""
+    """Returns the reason why this module cannot compute these arguments, or None if it can."""
     return None
 
 
@@ -39,7 +39,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
 
 
 def prefixes(length: int) -> list[int]:
-    """The numbers of slots that may be read of a cache of `length`, in rising order."""
+    """The possible numbers of slots that are read from a cache of `length` slots, in ascending order."""
     parts = (-(-length // (SHORTEST * part)) * SHORTEST for part in PREFIXES)
     return sorted({min(part, length) for part in parts})
 
@@ -52,8 +52,8 @@ def _first(cache: Cache, slots: int) -> Cache:
 def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
     B, *_, N, H = q.shape
     K, T = cache.k.shape[1], q.shape[1] if q.ndim == 4 else 1
-    # The queries of a row and the heads of a group are the rows of one matrix, without an axis for a single query: at B
-    # = 1, XLA CPU's product is up to 3x faster without that axis.
+    # The queries of a row and the heads of a group are the rows of one matrix. A single query has no axis of its own,
+    # because at B = 1 a product on a CPU is up to 3x faster without this axis.
     query = _rows(q * jnp.asarray(spec.scale, q.dtype), T, K)
     k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
     scores = jnp.einsum("BKGH,BKSH->BKGS", query, k, preferred_element_type=jnp.float32)
@@ -63,9 +63,9 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     # A bias is added instead of masking scores, because all layers and heads share it, which costs less.
     scores += _bias(cache, T, N // K)
-    highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # for a row that sees no slot: its weights become exactly 0
+    highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # if a row sees no slot, its weights become exactly 0
     weights = jnp.exp(scores - highest)
-    # A product, because XLA CPU's sum of a row of S numbers has an order that depends on S.
+    # A product with ones computes the sum, because on a CPU the order of XLA's own sum depends on S.
     ones = jax.lax.optimization_barrier(jnp.ones(weights.shape[-1], weights.dtype))
     total = jnp.einsum("BKGS,S->BKG", weights, ones)[..., None]
     if cache.scales is not None:
@@ -77,7 +77,7 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
 
 
 def _rows(q: jax.Array, T: int, K: int) -> jax.Array:
-    """[B, K, T * G, H] of queries [B, N, H] or [B, T, N, H]."""
+    """Queries [B, N, H] or [B, T, N, H] as rows [B, K, T * G, H]."""
     B, *_, N, H = q.shape
     return jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H)
 
