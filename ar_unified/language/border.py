@@ -28,10 +28,10 @@ Run = tuple[int, int, int]  # first published id, first of ours, length
 
 @dataclass(frozen=True)
 class Border:
-    """Runs of ids that have the same order on both sides, sorted by published id. JSON: `manifest`, `from_manifest`.
+    """Runs of ids that have the same order on both sides, sorted by published id. `manifest` gives them as JSON.
 
     Raises:
-        ValueError: the runs are not a bijection of 0..V-1; the message names the first id that is missing or occurs
+        ValueError: if the runs are not a bijection of 0..V-1. The message names the first id that is missing or occurs
             twice.
     """
 
@@ -51,7 +51,7 @@ class Border:
 
     @classmethod
     def from_ids(cls, theirs: Sequence[int] | np.ndarray) -> Border:
-        """The border of theirs[i], int [V], the published id of our id i."""
+        """Makes the border from published ids, int [V], where theirs[i] is the published id of our id i."""
         ids = np.asarray(theirs, np.int64)
         if ids.ndim != 1 or not len(ids):
             raise ValueError(f"border: expected published ids [V], found {ids.dtype} {list(ids.shape)}")
@@ -66,7 +66,7 @@ class Border:
 
     @cached_property
     def theirs(self) -> np.ndarray:
-        """int32 [V]: the published id of each of ours."""
+        """int32 [V]: the published id of each of our ids."""
         out = np.empty(self.size, np.int32)
         for theirs, ours, count in self.runs:
             out[ours : ours + count] = np.arange(theirs, theirs + count)
@@ -74,7 +74,7 @@ class Border:
 
     @cached_property
     def ours(self) -> np.ndarray:
-        """int32 [V]: our id of each published one."""
+        """int32 [V]: our id of each published id."""
         return np.argsort(self.theirs).astype(np.int32)
 
     def gather(self, rows: Any) -> Any:
@@ -109,7 +109,7 @@ class Ids:
 
     Args:
         border: None if both id spaces are the same.
-        size: V, the ids that have a probability.
+        size: V, the number of ids that have a probability.
     """
 
     def __init__(self, border: Border | None, size: int):
@@ -152,7 +152,7 @@ class MappedCodec:
 
     @classmethod
     def of(cls, file: str, data: bytes, border: Border, size: int, lossy: Lossy = "refuse") -> MappedCodec:
-        """Opens a tokenizer's file, with the format that its name tells (`reading.codec`). Text is encoded with text
+        """Opens a tokenizer's file, whose name determines its format (`reading.codec`). Text is encoded with text
         pieces only.
         """
         return cls(codec(file, data, lossy=lossy, text_ids={*border.theirs[:size].tolist()}), border, size)
@@ -165,7 +165,7 @@ class MappedCodec:
         if self._text[-1] >= self.codec.size:
             found = f"id {self._text[-1]} for one"
             raise ValueError(f"border: expected text pieces below {self.codec.size}, of {self.file}; found {found}")
-        self.codec.decode(self._text.tolist())  # raises for an id in between that is not the tokenizer's
+        self.codec.decode(self._text.tolist())  # raises if the tokenizer lacks one of these ids
 
     @property
     def _text(self) -> np.ndarray:
@@ -199,7 +199,7 @@ class MappedCodec:
 
     @cached_property
     def piece_bytes(self) -> np.ndarray:
-        """int32 [size]."""
+        """int32 [size]: the number of UTF-8 bytes of text that each of our ids stands for."""
         return self.codec.piece_bytes[self._text]
 
     def is_byte(self, id: int, /) -> bool:

@@ -204,13 +204,13 @@ class Document:
 
 
 def _shows(turns: Sequence[Turn]) -> bool:
-    """Whether there are images."""
+    """Whether the turns have images."""
     return any(not isinstance(part, TextPart) for turn in turns for part in turn.parts)
 
 
 def check_speakers(speakers: Sequence[str]) -> None:
     """Raises DocumentError("bad_turns") unless turns of these speakers may follow each other in a document."""
-    if list(speakers) in (["document"], ["user", "assistant"]):  # nearly all
+    if list(speakers) in (["document"], ["user", "assistant"]):  # true for nearly all documents
         return
     talk = list(speakers[1:] if speakers[:1] == ["system"] or speakers[:1] == ("system",) else speakers)
     if not talk or len(talk) % 2 or any(who != ("user", "assistant")[i % 2] for i, who in enumerate(talk)):

@@ -1,4 +1,4 @@
-"""Document <-> ids: the one description of what is valid where, shared by data, loss and sampler.
+"""Converts documents to ids and back. Data, loss and sampler share this one definition of what is valid.
 
 The layout (`layouts`) says how images and turns are written, and `ImageLayout` how large images are.
 
@@ -32,13 +32,15 @@ class TextLost(GrammarError):
 
 
 class TextCodec(Protocol):
-    """Lossless text <-> ids 0..text_size-1. If it has a `hash`, this must equal the vocabulary's `text_hash`."""
+    """Converts text to ids 0..text_size-1 and back without loss. A `hash`, if it has one, must equal the vocabulary's
+    `text_hash`.
+    """
 
     def encode(self, text: str, /) -> list[int]:
         """The ids of a text."""
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """The text of ids."""
+        """The text that ids stand for."""
 
 
 class Break(NamedTuple):
@@ -56,8 +58,8 @@ class Grammar:
     A vocabulary without image codes has no images, and its image layout `TEXT_ALONE` is never used.
 
     Raises:
-        ValueError: the layout needs a token that the vocabulary lacks.
-        ManifestMismatch: the codec's `hash` or `size` differs from the vocabulary's.
+        ValueError: if the layout needs a token that the vocabulary lacks.
+        ManifestMismatch: if the codec's `hash` or `size` differs from the vocabulary's.
     """
 
     def __init__(self, vocabulary: Vocabulary, layout: ImageLayout, text_codec: TextCodec):
@@ -79,8 +81,8 @@ class Grammar:
         """The document as ids and marks. Its parts must be TextPart or CodesPart.
 
         Raises:
-            GrammarError: the document is invalid, or the layout, the codebook or the text tokenizer cannot represent a
-                part.
+            GrammarError: if the document is invalid, or the layout, the codebook or the text tokenizer cannot represent
+                a part.
         """
         try:
             document.check()
@@ -90,7 +92,7 @@ class Grammar:
         return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
-        """The ids that a sampler starts from, int32 [n]: turns to answer, or a text without turns to continue.
+        """The ids that a sampler starts from, int32 [n]. It then answers the turns, or continues text without turns.
 
         Raises GrammarError like `encode`.
         """
@@ -229,14 +231,14 @@ class Grammar:
     # ---- ids to documents ----------------------------------------------------------------------------------------
 
     def parse(self, tokens: np.ndarray | Sequence[int]) -> Document:
-        """The document of ids that `encode` wrote, or a sampler with the automaton. It is the exact inverse of
+        """The document of ids that come from `encode`, or from a sampler with the automaton. It is the exact inverse of
         `encode`, except for layouts that separate turns by text: those give one turn without a speaker.
 
         Args:
             tokens: [n] ids, without padding.
 
         Raises:
-            GrammarError: with the position of the first token that is not valid at its place.
+            GrammarError: if a token is not valid at its place. It has the position of the first one.
         """
         turns, at, _ = self._read(np.asarray(tokens), whole=True)
         if turns is None:
@@ -316,11 +318,11 @@ class Grammar:
     # ---- ids to ids: how data changes a document that is already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The empty prompt, then the last answer. Raises GrammarError if there is no turn (see `drop_context`)."""
+        """The empty prompt, followed by the last answer. Raises GrammarError without turns (see `drop_context`)."""
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
-        """The empty prompt, then the document from one of its `own_images` on.
+        """The empty prompt, followed by the document from number `image` of its `own_images` on.
 
         Raises GrammarError if there is no such image.
         """
@@ -337,7 +339,7 @@ class Grammar:
     def swap_turn(self, document: Encoded) -> Encoded:
         """Swaps the last question and its answer, so that a pair is read in the other direction.
 
-        Raises GrammarError if there is no turn, or if text separates turns.
+        Raises GrammarError if there are no turns, or if text separates them.
         """
         self._borders(document)
         if not self.can_swap:
@@ -372,7 +374,7 @@ class Grammar:
         """The grammar that a manifest describes.
 
         Raises:
-            ManifestMismatch: a field is missing or unknown here, or `text_codec` is another tokenizer.
+            ManifestMismatch: if a field is missing or unknown here, or `text_codec` is another tokenizer.
         """
         vocabulary = Vocabulary.from_manifest(manifest)
         try:

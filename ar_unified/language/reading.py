@@ -32,7 +32,7 @@ class GrammarError(ValueError):
 class Item(NamedTuple):
     """A run of text pieces, an image, or any other single id, from `begin` to before `end`.
 
-    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's view, for an image in which the ids break off.
+    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state, for an image that the ids break off.
     """
 
     kind: str  # text | image | other
@@ -50,7 +50,7 @@ class Reader:
         self._texts = np.append(self.vocabulary.role(ids) == Role.TEXT, False)
 
     def items(self, at: int) -> Iterator[Item]:
-        """The items from `at` on. Raises GrammarError for an invalid image; one that only breaks off is allowed."""
+        """The items from `at` on. Raises GrammarError for an invalid image; the last one may be incomplete."""
         while at < len(self.ids):
             text = at + int(np.argmin(self._texts[at:]))
             begin = self._opening(at, text)
@@ -133,9 +133,9 @@ class Reader:
         what = self.vocabulary.name(syntax.row_end) if column == w else "an image code"
         return f"{what} (row {row}, column {column} of {h} x {w})"
 
-    # ---- sizes: (number of units, digits written, end); None and self._value if the ids break off -------
+    # ---- sizes: (number of units, 0, position after it), or (None, digits written, position) if the ids break off ----
 
-    _value = 0
+    _value = 0  # the number so far, if the ids break off in it
 
     def _size_token(self, at: int, name: str, most: int, _: int) -> tuple[int | None, int, int]:
         if at >= len(self.ids):
@@ -177,6 +177,6 @@ def find(ids: np.ndarray, run: tuple[int, ...], offset: int = 0) -> int:
 
 
 def half_open(syntax: Syntax, ids: np.ndarray) -> int:
-    """How many ids of an `open` written as text are at the end of ids [n]."""
+    """How many of the last ids [n] begin an `open` that is text."""
     run = syntax.open
     return next((n for n in range(min(len(run) - 1, len(ids)), 0, -1) if tuple(ids[-n:]) == run[:n]), 0)

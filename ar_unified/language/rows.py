@@ -51,11 +51,11 @@ BLOCKS = "\n\n"  # between adjacent texts, which are blocks of one text
 
 
 class UnknownKeys(DocumentError):
-    """A row whose keys are those of no kind of row, or of two ("bad_row")."""
+    """The keys of a row match no kind of row, or two kinds ("bad_row")."""
 
 
 def read_parts(content: object, image: Callable[[str, str], Image], where: str, tokens: bool = False) -> list[Any]:
-    """Reads a text or a list of parts: TextPart, the result of `image` for an image's reference, TokensPart.
+    """Reads a text or a list of parts. Texts become TextPart, ids TokensPart, and images what `image` returns.
 
     Args:
         content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys
@@ -66,7 +66,7 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
     Adjacent texts are joined by a blank line.
 
     Raises:
-        DocumentError: the content, or a part of it, has no valid form.
+        DocumentError: if the content, or a part of it, has no valid form.
     """
     if isinstance(content, str):
         check_text(content, where)
@@ -103,10 +103,10 @@ def read_messages(
     """(speaker, parts, trained) for each turn of a conversation. trained: whether it is learned; None: decided by its
     speaker.
 
-    Successive messages of one role become one turn. If the assistant speaks first, an empty user turn is put before.
+    Successive messages of one role become one turn. If the assistant speaks first, an empty user turn is put before it.
 
     Raises:
-        DocumentError: the value is not a list of messages.
+        DocumentError: if the value is not a list of valid messages.
     """
     if not isinstance(messages, list) or not messages:
         raise DocumentError("bad_row", f"{where}: expected a list of at least one message, found {messages!r:.80}")
@@ -146,8 +146,8 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
         load_image: takes a reference and returns the image, uint8 [H, W, 3]; its exceptions are not caught.
 
     Raises:
-        DocumentError: the row matches no kind or two kinds (UnknownKeys), a field has a wrong type, or the document is
-            invalid.
+        DocumentError: if the row matches no kind or two kinds (UnknownKeys), a field has a wrong type, or the document
+            is invalid.
     """
     if not isinstance(row, Mapping):
         raise DocumentError("bad_row", f"expected an object, found {type(row).__name__}")
@@ -167,7 +167,7 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
 
 
 def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Sequence[Turn]:
-    """The turns of a row of one of _KINDS."""
+    """The turns of a row, which must be one of _KINDS."""
     used = KEYS & row.keys() - {"id", "prompt"}
     if used not in _KINDS:
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
@@ -224,13 +224,16 @@ def is_conversation(value: object) -> bool:
 def parted(
     asked: Mapping[str, Any], said: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The question and the two answers of a pair. Its answers are conversations that differ only in the last message.
+    """The question and the two answers of a pair, whose answers are conversations that differ only in the last message.
 
-    asked: the row's "prompt" and "messages". If the conversations have more than one message, they contain the
-    question. The row may then repeat it: as a prompt that is one of their texts, or as messages that equal one of the
-    two.
+    If the conversations have more than one message, the messages before the last are the question. The row may then
+    repeat it: as a prompt that is one of their texts, or as messages that equal the question or one of the two.
 
-    Raises DocumentError: messages before the last differ ("bad_row"), or `asked` has another question ("two_prompts").
+    Args:
+        asked: the row's "prompt" and "messages", as far as it has them.
+        said: the row's "chosen" and "rejected".
+
+    Raises DocumentError if messages before the last differ ("bad_row"), or `asked` is another question ("two_prompts").
     """
     chosen, rejected = (list(said[key]) for key in ANSWERS)
     if chosen[:-1] != rejected[:-1]:
@@ -297,8 +300,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: the document is invalid; it has codes; it has no turns, and either no parts or a value of
-        `trained`; or a key of `meta` is one that the row needs.
+        DocumentError: if the document is invalid or has codes; if it has no turns, and either no parts or a value of
+            `trained`; or if a key of `meta` is also a key of rows.
     """
     document.check()
     if document.rejected is not None:
@@ -333,7 +336,7 @@ def _preference_row(document: Document, save_image: Callable[[np.ndarray], str])
 
 
 def _named(document: Document) -> dict[str, Json]:
-    """The document's name and its `meta`."""
+    """The document's `id` and `meta`, as keys of a row."""
     taken = sorted(KEYS & document.meta.keys())
     if taken:
         raise DocumentError("bad_row", f"meta key {taken[0]!r} is a field of the row itself: rename it")

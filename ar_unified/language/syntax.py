@@ -74,7 +74,7 @@ class ImageLayout:
 
     @property
     def row_ends(self) -> tuple[int, int]:
-        """(a, b): `a` ids follow each row, except after `b` rows; both are 0 or 1."""
+        """(a, b): `a` ids follow each row, but none follow the last `b` rows; both are 0 or 1."""
         return int(self.record.rows != "none"), int(self.record.rows == "between")
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
@@ -157,9 +157,9 @@ class Syntax:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, layout: ImageLayout, encode: Callable[[str], Sequence[int]]) -> Syntax:
-        """`encode` gives the ids of the marks that are text.
+        """The syntax of a layout. `encode` returns the ids of a text, for the marks that are text.
 
-        Raises ValueError: a control or size token is missing, or the text tokenizer has no single piece for a digit.
+        Raises ValueError if a control or size token is missing, or the text tokenizer has no single piece for a digit.
         """
         record = layout.record
 
