@@ -1,9 +1,9 @@
-"""Table rows that each adapter of a sampler has for itself, such as rows for ids that its language model lacked.
+"""Table rows that belong to one adapter of a sampler, such as rows for ids that its language model lacked.
 
 params["rows"]: {"embedding": {"at": i32 [V], which of the own rows an id has, or -1; "own": [A, n, D]},
                  "head": {part: {"at": i32 [n], ids, ascending; "own": [A, n, D]}}}, parts as in PARTS.
 
-Number 0 means no adapter: its own rows are those of the model.
+Adapter 0 means no adapter: its own rows are copies of the model's rows.
 
 A adapters, n own rows, B rows of a batch, T positions, D model, V vocabulary.
 """
