@@ -176,11 +176,11 @@ class Bundle:
             raise BundleError(f"{self.folder}: expected the folder of a bundle, found none")
         if not (self.folder / BUNDLE).exists():
             workdir = (self.folder / "text_tokenizer").exists() and (self.folder / "model").exists()
-            more = "is a workdir: `ar-unified export` makes a bundle of it" if workdir else "is none"
+            more = "is a workdir: `ar-unified export` makes a bundle of it" if workdir else "folder has none"
             raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; this {more}")
         record = self._json(BUNDLE)
         if (found := record.get("version")) != VERSION or isinstance(found, bool):
-            raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another ar_unified wrote it")
+            raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another ar_unified made it")
         self._files = self._checked(record.get("files"))
         for name, (size, _) in self._files.items():
             if (found := self._path(name).stat().st_size) != size:
@@ -264,7 +264,7 @@ class Bundle:
         with self._reading(IMAGE):
             tokenizer = ImageTokenizer.load(self.folder / IMAGE, batch_size=batch_size)
         if tokenizer.hash != (found := self.language.get("image_hash")):
-            raise self._error(LANGUAGE, f"expected image tokenizer {tokenizer.hash[:12]}, found {found!r:.20}")
+            raise self._error(LANGUAGE, f"image_hash: expected {tokenizer.hash[:12]}, as {IMAGE}; found {found!r:.20}")
         return tokenizer
 
     @cached_property
@@ -278,7 +278,7 @@ class Bundle:
                 LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} has, found {vocabulary.size}"
             )
         if self.has_images > bool(vocabulary.codebook_size) or bool(vocabulary.image_hash) > self.has_images:
-            raise self._error(LANGUAGE, f"expected image codes with {IMAGE} and its hash, or none of the three")
+            raise self._error(LANGUAGE, f"expected image codes, {IMAGE} and its hash, or none of the three; found some")
         return grammar
 
     def params(self, places: Any = None, dtype: Any = None, then: Callable[..., object] | None = None) -> Params:
@@ -327,8 +327,8 @@ class Bundle:
                 kinds = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
             if kinds.keys() != (told := {name for name, where in index.items() if where == file}):
                 name = min(kinds.keys() ^ told)
-                wrong = "is missing" if name in told else f"{INDEX} has no such tensor in it"
-                raise self._error(file, f"{name!r:.80}: {wrong}")
+                wrong = f"missing, though {INDEX} lists it" if name in told else f"not listed in {INDEX}"
+                raise self._error(file, f"tensor {name!r:.80} is {wrong}")
             for name, (shape, dtype) in kinds.items():
                 if shape != leaves[name].shape:
                     raise self._error(file, f"{name}: expected shape {leaves[name].shape}, found {shape}")

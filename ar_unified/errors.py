@@ -91,16 +91,16 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return str(error), error.exit_status
     if isinstance(error, OSError):
         stopped = error.errno in _DISK
-        more = ". What is done stays; free some space, and the same command goes on from there" if stopped else ""
+        more = ". Finished work is kept: free some space and run the same command again" if stopped else ""
         return in_words(error) + more, STOPPED if stopped else UNUSABLE
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
         return (
             f"out of memory: {_first_line(error)}. Try model.remat=full, a smaller loss.chunk or sampling.batch_size, "
-            "or more training.accumulation: they do not change results, and the same command with them continues",
+            "or more training.accumulation: none of them changes results, and the same command with them continues",
             STOPPED,
         )
     if isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error)):
-        return f"JAX: {_first_line(error)}; JAX_PLATFORMS=cpu runs without an accelerator", UNUSABLE
+        return f"JAX: {_first_line(error)}; set JAX_PLATFORMS=cpu to run without an accelerator", UNUSABLE
     return None
 
 

@@ -56,7 +56,7 @@ def noted() -> Iterator[Callable[[], int]]:
         if came:
             raise Interrupted(number)
         came.append(number)
-        line = f"{Interrupted(number).name}: stopping after this step with a checkpoint; once more to stop at once\n"
+        line = f"{Interrupted(number).name}: stopping after this step with a checkpoint; repeat to stop at once\n"
         os.write(2, line.encode())  # print is not safe inside a handler
 
     with _handling(note):

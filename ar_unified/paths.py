@@ -20,7 +20,7 @@ def home(path: str | os.PathLike[str]) -> str:
     found = os.path.expanduser(os.fspath(path))
     if found.startswith("~"):
         person = found.partition("/")[0]
-        raise ValueError(f"{path}: {person} has no home folder here; a folder of that name is ./{person}")
+        raise ValueError(f"{path}: {person} has no home folder here; if a folder has that name, write ./{person}")
     return found
 
 

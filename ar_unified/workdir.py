@@ -73,7 +73,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # from UTF-8 or JSON
-        raise UserError(f"{path}: expected JSON, as it was written: {error}. It was changed, or cut short") from error
+        raise UserError(f"{path}: expected JSON: {error}. The file was changed or cut short") from error
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
@@ -300,10 +300,10 @@ class Workdir:
         deadline = time.monotonic() + patience
         while not (_now(path).exists() and (content is None or read_json(path) == content)):
             if time.monotonic() > deadline:
-                found = "holds something else" if path.exists() else "is not there"
+                found = "has other content" if path.exists() else "is not there"
                 raise NotShared(
-                    f"process 0 has written {path.absolute()}; seen from this process, on {os.uname().nodename}, "
-                    f"it {found}: --workdir must be on storage that all processes share, and their configs the same"
+                    f"process 0 has written {path.absolute()}, but for this process, on {os.uname().nodename}, it "
+                    f"{found}: --workdir must be on storage that all processes share, and all need the same config"
                 )
             time.sleep(0.1)
 

@@ -38,11 +38,12 @@ class Border:
     runs: tuple[Run, ...]
 
     def __post_init__(self) -> None:
-        for side, at in (("theirs", 0), ("ours", 1)):
+        for side, at in (("published ids", 0), ("our ids", 1)):
             end = 0
             for first, count in sorted((run[at], run[2]) for run in self.runs):
                 if first != end or count < 1:
-                    raise ValueError(f"border: expected each id of {side} once; id {min(first, end)} is not")
+                    wrong = f"id {min(first, end)} is missing, repeated or out of range"
+                    raise ValueError(f"border: expected {side} 0, 1, 2, ... each once; {wrong}")
                 end += count
         if not self.runs:
             raise ValueError("border: expected at least one run of ids, found none")
@@ -163,8 +164,8 @@ class MappedCodec:
         if np.any(np.diff(self._text) < 0):
             raise ValueError("border: expected text pieces in the order of the published ids")
         if self._text[-1] >= self.codec.size:
-            found = f"id {self._text[-1]} for one"
-            raise ValueError(f"border: expected text pieces below {self.codec.size}, of {self.file}; found {found}")
+            expected = f"ids of text pieces below {self.codec.size}, the size of {self.file}"
+            raise ValueError(f"border: expected {expected}; found {self._text[-1]}")
         self.codec.decode(self._text.tolist())  # raises if the tokenizer lacks one of these ids
 
     @property
@@ -212,7 +213,7 @@ class MappedCodec:
         beyond = len(theirs) and theirs.max() >= self.border.size
         ids = [self.size] if beyond else self.border.ours[theirs].tolist()
         if ids and max(ids) >= self.size:
-            raise ValueError(f"the text {text!r:.60} is spelled with an id that is no text piece")
+            raise ValueError(f"the text {text!r:.60} is encoded with an id that is not a text piece")
         return ids
 
     def decode(self, ids: Sequence[int], /) -> str:

@@ -182,7 +182,7 @@ class Document:
         """Raises DocumentError, naming the first part that no grammar could encode and decode."""
         check_speakers([turn.speaker for turn in self.turns])
         if self.rejected is not None and (not self.asks or self.rejected.speaker != "assistant"):
-            raise DocumentError("bad_turns", "a rejected answer: expected the assistant's, to a question")
+            raise DocumentError("bad_turns", "rejected: expected an assistant's turn, in a document with turns")
         i = 0
         for turn in (*self.turns, *([] if self.rejected is None else [self.rejected])):
             before: Part | None = None

@@ -202,14 +202,14 @@ class Grammar:
         try:
             ids = self.text_codec.encode(text)
         except ValueError as error:
-            raise GrammarError(i, "a text the tokenizer can spell", str(error), unit="part") from error
+            raise GrammarError(i, "a text that the tokenizer can encode", str(error), unit="part") from error
         if ids and (min(ids) < 0 or max(ids) >= self.vocabulary.text_size):
             expected = f"ids 0..{self.vocabulary.text_size - 1} from the text tokenizer"
             raise GrammarError(i, expected, f"{ids!r:.80} for {text!r:.80}", unit="part")
         back = self.text_codec.decode(ids)
         if back != text:
             at = len(os.path.commonprefix([text, back]))
-            expected = f"a text the tokenizer gives back, {text[at : at + 20]!r} at character {at}"
+            expected = f"a text that decodes unchanged, with {text[at : at + 20]!r} at character {at}"
             raise TextLost(i, expected, repr(back[at : at + 20]), unit="part")
         opening = self.syntax.open
         if self.syntax.spelled and find(np.append(ids, opening[:-1]), opening) >= 0:
@@ -343,7 +343,7 @@ class Grammar:
         """
         self._borders(document)
         if not self.can_swap:
-            raise GrammarError(0, "turns told apart by ids", "turns told apart by text")
+            raise GrammarError(0, "turns separated by ids", "turns separated by text")
         return encoded.swapped(document)
 
     @property

@@ -40,7 +40,7 @@ def text_codec(record: Mapping[str, Json], file: str, data: bytes, lossy: Lossy 
         return codec(file, data, lossy=lossy)
     border, size = Border.from_manifest(record[_BORDER]), record.get("text_size")
     if border.size != (used := record.get("used")):
-        raise ValueError(f"border: expected {used!r} ids, as many as are used; found {border.size}")
+        raise ValueError(f"border: expected {used!r} ids, as `used` says; found {border.size}")
     if type(size) is not int:
         raise ValueError(f"text_size: expected a whole number, found {size!r:.40}")
     return MappedCodec.of(file, data, border, size, lossy)

@@ -92,7 +92,7 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
                 raise DocumentError("bad_row", f"{at}: expected ids, a list of whole numbers, found {ids!r:.80}", i)
             parts.append(TokensPart(tuple(ids)))
         else:
-            kinds = '"text", "image"' + (' or "tokens"' if tokens else "")
+            kinds = '"text", "image" or "tokens"' if tokens else '"text" or "image"'
             raise DocumentError("bad_row", f"{at}: expected type {kinds}, found {part!r:.80}", i)
     return parts
 
@@ -175,10 +175,10 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
     prompt = row.get("prompt")
     if "answer" in row and "question" not in row:
         if prompt in (None, "", []):
-            raise DocumentError("no_prompt", "answer: expected a prompt beside it, found none")
+            raise DocumentError("no_prompt", "answer: expected a prompt in the same row, found none")
         return [*_asked(prompt, "prompt", image), _answer(row["answer"], "answer", image)]
     if "prompt" in row and ("segments" not in row or type(prompt) is not int):
-        raise DocumentError("bad_prompt", f"prompt={prompt!r}: expected a whole number, beside segments")
+        raise DocumentError("bad_prompt", f"prompt={prompt!r}: expected a whole number, together with segments")
 
     def one(key: str) -> Part:
         if key == "image":
@@ -199,7 +199,7 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
 def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> list[Turn]:
     """The question, the chosen answer, and the rejected answer."""
     if others := sorted(KEYS & row.keys() - {"id", "prompt", "messages", *ANSWERS}):
-        raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found {others[0]} beside")
+        raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found also {others[0]}")
     if missing := [key for key in ANSWERS if key not in row]:
         raise DocumentError("bad_row", f"expected chosen and rejected, found no {missing[0]}")
     if all(is_conversation(row[key]) for key in ANSWERS):
@@ -240,7 +240,7 @@ def parted(
         count = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
         raise DocumentError(
             "bad_row",
-            f"expected answers to one conversation: chosen and rejected differ before their last messages, in {count}",
+            f"expected chosen and rejected to differ only in the last message; they differ from message {count} on",
         )
     answers = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
     before = chosen[:-1]
@@ -256,7 +256,7 @@ def parted(
             again |= value.strip() in texts
         if not again:
             raise DocumentError(
-                "two_prompts", f"{key}: expected what the conversations ask, or none; found {value!r:.80}"
+                "two_prompts", f"{key}: expected the conversations' question, or nothing; found {value!r:.80}"
             )
     return {"messages": before}, answers
 
@@ -287,7 +287,7 @@ def _segments(segments: object, prompt: int | None, image: Callable[[str, str], 
     if prompt is None:
         return (Turn("document", tuple(read_parts(segments, image, "segment"))),)
     if not 0 <= prompt <= len(segments):
-        raise DocumentError("bad_prompt", f"prompt={prompt}: expected 0..{len(segments)}, in segments")
+        raise DocumentError("bad_prompt", f"prompt={prompt}: expected a number of segments, 0..{len(segments)}")
     asked, answer = (tuple(read_parts(part, image, "segment")) for part in (segments[:prompt], segments[prompt:]))
     return Turn("user", asked), Turn("assistant", answer)
 
@@ -314,7 +314,7 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     if speakers == ["document"]:
         if not turns[0] or learned != [None]:
             raise DocumentError(
-                "bad_row", "a document without turns needs a part, and cannot say whether it is learned"
+                "bad_row", "a document without turns needs a part, and cannot have a value of `trained`"
             )
         row = {"segments": turns[0]}
     elif speakers != ["user", "assistant"] or learned != [None, None] or not document.parts:

@@ -42,8 +42,8 @@ class ImageLayout:
             raise ValueError(f"image layout: expected at least 1 x 1, found {self.height} x {self.width}")
         if self.depth < 1 or self.width % self.depth or (self.sized and not (self.most[0] and self.most[1])):
             raise ValueError(
-                f"image layout: expected sides of at least {' x '.join(map(str, self.units))} codes, the width a "
-                f"multiple of {self.depth}, found {self.height} x {self.width}"
+                f"image layout: expected sides of at least {' x '.join(map(str, self.units))} codes and a width "
+                f"that is a multiple of {self.depth}; found {self.height} x {self.width}"
             )
 
     @property

@@ -96,7 +96,7 @@ def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array
     times = ways // math.gcd(x.shape[axis], ways)
     if query_heads % (x.shape[axis] * times):
         raise ValueError(
-            f"attention: {query_heads} query heads over {x.shape[axis]} KV heads do not split over tensor={ways} "
-            "devices: choose a tensor axis that divides the query heads into whole groups"
+            f"attention: {query_heads} query heads over {x.shape[axis]} KV heads cannot be split over tensor={ways} "
+            "devices: choose a size of the tensor axis with which each device has whole groups of query heads"
         )
     return jnp.repeat(x, times, axis=axis) if times > 1 else x

@@ -112,7 +112,7 @@ class TransformerConfig:
             idle["qk_norm_per_head"] = "qk_norm 'none'"
         for name, why in idle.items():
             if (found := getattr(self, name)) != (default := getattr(type(self), name)):
-                raise ValueError(f"model.{name}: expected {default} with {why}, which does not read it; found {found}")
+                raise ValueError(f"model.{name}: expected {default} with {why}, which does not use it; found {found}")
 
 
 _ROPE: dict[str, tuple[str, ...]] = {  # the fields that each rope_scaling uses

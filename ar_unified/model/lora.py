@@ -133,7 +133,7 @@ def _of_place(key: str, said: str) -> tuple[str, float]:
     except ValueError:
         place = ""
     if not place:
-        raise ValueError(f"{key}: expected PLACE=NUMBER, as mlp=8; found {said!r}")
+        raise ValueError(f"{key}: expected PLACE=NUMBER, such as mlp=8; found {said!r}")
     _require_place(key, place)
     return place, found
 

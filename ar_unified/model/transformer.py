@@ -268,7 +268,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, params: Params, lora: LoraConfig | None = None):
         if ("lora" in params) != (lora is not None):
-            raise ValueError("expected a LoraConfig with params['lora'], and none without; found one of the two")
+            raise ValueError("expected a LoraConfig and params['lora'], or neither; found only one of them")
         self.config, self.adapting = config, lora
         self.embedding = nnx.Param(params["embedding"])
         self.layers = nnx.data(with_adapters(params))
