@@ -11,7 +11,7 @@
     model-00001-of-0000N.safetensors     the transformer's parameters, named by their paths, in their original dtypes
     model.safetensors.index.json         which of those files has which parameter
     published.json                       for imported weights: settings that are only needed to export them again
-    published.safetensors                the same for tensors
+    published.safetensors                tensors for the same purpose
     README.md                            the model card, for people; no code reads it, and bundle.json does not list it
 
 The folder may come from a stranger, so it is not trusted. Only the files named above are read. Links must not point
@@ -180,7 +180,7 @@ class Bundle:
             raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; this {more}")
         record = self._json(BUNDLE)
         if (found := record.get("version")) != VERSION or isinstance(found, bool):
-            raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another ar_unified made it")
+            raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another release wrote it")
         self._files = self._checked(record.get("files"))
         for name, (size, _) in self._files.items():
             if (found := self._path(name).stat().st_size) != size:

@@ -1,6 +1,6 @@
 """The grammar as integer state: which id each row of a sampler may emit next, inside one compiled loop.
 
-Every function is pure, elementwise over the batch, and made of comparisons: no tables over the vocabulary.
+Every function is pure, elementwise over the batch, and made of comparisons. None needs a table over the vocabulary.
 
 One rule keeps every row within its budget: `remaining >= needed(state)` is true at the start, and a token that would
 make it false is not allowed. So a row starts only what it can finish: an image, a digit of its size, or another word
@@ -31,8 +31,8 @@ class Opened(NamedTuple):
 
     Attributes:
         phase: any phase; DONE after the end of a document.
-        written: in PARTS, how many of the last ids begin an `open` that is text; in HEIGHT and WIDTH, the digits so
-            far; in BODY, the codes and row ends so far, or a negative number while ids of `start` are missing.
+        written: in PARTS, how many ids of a half-written `open` are at the end, if `open` is text; in HEIGHT and WIDTH,
+            the digits so far; in BODY, the codes and row ends so far, or negative while ids of `start` are missing.
         height, width: the number as far as it is known, else 0.
     """
 
@@ -263,7 +263,7 @@ class Automaton:
         )
 
     def done(self, state: State) -> jax.Array:
-        """bool [B]: the row has ended; only PAD follows."""
+        """bool [B]: whether the row has ended, so that only PAD follows."""
         return state.phase == DONE
 
     def code(self, state: State) -> jax.Array:
@@ -277,7 +277,7 @@ class Automaton:
         return self._codes(state.height, state.width)[1]
 
     def in_image(self, state: State) -> jax.Array:
-        """bool [B]: the next token is an image code."""
+        """bool [B]: whether the next token is an image code."""
         start, row_end, close = self._borders(state)
         return (state.phase == BODY) & ~start & ~row_end & ~close
 
@@ -300,8 +300,8 @@ class Automaton:
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:
-        """For the phase PARTS: how a half-written `open` changes the tokens needed. If an image must still be made,
-        part of it exists already. If not, but only images may be made, the half-written one must be finished.
+        """For the phase PARTS: how a half-written `open` changes the number of tokens needed. If an image must still be
+        made, fewer are needed for it. If not, but the mode is IMAGE, the begun image must be finished.
         """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)
@@ -324,7 +324,7 @@ class Automaton:
         return start, ~start & ~close & (state.written % (width + 1) == width), close
 
     def _matched(self, state: State, token: jax.Array) -> jax.Array:
-        """For the phase PARTS: how many of the row's last ids, including `token`, begin an `open` that is text."""
+        """For the phase PARTS: how many ids of a half-written `open` are at the row's end, including `token`."""
         matched = jnp.zeros_like(state.written)
         if len(self.syntax.open) > 1:
             for id, after in _matches(self.syntax.open).items():
@@ -332,7 +332,7 @@ class Automaton:
         return jnp.where(state.phase == PARTS, matched, state.written)
 
     def _number(self, state: State, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Height or width after `token`, and whether the token ended the number instead; each [B]."""
+        """(number, ended), each [B]: height or width after `token`, and whether `token` ends the number."""
         syntax = self.syntax
         if not syntax.digits:
             return token - syntax.vocabulary.size_offset + 1, jnp.zeros_like(token, bool)
@@ -425,8 +425,8 @@ def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:
 
 
 def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """The Knuth-Morris-Pratt table for a run of ids: for each id and each number of ids that matched before it, how
-    many match after it. `event` reports a complete match, not this table.
+    """The Knuth-Morris-Pratt table of a run of ids: found[id][matched] is the number of ids that match after `id`, if
+    `matched` ids matched before it. A complete match is not in this table; `event` reports it.
     """
     found = {}
     for id in set(run):

@@ -1,8 +1,8 @@
 """The bijection between a published id space and ours, stored as runs. No other module sees a published id.
 
-Published tables mix their ranges: controls between text pieces, codes before text pieces. Our ranges are contiguous.
-Import gathers the rows of the published embedding and head into our order, and export scatters them back. The published
-text tokenizer is wrapped, so that model, loss, sampler and data use one id space.
+Published tables mix kinds of ids: they may have controls between text pieces, or codes before them. Our ranges are
+contiguous. Import gathers the rows of the published embedding and head into our order, and export scatters them back.
+The published text tokenizer is wrapped, so that model, loss, sampler and data use one id space.
 
 Axes: `V` ids.
 """
@@ -23,7 +23,7 @@ from ar_tokenizers.reading import codec
 
 _LARGEST = 1 << 24  # ids: more than any table has, yet small enough for memory
 
-Run = tuple[int, int, int]  # first published id, first of ours, length
+Run = tuple[int, int, int]  # first published id, our first id, length
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class MappedCodec:
 
     @property
     def data(self) -> bytes:
-        """What is in that file."""
+        """The content of that file."""
         return self.codec.data
 
     @property

@@ -20,7 +20,7 @@ from ar_unified.language.document import SPEAKERS
 _ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
 TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
 _ANSWERS = [SPEAKERS.index("document"), SPEAKERS.index("assistant")]
-_OWN = _ROLE | IMAGE  # independent of where the token is
+_OWN = _ROLE | IMAGE  # the bits that do not depend on where the token is
 _SPEAKERS: dict[str, int] = {speaker: place << 3 for place, speaker in enumerate(SPEAKERS)}
 _ONE = [bytes([each]) for each in range(256)]
 
@@ -143,7 +143,7 @@ def swapped(document: Encoded) -> Encoded:
     order = np.concatenate([
         np.arange(head), np.arange(border, n - 1), [border - 1], np.arange(head, border - 1), [n - 1]
     ])  # fmt: skip
-    now = head + n - border  # where the answer begins now
+    now = head + n - border  # where the answer begins after the swap
     says = document.marks & np.uint8(0xFF ^ _OWN)
     marks = document.marks[order] & np.uint8(_OWN)
     marks[:begin] |= says[:begin]

@@ -1,6 +1,6 @@
 """Converts documents to ids and back. Data, loss and sampler share this one definition of what is valid.
 
-The layout (`layouts`) says how images and turns are written, and `ImageLayout` how large images are.
+The layout (`layouts`) says how images and turns are written. `ImageLayout` says how large images are.
 
 Axes: `h` `w` height and width of an image in codes; `n` number of tokens in a document.
 """
@@ -32,7 +32,7 @@ class TextLost(GrammarError):
 
 
 class TextCodec(Protocol):
-    """Converts text to ids 0..text_size-1 and back without loss. A `hash`, if it has one, must equal the vocabulary's
+    """Converts text to ids 0..text_size-1 and back without loss. If it has a `hash`, this must equal the vocabulary's
     `text_hash`.
     """
 
@@ -45,7 +45,7 @@ class TextCodec(Protocol):
 
 class Break(NamedTuple):
     """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
-    position where that begins; else the prompt's length. `opened`: the same in the automaton's terms.
+    position where that begins; else the prompt's length. `opened`: the automaton's state there.
     """
 
     begin: int
@@ -238,7 +238,7 @@ class Grammar:
             tokens: [n] ids, without padding.
 
         Raises:
-            GrammarError: if a token is not valid at its place. It has the position of the first one.
+            GrammarError: if a token is not valid at its place. The error has the position of the first such token.
         """
         turns, at, _ = self._read(np.asarray(tokens), whole=True)
         if turns is None:
@@ -246,13 +246,13 @@ class Grammar:
         return Document(turns)
 
     def breaks_off(self, tokens: np.ndarray) -> Break:
-        """Where the ids [n] of a document's beginning break off. Raises GrammarError if no document can begin with
+        """Where ids [n], the beginning of a document, break off. Raises GrammarError if no document can begin with
         them."""
         _, _, found = self._read(np.asarray(tokens), whole=False)
         return found
 
     def texts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """The beginning and end of each run of text in the ids [n] of a document's beginning. Digits of a size are not
+        """The beginning and end of each run of text in ids [n], the beginning of a document. Digits of a size are not
         text.
         """
         return [(item.begin, item.end) for item in Reader(self.syntax, tokens).items(1) if item.kind == "text"]
@@ -318,7 +318,7 @@ class Grammar:
     # ---- ids to ids: how data changes a document that is already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The empty prompt, followed by the last answer. Raises GrammarError without turns (see `drop_context`)."""
+        """The empty prompt, followed by the last answer. Raises GrammarError without turns; see `drop_context` then."""
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
@@ -348,7 +348,7 @@ class Grammar:
 
     @property
     def can_swap(self) -> bool:
-        """Whether turns can be swapped as ids."""
+        """Whether `swap_turn` is possible with this layout."""
         return isinstance(self.layout.record.turns, TurnMarks)
 
     def _borders(self, document: Encoded) -> np.ndarray:
@@ -357,7 +357,7 @@ class Grammar:
             raise GrammarError(len(document), "a document with turns", "none")
         return borders
 
-    # ---- its links to everything else -------------------------------------------------------------------------
+    # ---- the automaton and the manifest -----------------------------------------------------------------------
 
     @cached_property
     def automaton(self) -> Automaton:

@@ -93,7 +93,7 @@ class TurnFrames:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one system writes.
+    """How one system writes images and turns.
 
     Attributes:
         controls: the control tokens that it needs, in the order of our id space.

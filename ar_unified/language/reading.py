@@ -32,7 +32,7 @@ class GrammarError(ValueError):
 class Item(NamedTuple):
     """A run of text pieces, an image, or any other single id, from `begin` to before `end`.
 
-    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state, for an image that the ids break off.
+    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state, for an image that ends too early.
     """
 
     kind: str  # text | image | other
@@ -166,7 +166,7 @@ class Reader:
 
 
 def find(ids: np.ndarray, run: tuple[int, ...], offset: int = 0) -> int:
-    """Where the sequence `run` first occurs in ids [n], searching from `offset`; -1 if it does not."""
+    """`offset` plus the position in ids [n] where the sequence `run` first occurs; -1 if it does not occur."""
     windows = len(ids) - len(run) + 1
     if windows < 1:
         return -1
@@ -177,6 +177,6 @@ def find(ids: np.ndarray, run: tuple[int, ...], offset: int = 0) -> int:
 
 
 def half_open(syntax: Syntax, ids: np.ndarray) -> int:
-    """How many of the last ids [n] begin an `open` that is text."""
+    """How many ids of a half-written `open` are at the end of ids [n], if `open` is text."""
     run = syntax.open
     return next((n for n in range(min(len(run) - 1, len(ids)), 0, -1) if tuple(ids[-n:]) == run[:n]), 0)

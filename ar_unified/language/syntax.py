@@ -122,12 +122,12 @@ def vocabulary_for(
 
 
 def fixed_grid(height: int, width: int) -> ImageLayout:
-    """For images of exactly height x width codes, written without sizes or row ends."""
+    """The layout for images of exactly height x width codes, written without sizes or row ends."""
     return ImageLayout("grid", height, width)
 
 
 def sized_rows(max_height: int, max_width: int, depth: int = 1) -> ImageLayout:
-    """For images of up to max_height x max_width codes, which state their size and end every row."""
+    """The layout for images of up to max_height x max_width codes, which state their size and end every row."""
     return ImageLayout("rows", max_height, max_width, depth)
 
 
@@ -212,7 +212,7 @@ class Syntax:
         return len(self.start) + self.layout.body(height, width) + len(self.close)
 
     def code_at(self, index: int, height: int, width: int) -> int:
-        """The place in the block of code number `index`, row by row. Index h * w gives the place of `close`."""
+        """The position in the block of code number `index`, counted row by row. Index h * w gives that of `close`."""
         end, fewer = self.layout.row_ends
         rows = index // width
         if index == height * width:

@@ -41,7 +41,7 @@ def arranged(
 
 
 def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator[list[int] | Part]:
-    """asks_all: whether the system's turn also ends like a question."""
+    """The ids and parts of a turn. asks_all: whether the system's turn also ends like a question."""
     if first:
         yield around.begin
     yield from turn.parts
@@ -52,7 +52,7 @@ def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator
 
 
 def _framed(turn: Turn, first: bool, frames: TurnFrames, around: Around) -> Iterator[list[int] | Part]:
-    """The ids before an answer belong to the question."""
+    """The ids and parts of a turn in a frame. The ids before an answer belong to the turn of the question."""
     parts = turn.parts
     if turn.speaker != "assistant":
         if not first:

@@ -18,7 +18,7 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 
 @jax.custom_vjp
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Computes the weight's gradient as the transpose of the product that JAX would use, 2.5x faster on XLA CPU."""
+    """Backward computes the weight's gradient as the transpose of JAX's product, which is 2.5x faster on XLA CPU."""
     return product("BTI,IO->BTO", x, weight)
 
 

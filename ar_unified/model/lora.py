@@ -39,7 +39,7 @@ MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name 
 ADAPTING = ("lora", "adapters")  # top-level keys: one adapter in training, several in serving
 BASE_DTYPES = ("float32", "bfloat16", "int8")
 _FIRST_KEY = 2  # number of the first dropout key in a layer; the residual branches use those before
-Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # of x, an adapter's two matrices, their path, dropout keys
+Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # (x, A and B, their path, dropout keys) -> what is added
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ class _Placement:
         return in_softmax(logits, self.ids(head), targets, self.used, self.split, spans)
 
     def losses(self, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """nll and lse."""
+        """nll and lse of a chunk, float32 [B, T]."""
         highest = self.over_vocabulary(jax.lax.pmax, logits.max(-1))
         total = jnp.exp(logits - highest[..., None]).sum(-1)
         local = self.local(targets, logits.shape[-1])

@@ -62,7 +62,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/attention/query_bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_bias": ("layers", "kv_heads", "head_dim"),
     "layers/attention/value_bias": ("layers", "kv_heads", "head_dim"),
-    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # if shared, no axis of heads
+    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # no axis of heads if shared
     "layers/attention/query_norm/bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_norm/scale": ("layers", "kv_heads", "head_dim"),
     "layers/attention/key_norm/bias": ("layers", "kv_heads", "head_dim"),
