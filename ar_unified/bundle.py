@@ -278,7 +278,7 @@ class Bundle:
                 LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} has, found {vocabulary.size}"
             )
         if self.has_images > bool(vocabulary.codebook_size) or bool(vocabulary.image_hash) > self.has_images:
-            raise self._error(LANGUAGE, f"expected image codes, {IMAGE} and its hash, or none of the three; found some")
+            raise self._error(LANGUAGE, f"expected image codes, {IMAGE} and its hash: all three, or none of them")
         return grammar
 
     def params(self, places: Any = None, dtype: Any = None, then: Callable[..., object] | None = None) -> Params:

@@ -170,8 +170,8 @@ class Checkpoints:
             self._delete_old()
 
     def _delete_old(self) -> None:
-        """Deletes old checkpoints. Orbax's own policies are not used, because a writer that is killed while they delete
-        would leave half a checkpoint under its normal name.
+        """Deletes old checkpoints. Orbax's own policies are not used: if the process were killed while they delete a
+        checkpoint, half of it would stay under its normal name.
         """
         steps = self.steps()
         best = self.best() if self.keep_best else None
@@ -214,8 +214,8 @@ class Checkpoints:
           step: the step to read; None means the latest.
           manifest: the vocabulary manifest of the reader; a checkpoint of another vocabulary is refused.
           **targets: trees of jax.ShapeDtypeStruct with shardings. The mesh, the number of processes and the floating
-            dtype (such as bfloat16 for saved float32) may differ from the writer's. None instead of a tree means as
-            saved, on this process's first device.
+            dtype (such as bfloat16 for saved float32) may differ from the writer's. If a target is None, the tree is
+            read as it was saved, onto this process's first device.
 
         Raises FileNotFoundError if there is no such step, manifests.ManifestMismatch, and CheckpointMismatch if names
         or shapes differ.

@@ -240,7 +240,7 @@ HOSTILE = {
         lambda folder: reseal(
             folder, **dict.fromkeys(map("image_tokenizer/{}".format, ("config.json", "weights.safetensors")))
         ),
-        "language.json: expected image codes, image_tokenizer and its hash, or none of the three",
+        "language.json: expected image codes, image_tokenizer and its hash: all three, or none",
     ),
     "a link out": (linked("language.json"), "language.json is a link to .*outside"),
     "weights linked out": (linked(WEIGHTS), f"{WEIGHTS} is a link to .*outside"),

@@ -133,7 +133,8 @@ class Reader:
         what = self.vocabulary.name(syntax.row_end) if column == w else "an image code"
         return f"{what} (row {row}, column {column} of {h} x {w})"
 
-    # ---- sizes: (number of units, 0, position after it), or (None, digits written, position) if the ids break off ----
+    # ---- reading a side of a size ------------------------------------------------------------------------------------
+    # Returns (number of units, 0, position after the number). If the ids end too early: (None, digits read, position).
 
     _value = 0  # the number so far, if the ids break off in it
 

@@ -331,7 +331,7 @@ class Transformer(nnx.Module):
         return unzigzag(rms_norm(x, _norm(config, self.norm[...]), config.norm_eps))
 
     def observe(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array, look: Callable[..., Any]) -> Any:
-        """The same forward without dropout, which returns the results of `look` for the attention of each layer.
+        """A forward like `__call__` without dropout. It returns the results of `look` for the attention of each layer.
 
         Args:
           tokens, positions, doc_start: as in `__call__`.
