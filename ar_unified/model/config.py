@@ -36,7 +36,7 @@ class TransformerConfig:
       qk_norm: the norm of queries and keys over head_dim, before RoPE. "layernorm" has a bias.
       qk_norm_per_head: each head has its own weights for QK-norm; else all heads share one set.
       qkv_bias: whether the projections to queries, keys and values have a bias.
-      activation: of the MLP's gate; gelu_tanh is the tanh approximation of GELU.
+      activation: the function of the MLP's gate; gelu_tanh is the tanh approximation of GELU.
       embedding_scale: token vectors are multiplied by it; sqrt(D) in Gemma.
       tie_embeddings: whether the output head is the embedding table.
       dropout: rate on the embeddings and on the output of each residual branch; active only with a dropout key.
