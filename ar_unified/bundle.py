@@ -282,7 +282,7 @@ class Bundle:
         return grammar
 
     def params(self, places: Any = None, dtype: Any = None, then: Callable[..., object] | None = None) -> Params:
-        """The transformer's parameters. Each device gets only its own part of them from the files.
+        """The transformer's parameters. Each device reads only its own part of them.
 
         Args:
             places: a tree of shardings like the parameters, on any mesh; None means this process's first device.

@@ -136,7 +136,7 @@ class Reader:
     # ---- reading a side of a size ------------------------------------------------------------------------------------
     # Returns (number of units, 0, position after the number). If the ids end too early: (None, digits read, position).
 
-    _value = 0  # the number so far, if the ids break off in it
+    _value = 0  # the part of the number that was read, if the ids end too early
 
     def _size_token(self, at: int, name: str, most: int, _: int) -> tuple[int | None, int, int]:
         if at >= len(self.ids):
