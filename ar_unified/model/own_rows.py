@@ -21,7 +21,7 @@ PARTS = ("text", "image", "rest")  # of the head: ids before image codes, image 
 
 
 def looked_up(x: jax.Array, tokens: jax.Array, rows: Mapping[str, jax.Array], adapter: jax.Array) -> jax.Array:
-    """Embeddings x [B, T, D] of tokens int32 [B, T]. In batch row b, rows of adapter[b] replace those of x."""
+    """Embeddings x [B, T, D] of tokens int32 [B, T]. In batch row b, tokens with own rows get rows of adapter[b]."""
     which = rows["at"][tokens]
     own = rows["own"][adapter[:, None], jnp.maximum(which, 0)]
     return jnp.where((which >= 0)[..., None], own.astype(x.dtype), x)
