@@ -163,7 +163,7 @@ HOSTILE = {
         json_of("language.json", lambda x: x.update(border=[[0, 0, 9]])),
         f"{TOKENIZER}: border: expected 363 ids, as `used` says; found 9",
     ),
-    "a border twice": (json_of("language.json", lambda x: x["border"].append([0, 0, 1])), "border: expected published ids"),
+    "a border twice": (json_of("language.json", lambda x: x["border"].append([0, 0, 1])), "expected published ids"),
     "another border": (json_of("language.json", other_ids), "language.json: .* text tokenizer with hash"),
     "special tokens as text": (json_of("language.json", beyond), "language.json: manifests differ at 'controls.pad'"),
     "no number of pieces": (json_of("language.json", lambda x: x.update(text_size="1")), "text_size: expected a whole"),
