@@ -1,21 +1,21 @@
-"""A bundle: one folder that is a whole model, sampled or trained further without an experiment file or a workdir.
+"""A bundle is one folder with a whole model. It can be sampled or trained further without an experiment or a workdir.
 
-    bundle.json                          the version, and the size and the sha256 of every other file
-    config.json                          "model": the transformer's shape. "data", "loss" and "sampling": keys of the
-                                         experiment, which say its data, its loss and the defaults of a request
-    language.json                        the grammar's manifest: what a sequence of ids may say; and the border, where
-                                         the text tokenizer has the ids of a published table
-    text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json, text.tiktoken: as published
-    image_tokenizer/                     weights.safetensors, config.json; not there for text alone
-                                         published.safetensors: what an imported one keeps for its export
-    model-00001-of-0000N.safetensors     the transformer's parameters by their paths, in the dtype they had
-    model.safetensors.index.json         which of those files has which
-    published.json                       of published weights: settings and tensors that nothing here needs, for an
-    published.safetensors                export that gives them back
-    README.md                            the card, for people. Nothing reads it, so it is not among the files above
+    bundle.json                          the format's version, and the size and sha256 of the other files
+    config.json                          "model" is the transformer's shape; "data", "loss" and "sampling" are settings
+                                         of the experiment: about its data, its loss and the defaults of requests
+    language.json                        the grammar's manifest, which defines valid sequences of ids; if the text
+                                         tokenizer comes from a published system, also the border to its ids
+    text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json and text.tiktoken, unchanged
+    image_tokenizer/                     weights.safetensors and config.json; a model of text alone has no such folder
+                                         published.safetensors: tensors of an imported tokenizer, only for an export
+    model-00001-of-0000N.safetensors     the transformer's parameters, named by their paths, in their original dtypes
+    model.safetensors.index.json         which of those files has which parameter
+    published.json                       for imported weights: settings that are only needed to export them again
+    published.safetensors                tensors for the same purpose
+    README.md                            the model card, for people; no code reads it, and bundle.json does not list it
 
-A folder from somebody else is not trusted. Only the files named above are read. Links must not lead out of it. Each
-file is compared with bundle.json before it is used. Nothing in it is ever run.
+The folder may come from a stranger, so it is not trusted. Only the files named above are read. Links must not point
+outside the folder. Each file is compared with bundle.json before it is used. Nothing in the folder is ever run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _IMAGE = (f"{IMAGE}/{IMAGE_WEIGHTS}", f"{IMAGE}/{IMAGE_CONFIG}")
 _IMAGE_KEPT = f"{IMAGE}/{IMAGE_PUBLISHED}"
 _NEEDED = (CONFIG, LANGUAGE, INDEX)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a file
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # keys: names in a safetensors file
 _LARGEST = 1 << 26  # bytes of a JSON file
 SHARD_BYTES = 2 << 30
 # The errors that unchecked values can cause; RecursionError comes from JSON that is nested too deep.
@@ -74,7 +74,7 @@ _UNCHECKED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, Re
 
 
 class BundleError(UserError):
-    """A folder is no bundle, or a damaged one; the message names the folder, the file and what is wrong."""
+    """The folder is not a bundle, or it is damaged. The message names the folder, the file and the problem."""
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -100,18 +100,18 @@ def write(
     """Writes a bundle whole or not at all, and opens it.
 
     Args:
-        folder: will be made; an existing one is never overwritten.
+        folder: a new folder; an existing one is never overwritten.
         params: their dtypes are kept; parameters on several devices are gathered one by one.
-        grammar: has both tokenizers; image_tokenizer: None for text alone.
-        data: image_size, resize, `Resize.way`, layout and max_tokens of the experiment; for text alone, max_tokens.
-        loss: softmax of the experiment; None: its default.
-        sampling: max_length, kv_dtype and the defaults of requests (`sampling.request.DEFAULTS`) of the experiment.
-        published, kept: JSON values and tensors by name that an export to the published form needs.
-        extends: the hash of the bundle that was extended: these are its parameters, with more rows in its tables of
-            ids.
-        shard_bytes: most bytes of one file of parameters; a larger parameter gets its own file.
+        grammar: the one made for both tokenizers. image_tokenizer: None for a model of text alone.
+        data: the experiment's image_size, resize, `Resize.way`, layout and max_tokens; for text alone, max_tokens.
+        loss: the experiment's softmax; None means its default.
+        sampling: the experiment's max_length, kv_dtype and defaults of requests (`sampling.request.DEFAULTS`).
+        published, kept: JSON values, and tensors by name, that only an export to the published form needs.
+        extends: "", or the hash of the bundle that this model extends: the parameters are those of that bundle, with
+            more rows in the tables of ids.
+        shard_bytes: the largest size of a file of parameters; a parameter larger than this gets its own file.
 
-    Raises UserError if `folder` exists, OSError (a full disk).
+    Raises UserError if `folder` exists, and OSError, for example for a full disk.
     """
     try:
         with whole_folder(folder) as here:
@@ -163,10 +163,10 @@ class _Tensor:
 
 
 class Bundle:
-    """An opened bundle. Opening it checks which files there are and their sizes; the content of each is checked when it
-    is read.
+    """An open bundle. Opening it checks that the files exist and have the right sizes; the content of each file is
+    checked when it is read.
 
-    It and its methods raise BundleError: the folder is missing, no bundle or of another version, or a file was changed.
+    Opening and reading raise BundleError if the folder is missing or no bundle of this version, or a file was changed.
     """
 
     def __init__(self, folder: str | Path):
@@ -176,11 +176,11 @@ class Bundle:
             raise BundleError(f"{self.folder}: expected the folder of a bundle, found none")
         if not (self.folder / BUNDLE).exists():
             workdir = (self.folder / "text_tokenizer").exists() and (self.folder / "model").exists()
-            more = "is a workdir: `ar-unified export` makes a bundle of it" if workdir else "is none"
+            more = "is a workdir: `ar-unified export` makes a bundle of it" if workdir else "folder has none"
             raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; this {more}")
         record = self._json(BUNDLE)
         if (found := record.get("version")) != VERSION or isinstance(found, bool):
-            raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another ar_unified wrote it")
+            raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another release wrote it")
         self._files = self._checked(record.get("files"))
         for name, (size, _) in self._files.items():
             if (found := self._path(name).stat().st_size) != size:
@@ -188,7 +188,7 @@ class Bundle:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the content: the same for the same weights, tokenizers, language and settings."""
+        """sha256 of the content. It depends only on weights, tokenizers, language and settings."""
         return manifest_hash({name: digest for name, (_, digest) in self._files.items()})
 
     @property
@@ -203,7 +203,7 @@ class Bundle:
 
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
-        """config.json: "model", "data", "loss" ({} in bundles of earlier versions) and "sampling"."""
+        """The sections of config.json: "model", "data", "loss" ({} in bundles of earlier versions) and "sampling"."""
         found = {"loss": {}} | self._json(CONFIG)
         for name in ("model", "data", "loss", "sampling"):
             if not isinstance(found.get(name), dict):
@@ -212,13 +212,13 @@ class Bundle:
 
     @cached_property
     def config(self) -> TransformerConfig:
-        """The transformer's shape. Raises BundleError: config.json holds none."""
+        """The transformer's shape. Raises BundleError if config.json has no valid one."""
         with self._reading(CONFIG):
             return typed(TransformerConfig, self.sections["model"], "model")
 
     @cached_property
     def record(self) -> dict[str, Json]:
-        """language.json (`language.record.record_of`)."""
+        """The content of language.json, which `language.record.record_of` made."""
         return self._json(LANGUAGE)
 
     @property
@@ -228,7 +228,7 @@ class Bundle:
 
     @cached_property
     def text_tokenizer(self) -> Codec:
-        """The text tokenizer. It may lose text if the training allowed that."""
+        """The text tokenizer. It may be lossy if the training allowed that."""
         (name,) = (name for name in _TEXT if name in self._files)
         data = self._read(name)
         with self._reading(name):
@@ -236,16 +236,16 @@ class Bundle:
 
     @property
     def border(self) -> Border | None:
-        """The mapping to the ids of a published table; None: there is none."""
+        """The mapping to the ids of a published table; None if the model has no published ids."""
         return getattr(self.text_tokenizer, "border", None)
 
     @cached_property
     def published(self) -> dict[str, Any] | None:
-        """What `write` was given; None: nothing."""
+        """The JSON values that `write` got as `published`, or None."""
         return self._json(PUBLISHED) if PUBLISHED in self._files else None
 
     def kept(self) -> dict[str, np.ndarray]:
-        """Tensors that `write` was given."""
+        """The tensors that `write` got as `kept`; {} if there are none."""
         if KEPT not in self._files:
             return {}
         self._read(KEPT)
@@ -253,7 +253,7 @@ class Bundle:
             return read_tensors(self._path(KEPT))
 
     def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
-        """The image tokenizer; None for a model of text alone. batch_size: images in one of its calls."""
+        """The image tokenizer; None for a model of text alone. batch_size: how many images it processes at once."""
         if not self.has_images:
             return None
         kept = _IMAGE_KEPT in self._files
@@ -264,12 +264,12 @@ class Bundle:
         with self._reading(IMAGE):
             tokenizer = ImageTokenizer.load(self.folder / IMAGE, batch_size=batch_size)
         if tokenizer.hash != (found := self.language.get("image_hash")):
-            raise self._error(LANGUAGE, f"expected image tokenizer {tokenizer.hash[:12]}, found {found!r:.20}")
+            raise self._error(LANGUAGE, f"image_hash: expected {tokenizer.hash[:12]}, as {IMAGE}; found {found!r:.20}")
         return tokenizer
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The grammar of language.json over the text tokenizer. Raises BundleError: they do not fit the model."""
+        """The grammar from language.json and the text tokenizer. Raises BundleError if they do not fit the model."""
         with self._reading(LANGUAGE):
             grammar = Grammar.from_manifest(self.language, self.text_tokenizer)
         vocabulary = grammar.vocabulary
@@ -278,15 +278,15 @@ class Bundle:
                 LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} has, found {vocabulary.size}"
             )
         if self.has_images > bool(vocabulary.codebook_size) or bool(vocabulary.image_hash) > self.has_images:
-            raise self._error(LANGUAGE, f"expected image codes with {IMAGE} and its hash, or none of the three")
+            raise self._error(LANGUAGE, f"expected image codes, {IMAGE} and its hash: all three, or none of them")
         return grammar
 
     def params(self, places: Any = None, dtype: Any = None, then: Callable[..., object] | None = None) -> Params:
-        """The transformer's parameters, read straight to where they belong: a device reads what it holds.
+        """The transformer's parameters. Each device reads only its own part of them.
 
         Args:
-            places: a tree of shardings with the same structure, on any mesh; None: this process's first device.
-            dtype: one for all, or a tree of dtypes with the same structure; None, also inside the tree: as written.
+            places: a tree of shardings like the parameters, on any mesh; None means this process's first device.
+            dtype: one dtype for all, or a tree of them like the parameters. None (also in a tree) keeps the stored one.
             then: called with the path and value of each parameter as it is read; its result replaces the value.
         """
         shapes = self._shapes()
@@ -304,9 +304,9 @@ class Bundle:
         return jax.tree_util.tree_map_with_path(make, shapes)
 
     def reader(self) -> tuple[dict[str, str], Callable[[str, int | None], np.ndarray]]:
-        """(dtypes, read): the dtype of every parameter by its path, and a function read(path, layer) that gives a
-        parameter, or its part at that index of the first axis. The files are checked here once, before anything is
-        read.
+        """(dtypes, read): the dtype of every parameter by its path, and a function. read(path, None) returns a
+        parameter, and read(path, layer) returns its part at index `layer` of the first axis. The files are checked
+        once, in this call.
         """
         found = self._tensors(self._shapes())
         dtypes = {name: tensor.dtype for name, tensor in found.items()}
@@ -327,8 +327,8 @@ class Bundle:
                 kinds = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
             if kinds.keys() != (told := {name for name, where in index.items() if where == file}):
                 name = min(kinds.keys() ^ told)
-                wrong = "is missing" if name in told else f"{INDEX} has no such tensor in it"
-                raise self._error(file, f"{name!r:.80}: {wrong}")
+                wrong = f"missing, though {INDEX} lists it" if name in told else f"not listed in {INDEX}"
+                raise self._error(file, f"tensor {name!r:.80} is {wrong}")
             for name, (shape, dtype) in kinds.items():
                 if shape != leaves[name].shape:
                     raise self._error(file, f"{name}: expected shape {leaves[name].shape}, found {shape}")
@@ -358,7 +358,7 @@ class Bundle:
         return found
 
     def copy(self, folder: Path, *names: str) -> None:
-        """Copies its files with these names into a folder, as far as it has them."""
+        """Copies the files with these names into a folder. Names that the bundle does not have are skipped."""
         for name in names:
             if name in self._files:
                 write_bytes(folder / name, self._read(name))
@@ -366,7 +366,7 @@ class Bundle:
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def _checked(self, files: Any) -> dict[str, tuple[int, str]]:
-        """(bytes, sha256) of every file, by names that can be trusted."""
+        """(bytes, sha256) of every file by its name. Each name is checked, so it can be trusted."""
         if not isinstance(files, dict):
             raise self._error(BUNDLE, f"files: expected keys and values, found {files!r:.80}")
         for name, facts in files.items():
@@ -384,7 +384,7 @@ class Bundle:
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
     def _path(self, name: str) -> Path:
-        """The path of a file inside, or of the file in the Hugging Face cache that it links to."""
+        """The path of a file of the bundle. If it is a link into the Hugging Face cache, this is the linked file."""
         try:
             path = self._inside.path(name)
         except FileError as error:
@@ -436,9 +436,9 @@ T = typing.TypeVar("T")
 
 
 def typed(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Makes a dataclass `kind`, whose fields are numbers, strings and booleans, from values that may be anything.
+    """Makes a dataclass `kind`, whose fields are numbers, strings and booleans, from unchecked values.
 
-    Raises ValueError, beginning with `where` and the field's name, for an unknown field or one of another type.
+    Raises ValueError for an unknown field or a wrong type. The message begins with `where` and the field's name.
     """
     hints = typing.get_type_hints(kind)
     for name, value in values.items():

@@ -1,14 +1,14 @@
 """Checkpoints: a small interface to Orbax v1.
 
-A checkpoint of step s is the folder `<folder>/<s>` with two trees that are read independently, `params` and
-`optimizer`, and JSON metadata (step, vocabulary manifest, model and training config). Orbax writes into a temporary
-folder and renames it when all of it is on disk, so a half-written checkpoint is never seen. Saving is asynchronous:
+The checkpoint of step s is the folder `<folder>/<s>`. It has two trees, `params` and `optimizer`, which can be read
+independently, and JSON metadata (step, vocabulary manifest, model and training config). Orbax writes into a temporary
+folder and renames it when everything is on disk, so a half-written checkpoint is never seen. Saving is asynchronous:
 arrays are copied to the host before `save` returns, and written to disk during the next steps.
 
-In a job of many processes each writes its own shards, and all must open, save, wait and close together. Each process
-reads alone: it restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
-Orbax writes arrays only to file systems and to gs://. For s3://, process 0 writes the checkpoint to its local disk and
-then copies it; of several processes, the others give it their shards (`runtime.to_host`).
+In a job of many processes, each process writes its own shards, and all processes must open, save, wait and close
+together. Reading needs no other process: each restores only the parts for its own devices. A folder is local or a URL
+such as `gs://bucket/run`. Orbax writes arrays only to file systems and to gs://. For s3://, process 0 gathers the
+shards of all processes (`runtime.to_host`), writes the checkpoint to its local disk and then uploads it.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ from ar_unified.manifests import Json, require_same
 from ar_unified.parallel import runtime
 
 _PART = 1 << 20  # bytes
-_COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
+_COMMITTED = "commit_success.txt"  # in a bucket, only a folder with this file is a checkpoint
 
-# Orbax logs every save, and a failed one in pages of JSON. Failures are raised anyway; the rest is noise.
+# Orbax logs every save, and for a failed save pages of JSON. Its log is dropped, because failures are raised anyway.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class SaveFailed(RunError):
-    """An earlier save did not reach the disk. It was asynchronous: training went on meanwhile."""
+    """An earlier save failed. Saving is asynchronous, so training has continued since then."""
 
 
 class CheckpointMismatch(UserError):
-    """The checkpoint holds something else than was asked for; the message names the first leaf that differs."""
+    """The checkpoint has other arrays than those asked for. The message names the first leaf that differs."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      folder: where they lie, on storage that all processes share.
-      keep: how many of the newest survive.
-      keep_every: also keep every step that is a multiple of this; 0: none.
-      keep_best: also keep the step with the lowest validation loss, among steps that were saved with one.
-      readonly: for readers beside a running writer: they create, clean and save nothing, and wait for no other process.
+      folder: the folder of all checkpoints, on storage that all processes share.
+      keep: how many of the newest checkpoints are kept.
+      keep_every: also keep each step that is a multiple of this number; 0 means no further steps.
+      keep_best: also keep the step with the lowest validation loss, among the steps that were saved with one.
+      readonly: for a reader, also while another process writes: it creates, deletes and saves nothing, and never waits
+        for other processes.
     """
 
     def __init__(
@@ -67,18 +68,18 @@ class Checkpoints:
     ):
         path = os.fspath(folder)
         self._copied = storage.Steps(path, _COMMITTED) if path.startswith("s3://") else None
-        self._where = epath.Path(path if "://" in path else os.path.abspath(path))  # as people know it
+        self._where = epath.Path(path if "://" in path else os.path.abspath(path))  # for messages
         self.folder = epath.Path(self._copied.here) if self._copied else self._where
         self.readonly = readonly
         self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._failed = False
-        self._losses: dict[int, float | None] = {}  # by step, as its metadata has it: read once
+        self._losses: dict[int, float | None] = {}  # by step; read once from each step's metadata
         if readonly:
             if not (self._copied.steps() if self._copied else self.folder.is_dir()):
                 raise FileNotFoundError(f"no checkpoints: {self._where} does not exist; has the training stage run?")
             return
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
-        self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # what a killed writer left
+        self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # left by a killed writer
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -87,11 +88,12 @@ class Checkpoints:
         return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.folder))
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint, or None."""
+        """The step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def best(self) -> tuple[int, float] | None:
-        """(step, validation loss) of the complete checkpoint with the lowest loss (the first of several), or None.
+        """(step, validation loss) of the complete checkpoint with the lowest loss (the first if several are equal), or
+        None.
 
         The loss is part of each checkpoint's metadata, so a later process knows it too.
         """
@@ -115,11 +117,13 @@ class Checkpoints:
         metadata: Mapping[str, Json],
         validation_loss: float | None = None,
     ) -> None:
-        """Starts saving and returns; the arrays may be donated at once. `metadata` is JSON; `step` is added to it.
+        """Starts saving and returns. After that the arrays may be donated.
 
-        validation_loss: finite, and measured with these parameters; None: not known. It is added to the metadata.
+        Args:
+          metadata: JSON values; `step` and `validation_loss` are added to them.
+          validation_loss: the finite loss of these parameters; None if it was not measured.
 
-        Raises SaveFailed if the save before this one failed.
+        Raises SaveFailed if the previous save failed.
         """
         if self.readonly:
             raise RuntimeError(f"{self.folder} was opened read-only")
@@ -130,7 +134,7 @@ class Checkpoints:
             response = self._orbax.save_checkpointables_async(
                 step,
                 {"params": params, "optimizer": optimizer},
-                force=True,  # when to save is the loop's decision
+                force=True,  # the training loop decides when to save
                 custom_metadata={**metadata, "step": step, "validation_loss": validation_loss},
             )
         self._losses[step] = validation_loss
@@ -138,7 +142,7 @@ class Checkpoints:
             self._saving = step, response
 
     def check(self) -> None:
-        """Raises SaveFailed if the last save has failed by now; never waits, so a loop can call it in every step."""
+        """Raises SaveFailed if the last save has already failed. Never waits, so a loop can call it in every step."""
         self._settle(timeout=0)
 
     def wait(self) -> None:
@@ -166,8 +170,8 @@ class Checkpoints:
             self._delete_old()
 
     def _delete_old(self) -> None:
-        """Deletes old checkpoints. Orbax's own policies are not used: if the writer is killed while they delete, half a
-        checkpoint stays under its name.
+        """Deletes old checkpoints. Orbax's own policies are not used: if the process were killed while they delete a
+        checkpoint, half of it would stay under its normal name.
         """
         steps = self.steps()
         best = self.best() if self.keep_best else None
@@ -179,9 +183,10 @@ class Checkpoints:
                 continue
             old = self.folder / str(step)
             if "://" in str(self.folder):
-                (old / _COMMITTED).unlink(missing_ok=True)  # what makes it a checkpoint in a bucket
+                (old / _COMMITTED).unlink(missing_ok=True)  # now it is not a checkpoint any more
             else:
-                old = old.rename(self.folder / f"{step}.old.orbax-checkpoint-tmp")  # cleaned like a torn one, if torn
+                # If this process is killed here, Orbax removes a folder with this name at the next start.
+                old = old.rename(self.folder / f"{step}.old.orbax-checkpoint-tmp")
             old.rmtree()
 
     def close(self) -> None:
@@ -190,7 +195,7 @@ class Checkpoints:
             self.wait()
         finally:
             if not self.readonly:
-                # Orbax raises a failed save once more here; SaveFailed has said it.
+                # Orbax raises the error of a failed save again here, but SaveFailed has already reported it.
                 with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
                     self._orbax.close()
 
@@ -203,15 +208,17 @@ class Checkpoints:
     def restore(
         self, step: int | None = None, *, manifest: Mapping[str, Json] | None = None, **targets: object
     ) -> dict[str, Any]:
-        """Reads `params=...` and/or `optimizer=...` onto the shapes, dtypes and shardings of the given abstract trees.
+        """Reads `params=...`, `optimizer=...` or both, with the dtypes and shardings of the given abstract trees.
 
         Args:
-          step: default the latest.
+          step: the step to read; None means the latest.
           manifest: the vocabulary manifest of the reader; a checkpoint of another vocabulary is refused.
-          **targets: trees of jax.ShapeDtypeStruct with shardings, for any mesh of any number of processes, and any
-            floating dtype (bfloat16 from float32); None: as saved, on this process's first device.
+          **targets: trees of jax.ShapeDtypeStruct with shardings. The mesh, the number of processes and the floating
+            dtype (such as bfloat16 for saved float32) may differ from the writer's. If a target is None, the tree is
+            read as it was saved, onto this process's first device.
 
-        Raises FileNotFoundError, manifests.ManifestMismatch, or CheckpointMismatch.
+        Raises FileNotFoundError if there is no such step, manifests.ManifestMismatch, and CheckpointMismatch if names
+        or shapes differ.
         """
         step = self._existing(step)
         where = f"checkpoint {self._where.name}/{step}"
@@ -241,7 +248,7 @@ class Checkpoints:
 
 
 def _on_process_0(tree: Any) -> Any:
-    """The arrays, on the host of process 0. The others' leaves are one number each, which Orbax does not write."""
+    """The arrays on the host of process 0. In other processes each leaf is one number, which Orbax does not write."""
     host = runtime.to_host(tree)
     return jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), tree) if host is None else host
 
@@ -255,20 +262,21 @@ def _alone() -> ocp.Context:
 
 
 def _in_large_parts() -> ocp.Context:
-    """Orbax's context for saving: arrays of which all devices hold a copy are shared out among these in parts of at
-    least _PART bytes. By default they are for every size, and each part is a program of its own to compile."""
+    """Orbax's context for saving. If all devices have a copy of an array, each device writes a part of it. By default
+    this is done for arrays of any size, and each part needs a program to compile. Here a part has at least _PART bytes.
+    """
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = _PART
     return context
 
 
 def restore_params(folder: str | Path, target: Any = None, *, step: int | None = None, manifest: Any = None) -> Any:
-    """Reads the parameters alone, without optimizer state; arguments as `Checkpoints.restore`."""
+    """Reads the parameters without the optimizer state. The arguments are those of `Checkpoints.restore`."""
     return Checkpoints(folder, readonly=True).restore(step, manifest=manifest, params=target)["params"]
 
 
 def steps_in(folder: str | Path) -> list[int]:
-    """Steps of the complete checkpoints of a folder, ascending; [] where there is no such folder."""
+    """Steps of the complete checkpoints of a folder, ascending; [] if the folder does not exist."""
     try:
         return Checkpoints(folder, readonly=True).steps()
     except FileNotFoundError:
@@ -276,11 +284,11 @@ def steps_in(folder: str | Path) -> list[int]:
 
 
 def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
-    """Puts checkpoint `step` of `origin` into `folder`, whole or not at all; what is there already stays.
+    """Puts checkpoint `step` of `origin` into `folder`, whole or not at all. Nothing changes if `folder` has that step.
 
-    On one file system the files are shared by hard links, because nobody writes into a checkpoint; otherwise they are
-    copied. Call it only while nobody trains in `folder`. Raises OSError, and FileNotFoundError, also if the checkpoint
-    is deleted meanwhile.
+    On the same file system the files are shared by hard links, because nobody writes into a checkpoint; otherwise they
+    are copied. Call it only while no training uses `folder`. Raises FileNotFoundError if `origin` does not have the
+    step or it is deleted meanwhile, and OSError.
     """
     there, here = (Checkpoints(path, readonly=True).folder for path in (origin, _made(folder)))
     if step not in steps_in(there):
@@ -288,7 +296,8 @@ def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
     if step in steps_in(here):
         return
     bucket = "://" in str(here)
-    target = here / (str(step) if bucket else f"{step}.new.orbax-checkpoint-tmp")  # cleaned like a torn one, if torn
+    # If this process is killed, Orbax removes a folder with this temporary name at the next start.
+    target = here / (str(step) if bucket else f"{step}.new.orbax-checkpoint-tmp")
     if target.exists():
         target.rmtree()
     for path in sorted(_files(there / str(step)), key=lambda path: path.name == _COMMITTED):
@@ -300,7 +309,7 @@ def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
 
 
 def link_or_copy(path: Any, copy: Any) -> None:
-    """Gives a file one more name; copies it where the file system cannot do that."""
+    """Makes a hard link to a file, or copies the file if the file system has no hard links."""
     try:
         os.link(path, copy)
     except (OSError, TypeError, NotImplementedError):
@@ -332,8 +341,8 @@ def _on_first_device(stored: Any) -> Any:
 
 
 def _check(stored: Any, target: Any, where: str) -> None:
-    """Raises CheckpointMismatch with the leaf and both shapes, because Orbax reports a different tree as an unknown
-    handler."""
+    """Raises CheckpointMismatch, which names the first different leaf and both shapes. Orbax would report a different
+    tree as an unknown handler."""
     found, expected = _shapes(stored), _shapes(target)
     for path in sorted(found.keys() | expected.keys()):
         if found.get(path) != expected.get(path):

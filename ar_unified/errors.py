@@ -1,14 +1,14 @@
-"""Errors that a person can mend, each told in one sentence, and the exit status of each kind of ending.
+"""Errors that a person can fix, each explained in one sentence, and the exit status of the process for each outcome.
 
-    0    done
-    1    the verb's answer is no: `plan` found no room, `validate` found bad items
-    2    something given cannot be used: the call, the config, data, files, the workdir. Mend it and start again
-    3    a run stopped by itself: out of memory, not finite, a full disk, a lost process. What is done stays
-    70   none of these: a fault of ours, with its traceback
-    129, 130, 143   stopped by SIGHUP, Ctrl-C, SIGTERM; in training with a checkpoint
+    0    success
+    1    the command's answer is no: `plan` found too little memory, `validate` found bad items
+    2    an input cannot be used: the arguments, the config, data, files or the workdir. Fix it and start again
+    3    a run had to stop: out of memory, numbers that are not finite, a full disk or a lost process. Its work is kept
+    70   any other error: a bug of ours, shown with its traceback
+    129, 130, 143   stopped by SIGHUP, Ctrl-C or SIGTERM; a training has saved a checkpoint
 
-Modules raise these errors, or ValueError where only a programmer can be at fault; `ar_unified.cli.main` alone prints
-them and ends the process.
+Modules raise these errors, or ValueError if only a programmer can have made the mistake. Only `ar_unified.cli.main`
+prints them and ends the process.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ _NO_BACKEND = re.compile(r"Unable to initialize backend|Unknown backend")
 
 
 class UserError(ValueError):
-    """Something given cannot be used. The message: where, what was expected, what came, and what to do."""
+    """An input cannot be used. The message says where, what was expected, what was found, and what to do."""
 
     exit_status = UNUSABLE
 
 
 class RunError(RuntimeError):
-    """A run that stopped by itself. The message: what happened, what is kept, and how to go on."""
+    """A run had to stop. The message says what happened, what is kept, and how to continue."""
 
     exit_status = STOPPED
 
 
 @contextmanager
 def about(where: str) -> Iterator[None]:
-    """Turns a ValueError or OSError from inside into a UserError whose message begins with `where`.
+    """A context that turns a ValueError or OSError into a UserError whose message begins with `where`.
 
-    It is for values that a person gave (a config key, a file) and that are checked by a module which knows no configs.
+    `where` names what the user gave, such as a config key or a file. The code inside checks the value without knowing
+    that name.
     """
     try:
         yield
@@ -59,10 +60,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def outside(settings: Any, **intervals: str) -> list[str]:
-    """A message for each of these fields of a dataclass or config whose value is outside its interval, such as "[0,
-    1)".
+    """A message for each field of a dataclass or config whose value is outside its interval.
 
     Each message is one line and begins with the field's name.
+
+    Args:
+        settings: the dataclass or config.
+        intervals: the interval of each field that is checked, by the field's name, such as "[0, 1)".
     """
     problems = []
     for name, interval in intervals.items():
@@ -82,27 +86,26 @@ def several(problems: Sequence[str]) -> str:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """What to tell a person about an error, and the exit status; None for a fault of ours, which needs its
-    traceback."""
+    """The message for the user about an error, and the exit status. None for a bug of ours, which needs a traceback."""
     if isinstance(error, UserError | RunError):
         return str(error), error.exit_status
     if isinstance(error, OSError):
         stopped = error.errno in _DISK
-        more = ". What is done stays; free some space, and the same command goes on from there" if stopped else ""
+        more = ". Finished work is kept: free some space and run the same command again" if stopped else ""
         return in_words(error) + more, STOPPED if stopped else UNUSABLE
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
         return (
             f"out of memory: {_first_line(error)}. Try model.remat=full, a smaller loss.chunk or sampling.batch_size, "
-            "or more training.accumulation: they do not change results, and the same command with them continues",
+            "or more training.accumulation: none of them changes results, and the same command with them continues",
             STOPPED,
         )
     if isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error)):
-        return f"JAX: {_first_line(error)}; JAX_PLATFORMS=cpu runs without an accelerator", UNUSABLE
+        return f"JAX: {_first_line(error)}; set JAX_PLATFORMS=cpu to run without an accelerator", UNUSABLE
     return None
 
 
 def in_words(error: OSError) -> str:
-    """ "data/a.jsonl: No such file or directory" """
+    """The file and the reason, such as "data/a.jsonl: No such file or directory"."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return ": ".join([*names[:1], error.strerror or str(error) or type(error).__name__])
 

@@ -3,9 +3,9 @@
 `history.json` in a stage's folder is a list, oldest first, of {"when": UTC, "step": steps taken then, "kind": one of
 these, "changed": {field: [old, new]}}:
     cost       the result is the same as without the change
-    extended   the steps after `step` follow other settings than the steps before it
-    branched   the stage began with checkpoint `step` of another workdir, `from`
-    anew       what the stage was made from has changed: it began again, and the former result is in `aside`
+    extended   the steps after `step` use other settings than the steps before it
+    branched   the stage started from checkpoint `step` of another workdir, which "from" names
+    anew       an input of the stage has changed, so it was made again; "aside" names the folder with the old result
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from typing import Any
 
 from ar_unified.manifests import ABSENT, Changes, Json, differences, flat
 
-DECIDING = ("extended", "branched")  # the kinds that are needed to make a result again
+DECIDING = ("extended", "branched")  # the kinds that are needed to reproduce a result
 
 
 @dataclass(frozen=True)
 class Changeable:
-    """Fields that may differ from the fields that a stage began with; all others decide its result.
+    """The fields whose values may differ from those that a stage began with. All other fields determine its result.
 
-    A field is dotted; the name of a part stands for all fields in it.
+    A field is a dotted name, such as "training.steps". The name of a section means all fields in it.
 
     Attributes:
-        cost: they decide how long or with how much memory the same result is made, and what is logged.
-        extends: they decide only later steps.
-        anew: what the stage was made from. Nothing is made from the stage itself, so it may be made again.
+        cost: fields that affect time, memory and what is logged, but not the result.
+        extends: fields that affect only the steps after the change.
+        anew: fields that describe the stage's inputs. If one changes, the stage is made again. This is safe because
+            nothing else is made from the stage.
         later: fields that older records lack, each with the value that means the same as a missing field.
     """
 
@@ -54,8 +55,8 @@ class Changeable:
 def divide(
     fingerprint: Mapping[str, Json], cost: Sequence[str], path: str = ""
 ) -> tuple[dict[str, Json], dict[str, Json]]:
-    """Splits a fingerprint into the part that decides the result, and the fields that decide only cost, flat: {field:
-    value}.
+    """Splits a fingerprint into the part that determines the result, and a flat dict {field: value} of the fields that
+    affect only cost.
     """
     kept: dict[str, Json] = {}
     only_cost: dict[str, Json] = {}
@@ -79,10 +80,10 @@ def compare(
     """Compares a record ({"fingerprint", "cost"}) with the settings that a stage has now.
 
     Returns:
-        The first field whose difference is not allowed, and the allowed differences by kind. If something differs that
-        the stage was made from, all differences have the kind "anew".
+        The first field whose difference is not allowed (None if all are), and the differences by kind. If an input of
+        the stage differs, all differences have the kind "anew".
     """
-    # Records of earlier versions have the fields that decide only cost in their fingerprint.
+    # Records of earlier versions have the fields that affect only cost in their fingerprint.
     theirs, their_cost = divide(found["fingerprint"], may.cost)
     their_cost |= found.get("cost", {})
     changes = differences(theirs, fingerprint)
@@ -98,7 +99,7 @@ def compare(
 
 
 def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
-    """A record as it was at `step`: undoes the changes at later steps that its history, `told`, lists."""
+    """A record as it was before `step`: the changes of its history, `told`, from this step on are undone."""
     fingerprint, cost = copy.deepcopy(found["fingerprint"]), dict(found.get("cost", {}))
     for late in reversed([entry for entry in told if (entry["step"] or 0) >= step]):
         for field, (old, _) in late["changed"].items():
@@ -115,12 +116,12 @@ def entry(kind: str, step: int | None, changed: Changes, **more: Any) -> dict[st
 
 
 def same(a: Mapping[str, Json], b: Mapping[str, Json]) -> bool:
-    """Whether two entries record the same change, as when an attempt was killed and started again."""
+    """Whether two entries record the same change. This happens if an attempt was killed and started again."""
     return {**a, "when": ""} == {**b, "when": ""}
 
 
 def told(found: Mapping[str, Any]) -> str:
-    """An entry as a few words: at step 24 training.steps 24 -> 48."""
+    """An entry in a few words, such as "at step 24 training.steps 24 -> 48"."""
     changes = ", ".join(f"{field} {old!s:.60} -> {new!s:.60}" for field, (old, new) in found["changed"].items())
     where = f"at step {found['step']}" if found["step"] is not None else ""
     whence = f"branched from {found['from']}" if "from" in found else ""

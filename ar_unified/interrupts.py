@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP): work stops where nothing is lost, and says so in one line.
+"""Handles Ctrl-C, SIGTERM and a closed terminal (SIGHUP): work stops where nothing is lost, and one line says so.
 
 A signal that the process was told to ignore (`nohup`, a job in the background) stays ignored. In a job of many
 processes JAX chooses the step at which all stop, and it listens only to SIGTERM. `forward_to_sigterm` turns the other
@@ -29,7 +29,7 @@ class Interrupted(SystemExit):
 
 
 class Preempted(Interrupted):
-    """A signal came, and a training has stopped between two steps with a checkpoint. It has printed this."""
+    """A signal stopped a training between two steps, with a checkpoint. The training has already printed this."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def noted() -> Iterator[Callable[[], int]]:
         if came:
             raise Interrupted(number)
         came.append(number)
-        line = f"{Interrupted(number).name}: stopping after this step with a checkpoint; once more to stop at once\n"
+        line = f"{Interrupted(number).name}: stopping after this step with a checkpoint; repeat to stop at once\n"
         os.write(2, line.encode())  # print is not safe inside a handler
 
     with _handling(note):
@@ -83,5 +83,5 @@ def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
         yield
     finally:
         for number, previous in before.items():
-            if previous is not None:  # None: a handler that Python did not install and cannot put back
+            if previous is not None:  # None: Python did not install the handler and cannot restore it
                 signal.signal(number, previous)

@@ -16,7 +16,7 @@ Changes = dict[str, list[Any]]  # {dotted field: [old, new]}
 
 
 class Mismatch(UserError):
-    """Two records differ that should be equal. `field`: the first field that differs, with dots."""
+    """Two records that should be equal are not. `field`: the dotted name of the first field that differs."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)
@@ -34,7 +34,7 @@ def manifest_hash(manifest: Mapping[str, Json]) -> str:
 
 
 def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, value) of everything in nested mappings. Tuples become lists, as in JSON."""
+    """Yields (dotted field, value) for each value in nested mappings. Tuples become lists, as in JSON."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from flat(inner, f"{path}.{key}" if path else str(key))
@@ -64,6 +64,6 @@ def require_same(
     for field, (theirs, ours) in differences(found, expected).items():
         raise ManifestMismatch(
             field,
-            f"manifests differ at {field!r}: {expected_from} has {ours!r}, {found_from} has {theirs!r}. They are "
-            "of different tokenizers or grammars: use artefacts of one run, or make the later one again.",
+            f"manifests differ at {field!r}: {expected_from} has {ours!r}, {found_from} has {theirs!r}. They come "
+            "from different tokenizers or grammars: use artefacts of one run, or make the later one again.",
         )

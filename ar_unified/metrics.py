@@ -1,7 +1,7 @@
 """The contents of metrics.jsonl: the names that training writes and the report reads, its rows, and conclusions from
 them.
 
-A training has turned if the loss on held-out data rises while the loss on training data still falls.
+A training "has turned" if it overfits: the loss on held-out data rises while the loss on training data still falls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOKENS_PER_SECOND, ATTENTION, VALIDATION = "tokens_per_second/", "attention/", "
 VALIDATION_LOSS = VALIDATION + "loss"
 
 _RISE = 0.01  # share of the lowest validation loss; smaller rises are noise
-_LINES = 5  # the training loss at a step is the mean of so many log lines
+_LINES = 5  # the training loss at a step is the mean of this many log lines
 
 
 def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, Any]]:
@@ -51,11 +51,11 @@ def last_validation(rows: Sequence[Mapping[str, Json]]) -> dict[str, Any]:
 
 
 def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: int | None = None) -> str:
-    """A sentence that says where the validation loss was lowest and how much it has risen; "" if it has not turned.
+    """A sentence about a training that has turned: the lowest and the last validation loss. "" if it has not turned.
 
-    It has turned if the last validation loss is more than 1 % above the lowest while the training loss has not risen
-    since. If both losses rise, the training is unstable, which is a different problem. A single high validation may be
-    chance, so before the end two in a row must be above.
+    A training has turned if the last validation loss is more than 1 % above the lowest while the training loss has not
+    risen since. If both losses rise, the training is unstable, which is a different problem. A single high validation
+    loss may be chance, so before the end of the training, at least two validations must follow the lowest one.
 
     Args:
       rows: rows of metrics.jsonl in order of steps, with "loss" (of training) and "validation/loss" in nats per token.

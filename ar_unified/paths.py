@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# In a wheel they are beside the modules, in a clone of the repository beside the package.
+# The folder of experiments is inside the package in a wheel, and next to it in a clone of the repository.
 _SHIPPED = [Path(__file__).parent / "experiments", Path(__file__).parents[1] / "experiments"]
 
 
@@ -15,12 +15,12 @@ def home(path: str | os.PathLike[str]) -> str:
     A shell does this for `--workdir ~/x`, but not inside a word, as in `--workdir='~/x'` or `folder.py:path=~/x`.
 
     Raises:
-        ValueError: there is no such user on this machine. A folder named `~name` must be written as `./~name`.
+        ValueError: if this machine has no such user. A folder named `~name` must be written as `./~name`.
     """
     found = os.path.expanduser(os.fspath(path))
     if found.startswith("~"):
         person = found.partition("/")[0]
-        raise ValueError(f"{path}: {person} has no home folder here; a folder of that name is ./{person}")
+        raise ValueError(f"{path}: {person} has no home folder here; if a folder has that name, write ./{person}")
     return found
 
 
@@ -31,10 +31,10 @@ def experiment_file(given: str) -> str:
     So does "experiments/shapes.py" if there is no such file. An existing file of the user always comes first.
 
     Raises:
-        ValueError: a single word is neither a file nor the name of an experiment. The message lists the names.
+        ValueError: if a single word is neither a file nor the name of an experiment. The message lists the names.
     """
     path, colon, arg = home(given).partition(":")
-    if Path(path).is_file():  # a folder `photos` may be the data of the experiment `photos`
+    if Path(path).is_file():  # not a folder: `photos` may be the data of the experiment `photos`
         return path + colon + arg
     name = path.removeprefix("experiments/").removesuffix(".py")
     for folder in _SHIPPED:
@@ -47,6 +47,6 @@ def experiment_file(given: str) -> str:
 
 
 def _experiments(folder: Path) -> dict[str, Path]:
-    """The experiments below a folder, by name, without scripts that make data, launch jobs or measure."""
+    """The experiments in a folder, by name. Scripts that make data, launch jobs or measure are left out."""
     files = [*folder.glob("*.py"), *folder.glob("image_tokenizers/*.py"), *folder.glob("published/*.py")]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}

@@ -1,5 +1,5 @@
-"""Writes named tensors into a folder of .safetensors files. Each part is written to its place at once, so none stays in
-memory.
+"""Writes named tensors into a folder of .safetensors files. Each part is written to its place immediately, so it does
+not stay in memory.
 
 A file is [8 bytes: length of the header][header: name -> dtype, shape, begin and end][the tensors, one after another],
 so the place of each part is known before its values (github.com/huggingface/safetensors, "Format").
@@ -52,14 +52,14 @@ class Pieces:
     def take(self, name: str, array: np.ndarray, at: int | None) -> tuple[memoryview, int]:
         """The bytes of a tensor, or of its part at index `at` of the first axis, and their offset in the tensor.
 
-        Raises ValueError for another kind, or for an index that is out of range or already written.
+        Raises ValueError for a wrong shape or dtype, or for an index that is out of range or already written.
         """
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):
             raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
         if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
-            raise ValueError(f"{name}: expected each of {list(kind.shape)} once, found {at} again or outside")
+            raise ValueError(f"{name} {list(kind.shape)}: expected each index once, found {at} again or out of range")
         self._put.add((name, at))
         self._left[name] -= array.nbytes
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, (at or 0) * array.nbytes
@@ -74,8 +74,8 @@ class TensorWriter:
     """A context that writes tensors by name. When it ends, every tensor is complete, or an error is raised.
 
     Args:
-        folder: an existing folder without any of the files.
-        kinds: the kind of every tensor, in the order in which they are put into files.
+        folder: an existing folder that does not have any of the files.
+        kinds: shape and dtype of every tensor. The files are filled in this order.
         shard_bytes: the largest size of a file; a larger tensor has its own file.
         alone: if one file is enough for all tensors, it is called model.safetensors and has no index, as in
             transformers.
@@ -137,7 +137,7 @@ class TensorWriter:
         self._places |= {name: (handle, 8 + len(head) + begin) for name, begin in begins.items()}
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """Writes a tensor, or its part at index `at` of the first axis. Raises ValueError for another kind or index."""
+        """Writes a tensor, or its part at index `at` of the first axis. Raises ValueError like `Pieces.take`."""
         data, begin = self._pieces.take(name, array, at)
         handle, first = self._places[name]
         write_bytes_at(handle, data, first + begin)
@@ -176,7 +176,7 @@ def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def write_bytes_at(handle: int, data: bytes | memoryview, at: int) -> None:
-    """Writes all bytes at a place in an open file. Raises OSError."""
+    """Writes all bytes into an open file, from position `at` on. Raises OSError."""
     view = memoryview(data)
     while view:
         written = os.pwrite(handle, view[: 1 << 30], at)

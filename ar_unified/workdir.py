@@ -73,7 +73,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # from UTF-8 or JSON
-        raise UserError(f"{path}: expected JSON, as it was written: {error}. It was changed, or cut short") from error
+        raise UserError(f"{path}: expected JSON: {error}. The file was changed or cut short") from error
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
@@ -126,15 +126,15 @@ class Stage:
         return read_history(self.folder)
 
     def begin(self, *entries: Mapping[str, Any]) -> None:
-        """Writes `entries` to the history, and then the record of the present settings. The stage is then no longer
+        """Writes `entries` to the history, and then the record of the present settings. After this, the stage is not
         done.
 
-        Raises StageBusy.
+        Raises StageBusy if another process is making the stage.
         """
         own(self.folder)
         told = self.history
         for entry in entries:
-            if not told or not history.same(told[-1], entry):  # if it is killed after this line, it comes here again
+            if not told or not history.same(told[-1], entry):  # an attempt that was killed may have written it already
                 told.append(dict(entry))
         if entries:
             write_json(self.folder / "history.json", told)
@@ -144,7 +144,7 @@ class Stage:
         clean(self.folder)
 
     def begin_anew(self) -> None:
-        """Renames the folder with the first free number, and begins with an empty one."""
+        """Renames the folder to NAME.old-N, where N is the first free number, and begins with an empty folder."""
         numbers = (self.folder.with_name(f"{self.name}.old-{n}") for n in itertools.count(1))
         own(self.folder)
         self.aside = next(path for path in numbers if not path.exists())
@@ -237,7 +237,7 @@ class Workdir:
         self.report = self.path / "report.html"
 
     def stage(self, name: str, fingerprint: Mapping[str, Json], may: Changeable = history.NOTHING) -> Stage:
-        """Opens a stage: a finished one as `done`, an interrupted one to continue, a new one to begin.
+        """Opens a stage. A finished one is `done`, an interrupted one can be continued, and a new one is begun.
 
         A reader waits until the writer has opened it.
 
@@ -245,12 +245,12 @@ class Workdir:
             name: the name of its folder, such as "data".
             fingerprint: JSON values of everything that determines the result (part of the config, hashes of inputs),
             and of those settings that affect only the cost but are worth recording.
-            may: the allowed differences from the folder's record. They are then in the stage's `changed`.
+            may: the fields that may differ from the folder's record. The stage's `changed` lists those that do.
 
         Raises:
-            StageMismatch: the folder was begun or finished with other settings that may not change.
-            StageBusy: another process is making it.
-            NotShared: a reader does not find the record of the writer.
+            StageMismatch: if the folder was begun or finished with other settings that may not change.
+            StageBusy: if another process is making the stage.
+            NotShared: if a reader does not find the record of the writer.
         """
         stage = self.undecided(name, fingerprint, may)
         started, done = stage.folder / "started.json", stage.folder / "done.json"
@@ -300,16 +300,16 @@ class Workdir:
         deadline = time.monotonic() + patience
         while not (_now(path).exists() and (content is None or read_json(path) == content)):
             if time.monotonic() > deadline:
-                found = "holds something else" if path.exists() else "is not there"
+                found = "has other content" if path.exists() else "is not there"
                 raise NotShared(
-                    f"process 0 has written {path.absolute()}; seen from this process, on {os.uname().nodename}, "
-                    f"it {found}: --workdir must be on storage that all processes share, and their configs the same"
+                    f"process 0 has written {path.absolute()}, but for this process, on {os.uname().nodename}, it "
+                    f"{found}: --workdir must be on storage that all processes share, and all need the same config"
                 )
             time.sleep(0.1)
 
 
 def _now(path: Path) -> Path:
-    """The path, after its file was updated from the store, because others may have written it there."""
+    """Updates a file from the store, because another process may have written it there, and returns its path."""
     storage.refresh(path)
     return path
 

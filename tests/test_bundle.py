@@ -219,7 +219,7 @@ HOSTILE = {
     "image tokenizer edited": (flipped("image_tokenizer/weights.safetensors"), "image_tokenizer/weights.* sha256"),
     "settings edited": (flipped("config.json"), "config.json: expected sha256"),
     "pickled weights": (pickled, f"{WEIGHTS}: SafetensorError"),
-    "a folder of pickles": (only_pickles, "expected a bundle, which has a bundle.json; this is none"),
+    "a folder of pickles": (only_pickles, "expected a bundle, which has a bundle.json; this folder has none"),
     "a workdir": (workdir, "this is a workdir: `ar-unified export` makes a bundle of it"),
     "another version": (json_of(BUNDLE, lambda x: x.update(version=2)), "bundle.json: expected version 1, found 2"),
     "not JSON": (lambda folder: (folder / BUNDLE).write_bytes(b"\x80\x04."), "bundle.json: .*"),
@@ -240,7 +240,7 @@ HOSTILE = {
         lambda folder: reseal(
             folder, **dict.fromkeys(map("image_tokenizer/{}".format, ("config.json", "weights.safetensors")))
         ),
-        "language.json: expected image codes with image_tokenizer and its hash, or none of the three",
+        "language.json: expected image codes, image_tokenizer and its hash: all three, or none",
     ),
     "a link out": (linked("language.json"), "language.json is a link to .*outside"),
     "weights linked out": (linked(WEIGHTS), f"{WEIGHTS} is a link to .*outside"),
@@ -262,8 +262,8 @@ HOSTILE = {
         json_of(INDEX, lambda x: x["weight_map"].pop("norm") and None),
         f"{INDEX}: norm: this tensor of the model is missing",
     ),
-    "a tensor is missing": (tensors(lambda x: x.pop("norm")), f"{WEIGHTS}: 'norm': is missing"),
-    "a tensor too much": (tensors(lambda x: x.update(more=x["norm"])), f"{WEIGHTS}: 'more': .* has no such tensor"),
+    "a tensor is missing": (tensors(lambda x: x.pop("norm")), f"{WEIGHTS}: tensor 'norm' is missing"),
+    "a tensor too much": (tensors(lambda x: x.update(more=x["norm"])), f"{WEIGHTS}: tensor 'more' is not listed in"),
     "another shape": (tensors(lambda x: x.update(norm=x["norm"][:-1])), r"norm: expected shape \(32,\), found \(31,\)"),
     "another dtype": (tensors(lambda x: x.update(norm=x["norm"].astype(np.int32))), "norm: expected F32.*found I32"),
     "a huge model": (
@@ -280,7 +280,7 @@ HOSTILE = {
     ),
     "a language of other images": (
         json_of("language.json", lambda x: x.update(image_hash="0" * 64)),
-        "language.json: expected image tokenizer .*, found '0000",
+        "language.json: image_hash: expected .*, as image_tokenizer; found '0000",
     ),
     "a language of numbers": (json_of("language.json", lambda x: x.update(text_size="a")), "language.json: .*"),
     "another vocabulary": (

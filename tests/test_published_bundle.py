@@ -146,7 +146,10 @@ HOSTILE = {
     "edited": (edited, f"{TOKENIZER}: expected sha256 .* it was changed"),
     "no JSON": (replaced(b"\x80\x04."), f"{TOKENIZER}: expected a tokenizer.json, found no JSON"),
     "another kind": (replaced(b'{"model": {"type": "WordPiece"}}'), f"{TOKENIZER}: model.type: expected BPE"),
-    "fewer pieces than the border has": (replaced(shorter()), f"{TOKENIZER}: border: expected text pieces below 330"),
+    "fewer pieces than the border has": (
+        replaced(shorter()),
+        f"{TOKENIZER}: border: expected ids of text pieces below 330",
+    ),
     "another tokenizer": (replaced(files.byte_level("NFC")), "language.json: .* text tokenizer with hash"),
     "two tokenizers": (also, "bundle.json: files: expected one text tokenizer in text_tokenizer.*; found text_t"),
     "no tokenizer": (without, "bundle.json: files: expected one text tokenizer in text_tokenizer: text.model, .*none"),
@@ -158,9 +161,9 @@ HOSTILE = {
     ),
     "a border of fewer ids": (
         json_of("language.json", lambda x: x.update(border=[[0, 0, 9]])),
-        f"{TOKENIZER}: border: expected 363 ids, as many as are used; found 9",
+        f"{TOKENIZER}: border: expected 363 ids, as `used` says; found 9",
     ),
-    "a border twice": (json_of("language.json", lambda x: x["border"].append([0, 0, 1])), "border: expected each id"),
+    "a border twice": (json_of("language.json", lambda x: x["border"].append([0, 0, 1])), "expected published ids"),
     "another border": (json_of("language.json", other_ids), "language.json: .* text tokenizer with hash"),
     "special tokens as text": (json_of("language.json", beyond), "language.json: manifests differ at 'controls.pad'"),
     "no number of pieces": (json_of("language.json", lambda x: x.update(text_size="1")), "text_size: expected a whole"),

@@ -1,13 +1,13 @@
-"""What a sequence may contain, in our format and in those of published systems. Imports only `errors` from this
-package.
+"""What a sequence may contain, in our format and in those of published systems. From the rest of ar_unified, this
+package imports only `manifests`.
 
-document.py    a Document is turns, a turn is text and images
-rows.py        documents as JSON rows and chat messages, there and back
+document.py    a Document, which has turns of text and images
+rows.py        converts documents to JSON rows and chat messages, and back
 vocabulary.py  the one id space: text | controls | sizes | image codes | rest
 border.py      the bijection between a published id space and ours
-layouts.py     how a system writes images and turns: one record each
+layouts.py     how each system writes images and turns, one record per system
 syntax.py      a layout as ids and lengths, for one vocabulary
-grammar.py     Document <-> ids; each position has its role, its turn, and whether it is trained
+grammar.py     converts documents to ids and back; each position has a role, a turn, and whether it is trained
 encoded.py     ids with those marks, and how data changes them
 automaton.py   the same grammar as integer state on the device
 """

@@ -1,6 +1,6 @@
 """The grammar as integer state: which id each row of a sampler may emit next, inside one compiled loop.
 
-Every function is pure, elementwise over the batch, and made of comparisons: no tables over the vocabulary.
+Every function is pure, elementwise over the batch, and made of comparisons. None needs a table over the vocabulary.
 
 One rule keeps every row within its budget: `remaining >= needed(state)` is true at the start, and a token that would
 make it false is not allowed. So a row starts only what it can finish: an image, a digit of its size, or another word
@@ -27,13 +27,13 @@ _DIGITS = 5  # maximum for a side
 
 
 class Opened(NamedTuple):
-    """Where a prompt breaks off; ints, or int32 [B] each.
+    """The state at the end of a prompt; ints, or int32 [B] each.
 
     Attributes:
         phase: any phase; DONE after the end of a document.
-        written: in PARTS, how many ids of an `open` that is text are at the end; in HEIGHT and WIDTH, number of digits;
-            in BODY, number of codes and row ends, negative while ids of `start` are missing.
-        height, width: the known part of the number, else 0.
+        written: in PARTS, how many ids of a half-written `open` are at the end, if `open` is text; in HEIGHT and WIDTH,
+            the digits so far; in BODY, the codes and row ends so far, or negative while ids of `start` are missing.
+        height, width: the number as far as it is known, else 0.
     """
 
     phase: Any = PARTS
@@ -48,8 +48,8 @@ class Wanted(NamedTuple):
     Attributes:
         remaining: tokens that may be generated, the end included.
         mode: TEXT, IMAGE or FREE.
-        min_images, max_images: images to generate, including one that the prompt has begun. IMAGE mode makes at least
-            one if max_images allows it, TEXT mode none.
+        min_images, max_images: how many images to generate, including one that the prompt has begun. IMAGE mode makes
+            at least one if max_images allows it; TEXT mode makes none.
         height, width: sides of every new image; 0: the sampler chooses. Ignored if images do not state their size.
     """
 
@@ -95,8 +95,8 @@ class Event(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What may come next: ids low..high-1 except `never`; `also` (an image's first id or the end of a number); the end
-    of the document; digits. Each is [B], digits [B, 10]."""
+    """What may come next: ids low..high-1 except `never`; `also` if `has_also` (an image's first id, or the id after a
+    number); the document's end if `end`; the decimal `digits`. Each is [B], digits [B, 10]."""
 
     low: jax.Array
     high: jax.Array
@@ -116,9 +116,9 @@ class Automaton:
     def resume(self, opened: Opened, wanted: Wanted) -> State:
         """The state of each row after its prompt.
 
-        Nothing can be raised here, because values may be traced. A request is possible unchanged iff `fits(state,
-        min_images)`. Otherwise `min_images` is lowered until the budget is enough, or to 0 if the layout lacks the
-        size. An image that the prompt began is broken off if the budget cannot finish it.
+        Nothing can be raised here, because values may be traced. A request can be met unchanged iff `fits(state,
+        min_images)`. Otherwise `min_images` is lowered until the budget is enough, or to 0 if the layout does not allow
+        the size. An image that the prompt began stays unfinished if the budget is too small for it.
         """
         layout = self.syntax.layout
         shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (*opened, *wanted)))
@@ -244,7 +244,7 @@ class Automaton:
                 said = (phase == HEIGHT) | (phase == WIDTH)
             written = jnp.where((phase == HEIGHT) | (phase == WIDTH), state.written + 1, written)
             written = jnp.where(said & (phase == HEIGHT), 0, written)
-        # After the size: if it is in digits, the first id of `start` has ended the width.
+        # Now the size is complete. If it is in digits, the first id of `start` has already ended the width.
         behind = (1 if syntax.digits else 0) - len(syntax.start)
         written = jnp.where(said & (phase == WIDTH), behind, written)
         written = jnp.where(begins, 0 if syntax.layout.sized else behind, written)
@@ -263,7 +263,7 @@ class Automaton:
         )
 
     def done(self, state: State) -> jax.Array:
-        """bool [B]: the row has ended; only PAD follows."""
+        """bool [B]: whether the row has ended, so that only PAD follows."""
         return state.phase == DONE
 
     def code(self, state: State) -> jax.Array:
@@ -277,7 +277,7 @@ class Automaton:
         return self._codes(state.height, state.width)[1]
 
     def in_image(self, state: State) -> jax.Array:
-        """bool [B]: the next token is an image code."""
+        """bool [B]: whether the next token is an image code."""
         start, row_end, close = self._borders(state)
         return (state.phase == BODY) & ~start & ~row_end & ~close
 
@@ -296,12 +296,12 @@ class Automaton:
         return self.syntax.block(*self._codes(*self._least(state)))
 
     def _later(self, state: State) -> jax.Array:
-        """Tokens that must remain after the current image, for the images still to make and for the end."""
+        """Tokens that must remain after the current image, for the images still to be made and for the end."""
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:
-        """For the phase PARTS: how a half-written `open` changes the tokens needed. If an image must still be made,
-        part of it exists already. If not, but only images may be made, the half-written one must be finished.
+        """For the phase PARTS: how a half-written `open` changes the number of tokens needed. If an image must still be
+        made, fewer are needed for it. If not, but the mode is IMAGE, the begun image must be finished.
         """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)
@@ -310,7 +310,7 @@ class Automaton:
         return jnp.where(owed, -state.written, jnp.where(committed, self._smallest(state) - state.written, 0))
 
     def _block_end(self, state: State) -> jax.Array:
-        """`written` at the end of the current image."""
+        """The value of `written` at the end of the current image."""
         return self.syntax.layout.body(*self._codes(state.height, state.width)) + len(self.syntax.close)
 
     def _borders(self, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -324,7 +324,7 @@ class Automaton:
         return start, ~start & ~close & (state.written % (width + 1) == width), close
 
     def _matched(self, state: State, token: jax.Array) -> jax.Array:
-        """For the phase PARTS: how many ids of an `open` that is text are at the end of the row, including `token`."""
+        """For the phase PARTS: how many ids of a half-written `open` are at the row's end, including `token`."""
         matched = jnp.zeros_like(state.written)
         if len(self.syntax.open) > 1:
             for id, after in _matches(self.syntax.open).items():
@@ -332,7 +332,7 @@ class Automaton:
         return jnp.where(state.phase == PARTS, matched, state.written)
 
     def _number(self, state: State, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Height or width after `token`, and whether the token ended the number instead; each [B]."""
+        """(number, ended), each [B]: height or width after `token`, and whether `token` ends the number."""
         syntax = self.syntax
         if not syntax.digits:
             return token - syntax.vocabulary.size_offset + 1, jnp.zeros_like(token, bool)
@@ -390,7 +390,7 @@ class Automaton:
         digits, number_ends, number_end = None, jnp.zeros_like(parts), jnp.zeros_like(state.phase)
         if syntax.digits:
             number = jnp.where(is_height, state.height, state.width)
-            most = jnp.maximum(most, number)  # a prompt may have requested more than fits the budget
+            most = jnp.maximum(most, number)  # a prompt may have begun a number that is too large
             digits = jnp.stack([header & _extends(10 * number + d, least, most) for d in range(10)], axis=1)
             number_ends = header & (number >= least) & (number <= most)
             number_end = jnp.where(is_height, syntax.separator, syntax.start[0])
@@ -425,8 +425,8 @@ def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:
 
 
 def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """The Knuth-Morris-Pratt table for a run of ids: for each id and each number of ids that matched before it, how
-    many match after it. `event` reports a complete match, not this table.
+    """The Knuth-Morris-Pratt table of a run of ids: found[id][matched] is the number of ids that match after `id`, if
+    `matched` ids matched before it. A complete match is not in this table; `event` reports it.
     """
     found = {}
     for id in set(run):
@@ -439,7 +439,7 @@ def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
 
 
 def _extends(number: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
-    """bool [B]: whether `number` is in least..most, or can be after further digits."""
+    """bool [B]: whether `number` is in least..most, or more digits can bring it there."""
     more = [(number * 10**k <= most) & ((number + 1) * 10**k > least) for k in range(_DIGITS)]
     return (number > 0) & jnp.any(jnp.stack(more), axis=0)
 

@@ -1,8 +1,8 @@
 """The bijection between a published id space and ours, stored as runs. No other module sees a published id.
 
-Published tables mix their ranges: controls between text pieces, codes before text pieces. Our ranges are contiguous.
-Import gathers the rows of the published embedding and head into our order, and export scatters them back. The published
-text tokenizer is wrapped, so that model, loss, sampler and data use one id space.
+Published tables mix kinds of ids: they may have controls between text pieces, or codes before them. Our ranges are
+contiguous. Import gathers the rows of the published embedding and head into our order, and export scatters them back.
+The published text tokenizer is wrapped, so that model, loss, sampler and data use one id space.
 
 Axes: `V` ids.
 """
@@ -23,26 +23,27 @@ from ar_tokenizers.reading import codec
 
 _LARGEST = 1 << 24  # ids: more than any table has, yet small enough for memory
 
-Run = tuple[int, int, int]  # first published id, first of ours, length
+Run = tuple[int, int, int]  # first published id, our first id, length
 
 
 @dataclass(frozen=True)
 class Border:
-    """Runs of ids that have the same order on both sides, sorted by published id. JSON: `manifest`, `from_manifest`.
+    """Runs of ids that have the same order on both sides, sorted by published id. `manifest` gives them as JSON.
 
     Raises:
-        ValueError: the runs are not a bijection of 0..V-1; the message names the first id that is missing or occurs
+        ValueError: if the runs are not a bijection of 0..V-1. The message names the first id that is missing or occurs
             twice.
     """
 
     runs: tuple[Run, ...]
 
     def __post_init__(self) -> None:
-        for side, at in (("theirs", 0), ("ours", 1)):
+        for side, at in (("published ids", 0), ("our ids", 1)):
             end = 0
             for first, count in sorted((run[at], run[2]) for run in self.runs):
                 if first != end or count < 1:
-                    raise ValueError(f"border: expected each id of {side} once; id {min(first, end)} is not")
+                    wrong = f"id {min(first, end)} is missing, repeated or out of range"
+                    raise ValueError(f"border: expected {side} 0, 1, 2, ... each once; {wrong}")
                 end += count
         if not self.runs:
             raise ValueError("border: expected at least one run of ids, found none")
@@ -51,7 +52,7 @@ class Border:
 
     @classmethod
     def from_ids(cls, theirs: Sequence[int] | np.ndarray) -> Border:
-        """The border of theirs[i], int [V], the published id of our id i."""
+        """Makes the border from published ids, int [V], where theirs[i] is the published id of our id i."""
         ids = np.asarray(theirs, np.int64)
         if ids.ndim != 1 or not len(ids):
             raise ValueError(f"border: expected published ids [V], found {ids.dtype} {list(ids.shape)}")
@@ -66,7 +67,7 @@ class Border:
 
     @cached_property
     def theirs(self) -> np.ndarray:
-        """int32 [V]: the published id of each of ours."""
+        """int32 [V]: the published id of each of our ids."""
         out = np.empty(self.size, np.int32)
         for theirs, ours, count in self.runs:
             out[ours : ours + count] = np.arange(theirs, theirs + count)
@@ -74,7 +75,7 @@ class Border:
 
     @cached_property
     def ours(self) -> np.ndarray:
-        """int32 [V]: our id of each published one."""
+        """int32 [V]: our id of each published id."""
         return np.argsort(self.theirs).astype(np.int32)
 
     def gather(self, rows: Any) -> Any:
@@ -109,7 +110,7 @@ class Ids:
 
     Args:
         border: None if both id spaces are the same.
-        size: V, the ids that have a probability.
+        size: V, the number of ids that have a probability.
     """
 
     def __init__(self, border: Border | None, size: int):
@@ -152,7 +153,7 @@ class MappedCodec:
 
     @classmethod
     def of(cls, file: str, data: bytes, border: Border, size: int, lossy: Lossy = "refuse") -> MappedCodec:
-        """Opens a tokenizer's file, with the format that its name tells (`reading.codec`). Text is encoded with text
+        """Opens a tokenizer's file, whose name determines its format (`reading.codec`). Text is encoded with text
         pieces only.
         """
         return cls(codec(file, data, lossy=lossy, text_ids={*border.theirs[:size].tolist()}), border, size)
@@ -163,9 +164,9 @@ class MappedCodec:
         if np.any(np.diff(self._text) < 0):
             raise ValueError("border: expected text pieces in the order of the published ids")
         if self._text[-1] >= self.codec.size:
-            found = f"id {self._text[-1]} for one"
-            raise ValueError(f"border: expected text pieces below {self.codec.size}, of {self.file}; found {found}")
-        self.codec.decode(self._text.tolist())  # raises for an id in between that is not the tokenizer's
+            expected = f"ids of text pieces below {self.codec.size}, the size of {self.file}"
+            raise ValueError(f"border: expected {expected}; found {self._text[-1]}")
+        self.codec.decode(self._text.tolist())  # raises if the tokenizer lacks one of these ids
 
     @property
     def _text(self) -> np.ndarray:
@@ -184,7 +185,7 @@ class MappedCodec:
 
     @property
     def data(self) -> bytes:
-        """What is in that file."""
+        """The content of that file."""
         return self.codec.data
 
     @property
@@ -199,7 +200,7 @@ class MappedCodec:
 
     @cached_property
     def piece_bytes(self) -> np.ndarray:
-        """int32 [size]."""
+        """int32 [size]: the number of UTF-8 bytes of text that each of our ids stands for."""
         return self.codec.piece_bytes[self._text]
 
     def is_byte(self, id: int, /) -> bool:
@@ -212,7 +213,7 @@ class MappedCodec:
         beyond = len(theirs) and theirs.max() >= self.border.size
         ids = [self.size] if beyond else self.border.ours[theirs].tolist()
         if ids and max(ids) >= self.size:
-            raise ValueError(f"the text {text!r:.60} is spelled with an id that is no text piece")
+            raise ValueError(f"the text {text!r:.60} is encoded with an id that is not a text piece")
         return ids
 
     def decode(self, ids: Sequence[int], /) -> str:

@@ -182,7 +182,7 @@ class Document:
         """Raises DocumentError, naming the first part that no grammar could encode and decode."""
         check_speakers([turn.speaker for turn in self.turns])
         if self.rejected is not None and (not self.asks or self.rejected.speaker != "assistant"):
-            raise DocumentError("bad_turns", "a rejected answer: expected the assistant's, to a question")
+            raise DocumentError("bad_turns", "rejected: expected an assistant's turn, in a document with turns")
         i = 0
         for turn in (*self.turns, *([] if self.rejected is None else [self.rejected])):
             before: Part | None = None
@@ -204,13 +204,13 @@ class Document:
 
 
 def _shows(turns: Sequence[Turn]) -> bool:
-    """Whether there are images."""
+    """Whether the turns have images."""
     return any(not isinstance(part, TextPart) for turn in turns for part in turn.parts)
 
 
 def check_speakers(speakers: Sequence[str]) -> None:
     """Raises DocumentError("bad_turns") unless turns of these speakers may follow each other in a document."""
-    if list(speakers) in (["document"], ["user", "assistant"]):  # nearly all
+    if list(speakers) in (["document"], ["user", "assistant"]):  # true for nearly all documents
         return
     talk = list(speakers[1:] if speakers[:1] == ["system"] or speakers[:1] == ("system",) else speakers)
     if not talk or len(talk) % 2 or any(who != ("user", "assistant")[i % 2] for i, who in enumerate(talk)):

@@ -1,4 +1,4 @@
-"""Ids with their roles: `Grammar.encode` makes them, shards store them, and the loader changes them. All in O(n).
+"""Ids with their roles: `Grammar.encode` makes them, shards store them, and the loader changes them. All code is O(n).
 
 Each position has a mark of one byte: its role, its speaker, whether it is trained, and whether a turn or an image
 begins there. So later code need not search ids for the end of a prompt.
@@ -20,7 +20,7 @@ from ar_unified.language.document import SPEAKERS
 _ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
 TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
 _ANSWERS = [SPEAKERS.index("document"), SPEAKERS.index("assistant")]
-_OWN = _ROLE | IMAGE  # independent of where the token is
+_OWN = _ROLE | IMAGE  # the bits that do not depend on where the token is
 _SPEAKERS: dict[str, int] = {speaker: place << 3 for place, speaker in enumerate(SPEAKERS)}
 _ONE = [bytes([each]) for each in range(256)]
 
@@ -50,7 +50,7 @@ class Encoded:
 
     @property
     def roles(self) -> np.ndarray:
-        """The Role of every position, uint8 [n]. The place decides it, not the id: a size's digit is SIZE."""
+        """The Role of every position, uint8 [n]. It depends on the place: a digit in a size is SIZE, not TEXT."""
         return self.marks & _ROLE
 
     @property
@@ -70,7 +70,7 @@ class Encoded:
 
     @property
     def own_images(self) -> np.ndarray:
-        """Those of `images` that are learned and not part of a question (`Grammar.drop_context`)."""
+        """The entries of `images` that are learned and not part of a question; for `Grammar.drop_context`."""
         says = np.isin(self.speakers[self.images], (SPEAKERS.index("document"), SPEAKERS.index("assistant")))
         return self.images[says & self.trained[self.images]]
 
@@ -97,7 +97,7 @@ class Writer:
         self._begins = 0  # TURN until the turn has its first id
 
     def turn(self, speaker: str, learned: bool) -> None:
-        """Begins a turn: the speaker of all that is added from here on, and whether it is learned."""
+        """Begins a turn. Everything added after this belongs to `speaker`; `learned`: whether it is learned."""
         self._says, self._begins = mark(0, speaker, learned), TURN
 
     def add(self, ids: Iterable[int], role: int) -> None:
@@ -124,7 +124,7 @@ class Writer:
 
 @functools.cache
 def _says(says: int) -> bytes:
-    """bytes.translate's table from roles to marks."""
+    """The table with which bytes.translate turns roles into marks."""
     return bytes(min(role | says, 255) for role in range(256))
 
 
@@ -143,7 +143,7 @@ def swapped(document: Encoded) -> Encoded:
     order = np.concatenate([
         np.arange(head), np.arange(border, n - 1), [border - 1], np.arange(head, border - 1), [n - 1]
     ])  # fmt: skip
-    now = head + n - border  # where the answer begins now
+    now = head + n - border  # where the answer begins after the swap
     says = document.marks & np.uint8(0xFF ^ _OWN)
     marks = document.marks[order] & np.uint8(_OWN)
     marks[:begin] |= says[:begin]

@@ -1,4 +1,4 @@
-"""Adds images to a language model's id space: its text ids keep their numbers and their rows.
+"""Adds images to a language model's id space. Its text ids keep their numbers, and their rows in the tables.
 
     [ text | its controls | rest ]   becomes   [ text | controls of the layout | sizes | image codes | rest ]
 
@@ -21,9 +21,9 @@ from ar_unified.language.vocabulary import Vocabulary
 def extended(grammar: Grammar, layout: ImageLayout, codebook_size: int, image_hash: str = "") -> Grammar:
     """The grammar of a language model with the ids that images of `layout` need.
 
-    For published ids the border grows: the published table keeps its order, and the new ids follow it.
+    If the model has published ids, the border grows: these ids keep their order, and the new ids follow them.
 
-    Raises ValueError: the model already has image codes, or its text tokenizer cannot write the layout's texts.
+    Raises ValueError if the model already has image codes, or its text tokenizer cannot write the layout's texts.
     """
     old, codec = grammar.vocabulary, grammar.text_codec
     if old.codebook_size:
@@ -59,5 +59,5 @@ def new_ids(old: Vocabulary, new: Vocabulary) -> tuple[int, ...]:
 
 
 def _left(old: Vocabulary, new: Vocabulary) -> list[int]:
-    """Ids of controls that the layout does not need."""
+    """Old ids of the controls that the new vocabulary does not have."""
     return [old.control(name) for name in old.controls if name not in new.controls]

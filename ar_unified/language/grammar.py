@@ -1,6 +1,6 @@
-"""Document <-> ids: the one description of what is valid where, shared by data, loss and sampler.
+"""Converts documents to ids and back. Data, loss and sampler share this one definition of what is valid.
 
-The layout (`layouts`) says how images and turns are written, and `ImageLayout` how large images are.
+The layout (`layouts`) says how images and turns are written. `ImageLayout` says how large images are.
 
 Axes: `h` `w` height and width of an image in codes; `n` number of tokens in a document.
 """
@@ -32,18 +32,20 @@ class TextLost(GrammarError):
 
 
 class TextCodec(Protocol):
-    """Lossless text <-> ids 0..text_size-1. If it has a `hash`, this must equal the vocabulary's `text_hash`."""
+    """Converts text to ids 0..text_size-1 and back without loss. If it has a `hash`, this must equal the vocabulary's
+    `text_hash`.
+    """
 
     def encode(self, text: str, /) -> list[int]:
         """The ids of a text."""
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """The text of ids."""
+        """The text that ids stand for."""
 
 
 class Break(NamedTuple):
     """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
-    position where that begins; else the prompt's length. `opened`: the same in the automaton's terms.
+    position where that begins; else the prompt's length. `opened`: the automaton's state there.
     """
 
     begin: int
@@ -56,8 +58,8 @@ class Grammar:
     A vocabulary without image codes has no images, and its image layout `TEXT_ALONE` is never used.
 
     Raises:
-        ValueError: the layout needs a token that the vocabulary lacks.
-        ManifestMismatch: the codec's `hash` or `size` differs from the vocabulary's.
+        ValueError: if the layout needs a token that the vocabulary lacks.
+        ManifestMismatch: if the codec's `hash` or `size` differs from the vocabulary's.
     """
 
     def __init__(self, vocabulary: Vocabulary, layout: ImageLayout, text_codec: TextCodec):
@@ -79,8 +81,8 @@ class Grammar:
         """The document as ids and marks. Its parts must be TextPart or CodesPart.
 
         Raises:
-            GrammarError: the document is invalid, or the layout, the codebook or the text tokenizer cannot represent a
-                part.
+            GrammarError: if the document is invalid, or the layout, the codebook or the text tokenizer cannot represent
+                a part.
         """
         try:
             document.check()
@@ -90,7 +92,7 @@ class Grammar:
         return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
-        """The ids that a sampler starts from, int32 [n]: turns to answer, or a text without turns to continue.
+        """The ids that a sampler starts from, int32 [n]. It then answers the turns, or continues text without turns.
 
         Raises GrammarError like `encode`.
         """
@@ -200,14 +202,14 @@ class Grammar:
         try:
             ids = self.text_codec.encode(text)
         except ValueError as error:
-            raise GrammarError(i, "a text the tokenizer can spell", str(error), unit="part") from error
+            raise GrammarError(i, "a text that the tokenizer can encode", str(error), unit="part") from error
         if ids and (min(ids) < 0 or max(ids) >= self.vocabulary.text_size):
             expected = f"ids 0..{self.vocabulary.text_size - 1} from the text tokenizer"
             raise GrammarError(i, expected, f"{ids!r:.80} for {text!r:.80}", unit="part")
         back = self.text_codec.decode(ids)
         if back != text:
             at = len(os.path.commonprefix([text, back]))
-            expected = f"a text the tokenizer gives back, {text[at : at + 20]!r} at character {at}"
+            expected = f"a text that decodes unchanged, with {text[at : at + 20]!r} at character {at}"
             raise TextLost(i, expected, repr(back[at : at + 20]), unit="part")
         opening = self.syntax.open
         if self.syntax.spelled and find(np.append(ids, opening[:-1]), opening) >= 0:
@@ -229,14 +231,14 @@ class Grammar:
     # ---- ids to documents ----------------------------------------------------------------------------------------
 
     def parse(self, tokens: np.ndarray | Sequence[int]) -> Document:
-        """The document of ids that `encode` wrote, or a sampler with the automaton. It is the exact inverse of
+        """The document of ids that come from `encode`, or from a sampler with the automaton. It is the exact inverse of
         `encode`, except for layouts that separate turns by text: those give one turn without a speaker.
 
         Args:
             tokens: [n] ids, without padding.
 
         Raises:
-            GrammarError: with the position of the first token that is not valid at its place.
+            GrammarError: if a token is not valid at its place. The error has the position of the first such token.
         """
         turns, at, _ = self._read(np.asarray(tokens), whole=True)
         if turns is None:
@@ -244,13 +246,13 @@ class Grammar:
         return Document(turns)
 
     def breaks_off(self, tokens: np.ndarray) -> Break:
-        """Where the ids [n] of a document's beginning break off. Raises GrammarError if no document can begin with
+        """Where ids [n], the beginning of a document, break off. Raises GrammarError if no document can begin with
         them."""
         _, _, found = self._read(np.asarray(tokens), whole=False)
         return found
 
     def texts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """The beginning and end of each run of text in the ids [n] of a document's beginning. Digits of a size are not
+        """The beginning and end of each run of text in ids [n], the beginning of a document. Digits of a size are not
         text.
         """
         return [(item.begin, item.end) for item in Reader(self.syntax, tokens).items(1) if item.kind == "text"]
@@ -316,11 +318,11 @@ class Grammar:
     # ---- ids to ids: how data changes a document that is already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The empty prompt, then the last answer. Raises GrammarError if there is no turn (see `drop_context`)."""
+        """The empty prompt, followed by the last answer. Raises GrammarError without turns; see `drop_context` then."""
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
-        """The empty prompt, then the document from one of its `own_images` on.
+        """The empty prompt, followed by the document from number `image` of its `own_images` on.
 
         Raises GrammarError if there is no such image.
         """
@@ -337,16 +339,16 @@ class Grammar:
     def swap_turn(self, document: Encoded) -> Encoded:
         """Swaps the last question and its answer, so that a pair is read in the other direction.
 
-        Raises GrammarError if there is no turn, or if text separates turns.
+        Raises GrammarError if there are no turns, or if text separates them.
         """
         self._borders(document)
         if not self.can_swap:
-            raise GrammarError(0, "turns told apart by ids", "turns told apart by text")
+            raise GrammarError(0, "turns separated by ids", "turns separated by text")
         return encoded.swapped(document)
 
     @property
     def can_swap(self) -> bool:
-        """Whether turns can be swapped as ids."""
+        """Whether `swap_turn` is possible with this layout."""
         return isinstance(self.layout.record.turns, TurnMarks)
 
     def _borders(self, document: Encoded) -> np.ndarray:
@@ -355,7 +357,7 @@ class Grammar:
             raise GrammarError(len(document), "a document with turns", "none")
         return borders
 
-    # ---- its links to everything else -------------------------------------------------------------------------
+    # ---- the automaton and the manifest -----------------------------------------------------------------------
 
     @cached_property
     def automaton(self) -> Automaton:
@@ -372,7 +374,7 @@ class Grammar:
         """The grammar that a manifest describes.
 
         Raises:
-            ManifestMismatch: a field is missing or unknown here, or `text_codec` is another tokenizer.
+            ManifestMismatch: if a field is missing or unknown here, or `text_codec` is another tokenizer.
         """
         vocabulary = Vocabulary.from_manifest(manifest)
         try:

@@ -75,9 +75,8 @@ class TurnTemplate:
 
 @dataclass(frozen=True)
 class TurnFrames:
-    """Turns that each have a frame (Qwen's): a control, the speaker, the parts, the document's `end`. A conversation
-    begins with the first frame and not with `begin`. As with `TurnTemplate`, decoding gives one turn with everything in
-    it.
+    """Turns in frames, as in Qwen: a control, the speaker, the parts and the document's `end`. A conversation has no
+    `begin` before its first frame. As with `TurnTemplate`, decoding gives one turn with everything in it.
 
     Attributes:
         open: the control at the start.
@@ -94,11 +93,12 @@ class TurnFrames:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one system writes.
+    """How one system writes images and turns.
 
     Attributes:
         controls: the control tokens that it needs, in the order of our id space.
-        image_side: if text and images have separate softmaxes, the first control on the image side; "": no control is.
+        image_side: if text and images have separate softmaxes, the first control on the image side; "" if all are on
+            the text side.
         open: begins an image.
         size: how an image states its size; None: all images have the same size.
         start: follows the size.
@@ -107,7 +107,7 @@ class Layout:
         begin: begins a document.
         end: ends an answer and a document; a sampler stops at it. If `TurnMarks` end a question with the same token,
         turns are identified by counting.
-        tail: follows the last `end` of a document, never sampled.
+        tail: follows the last `end` of a document; it is never sampled.
         turns: how turns are marked.
         unconditional: the ids before the image's `open` in the unconditional pass of classifier-free guidance.
     """

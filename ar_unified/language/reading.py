@@ -32,7 +32,7 @@ class GrammarError(ValueError):
 class Item(NamedTuple):
     """A run of text pieces, an image, or any other single id, from `begin` to before `end`.
 
-    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's view, for an image in which the ids break off.
+    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state, for an image that ends too early.
     """
 
     kind: str  # text | image | other
@@ -50,7 +50,7 @@ class Reader:
         self._texts = np.append(self.vocabulary.role(ids) == Role.TEXT, False)
 
     def items(self, at: int) -> Iterator[Item]:
-        """The items from `at` on. Raises GrammarError for an invalid image; one that only breaks off is allowed."""
+        """The items from `at` on. Raises GrammarError for an invalid image; the last one may be incomplete."""
         while at < len(self.ids):
             text = at + int(np.argmin(self._texts[at:]))
             begin = self._opening(at, text)
@@ -133,9 +133,10 @@ class Reader:
         what = self.vocabulary.name(syntax.row_end) if column == w else "an image code"
         return f"{what} (row {row}, column {column} of {h} x {w})"
 
-    # ---- sizes: (number of units, digits written, end); None and self._value if the ids break off -------
+    # ---- reading a side of a size ------------------------------------------------------------------------------------
+    # Returns (number of units, 0, position after the number). If the ids end too early: (None, digits read, position).
 
-    _value = 0
+    _value = 0  # the part of the number that was read, if the ids end too early
 
     def _size_token(self, at: int, name: str, most: int, _: int) -> tuple[int | None, int, int]:
         if at >= len(self.ids):
@@ -166,7 +167,7 @@ class Reader:
 
 
 def find(ids: np.ndarray, run: tuple[int, ...], offset: int = 0) -> int:
-    """Where the sequence `run` first occurs in ids [n], searching from `offset`; -1 if it does not."""
+    """`offset` plus the position in ids [n] where the sequence `run` first occurs; -1 if it does not occur."""
     windows = len(ids) - len(run) + 1
     if windows < 1:
         return -1
@@ -177,6 +178,6 @@ def find(ids: np.ndarray, run: tuple[int, ...], offset: int = 0) -> int:
 
 
 def half_open(syntax: Syntax, ids: np.ndarray) -> int:
-    """How many ids of an `open` written as text are at the end of ids [n]."""
+    """How many ids of a half-written `open` are at the end of ids [n], if `open` is text."""
     run = syntax.open
     return next((n for n in range(min(len(run) - 1, len(ids)), 0, -1) if tuple(ids[-n:]) == run[:n]), 0)

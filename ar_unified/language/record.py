@@ -1,6 +1,5 @@
-"""language.json, in bundles and workdirs: a grammar's manifest, and for published ids the border to them.
-
-The same folder has the file of the text tokenizer, as it was made or published.
+"""Reads and makes the content of language.json, which bundles and workdirs have. It is a grammar's manifest, and for
+published ids also the border to them. The same folder has the file of the text tokenizer.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ def manifest_of(record: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def text_codec(record: Mapping[str, Json], file: str, data: bytes, lossy: Lossy = "refuse") -> Codec:
-    """The text tokenizer from language.json and the file beside it. Raises ValueError if the two do not match."""
+    """The text tokenizer from language.json and its own file. Raises ValueError if the two do not match."""
     if _BORDER not in record:
         return codec(file, data, lossy=lossy)
     border, size = Border.from_manifest(record[_BORDER]), record.get("text_size")
     if border.size != (used := record.get("used")):
-        raise ValueError(f"border: expected {used!r} ids, as many as are used; found {border.size}")
+        raise ValueError(f"border: expected {used!r} ids, as `used` says; found {border.size}")
     if type(size) is not int:
         raise ValueError(f"text_size: expected a whole number, found {size!r:.40}")
     return MappedCodec.of(file, data, border, size, lossy)

@@ -51,11 +51,11 @@ BLOCKS = "\n\n"  # between adjacent texts, which are blocks of one text
 
 
 class UnknownKeys(DocumentError):
-    """A row whose keys are those of no kind of row, or of two ("bad_row")."""
+    """The keys of a row match no kind of row, or two kinds ("bad_row")."""
 
 
 def read_parts(content: object, image: Callable[[str, str], Image], where: str, tokens: bool = False) -> list[Any]:
-    """Reads a text or a list of parts: TextPart, the result of `image` for an image's reference, TokensPart.
+    """Reads a text or a list of parts. Texts become TextPart, ids TokensPart, and images what `image` returns.
 
     Args:
         content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys
@@ -66,7 +66,7 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
     Adjacent texts are joined by a blank line.
 
     Raises:
-        DocumentError: the content, or a part of it, has no valid form.
+        DocumentError: if the content, or a part of it, has no valid form.
     """
     if isinstance(content, str):
         check_text(content, where)
@@ -92,7 +92,7 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
                 raise DocumentError("bad_row", f"{at}: expected ids, a list of whole numbers, found {ids!r:.80}", i)
             parts.append(TokensPart(tuple(ids)))
         else:
-            kinds = '"text", "image"' + (' or "tokens"' if tokens else "")
+            kinds = '"text", "image" or "tokens"' if tokens else '"text" or "image"'
             raise DocumentError("bad_row", f"{at}: expected type {kinds}, found {part!r:.80}", i)
     return parts
 
@@ -103,10 +103,10 @@ def read_messages(
     """(speaker, parts, trained) for each turn of a conversation. trained: whether it is learned; None: decided by its
     speaker.
 
-    Successive messages of one role become one turn. If the assistant speaks first, an empty user turn is put before.
+    Successive messages of one role become one turn. If the assistant speaks first, an empty user turn is put before it.
 
     Raises:
-        DocumentError: the value is not a list of messages.
+        DocumentError: if the value is not a list of valid messages.
     """
     if not isinstance(messages, list) or not messages:
         raise DocumentError("bad_row", f"{where}: expected a list of at least one message, found {messages!r:.80}")
@@ -146,8 +146,8 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
         load_image: takes a reference and returns the image, uint8 [H, W, 3]; its exceptions are not caught.
 
     Raises:
-        DocumentError: the row matches no kind or two kinds (UnknownKeys), a field has a wrong type, or the document is
-            invalid.
+        DocumentError: if the row matches no kind or two kinds (UnknownKeys), a field has a wrong type, or the document
+            is invalid.
     """
     if not isinstance(row, Mapping):
         raise DocumentError("bad_row", f"expected an object, found {type(row).__name__}")
@@ -167,7 +167,7 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
 
 
 def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Sequence[Turn]:
-    """The turns of a row of one of _KINDS."""
+    """The turns of a row, which must be one of _KINDS."""
     used = KEYS & row.keys() - {"id", "prompt"}
     if used not in _KINDS:
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
@@ -175,10 +175,10 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
     prompt = row.get("prompt")
     if "answer" in row and "question" not in row:
         if prompt in (None, "", []):
-            raise DocumentError("no_prompt", "answer: expected a prompt beside it, found none")
+            raise DocumentError("no_prompt", "answer: expected a prompt in the same row, found none")
         return [*_asked(prompt, "prompt", image), _answer(row["answer"], "answer", image)]
     if "prompt" in row and ("segments" not in row or type(prompt) is not int):
-        raise DocumentError("bad_prompt", f"prompt={prompt!r}: expected a whole number, beside segments")
+        raise DocumentError("bad_prompt", f"prompt={prompt!r}: expected a whole number, together with segments")
 
     def one(key: str) -> Part:
         if key == "image":
@@ -199,7 +199,7 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
 def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> list[Turn]:
     """The question, the chosen answer, and the rejected answer."""
     if others := sorted(KEYS & row.keys() - {"id", "prompt", "messages", *ANSWERS}):
-        raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found {others[0]} beside")
+        raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found also {others[0]}")
     if missing := [key for key in ANSWERS if key not in row]:
         raise DocumentError("bad_row", f"expected chosen and rejected, found no {missing[0]}")
     if all(is_conversation(row[key]) for key in ANSWERS):
@@ -224,20 +224,23 @@ def is_conversation(value: object) -> bool:
 def parted(
     asked: Mapping[str, Any], said: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The question and the two answers of a pair. Its answers are conversations that differ only in the last message.
+    """The question and the two answers of a pair, whose answers are conversations that differ only in the last message.
 
-    asked: the row's "prompt" and "messages". If the conversations have more than one message, they contain the
-    question. The row may then repeat it: as a prompt that is one of their texts, or as messages that equal one of the
-    two.
+    If the conversations have more than one message, the messages before the last are the question. The row may then
+    repeat it: as a prompt that is one of their texts, or as messages that equal the question or one of the two.
 
-    Raises DocumentError: messages before the last differ ("bad_row"), or `asked` has another question ("two_prompts").
+    Args:
+        asked: the row's "prompt" and "messages", as far as it has them.
+        said: the row's "chosen" and "rejected".
+
+    Raises DocumentError if messages before the last differ ("bad_row"), or `asked` is another question ("two_prompts").
     """
     chosen, rejected = (list(said[key]) for key in ANSWERS)
     if chosen[:-1] != rejected[:-1]:
         count = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
         raise DocumentError(
             "bad_row",
-            f"expected answers to one conversation: chosen and rejected differ before their last messages, in {count}",
+            f"expected chosen and rejected to differ only in the last message; they differ from message {count} on",
         )
     answers = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
     before = chosen[:-1]
@@ -253,7 +256,7 @@ def parted(
             again |= value.strip() in texts
         if not again:
             raise DocumentError(
-                "two_prompts", f"{key}: expected what the conversations ask, or none; found {value!r:.80}"
+                "two_prompts", f"{key}: expected the conversations' question, or nothing; found {value!r:.80}"
             )
     return {"messages": before}, answers
 
@@ -284,7 +287,7 @@ def _segments(segments: object, prompt: int | None, image: Callable[[str, str], 
     if prompt is None:
         return (Turn("document", tuple(read_parts(segments, image, "segment"))),)
     if not 0 <= prompt <= len(segments):
-        raise DocumentError("bad_prompt", f"prompt={prompt}: expected 0..{len(segments)}, in segments")
+        raise DocumentError("bad_prompt", f"prompt={prompt}: expected a number of segments, 0..{len(segments)}")
     asked, answer = (tuple(read_parts(part, image, "segment")) for part in (segments[:prompt], segments[prompt:]))
     return Turn("user", asked), Turn("assistant", answer)
 
@@ -297,8 +300,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: the document is invalid; it has codes; it has no turns, and either no parts or a value of
-        `trained`; or a key of `meta` is one that the row needs.
+        DocumentError: if the document is invalid or has codes; if it has no turns, and either no parts or a value of
+            `trained`; or if a key of `meta` is also a key of rows.
     """
     document.check()
     if document.rejected is not None:
@@ -311,7 +314,7 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     if speakers == ["document"]:
         if not turns[0] or learned != [None]:
             raise DocumentError(
-                "bad_row", "a document without turns needs a part, and cannot say whether it is learned"
+                "bad_row", "a document without turns needs a part, and cannot have a value of `trained`"
             )
         row = {"segments": turns[0]}
     elif speakers != ["user", "assistant"] or learned != [None, None] or not document.parts:
@@ -333,7 +336,7 @@ def _preference_row(document: Document, save_image: Callable[[np.ndarray], str])
 
 
 def _named(document: Document) -> dict[str, Json]:
-    """The document's name and its `meta`."""
+    """The document's `id` and `meta`, as keys of a row."""
     taken = sorted(KEYS & document.meta.keys())
     if taken:
         raise DocumentError("bad_row", f"meta key {taken[0]!r} is a field of the row itself: rename it")

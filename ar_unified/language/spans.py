@@ -1,4 +1,4 @@
-"""What may come next, as ranges of ids: a few numbers per position, while a mask would need one per id.
+"""What may come next, as ranges of ids. These are a few numbers per position, while a mask would need one per id.
 
 Axes: B rows, K ranges.
 """

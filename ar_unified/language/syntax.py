@@ -42,8 +42,8 @@ class ImageLayout:
             raise ValueError(f"image layout: expected at least 1 x 1, found {self.height} x {self.width}")
         if self.depth < 1 or self.width % self.depth or (self.sized and not (self.most[0] and self.most[1])):
             raise ValueError(
-                f"image layout: expected sides of at least {' x '.join(map(str, self.units))} codes, the width a "
-                f"multiple of {self.depth}, found {self.height} x {self.width}"
+                f"image layout: expected sides of at least {' x '.join(map(str, self.units))} codes and a width "
+                f"that is a multiple of {self.depth}; found {self.height} x {self.width}"
             )
 
     @property
@@ -74,7 +74,7 @@ class ImageLayout:
 
     @property
     def row_ends(self) -> tuple[int, int]:
-        """(a, b): `a` ids follow each row, except after `b` rows; both are 0 or 1."""
+        """(a, b): `a` ids follow each row, but none follow the last `b` rows; both are 0 or 1."""
         return int(self.record.rows != "none"), int(self.record.rows == "between")
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
@@ -122,12 +122,12 @@ def vocabulary_for(
 
 
 def fixed_grid(height: int, width: int) -> ImageLayout:
-    """For images of exactly height x width codes, written without sizes or row ends."""
+    """The layout for images of exactly height x width codes, written without sizes or row ends."""
     return ImageLayout("grid", height, width)
 
 
 def sized_rows(max_height: int, max_width: int, depth: int = 1) -> ImageLayout:
-    """For images of up to max_height x max_width codes, which state their size and end every row."""
+    """The layout for images of up to max_height x max_width codes, which state their size and end every row."""
     return ImageLayout("rows", max_height, max_width, depth)
 
 
@@ -157,9 +157,9 @@ class Syntax:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, layout: ImageLayout, encode: Callable[[str], Sequence[int]]) -> Syntax:
-        """`encode` gives the ids of the marks that are text.
+        """The syntax of a layout. `encode` returns the ids of a text, for the marks that are text.
 
-        Raises ValueError: a control or size token is missing, or the text tokenizer has no single piece for a digit.
+        Raises ValueError if a control or size token is missing, or the text tokenizer has no single piece for a digit.
         """
         record = layout.record
 
@@ -212,7 +212,7 @@ class Syntax:
         return len(self.start) + self.layout.body(height, width) + len(self.close)
 
     def code_at(self, index: int, height: int, width: int) -> int:
-        """The place in the block of code number `index`, row by row. Index h * w gives the place of `close`."""
+        """The position in the block of code number `index`, counted row by row. Index h * w gives that of `close`."""
         end, fewer = self.layout.row_ends
         rows = index // width
         if index == height * width:

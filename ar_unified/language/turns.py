@@ -1,4 +1,4 @@
-"""Sequences of turns: the ids that a layout writes around them, and how parts are assigned to turns in reading."""
+"""Sequences of turns: the ids that a layout writes around them, and how parts that were read are assigned to turns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Pieces = Iterable[list[int] | Part]
 def arranged(
     turns: Sequence[Turn], told: TurnMarks | TurnTemplate | TurnFrames, around: Around
 ) -> Iterator[tuple[Turn, Pieces]]:
-    """Each turn, with its parts in order and the texts and ids that the layout writes around them."""
+    """Yields each turn with its parts in order, together with the texts and ids that the layout writes around them."""
     if turns[0].speaker == "document" or isinstance(told, TurnMarks):
         asks_all = isinstance(told, TurnMarks)
         yield from ((turn, _marked(turn, not i, asks_all, around)) for i, turn in enumerate(turns))
@@ -41,7 +41,7 @@ def arranged(
 
 
 def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator[list[int] | Part]:
-    """asks_all: whether the system's turn also ends like a question."""
+    """The ids and parts of a turn. asks_all: whether the system's turn also ends like a question."""
     if first:
         yield around.begin
     yield from turn.parts
@@ -52,7 +52,7 @@ def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator
 
 
 def _framed(turn: Turn, first: bool, frames: TurnFrames, around: Around) -> Iterator[list[int] | Part]:
-    """The ids before an answer belong to the question."""
+    """The ids and parts of a turn in a frame. The ids before an answer belong to the turn of the question."""
     parts = turn.parts
     if turn.speaker != "assistant":
         if not first:

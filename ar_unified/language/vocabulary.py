@@ -1,4 +1,4 @@
-"""The single id space, and the manifest that ties every artefact to it.
+"""The single id space, and the manifest that every artefact stores to identify it.
 
     [ text pieces | control tokens | size tokens 1..size_tokens | image codes | rest ], padded to a multiple of 128
 
@@ -46,7 +46,7 @@ class Vocabulary:
         published table that its tokenizer never produces. None: as many as fill the padded width.
 
     Raises:
-        ValueError: a size is out of range, a control occurs twice, or one of these three is missing.
+        ValueError: if a size is out of range, a control occurs twice, or "pad", "bos" or "eos" is missing.
     """
 
     text_size: int
@@ -134,7 +134,7 @@ class Vocabulary:
             return f"size {token - self.size_offset + 1}"
         if self.image_offset <= token < self.rest_offset:
             return f"image code {token - self.image_offset}"
-        return f"id {token}, which nothing writes"
+        return f"id {token}, which is never written"
 
     def manifest(self) -> dict[str, Json]:
         """Everything that two artefacts must agree on, as JSON values. `Grammar.manifest` adds to it."""
@@ -162,7 +162,7 @@ class Vocabulary:
         """The vocabulary that a manifest describes.
 
         Raises:
-            ManifestMismatch: a field is missing, or this version would assign ids that differ from the manifest's.
+            ManifestMismatch: if a field is missing, or this version would assign ids that differ from the manifest's.
         """
         fields = ("text_size", "codebook_size", "size_tokens", "text_hash", "image_hash")
         for name in (*fields, "controls", "used", "size"):

@@ -20,7 +20,7 @@ from ar_unified.model import context as contexts
 from ar_unified.model.cache import AXES, Layer
 from ar_unified.parallel.rules import spec
 
-FEW = 8  # most positions of a row decoded at once; more are a prompt
+FEW = 8  # the most new positions of a row that use the kernel for decoding; more are treated as a prompt
 
 
 def attend_to_documents(
@@ -31,14 +31,14 @@ def attend_to_documents(
     backend: str = "auto",
     context: str = "gather",
 ) -> jax.Array:
-    """Attention in packed rows, [B, T, N, H]: each position sees its own document up to itself.
+    """Attention in packed rows, [B, T, N, H]. Each position sees the positions of its own document up to itself.
 
     Args:
-      query: [B, T, N, H], rotated.  key, value: [B, T, K, H].  doc_start: int32 [B, T]; T on padding. If the mesh
-        splits sequences, all are in the order of parallel/zigzag.py, but the values of doc_start count in sequence
-        order.
-      backend: one of kernels.backend.BACKENDS. context: how a device gets the keys of other devices, "gather" or
-      "ring".
+      query: [B, T, N, H], rotated.  key, value: [B, T, K, H].
+      doc_start: int32 [B, T], where the document of each position begins; T on padding. If the mesh splits sequences,
+        all arrays are in the order of parallel/zigzag.py, but the values of doc_start count in sequence order.
+      backend: one of kernels.backend.BACKENDS.
+      context: how a device gets the keys of other devices, "gather" or "ring".
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -53,7 +53,7 @@ def attend_to_documents(
             return way(backend, query, key, value, doc_start)
         return attention(query, key, value, doc_start=doc_start, backend=backend)
 
-    # check_vma=False: JAX does not know what a kernel does to replication.
+    # check_vma=False, because JAX cannot know whether a kernel's output is the same on several devices.
     return jax.shard_map(part, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         query, key, value, doc_start
     )
@@ -63,10 +63,10 @@ def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: s
     """Attention over a cache in which slot s holds the key of position s: [B, T, N, H].
 
     Args:
-      query: [B, T, N, H], rotated, at the positions start[b] .. start[b] + T - 1; each sees the slots up to its own.
+      query: [B, T, N, H], rotated, at the positions start[b] .. start[b] + T - 1. Each sees the slots up to its own.
       cache: as in model/cache.py; it already has the keys and values of the queries' positions.
       start: int32 [B].
-      backend: as above.
+      backend: one of kernels.backend.BACKENDS.
     """
 
     def part(query, start, keys, values, *scales):
@@ -96,7 +96,7 @@ def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array
     times = ways // math.gcd(x.shape[axis], ways)
     if query_heads % (x.shape[axis] * times):
         raise ValueError(
-            f"attention: {query_heads} query heads over {x.shape[axis]} KV heads do not split over tensor={ways} "
-            "devices: choose a tensor axis that divides the query heads into whole groups"
+            f"attention: {query_heads} query heads over {x.shape[axis]} KV heads cannot be split over tensor={ways} "
+            "devices: choose a size of the tensor axis with which each device has whole groups of query heads"
         )
     return jnp.repeat(x, times, axis=axis) if times > 1 else x

@@ -18,13 +18,14 @@ from ar_unified.parallel.rules import spec
 # Keys and values [B, K, S, H]; an int8 cache also has the scale of each, float32 [B, K, 1, S].
 Layer = tuple[jax.Array, ...]
 Cache = tuple[Layer, ...]  # per layer
-AXES = ("batch", "kv_heads", None, None)  # logical, for every array
+AXES = ("batch", "kv_heads", None, None)  # the logical axes of every array
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` positions for `batch` rows, in the compute dtype unless told otherwise.
+    """An empty cache of `length` positions for `batch` rows.
 
-    dtype "int8" needs half the bytes of bfloat16; each vector is rounded with its own scale (kernels/decode_attention).
+    dtype: None means the compute dtype. "int8" needs half the bytes of bfloat16; each vector is rounded with its own
+    scale (kernels/decode_attention).
     """
     shape = (batch, config.n_kv_heads, length, config.head_dim)
     dtype = jnp.dtype(dtype or config.dtype)
@@ -41,7 +42,7 @@ def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, b
 
     Args:
       key, value: [B, T, K, H].  start: int32 [B].
-      backend: of kernels.backend.BACKENDS.
+      backend: one of kernels.backend.BACKENDS.
     """
 
     def part(start: jax.Array, key: jax.Array, value: jax.Array, *layer: jax.Array) -> Layer:

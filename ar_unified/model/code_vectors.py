@@ -15,7 +15,7 @@ import numpy as np
 
 from ar_unified.tensors import Params
 
-CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # initial rows; the last only in `extended_tables`
+CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # kinds of initial rows; "mean" only in `extended_tables`
 
 
 def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:
@@ -51,7 +51,7 @@ def extended_tables(
     Args:
       params: f32, with "embedding" and, if untied, "head" [V_old, D].
       rows: int32 [V], the number of the old row that each row keeps, or -1.
-      codes: the rows of image codes. text_size: number of text rows in the old tables, which are the first rows.
+      codes: the rows of image codes. text_size: number of text rows in the old tables; they are the first rows.
       how: one of CODE_EMBEDDING_INITS, for image codes: "mean", "random" (mean plus noise), or "codebook" (mean plus
         features of `vectors`, f32 [K, C]). All other new rows are the mean.
     """

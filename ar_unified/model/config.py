@@ -1,6 +1,6 @@
 """The shape of a transformer: one frozen dataclass, and the presets by name.
 
-Sizes from published systems are architecture only: how much dropout to train with is the experiment's choice.
+The presets of published systems give only their architecture. The experiment chooses the dropout for training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TransformerConfig:
     """A decoder-only transformer; hashable, so it may be a static argument of `jax.jit`.
 
     Attributes:
-      vocab_size: V, ids of the one vocabulary (reserved ids included).
+      vocab_size: V, the number of ids in the vocabulary, including reserved ones.
       d_model, n_layers: D and L.
       n_heads, n_kv_heads, head_dim: N, K and H; K divides N; H is even (RoPE turns pairs).
       d_mlp: F, the width of SwiGLU.
@@ -33,17 +33,17 @@ class TransformerConfig:
       rope_scaling: "linear" or "llama3": how rope_factor stretches the wavelengths for longer texts (model/rope.py,
         which explains rope_low, rope_high and rope_original_length); "none": no change.
       norm_offset: added to the weights of the norms of the residual stream: 1 in Gemma.
-      qk_norm: over head_dim, before RoPE. "layernorm" has a bias.
+      qk_norm: the norm of queries and keys over head_dim, before RoPE. "layernorm" has a bias.
       qk_norm_per_head: each head has its own weights for QK-norm; else all heads share one set.
       qkv_bias: whether the projections to queries, keys and values have a bias.
-      activation: of the MLP's gate; gelu_tanh is the tanh approximation of GELU.
+      activation: the function of the MLP's gate; gelu_tanh is the tanh approximation of GELU.
       embedding_scale: token vectors are multiplied by it; sqrt(D) in Gemma.
-      tie_embeddings: the output head is the embedding table.
+      tie_embeddings: whether the output head is the embedding table.
       dropout: rate on the embeddings and on the output of each residual branch; active only with a dropout key.
-      dtype: of the matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
+      dtype: the dtype of matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
       scan_layers: compile one layer for all (short compile times, TPU); False unrolls the layers (faster on CPU).
-      remat: what backward keeps of a layer and what it computes again: a name in model/remat.py's POLICIES, from
-        "none", which keeps everything, to "offload", which leaves the least on the device.
+      remat: which results of a layer are kept for backward and which are computed again: a name in model/remat.py's
+        POLICIES, from "none", which keeps everything, to "offload", which leaves the least on the device.
       attention: a backend of kernels/backend.py; "auto": the device's own kernel, or XLA if there is none.
       context: only used if the mesh's context axis splits rows. "gather" collects a layer's keys and values on each
         device and waits least; "ring" passes them round, for rows with more keys than fit in memory.
@@ -112,7 +112,7 @@ class TransformerConfig:
             idle["qk_norm_per_head"] = "qk_norm 'none'"
         for name, why in idle.items():
             if (found := getattr(self, name)) != (default := getattr(type(self), name)):
-                raise ValueError(f"model.{name}: expected {default} with {why}, which does not read it; found {found}")
+                raise ValueError(f"model.{name}: expected {default} with {why}, which does not use it; found {found}")
 
 
 _ROPE: dict[str, tuple[str, ...]] = {  # the fields that each rope_scaling uses
@@ -131,7 +131,7 @@ CHOICES = {
     "context": ("gather", "ring"),
 }
 
-# Chosen for a training or a machine: weights are valid with any value.
+# These are chosen for a training or a machine. The same weights are valid with any value.
 _RUNTIME = ("dropout", "scan_layers", "remat", "attention", "context", "dtype")
 
 
@@ -150,7 +150,7 @@ def _sizes(
 
 _BIG: dict[str, Any] = dict(dtype="bfloat16", scan_layers=True, remat="full")
 _CHAMELEON: dict[str, Any] = dict(vocab_size=65536, qk_norm="layernorm", qk_norm_per_head=True, **_BIG)
-_7B, _34B = (4096, 32, 32, 32, 128, 11008), (8192, 48, 64, 8, 128, 22016)  # of Chameleon; the first is Llama's
+_7B, _34B = (4096, 32, 32, 32, 128, 11008), (8192, 48, 64, 8, 128, 22016)  # of Chameleon; _7B is Llama's too
 _QWEN: dict[str, Json] = dict(rope_theta=1e6, norm_eps=1e-6, **_BIG)
 _QWEN2_5_1_5B = _sizes(1536, 28, 12, 2, 128, 8960, qkv_bias=True, tie_embeddings=True, **_QWEN)
 _QWEN2_5_7B = _sizes(3584, 28, 28, 4, 128, 18944, qkv_bias=True, **_QWEN)
@@ -186,9 +186,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen2_5_7b": _QWEN2_5_7B | dict(vocab_size=152064),
     "qwen3_8b": _sizes(4096, 36, 32, 8, 128, 12288, vocab_size=151936, qk_norm="rmsnorm", **_QWEN),
     "gemma_7b": _GEMMA_7B | dict(vocab_size=256000),
-    # Gemma and 8,192 image codes (FoundationVision/Liquid). Qwen2.5, with its table cut to the 151,665 tokens that
-    # exist, and 7 marks and 64,000 codes (wdrink/SimpleAR, simpar/train/train.py), or 5 and 65,536 (csuhan/Tar,
-    # llava/model/llava_arch.py).
+    # Liquid (FoundationVision/Liquid) is Gemma with 8,192 image codes. SimpleAR and Tar are Qwen2.5 with its table cut
+    # to the 151,665 tokens that exist. SimpleAR adds 7 marks and 64,000 codes (wdrink/SimpleAR, simpar/train/train.py);
+    # Tar adds 5 marks and 65,536 codes (csuhan/Tar, llava/model/llava_arch.py).
     "liquid_7b": _GEMMA_7B | dict(vocab_size=264192),
     "simplear_1_5b": _QWEN2_5_1_5B | dict(vocab_size=215672),
     "tar_1_5b": _QWEN2_5_1_5B | dict(vocab_size=217206),
@@ -199,10 +199,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def config_from(
     preset: str | Mapping[str, object], vocab_size: int | None = None, **overrides: object
 ) -> TransformerConfig:
-    """Makes a config from a preset's name or a mapping of fields (which may itself name a `preset`), with changes.
+    """Makes a config from a preset's name or a mapping of fields, which may itself name a `preset`. `overrides` replace
+    fields.
 
-    `vocab_size` may be None only if the preset has one. Raises ValueError on an unknown preset, an
-    unknown field or a value out of range.
+    `vocab_size` may be None only if the preset has one. Raises ValueError for an unknown preset, an unknown field or a
+    value out of range.
     """
     fields: dict[str, Any] = {"preset": preset} if isinstance(preset, str) else dict(preset)
     name = fields.pop("preset", None)
@@ -244,14 +245,14 @@ def offloaded_bytes(config: TransformerConfig) -> int:
 
 
 def matmul_parameters(config: TransformerConfig) -> tuple[int, int]:
-    """Number of weights that a token is multiplied with: all layers and the head, without embedding table and norms."""
+    """(all layers, head): the number of weights that a token is multiplied with, without embedding table and norms."""
     layer = sum(rows * columns for rows, columns in layer_matrices(config).values())
     return config.n_layers * layer, config.vocab_size * config.d_model
 
 
 def parameter_count(config: TransformerConfig, *, embedding: bool = True) -> int:
-    """The number of parameters, by formula; `embedding=False` leaves out the embedding table (a tied one still counts
-    as head).
+    """The number of parameters, by formula. `embedding=False` leaves out the embedding table; a tied table still counts
+    as the head.
 
     With embedding=False, 6 * parameters * tokens estimates the matrix FLOPs of a training step.
     """

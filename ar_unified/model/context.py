@@ -3,8 +3,8 @@
 `gather`: each device collects the keys and values of the whole row. It waits least, but needs memory for the keys of a
 whole row. `ring`: keys and values are passed round the devices, and the partial results of each device are merged by
 log-sum-exp (Ring Attention, arXiv 2310.01889). Memory does not grow with the number of devices, the transfer of a step
-overlaps with its work, and pieces that share no document are not computed. However, one round has as many small kernels
-and transfers as there are devices.
+overlaps with its computation, and pieces that share no document are skipped. However, one round has as many small
+kernels and transfers as there are devices.
 
 Both run on each device, inside `jax.shard_map`; gradients are exact.
 
@@ -27,7 +27,7 @@ from ar_unified.parallel.zigzag import pieces
 
 
 def gather(backend: str, query: jax.Array, key: jax.Array, value: jax.Array, doc_start: jax.Array) -> jax.Array:
-    """[B, T, N, H] of query [B, T, N, H], key and value [B, T, K, H], doc_start int32 [B, T]."""
+    """Attention [B, T, N, H] of query [B, T, N, H], key and value [B, T, K, H], doc_start int32 [B, T]."""
 
     def whole_row(x: jax.Array) -> jax.Array:
         early, late = jnp.split(jax.lax.all_gather(x, "context", axis=1), 2, axis=2)  # [B, devices, T / 2, K, H] each
@@ -47,7 +47,7 @@ def gather(backend: str, query: jax.Array, key: jax.Array, value: jax.Array, doc
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring(backend: str, query: jax.Array, key: jax.Array, value: jax.Array, doc_start: jax.Array) -> jax.Array:
-    """As `gather`."""
+    """The same as `gather`, computed in rounds."""
     return _ring_forward(backend, query, key, value, doc_start)[0]
 
 
@@ -78,7 +78,7 @@ def _ring_backward(backend, residuals, dout):
     delta = jnp.einsum("BTNH,BTNH->BTN", out.astype(jnp.float32), dout.astype(jnp.float32))
     queries, others = _halves(query), tuple(zip(*map(_halves, (lse, delta, dout)), strict=True))
 
-    def turn(state, step):  # the sums for a piece's keys travel with it, and return after the last turn
+    def turn(state, step):  # gradients of keys travel with the keys, and are back after the last turn
         (keys, values, dkeys, dvalues), dqueries = state
         dqueries, dkeys, dvalues = list(dqueries), list(dkeys), list(dvalues)
         for mine, theirs, meets, where in _meetings(doc_start, step):
@@ -104,8 +104,8 @@ ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, jax.Array]]]:
-    """The pairs of an own piece of queries and a visiting piece of keys after `step` turns: (own, visiting, whether a
-    query of the first may see a key of the second, the arguments of `attention` for the two). 0 is early, 1 is late.
+    """Yields each pair of an own piece of queries and a visiting piece of keys after `step` turns: (own, visiting, if a
+    query of `own` may see a key of `visiting`, the arguments of `attention` for them). Piece 0 is early, 1 is late.
     """
     ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     first = _halves(doc_start)

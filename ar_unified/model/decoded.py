@@ -1,4 +1,4 @@
-"""Parameters in the form for decoding: a list of layers, and matrices [inputs, outputs], optionally in 8 bits.
+"""Parameters in the form for decoding: a list of layers with matrices [inputs, outputs], optionally in 8 bits.
 
 Every step of decoding reads every weight once. With stacked layers it would first copy each layer, and TPUs would first
 change the layout of matrices with heads [N, H].
@@ -65,7 +65,7 @@ def adapters_as_decoded(adapters: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 def _filled(array: Any, axis: int, size: int) -> Any:
-    """The array, padded with zeros at the end of an axis to a size."""
+    """The array, with zeros added at the end of an axis until it has this size."""
     if array.shape[axis] == size:
         return array
     more = [(0, 0)] * array.ndim

@@ -1,4 +1,4 @@
-"""The transformer's parameters by path, and writing them to files one after another."""
+"""Names the transformer's parameters by their paths, and writes them to files one after another."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 
 @jax.custom_vjp
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The weight's gradient is the transpose of JAX's product: 2.5x faster on XLA CPU."""
+    """Backward computes the weight's gradient as the transpose of JAX's product, which is 2.5x faster on XLA CPU."""
     return product("BTI,IO->BTO", x, weight)
 
 

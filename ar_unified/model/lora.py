@@ -1,4 +1,4 @@
-"""LoRA: a matrix W stays fixed, and two small matrices beside it are trained (Hu et al., arXiv:2106.09685).
+"""LoRA: a matrix W stays fixed, and two small matrices are trained in addition (Hu et al., arXiv:2106.09685).
 
     x W  becomes  x W + scale * (dropout(x) A) B,   A [I, r], B [r, O],  scale = alpha / r
 
@@ -6,9 +6,10 @@ A is initialised as in PEFT (Kaiming-uniform with a = sqrt(5), which is uniform 
 that the first step starts from the base model. `rslora`: scale = alpha / sqrt(r), so that the size of updates does not
 depend on the rank (Kalajdzievski, arXiv:2312.03732). The matrix W + scale A B is only made for an export (`merged`).
 
-Two forms. A training has one adapter, params["lora"], with the layers stacked: {"attention": {"query": {"a": [L, I, r],
-"b": [L, r, O]}}, ...}. A sampler may have several, params["adapters"], and each row of a batch chooses one: a [L, A, I,
-r] (or a list of layers [A, I, r]) and b, which includes the scale. Adapter 0 is zeros and means no adapter.
+There are two forms. A training has one adapter, params["lora"], with the layers stacked: {"attention": {"query": {"a":
+[L, I, r], "b": [L, r, O]}}, ...}. A sampler may have several adapters, params["adapters"], and each row of a batch
+chooses one. There "a" is [L, A, I, r] (or a list of layers [A, I, r]), and "b" includes the scale. Adapter 0 is zeros
+and means no adapter.
 
 B batch, T position, L layers, A adapters, I inputs, O outputs, r rank. The axes [N, H] of a matrix's heads are one axis
 here.
@@ -37,8 +38,8 @@ _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
 ADAPTING = ("lora", "adapters")  # top-level keys: one adapter in training, several in serving
 BASE_DTYPES = ("float32", "bfloat16", "int8")
-_FIRST_KEY = 2  # of dropout in a layer; those before are the residual branches'
-Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # x, an adapter's two matrices, whose path, dropout keys
+_FIRST_KEY = 2  # number of the first dropout key in a layer; the residual branches use those before
+Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # (x, A and B, their path, dropout keys) -> what is added
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class LoraConfig:
     """An adapter; hashable.
 
     Attributes:
-      rank: r; 0: no LoRA, the whole model is trained.
+      rank: r; 0 means no LoRA, so the whole model is trained.
       alpha: the numerator of the scale.
-      ranks, alphas: PLACE=NUMBER, with places written like `targets`; if several name a matrix, the last is used.
+      ranks, alphas: other values for some matrices, as PLACE=NUMBER, with places written like `targets`. If several
+        name a matrix, the last is used.
       dropout: dropout rate on the input of A, drawn separately for each matrix.
       targets: which of a layer's matrices have an adapter: names in MATRICES or of a group of them, where * matches
         anything, such as "attention.query", "mlp", "*". QLoRA found that all of them are needed to match full tuning
@@ -131,7 +133,7 @@ def _of_place(key: str, said: str) -> tuple[str, float]:
     except ValueError:
         place = ""
     if not place:
-        raise ValueError(f"{key}: expected PLACE=NUMBER, as mlp=8; found {said!r}")
+        raise ValueError(f"{key}: expected PLACE=NUMBER, such as mlp=8; found {said!r}")
     _require_place(key, place)
     return place, found
 
@@ -186,9 +188,9 @@ def with_adapters(params: Params) -> Any:
 
 
 def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Adapt | None:
-    """What a layer adds to its product with a matrix that has adapters; None if it has none.
+    """The function that computes what a layer adds to its product with an adapted matrix; None without adapters.
 
-    lora: the config of a trained adapter. adapter: int32 [B], the number of each row's adapter, in serving.
+    lora: in training, the adapter's config. adapter: in serving, the number of each row's adapter, int32 [B].
     """
     if lora is not None:
         return functools.partial(_trained, lora)
@@ -207,7 +209,7 @@ def _trained(
 def _chosen(
     adapter: jax.Array, x: jax.Array, pair: Mapping[str, jax.Array], path: str, keys: jax.Array | None
 ) -> jax.Array:
-    """(x A) B, where row b has adapter[b] of a [A, I, r] and b [A, r, O]."""
+    """(x A) B, where row i of x [B, T, I] uses adapter[i], and the pair is a [A, I, r] and b [A, r, O]."""
     low = jnp.einsum("BTI,BIR->BTR", x, pair["a"][adapter])
     return jnp.einsum("BTR,BRO->BTO", low, pair["b"][adapter])
 

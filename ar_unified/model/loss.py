@@ -4,7 +4,7 @@ On a mesh (`jax.set_mesh`) each device combines its own rows and columns with it
 exchanges only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
 scattered once. The compiler would do both inside the loop.
 
-B batch, T position, D model, V vocabulary (the device's part, in device code), C chunks.
+B batch, T position, D model, V vocabulary (in code that runs on a device, its part of it), C chunks.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def token_losses(
     """Negative log-likelihood and log-partition of each position. The caller weights, masks and sums them.
 
     Backward computes each chunk's logits again (one more product with the head), so neither pass stores more than
-    [chunk, V] logits. Gradients are right for any function of the two outputs. Where the weights of the positions are
-    known before, `weighted_loss` is faster.
+    [chunk, V] logits. Gradients are right for any function of the two outputs. If the weights of the positions are
+    known in advance, `weighted_loss` is faster.
 
     Args:
       hidden: [B, T, D].
       head: [V, D]; cast to the dtype of `hidden`; products accumulate in float32.
       targets: int32 [B, T], in 0 .. used - 1. Padding may have any of these ids; the caller gives it weight 0.
-      chunk: number of a device's tokens with logits at the same time; a chunk has the same columns of each row.
+      chunk: how many of a device's tokens have logits at the same time; a chunk has the same positions of each row.
       used: rows of the head from this index on have no probability and no gradient; None: all V rows are used.
       split: ids below it have one softmax and ids from it on another, and each target uses the softmax of its side;
-        None: one softmax for all.
+        None means one softmax for all.
       spans: int32 [B, T, K, 2], K ranges [first id, one past the last] of the ids in a position's softmax; ranges may
         be empty. None: all ids that `used` and `split` allow.
 
@@ -51,7 +51,7 @@ def token_losses(
       nll and lse, float32 [B, T]; nll = lse - logit of the target.
 
     Raises:
-      ValueError: `used` is not in 1 .. V, or `split` not in 1 .. used - 1.
+      ValueError: if `used` is not in 1 .. V, or `split` not in 1 .. used - 1.
     """
     return _losses(chunk, _checked(head, used, split), split, hidden, head, targets, spans)
 
@@ -68,8 +68,8 @@ def weighted_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """sum(weights * (nll + z_loss * lse**2)): weighted cross-entropy and z-loss (PaLM, arXiv 2204.02311).
 
-    Its gradient is computed while a chunk's logits are there, so training multiplies with the head three times and not
-    four times. Without differentiation, only the loss is computed.
+    Its gradient is computed while a chunk's logits are in memory, so training multiplies with the head three times and
+    not four times. Without differentiation, only the loss is computed.
 
     Args: as for `token_losses`, and
       weights: f32 [B, T], the weight of each position. It has no gradient.
@@ -221,7 +221,7 @@ class _Placement:
         return ids - jax.lax.axis_index("tensor") * size if self.sharded else ids
 
     def ids(self, head: jax.Array) -> jax.Array:
-        """The part of an array for this device's rows."""
+        """The ids that this device's rows of the head stand for."""
         return jnp.arange(head.shape[0]) - self.local(0, head.shape[0])
 
     def logits(self, hidden: jax.Array, head: jax.Array, targets: jax.Array, spans: jax.Array | None) -> jax.Array:
@@ -229,7 +229,7 @@ class _Placement:
         return in_softmax(logits, self.ids(head), targets, self.used, self.split, spans)
 
     def losses(self, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """nll and lse."""
+        """nll and lse of a chunk, float32 [B, T]."""
         highest = self.over_vocabulary(jax.lax.pmax, logits.max(-1))
         total = jnp.exp(logits - highest[..., None]).sum(-1)
         local = self.local(targets, logits.shape[-1])
@@ -242,8 +242,9 @@ class _Placement:
     def gradients(
         self, hidden: jax.Array, head: jax.Array, logits: jax.Array, targets: jax.Array, lse: jax.Array, bars: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Those of a chunk: of `hidden`, of which devices along "tensor" have parts, and of `head`, float32. bars: of
-        nll and lse.
+        """A chunk's gradients for `hidden` (to be summed over the devices along "tensor") and for `head` (float32).
+
+        bars: the gradients of nll and lse.
         """
         nll_bar, lse_bar = bars
         probabilities = jnp.exp(logits - lse[..., None])

@@ -1,9 +1,9 @@
-"""Table rows that each adapter of a sampler has for itself, such as rows for ids that its language model lacked.
+"""Table rows that belong to one adapter of a sampler, such as rows for ids that its language model lacked.
 
 params["rows"]: {"embedding": {"at": i32 [V], which of the own rows an id has, or -1; "own": [A, n, D]},
                  "head": {part: {"at": i32 [n], ids, ascending; "own": [A, n, D]}}}, parts as in PARTS.
 
-Number 0 means no adapter: its own rows are those of the model.
+Adapter 0 means no adapter: its own rows are copies of the model's rows.
 
 A adapters, n own rows, B rows of a batch, T positions, D model, V vocabulary.
 """
@@ -21,7 +21,7 @@ PARTS = ("text", "image", "rest")  # of the head: ids before image codes, image 
 
 
 def looked_up(x: jax.Array, tokens: jax.Array, rows: Mapping[str, jax.Array], adapter: jax.Array) -> jax.Array:
-    """Embeddings x [B, T, D] of tokens int32 [B, T], with the own rows of adapter[b] in batch row b."""
+    """Embeddings x [B, T, D] of tokens int32 [B, T]. In batch row b, tokens with own rows get rows of adapter[b]."""
     which = rows["at"][tokens]
     own = rows["own"][adapter[:, None], jnp.maximum(which, 0)]
     return jnp.where((which >= 0)[..., None], own.astype(x.dtype), x)
@@ -30,8 +30,8 @@ def looked_up(x: jax.Array, tokens: jax.Array, rows: Mapping[str, jax.Array], ad
 def with_own(
     logits: jax.Array, hidden: jax.Array, rows: Mapping[str, jax.Array], adapter: jax.Array, first: int = 0
 ) -> jax.Array:
-    """logits f32 [B, ..., ids from `first`] of hidden states [B, ..., D], with the own rows of adapter[b] in batch row
-    b.
+    """The logits f32 [B, ..., ids from `first`] of hidden states [B, ..., D]. In batch row b, ids with own rows get
+    logits from the rows of adapter[b].
 
     Computes one product per adapter, so that a row's values do not depend on the number of adapters.
     """

@@ -1,8 +1,9 @@
-"""Rematerialisation policies: what backward keeps of a layer, and what it computes again.
+"""Rematerialisation policies: which results of a layer are kept for backward, and which are computed again.
 
-A layer names its results: products with weights by the weight ("query", ..., "down"), and attention's outputs. A policy
-keeps each in the device's memory, sends it to the host's, or drops it; backward recomputes what was dropped, if it
-needs it. No policy runs attention's kernel again, because its output takes only as much memory as the layer's input.
+A layer names its results: a product has the name of its weight ("query", ..., "down"), and attention's outputs have
+names too. A policy keeps each in the device's memory, sends it to the host's memory, or drops it. Backward recomputes
+dropped results that it needs. No policy runs attention's kernel again, because its output takes only as much memory as
+the layer's input.
 The kernel's log-sum-exp and work lists, two numbers per head, stay on the device with every policy.
 """
 
@@ -41,8 +42,8 @@ POLICIES: dict[str, Policy | None] = {
 
 
 def rematerialised(layer: Callable, policy: str, scanned: bool) -> Callable:
-    """`layer` (x, ...) -> x, which keeps only what `policy` says for backward. scanned: whether it is the body of a
-    scan."""
+    """Wraps `layer`, (x, ...) -> x, so that it keeps only what `policy` says for backward. scanned: whether it is the
+    body of a scan."""
     found = POLICIES[policy]
     if found is None:
         return layer

@@ -36,10 +36,10 @@ def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> 
 
 
 def _wavelengths(config: TransformerConfig) -> jax.Array:
-    """theta^(2i/H), over 2 pi: float32 [H/2], stretched as the config says.
+    """The wavelengths divided by 2 pi: theta^(2i/H), float32 [H/2], stretched as the config says.
 
-    "linear" stretches all by the factor. "llama3" (Llama 3.1's model card and code) stretches frequencies that turn
-    less than `rope_low` times in the original length by the factor, does not change those that turn more than
+    "linear" stretches all by the factor. "llama3" (Llama 3.1's model card and code) stretches wavelengths that turn
+    fewer than `rope_low` times in the original length by the factor, does not change those that turn more than
     `rope_high` times, and blends in between.
     """
     H = config.head_dim

@@ -3,7 +3,7 @@
 B batch, T query position, S cache slot, D model, N query heads, K KV heads, H head dim, F MLP, V vocabulary, L layers.
 
 Parameters are plain nested dicts of float32 arrays. Layers are stacked on a leading axis L, whether they are scanned or
-unrolled. A module is bound to its parameters inside the traced function, so every transform is a plain `jax.*` one:
+unrolled. A module is bound to its parameters inside the traced function, so all transforms are the plain ones of JAX:
 
     params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
     hidden = Transformer.bind(config, params)(tokens, positions, doc_start)
@@ -47,7 +47,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-Product = Callable[[jax.Array, str, Any], jax.Array]  # product of x and a layer's matrix, by its path
+Product = Callable[[jax.Array, str, Any], jax.Array]  # (x, path of a layer's matrix, the matrix) -> their product
 
 # The logical axes of every parameter, by its path; parallel/rules.py maps them to a mesh.
 AXES: dict[str, tuple[str, ...]] = {
@@ -62,7 +62,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/attention/query_bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_bias": ("layers", "kv_heads", "head_dim"),
     "layers/attention/value_bias": ("layers", "kv_heads", "head_dim"),
-    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # shared by all heads: no axis of heads
+    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # no axis of heads if shared
     "layers/attention/query_norm/bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_norm/scale": ("layers", "kv_heads", "head_dim"),
     "layers/attention/key_norm/bias": ("layers", "kv_heads", "head_dim"),
@@ -162,7 +162,7 @@ def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = 
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32; the dtype of x out."""
+    """x / rms(x) * scale over the last axis, computed in float32; the result has the dtype of x."""
     x32 = x.astype(jnp.float32)
     return (x32 * (jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale)).astype(x.dtype)
 
@@ -221,7 +221,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: x + f(norm(x)) ("pre") or x + norm(f(x)) ("swin"), f the attention and then the MLP.
+    """One layer: x + f(norm(x)) ("pre") or x + norm(f(x)) ("swin"), where f is first the attention and then the MLP.
 
     params: parameters of one layer; "beside" has the layer's adapters, if there are any.
     """
@@ -260,7 +260,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens to hidden states, hidden states to logits. Made by `Transformer.bind(config, params)`.
+    """Computes hidden states from tokens, and logits from hidden states. `Transformer.bind(config, params)` makes it.
 
     If there is params["lora"], that adapter is part of the model. If there is params["adapters"], each row names one of
     them (model/lora.py); with params["rows"], each adapter also has its own table rows (model/own_rows.py).
@@ -268,7 +268,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, params: Params, lora: LoraConfig | None = None):
         if ("lora" in params) != (lora is not None):
-            raise ValueError("expected a LoraConfig with params['lora'], and none without; found one of the two")
+            raise ValueError("expected a LoraConfig and params['lora'], or neither; found only one of them")
         self.config, self.adapting = config, lora
         self.embedding = nnx.Param(params["embedding"])
         self.layers = nnx.data(with_adapters(params))
@@ -306,7 +306,7 @@ class Transformer(nnx.Module):
         """
         config = self.config
         tokens, positions, doc_start, columns, rope = self._begin(tokens, positions, doc_start)
-        if dropout_keys is not None:  # of each token
+        if dropout_keys is not None:  # one for each token
             dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
         x = dropout(
             self._look_up(tokens, "sequence", adapter),
@@ -331,10 +331,10 @@ class Transformer(nnx.Module):
         return unzigzag(rms_norm(x, _norm(config, self.norm[...]), config.norm_eps))
 
     def observe(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array, look: Callable[..., Any]) -> Any:
-        """The same forward without dropout, which returns the results of `look` for the attention of each layer.
+        """A forward like `__call__` without dropout. It returns the results of `look` for the attention of each layer.
 
         Args:
-          tokens, positions, doc_start: as above.
+          tokens, positions, doc_start: as in `__call__`.
           look: called in each layer with the rotated query [B, T, N, H] and key [B, T, K, H], in the order of the row.
 
         Returns:
@@ -366,7 +366,7 @@ class Transformer(nnx.Module):
 
         Row b's tokens take the positions start[b] .. start[b] + T - 1, and each sees all positions up to its own.
         Rows of different lengths are padded on the right. Padding writes after the row's end, and the row's next tokens
-        overwrite this before anything reads it. Positions beyond the cache's length are not written.
+        overwrite it before anything reads it. Positions beyond the cache's length are not written.
 
         Args:
           tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].

@@ -204,13 +204,13 @@ def test_what_cannot_be_used_is_named_row_by_row_and_the_rest_is_read(tmp_path: 
 @pytest.mark.parametrize(
     "changes, kind, said",
     [
-        (dict(rejected=[asked("y?"), answered("b")]), "bad_row", "differ before their last messages"),
+        (dict(rejected=[asked("y?"), answered("b")]), "bad_row", "to differ only in the last message"),
         (
             dict(prompt="another"),
             "two_prompts",
-            "prompt: expected what the conversations ask, or none; found 'another'",
+            "prompt: expected the conversations' question, or nothing; found 'another'",
         ),
-        (dict(messages=[asked("z?")]), "two_prompts", "messages: expected what the conversations ask"),
+        (dict(messages=[asked("z?")]), "two_prompts", "messages: expected the conversations' question"),
         (dict(rejected=[asked("x?"), answered("a")]), "same_answers", "expected two answers"),
         (dict(rejected=[asked("x?"), asked("b")]), "bad_row", "rejected: expected the assistant's message"),
     ],

@@ -384,7 +384,7 @@ def test_another_process_waits_until_it_sees_what_changed(tmp_path: Path, monkey
     assert not Workdir(tmp_path, reader=True).stage("model", longer, may).done and seen
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("time.monotonic", iter(range(0, 10**6, 50)).__next__)
-    with pytest.raises(NotShared, match="holds something else"):
+    with pytest.raises(NotShared, match="has other content"):
         Workdir(tmp_path, reader=True).stage("model", {"training": fingerprint}, may)
 
 

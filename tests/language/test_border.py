@@ -41,10 +41,10 @@ def test_any_order_there_and_back(theirs):
 @pytest.mark.parametrize(
     "ids, says",
     [
-        ([0, 1, 3], "of theirs once; id 2 is not"),  # one is missing
-        ([0, 1, 1], "of theirs once; id 1 is not"),  # one is there twice
-        ([1, 2], "of theirs once; id 0 is not"),
-        ([-1, 0], "of theirs once; id -1 is not"),
+        ([0, 1, 3], "published ids 0, 1, 2, ... each once; id 2 is"),  # one is missing
+        ([0, 1, 1], "published ids 0, 1, 2, ... each once; id 1 is"),  # one is there twice
+        ([1, 2], "published ids 0, 1, 2, ... each once; id 0 is"),
+        ([-1, 0], "published ids 0, 1, 2, ... each once; id -1 is"),
         ([], "expected published ids"),
         ([[0, 1]], r"found int64 \[1, 2\]"),
     ],
@@ -58,9 +58,9 @@ def test_ids_that_are_no_bijection_are_refused(ids, says):
     "runs, says",
     [
         ([], "at least one run"),
-        ([[0, 0, 2], [2, 3, 1]], "of ours once; id 2 is not"),
-        ([[0, 0, 2], [1, 2, 1]], "of theirs once; id 1 is not"),
-        ([[0, 0, 1], [1, 1, 0]], "each id of theirs once"),
+        ([[0, 0, 2], [2, 3, 1]], "our ids 0, 1, 2, ... each once; id 2 is"),
+        ([[0, 0, 2], [1, 2, 1]], "published ids 0, 1, 2, ... each once; id 1 is"),
+        ([[0, 0, 1], [1, 1, 0]], "published ids 0, 1, 2, ... each once"),
     ],
 )
 def test_runs_that_are_no_bijection_are_refused(runs, says):
@@ -104,7 +104,7 @@ def test_a_text_tokenizer_speaks_our_ids():
     assert all(type(id) is int for id in codec.encode("cab"))
     assert codec.encode("") == [] and codec.decode([]) == ""
     for text in ("a<b", "a>b"):
-        with pytest.raises(ValueError, match=f"'{text}' is spelled with an id that is no text piece"):
+        with pytest.raises(ValueError, match=f"'{text}' is encoded with an id that is not a text piece"):
             codec.encode(text)
     for ids in ([3], [0, -1]):
         with pytest.raises(ValueError, match=r"text ids must be in \[0, 3\)"):
@@ -121,7 +121,7 @@ def test_the_pieces_of_a_border_are_those_of_its_tokenizer():
         ([6, 7, 8, 1, 0, 2, 3, 4, 5, 9], 11, "expected 1 to 10 text pieces, found 11"),
         ([6, 7, 8, 1, 0, 2, 3, 4, 5, 9], 0, "expected 1 to 10 text pieces, found 0"),
         ([7, 6, 8, 1, 0, 2, 3, 4, 5, 9], 3, "in the order of the published ids"),
-        ([6, 7, 12, *range(6), 8, 9, 10, 11], 3, "expected text pieces below 12, of text.model; found id 12 for one"),
+        ([6, 7, 12, *range(6), 8, 9, 10, 11], 3, "ids of text pieces below 12, the size of text.model; found 12"),
     ):
         with pytest.raises(ValueError, match=says):
             MappedCodec(Theirs(), Border.from_ids(theirs), size)

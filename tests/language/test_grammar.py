@@ -299,7 +299,7 @@ def test_tokens_are_rearranged_as_documents_are(kind, data):
             with pytest.raises(GrammarError):
                 grammar.parse(dropped.tokens)
         if not marked(kind):
-            with pytest.raises(GrammarError, match="told apart by ids"):
+            with pytest.raises(GrammarError, match="separated by ids"):
                 grammar.swap_turn(found)
         else:
             turns = replace(question, parts=answer.parts), replace(answer, parts=question.parts)

@@ -95,7 +95,7 @@ GOOD = dict(prompt="p", chosen="a", rejected="b")
         (dict(chosen=dict(role="assistant", content=None)), "empty_answer", "chosen"),
         (dict(chosen=dict(role="user", content="a")), "bad_row", "chosen: expected the assistant's message"),
         (dict(chosen=3), "bad_row", "chosen: expected a text or a list of parts"),
-        (dict(text="x"), "bad_row", "found text beside"),
+        (dict(text="x"), "bad_row", "found also text"),
         (dict(prompt=[dict(role="assistant", content="p")]), "bad_turns", "alternate between user and assistant"),
     ],
 )

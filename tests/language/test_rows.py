@@ -253,5 +253,5 @@ def test_ids_are_parts_of_a_request_alone():
     for ids in ([], [True], [1.0], "12", None):
         with pytest.raises(DocumentError, match="prompt 0: expected ids, a list of whole numbers"):
             read_parts([{"type": "tokens", "ids": ids}], image, "prompt", tokens=True)
-    with pytest.raises(DocumentError, match='expected type "text", "image"'):
+    with pytest.raises(DocumentError, match='expected type "text" or "image", found'):
         read_parts(parts, image, "prompt")

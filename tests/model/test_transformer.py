@@ -347,7 +347,7 @@ def test_every_preset_traces_at_full_size_with_the_parameters_its_source_has(pre
         (dict(qk_norm="batch"), "none, layernorm, rmsnorm; found 'batch'"),
         (dict(d_modle=3), "unknown d_modle"),
         (dict(preset="7t"), "chameleon_34b.*found '7t'"),
-        (dict(rope_factor=8.0), "rope_factor: expected 1.0 with rope_scaling 'none', which does not read it; found 8"),
+        (dict(rope_factor=8.0), "rope_factor: expected 1.0 with rope_scaling 'none', which does not use it; found 8"),
         (dict(rope_original_length=8192), "rope_original_length: expected 0 with rope_scaling 'none'"),
         (
             dict(rope_scaling="linear", rope_factor=2.0, rope_low=2.0),

@@ -89,7 +89,7 @@ def test_answers_are_text_and_a_chat_has_turns(model, own):
         RequestError, match="turns: expected turns that alternate between user.*found user, assistant, assis"
     ):
         model.chat(turns[:2])
-    with pytest.raises(RequestError, match='messages 0: content 0: expected type "text", "image", found'):
+    with pytest.raises(RequestError, match='messages 0: content 0: expected type "text" or "image", found'):
         model.chat([{"role": "user", "content": [{"type": "audio"}]}])
 
 

@@ -200,7 +200,7 @@ def test_flops_count_the_adapter_and_no_gradient_of_what_rests() -> None:
         (dict(dropout=1.0), r"dropout: expected a number in \[0, 1\), found 1.0"),
         (dict(targets=()), "targets: expected at least one of attention.query, .*mlp.down; found none"),
         (dict(targets=("mlp.uo",)), "targets: 'mlp.uo' names none of a layer's matrices .* did you mean 'mlp.up'"),
-        (dict(ranks=("mlp",)), "ranks: expected PLACE=NUMBER, as mlp=8; found 'mlp'"),
+        (dict(ranks=("mlp",)), "ranks: expected PLACE=NUMBER, such as mlp=8; found 'mlp'"),
         (dict(ranks=("mlp.uo=2",)), "ranks: 'mlp.uo' names none of a layer's matrices"),
         (dict(ranks=("mlp=2.5",)), "ranks: 'mlp=2.5': expected a whole number of at least 1, found 2.5"),
         (dict(alphas=("mlp=0",)), "alphas: 'mlp=0': expected a number above 0, found 0"),
@@ -220,7 +220,7 @@ def test_a_setting_that_means_nothing_is_refused_by_its_name(changes, said) -> N
 def test_an_adapter_without_its_settings_is_no_model() -> None:
     """Otherwise a loss that forgot them would train nothing, without an error."""
     params = adapted(LORA)
-    with pytest.raises(ValueError, match=r"expected a LoraConfig with params\['lora'\]"):
+    with pytest.raises(ValueError, match=r"expected a LoraConfig and params\['lora'\], or neither"):
         Transformer.bind(tiny.MODEL, params)
     assert tiny.task(lora=LoraConfig()).lora is None and "lora" not in tiny.task(lora=LoraConfig()).init(
         jax.random.key(0)
