@@ -23,7 +23,7 @@ from ar_unified.workdir import write_json, write_text
 
 
 def keys_of(bundle: Bundle) -> Keys:
-    """Its tensors with transformers' names; the ids are our own."""
+    """The bundle's tensors with transformers' names; the ids are our own."""
     return Keys(HF, bundle.config, Border(((0, 0, bundle.config.vocab_size),)))
 
 

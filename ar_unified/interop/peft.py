@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors, both directions.
+"""Reads and writes LoRA adapters in PEFT's form: adapter_config.json and adapter_model.safetensors.
 
 A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
 transformers' model with the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
@@ -65,13 +65,13 @@ class Adapter(NamedTuple):
     """An adapter from a folder.
 
     Attributes:
-        matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O]. r is the largest rank of the layers;
+        matrices: for each name in MATRICES, float32 A [L, I, r] and B [L, r, O]. r is the largest rank of the layers;
             smaller ranks are filled up with zeros.
         ranks, scales: for each matrix and layer, its rank (0: no adapter) and the factor of its product.
         hash: sha256 of the files.
-        rows: its own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head has the embedding's
-            rows.
-        vocabulary: the hash of the language to which their ids belong; "": not said.
+        rows: the adapter's own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head uses the
+            embedding's rows.
+        vocabulary: the hash of the language that the rows' ids belong to; "" if the adapter does not say it.
     """
 
     folder: Path
@@ -84,7 +84,8 @@ class Adapter(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What adapter_config.json says: rank and alpha, and other values for modules whose names match by PEFT's rule."""
+    """The rank and alpha in adapter_config.json, and exceptions for modules whose names match a pattern by PEFT's
+    rule."""
 
     rank: int
     alpha: float
@@ -99,7 +100,7 @@ class _Settings(NamedTuple):
 
 
 def _matched(patterns: Mapping[str, Json], module: str, default: object) -> Any:
-    """As PEFT's get_pattern_key: the value of the first pattern that matches the whole name or its end."""
+    """The value of the first pattern that matches the whole name or its end, as in PEFT's get_pattern_key."""
     return next((n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
@@ -110,11 +111,11 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     """The adapter in a folder, for a model of this shape.
 
     Args:
-        bases: hashes of the bundle that it will be used with; none: not known. An adapter that says that it was trained
-            on another bundle is refused.
+        bases: hashes of the bundle that the adapter will be used with, if known. An adapter that says that it was
+            trained on another bundle is refused.
 
-    Raises UserError, which names the folder and what is wrong: a file is missing or broken, it is no LoRA adapter, it
-    has more than LoRA, or it belongs to another model.
+    Raises UserError, which names the folder, if a file is missing or broken, or if the adapter is not LoRA, has more
+    than LoRA, or belongs to another model.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -142,7 +143,7 @@ def bases(bundle: Bundle) -> tuple[str, ...]:
 
 
 def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
-    """The rows of an adapter by table, with our ids, ascending; {}: it has none.
+    """The rows of an adapter by table, with our ids, ascending; {} if it has none.
 
     Raises UserError for rows of another vocabulary's ids.
     """
@@ -293,7 +294,7 @@ def write(
     """Writes an adapter that PEFT loads onto transformers' form of the bundle, whole or not at all.
 
     Args:
-        bundle: the one that it was trained on. adapter: as params["lora"] of a training.
+        bundle: the bundle that the adapter was trained on. adapter: the arrays, as in params["lora"] of a training.
         rows, vocabulary: as in an Adapter.
 
     Raises UserError if `folder` exists.
@@ -314,7 +315,7 @@ def write(
         name_of = {path: rf"{re.escape(beginning)}layers\.\d+\.{re.escape(_MODULES[path])}" for path in lora.matrices}
     modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
     within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
-    # Only their last names, unless an image tokenizer inside the model may have modules with these names.
+    # The last parts of names are enough, unless an image tokenizer inside the model may have modules with these names.
     target: Any = rf"{re.escape(beginning)}layers\.\d+\.({within})" if prefixes else modules
     try:
         with whole_folder(folder) as here:
@@ -349,5 +350,5 @@ def write(
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
-    """A pattern in PEFT's form: the numbers of matrices that do not have the default."""
+    """A pattern in PEFT's form: the numbers of those matrices whose number is not the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

@@ -27,10 +27,10 @@ class Published:
     Attributes:
         system: its name in `interop.SYSTEMS`.
         keys: the transformer's tensors, all of which `source` has.
-        text: the text tokenizer as the bundle keeps it. image: None for text alone.
+        text: the text tokenizer as the bundle keeps it. image: the image tokenizer; None for a model of text alone.
         data, sampling, loss: sections of the bundle's config.json.
         record: what an export needs besides the bundle's other files; JSON values.
-        notes: for a person, one sentence each.
+        notes: messages for the user, one sentence each.
     """
 
     system: str
@@ -61,7 +61,7 @@ def check_tensors(
         where: the file, for messages.
         aside: prefixes of other tensors' names, such as "vqmodel.".
 
-    Raises UserError, which names what is missing, left over or has another shape.
+    Raises UserError, which names the tensors that are missing, left over or of another shape.
     """
     names = source.names()
     dialect = next((each for each in dialects if each.names["norm"] in names), None)
@@ -95,7 +95,7 @@ def check_tensors(
 
 
 def _require_tied(source: Source, where: str, head: str, embedding: str) -> None:
-    """Checks that a tied head that is stored too equals the embedding."""
+    """Checks that a tied head equals the embedding, if the file has both."""
     if embedding in source.names() and source.read(head).tobytes() != source.read(embedding).tobytes():
         raise UserError(
             f"{where}: {head}: expected {embedding} again, as tie_word_embeddings says; found other numbers"
@@ -103,8 +103,8 @@ def _require_tied(source: Source, where: str, head: str, embedding: str) -> None
 
 
 def _groups(source: Source, where: str, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
-    """How many vectors of QK-norm weights the file has, for queries and for keys; 0: one vector, without an axis for
-    groups.
+    """How many vectors of QK-norm weights the file has, for queries and for keys; 0 means one vector, without an axis
+    for groups.
     """
     found = []
     for side, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):

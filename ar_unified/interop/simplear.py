@@ -1,8 +1,8 @@
 """SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer after the last id of its text tokenizer.
 
 A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image. Images are square: 1024 pixels, 64 x 64
-codes, unless --size says otherwise. This tokenizer is for clips (Cosmos-1.0-Tokenizer-DV8x16x16) and is not imported,
-so images are codes alone.
+codes, unless --size says otherwise. The Cosmos tokenizer is for video clips (Cosmos-1.0-Tokenizer-DV8x16x16) and is not
+imported, so images are codes alone.
 
 Sources: wdrink/SimpleAR, generate.py (an id is code + len(tokenizer), guidance 6, top-k 64000) and simpar/train
 (train.py's special tokens, preprocess.py's prompts).

@@ -1,4 +1,4 @@
-"""Tensors in published files, read one at a time: a file is neither held nor mapped.
+"""Reads the tensors of published files one at a time. A file is neither loaded whole nor mapped into memory.
 
 A folder from somebody else is not trusted: an index may name only files beside it, a file must be as long as its header
 says, and nothing in it is ever run.
@@ -23,7 +23,7 @@ ALONE = "model.safetensors"
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # by their names in a file
 PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 _CONVERT = "is pickled, `ar-unified convert-pickle` makes a .safetensors file of it"
-_LARGEST = 1 << 26  # most bytes of a JSON file
+_LARGEST = 1 << 26  # maximum bytes of a JSON file
 
 
 class Source(Protocol):
@@ -50,8 +50,8 @@ class Source(Protocol):
 def open_source(path: str | Path) -> Source:
     """The tensors of a .safetensors file, or of a folder that has one or several of them.
 
-    Raises UserError, which names the file: it is missing or damaged, an index does not fit it, or a tensor is there
-    twice.
+    Raises UserError, which names the file, if it is missing or damaged, an index does not fit it, or it repeats a
+    tensor.
     """
     path = Path(path)
     if path.is_file():
@@ -105,7 +105,7 @@ def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 class _Place(NamedTuple):
-    """The place of a tensor; `kind`: the name of its dtype in the file."""
+    """The place of a tensor; `kind` is the name of its dtype in the file."""
 
     path: Path
     kind: str
@@ -114,10 +114,10 @@ class _Place(NamedTuple):
 
 
 class InFile:
-    """Reads a source whose numbers lie one after another."""
+    """A source in which each tensor's numbers lie one after another."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; a subclass knows it."""
+        """The shape of a tensor. Subclasses define it."""
         raise NotImplementedError
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
@@ -137,7 +137,7 @@ class InFile:
 
 
 class Safetensors(InFile):
-    """Tensors of several files; `told`: the file of each, as an index says."""
+    """The tensors of several files. `told` is the file of each tensor, as an index says it."""
 
     def __init__(self, files: Mapping[str, Path], told: Mapping[str, str] | None = None):
         self._places: dict[str, _Place] = {}
@@ -162,7 +162,7 @@ class Safetensors(InFile):
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:
-        """Raises UserError for a dtype that is not read, such as fp8."""
+        """A key of DTYPES. Raises UserError for a dtype that is not supported, such as fp8."""
         place = self._places[name]
         if place.kind not in DTYPES:
             raise UserError(
