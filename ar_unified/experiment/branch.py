@@ -1,7 +1,7 @@
-"""A workdir that begins with another workdir's tokenizers, data and one of its checkpoints.
+"""Makes a workdir that begins with another workdir's tokenizers and data, and with one of its checkpoints.
 
-The other workdir is only read. Files are shared with it by hard links if the file system can, so a branch needs no
-space and stays whole when the other workdir is deleted.
+The other workdir is only read. Files are shared with it by hard links if the file system has them. Then a branch needs
+no space, and it stays complete when the other workdir is deleted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
 def branch(
     experiment: Experiment, origin: Path, step: int | None, fingerprint: Callable[[], Mapping[str, Json]]
 ) -> None:
-    """Makes the experiment's stage `model` begin with checkpoint `step` of the workdir `origin`; None: the last
-    checkpoint.
+    """Makes the experiment's stage `model` begin with checkpoint `step` of the workdir `origin`, or with its last
+    checkpoint if `step` is None.
 
-    fingerprint: gives the fingerprint of the stage when tokenizers and data are in place. Its differences from the
-    origin's are noted in the history, after the origin's entries up to `step`. A second call for the same branch does
-    nothing.
+    `fingerprint` returns the fingerprint of the stage once tokenizers and data are in place. Its differences from the
+    origin's fingerprint are written into the history, after the origin's entries up to `step`. A second call for the
+    same branch does nothing.
 
-    Raises UserError as `begin_branch`; StageMismatch if a difference concerns steps that were already taken.
+    Raises UserError like `begin_branch`, and StageMismatch if a difference concerns steps that were already taken.
     """
     origin = origin.resolve()
     own(experiment.workdir.model)
@@ -69,7 +69,7 @@ def branch(
 
 
 def begin_branch(experiment: Experiment, origin: Path, step: int | None) -> None:
-    """What process 0 does for a branch before it opens the sources: it shares the datasets that the origin has drawn.
+    """Shares the datasets that the origin has downloaded. Process 0 does this for a branch before it opens the sources.
 
     Raises UserError if the origin has no such checkpoint or is this workdir, if this workdir has a model already, or if
     there is no step left to train.
@@ -111,7 +111,7 @@ def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
 
 
 def _begun(folder: Path) -> list[Path]:
-    """The records of a stage; the valid record comes first."""
+    """The record files of a stage that exist; the valid one comes first."""
     return [path for name in ("done", "started") if (path := folder / f"{name}.json").exists()]
 
 
@@ -121,7 +121,7 @@ def _checkpoint_folder(origin: Path) -> str:
 
 
 def _share(there: Path, here: Path) -> None:
-    """Gives a finished folder a second name, whole or not at all; an existing folder stays."""
+    """Makes `here` share the files of a finished folder, whole or not at all. If `here` exists, nothing happens."""
     if here.exists():
         return
     unfinished = here.with_name(f".{here.name}.branch~")

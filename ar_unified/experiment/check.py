@@ -1,7 +1,7 @@
 """Checks whether a config can be run, before the first stage, and names every problem that can be known then.
 
-Each rule is in the place where it belongs: choices in the module that has them, numbers in the dataclass that takes
-them. This module collects all answers, and puts the key that a person can change before each.
+The rules themselves are elsewhere: allowed choices in the module that defines them, allowed numbers in the dataclass
+that has them. This module collects all problems, and puts before each the key to change.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 _COUNT, _NOT_NEGATIVE, _SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
-RANGES: dict[str, dict[str, str]] = {  # allowed values, by section, for keys that no dataclass checks
-    "": {"seed": "[0, 4294967295]"},  # as in a request
+RANGES: dict[str, dict[str, str]] = {  # allowed values by section, for keys that no dataclass checks
+    "": {"seed": "[0, 4294967295]"},  # as for a request
     "data": {"max_tokens": _COUNT},
     "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
     "image_tokenizer": {
@@ -98,7 +98,7 @@ RANGES: dict[str, dict[str, str]] = {  # allowed values, by section, for keys th
 
 
 def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every problem that the config alone shows; opens no files except weights.
+    """Raises UserError with every problem that the config alone shows. Opens no files except weights.
 
     Args:
         stages: which of STAGES will run; also "requests" and "images", for a person's own requests and images. Each
@@ -239,7 +239,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             problems.say("training.code_embedding_init", f"{MEAN}: there is no config.init")
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
-    packs = "model" in stages and part.objective == "likelihood"  # with the objective reward, a row holds one answer
+    packs = "model" in stages and part.objective == "likelihood"  # with the objective "reward", a row has one answer
     if packs and (length := _longest(config, problems)) < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
@@ -249,7 +249,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
 
 
 def _check_shapes(config: ConfigDict, problems: Problems) -> None:
-    """Checks the batches of phases, after the rest of the section was found right."""
+    """Checks the batches of phases. Call it when the rest of the section is right."""
     part = config.training
     for place, (rows, _) in settings.shapes(part).items():
         if place == "training":
@@ -266,7 +266,7 @@ def _check_shapes(config: ConfigDict, problems: Problems) -> None:
 
 
 def _longest(config: ConfigDict, problems: Problems) -> int:
-    """Tokens of the longest rows of all phases, if the phases are right."""
+    """Tokens of the longest rows of all phases, or of the first phase if the section has problems."""
     part = config.training
     return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 
