@@ -18,7 +18,7 @@ PROCESSES = ("coordinator", "processes", "process")
 
 
 def module_of(verb: str) -> str:
-    """The module in this folder that does a verb: it has the verb's name, or the nearest that Python allows."""
+    """The name of a verb's module in this folder: the verb's name, or the nearest name that Python allows."""
     name = verb.replace("-", "_")
     return f"{name}_" if keyword.iskeyword(name) else name
 
@@ -39,8 +39,8 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
 
 
 def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None:
-    """Raises UserError for the first of these arguments that was given. `when`: words that say in which case the
-    argument has no effect.
+    """Raises UserError for the first of these arguments that was given. `when` says, in words, in which case the
+    arguments have no effect.
     """
     for name in names:
         if getattr(arguments, name) not in (None, False, ""):
@@ -50,7 +50,7 @@ def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None
 def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
     """Adds --config, --workdir, and the options by which several processes find each other.
 
-    recorded: without --config, the workdir's own config is used. needed: this verb requires them.
+    `recorded` means that the workdir's own config is used without --config; `needed` that the verb requires both.
     """
     parser.add_argument(
         "--config",
@@ -361,7 +361,7 @@ def _count(text: str) -> int:
 
 
 def _window(text: str) -> tuple[int, int]:
-    """ "100:105" -> (100, 105): the trace begins when 100 steps are taken and ends when 105 are."""
+    """ "100:105" -> (100, 105): the trace begins after 100 steps and ends after 105."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected FIRST:LAST in steps, as in 100:105, found {text!r}")
@@ -369,7 +369,7 @@ def _window(text: str) -> tuple[int, int]:
 
 
 def _branch(text: str) -> tuple[Path, int | None]:
-    """WORKDIR or WORKDIR:STEP."""
+    """Reads WORKDIR or WORKDIR:STEP."""
     path, colon, step = _path(text).rpartition(":")
     if colon and step.isdecimal():
         return Path(path), int(step)
@@ -379,7 +379,7 @@ def _branch(text: str) -> tuple[Path, int | None]:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """NAME=FOLDER."""
+    """Reads NAME=FOLDER."""
     name, equals, folder = text.partition("=")
     if not name or not equals or not folder:
         raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, found {text!r}")
