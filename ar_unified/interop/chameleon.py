@@ -85,7 +85,7 @@ _SAMPLING: Mapping[str, Mapping[str, object]] = {
     },
 }
 _UNTRAINED = (
-    "This model was not trained to draw: its head's rows for image codes {}, so images are noise. Anole's "
+    "This model was not trained to generate images: its head's rows for image codes {}, so images are noise. Anole's "
     "recipe trains these rows: experiments/published/fine_tune.py:recipe=anole."
 )
 _SIDE_2 = 768  # side of a square with the area of Lumina-mGPT 2.0's images, in pixels
@@ -234,8 +234,8 @@ def _model(config: Mapping[str, Json], where: str) -> TransformerConfig:
 def _movqgan_of(files: Files) -> Images:
     if files.image is None:
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names movqgan_270M.ckpt, made .safetensors by "
-            "`ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert movqgan_270M.ckpt with "
+            "`ar-unified convert-pickle`, and name the new file with --image"
         )
     return dataclasses.replace(open_images("movqgan", files.image), usual=_SIDE_2)
 
@@ -254,8 +254,8 @@ def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = N
         if inner is not None:
             return inner
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names Chameleon's vqgan.ckpt, made .safetensors by "
-            "`ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert Chameleon's vqgan.ckpt with "
+            "`ar-unified convert-pickle`, and name the new file with --image"
         )
     images = open_images("chameleon_vq", files.image, config)
     if inner is None:

@@ -82,12 +82,13 @@ def open_pickled(path: str | Path) -> Pickled:
             file.seek(0)
             zipped = begin == b"PK\3\4"
             if not zipped and begin[:1] != b"\x80":
-                raise ValueError("it begins neither as a torch file nor as a pickle of protocol 2 or later")
+                raise ValueError("it is neither a torch file nor a pickle of protocol 2 or later")
             found = _torch(path) if zipped else read_pickle(_Bounded(file, path.stat().st_size))
         if isinstance(found, int):
-            more = ": it is of a torch before 1.6" if found == _OLD_TORCH else ""
+            more = ", found one of torch before 1.6" if found == _OLD_TORCH else ""
             raise UserError(
-                f"{path}: expected a torch file that is a zip{more}; torch.load and torch.save write it anew as one"
+                f"{path}: expected a torch file that is a zip{more}: load it with torch.load and save it again "
+                "with torch.save"
             )
         return _sorted(path, found, "." if zipped else "/")
     except Forbidden as error:
@@ -167,9 +168,9 @@ def _begins(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
         for each in sorted(archive.infolist(), key=lambda each: each.header_offset):
             name = each.filename
             if name.startswith("/") or "\\" in name or ".." in name.split("/") or name in begins:
-                raise ValueError(f"a file {name!r:.80} in it, which leads out of it or is there twice")
+                raise ValueError(f"it has a file {name!r:.80}, whose name leads out of it or occurs twice")
             if each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size or each.flag_bits & 1:
-                raise ValueError(f"{name!r:.80} is packed, which torch does not do")
+                raise ValueError(f"{name!r:.80} is compressed, which torch does not do")
             file.seek(each.header_offset)
             head = file.read(30)
             if len(head) != 30 or head[:4] != b"PK\3\4" or each.header_offset < ends:
@@ -295,12 +296,12 @@ def _write(folder: Path, name: str, pickled: Pickled, say: Callable[[str], None]
         beside = place.with_name(f"{stem}.other.json")
         try:
             write_json(beside, json.loads(json.dumps(pickled.other)))
-            say(f"  no tensors, kept in {beside.name}: {_some(list(pickled.other))}")
+            say(f"  values that are not tensors, kept in {beside.name}: {_some(list(pickled.other))}")
         except (TypeError, ValueError, RecursionError):
             beside.unlink(missing_ok=True)
-            say(f"  left out, no tensors: {_some(list(pickled.other))}")
+            say(f"  left out, because they are not tensors: {_some(list(pickled.other))}")
     if pickled.left_out:
-        say(f"  left out, tensors beside those of the model: {_some(list(pickled.left_out))}")
+        say(f"  left out, because these tensors are not the model's: {_some(list(pickled.left_out))}")
 
 
 def _some(names: list[str]) -> str:

@@ -183,7 +183,10 @@ def _images(files: Files) -> Images:
     if files.image is not None:
         return open_images("emu3_vq", files.image)
     if not any(name.startswith(_VQ) for name in files.source.names()):
-        raise UserError(f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3-VisionTokenizer")
+        raise UserError(
+            f"{files.folder}: expected an image tokenizer, found none: name the folder of Emu3-VisionTokenizer "
+            "with --image"
+        )
     settings = files.config.get("vq_config", {})
     with about(str(files.folder)):
         dialect, prefix = dialect_in("emu3_vq", files.source.names())

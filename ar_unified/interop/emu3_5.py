@@ -88,7 +88,7 @@ def _images(files: Files) -> Images:
     """IBQ's tokenizer beside the model."""
     if files.image is None:
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3.5-VisionTokenizer, its "
-            "model.ckpt made .safetensors by `ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert the folder of Emu3.5-VisionTokenizer "
+            "with `ar-unified convert-pickle`, and name the new folder with --image"
         )
     return open_images("ibq", files.image)

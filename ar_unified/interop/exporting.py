@@ -85,10 +85,12 @@ def export_published(
 def _keys(bundle: Bundle, form: str, record: Mapping[str, Any] | None) -> Keys:
     if record is None:
         if form != "hf":
-            raise UserError(f"{bundle.folder}: --to: expected hf, of a model that was trained here; found {form}")
+            raise UserError(f"{bundle.folder}: --to: expected hf for a model that was trained here, found {form}")
         return own.keys_of(bundle)
     if form != record["form"]:
-        raise UserError(f"{bundle.folder}: --to: expected {record['form']}, the form that was imported; found {form}")
+        raise UserError(
+            f"{bundle.folder}: --to: expected {record['form']}, the form that it was imported from; found {form}"
+        )
     if bundle.border is None:
         raise UserError(f"{bundle.folder}: language.json: expected a border to the published ids, found none")
     tables = tuple(record.get("tables", ()))

@@ -95,7 +95,7 @@ class Files:
         try:
             return self.find(*_TOKENIZERS, folder=self.text)
         except UserError as error:
-            raise UserError(f"{error}; --text names the text tokenizer where it lies elsewhere") from error
+            raise UserError(f"{error}; if the text tokenizer is elsewhere, name it with --text") from error
 
     @cached_property
     def codec(self) -> Codec:

@@ -105,7 +105,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
     if given is None and width % heads:
         raise wrong("hidden_size", f"a multiple of num_attention_heads = {heads}")
     if head_dim % 2:
-        raise UserError(f"{where}: head_dim: expected an even number, as RoPE turns pairs; found {head_dim}")
+        raise UserError(f"{where}: head_dim: expected an even number, because RoPE rotates pairs; found {head_dim}")
     for key, allowed in _ONLY.items():
         if key == "sliding_window" and config.get("use_sliding_window") is False:
             continue
@@ -148,7 +148,7 @@ def _rope(config: Mapping[str, Json], family: Family, where: str) -> dict[str, J
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise UserError(f"{where}: {key}: expected numbers by their keys, for all layers alike; found {rope!r:.80}")
+        raise UserError(f"{where}: {key}: expected numbers by key, the same for all layers; found {rope!r:.80}")
     if rope.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
         raise UserError(
             f"{where}: {key}.partial_rotary_factor: expected 1, found {rope['partial_rotary_factor']!r:.40}"

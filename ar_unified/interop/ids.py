@@ -56,11 +56,11 @@ def language(
     pieces = sorted(set(text) - others.keys())
     taken = others.keys() | set(pieces)
     if taken and not 0 <= min(taken) <= max(taken) < size:
-        raise UserError(f"ids: expected a table of at least {max(taken) + 1} ids, as its tokens have; found {size}")
+        raise UserError(f"ids: expected a table of at least {max(taken) + 1} ids, one for each token; found {size}")
     free = sorted(set(range(size)) - taken)
     missing = [name for name in wanted if name not in controls]
     if len(missing) > len(free):
-        raise UserError(f"ids: the table has no token for {', '.join(missing)}, and no id that is free")
+        raise UserError(f"ids: the table has no token for {', '.join(missing)}, and no free id")
     spare = {name: free.pop() for name in missing}
     ids = [{**controls, **spare}[name] for name in wanted]
     theirs = [*pieces, *ids, *sizes, *codes]
@@ -92,7 +92,7 @@ def run(ids: Sequence[int], what: str, where: str) -> range:
     for number, id in enumerate(ids):
         if id != ids[0] + number:
             raise UserError(
-                f"{where}: {what} {number}: expected id {ids[0] + number}, as they are in order; found {id}"
+                f"{where}: {what} {number}: expected id {ids[0] + number}, as ids must be consecutive; found {id}"
             )
     return range(ids[0], ids[0] + len(ids)) if ids else range(0)
 

@@ -258,7 +258,7 @@ class Keys:
             if (groups != groups[:, :1]).any():
                 raise ValueError(
                     f"{slot.names[0]}: expected one vector for each of {len(groups)} groups of heads, found heads of a "
-                    "group that differ (they were trained apart)"
+                    "group that differ, because training has changed them separately"
                 )
             array = groups[:, 0]
         (shape,) = slot.shapes

@@ -91,8 +91,8 @@ def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> floa
             return THETAS[match[1].upper()]
     known = ", ".join(f"{theta:g} for {name}" for name, theta in THETAS.items())
     raise UserError(
-        f"{folder}: expected a folder named as it was published (LWM-Chat-1M-Jax), as no file says RoPE's base; "
-        f"--rope-theta gives it: {known}, and 5e+07 for every model with images"
+        f"{folder}: expected RoPE's base in config.json or in the folder's published name (LWM-Chat-1M-Jax), found "
+        f"none: give it with --rope-theta: {known}, and 5e+07 for every model with images"
     )
 
 
@@ -116,8 +116,8 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
     heads = told.get("num_attention_heads", _HEADS.get((width, layers)))
     if heads is None:
         raise UserError(
-            f"{where}: expected 32 layers of 4096, as LWM's 7B has; found {layers} of {width}: a config.json beside it "
-            "says num_attention_heads"
+            f"{where}: expected 32 layers of 4096, as LWM's 7B has; found {layers} of {width}: for another model, "
+            "give num_attention_heads in a config.json in the same folder"
         )
     sizes = {
         "vocab_size": shape("transformer/wte/embedding")[0],
@@ -137,7 +137,9 @@ def open_lwm(files: Files) -> Published:
     folder = files.folder if files.folder.is_dir() else files.folder.parent
     path = folder / "params" if files.folder.is_dir() else files.folder
     if not path.is_file():
-        raise UserError(f"{folder}: expected LWM's file `params`, found none (as transformers has it: --as llama)")
+        raise UserError(
+            f"{folder}: expected LWM's file `params`, found none (for files of transformers, use --as llama)"
+        )
     source, where = Stream(path), str(path)
     config = folder / "config.json"
     told = read_json(config) if config.exists() else {}
@@ -179,7 +181,7 @@ def open_lwm(files: Files) -> Published:
 def _images(files: Files) -> Images:
     if files.image is None:
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names LWM's `vqgan`, made .safetensors by "
-            "`ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert LWM's `vqgan` with "
+            "`ar-unified convert-pickle`, and name the new file with --image"
         )
     return open_images("lwm_vq", files.image)

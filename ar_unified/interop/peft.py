@@ -158,7 +158,7 @@ def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
         if len(ids) and ids[-1] >= size:
             raise UserError(
                 f"{adapter.folder}: expected rows of ids below {size}, as this model has, found one of {ids[-1]}: "
-                "load it beside the model that its rows extend"
+                "load it with the model that its rows extend"
             )
         ours = ids if border is None else np.asarray(border.ours)[ids]
         order = np.argsort(ours)
@@ -219,7 +219,7 @@ def _simple(pattern: str) -> bool:
 def _weights(folder: Path) -> Path:
     if not (folder / WEIGHTS).exists():
         pickled = next((each.name for each in sorted(folder.iterdir()) if each.suffix in PICKLED), None)
-        more = f": `ar-unified convert-pickle` makes it of {pickled}" if pickled else ""
+        more = f": `ar-unified convert-pickle` makes it from {pickled}" if pickled else ""
         raise UserError(f"{folder}: expected a file {WEIGHTS}, found none{more}")
     return inside(folder, WEIGHTS)
 
@@ -246,7 +246,7 @@ def _pairs(
         match = _KEY.fullmatch(name)
         if match is None or match["module"] not in _PATHS or (above is not None and match["above"] != above):
             near = nearest(match["module"], list(_PATHS)) if match else ""
-            raise UserError(f"{folder}: {name!r:.120} is of no matrix of a layer ({', '.join(_PATHS)}){near}")
+            raise UserError(f"{folder}: {name!r:.120} belongs to no matrix of a layer ({', '.join(_PATHS)}){near}")
         above, layer, path, side = match["above"], int(match["layer"]), _PATHS[match["module"]], match["side"]
         inputs, outputs = sizes[path.rpartition(".")[2]]
         rank, scale = settings.of(f"{above}layers.{layer}.{match['module']}")

@@ -174,7 +174,7 @@ class _Machine:
         elif word in ("APPEND", "APPENDS"):
             items = [_finished(self.stack.pop())] if word == "APPEND" else self._marked()
             if type(self.stack[-1]) is not list:
-                raise TypeError("it appends to what is no list")
+                raise TypeError("it appends to something that is not a list")
             self.stack[-1].extend(items)
         elif word in ("SETITEM", "SETITEMS"):
             if word == "SETITEM":
@@ -183,7 +183,7 @@ class _Machine:
             else:
                 items = self._marked()
             if type(self.stack[-1]) not in (dict, _Dict):
-                raise TypeError("it sets an item of what is no dictionary")
+                raise TypeError("it sets an item of something that is not a dictionary")
             self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
         else:
             return False
@@ -207,7 +207,7 @@ class _Machine:
             _build(self.stack[-1], state)
         elif word == "BINPERSID":
             if self._storage is None:
-                raise Forbidden("a persistent id, whose meaning nothing in this file says")
+                raise Forbidden("a persistent id, which nothing in this file explains")
             self.stack.append(self._storage(self.stack.pop()))
         else:
             raise Forbidden(f"the opcode {word}")

@@ -83,8 +83,8 @@ def check_tensors(
         raise UserError(f"{where}: missing {_listed(missing)}{more}")
     if left:
         raise UserError(
-            f"{where}: this model has no place for {_listed(left)}: is --as the right system, and is the config of "
-            "these files?"
+            f"{where}: this model has no place for {_listed(left)}: is --as the right system, and does the "
+            "config belong to these files?"
         )
     for name, shape in wanted.items():
         if (found := source.shape(name)) != shape:
@@ -98,7 +98,7 @@ def _require_tied(source: Source, where: str, head: str, embedding: str) -> None
     """Checks that a tied head equals the embedding, if the file has both."""
     if embedding in source.names() and source.read(head).tobytes() != source.read(embedding).tobytes():
         raise UserError(
-            f"{where}: {head}: expected {embedding} again, as tie_word_embeddings says; found other numbers"
+            f"{where}: {head}: expected the same numbers as {embedding}, as tie_word_embeddings says; found others"
         )
 
 
@@ -112,7 +112,7 @@ def _groups(source: Source, where: str, dialect: Dialect, config: TransformerCon
         shape = source.shape(name) if config.qk_norm != "none" and name in source.names() else (0,)
         groups = shape[0] if len(shape) == 2 else 0
         if groups and heads % groups:
-            raise UserError(f"{where}: {name}: expected as many vectors as divide {heads} heads, found {groups}")
+            raise UserError(f"{where}: {name}: expected a number of vectors that divides {heads} heads, found {groups}")
         found.append(groups)
     return found[0], found[1]
 

@@ -22,7 +22,7 @@ from ar_unified.tensors import INDEX, read_bytes
 ALONE = "model.safetensors"
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # by their names in a file
 PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
-_CONVERT = "is pickled, `ar-unified convert-pickle` makes a .safetensors file of it"
+_CONVERT = "is pickled: convert it to .safetensors with `ar-unified convert-pickle`"
 _LARGEST = 1 << 26  # maximum bytes of a JSON file
 
 
@@ -167,7 +167,7 @@ class Safetensors(InFile):
         if place.kind not in DTYPES:
             raise UserError(
                 f"{place.path}: {name}: expected numbers of type {', '.join(DTYPES)}; found {place.kind}: convert the "
-                "file to bfloat16 with what made it"
+                "file to bfloat16 with the program that made it"
             )
         return place.kind
 

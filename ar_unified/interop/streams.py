@@ -261,7 +261,7 @@ class StreamWriter:
             size = sum(len(part) if isinstance(part, bytes) else part for part in parts)
             if size >= 1 << 32:
                 raise UserError(
-                    f"{name}: expected less than 4 GiB, the most of one array in this format, found {size} bytes: "
+                    f"{name}: expected less than 4 GiB, the maximum for an array in this format, found {size} bytes: "
                     "write a tensor for each layer"
                 )
             key = [*prefix, *name.split("/")]

@@ -62,7 +62,7 @@ def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
     if image.left < _ALIKE:
         return "are all alike"
     if image.drawn and not text.drawn:
-        return "look like random numbers, unlike those of text"
+        return "look like random numbers, unlike the rows of text"
     return ""
 
 

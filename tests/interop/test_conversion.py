@@ -246,7 +246,7 @@ def endless():
 
 
 TORCH = {
-    "packed, as a bomb is": (deflated, "is packed"),
+    "packed, as a bomb is": (deflated, "is compressed"),
     "cut short": (cut, "damaged"),
     "leads out": (of({"w": tensor("0", (4, 6), (6, 1))}, **{"archive/../../x": b""}), "leads out"),
     "a storage of more than there is": (

@@ -72,7 +72,7 @@ def test_what_a_class_fixes_needs_no_key() -> None:
         ({"num_local_experts": 8}, "num_local_experts: expected None or 0 or 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "for all layers alike"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "the same for all layers"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: expected default, linear or llama3"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number above 0, found None"),
         ({"rope_scaling": [1.0]}, "rope_scaling: expected numbers by their keys"),

@@ -185,7 +185,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "fp8": (_tensors(lambda f: f.update({FIRST: f[FIRST].astype(ml_dtypes.float8_e4m3fn)})), "F8_E4M3: convert"),
     "another's": (_tensors(lambda f: f.update({k.replace("conv_blocks", "down"): f.pop(k) for k in [*f]})), "taming"),
     "outside": (_outside, "config.json is a link to .*outside"),
-    "pickled": (_pickled, "vq_ds16.pt is pickled, `ar-unified convert-pickle` makes"),
+    "pickled": (_pickled, "vq_ds16.pt is pickled: convert it to .safetensors with `ar-unified convert-pickle`"),
     "settings": (lambda folder: folder.joinpath("config.json").write_text("[1]"), "expected keys and values"),
 }
 
@@ -209,7 +209,9 @@ def test_a_pickled_file_is_sent_to_the_verb_that_reads_it(
 ) -> None:
     (tmp_path / "vqgan").write_bytes(begin)  # LWM's has no ending
     assert run("import", "--from", tmp_path / "vqgan", "--as", "lwm_vq", "--output", tmp_path / "made") == 2
-    assert "vqgan: it is pickled, `ar-unified convert-pickle`" in capsys.readouterr().err
+    assert (
+        "vqgan: it is pickled: convert it to .safetensors with `ar-unified convert-pickle`" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
