@@ -59,7 +59,7 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
         metavar="FILE[:arg]",
         help="the experiment file, or the name of one that comes with the package, such as shapes; `:arg` is handed "
         "to it, as in experiments/folder.py:path=DIR"
-        + ("; default: that of the workdir's last start" if recorded else ""),
+        + ("; default: the config with which the workdir was last started" if recorded else ""),
     )
     parser.add_argument(
         "--workdir", required=needed, type=_path, metavar="DIR", help="where stages write their results"
@@ -69,7 +69,11 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workdir", type=_path, metavar="DIR", default="workdirs/shapes", help="where it is made (%(default)s)"
+        "--workdir",
+        type=_path,
+        metavar="DIR",
+        default="workdirs/shapes",
+        help="where the results are written (%(default)s)",
     )
     parser.set_defaults(config=_config("shapes"))
     _many_processes(parser)
@@ -78,26 +82,30 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 def _many_processes(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group(
         "many processes",
-        "Give the same command on every host. SLURM, Open MPI, GKE and TPU VMs number the processes; elsewhere give:",
+        "Give the same command on every host. SLURM, Open MPI, GKE and TPU VMs number the processes. Elsewhere give:",
     )
     many.add_argument("--coordinator", metavar="HOST:PORT", help="the address of process 0, the same for all")
-    many.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: only this one")
-    many.add_argument("--process", type=int, metavar="I", help="the number of this process, from 0")
+    many.add_argument("--processes", type=int, metavar="N", help="the number of processes (1 means only this one)")
+    many.add_argument("--process", type=int, metavar="I", help="the index of this process, from 0")
     many.add_argument(
-        "--start-timeout", type=int, default=300, metavar="SECONDS", help="the time for all to start (300)"
+        "--start-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait until all have started (300)",
     )
     many.add_argument(
         "--heartbeat-timeout",
         type=int,
         default=100,
         metavar="SECONDS",
-        help="the time until the others stop if one has died or hangs (100)",
+        help="how long until the others stop after one has died or hangs (100)",
     )
 
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:
     _experiment(parser)
-    parser.add_argument("--only", choices=("text", "image"), help="train one of the two (both)")
+    parser.add_argument("--only", choices=("text", "image"), help="train only one of the two tokenizers (both)")
 
 
 def _prepare(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +124,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "--branch",
         metavar="WORKDIR[:STEP]",
         type=_branch,
-        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; that workdir is not "
-        "changed",
+        help="begin with another workdir's tokenizers, data and checkpoint (its last, if no STEP is given); that "
+        "workdir is not changed",
     )
     parser.add_argument(
         "--profile",
@@ -141,7 +149,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=_count,
         metavar="N",
-        help="with --from: most tokens of a prompt and its answer (default: the bundle's)",
+        help="with --from: maximum tokens of a prompt and its answer (default: the bundle's)",
     )
     parser.add_argument(
         "--requests",
@@ -151,7 +159,10 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         help="what to serve; default: prompts from the held-out documents",
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=_path, help="default: samples/ in the workdir, then the name of the requests"
+        "--output",
+        metavar="DIR",
+        type=_path,
+        help="default: samples/NAME in the workdir, with the NAME of the first FILE",
     )
     parser.add_argument(
         "--part", metavar="K/N", type=_part, help="serve part K of N, counted from 0; default: this process's part"
@@ -214,7 +225,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="with --only tokenizer: score it on the image files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
     )
     parser.add_argument(
-        "--links", action="store_true", help="with --images or --data: follow links that lead out of it"
+        "--links", action="store_true", help="with --images or --data: follow links that lead out of that folder"
     )
     parser.add_argument(
         "--crop", type=int, metavar="PIXELS", help="with --images: side of the square crops (config.data.image_size)"
@@ -277,13 +288,17 @@ def _import(parser: argparse.ArgumentParser) -> None:
         help="the bundle, or the image tokenizer; an existing folder is not overwritten",
     )
     parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, if it is in another place")
-    parser.add_argument("--image", type=_path, metavar="PATH", help="the image tokenizer's weights, likewise")
+    parser.add_argument(
+        "--image", type=_path, metavar="PATH", help="the image tokenizer's weights, if they are in another place"
+    )
     parser.add_argument("--rope-theta", type=float, help="RoPE's base, for systems whose files do not give it (LWM)")
     parser.add_argument(
         "--size", type=_size, metavar="HxW", help="largest image in codes, for systems whose images have many sizes"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: as published")
-    parser.add_argument("--license", default="", metavar="WORDS", help="for the model card (unknown)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="convert to this dtype (default: as published)"
+    )
+    parser.add_argument("--license", default="", metavar="WORDS", help="the licence for the model card (unknown)")
     parser.add_argument(
         "--shard-mib", type=int, default=2048, metavar="MIB", help="the largest size of a weight file (%(default)s)"
     )
@@ -323,7 +338,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         required=True,
-        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
+        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, such as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
     )
     parser.add_argument(
         "--workdir",

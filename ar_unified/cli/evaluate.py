@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _from_bundle(arguments, overrides)
     for flag in ("config", "workdir"):
         if not getattr(arguments, flag):
-            raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
+            raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
     refuse_unread(arguments, "with a workdir, whose config has the documents", "data", "output")
     if not arguments.images:
         refuse_unread(arguments, "without --images", "links")

@@ -75,7 +75,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             _export_bundle(arguments, shard_bytes)
         return 0
     if not arguments.workdir:
-        raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
+        raise UserError("expected --workdir DIR of a training, or --from BUNDLE --to FORMAT; found neither")
     if arguments.to not in (ADAPTER, BESIDE):
         refuse_unread(arguments, "without --from, where a bundle is written", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
@@ -173,7 +173,7 @@ def _require_extended(experiment: Experiment) -> str:
     if experiment.before is None:
         raise UserError(
             f"--to {BESIDE}: expected a training that extends a language model by images; the adapter of this one "
-            f"stands beside {base.folder} as it is"
+            f"belongs to {base.folder}, which has not changed"
         )
     _rows(experiment, trained, BESIDE)
     return base.hash

@@ -24,9 +24,9 @@ VERBS = {
     "sample": "write interleaved documents for the prompts of a JSONL file",
     "score": "write how likely the model finds documents, answers or preference pairs that are given",
     "evaluate": "score the model of a workdir or a bundle on held-out documents; write evaluation.json and report.html",
-    "import": "make a bundle of a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
+    "import": "make a bundle from a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
     "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
-    "convert-pickle": "make .safetensors files of pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",
+    "convert-pickle": "make .safetensors files from pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }
@@ -44,12 +44,12 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`ar-unified VERB --help` says what a verb reads, what it leaves in the workdir, and its options.",
+            "`ar-unified VERB --help` says what a verb reads, what it writes into the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
             "Many hosts: the same command on each. FILE may be an experiment of the package, such as shapes.",
             "",
             "Exit status: 0 done; 1 the answer is no (plan, validate); 2 something given cannot be used; 3 a run",
-            "stopped by itself; 70 a fault of ours, with its traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
+            "stopped by itself; 70 an error of ar-unified, with a traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
         ]
     )
 

@@ -75,7 +75,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _from_bundle(arguments, overrides, reward)
     for flag in ("config", "workdir"):
         if not getattr(arguments, flag):
-            raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
+            raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
     refuse_unread(arguments, "with a workdir, whose config.sampling says it", "batch_size", "max_length")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")

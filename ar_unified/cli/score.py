@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(f"{arguments.output}: {score_source(model, source, arguments.output)}")
         return 0
     if not arguments.workdir:
-        raise UserError("expected --workdir DIR, of a training, or --from BUNDLE; found neither")
+        raise UserError("expected --workdir DIR of a training, or --from BUNDLE; found neither")
     refuse_unread(arguments, "with a workdir, whose config.sampling.batch_size says it", "batch_size")
     experiment = open_experiment(arguments, overrides, ["requests"])
     score(experiment, source, arguments.output)

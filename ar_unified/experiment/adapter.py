@@ -72,7 +72,7 @@ def require_rows(first: First, grammar: Grammar, selection: Selection) -> None:
             raise UserError(
                 f"config.training.only: expected {', '.join(named) or table} in it, as the adapter "
                 f"{first.adapter.folder} has {len(left)} rows of {table} that this training would lose: it trains "
-                f"others of {table}, or none"
+                f"other rows of {table}, or none"
             )
 
 
@@ -98,8 +98,8 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
         ranks, scales = set(found.ranks[path]), set(found.scales[path])
         if len(ranks) > 1 or len(scales) > 1:
             raise UserError(
-                f"config.lora.init: expected an adapter that is the same in all layers, which a training needs; "
-                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can still be "
+                f"config.lora.init: expected an adapter that is the same in all layers, as training requires; "
+                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} for {path}. It can still be "
                 "served (sample --adapter)"
             )
         (rank,), (scale,) = ranks, scales

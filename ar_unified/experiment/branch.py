@@ -95,7 +95,7 @@ def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
         raise UserError(f"--branch {origin}: expected a workdir whose training has begun, found no model in it")
     there = _checkpoint_folder(origin)
     if Path(there) == Path(experiment.checkpoint_folder):
-        raise UserError(f"config.checkpoint_folder: expected another than the origin's, found the same, {there}")
+        raise UserError(f"config.checkpoint_folder: expected another folder than the origin's, found the same, {there}")
     steps = steps_in(there)
     step = max(steps, default=0) if step is None else step
     if step not in steps:

@@ -116,8 +116,8 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
         before = f"To go on as before, repeat {flags}; else use" if flags else "Use"
         raise StageMismatch(
             next(iter(fields)),
-            f"{where} cannot go on with {changed}: {workdir.path / training.before} is made from it as it is. "
-            f"{before} another --workdir, or delete {training.before} (and what was made from it) first.",
+            f"{where} cannot go on with {changed}: {workdir.path / training.before} was made from it before this "
+            f"change. {before} another --workdir, or delete {training.before} (and what was made from it) first.",
         )
     steps = training.checkpoints()
     taken = max(steps, default=0)

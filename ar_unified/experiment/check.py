@@ -209,7 +209,7 @@ def _check_lora(config: ConfigDict, problems: Problems, stages: Collection[str])
             f"expected 0 without config.init, because an adapter needs a base model; found {config.lora.rank}",
         )
     if config.lora.init and not config.lora.rank:
-        problems.say("lora.rank", f"expected that of the adapter in lora.init, {config.lora.init}; found 0")
+        problems.say("lora.rank", f"expected the rank of the adapter in lora.init, {config.lora.init}; found 0")
 
 
 def _check_training(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -238,7 +238,9 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
         if part.code_embedding_init == "mean" and not config.init:
             problems.say("training.code_embedding_init", f"{MEAN}: there is no config.init")
         if part.fresh and not config.init:
-            problems.say("training.fresh", "expected none without config.init: all of it begins at random")
+            problems.say(
+                "training.fresh", "expected none without config.init, because then all parameters begin at random"
+            )
     packs = "model" in stages and part.objective == "likelihood"  # with the objective "reward", a row has one answer
     if packs and (length := _longest(config, problems)) < config.data.max_tokens:
         problems.say(
@@ -261,7 +263,7 @@ def _check_shapes(config: ConfigDict, problems: Problems) -> None:
         if part.objective == "reward":
             problems.say(
                 place,
-                "expected no sequence_length or batch_size with training.objective 'reward', which draws its rows",
+                "expected no sequence_length or batch_size with training.objective 'reward', whose rows are samples",
             )
 
 
@@ -271,7 +273,7 @@ def _longest(config: ConfigDict, problems: Problems) -> int:
     return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 
 
-MEAN = "expected random or codebook, as mean is for a language model of text alone that is extended"
+MEAN = "expected random or codebook, as mean is only for a language model of text alone that is extended"
 
 
 def _check_preference(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -307,8 +309,8 @@ def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[s
         if {"samples", "evaluation"} & set(stages) and "requests" not in stages:
             problems.say(
                 "sampling.context",
-                "'negative_prompt' is for requests that each have one, as prompts of held-out documents have none; "
-                "config.sampling.negative_prompt gives one to all",
+                "'negative_prompt' needs a negative prompt for each request, and held-out documents have none; set "
+                "config.sampling.negative_prompt for all of them",
             )
         more = {"negative_prompt": "-"}
     if config.sampling.checkpoint == "best" and "model" in stages and not config.training.keep_best:

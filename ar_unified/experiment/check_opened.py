@@ -32,8 +32,8 @@ from ar_unified.training.selection import NEW
 
 # For objectives that compare or generate images with the model that the training begins with.
 _NO_ROWS = (
-    "has no rows for images yet, so its drawings and its likelihoods of pictures are random. Train the new rows "
-    "first (experiments/from_llm.py), export, and begin with that bundle"
+    "has no rows for images yet, so the images that it draws and its likelihoods of images are random. Train the new "
+    "rows first (experiments/from_llm.py), export, and begin with that bundle"
 )
 
 # ---- what a training begins with ---------------------------------------------------------------------
@@ -75,7 +75,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
                 )
     for section, bundled in (("text_tokenizer", True), ("image_tokenizer", bundle.has_images)):
         if config[section].model and bundled:
-            problems.say(f"{section}.model", "expected none beside config.init, whose bundle has one")
+            problems.say(f"{section}.model", "expected none, because the bundle in config.init has one")
     if text.losses and config.text_tokenizer.lossy == "refuse":
         problems.say(
             "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"

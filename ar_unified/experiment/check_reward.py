@@ -35,7 +35,7 @@ def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]
         if config.training[key] % every:
             problems.say(
                 f"training.{key}",
-                f"expected a multiple of the {every} steps that one drawing serves (config.reward.epochs x "
+                f"expected a multiple of the {every} steps for one round of sampling (config.reward.epochs x "
                 f"minibatches); found {config.training[key]}",
             )
     if "model" not in stages:

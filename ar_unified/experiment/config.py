@@ -363,7 +363,7 @@ def _misfits(found: Any, expected: Any, key: str) -> Iterator[str]:
     elif isinstance(expected, tuple):
         kind = type(expected[0]) if expected else _ELEMENTS["data.tests" if key.startswith("data.tests.") else key]
         if not isinstance(found, tuple | list) or not all(_is(kind, each) for each in found):
-            yield f"{where}: expected a tuple, of {WORDS[kind]} each; found {_shown(found)}"
+            yield f"{where}: expected a tuple in which each item is {WORDS[kind]}; found {_shown(found)}"
     elif not _is(type(expected), found):
         yield f"{where}: expected {WORDS[type(expected)]}, found {found!r:.80}"
 
@@ -392,7 +392,7 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
     for item in filter(None, (arg or "").split(",")):
         name, equals, value = item.partition("=")
         if name not in known or not equals:
-            found = name if equals else f"{item!r} without a value (a value cannot hold a comma)"
+            found = name if equals else f"{item!r} without a value (a value cannot contain a comma)"
             raise ValueError(f"config argument: expected {', '.join(known)}; found {found}{nearest(name, known)}")
         given[name] = home(value)
     return {**known, **given}

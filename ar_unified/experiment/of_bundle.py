@@ -103,7 +103,7 @@ class OfBundle(Experiment):
             return {}
         read = objective.VALIDATION_BATCHES * training.batch_size
         rows = sum(batches.rows_per_epoch.values())
-        self.say(f"losses: of {min(read, rows)} rows of {training.sequence_length} tokens, of {rows}")
+        self.say(f"losses: measured on {min(read, rows)} of {rows} rows of {training.sequence_length} tokens")
         task: TransformerTask = TransformerTask(
             batch=batches.batch,
             validation=objective.validation(batches),

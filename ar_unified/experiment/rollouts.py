@@ -241,7 +241,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
             raise RewardFailed(f"{message}. config.reward.on_error is 'stop': mend the reward and start again")
         if self._without >= _PATIENCE:
             raise RewardFailed(
-                f"{message}. In {_PATIENCE} drawings in a row, no group has all its rewards, "
+                f"{message}. In {_PATIENCE} rounds of sampling in a row, no group had all its rewards, "
                 "so there is nothing to learn from: mend the reward and start again"
             )
         self._say(f"{message}. Their groups are left out")

@@ -227,10 +227,10 @@ def test_no_key_is_hidden_by_a_method_of_the_config():
         ("image_tokenizer.mirror=perhaps", "config.image_tokenizer.mirror: expected True or False, found 'perhaps'"),
         (
             "data.image_size=(6.5,64)",
-            r"config.data.image_size: expected a tuple, of a whole number each; found \[6.5, 64\]",
+            r"config.data.image_size: expected a tuple in which each item is a whole number; found \[6.5, 64\]",
         ),
         ("training=3", "config.training: expected a dict, found '3'"),
-        ("data.train=(1,)", r"config.data.train: expected a tuple, of a dict each; found \[1\]"),
+        ("data.train=(1,)", r"config.data.train: expected a tuple in which each item is a dict; found \[1\]"),
     ],
 )
 def test_an_override_that_is_no_key_or_of_another_type(change, words):
