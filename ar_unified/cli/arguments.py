@@ -156,7 +156,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         nargs="+",
         type=_path,
-        help="what to serve; default: prompts from the held-out documents",
+        help="files of requests; default: prompts from the held-out documents",
     )
     parser.add_argument(
         "--output",
@@ -175,7 +175,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         type=_named,
         help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME',
     )
-    parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
+    parser.add_argument("--layout", choices=BENCHMARKS, help="also write the images in the form that a benchmark reads")
     parser.add_argument("--n", type=_count, metavar="N", help="samples for each request that gives no number (1)")
     parser.add_argument(
         "--keep-best",
@@ -215,14 +215,17 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="with --from: a file or folder of documents, as `validate` takes it, instead of those of --config",
     )
     parser.add_argument(
-        "--output", type=_path, metavar="FOLDER", help="with --from; an existing folder is not overwritten"
+        "--output",
+        type=_path,
+        metavar="FOLDER",
+        help="with --from: where the results are written; an existing folder is not overwritten",
     )
     parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
     parser.add_argument(
         "--images",
         metavar="DIR",
         type=_path,
-        help="with --only tokenizer: score it on the image files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
+        help="with --only tokenizer: score it on the image files under DIR, writing tokenizer_evaluation/<DIR>-<crop>",
     )
     parser.add_argument(
         "--links", action="store_true", help="with --images or --data: follow links that lead out of that folder"
@@ -241,7 +244,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=_path,
         metavar="FOLDER",
-        help="export a bundle instead, or an image tokenizer, as --to says",
+        help="the bundle or image tokenizer to export, instead of a workdir's model",
     )
     parser.add_argument(
         "--to",
@@ -255,7 +258,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FOLDER",
         type=_path,
-        help="the bundle, or what --to says; an existing folder is not overwritten",
+        help="where the bundle, or what --to names, is written; an existing folder is not overwritten",
     )
     parser.add_argument("--license", default="", metavar="WORDS", help="the licence for the model card (unknown)")
     parser.add_argument("--shard-mib", type=int, metavar="MIB", help="the largest size of a weight file (2048)")
@@ -285,7 +288,7 @@ def _import(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=_path,
         metavar="FOLDER",
-        help="the bundle, or the image tokenizer; an existing folder is not overwritten",
+        help="where the bundle or image tokenizer is written; an existing folder is not overwritten",
     )
     parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, if it is in another place")
     parser.add_argument(
@@ -314,7 +317,11 @@ def _convert_pickle(parser: argparse.ArgumentParser) -> None:
         help="a pickled file, or a folder of them",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", type=_path, help="an existing one is not overwritten"
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        type=_path,
+        help="the new folder; an existing one is not overwritten",
     )
 
 
@@ -323,7 +330,7 @@ def _validate(parser: argparse.ArgumentParser) -> None:
         "data", nargs="?", metavar="DATA", type=_path,
         help="a dataset folder, a JSONL or text file, a prepared folder, or sources as JSON",
     )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE[:arg]", type=_config, help="an experiment instead")
+    parser.add_argument("--config", metavar="FILE[:arg]", type=_config, help="check an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", type=_path, help="where the experiment's tokenizers are")
     parser.add_argument("--links", action="store_true", help="follow links that lead out of a folder")
     parser.add_argument("--first", type=int, metavar="N", help="check only the first N items of each source (all)")
@@ -346,7 +353,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="the workdir of the run: its tokenizers give the size of the vocabulary; nothing is written there",
     )
-    parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
+    parser.add_argument(
+        "--job", choices=JOBS, default="train", help="what to plan; sample: prefill and decode (%(default)s)"
+    )
     parser.add_argument("--output", metavar="DIR", type=_path, help="also write plan.json and index.html there")
     parser.add_argument(
         "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,

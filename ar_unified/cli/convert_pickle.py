@@ -5,7 +5,7 @@ message shows that name. In a folder, every pickled file is converted, and the s
 copied, so that `ar-unified import` can take the new folder in place of the original. Files that are left out are named.
 Writes, whole or not at all:
   NAME.safetensors    the tensors of NAME.pth, with the same names and dtypes
-  NAME.other.json     plain values that are no tensors, such as settings
+  NAME.other.json     plain values that are not tensors, such as settings
 """
 
 from __future__ import annotations

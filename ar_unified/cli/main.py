@@ -22,7 +22,7 @@ VERBS = {
     "prepare": "turn the experiment's documents into token shards",
     "train": "train the transformer on the shards",
     "sample": "write interleaved documents for the prompts of a JSONL file",
-    "score": "write how likely the model finds documents, answers or preference pairs that are given",
+    "score": "write how likely the model finds given documents, answers or preference pairs",
     "evaluate": "score the model of a workdir or a bundle on held-out documents; write evaluation.json and report.html",
     "import": "make a bundle from a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
     "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
@@ -46,9 +46,9 @@ def _overview() -> str:
             "",
             "`ar-unified VERB --help` says what a verb reads, what it writes into the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
-            "Many hosts: the same command on each. FILE may be an experiment of the package, such as shapes.",
+            "On many hosts, give the same command on each. FILE may be an experiment of the package, such as shapes.",
             "",
-            "Exit status: 0 done; 1 the answer is no (plan, validate); 2 something given cannot be used; 3 a run",
+            "Exit status: 0 done; 1 a plan does not fit, or data are bad (validate); 2 an input is not usable; 3 a run",
             "stopped by itself; 70 an error of ar-unified, with a traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
         ]
     )

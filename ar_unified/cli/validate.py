@@ -40,7 +40,7 @@ from ar_unified.workdir import Workdir
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prints what is in the data and writes the page; returns 1 if an item is bad. Raises UserError."""
     if (arguments.data is None) == (arguments.config is None):
-        raise UserError("expected a folder or --config, one of the two; --help says more")
+        raise UserError("expected either a folder or --config; see --help")
     if arguments.first is not None and arguments.first < 1:
         raise UserError(f"--first: expected at least 1, found {arguments.first}")
     if arguments.data is None:

@@ -68,10 +68,10 @@ def card(
     lines += ["", "A pure autoregressive model of " + ("text and images" if image else "text") + ".", ""]
     lines += _table(("", ""), [(name, str(value)) for name, value in facts.items()])
     lines += ["", "## Open it", "", _OPEN.format(calls=_DRAWS if image else _WRITES)]
-    lines += ["## What it reached", ""]
+    lines += ["## Results", ""]
     if rows:
         shown = [(NAMES.get(name, name), f"{value:.4g}", str(counts.get(name, ""))) for name, value in rows.items()]
-        lines += ["On held-out documents, as `ar-unified evaluate` wrote it.", "", *_table(("", "", "asked"), shown)]
+        lines += ["Measured on held-out documents by `ar-unified evaluate`.", "", *_table(("", "", "asked"), shown)]
     else:
         lines += ["Nothing was measured on these weights."]
     return "\n".join(lines) + "\n"

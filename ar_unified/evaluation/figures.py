@@ -50,7 +50,7 @@ def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[st
                 title = f"<h3>{escape(name.replace('_', ' '))}</h3>" if len(galleries) > 1 else ""
                 blocks.append(f'{title}<div class="{layout}">{cards}</div>')
         if blocks:
-            lead = f"{lead} The first examples, not chosen; after them failures, if there were more."
+            lead = f"{lead} The first examples, without selection; then failures, if there were more."
             sections.append((heading, f'<p class="lead">{lead.strip()}</p>{"".join(blocks)}'))
     return sections
 

@@ -38,7 +38,7 @@ from ar_unified.metrics import (
 )
 from ar_unified.workdir import write_text
 
-LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
+LEAD = "One transformer over text and image tokens: what it generates, and how good that is."
 TOKENIZER_LEAD = "An image tokenizer: what it keeps of images, and how its codes are used."
 HELD_OUT = "held out"  # the name of the set whose numbers are at the top level of an evaluation
 NAMES = {
@@ -69,8 +69,8 @@ MEANINGS = {
     "conversation_exact": "conversations in which all answers are right",
     "story_change_exact": "next images that show the change that the text tells",
     "next_text_exact": "next texts of interleaved documents that equal the document's own",
-    "parse_rate": "sampled sequences that are documents",
-    "reconstruction_exact": "real images that are still right after the tokenizer, the upper limit of text to image",
+    "parse_rate": "sampled sequences that parse as documents",
+    "reconstruction_exact": "real images that pass the checker after the tokenizer: the upper limit of text to image",
 }
 
 
@@ -330,7 +330,7 @@ def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
     return (
         ("Rewards", "train", {REWARDS + which: which for which in ("chosen", "rejected")}, ""),
         ("Margin of rewards", "train", whole, ""),
-        ("Pairs the right way round", "share", _both(REWARDS + "accuracies"), ""),
+        ("Pairs ranked correctly", "share", _both(REWARDS + "accuracies"), ""),
         ("Log-probability of answers", "nats, train", {LOGPS + which: which for which in ("chosen", "rejected")}, ""),
         ("Loss of chosen answers", "nats per token", _both(LOSS_OF_CHOSEN), ""),
     )
@@ -341,7 +341,11 @@ def _transformer(rows: Sequence[Mapping[str, Json]]) -> str:
     words = turned(rows)
     said = f'<p class="lead">The {escape(words)}.</p>' if words else ""
     looks = _attention_charts(rows)
-    return said + _draw(rows, transformer_charts(rows)) + (f"<h3>who looks at whom</h3>{looks}" if looks else "")
+    return (
+        said
+        + _draw(rows, transformer_charts(rows))
+        + (f"<h3>attention between text and images</h3>{looks}" if looks else "")
+    )
 
 
 def _both(key: str) -> dict[str, str]:
@@ -381,13 +385,13 @@ def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
                 means.setdefault(name, []).append((row["step"], sum(of_layers.values()) / len(of_layers)))
                 latest[name] = sorted(of_layers.items())
                 even = row[f"{_ATTENTION}{pair}/uniform"]
-                latest[f"{name}, if it were even"] = [(layer, even) for layer in sorted(of_layers)]
+                latest[f"{name}, if attention were even"] = [(layer, even) for layer in sorted(of_layers)]
     steps = f"share of attention by layer, from 0, at step {found[-1]['step']}"
     drawn = line_chart("Text and images, by layer", latest, unit=steps, zero=True)
     drawn += line_chart("Text and images, over time", means, unit="share of attention, mean of layers", zero=True)
     return (
-        '<p class="soft">How much of their attention the positions of one modality give to the other, on held-out '
-        "documents; even: the share if all positions that they see had the same weight.</p>"
+        '<p class="soft">How much attention the positions of one modality give to the other, on held-out '
+        'documents; "even" is the share if all positions that they see had the same weight.</p>'
         f'<div class="grid2">{drawn}</div>'
     )
 

@@ -39,7 +39,7 @@ def section(results: Mapping[str, Mapping[str, Json]], sheets: Mapping[str, np.n
         if cards:
             images += f'<h3>{escape(name.replace("_", " "))}</h3><div class="stories">{cards}</div>'
     note = (
-        f"The first images of the draw, not chosen; then the worst of the others. Differences are shown {AMPLIFIED} "
+        f"The first images, without selection; then the worst of the others. Differences are shown {AMPLIFIED} "
         f"times as large as they are."
     )
     return _table(results) + (f'<p class="lead">{note}</p>{images}' if images else "") + _sources(results)
@@ -101,7 +101,7 @@ _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bits_per_pixel", "Bits per pixel, log2(K) per id", _fine),
     ("entropy_bits_per_pixel", "Bits per pixel, entropy", _fine),
     ("probe/bits_per_id", "Bits per id under a small transformer", _fine),
-    ("probe/bits_per_pixel", "Bits per pixel under it", _fine),
+    ("probe/bits_per_pixel", "Bits per pixel under that transformer", _fine),
     ("id_stability", "Ids unchanged when encoded again", _share),
     ("psnr_corrupted/1%", "PSNR with 1 % of ids at random", _decibels),
     ("psnr_corrupted/5%", "PSNR with 5 % of ids at random", _decibels),

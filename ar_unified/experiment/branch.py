@@ -60,7 +60,7 @@ def branch(
     differs = {field: pair for part in changed.values() for field, pair in part.items()}
     now = history.entry("branched", step, differs, **{"from": str(origin)})
     with about(f"--branch {origin}:{step}"):
-        if (origin / "model" / "metrics.jsonl").exists():  # the curve up to here; the training cuts it there
+        if (origin / "model" / "metrics.jsonl").exists():  # the whole curve; the training cuts it at this step
             write_bytes(stage.folder / "metrics.jsonl", (origin / "model" / "metrics.jsonl").read_bytes())
         write_json(stage.folder / "history.json", [*before, now])
         adopt(there, step, experiment.checkpoint_folder)
@@ -101,7 +101,7 @@ def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
     if step not in steps:
         raise UserError(
             f"--branch {origin}: expected a step with a checkpoint in {there}, one of {steps}; found {step}. "
-            "training.keep_every says which of them survive."
+            "training.keep_every says which checkpoints are kept."
         )
     if wanted <= step:
         raise UserError(

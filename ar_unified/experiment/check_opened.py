@@ -207,7 +207,7 @@ def _check_mixture(experiment: Experiment, problems: Problems) -> None:
 
 
 def _check_room(experiment: Experiment, problems: Problems, stages: Collection[str]) -> None:
-    """Checks whether one image fits into the most tokens of a document, and of a sample."""
+    """Checks whether one image fits into the maximum tokens of a document, and of a sample."""
     config = experiment.config
     image = experiment.autoencoder
     height, width = image.grid(*config.data.image_size)

@@ -85,7 +85,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most this many; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # of text, read evenly from all of it; memory: 20 to 90 times this
+    config.text_tokenizer.max_bytes = 100_000_000  # at most, spread evenly over the text; memory: 20 to 90 times this
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
     config.text_tokenizer.model = ""  # use this file instead: SentencePiece's, a tokenizer.json or *.tiktoken
     config.text_tokenizer.lossy = "refuse"  # what to do if that tokenizer loses text: refuse | warn
@@ -137,7 +137,7 @@ def _add_training(config: ConfigDict) -> None:
     # language model of text alone is extended, all three choices are near the mean of its text rows, and `mean` is
     # exactly that mean.
     config.training.code_embedding_init = "random"
-    config.training.fresh = ()  # places as in `only` that begin at random, although `init` has weights for them
+    config.training.fresh = ()  # parameters, named as in `only`, that begin at random although `init` has them
     config.training.flip_pairs = Phase.flip_pairs  # probability that question and answer are swapped
     config.training.condition_dropout = Phase.condition_dropout  # probability that a prompt becomes empty
     # Later parts of the training: dicts of `begin` (a share of the steps) and the settings that change there: `weights`
@@ -384,7 +384,7 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
-    """The `:arg` of a config file, "key=value,key=value", over the known keys and their defaults.
+    """The known keys with their defaults, changed by the `:arg` of a config file, "key=value,key=value".
 
     A value may contain "=" and ":", but no ","; a leading `~` is the home folder. Raises ValueError for an unknown key.
     """

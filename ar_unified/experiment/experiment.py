@@ -169,7 +169,7 @@ class Experiment:
     # ---- data -----------------------------------------------------------------------------------------------------
 
     def specs(self, specs: Sequence[Mapping[str, manifests.Json]]) -> list[dict[str, Any]]:
-        """Specs as plain dicts; named datasets are in the workdir unless the spec says where."""
+        """Specs as plain dicts. TFDS datasets are stored in the workdir, unless the spec says where."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
@@ -200,7 +200,7 @@ class Experiment:
 
     @cached_property
     def train(self) -> list[Source]:
-        """The training sources, as the config names them."""
+        """The sources of config.data.train."""
         return self.sources("train", self.config.data.train)
 
     def mixture(self) -> dict[str, float]:

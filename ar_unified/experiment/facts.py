@@ -48,7 +48,7 @@ def trained_adapter(experiment: Experiment) -> tuple[LoraConfig, Any, Bundle]:
     """
     lora = settings.lora(experiment.config)
     if lora is None:
-        raise UserError("config.lora.rank: expected a training of an adapter, found 0: all of the model was trained")
+        raise UserError("config.lora.rank: expected a training of an adapter, found 0: the whole model was trained")
     experiment.require(
         (experiment.workdir.model / "done.json").exists(), experiment.workdir.model / "done.json", "train"
     )

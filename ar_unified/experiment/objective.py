@@ -27,7 +27,7 @@ VALIDATION_BATCHES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One value of config.training.objective, for one experiment.
+    """The objective of an experiment, which config.training.objective names.
 
     Attributes:
         facts: what decides the trained model in addition to the config.
@@ -69,7 +69,7 @@ def tell(experiment: Experiment, batches: PackedBatches) -> None:
 
 
 def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) -> Batches | None:
-    """Batches of data/validation; None, and a printed line, if no document is held out."""
+    """Batches of data/validation. Returns None and prints a line if no document is held out."""
     training, folder = experiment.config.training, experiment.workdir.data / "validation"
     held_out = load_report(folder).sources if folder.exists() else {}
     if not any(source.documents for source in held_out.values()):

@@ -56,7 +56,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def text_tokenizer(self) -> Codec:
-        """The bundle's."""
+        """The bundle's text tokenizer."""
         return self.own.text_tokenizer
 
     @cached_property
@@ -66,13 +66,13 @@ class OfBundle(Experiment):
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
-        """The bundle's, or a stand-in if it has none."""
+        """The bundle's image tokenizer, or a stand-in if it has none."""
         codes = self.grammar.vocabulary.codebook_size
         return self.own.image_tokenizer() or (CodesAlone(codes) if codes else NoImages())
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The bundle's."""
+        """The bundle's grammar."""
         return self.own.grammar
 
     def _restored(self, target: Any) -> Params:
@@ -85,7 +85,8 @@ class OfBundle(Experiment):
         return bundle | facts.of_model(self) | ({"warning": self.warning} if self.warning else {})
 
     def losses(self) -> dict[str, float]:
-        """The validation losses of these weights in a training with this config, by modality, role and task.
+        """The validation losses that a training with this config would measure for these weights, by modality, role and
+        task.
 
         The held-out documents become tokens in the workdir's data/validation. Raises UserError if nothing can be read,
         the documents are preference pairs, or the mesh cannot split the rows.

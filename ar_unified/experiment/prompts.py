@@ -1,4 +1,4 @@
-"""Numbers the prompts of a training by rewards, which come from the documents of the training sources.
+"""The numbered prompts of a training by rewards, made from the documents of the training sources.
 
 Prompt number n is the same in every process, so the groups of answers do not depend on the number of processes. Every
 epoch of a source has each of its documents once. A document that asks nothing, is bad or does not fit is left out,
@@ -36,7 +36,8 @@ class Asked:
 
 
 class Prompts:
-    """
+    """Returns the prompt of a number.
+
     Args:
         sources, weights: the sources of documents, and their shares.
         drawn: how an answer is drawn; mode "free" means the mode of the document's own answer.

@@ -60,7 +60,7 @@ def resize(config: ConfigDict) -> Resize:
     """The size that images get, in whole units of the layout."""
     height, width = config.data.image_size
     size = LAYOUTS[config.data.layout].size
-    unit = size.unit if isinstance(size, SizeTokens) else 1  # sides are whole units
+    unit = size.unit if isinstance(size, SizeTokens) else 1  # sides are multiples of the unit
     way = {name: config.data[name] for name in WAY}
     return Resize(config.data.resize, height, width, config.image_tokenizer.factor * unit, **way)
 
@@ -216,7 +216,7 @@ def selected(
 
 
 def trained(config: ConfigDict, vocabulary: Vocabulary, new: Collection[int]) -> Selection:
-    """The parameters of the transformer that are trained in any phase, and an adapter's."""
+    """The parameters of the transformer that are trained in any phase, and the adapter's, if there is one."""
     places, axes = trained_in(config.training.only, moving(config.training)), logical_axes(_shapes(config, vocabulary))
     if (adapter := lora(config)) is not None:
         places, axes = beside_adapter(places, axes, new), axes | _axes_of(adapter)
@@ -301,7 +301,7 @@ def shapes(settings: ConfigDict) -> dict[str, tuple[int, int]]:
 
 
 def longest(settings: ConfigDict) -> tuple[int, int]:
-    """(batch_size, sequence_length) of the longest rows of a training, which hold every document."""
+    """(batch_size, sequence_length) of the longest rows of a training, which have room for every document."""
     return max(shapes(settings).values(), key=lambda shape: shape[1])
 
 

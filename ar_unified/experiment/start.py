@@ -70,7 +70,7 @@ def open_experiment(
 
 
 def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
-    """Makes a stage (of an experiment) run only on process 0; the others wait, and then read what it left."""
+    """Makes a stage (of an experiment) run only on process 0; the others wait, and then read what it has written."""
 
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any, **options: object) -> None:

@@ -140,7 +140,7 @@ def _remarks(report: Mapping[str, Any], wanted: int) -> list[str]:
     for sign, count in report["cut_at"].items():
         lines.append(
             f"{sign} is in {count} of the texts. SentencePiece reserves it, so texts were split there for training, "
-            "and it is spelled in bytes"
+            "and it is encoded as bytes"
         )
     if report["pieces"] < wanted:
         lines.append(f"{report['pieces']} pieces instead of {wanted}: this corpus is too small for more")

@@ -12,8 +12,8 @@ peft               reads and writes LoRA adapters
 image_tokenizer    converts an image tokenizer without a model into this project's folder for one, and back
 """
 
-# What `ar-unified import --as` takes. `systems` says how each system is opened, `images` where the settings of image
-# tokenizers are.
+# What `ar-unified import --as` takes. `systems` says how each system is opened; `images` says where an image
+# tokenizer's settings are.
 SYSTEMS = (
     "chameleon",
     "anole",
@@ -34,7 +34,7 @@ IMAGE_SYSTEMS = ("chameleon_vq", "ibq", "llamagen_vq", "janus_vq", "emu3_vq", "s
 # What `ar-unified export --to` takes: FORMS for a model, DIALECTS (names of tensors) for an image tokenizer alone.
 FORMS = ("hf", "meta", "lwm")
 ADAPTER = "peft"  # for a model trained with LoRA: only the adapter
-BESIDE = "base"  # the model that the adapter belongs to, if a language model was extended
+BESIDE = "base"  # for a language model that was extended: the model that the adapter belongs to
 DIALECTS = (
     "taming", "chameleon_hf", "janus_hf", "llamagen", "janus", "showo", "lwm", "movqgan", "emu3", "emu3_hf",
 )  # fmt: skip

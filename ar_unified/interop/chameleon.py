@@ -43,7 +43,7 @@ CHAMELEON = Family(
 )
 _CODE = re.compile(r"IMGIMG([A-J]+)Z")
 _LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")
-_FIRST_SIZE = 8800  # the number of the reserved name that stands for 0 units
+_FIRST_SIZE = 8800  # the number in the reserved name that stands for 0 units
 _MARKS = {"boi": "<racm3:break>", "eoi": "<eoss>", "eot": "<reserved08706>"}
 _LUMINA = _MARKS | {"eol": "<reserved08799>"}
 SIDE = 32  # codes along a side of Chameleon's images, 512 pixels

@@ -93,7 +93,7 @@ def open_pickled(path: str | Path) -> Pickled:
         return _sorted(path, found, "." if zipped else "/")
     except Forbidden as error:
         raise UserError(
-            f"{path}: it names {error}, which no tensor needs: nothing of it was run or written. If you trust its "
+            f"{path}: it names {error}, which no tensor needs: nothing in it was run or written. If you trust its "
             "maker, save only its tensors with the program that made it"
         ) from error
     except OSError as error:

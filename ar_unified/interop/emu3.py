@@ -45,7 +45,7 @@ MARKS = {
 _EXTRAS = 205
 _CODE = re.compile(r"<\|visual token (\d+)\|>")
 _VQ = ("vqmodel.", "model.vqmodel.")
-# What replaces the prefixes of the original's names: nothing in the original, then the port's in files and in memory.
+# How names differ from the original's, in each form: the original itself, the port's files, the port in memory.
 _PORTS: tuple[dict[str, str], ...] = (
     {},
     {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."},
@@ -142,7 +142,7 @@ def open_emu3(files: Files, kind: str = "") -> Published:
     if not isinstance(config, Mapping):
         raise UserError(f"{where}/config.json: text_config: expected keys and values, found {config!r:.80}")
     if "head_dim" in files.config and "text_config" not in files.config:
-        raise UserError(f"{where}/config.json: head_dim: expected none, as Emu3 has; this is Emu3.5")
+        raise UserError(f"{where}/config.json: head_dim: expected none, as in Emu3; this is Emu3.5")
     kind = kind or kind_of(files.config, config, where)
     layout = _LAYOUTS[kind]
     model = hf_config.read(config, EMU3, where)

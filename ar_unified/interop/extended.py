@@ -1,7 +1,8 @@
-"""Writes a published language model that has learned images here in its published form, with the rows of new ids last.
+"""Writes a published language model, which was extended with images here, in its published form. The rows of new ids
+are last.
 
-Existing ids keep their numbers. The tokenizer's file gets a name for each further id, so that transformers reads and
-writes them as tokens.
+Existing ids keep their numbers. The tokenizer's file gets a name for each new id, so that transformers reads and writes
+them as tokens.
 """
 
 from __future__ import annotations

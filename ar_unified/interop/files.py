@@ -1,4 +1,4 @@
-"""A person's download: finds the config, the text tokenizer and the weights among its files."""
+"""Finds the config, the text tokenizer and the weights among the files of a download."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Files:
         return read_json(self.find("config.json"))
 
     def find(self, *names: str, folder: Path | None = None) -> Path:
-        """The first of these files that is there. Raises UserError."""
+        """The first of these files that exists. Raises UserError."""
         folder = folder or (self.folder if self.folder.is_dir() else self.folder.parent)
         for name in names:
             if (folder / name).exists():

@@ -69,7 +69,7 @@ def _notes(images: Images, path: Path) -> Iterator[str]:
     names = open_source(path).names()
     own = [name.removeprefix(images.prefix) for name in names if name.startswith(images.prefix)]
     if lost := not_read(own, images.dialect):
-        yield f"Left out: {len(lost)} tensors that the network does not compute with, such as {lost[0]}."
+        yield f"Left out: {len(lost)} tensors that the network does not use, such as {lost[0]}."
     if others := len(names) - len(own):
         yield f"Left out: {others} tensors of the model in that file."
 

@@ -20,7 +20,8 @@ from ar_unified.model.leaves import Streamed
 def import_model(
     published: Published, output: str, *, card: str, dtype: str = "", shard_bytes: int = bundle.SHARD_BYTES
 ) -> bundle.Bundle:
-    """Writes the bundle, whole or not at all. Its compute dtype is that of its matrices, or bfloat16 for float16.
+    """Writes the bundle, whole or not at all. Its compute dtype is the dtype of its matrices, or bfloat16 if they are
+    float16.
 
     Args:
         dtype: converts all tensors to "float32" or "bfloat16". With "", every tensor keeps its own dtype, so that an

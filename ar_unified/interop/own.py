@@ -90,7 +90,7 @@ def _card(bundle: Bundle, architecture: str, license: str) -> str:
             f"An image is `<boi>`, {size}its codes row by row{end}, and `<eoi>`: {largest} {layout.height} rows of "
             f"{layout.width} codes.",
             f"Code c is id {vocabulary.image_offset} + c, `<image_c>`, for c below {vocabulary.codebook_size}.",
-            "Codes become pixels, and pixels codes, with the tokenizer in this folder:",
+            "The tokenizer in this folder turns codes into pixels, and pixels into codes:",
             "",
             "```python",
             "from ar_tokenizers.image.tokenizer import ImageTokenizer",

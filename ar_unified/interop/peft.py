@@ -1,7 +1,7 @@
 """Reads and writes LoRA adapters in PEFT's form: adapter_config.json and adapter_model.safetensors.
 
 A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
-transformers' model with the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
+transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
 these names. Ours are [in, r] and [r, out], so both are transposed.
 
 L layers, I inputs, O outputs, r rank.
@@ -39,13 +39,13 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<above>(?:\w+\.)*)layers\.(?P<layer>\d+)\.(?P<module>[\w.]+)"
     r"\.lora_(?P<side>[AB])(?:\.\w+)?\.weight"
 )
-_MODULES = {  # for each of MATRICES, the module of a layer, as the key map names its weight
+_MODULES = {  # for each of MATRICES, the name of its module in a layer, from the key map
     path: str(HF.names[f"layers.{path}"]).partition("{}.")[2].removesuffix(".weight") for path in MATRICES
 }
 # The allowed form of a key in PEFT's patterns: enough for names of modules, but nothing that takes long to match.
 _PATTERN = re.compile(r"(?:[\w|()^$-]|\\\.|\\d\+?|\.\*?|\[\d-\d\])+")
 _PATHS = {module: path for path, module in _MODULES.items()}
-# Keys of what PEFT can add to plain LoRA, and the value of each key in plain LoRA.
+# Keys for what PEFT can add to plain LoRA, with the values that mean plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -240,7 +240,7 @@ def _pairs(
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     ranks, scales = dict[str, list[int]](), dict[str, list[float]]()
     most = max(settings.rank, *settings.ranks.values(), 1)
-    left: set[tuple[str, int]] = set()  # halves of a pair that still wait for the other half
+    left: set[tuple[str, int]] = set()  # pairs of which only one half was read so far
     above: str | None = None
     for name in sorted(name for name in source.names() if not token_rows.is_name(name)):
         match = _KEY.fullmatch(name)
@@ -291,7 +291,7 @@ def write(
     rows: Mapping[str, TokenRows] = MappingProxyType({}),
     vocabulary: str = "",
 ) -> None:
-    """Writes an adapter that PEFT loads onto transformers' form of the bundle, whole or not at all.
+    """Writes an adapter that PEFT can load into transformers' form of the bundle, whole or not at all.
 
     Args:
         bundle: the bundle that the adapter was trained on. adapter: the arrays, as in params["lora"] of a training.

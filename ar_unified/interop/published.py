@@ -16,7 +16,7 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig
 
-_SHOWN = 5  # names in a message
+_SHOWN = 5  # maximum number of names in a message
 _FLOATS = ("BF16", "F32", "F16")
 
 

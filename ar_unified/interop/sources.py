@@ -20,7 +20,7 @@ from ar_unified.errors import UserError, in_words
 from ar_unified.tensors import INDEX, read_bytes
 
 ALONE = "model.safetensors"
-DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # by their names in a file
+DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # dtypes by their names in a file
 PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 _CONVERT = "is pickled: convert it to .safetensors with `ar-unified convert-pickle`"
 _LARGEST = 1 << 26  # maximum bytes of a JSON file
@@ -121,7 +121,7 @@ class InFile:
         raise NotImplementedError
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
-        """The numbers begin .. end - 1 of a tensor, [end - begin]."""
+        """The numbers from `begin` to `end` - 1 of a tensor, [end - begin]."""
         raise NotImplementedError
 
     def read(self, name: str) -> np.ndarray:
@@ -137,7 +137,7 @@ class InFile:
 
 
 class Safetensors(InFile):
-    """The tensors of several files. `told` is the file of each tensor, as an index says it."""
+    """The tensors of several files. `told` maps each tensor to its file, as an index does."""
 
     def __init__(self, files: Mapping[str, Path], told: Mapping[str, str] | None = None):
         self._places: dict[str, _Place] = {}

@@ -34,7 +34,7 @@ _LONGEST = 1 << 12  # maximum bytes of a text, and maximum parts of a list or ma
 
 
 class _Span(NamedTuple):
-    """Bytes that were skipped: their place in the file."""
+    """The place in the file of bytes that were skipped."""
 
     begin: int
     size: int
@@ -298,8 +298,7 @@ class StreamWriter:
 
 
 def _array_parts(kind: Kind) -> list[bytes | int]:
-    """An array as flax writes it: the bytes around its numbers, and an int, the numbers' length in bytes, in their
-    place."""
+    """An array as flax writes it. In place of its numbers there is an int, their length in bytes."""
     if kind.nbytes <= _CHUNK:
         return _whole_array(kind)
     per_chunk = _CHUNK // np.dtype(kind.dtype).itemsize
@@ -323,7 +322,8 @@ def _whole_array(kind: Kind) -> list[bytes | int]:
 
 
 def _sized(first: int, size: int) -> bytes:
-    """A header with a length. `first`: the type byte for a one-byte length; the next two are for two and four bytes."""
+    """A header with a length. `first` is the type byte for a one-byte length; the next two are for two and four
+    bytes."""
     power = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([first + power]) + size.to_bytes(1 << power, "big")
 

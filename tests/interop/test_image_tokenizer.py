@@ -143,7 +143,7 @@ def test_losses_and_averages_of_a_training_are_left_out(
     extra = {"loss.discriminator.main.0.weight": np.zeros(3, np.float32)}
     folder, file = download(tmp_path / "download", "ibq", monkeypatch, **extra)
     assert run("import", "--from", folder / "vq.safetensors", "--as", "ibq", "--output", tmp_path / "made") == 0
-    assert "Left out: 1 tensors that the network does not compute with, such as loss." in capsys.readouterr().out
+    assert "Left out: 1 tensors that the network does not use, such as loss." in capsys.readouterr().out
     assert run("export", "--from", tmp_path / "made", "--to", "taming", "--output", tmp_path / "out") == 0
     comparing.assert_same(load_file(tmp_path / "out" / "vq.safetensors"), file.tensors)
 
