@@ -25,7 +25,7 @@ VERBS = {
     "score": "write how likely the model finds given documents, answers or preference pairs",
     "evaluate": "score the model of a workdir or a bundle on held-out documents; write evaluation.json and report.html",
     "import": "make a bundle from a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
-    "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
+    "export": "write the trained model as one folder, which ar_unified.load opens and a training can begin with",
     "convert-pickle": "make .safetensors files from pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",

@@ -66,7 +66,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             if f"[{NEW}]" in place:
                 problems.say("training", f"{place!r}: no ids are new, as the bundle in config.init is not extended")
         if config.training.code_embedding_init == "mean":
-            problems.say("training.code_embedding_init", f"{MEAN}: the bundle in config.init is not")
+            problems.say("training.code_embedding_init", f"{MEAN}: the bundle in config.init is not extended")
     for section, fields in theirs.items():
         for name, value in fields.items():
             if name in config[section] and (found := configs.plain(config[section][name])) != value:

@@ -238,11 +238,11 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
                     row = {"step": step, "prompt": words(prompt), "id": sample.request.id, "sample": sample.index}
                     file.write(json.dumps(row | {"reason": reason}, ensure_ascii=False) + "\n")
         if self._rewarding.on_error == "stop":
-            raise RewardFailed(f"{message}. config.reward.on_error is 'stop': mend the reward and start again")
+            raise RewardFailed(f"{message}. config.reward.on_error is 'stop': correct the reward and start again")
         if self._without >= _PATIENCE:
             raise RewardFailed(
                 f"{message}. In {_PATIENCE} rounds of sampling in a row, no group had all its rewards, "
-                "so there is nothing to learn from: mend the reward and start again"
+                "so there is nothing to learn from: correct the reward and start again"
             )
         self._say(f"{message}. Their groups are left out")
 

@@ -132,7 +132,7 @@ def _resolution(settings: Mapping[str, Json]) -> int:
 
 
 def settings_file(system: str, path: Path) -> Path | None:
-    """The first of a system's files of settings that exists beside an image tokenizer. Raises UserError."""
+    """The first of a system's settings files that exists in an image tokenizer's folder, or None. Raises UserError."""
     folder = path if path.is_dir() else path.parent
     return next((inside(folder, name) for name in SETTINGS[system] if (folder / name).exists()), None)
 

@@ -100,7 +100,7 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
     """The transformer's shape, from its tensors' shapes.
 
     Args:
-        told: the content of a config.json, of which num_attention_heads and rms_norm_eps are read; {} if there is none.
+        told: the content of a config.json; only num_attention_heads and rms_norm_eps are read. {} if there is none.
 
     Raises UserError for missing tensors, and if the number of heads is not known.
     """

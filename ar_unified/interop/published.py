@@ -29,7 +29,7 @@ class Published:
         keys: the transformer's tensors, all of which `source` has.
         text: the text tokenizer as the bundle keeps it. image: the image tokenizer; None for a model of text alone.
         data, sampling, loss: sections of the bundle's config.json.
-        record: what an export needs besides the bundle's other files; JSON values.
+        record: what an export needs in addition to the bundle's other files; JSON values.
         notes: messages for the user, one sentence each.
     """
 
