@@ -108,7 +108,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("sampling.batch_size", 0, "at least 1"),
         ("sampling.max_length", 1, "at least 2"),
         ("sampling.guidance", "inf", "a finite number"),
-        ("sampling.context", "negative_prompt", "prompts of held-out documents have none"),
+        ("sampling.context", "negative_prompt", "held-out documents have none"),
         ("sampling.negative_prompt", "blurry", "a text with context .negative_prompt., and none with another"),
         ("sampling.image_guidance", "inf", "a finite number"),
         ("sampling.repetition_penalty", 0, "a number > 0"),

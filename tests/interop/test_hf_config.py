@@ -75,7 +75,7 @@ def test_what_a_class_fixes_needs_no_key() -> None:
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "the same for all layers"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: expected default, linear or llama3"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number above 0, found None"),
-        ({"rope_scaling": [1.0]}, "rope_scaling: expected numbers by their keys"),
+        ({"rope_scaling": [1.0]}, "rope_scaling: expected numbers by key"),
         ({"rope_theta": -1.0}, "rope_theta: expected a number above 0, found -1.0"),
         ({"hidden_act": "relu"}, "hidden_act: expected one of silu"),
     ],
