@@ -143,7 +143,7 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
         ),
         (
             dict(training__objective="reward", reward__function="length"),
-            "config.training.objective: expected likelihood, as .* its drawings .* are random",
+            "config.training.objective: expected likelihood, as .* the images that it draws .* are random",
         ),
         (dict(training__rates="('layer=2',)"), "config.training.rates: 'layer' names none.*did you mean 'layers'"),
     ],
