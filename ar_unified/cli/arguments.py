@@ -180,7 +180,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-best",
         metavar="REWARD",
-        help="choose the best sample of each request, and write pairs of better and worse",
+        help="choose the best sample of each request, and write pairs of a better and a worse one",
     )
 
 

@@ -87,7 +87,7 @@ def _extended(experiment: Experiment, bundle: Bundle, abstract: Params) -> Param
 
 
 def with_adapter(params: Params, first: First, grammar: Grammar, places: Any) -> Params:
-    """The parameters with the adapter added, and with the adapter's rows of ids in place of their own.
+    """The parameters with the adapter added. The adapter's rows of ids, if it has any, replace theirs.
 
     `places` has the shardings of the tables of ids and of the adapter.
     """

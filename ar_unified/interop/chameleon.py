@@ -146,8 +146,8 @@ def _ends(names: Mapping[str, int], told: Mapping[str, Json], where: str) -> dic
         return {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
     if "<|endoftext|>" not in names:
         raise UserError(f"{where}: expected a token '<s>' or '<|endoftext|>', found neither")
-    # Qwen has no token for the beginning, so a text begins with Qwen's end token. Our end token is then the other of
-    # the two; nothing here writes it.
+    # Qwen has no token for the beginning, so a text begins with one of its two end tokens. Our end token is then the
+    # other one; nothing here writes it.
     both, found = ("<|endoftext|>", "<|im_end|>"), told.get("bos_token") or told.get("eos_token") or "<|endoftext|>"
     begin = found["content"] if isinstance(found, dict) and "content" in found else found
     if begin not in both:

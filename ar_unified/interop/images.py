@@ -55,7 +55,7 @@ class Images:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of such an image in codes."""
+        """Height and width, in codes, of an image with sides of `usual` pixels."""
         return (self.usual // self.tokenizer.factor,) * 2
 
     @property
