@@ -65,7 +65,7 @@ class Joined:
         rows = self._files[0].shape(name)[0]
         shares = [self._heads[part] for part in _FUSED[fused]] if fused == _QKV else [1, 1]
         if rows % sum(shares):
-            raise UserError(f"{name}: expected a number of rows that {sum(shares)} heads divide, found {rows}")
+            raise UserError(f"{name}: expected a multiple of {sum(shares)} rows, the number of heads; found {rows}")
         ends = np.cumsum(shares) * (rows // sum(shares))
         begins = [0, *ends[:-1]]
         middle = fused.split(".")[1]

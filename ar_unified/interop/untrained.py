@@ -1,8 +1,8 @@
 """Checks whether a head's rows of image codes were ever trained. In the Chameleon that Meta released they were not.
 
-Drawing with untrained rows gives noise, and no error (facebookresearch/chameleon issues 11 and 37). Random numbers
-differ from a trained head in three ways: the rows have no common direction, and the lengths of rows and the sizes of
-columns differ only by chance. Each of the three measures here is about 1 for random numbers.
+Images sampled with untrained rows are noise, and there is no error (facebookresearch/chameleon issues 11 and 37).
+Random numbers differ from a trained head in three ways: the rows have no common direction, and the lengths of rows and
+the sizes of columns differ only by chance. Each of the three measures here is about 1 for random numbers.
 
 Axes: D model.
 """
