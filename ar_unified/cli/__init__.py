@@ -1,4 +1,4 @@
-"""One module per verb. Importing it makes this process keep its memory (`ar_tokenizers.host.keep_memory`)."""
+"""One module per verb. Importing this package makes the process keep its memory (`ar_tokenizers.host.keep_memory`)."""
 
 from ar_tokenizers.host import keep_memory
 

@@ -18,7 +18,7 @@ PROCESSES = ("coordinator", "processes", "process")
 
 
 def module_of(verb: str) -> str:
-    """The module in this folder that does a verb: it has the verb's name, or the nearest that Python allows."""
+    """The name of a verb's module in this folder: the verb's name, or the nearest name that Python allows."""
     name = verb.replace("-", "_")
     return f"{name}_" if keyword.iskeyword(name) else name
 
@@ -39,8 +39,8 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
 
 
 def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None:
-    """Raises UserError for the first of these arguments that was given. `when`: words that say in which case the
-    argument has no effect.
+    """Raises UserError for the first of these arguments that was given. `when` says, in words, in which case the
+    arguments have no effect.
     """
     for name in names:
         if getattr(arguments, name) not in (None, False, ""):
@@ -50,7 +50,7 @@ def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None
 def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
     """Adds --config, --workdir, and the options by which several processes find each other.
 
-    recorded: without --config, the workdir's own config is used. needed: this verb requires them.
+    `recorded`: whether the workdir's own config is used without --config. `needed`: whether the verb requires both.
     """
     parser.add_argument(
         "--config",
@@ -59,7 +59,7 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
         metavar="FILE[:arg]",
         help="the experiment file, or the name of one that comes with the package, such as shapes; `:arg` is handed "
         "to it, as in experiments/folder.py:path=DIR"
-        + ("; default: that of the workdir's last start" if recorded else ""),
+        + ("; default: the config with which the workdir was last started" if recorded else ""),
     )
     parser.add_argument(
         "--workdir", required=needed, type=_path, metavar="DIR", help="where stages write their results"
@@ -69,7 +69,11 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workdir", type=_path, metavar="DIR", default="workdirs/shapes", help="where it is made (%(default)s)"
+        "--workdir",
+        type=_path,
+        metavar="DIR",
+        default="workdirs/shapes",
+        help="where the results are written (%(default)s)",
     )
     parser.set_defaults(config=_config("shapes"))
     _many_processes(parser)
@@ -78,26 +82,30 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 def _many_processes(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group(
         "many processes",
-        "Give the same command on every host. SLURM, Open MPI, GKE and TPU VMs number the processes; elsewhere give:",
+        "Give the same command on every host. SLURM, Open MPI, GKE and TPU VMs number the processes. Elsewhere give:",
     )
     many.add_argument("--coordinator", metavar="HOST:PORT", help="the address of process 0, the same for all")
-    many.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: only this one")
-    many.add_argument("--process", type=int, metavar="I", help="the number of this process, from 0")
+    many.add_argument("--processes", type=int, metavar="N", help="the number of processes (1 means only this one)")
+    many.add_argument("--process", type=int, metavar="I", help="the index of this process, from 0")
     many.add_argument(
-        "--start-timeout", type=int, default=300, metavar="SECONDS", help="the time for all to start (300)"
+        "--start-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait until all have started (300)",
     )
     many.add_argument(
         "--heartbeat-timeout",
         type=int,
         default=100,
         metavar="SECONDS",
-        help="the time until the others stop if one has died or hangs (100)",
+        help="how long until the others stop after one has died or hangs (100)",
     )
 
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:
     _experiment(parser)
-    parser.add_argument("--only", choices=("text", "image"), help="train one of the two (both)")
+    parser.add_argument("--only", choices=("text", "image"), help="train only one of the two tokenizers (both)")
 
 
 def _prepare(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +124,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "--branch",
         metavar="WORKDIR[:STEP]",
         type=_branch,
-        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; that workdir is not "
-        "changed",
+        help="begin with another workdir's tokenizers, data and checkpoint (its last, if no STEP is given); that "
+        "workdir is not changed",
     )
     parser.add_argument(
         "--profile",
@@ -141,17 +149,20 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=_count,
         metavar="N",
-        help="with --from: most tokens of a prompt and its answer (default: the bundle's)",
+        help="with --from: maximum tokens of a prompt and its answer (default: the bundle's)",
     )
     parser.add_argument(
         "--requests",
         metavar="FILE",
         nargs="+",
         type=_path,
-        help="what to serve; default: prompts from the held-out documents",
+        help="files of requests; default: prompts from the held-out documents",
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=_path, help="default: samples/ in the workdir, then the name of the requests"
+        "--output",
+        metavar="DIR",
+        type=_path,
+        help="default: samples/NAME in the workdir, with the NAME of the first FILE",
     )
     parser.add_argument(
         "--part", metavar="K/N", type=_part, help="serve part K of N, counted from 0; default: this process's part"
@@ -164,12 +175,12 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         type=_named,
         help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME',
     )
-    parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
+    parser.add_argument("--layout", choices=BENCHMARKS, help="also write the images in the form that a benchmark reads")
     parser.add_argument("--n", type=_count, metavar="N", help="samples for each request that gives no number (1)")
     parser.add_argument(
         "--keep-best",
         metavar="REWARD",
-        help="choose the best sample of each request, and write pairs of better and worse",
+        help="choose the best sample of each request, and write pairs of a better and a worse one",
     )
 
 
@@ -204,17 +215,20 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="with --from: a file or folder of documents, as `validate` takes it, instead of those of --config",
     )
     parser.add_argument(
-        "--output", type=_path, metavar="FOLDER", help="with --from; an existing folder is not overwritten"
+        "--output",
+        type=_path,
+        metavar="FOLDER",
+        help="with --from: where the results are written; an existing folder is not overwritten",
     )
     parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
     parser.add_argument(
         "--images",
         metavar="DIR",
         type=_path,
-        help="with --only tokenizer: score it on the image files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
+        help="with --only tokenizer: score it on the image files under DIR, writing tokenizer_evaluation/<DIR>-<crop>",
     )
     parser.add_argument(
-        "--links", action="store_true", help="with --images or --data: follow links that lead out of it"
+        "--links", action="store_true", help="with --images or --data: follow links that lead out of that folder"
     )
     parser.add_argument(
         "--crop", type=int, metavar="PIXELS", help="with --images: side of the square crops (config.data.image_size)"
@@ -230,7 +244,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=_path,
         metavar="FOLDER",
-        help="export a bundle instead, or an image tokenizer, as --to says",
+        help="the bundle or image tokenizer to export, instead of a workdir's model",
     )
     parser.add_argument(
         "--to",
@@ -244,7 +258,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FOLDER",
         type=_path,
-        help="the bundle, or what --to says; an existing folder is not overwritten",
+        help="where the bundle, or what --to names, is written; an existing folder is not overwritten",
     )
     parser.add_argument("--license", default="", metavar="WORDS", help="the licence for the model card (unknown)")
     parser.add_argument("--shard-mib", type=int, metavar="MIB", help="the largest size of a weight file (2048)")
@@ -274,16 +288,20 @@ def _import(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=_path,
         metavar="FOLDER",
-        help="the bundle, or the image tokenizer; an existing folder is not overwritten",
+        help="where the bundle or image tokenizer is written; an existing folder is not overwritten",
     )
     parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, if it is in another place")
-    parser.add_argument("--image", type=_path, metavar="PATH", help="the image tokenizer's weights, likewise")
+    parser.add_argument(
+        "--image", type=_path, metavar="PATH", help="the image tokenizer's weights, if they are in another place"
+    )
     parser.add_argument("--rope-theta", type=float, help="RoPE's base, for systems whose files do not give it (LWM)")
     parser.add_argument(
         "--size", type=_size, metavar="HxW", help="largest image in codes, for systems whose images have many sizes"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: as published")
-    parser.add_argument("--license", default="", metavar="WORDS", help="for the model card (unknown)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="convert to this dtype (default: as published)"
+    )
+    parser.add_argument("--license", default="", metavar="WORDS", help="the licence for the model card (unknown)")
     parser.add_argument(
         "--shard-mib", type=int, default=2048, metavar="MIB", help="the largest size of a weight file (%(default)s)"
     )
@@ -299,7 +317,11 @@ def _convert_pickle(parser: argparse.ArgumentParser) -> None:
         help="a pickled file, or a folder of them",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", type=_path, help="an existing one is not overwritten"
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        type=_path,
+        help="the new folder; an existing one is not overwritten",
     )
 
 
@@ -308,7 +330,7 @@ def _validate(parser: argparse.ArgumentParser) -> None:
         "data", nargs="?", metavar="DATA", type=_path,
         help="a dataset folder, a JSONL or text file, a prepared folder, or sources as JSON",
     )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE[:arg]", type=_config, help="an experiment instead")
+    parser.add_argument("--config", metavar="FILE[:arg]", type=_config, help="check an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", type=_path, help="where the experiment's tokenizers are")
     parser.add_argument("--links", action="store_true", help="follow links that lead out of a folder")
     parser.add_argument("--first", type=int, metavar="N", help="check only the first N items of each source (all)")
@@ -323,7 +345,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         required=True,
-        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
+        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, such as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
     )
     parser.add_argument(
         "--workdir",
@@ -331,7 +353,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="the workdir of the run: its tokenizers give the size of the vocabulary; nothing is written there",
     )
-    parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
+    parser.add_argument(
+        "--job", choices=JOBS, default="train", help="what to plan; sample: prefill and decode (%(default)s)"
+    )
     parser.add_argument("--output", metavar="DIR", type=_path, help="also write plan.json and index.html there")
     parser.add_argument(
         "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,
@@ -361,7 +385,7 @@ def _count(text: str) -> int:
 
 
 def _window(text: str) -> tuple[int, int]:
-    """ "100:105" -> (100, 105): the trace begins when 100 steps are taken and ends when 105 are."""
+    """ "100:105" -> (100, 105): the trace begins after 100 steps and ends after 105."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected FIRST:LAST in steps, as in 100:105, found {text!r}")
@@ -369,7 +393,7 @@ def _window(text: str) -> tuple[int, int]:
 
 
 def _branch(text: str) -> tuple[Path, int | None]:
-    """WORKDIR or WORKDIR:STEP."""
+    """Reads WORKDIR or WORKDIR:STEP."""
     path, colon, step = _path(text).rpartition(":")
     if colon and step.isdecimal():
         return Path(path), int(step)
@@ -379,7 +403,7 @@ def _branch(text: str) -> tuple[Path, int | None]:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """NAME=FOLDER."""
+    """Reads NAME=FOLDER."""
     name, equals, folder = text.partition("=")
     if not name or not equals or not folder:
         raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, found {text!r}")

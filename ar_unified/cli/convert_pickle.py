@@ -1,11 +1,11 @@
-"""Make .safetensors files of pickled checkpoints (.pth, .pt, .ckpt; LWM's VQGAN): nothing else here reads a pickle.
+"""Make .safetensors files from pickled checkpoints (.pth, .pt, .ckpt; LWM's VQGAN). No other verb reads a pickle.
 
-Needs no torch, and runs nothing from a file: a pickle that names anything but what tensors need is refused, and the
-message has that name. In a folder, every pickled file is converted, and settings and tokenizers beside them are copied;
-`ar-unified import` takes the result in place of the original. Files that are left out are named. Leaves, whole or not
-at all:
-  NAME.safetensors    the tensors of NAME.pth, by the same names and in the same dtype
-  NAME.other.json     plain values that are no tensors, such as settings
+Needs no torch, and runs nothing from a file. A pickle that names anything that tensors do not need is refused, and the
+message shows that name. In a folder, every pickled file is converted, and the settings and tokenizers next to them are
+copied, so that `ar-unified import` can take the new folder in place of the original. Files that are left out are named.
+Writes, whole or not at all:
+  NAME.safetensors    the tensors of NAME.pth, with the same names and dtypes
+  NAME.other.json     plain values that are not tensors, such as settings
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run the demo: every stage of the experiment `shapes`, on data that come with the package.
 
-It needs no files and no network, and takes 12 to 25 minutes on two CPU cores. Leaves in the workdir what `run` leaves;
-report.html is the page to open. If it is killed, the same command goes on. Any config key may be changed. These changes
-make the demo shorter:
+It needs no files and no network, and takes 12 to 25 minutes on two CPU cores. Writes the same files into the workdir
+as `run`; open report.html to see the results. If the demo is killed, start it again with the same command, and it
+continues. Any config key may be changed. These changes make the demo shorter:
 
     ar-unified demo --workdir workdirs/quick --config.image_tokenizer.steps=300 --config.training.steps=300
 """

@@ -1,19 +1,21 @@
 """Score an experiment's tokenizer and model on its held-out documents.
 
-The model draws images, answers, captions and the next images of stories for every held-out set. For interleaved
-documents without a checker in the protocol, it asks for the next image and text. With config.sampling.checkpoint=best,
-the model is that of the lowest validation loss. Leaves in the workdir:
-  evaluation.json   every metric, with how many items it is from; each further held-out set under its name
+For every held-out set, the model generates images, answers, captions and the next images of stories. If the protocol
+has no checker for interleaved documents, the model is asked for the next image and the next text instead. With
+config.sampling.checkpoint=best, the checkpoint with the lowest validation loss is used. Writes into the workdir:
+  evaluation.json   every metric and the number of its items; each further held-out set is under its name
   report.html       the numbers, curves, reconstructions and samples on one self-contained page
-The tokenizer is scored first and by itself: --only tokenizer needs no model, and leaves in tokenizer_evaluation
-  evaluation.json   PSNR, SSIM, codebook usage, bits, and what they depend on, of every held-out set
-  <set>.png         original, reconstruction and difference of a few images; report.html: all of it on one page
+The tokenizer is scored first. --only tokenizer scores nothing else, and needs no model. In tokenizer_evaluation:
+  evaluation.json   PSNR, SSIM, codebook usage and bits of every held-out set, and what these numbers depend on
+  <set>.png         original, reconstruction and difference of a few images
+  report.html       all of this on one page
 
-A bundle, exported or imported, needs no workdir, and is evaluated on documents of yours:
+A bundle, exported or imported, needs no workdir, and is evaluated on your own documents:
   ar-unified evaluate --from BUNDLE --data PATH --output FOLDER
---data is a file or folder of documents as `validate` takes it; with --config they are data.validation and data.tests
-of that experiment. FOLDER appears whole or not at all, with the two files, tokenizer_evaluation/, and skipped.jsonl for
-documents that could not be read. Its losses are those that a training with this config would measure.
+--data is a file or folder of documents in any form that `validate` reads. With --config instead, the documents are
+data.validation and data.tests of that experiment. FOLDER appears whole or not at all. It has evaluation.json,
+report.html, tokenizer_evaluation/, and skipped.jsonl for documents that could not be read. The losses are the same as
+a training with this config would measure.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _from_bundle(arguments, overrides)
     for flag in ("config", "workdir"):
         if not getattr(arguments, flag):
-            raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
+            raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
     refuse_unread(arguments, "with a workdir, whose config has the documents", "data", "output")
     if not arguments.images:
         refuse_unread(arguments, "without --images", "links")
@@ -80,7 +82,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 @by_first_process
 def evaluate(experiment: Experiment) -> None:
-    """Stage evaluation, after tokenizer_evaluation. It is done when both files are there and nothing has changed."""
+    """Runs the stage `evaluation`, after `tokenizer_evaluation`. It is done if both files exist and nothing has
+    changed."""
     workdir = experiment.workdir
     stage = experiment.stage(
         "evaluation",
@@ -90,7 +93,7 @@ def evaluate(experiment: Experiment) -> None:
         checkpoint_step=experiment.checkpoint,
         may=changeable(anew=MODEL),
     )
-    if stage.aside:  # together with the files that belonged to it
+    if stage.aside:  # moves the files outside of the stage's folder that belong to it, too
         for path in (workdir.evaluation, workdir.report):
             if path.exists():
                 storage.move(path, stage.aside / path.name)
@@ -221,15 +224,15 @@ def _write(
 
 
 def _validation(experiment: Experiment) -> dict[str, float]:
-    """The last losses on held-out documents that training wrote up to the step that is used, by role and by task.
+    """The last validation losses that training wrote up to the step that is evaluated, by role and by task.
 
-    Shares of attention stay in metrics.jsonl: a table of them by layer would hide the rest.
+    Shares of attention are only in metrics.jsonl, because a table of them by layer would hide the other numbers.
     """
     rows = read_metrics(experiment.workdir.model / "metrics.jsonl", until=experiment.checkpoint)
     return {key: value for key, value in last_validation(rows).items() if not key.startswith(ATTENTION)}
 
 
 def _show(bar: tqdm, kind: str, done: int, of: int) -> None:
-    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # kinds come one after the other
+    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # one kind after the other
     bar.set_postfix_str(kind, refresh=False)
     bar.update()

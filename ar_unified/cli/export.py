@@ -1,21 +1,23 @@
-"""Write the trained model as a bundle: one folder that is the whole model.
+"""Write the trained model as a bundle: one folder with the complete model.
 
-Reads what the stages left in the workdir, and no sources. Without --config, the config of the workdir's last start is
-used. config.sampling.checkpoint says which step: last, or best. Leaves in FOLDER, whole or not at all:
-  model-*.safetensors and their index   the transformer's weights, in the dtype they have
-  text_tokenizer/  image_tokenizer/     both tokenizers (for text alone: the first)
-  config.json  language.json            the model's shape, what its data were, what requests are drawn with; the grammar
+Reads only what the stages have written into the workdir, no sources. Without --config, it uses the config with which
+the workdir was last started. config.sampling.checkpoint chooses the checkpoint: last or best. Writes into FOLDER, whole
+or not at all:
+  model-*.safetensors and their index   the transformer's weights, with their dtypes
+  text_tokenizer/  image_tokenizer/     both tokenizers (for text alone: only the first)
+  config.json                           the model's shape, how its data were made, and the defaults of requests
+  language.json                         the grammar
   README.md                             the model card, with the numbers of evaluation.json if they belong to these
                                         weights
-  bundle.json                           the sha256 and the size of each file but the card
-`ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
+  bundle.json                           the sha256 and the size of each file except the card
+`ar_unified.load("FOLDER")` opens it without an experiment or workdir; --config.init=FOLDER begins a training with it.
 
-After a training of LoRA (config.lora), the bundle's weights include the adapter; --to peft writes the adapter alone, as
-PEFT reads it, with the rows of ids that were trained beside it. If the training has extended a language model by
-images, --to base writes the extended model without the adapter, as the bundle that the adapter belongs to.
+After training with LoRA (config.lora), the bundle's weights include the adapter. --to peft writes only the adapter, in
+PEFT's form, and any rows of ids that were trained with it. If the training has extended a language model by images,
+--to base writes the extended model without the adapter; the adapter belongs to this bundle.
 
-With --from and --to, it writes a bundle in the form that other programs read, or an image tokenizer (an imported one,
-or image_tokenizer/ of a workdir or of a bundle) with the names of weights that its publishers use:
+With --from and --to, it writes a bundle in a form that other programs read. From an image tokenizer (an imported one,
+or image_tokenizer/ of a workdir or a bundle) it writes a file with the names of weights that its publishers use:
   ar-unified export --from BUNDLE --to hf --output FOLDER
   ar-unified export --from workdirs/photos/image_tokenizer --to taming --output FOLDER
 """
@@ -58,7 +60,7 @@ _SAMPLING = ("max_length", "kv_dtype", *DEFAULTS)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Writes the bundle, or another form of one; returns the exit status. Raises UserError."""
+    """Writes what the arguments name; returns the exit status. Raises UserError."""
     if arguments.shard_mib is not None and arguments.shard_mib < 1:
         raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
     shard_bytes = (arguments.shard_mib or bundle.SHARD_BYTES >> 20) << 20
@@ -73,7 +75,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             _export_bundle(arguments, shard_bytes)
         return 0
     if not arguments.workdir:
-        raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
+        raise UserError("expected --workdir DIR of a training, or --from BUNDLE --to FORMAT; found neither")
     if arguments.to not in (ADAPTER, BESIDE):
         refuse_unread(arguments, "without --from, where a bundle is written", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
@@ -107,7 +109,7 @@ def export(
     """Writes the bundle of a finished training. Raises UserError if no training has finished, or `output` exists and is
     something else.
 
-    beside: writes the extended language model without the adapter.
+    With `beside`, it writes the extended language model without the adapter.
     """
     _require_own(experiment)
     extends = _require_extended(experiment) if beside else ""
@@ -152,8 +154,8 @@ def export(
 
 @by_first_process
 def export_adapter(experiment: Experiment, output: str) -> None:
-    """Writes the adapter of a finished training, as PEFT reads it. Raises UserError if none was trained, or if other
-    parameters were trained too."""
+    """Writes the adapter of a finished training in PEFT's form. Raises UserError if no adapter was trained, or if other
+    parameters were trained, too."""
     _require_own(experiment)
     lora, trained, base = trained_adapter(experiment)
     rows = _rows(experiment, trained, ADAPTER)
@@ -165,27 +167,27 @@ def export_adapter(experiment: Experiment, output: str) -> None:
 
 
 def _require_extended(experiment: Experiment) -> str:
-    """The hash of the extended language model. Raises UserError if more than an adapter and its rows was trained, or no
-    language model was extended."""
+    """The hash of the language model that was extended. Raises UserError if more than an adapter and its rows was
+    trained, or no language model was extended."""
     _, trained, base = trained_adapter(experiment)
     if experiment.before is None:
         raise UserError(
             f"--to {BESIDE}: expected a training that extends a language model by images; the adapter of this one "
-            f"stands beside {base.folder} as it is"
+            f"belongs to {base.folder}, which has not changed"
         )
     _rows(experiment, trained, BESIDE)
     return base.hash
 
 
 def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dict[str, TokenRows]:
-    """The rows that were trained beside the adapter, by table, with published ids if there are any. Raises UserError if
-    other parameters were trained too.
+    """The rows that were trained together with the adapter, by table, with published ids if the model has them. Raises
+    UserError if other parameters were trained, too.
     """
     parts = settings.trained(experiment.config, experiment.grammar.vocabulary, experiment.new_ids).parts or {}
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
             f"--to {form}: expected only an adapter and rows of ids, but config.training.only has trained all of "
-            f"{', '.join(more)} too: leave out --to, and the bundle has both"
+            f"{', '.join(more)}, too: without --to, the bundle has both"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}
     for table in TABLES:
@@ -213,7 +215,7 @@ def _published(experiment: Experiment, path: Path) -> dict[str, Json] | None:
 
 
 def _require_own(experiment: Experiment) -> None:
-    """Raises UserError if the config describes another model than was trained. The weights alone do not show every
+    """Raises UserError if the config describes another model than the trained one. The weights alone do not show every
     difference.
     """
     config = configs.plain(experiment.config)
@@ -221,14 +223,14 @@ def _require_own(experiment: Experiment) -> None:
     ours["data"] = {name: config["data"][name] for name in (*_DATA, *WAY)}
     trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
     for section, fields in ours.items():
-        theirs = trained[section].get(section, {})  # without keys of later versions, and of removed stages
+        theirs = trained[section].get(section, {})  # lacks keys of later versions, and is empty for removed stages
         for field, new in fields.items():
             if (old := theirs.get(field, new)) != new:
                 raise UserError(f"config.{section}.{field}: expected {old!r}, as it was trained with; found {new!r}")
 
 
 def _done(experiment: Experiment, stage: str) -> dict[str, Json]:
-    """The fingerprint of a stage; {} where it was removed."""
+    """The fingerprint of a stage; {} if the stage was removed."""
     path = experiment.workdir.path / stage / "done.json"
     return read_json(path)["fingerprint"] if path.exists() else {}
 
@@ -249,7 +251,7 @@ def _training(experiment: Experiment) -> dict[str, str]:
 
 
 def _evaluation(experiment: Experiment) -> Mapping[str, Json] | None:
-    """evaluation.json, if it is of the weights that are exported."""
+    """The content of evaluation.json if it was measured on the exported weights."""
     path, made = experiment.workdir.evaluation, _done(experiment, "evaluation")
     of_these = made.get("model") == experiment.trained() and made.get("checkpoint_step") == experiment.checkpoint
     return read_json(path) if of_these and path.exists() else None

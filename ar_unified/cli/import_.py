@@ -1,12 +1,12 @@
-"""Make a bundle from a published model's files. `train`, `sample`, `evaluate`, `plan` and `ar_unified.load` take it.
+"""Make a bundle from a published model's files. `train`, `sample`, `evaluate`, `plan` and `ar_unified.load` can use it.
 
-From an image tokenizer alone (--as llamagen_vq, emu3_vq, ...) it makes the same folder as a training of one does.
---config.image_tokenizer.model=FOLDER and `ImageTokenizer.load` take this folder.
+If the files have only an image tokenizer (--as llamagen_vq, emu3_vq, ...), it makes the same folder as the training of
+an image tokenizer does. --config.image_tokenizer.model=FOLDER and `ImageTokenizer.load` can use this folder.
 
 Reads a folder of .safetensors files with the config.json and the tokenizers that were published with them; nothing is
-downloaded. Names, shapes and dtypes are checked before anything is written: a tensor that is missing or left over is
-refused. Files that are pickled (.pth, .ckpt) go through `ar-unified convert-pickle` first. Tensors keep their dtype,
-and come back bit for bit with `ar-unified export --from BUNDLE --to FORMAT`. Only one tensor is in memory at a time.
+downloaded. Names, shapes and dtypes are checked before anything is written. Files with a missing or an unknown tensor
+are refused. Convert pickled files (.pth, .ckpt) with `ar-unified convert-pickle` first. Tensors keep their dtype, and
+`ar-unified export --from BUNDLE --to FORMAT` writes them again bit for bit. Only one tensor is in memory at a time.
 
   ar-unified import --from DOWNLOAD --as emu3 --output BUNDLE
   ar-unified import --from models/7b --as chameleon --text tokenizer --image tokenizer/vqgan --output BUNDLE

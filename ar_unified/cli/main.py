@@ -22,15 +22,15 @@ VERBS = {
     "prepare": "turn the experiment's documents into token shards",
     "train": "train the transformer on the shards",
     "sample": "write interleaved documents for the prompts of a JSONL file",
-    "score": "write how likely the model finds documents, answers or preference pairs that are given",
+    "score": "write how likely the model finds given documents, answers or preference pairs",
     "evaluate": "score the model of a workdir or a bundle on held-out documents; write evaluation.json and report.html",
-    "import": "make a bundle of a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
-    "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
-    "convert-pickle": "make .safetensors files of pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",
+    "import": "make a bundle from a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
+    "export": "write the trained model as one folder, which ar_unified.load opens and a training can begin with",
+    "convert-pickle": "make .safetensors files from pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }
-_BROKEN_PIPE = 141  # 128 + SIGPIPE, as for any command whose output is no longer read
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as for any command when nobody reads its output any longer
 
 
 def _overview() -> str:
@@ -44,12 +44,12 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`ar-unified VERB --help` says what a verb reads, what it leaves in the workdir, and its options.",
+            "`ar-unified VERB --help` says what a verb reads, what it writes into the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
-            "Many hosts: the same command on each. FILE may be an experiment of the package, such as shapes.",
+            "On many hosts, give the same command on each. FILE may be an experiment of the package, such as shapes.",
             "",
-            "Exit status: 0 done; 1 the answer is no (plan, validate); 2 something given cannot be used; 3 a run",
-            "stopped by itself; 70 a fault of ours, with its traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
+            "Exit status: 0 done; 1 a plan does not fit, or data are bad (validate); 2 an input is not usable; 3 a run",
+            "stopped by itself; 70 an error of ar-unified, with a traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
         ]
     )
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit where argparse ends the process: for --help, and for an argument that is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter shows its number
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows the letter's number
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupts.raised():
             return _run(verb, arguments, overrides)
     except interrupts.Interrupted as stop:
-        if not isinstance(stop, interrupts.Preempted):  # logging in has told the person
+        if not isinstance(stop, interrupts.Preempted):  # `Preempted` was already reported
             _tell(verb, f"stopped by {stop.name}; what is done stays, and the same command goes on from there")
         return int(stop.code or 0)
     except BrokenPipeError:
@@ -101,12 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     _quiet_libraries()
-    from ar_unified.parallel import runtime  # JAX: not for --help
+    from ar_unified.parallel import runtime  # imports JAX, which --help does not need
 
     module = importlib.import_module(f"ar_unified.cli.{module_of(verb)}")
     with runtime.ending(), _workdir(arguments):
         status = int(module.main(arguments, overrides) or 0)
-        sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end
+        sys.stdout.flush()  # so that a closed pipe raises here, not when Python ends
         return status
 
 
@@ -134,7 +134,7 @@ def _tell(verb: str, message: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Makes the libraries log warnings and errors only, so that our own lines are seen."""
+    """Makes the libraries log only warnings and errors, so that our own lines are visible."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from absl import logging
 

@@ -1,13 +1,13 @@
 """Compile an experiment's real programs for hardware that is not here, and say what they need and how fast they can be.
 
-Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`); no data and no tokenizers. With
---workdir, the tokenizers there give the size of the vocabulary; else the largest size that the config allows is taken.
-Prints for each device: its memory and what uses it, collectives by kind with the bytes they send, FLOPs, and an
-estimate of the time of a step with its assumptions. A program that does not fit is refused (exit status 1) with the
-compiler's number and with what would make it fit. With --search it looks for the fastest training: it compiles some
-choices of remat policy, rows per chip and fsdp, and plans the best that fits. With --output:
+Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`), but no data and no tokenizers. With
+--workdir, the size of the vocabulary comes from the tokenizers there; otherwise it is the largest that the config
+allows. Prints for each device its memory and what uses it, the collectives by kind with the bytes they send, FLOPs, and
+an estimate of the time of a step with its assumptions. If a program does not fit, prints the memory that the compiler
+needs and the changes that would make it fit; the exit status is then 1. --search looks for the fastest training: it
+compiles some choices of remat policy, rows per chip and fsdp, and plans the best one that fits. --output writes:
   plan.json    all numbers
-  index.html   the same with an image of what uses the memory
+  index.html   the same numbers, and a chart of what uses the memory
 
     ar-unified plan --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
 """
@@ -90,22 +90,23 @@ def save(plan: PlanReport, folder: str | Path) -> None:
 
 
 def use_cpu(target: Target) -> None:
-    """Sets up this process to compute only constants, on the CPU, with enough CPU devices for a GPU target."""
+    """Sets up this process to compute constants on the CPU and nothing else, with enough CPU devices for a GPU
+    target."""
     try:
         jax.config.update("jax_platforms", "cpu")
         if not target.is_tpu:
             jax.config.update("jax_num_cpu_devices", target.chips)
-    except RuntimeError:  # JAX runs already; targets.py says so if there are too few devices
+    except RuntimeError:  # JAX has started already; targets.py raises if there are too few devices
         pass
 
 
 def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
-    """What a config's programs are made of.
+    """Everything that decides a config's programs.
 
-    The size of the vocabulary comes from the tokenizers in the workdir; without any, the largest that the config allows
-    is taken. If `training.phases` has several shapes of batches, the one with most tokens is planned, and among equals
-    the one with the longest rows: its memory is enough for the others. Raises ValueError for settings that make no
-    program.
+    The size of the vocabulary comes from the tokenizers in the workdir. Without any, it is the largest that the config
+    allows. If `training.phases` has several shapes of batches, the one with most tokens is planned, and among equals
+    the one with the longest rows, because its memory is enough for the others. Raises ValueError for settings that make
+    no program.
     """
     training, sampling = config.training, config.sampling
     batch_size, length = max(settings.shapes(training).values(), key=lambda shape: (shape[0] * shape[1], shape[1]))
@@ -113,11 +114,11 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     text_alone = not brought and all(spec.get("kind") == "text" for spec in config.data.train)
     image = None if text_alone else _image_tokenizer(config, workdir)
     vocabulary, layout = _language(config, workdir, image)
-    # New rows are those of image codes and a handful more.
+    # New rows are the rows of image codes and a few more.
     only = tuple(place.replace(f"[{NEW}]", "[image]") for place in trained_in(training.only, settings.moving(training)))
     if config.lora.rank and image is not None and config.init and not Bundle(config.init).language.get("codebook_size"):
         tables = TABLES[:1] if config.model.tie_embeddings else TABLES
-        only += tuple(f"{table}[image]" for table in tables)  # as `selection.beside_adapter` has it
+        only += tuple(f"{table}[image]" for table in tables)  # as in `selection.beside_adapter`
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,
@@ -149,8 +150,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
 def _language(
     config: ConfigDict, workdir: str | Path | None, image: AutoencoderConfig | None
 ) -> tuple[Vocabulary, ImageLayout]:
-    """The vocabulary of the tokenizers in the workdir or in the bundle that the training begins with; else the largest
-    that the config allows."""
+    """The vocabulary of the tokenizers in the workdir or in the bundle that the training begins with, or else the
+    largest vocabulary that the config allows."""
     grammar, size = None, 0
     if workdir:
         folder = Path(workdir) / "text_tokenizer"

@@ -1,10 +1,10 @@
-"""Turn an experiment's documents into token shards, on all processes of a job, or by an Apache Beam pipeline.
+"""Turn an experiment's documents into token shards, on all processes of a job or in an Apache Beam pipeline.
 
-Reads the sources and both tokenizers. Leaves in the workdir:
-  data/train, data/validation   ArrayRecord shards, an index of lengths, manifest.json with the vocabulary
-  data/*/skipped.jsonl          every item that was left out: where it stands, its kind, what was wrong
-  data/filters.json             what the filters that compare items (config.data.filters) leave out, and why
-  image_codes                   the codes of all images so far; they stay when the text tokenizer or a source changes
+Reads the sources and both tokenizers. Writes into the workdir:
+  data/train, data/validation   ArrayRecord shards, an index of lengths, and manifest.json with the vocabulary
+  data/*/skipped.jsonl          every item that was left out: its place, the kind of problem, and the problem
+  data/filters.json             items left out by filters that compare items (config.data.filters), and why
+  image_codes                   the codes of all images so far; still valid if the text tokenizer or a source changes
 """
 
 from __future__ import annotations

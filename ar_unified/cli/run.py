@@ -1,9 +1,9 @@
 """Run every stage of an experiment in order: tokenizers, data, training, samples, evaluation.
 
-Each stage leaves its own folder in the workdir (see the other verbs' --help). A finished stage is skipped, an
-interrupted one continues: the same command, started again after any interruption, ends with the same result.
-Sources of text alone (kind="text", or rows that name no image) with config.image_tokenizer.steps=0 make a model of text
-alone.
+Each stage writes its own folder in the workdir (see the other verbs' --help). A finished stage is skipped, and an
+interrupted one continues, so the same command can be started again after any interruption; the result is the same.
+For a model of text alone, set config.image_tokenizer.steps=0 and use sources of text alone (kind="text", or rows
+without an image).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ar_unified.experiment.tokenizer_evaluation import evaluate_held_out
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Does every stage that is not done; returns the exit status. Raises UserError and RunError, as the stages do."""
+    """Runs every stage that is not done; returns the exit status. Raises UserError and RunError, as the stages do."""
     experiment = open_experiment(arguments, overrides)
     if experiment.text_only:
         experiment.say("text alone: no image tokenizer, no images in samples and report")
     for stage in (train_tokenizers, prepare, train, sample_held_out, evaluate_held_out, evaluate):
-        if stage is not prepare or experiment.config.training.objective != "reward":  # answers are drawn, not read
+        if stage is not prepare or experiment.config.training.objective != "reward":  # answers are sampled
             stage(experiment)
     return 0

@@ -1,28 +1,30 @@
 """Write interleaved documents for files of requests.
 
-A line of the requests is a JSON object: {"prompt": "a red circle"} asks for an image of a text; {"messages": [...]} for
-the next turn of a conversation; {"content": [...], "mode": "text" | "image" | "interleaved" | "free", ...} for anything
-else (ar_unified.sampling.requests says what a line may hold). Text files of prompts, tables with a column of them (CSV,
-TSV, Parquet), OpenAI batch files of /v1/chat/completions and /v1/images/generations, WebDataset shards and the prompt
-files of benchmarks are read as they are; their other columns are copied to the samples. Without --requests, prompts are
-taken from the held-out documents. Leaves in the output folder:
-  samples.jsonl   one line per sample: text, and the names of its images; a bad request is a line that says why
+Each line of a file of requests is a JSON object (ar_unified.sampling.requests lists the keys):
+  {"prompt": "a red circle"}   asks for an image of a text
+  {"messages": [...]}          asks for the next turn of a conversation
+  {"content": [...], "mode": "text" | "image" | "interleaved" | "free", ...}   asks for anything else
+It also reads text files of prompts, tables with a column of prompts (CSV, TSV, Parquet), OpenAI batch files of
+/v1/chat/completions and /v1/images/generations, WebDataset shards, and the prompt files of benchmarks. Their other
+columns are copied to the samples. Without --requests, prompts are taken from the held-out documents. Writes into the
+output folder:
+  samples.jsonl   one line per sample: text, and the names of its images; a bad request has a line with the reason
   images/         PNG files
   index.html      a gallery
-  batch_output.jsonl, batch_errors.jsonl   for a batch file: its answers in OpenAI's format (sampling.batch_output)
-After any interruption, the same command goes on. Many processes can share a job, and each serves a part of the
-requests: processes that started together by their numbers, others by --part K/N. The number of processes may change.
---layout writes the images as a benchmark reads them, into OUTPUT/LAYOUT. Without --requests, it does this for the
-samples that are in the output folder, whether the job is finished or running. --adapter loads LoRA adapters; each
-request may name one of them.
+  batch_output.jsonl, batch_errors.jsonl   for a batch file: answers in OpenAI's format (sampling.batch_output)
+After an interruption, the same command continues. Many processes can share a job, and each serves a part of the
+requests. Processes that start together divide the requests by their numbers; others need --part K/N. The number of
+processes may change. --layout also writes the images into OUTPUT/LAYOUT in the form that a benchmark reads. Without
+--requests, it does this for the samples that are already in the output folder, even if the job is still running.
+--adapter loads LoRA adapters; each request may name one of them.
 
 A bundle, exported or imported, needs no workdir. It is sampled with its own settings, as its authors published them:
   ar-unified sample --from BUNDLE --requests prompts.jsonl --output out
 
-Best of n: --n 16 --keep-best REWARD draws 16 samples for each request and keeps the one that REWARD finds best
-(docs/rewards.md says what it may be: shapes, exact_answer, module:function, command:PROGRAM, scores:FILE). Beside them:
-  best.jsonl         the chosen line of samples.jsonl of each request, with the rewards of all
-  preferences.jsonl  {"prompt", "chosen", "rejected"}: the best and the worst, to learn preferences from
+Best of n: --n 16 --keep-best REWARD draws 16 samples for each request and chooses the one with the highest REWARD,
+which is shapes, exact_answer, module:function, command:PROGRAM or scores:FILE (docs/rewards.md). It also writes:
+  best.jsonl         for each request, the line of samples.jsonl that was chosen, and the rewards of all its samples
+  preferences.jsonl  {"prompt", "chosen", "rejected"}: the best and the worst sample, to learn preferences from
   unrewarded.jsonl   samples that have no reward, and why
 """
 
@@ -59,8 +61,8 @@ from ar_unified.sampling.model import load
 from ar_unified.sampling.request import DEFAULTS
 from ar_unified.workdir import write_bytes, write_text
 
-_ROWS = 64  # samples that a bundle draws at once, unless told
-_HELD_OUT = 12  # documents of each source whose beginnings become prompts
+_ROWS = 64  # default number of samples that a bundle draws at once
+_HELD_OUT = 12  # number of documents of each source whose beginnings become prompts
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -73,7 +75,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _from_bundle(arguments, overrides, reward)
     for flag in ("config", "workdir"):
         if not getattr(arguments, flag):
-            raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
+            raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
     refuse_unread(arguments, "with a workdir, whose config.sampling says it", "batch_size", "max_length")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")
@@ -95,7 +97,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _counts(arguments: argparse.Namespace) -> dict[str, int]:
-    """How many samples a request gets if it does not say how many: --n, or the benchmark's number."""
+    """How many samples a request without a number gets: --n, or the benchmark's number."""
     if arguments.n:
         return {"n": arguments.n}
     return {"n": BENCHMARKS[arguments.layout].n} if arguments.layout else {}
@@ -108,7 +110,7 @@ def _made_of(
     reward: Reward | None,
     say: Callable[[str], object],
 ) -> None:
-    """Makes what was asked for from the samples of a complete job: the best samples, or a benchmark's folder."""
+    """When a job is complete, writes what else was asked for: the best samples, or a benchmark's folder."""
     if reward is not None and report is not None and report.complete:
         say(str(keep_best(output, reward)))
         say("\n".join(str(output / name) for name in NAMES))
@@ -163,7 +165,7 @@ def _once(adapters: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 @by_first_process
 def sample_held_out(experiment: Experiment) -> None:
-    """Stage samples: a gallery of what the model answers to the beginnings of held-out documents."""
+    """Runs the stage `samples`: a gallery of what the model answers to the beginnings of held-out documents."""
     stage = experiment.stage(
         "samples",
         "sampling",
@@ -214,7 +216,7 @@ def _run(
 
 
 def _told(report: JobReport, output: Path, say: Callable[[str], object]) -> None:
-    """Prints what a job left. Raises UserError if all of its requests were refused."""
+    """Prints what a job has written. Raises UserError if all of its requests were refused."""
     made = [output / name for name in ("index.html", *batch_output.NAMES)] if report.complete else []
     say("\n".join([str(report), *(str(path) for path in made if path.exists())]))
     if report.complete:
@@ -233,9 +235,9 @@ def _require_samples(output: Path) -> None:
 
 
 def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Json]]:
-    """Requests from the first documents of a source: for those with turns the prompt, for others the first half.
+    """Requests from the first documents of a source: the prompt of a document with turns, the first half of any other.
 
-    most: at most so many characters of a text that stands alone are used.
+    `most` is the maximum number of characters that are used of a document of one text.
     """
     documents = islice(_good(source), _HELD_OUT)
     for number, document in enumerate(documents):

@@ -1,15 +1,16 @@
 """Write how likely the model finds given documents, prompts with answers, or preference pairs.
 
-PATH is a file or folder of documents as `ar-unified validate` takes it; JSONL is the simplest form:
+PATH is a file or folder of documents in any form that `ar-unified validate` reads. JSONL is the simplest:
   {"prompt": "a red circle", "answer": [{"type": "image", "image": "a.png"}]}
   {"image": "a.png", "question": "What colour is it?", "answer": "red"}
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
   {"prompt": "a red circle", "chosen": ..., "rejected": ...}
-Leaves FILE, whole or not at all: a line of JSON for each item, in order (ar_unified.evaluation.scoring). It has the
-log-likelihood of the answer in nats, its tokens, whether each was the likeliest, and the same by part and by modality;
-for a pair, both answers and their difference; for an item that cannot be used, what is wrong with it. If it is killed,
-what was done stays in FILE.unfinished, and the same command goes on from there. The model comes from a workdir
-(config.sampling says which step and how many documents at once) or from a bundle:
+Writes FILE, whole or not at all, with a line of JSON for each item, in order (ar_unified.evaluation.scoring). A line
+has the log-likelihood of the answer in nats, its number of tokens, whether every token was the most likely one, and the
+same by part and by modality. The line of a pair has this for both answers, and their difference. The line of an item
+that cannot be used says what is wrong with it. If the command is killed, the finished lines stay in FILE.unfinished,
+and the same command continues from there. The model comes from a workdir (config.sampling says which checkpoint, and
+how many documents at once) or from a bundle:
   ar-unified score --from BUNDLE --data pairs.jsonl --output scores.jsonl
 """
 
@@ -44,7 +45,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(f"{arguments.output}: {score_source(model, source, arguments.output)}")
         return 0
     if not arguments.workdir:
-        raise UserError("expected --workdir DIR, of a training, or --from BUNDLE; found neither")
+        raise UserError("expected --workdir DIR of a training, or --from BUNDLE; found neither")
     refuse_unread(arguments, "with a workdir, whose config.sampling.batch_size says it", "batch_size")
     experiment = open_experiment(arguments, overrides, ["requests"])
     score(experiment, source, arguments.output)
@@ -53,6 +54,6 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 @by_first_process
 def score(experiment: Experiment, source: Source, output: str) -> None:
-    """Scores a source by the experiment's model; `output`: the file to write."""
+    """Scores a source with the experiment's model; `output` is the file to write."""
     model = Model(experiment.engine, experiment.image_tokenizer, experiment.resize, weights=weights_hash(experiment))
     experiment.say(f"{output}: {score_source(model, source, output)}")

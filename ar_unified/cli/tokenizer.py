@@ -1,13 +1,13 @@
 """Train the text tokenizer and the image tokenizer of an experiment.
 
-Reads the experiment's training sources. Leaves in the workdir:
-  text_tokenizer/text.model                            SentencePiece, lossless (or text_tokenizer.model of the config)
+Reads the experiment's training sources. Writes into the workdir:
+  text_tokenizer/text.model                            SentencePiece, lossless (or config.text_tokenizer.model)
   text_tokenizer/report.json                           bytes per token and round trip, by source and language
-  image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and images beside them
-                                                       (or image_tokenizer.model of the config, as it is)
-                                                       (with config.image_tokenizer.steps=0, for text alone: none)
-With config.init=FOLDER both come from that bundle, and nothing is trained. If the bundle is of text alone and
-config.image_tokenizer has a model or steps, only the text tokenizer is the bundle's.
+  image_tokenizer/weights.safetensors and config.json  the VQ-VAE, with its checkpoints, curves and images
+                                                       (or a copy of config.image_tokenizer.model; or nothing, for text
+                                                       alone, if config.image_tokenizer.steps=0)
+With config.init=FOLDER, both tokenizers come from that bundle, and none is trained. If the bundle is of text alone and
+config.image_tokenizer has a model or steps, only the text tokenizer comes from the bundle.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TokenizerTask
 
 _VALIDATION_BATCHES = 4
-_SHEET = 8  # images and their reconstructions, one above the other
+_SHEET = 8  # number of images in a preview, with their reconstructions below
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
-    """The stages text_tokenizer and image_tokenizer. only: "text" or "image", to do one of the two."""
+    """Runs the stages `text_tokenizer` and `image_tokenizer`, or the one that `only` ("text" or "image") names."""
     if only != "image":
         train_text(experiment)
     if only == "text":
@@ -68,7 +68,7 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
 
 @by_first_process
 def bring_image(experiment: Experiment) -> None:
-    """Stage image_tokenizer, where the tokenizer comes from a bundle or from elsewhere: it is used as it is."""
+    """Runs the stage `image_tokenizer` for a tokenizer from a bundle or from elsewhere, which is used as it is."""
     tokenizer = experiment.brought
     assert tokenizer is not None
     stage = experiment.stage("image_tokenizer", brought=tokenizer.hash)
@@ -79,14 +79,14 @@ def bring_image(experiment: Experiment) -> None:
 
 
 def _whole_batch(experiment: Experiment) -> bool:
-    """Whether the losses look at all images of a microbatch together, instead of one by one."""
+    """Whether a loss depends on all images of a microbatch together."""
     adversary = experiment.config.image_tokenizer.adversary
     entropy = getattr(experiment.autoencoder.abstract_quantizer, "entropy", 0.0)
     return bool(entropy) or (adversary.kind != "none" and adversary.adaptive)
 
 
 def train_image(experiment: Experiment) -> None:
-    """Stage image_tokenizer."""
+    """Runs the stage `image_tokenizer`, which trains one."""
     settings = experiment.config.image_tokenizer
     checkpoints = storage.address(experiment.workdir.image_tokenizer / "checkpoints")
     stage = experiment.stage(

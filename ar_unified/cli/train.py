@@ -1,25 +1,26 @@
-"""Train the transformer on the token shards, or by rewards of what it draws itself.
+"""Train the transformer on the token shards, or by rewards for the answers that it samples.
 
 Reads data/train and data/validation. With config.training.objective="reward" it reads the sources instead: their
-documents give the prompts, the model draws answers, and config.reward judges these (docs/rewards.md). Leaves in the
+documents give the prompts, the model samples answers, and config.reward scores them (docs/rewards.md). Writes into the
 workdir:
-  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest: the last few, and
-                          that of the lowest validation loss (training.keep_best). With LoRA (config.lora.rank above 0)
-                          only what is trained: the rest is in the bundle of config.init
+  model/checkpoints       Orbax: parameters, optimizer state and the vocabulary's manifest. The last few checkpoints are
+                          kept, and the one with the lowest validation loss (training.keep_best). With LoRA
+                          (config.lora.rank above 0) they have only what is trained; config.init has the rest
   model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
-                          model/tensorboard the same, with sample images
-  model/goodput.json      where the wall time of every attempt went
-  model/failed_rewards.jsonl   by rewards: every answer without a reward, with its prompt and the reason
-  model/history.json      what changed while it was trained, and at which step
+                          model/tensorboard has the same, with sample images
+  model/goodput.json      how the wall time of every attempt was spent
+  model/failed_rewards.jsonl   with rewards: every answer without a reward, with its prompt and the reason
+  model/history.json      the settings that changed during the training, and at which steps
 
-Keys that decide only cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever
-the training is started again. training.steps and the schedule may change as well, and a finished training then goes on.
-To go on from a checkpoint in the middle and leave the training as it is, branch it into its own workdir:
+Keys that affect only cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever
+the training is started again. training.steps and the schedule may change as well; a finished training then continues.
+To continue from an earlier checkpoint without changing this training, branch it into a workdir of its own:
     ar-unified train --branch WORKDIR:STEP --workdir NEW --config FILE --config.training.steps=N ...
 --config.init=FOLDER begins a training with the weights, tokenizers and language of a bundle. The config must describe
-the bundle's model; experiments/folder.py:path=DIR,init=FOLDER reads it from there. A bundle of text alone, with an
-image tokenizer, is extended by the ids that images need (docs/from_llm.md): training.code_embedding_init says how their
-rows are initialised, and the place [new] in training.only names them.
+the bundle's model; experiments/folder.py:path=DIR,init=FOLDER takes the model's shape from the bundle. If the bundle is
+of text alone and the experiment has an image tokenizer, the model is extended by the ids that images need
+(docs/from_llm.md). training.code_embedding_init says how their rows are initialised; in training.only, [new] names
+them.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _KEYS = ("model", "loss", "training", "mesh")
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Trains the transformer; with --branch, first makes a branch of another workdir. Returns the exit status. Raises
-    UserError, RunError.
+    UserError or RunError.
     """
     if not arguments.branch:
         experiment = open_experiment(arguments, overrides, ["model"])
@@ -91,7 +92,7 @@ def _fingerprint(experiment: Experiment, made: Objective) -> dict[str, Json]:
 
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
-    """Stage model. `profile`: as in training.loop.fit."""
+    """Runs the stage `model`. `profile` is as in training.loop.fit."""
     plan_rows(experiment)
     with experiment.leaving_nothing():
         _train(experiment, profile)
@@ -99,7 +100,7 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
 
 @by_first_process
 def plan_rows(experiment: Experiment) -> None:
-    """Plans rows of this length once, if `prepare` has not planned them."""
+    """Plans rows of the training's lengths once, if `prepare` has not planned them."""
     lengths = sorted({length for _, length in shapes(experiment.config.training).values()}, reverse=True)
     for split in ("train", "validation"):
         folder = experiment.workdir.data / split
@@ -108,7 +109,7 @@ def plan_rows(experiment: Experiment) -> None:
         try:
             for length in lengths if split == "train" else lengths[:1]:
                 preparing.plan_rows(folder, load_report(folder), length, leave_out=length < lengths[0])
-        except OSError as error:  # finished data may lie in a read-only place
+        except OSError as error:  # finished data may be in a read-only folder
             experiment.say(f"{folder}: {error.strerror}: every process plans its rows again in memory")
 
 
@@ -151,7 +152,7 @@ def _objective(experiment: Experiment) -> Objective:
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
-    """Prints how the learning rate goes on after a change of its schedule, because it may rise again."""
+    """Prints how the learning rate continues after a change of its schedule, because it may rise again."""
     changes = [entry for entry in stage.history if entry["kind"] in DECIDING]
     if not changes or not taken or changes[-1]["step"] != taken:
         return
@@ -162,7 +163,7 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
 
 
 def _preview(experiment: Experiment) -> Any:
-    """A function that draws images for the first held-out prompts that ask for an image; None: there is no decoder."""
+    """A function that draws images for the first held-out prompts that ask for an image; None without a decoder."""
     if draws_none(experiment.image_tokenizer):
         return None
     prompts = []

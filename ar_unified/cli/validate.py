@@ -1,15 +1,15 @@
-"""Check a dataset, or all data of an experiment, and show what is in it on a page; no data is changed.
+"""Check a dataset, or all data of an experiment, and show on a page what is in it. No data are changed.
 
-Prints counts, lengths, every bad item with its file, line and kind, items that occur twice or are held out too, and the
-first documents as the model will see them: with placeholders for images, or as real tokens if both tokenizers exist
-already. If the text tokenizer loses text, that is said first. The same is written as one HTML page, with images. The
-exit status is 1 if an item is bad.
+Prints counts, lengths, every bad item with its file, line and kind, and the items that occur twice or are also held
+out. Then it prints the first documents as the model will see them: as tokens if both tokenizers exist already, else
+with placeholders for images. If the text tokenizer loses text, the output says so first. All of this is also written
+to an HTML page, with images. The exit status is 1 if an item is bad.
 
   ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
                                                               or of Parquet, Arrow, tar or text files
   ar-unified validate FILE                                    one such file: .jsonl (.gz, .zst), .parquet, .arrow, .tar
-  ar-unified validate '{"kind": "tfds", "name": "mnist"}'     a source, as config.data has them; in [ ] several
-  ar-unified validate WORKDIR/data [--workdir WORKDIR]        what `prepare` left, seen by the tokenizers of its workdir
+  ar-unified validate '{"kind": "tfds", "name": "mnist"}'     a source as in config.data, or several in [ ]
+  ar-unified validate WORKDIR/data [--workdir WORKDIR]        what `prepare` wrote, decoded with that workdir's files
   ar-unified validate --config FILE[:arg] [--workdir DIR]     training, validation and tests of an experiment
 """
 
@@ -40,7 +40,7 @@ from ar_unified.workdir import Workdir
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prints what is in the data and writes the page; returns 1 if an item is bad. Raises UserError."""
     if (arguments.data is None) == (arguments.config is None):
-        raise UserError("expected a folder or --config, one of the two; --help says more")
+        raise UserError("expected either a folder or --config; see --help")
     if arguments.first is not None and arguments.first < 1:
         raise UserError(f"--first: expected at least 1, found {arguments.first}")
     if arguments.data is None:
@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
-    """What a folder, a file, or sources as JSON hold, and a name for the page."""
+    """A name for the page, and what is in a folder, a file, or sources as JSON."""
     if overrides:
         raise UserError(f"a folder has no config: {overrides[0]} does nothing")
     options = dict(show=arguments.show, first=arguments.first)
@@ -105,7 +105,7 @@ def _specs(text: str) -> list[dict[str, Json]]:
 
 
 def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
-    """What the sources of an experiment hold, and its name."""
+    """The name of an experiment, and what is in its sources."""
     refuse_unread(arguments, "with --config, whose sources say it themselves (links=yes)", "links")
     config = configs.load(arguments.config, overrides)
     check(config, [])

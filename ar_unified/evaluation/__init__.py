@@ -1,11 +1,11 @@
-"""How good a model is on data that it was not trained on, and the pages that show it.
+"""Measures how good a model is on data that it was not trained on, and writes pages that show it.
 
-tokenizer.py      an image tokenizer's reconstructions under one pinned protocol
-generation.py     a trained model is asked about held-out documents
-                  (conversations.py: turn by turn; examples.py: what was asked and what came back)
-right_answers.py  what counts as right, per data set (shapes.py, easy_vqa.py read images from their pixels)
-report.py         one page about everything that a run made (charts, figures, sheets, facts)
-card.py           a bundle's card, for people
+tokenizer.py      scores an image tokenizer's reconstructions under one fixed protocol
+generation.py     asks a trained model about held-out documents
+                  (conversations.py: asks turn by turn; examples.py: the questions and the answers)
+right_answers.py  decides which answers are right, for each dataset (shapes.py, easy_vqa.py read images' pixels)
+report.py         writes one page about everything that a run made (charts, figures, sheets, facts)
+card.py           writes a bundle's model card
 
-It asks models through sampling; experiment and cli call it.
+It uses `sampling` to ask models. `experiment` and `cli` call it.
 """

@@ -39,11 +39,11 @@ def card(
     """The README.md of a bundle.
 
     Args:
-        license: if it is "", the card says that the licence is unknown.
-        image: the shape of the image tokenizer; None: text alone.
-        config: of the experiment, plain.
+        license: the licence; if it is "", the card says that it is unknown.
+        image: the shape of the image tokenizer; None for text alone.
+        config: the config of the experiment as JSON values.
         training: facts about the training, by name.
-        evaluation: what `ar-unified evaluate` wrote; None: it has not scored these weights.
+        evaluation: what `ar-unified evaluate` wrote; None if it has not scored these weights.
     """
     codes = f", {vocabulary.codebook_size:,} image codes" if image else ", no images"
     facts = {
@@ -68,10 +68,10 @@ def card(
     lines += ["", "A pure autoregressive model of " + ("text and images" if image else "text") + ".", ""]
     lines += _table(("", ""), [(name, str(value)) for name, value in facts.items()])
     lines += ["", "## Open it", "", _OPEN.format(calls=_DRAWS if image else _WRITES)]
-    lines += ["## What it reached", ""]
+    lines += ["## Results", ""]
     if rows:
         shown = [(NAMES.get(name, name), f"{value:.4g}", str(counts.get(name, ""))) for name, value in rows.items()]
-        lines += ["On held-out documents, as `ar-unified evaluate` wrote it.", "", *_table(("", "", "asked"), shown)]
+        lines += ["Measured on held-out documents by `ar-unified evaluate`.", "", *_table(("", "", "asked"), shown)]
     else:
         lines += ["Nothing was measured on these weights."]
     return "\n".join(lines) + "\n"
@@ -101,6 +101,6 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _yaml(words: str) -> str:
-    """Quotes a text for YAML, whatever is in it."""
+    """Quotes any text for YAML."""
     plain = words.replace("-", "").replace(".", "").isalnum()
     return words if plain else '"' + words.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'

@@ -1,5 +1,5 @@
-"""Line charts as self-contained HTML: stretched SVG lines under HTML labels, so that text keeps its size on
-any screen.
+"""Line charts as self-contained HTML: SVG lines that stretch, with HTML labels above them, so that text keeps its size
+on any screen.
 
 Every chart is drawn twice, with a linear and a logarithmic y axis; a checkbox chooses one by CSS alone. The values
 under the pointer come from the chart's `data-series` and a few lines of script (report.js); without the script
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]  # (x, y), x ascending
-MAX_POINTS = 240  # points of a series; more than a chart has pixels
+MAX_POINTS = 240  # maximum number of points of a series; more than a chart has pixels
 
 
 def line_chart(
@@ -23,10 +23,10 @@ def line_chart(
     """One figure with a line for each series. Empty series are left out; if all are empty, the result is "".
 
     Args:
-        title: heading. unit: of y, beside it.
-        series: (x, y) points by name; names are the legend if there is more than one series.
-        log: begin with the logarithmic axis (which does not exist if a value is not positive).
-        zero: begin the linear axis at 0, for quantities whose ratio matters, such as speed.
+        title: the heading. unit: the unit of y, shown next to the heading.
+        series: (x, y) points by name; the names are the legend if there are several series.
+        log: whether to show the logarithmic axis first (it exists only if all values are positive).
+        zero: whether the linear axis begins at 0, for quantities whose ratio matters, such as speed.
     """
     lines = {name: _thin([(x, y) for x, y in points if math.isfinite(y)]) for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
@@ -90,7 +90,7 @@ def _scale(
     x_ticks: Sequence[float],
     transform: Callable[[float], float],
 ) -> str:
-    """Grid, labels and lines over one y axis; `y` are its ends after the transform."""
+    """Grid, labels and lines of one y axis; `y` has its ends after the transform."""
     ticks = [t for t in ticks if y[0] <= transform(t) <= y[1]]
     labels = "".join(f'<i style="bottom:{_percent(transform(t), *y)}">{number(t)}</i>' for t in ticks)
     grid = "".join(f"M0 {_along(transform(t), y[1], y[0])}H1000" for t in ticks)
@@ -117,7 +117,7 @@ def _point(
 
 
 def _along(value: float, start: float, end: float) -> str:
-    """The place of a value between two others, in SVG units: 0 to 1000."""
+    """The position of a value between `start` and `end`, in SVG units: 0 to 1000."""
     return f"{1000 * (value - start) / (end - start):.1f}"
 
 
@@ -126,7 +126,7 @@ def _percent(value: float, start: float, end: float) -> str:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS of the points, with the first and the last."""
+    """At most MAX_POINTS of the points, including the first and the last."""
     if len(points) <= MAX_POINTS:
         return points
     step = (len(points) - 1) / (MAX_POINTS - 1)
@@ -134,8 +134,8 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _y_range(lines: Mapping[str, Points], zero: bool) -> tuple[float, float]:
-    """The range from the smallest to the largest value. The first steps of a line are left out, because they are far
-    larger than the rest.
+    """The range from the smallest to the largest value. The first steps of a line do not count for the largest, because
+    they are much larger than the rest.
     """
     low = 0.0 if zero else min(y for points in lines.values() for _, y in points)
     settled = [y for points in lines.values() for _, y in points[min(len(points) // 25, len(points) - 1) :]]
@@ -146,7 +146,7 @@ def _y_range(lines: Mapping[str, Points], zero: bool) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between two others: multiples of 1, 2 or 5 times a power of ten."""
+    """Round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)

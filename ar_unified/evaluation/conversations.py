@@ -1,7 +1,7 @@
-"""Holds conversations with a model and counts which of its turns are right, and which conversations as a whole.
+"""Has conversations with a model, and counts how many of its turns and how many whole conversations are right.
 
-The user's turns come from a held-out document, the assistant's from the model, so the next turn is about what the model
-said or drew. An early mistake has consequences, as it has for a person who uses the model. All conversations take their
+The user's turns come from a held-out document and the assistant's from the model, so the next turn is about what the
+model said or drew. An early mistake has consequences, as for a person who uses the model. All conversations take their
 next turn together (`say_all`), and each turn reads only what is new.
 """
 
@@ -31,18 +31,18 @@ def is_conversation(document: Document) -> bool:
 
 @dataclass
 class _Talk:
-    """A document, the conversation with its questions, and the results so far."""
+    """A document, the conversation about its questions, and the results so far."""
 
     document: Document
     conversation: Conversation
-    questions: list[tuple[Turn, Turn]]  # the document with the right answers
+    questions: list[tuple[Turn, Turn]]  # (question, right answer) of each turn
     prompt: list[Part] = field(default_factory=list)  # everything before the next answer, images as pixels
     done: list[Example] = field(default_factory=list)
     broken: bool = False
 
     @property
     def example(self) -> Example:
-        """Its first turn that is wrong, else its last."""
+        """The first wrong turn, or the last turn if all are right."""
         return next((example for example in self.done if not example.correct), self.done[-1])
 
 
@@ -59,16 +59,18 @@ def converse(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Example]:
-    """One example of each conversation: its first turn that is wrong, else its last.
+    """Has the conversations. Returns one example of each: its first wrong turn, or its last turn if all are right.
 
     Args:
-        codec: has learnt the documents' pixels. documents: used if each of their answers is one part.
-        scores: gets `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact`, `parse_rate`.
-        skipped: gets `does_not_fit`, for documents that are longer than the engine's max_length.
-        drawn, seed: how answers are drawn, as `generation.evaluate` has them.
+        codec: a codec that has learnt the documents' pixels. documents: those in which every answer is one part are
+            used.
+        scores: `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact` and `parse_rate` are
+            added.
+        skipped: counts documents that are longer than the engine's max_length, as `does_not_fit`.
+        drawn, seed: how answers are drawn, as in `generation.evaluate`.
         progress: called with ("turn", done, of) after each round.
 
-    A conversation cannot go on after an answer that does not parse, so its other turns count as wrong.
+    A conversation cannot go on after an answer that does not parse, so its later turns count as wrong.
     """
     if protocol.turn_matches is None:
         return []
@@ -99,7 +101,7 @@ def converse(
 
 
 def _begun(document: Document, engine: Engine, grammar: Grammar, codec: Codec, skipped: Counter[str]) -> _Talk | None:
-    """The talk about a document; None: an answer has several parts or none, or the document does not fit."""
+    """The talk about a document; None if an answer does not have exactly one part, or the document does not fit."""
     first = int(document.turns[0].speaker == "system")
     turns = document.turns[first:]
     questions = list(zip(turns[::2], turns[1::2], strict=True))
@@ -124,7 +126,8 @@ def _length(grammar: Grammar, turn: Turn) -> int:
 def _request(
     talk: _Talk, i: int, codec: Codec, grammar: Grammar, engine: Engine, budget: int, asking: Request
 ) -> Request:
-    """The i-th question; `budget`: most tokens of a text answer, if there is room for them."""
+    """The request for the i-th question. `budget` is the maximum number of tokens of a text answer, if there is room
+    for them."""
     question, answer = talk.questions[i]
     talk.prompt += question.parts
     request = replace(asking, id=f"turn-{asking.seed}-{i}", parts=codec.encoded(question.parts))

@@ -1,14 +1,14 @@
-"""What an easy-VQA image shows, read from its pixels: the colour and the shape of its one figure.
+"""Reads from the pixels what an easy-VQA image shows: the colour and the shape of its one figure.
 
 easy-VQA (github.com/vzhou842/easy-VQA, MIT) draws one circle, upright rectangle or upright triangle, in one
 of eight flat colours, on a flat pale background. An image from an image tokenizer or a model is blurred and noisy, so
-nothing here counts edges or corners. Instead, every pixel is taken as `background + a * (colour - background)`, with a
-coverage `a` in [0, 1]. The moments of `a` give each of the three figures its best place and size. Each figure is drawn
-there, and the drawing that overlaps most with `a` gives the shape. Overlap is a soft intersection over union; an image
-that no drawing fits shows no shape.
+nothing here counts edges or corners. Instead, every pixel is modelled as `background + a * (colour - background)`, with
+a coverage `a` in [0, 1]. The moments of `a` give the best place and size for each of the three shapes. Each shape is
+drawn there, and the one that overlaps most with `a` is the result. Overlap is a soft intersection over union; if no
+shape fits well, the image shows none.
 
-Measured on the 4,980 captioned images of the set: all are read right. With a blur of 1 pixel and noise of 8 levels 99.6
-% are right; with 1.5 pixels and 12 levels 95.4 % (99.5 % of figures of 100 pixels or more).
+Measured on the 4,980 captioned images of the set: all are read correctly. With a blur of 1 pixel and noise of 8 levels,
+99.6 % are correct; with 1.5 pixels and 12 levels, 95.4 % (99.5 % of figures of 100 pixels or more).
 
 Axes: H height, W width, both in pixels; y points down.
 """
@@ -32,10 +32,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "yellow": (255, 255, 0),
 }
 SHAPES = ("circle", "rectangle", "triangle")
-MIN_FIT = 0.7  # soft IoU. Real figures: > 0.9, blurred ones > 0.75; smears and two figures: below 0.7
-FLAT = 30.0  # RGB distance: the border's median pixel must be closer than this to the background
-FOREIGN = 75.0  # RGB distance from every mixture of background and figure; above it a pixel is something else
-SUPERSAMPLE = 4  # samples along each axis of a pixel, for anti-aliased drawings
+MIN_FIT = 0.7  # soft IoU: above 0.9 for real figures, 0.75 for blurred ones; below 0.7 for smears and for two figures
+FLAT = 30.0  # RGB distance: the border's median distance from the background must not be larger
+FOREIGN = 75.0  # RGB distance from every mixture of background and figure; a pixel farther away is something else
+SUPERSAMPLE = 4  # samples along each axis of a pixel, for anti-aliasing
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_image(pixels: np.ndarray) -> Reading | None:
     if np.median(np.linalg.norm(border - background, axis=-1)) > FLAT:
         return None
     away = np.linalg.norm(image - background, axis=-1)  # [H, W]
-    peak = np.sort(away, axis=None)[-8:].mean()  # eight pixels, so that one bad pixel does not set the scale
+    peak = np.sort(away, axis=None)[-8:].mean()  # the mean of eight, so that one bad pixel does not set the scale
     if peak < 60:  # the palest pair of the set, yellow on cream, is 170 apart
         return None
     core = np.mean(image[away >= 0.8 * peak], axis=0)
@@ -82,7 +82,7 @@ def _among(words: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def _coverage(image: np.ndarray, pure: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, int]:
-    """The coverage of each pixel by the figure, [H, W] in [0, 1], and how many pixels have some other colour.
+    """The coverage of each pixel by the figure, [H, W] in [0, 1], and the number of pixels of any other colour.
 
     All colours are relative to the background: `pure` is the figure's true colour, `core` the colour that was found.
     """

@@ -1,4 +1,4 @@
-"""Questions to a model in an evaluation, its answers, and their counts; and images as codes and back.
+"""Questions to a model in an evaluation, its answers, and their counts. `Codec` converts images to codes and back.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -17,7 +17,7 @@ from ar_tokenizers.image.metrics import psnr
 from ar_unified.data.images import ImageCodec, by_size, draws_none
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part
 
-KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")  # of one question
+KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")  # of questions
 ANSWERED_IN_WORDS = ("image_to_text", "caption", "next_text")
 
 
@@ -31,7 +31,7 @@ class Example:
         expected: the real image, uint8 [H, W, 3], or the text. got: the model's image or text; None if it did not
         parse.
         reconstruction: the image tokenizer's reconstruction of an expected image.
-        correct: what the checker says; None: there is no checker.
+        correct: what the checker says; None without a checker.
     """
 
     kind: str
@@ -49,30 +49,31 @@ class Scores:
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
-    psnr: list[float] = field(default_factory=list)  # dB, for images that were compared with the real image
+    psnr: list[float] = field(default_factory=list)  # in dB, of images that were compared with the real image
 
     def add(self, name: str, ok: bool) -> None:
-        """Counts one question of the metric `name` and whether its answer is right."""
+        """Counts one question for the metric `name`, and its answer if it is right."""
         self.asked[name] += 1
         self.right[name] += bool(ok)
 
     def metrics(self) -> dict[str, Any]:
-        """{name: share that was right, ..., "counts": {name: how many were asked}}."""
+        """{name: share of right answers, ..., "counts": {name: number of questions}}."""
         shares = {name: self.right[name] / n for name, n in self.asked.items()}
         return {**shares, "counts": dict(self.asked)}
 
 
 class Codec:
-    """Pixels <-> codes, computed in batches of images of one size, and remembered. Without a decoder, only codes."""
+    """Converts pixels to codes and back, in batches of images of one size, and remembers the results. Without a
+    decoder, it only makes codes."""
 
     def __init__(self, tokenizer: ImageCodec):
         self.tokenizer, self.draws = tokenizer, not draws_none(tokenizer)
-        self.codes: dict[str, np.ndarray] = {}  # by pixels
-        self.pixels: dict[str, np.ndarray] = {}  # by codes
-        self.psnr: list[float] = []  # dB, for each image that was learnt
+        self.codes: dict[str, np.ndarray] = {}  # by the hash of the pixels
+        self.pixels: dict[str, np.ndarray] = {}  # by the hash of the codes
+        self.psnr: list[float] = []  # in dB, of each learnt image's reconstruction
 
     def learn_pixels(self, images: Iterable[np.ndarray]) -> None:
-        """Encodes uint8 [H, W, 3] images, and decodes their codes again."""
+        """Encodes uint8 [H, W, 3] images, and decodes their codes, too."""
         new = {_key(image): image for image in images}
         self.codes.update(zip(new, by_size(self.tokenizer.encode, list(new.values())), strict=True))
         if not self.draws:
@@ -87,15 +88,15 @@ class Codec:
         self.pixels.update(zip(new, by_size(self.tokenizer.decode, list(new.values())), strict=True))
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """The codes, int32 [h, w], of pixels that `learn_pixels` got."""
+        """The codes, int32 [h, w], of pixels that were given to `learn_pixels`."""
         return self.codes[_key(pixels)]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """The pixels, uint8 [H, W, 3], of codes that `learn_codes` got."""
+        """The pixels, uint8 [H, W, 3], of codes that were given to `learn_codes`."""
         return self.pixels[_key(codes)]
 
     def encoded(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """The parts with codes in place of pixels that `learn_pixels` got."""
+        """The parts with codes in place of pixels, which must have been given to `learn_pixels`."""
         return tuple(CodesPart(self.encode(part.pixels)) if isinstance(part, ImagePart) else part for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""A run in a few lines: its config, and everything else that its numbers depend on."""
+"""Describes a run in a few lines: its config, and everything else that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def summary(config: Mapping[str, Json]) -> dict[str, str]:
 def _batches(train: Mapping[str, Any]) -> str:
     """The batches of a training: how many steps of which size, and the total number of tokens."""
     shape = train["batch_size"], train["sequence_length"]
-    found = [(0, *shape)]  # of each part: the first step, rows of a batch, tokens of a row
+    found = [(0, *shape)]  # for each part of the training: first step, rows of a batch, tokens of a row
     for change in train.get("phases", ()):
         shape = change.get("batch_size", shape[0]), change.get("sequence_length", shape[1])
         if shape != found[-1][1:]:
@@ -64,7 +64,7 @@ def _batches(train: Mapping[str, Any]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What the numbers depend on besides the config: versions, devices, revision of the code."""
+    """What the numbers depend on in addition to the config: versions, devices, revision of the code."""
     devices = jax.devices()
     found = {
         "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process",

@@ -19,7 +19,8 @@ NO_IMAGE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 
 
 def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[str, str]]:
-    """(heading, HTML) for drawn images, stories, conversations and answers; each held-out set has its own name."""
+    """(heading, HTML) for each kind of sample: images, stories, conversations and answers. `galleries` has the examples
+    of each held-out set."""
     shown: tuple[tuple[str, tuple[str, ...], Callable[[Example], str], str, str], ...] = (
         ("Images from text", ("text_to_image",), _drawn, "gallery", "Left: the model's image. Right: a real one."),
         ("Stories", ("story",), _story, "stories", "The model is told a change, and draws what follows (framed)."),
@@ -49,7 +50,7 @@ def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[st
                 title = f"<h3>{escape(name.replace('_', ' '))}</h3>" if len(galleries) > 1 else ""
                 blocks.append(f'{title}<div class="{layout}">{cards}</div>')
         if blocks:
-            lead = f"{lead} The first examples, not chosen; after them failures, if there were more."
+            lead = f"{lead} The first examples, without selection; then failures, if there were more."
             sections.append((heading, f'<p class="lead">{lead.strip()}</p>{"".join(blocks)}'))
     return sections
 
@@ -74,7 +75,7 @@ def _answered(example: Example) -> str:
 
 
 def _story(example: Example) -> str:
-    """Texts above their images, left to right; the last two images are the model's and the real one."""
+    """Images from left to right with their texts above; the last two images are the model's and the real one."""
     panels, says = [], ""
     for part in example.prompt:
         if isinstance(part, TextPart):
@@ -88,7 +89,7 @@ def _story(example: Example) -> str:
 
 
 def _turn(example: Example) -> str:
-    """What was said before, in order, and the model's answer, with the right answer if they differ."""
+    """What was said before, in order, and the model's answer, with the right answer if the model's is wrong."""
     before = "".join(
         f'<div class="q">{escape(part.text)}</div>' if isinstance(part, TextPart) else figure(part.pixels)
         for part in example.prompt
@@ -121,7 +122,8 @@ def figure(pixels: Any, label: str = "", correct: bool | None = None) -> str:
 
 
 def _image(pixels: Any) -> str:
-    """An image uint8 [H, W, 3] as inline HTML; a small image has sharp pixels. None becomes an empty frame."""
+    """An image uint8 [H, W, 3] as inline HTML; a small image is enlarged without smoothing. None becomes an empty
+    frame."""
     if not isinstance(pixels, np.ndarray):
         return f'<img alt="no image" src="{NO_IMAGE}" style="aspect-ratio:1">'
     file = io.BytesIO()

@@ -1,11 +1,12 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text says;
-answer a question about an image; caption an image (the pairs of the first kind, reversed); and, in a story, draw the
-next image, which the protocol checks. Conversations are held turn by turn (conversations.py). In other interleaved
-documents no checker knows what is right, so the next image and the next text are asked for and compared with the
-document's own. The tokenizer's scores are reported beside the model's. A checker that fails on the reconstruction of a
-real image cannot pass a sampled image, so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
+The kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text
+says; answer a question about an image; caption an image (the pairs of the first kind, reversed); and, in a story, draw
+the next image, which the protocol checks. Conversations proceed turn by turn (conversations.py). For other interleaved
+documents there is no checker, so the model is asked for the next image and the next text, which are compared with the
+document's own. The tokenizer's scores are reported together with the model's. If a checker fails on the reconstruction
+of a real image, it cannot pass a sampled image either, so `reconstruction_exact` is the upper limit of
+`text_to_image_exact`.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -36,7 +37,7 @@ from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
-_SCAN = 16  # items of a source that are tried for each document that is needed
+_SCAN = 16  # maximum number of items of a source that are tried per document that is needed
 
 
 def evaluate(
@@ -56,16 +57,16 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model. image_tokenizer, grammar: as in the model's training. If the tokenizer cannot
+        engine: samples from the model. image_tokenizer, grammar: those of the model's training. If the tokenizer cannot
             decode images, only questions with answers in words are asked.
         protocol: what counts as right.
-        sources: of documents that the model has not seen; bad items are skipped and counted.
-        limit: documents of each kind, drawn from all sources by `seed`.
-        seed: for the choice of documents and for sampling.
-        drawn: how answers are drawn: guidance and its context, temperature, top-k and top-p of both modalities.
-        Default: sampling from the model's distribution for images, and greedy decoding for texts.
-        fit: what the data preparation does to an image, uint8 [H, W, 3] to uint8 [H', W', 3].
-        keep: how many examples of each kind are returned: the first ones, and half as many of the later failures.
+        sources: sources of documents that the model has not seen; bad items are skipped and counted.
+        limit: maximum number of documents of each kind, drawn from all sources by `seed`.
+        seed: the seed for the choice of documents and for sampling.
+        drawn: how answers are drawn: guidance and its context, temperature, top-k and top-p of both modalities. By
+            default, images are sampled from the model's distribution, and texts are decoded greedily.
+        fit: resizes an image as data preparation does, uint8 [H, W, 3] to uint8 [H', W', 3].
+        keep: how many examples of each kind are returned: this many first ones, and half as many of the later failures.
         progress: called with (kind, done, of).
 
     Returns:
@@ -84,7 +85,7 @@ def evaluate(
     codec.learn_pixels(p.pixels for group in documents.values() for d in group for p in d.parts if _is_image(p))
 
     kept: list[Example] = []
-    asked_of = Counter[str]()  # how many questions were asked, by kind
+    asked_of = Counter[str]()  # number of questions that were asked, by kind
     for kind in KINDS if codec.draws else ANSWERED_IN_WORDS:
         asked: dict[str, Example] = {}
         requests: list[Plan] = []
@@ -152,7 +153,7 @@ def _collect(
         mine = Counter[str]()
         for looked, index in enumerate(rng.permutation(len(source))[: _SCAN * limit]):
             if looked >= 2 * limit and min(mine.values(), default=0) >= limit:
-                break  # if a kind was not found by now, the source has none
+                break  # a kind that was not found by now is taken to be absent
             try:
                 document = source[int(index)]
             except BadItem as error:
@@ -167,8 +168,8 @@ def _collect(
 
 
 def _asked_for(document: Document) -> str:
-    """The task of a document: "edit" if the prompt has images and asks for an image, because such an image has no
-    caption; "conversation" if the assistant speaks several times.
+    """The task of a document. It is "conversation" if the assistant has several turns, and "edit" if the prompt has
+    images and asks for an image, because such an image has no caption.
     """
     if is_conversation(document):
         return "conversation"
@@ -177,7 +178,7 @@ def _asked_for(document: Document) -> str:
 
 
 def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Protocol) -> Iterator[Example]:
-    """The questions of one kind that the documents allow and the protocol can judge."""
+    """The questions of one kind that can be made from the documents and that the protocol can judge."""
     if kind == "text_to_image":
         for d in documents.get("text_to_image", []):
             first = d.answer[0]
@@ -209,16 +210,16 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
 
 
 def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
-    """Asks about interleaved documents. Conversations are left out, because nothing says which of their turns to ask
+    """The interleaved documents to ask about. Conversations are left out, because nothing says which turn to ask
     for."""
     return [document for document in documents.get("interleaved", []) if not document.asks]
 
 
 def _story(document: Document, protocol: Protocol) -> int | None:
-    """The index of the part of an interleaved document that is asked for: an image that the protocol can check. None:
-    there is none.
+    """The index of the part of an interleaved document to ask for, an image that the protocol can check; None if there
+    is none.
 
-    It is the second image, if a text before it says what it shows.
+    It is the second image, if there is a text before it that says what it shows.
     """
     at = [i for i, part in enumerate(document.parts) if _is_image(part)]
     return at[1] if protocol.story_matches and len(at) > 1 and at[1] > at[0] + 1 else None
@@ -230,7 +231,7 @@ _LOOKED_FOR = "captions (a prompt that asks for an image), questions about an im
 def _note(
     documents: Mapping[str, list[Document]], asked: Counter[str], protocol: Protocol, skipped: Counter[str]
 ) -> str:
-    """A note on what was asked instead of the usual questions, and why; "" if these were asked."""
+    """A note that says what was asked instead of the usual questions, and why; "" if the usual ones were asked."""
     if any(asked[kind] for kind in ("text_to_image", "edit", "image_to_text", "caption", "story", "turn")):
         return ""
     found = ", ".join(f"{len(group)} of kind {task}" for task, group in sorted(documents.items()) if group)
@@ -255,11 +256,11 @@ def _plan(
     budget: int,
     asking: Request,
 ) -> Plan | None:
-    """The question as the engine's plan; None if an image is too large for the grammar, or the request is too long for
+    """The engine's plan for the question; None if an image is too large for the grammar, or the request is too long for
     the engine.
 
-    `budget`: most tokens of a text answer. It is more than any right answer needs, so that cutting cannot turn a wrong
-    answer into a right one.
+    `budget` is the maximum number of tokens of a text answer. It is more than any right answer needs, because a wrong
+    answer that is cut off could otherwise look right.
     """
     parts = codec.encoded(example.prompt)
     document = example.document
@@ -272,7 +273,7 @@ def _plan(
                 return None
             request = replace(request, mode="text", max_tokens=min(budget, room))
             if (behind := example.document.parts[len(parts) :][1:]) and example.kind == "next_text":
-                # A text ends where the model begins the next image, so an image must be allowed and must have room.
+                # A text ends when the model begins the next image, so an image must be allowed, with room for it.
                 (image,) = codec.encoded(behind[:1])
                 budget += grammar.image_tokens(*image.codes.shape)  # type: ignore[union-attr]
                 request = replace(request, mode="free", max_images=1, max_tokens=min(budget, room))

@@ -16,13 +16,13 @@ from ar_unified.manifests import Json
 
 
 def load_networks(files: Mapping[str, str]) -> dict[str, Json]:
-    """The networks of `evaluate_tokenizer`: its arguments distances, extractors and weights.
+    """The arguments distances, extractors and weights of `evaluate_tokenizer`.
 
     Args:
-        files: path of the weights by name, "LPIPS" and "inception"; "" for none.
+        files: the path of the weights for each name, "LPIPS" and "inception"; "" for none.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it has other weights than this network's.
+        FileNotFoundError, ValueError: if there is no such file, or it does not have this network's weights.
     """
     found: dict[str, Any] = {"distances": {}, "extractors": {}, "weights": {}}
     if path := files.get("LPIPS"):

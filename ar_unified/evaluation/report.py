@@ -1,8 +1,8 @@
-"""One self-contained page that shows what a run made and how good it is: report.html.
+"""Writes report.html, a self-contained page that shows what a run made and how good it is.
 
-It has numbers beside their thresholds, samples beside their prompts with the checker's verdict, reconstructions,
-training curves, the whole evaluation as a table, and the machine. It needs no other file, font or script, and can be
-read on a phone, in light and dark, and without its script.
+It has numbers with their thresholds, samples with their prompts and the checker's verdict, reconstructions, training
+curves, the whole evaluation as a table, and facts about the machine. It needs no other file, font or script. It can be
+read on a phone, in light and dark mode, and with scripts switched off.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from ar_unified.metrics import (
 )
 from ar_unified.workdir import write_text
 
-LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
+LEAD = "One transformer over text and image tokens: what it generates, and how good that is."
 TOKENIZER_LEAD = "An image tokenizer: what it keeps of images, and how its codes are used."
-HELD_OUT = "held out"  # the name of the numbers at the top level of an evaluation
+HELD_OUT = "held out"  # the name of the set whose numbers are at the top level of an evaluation
 NAMES = {
     "text_to_image_exact": "Text to image",
     "image_to_text_exact": "Image to text",
@@ -64,13 +64,13 @@ MEANINGS = {
     "image_to_text_exact": "questions about an image answered exactly",
     "vqa_accuracy": "questions about an image answered exactly",
     "caption_exact": "captions that describe their image",
-    "edit_exact": "images that show the picture as the instruction changes it, and nothing else changed",
+    "edit_exact": "edited images that have the change that was asked for, and no other change",
     "turn_exact": "answers, text or image, that are right, given the model's own earlier answers",
     "conversation_exact": "conversations in which all answers are right",
-    "story_change_exact": "next images that show the change told",
-    "next_text_exact": "next texts of interleaved documents that are the document's own",
-    "parse_rate": "sampled sequences that are documents",
-    "reconstruction_exact": "real images that are still right after the tokenizer, the upper limit of text to image",
+    "story_change_exact": "next images that show the change that the text tells",
+    "next_text_exact": "next texts of interleaved documents that equal the document's own",
+    "parse_rate": "sampled sequences that parse as documents",
+    "reconstruction_exact": "real images that pass the checker after the tokenizer: the upper limit of text to image",
 }
 
 
@@ -90,19 +90,19 @@ def write_report(
     """Writes the page, whole or not at all.
 
     Args:
-        path: of the HTML file.
+        path: the path of the HTML file.
         title: the experiment's name.
-        evaluation: metrics as generation.evaluate gives them; further held-out sets are nested mappings by name; other
-            numbers (validation losses) are flat or nested; "tokenizer" has the numbers of tokenizer.evaluate_tokenizer
+        evaluation: metrics as returned by generation.evaluate; further held-out sets are nested mappings by name. Other
+            numbers (validation losses) are flat or nested. "tokenizer" has the numbers of tokenizer.evaluate_tokenizer
             by set.
-        examples: by set; "" or "held out" is the first set.
-        sheets: by set, the images of evaluate_tokenizer.
-        telemetry: by model, "image_tokenizer" and "transformer": a metrics.jsonl (which may be missing), or
-            its rows.
-        thresholds: by metric, the value that it should reach.
-        config: the whole experiment, JSON values.
-        facts: short facts for the head of the page, beside the config's summary, by name.
-        seconds: wall time of each stage, by name in order.
+        examples: the examples of each set; "" or "held out" is the first set.
+        sheets: for each set, the images of evaluate_tokenizer.
+        telemetry: for each model, "image_tokenizer" and "transformer", a metrics.jsonl (which may be missing) or its
+            rows.
+        thresholds: the value that each metric should reach.
+        config: the whole config as JSON values.
+        facts: short facts by name for the top of the page, in addition to the config's summary.
+        seconds: the wall time of each stage by name, in order.
     """
     scores = evaluation.get("tokenizer", {})
     sets = _sets({key: value for key, value in evaluation.items() if key != "tokenizer"})
@@ -142,7 +142,8 @@ def write_report(
 
 
 def _sets(evaluation: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
-    """Flat metrics by held-out set, the top level first. A nested mapping without `counts` is not a set."""
+    """Flat metrics of each held-out set; the set at the top level is first. A nested mapping without `counts` is not a
+    set."""
     top: dict[str, Json] = {}
     others: dict[str, dict[str, Json]] = {}
     for key, value in evaluation.items():
@@ -156,9 +157,9 @@ def _sets(evaluation: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
 
 
 def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
-    """A card for every metric with a threshold, and for all other metrics of NAMES that are shares of model answers."""
+    """A card for every metric with a threshold, and for every other metric that MEANINGS explains."""
     first, others = next(iter(sets.values())), list(sets.items())[1:]
-    doubled = "vqa_accuracy" in first and "image_to_text_exact" not in thresholds  # the same number twice
+    doubled = "vqa_accuracy" in first and "image_to_text_exact" not in thresholds  # both are the same number
     shown = [
         key for key in NAMES if isinstance(first.get(key), (int, float)) and (key in thresholds or key in MEANINGS)
     ]
@@ -184,8 +185,8 @@ def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, fl
 
 
 def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
-    """Every number of every set, in the order of NAMES first; the numbers of groups follow the number to which they
-    belong.
+    """Every number of every set. Those of NAMES are first, in its order; the numbers of groups follow the number that
+    they belong to.
     """
     keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
     if not keys:
@@ -215,7 +216,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float
 
 
 def _notes(sets: Mapping[str, Mapping[str, Json]]) -> str:
-    """Notes for sets without the usual documents: they say what was asked instead."""
+    """Notes for sets without the usual documents, which say what was asked instead."""
     notes = [f"{name}: {metrics['note']}." for name, metrics in sets.items() if metrics.get("note")]
     return "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
 
@@ -233,7 +234,7 @@ def _cell(metrics: Mapping[str, Any], key: str) -> str:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share measured on n (Wilson, 1927), which is correct at 0 and at 1 too."""
+    """The 95 % interval of a share measured on n (Wilson, 1927), which is also correct at 0 and 1."""
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -260,7 +261,8 @@ def _sample_size(metrics: Mapping[str, Any], key: str) -> str:
 _ATTENTION = VALIDATION + ATTENTION
 _PAIRS = {"text_to_image": "text at images", "image_to_text": "images at text"}
 
-# Title, unit, {metric: name in the legend}, first y axis: "" (linear), "log" or "zero" (linear from 0).
+# Title, unit, {metric: name in the legend}, and the y axis that is shown first: "" (linear), "log" or "zero" (linear
+# from 0).
 Chart = tuple[str, str, Mapping[str, str], str]
 
 
@@ -270,7 +272,7 @@ def _tokenizer(
     sets: Mapping[str, Mapping[str, Any]],
     scores: str,
 ) -> str:
-    """The tokenizer's scores, or without any a few reconstructions beside originals; and its curves."""
+    """The tokenizer's scores (or, if there are none, a few reconstructions next to their originals), and its curves."""
     first = next(iter(sets.values()))
     told = []
     if "tokenizer_psnr" in first:
@@ -328,18 +330,22 @@ def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
     return (
         ("Rewards", "train", {REWARDS + which: which for which in ("chosen", "rejected")}, ""),
         ("Margin of rewards", "train", whole, ""),
-        ("Pairs the right way round", "share", _both(REWARDS + "accuracies"), ""),
+        ("Pairs ranked correctly", "share", _both(REWARDS + "accuracies"), ""),
         ("Log-probability of answers", "nats, train", {LOGPS + which: which for which in ("chosen", "rejected")}, ""),
         ("Loss of chosen answers", "nats per token", _both(LOSS_OF_CHOSEN), ""),
     )
 
 
 def _transformer(rows: Sequence[Mapping[str, Json]]) -> str:
-    """The curves of the training, and whether the validation loss has risen again."""
+    """The curves of the training, with a remark if the validation loss has risen again."""
     words = turned(rows)
     said = f'<p class="lead">The {escape(words)}.</p>' if words else ""
     looks = _attention_charts(rows)
-    return said + _draw(rows, transformer_charts(rows)) + (f"<h3>who looks at whom</h3>{looks}" if looks else "")
+    return (
+        said
+        + _draw(rows, transformer_charts(rows))
+        + (f"<h3>attention between text and images</h3>{looks}" if looks else "")
+    )
 
 
 def _both(key: str) -> dict[str, str]:
@@ -379,13 +385,13 @@ def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
                 means.setdefault(name, []).append((row["step"], sum(of_layers.values()) / len(of_layers)))
                 latest[name] = sorted(of_layers.items())
                 even = row[f"{_ATTENTION}{pair}/uniform"]
-                latest[f"{name}, if it were even"] = [(layer, even) for layer in sorted(of_layers)]
+                latest[f"{name}, if attention were even"] = [(layer, even) for layer in sorted(of_layers)]
     steps = f"share of attention by layer, from 0, at step {found[-1]['step']}"
     drawn = line_chart("Text and images, by layer", latest, unit=steps, zero=True)
     drawn += line_chart("Text and images, over time", means, unit="share of attention, mean of layers", zero=True)
     return (
-        '<p class="soft">How much of their attention the positions of one modality give to the other, on held-out '
-        "documents; even: the share if all positions that they see had the same weight.</p>"
+        '<p class="soft">How much attention the positions of one modality give to the other, on held-out '
+        'documents; "even" is the share if all positions that they see had the same weight.</p>'
         f'<div class="grid2">{drawn}</div>'
     )
 

@@ -1,7 +1,7 @@
-"""What counts as right, for each dataset: plain functions of a held-out document and the model's answer.
+"""Decides which answers are right, for each dataset, by plain functions of a held-out document and the model's answer.
 
-A protocol has up to nine functions. A function that the dataset does not have is None, and its metric is left out.
-Images are uint8 [H, W, 3].
+A protocol has up to nine functions. If a dataset has no such function, it is None, and its metric is left out. Images
+are uint8 [H, W, 3].
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Protocol:
     """The checks of one dataset.
 
     Attributes:
-        image_matches(document, pixels): the pixels show what the document's text says.
-        story_matches(document, i, before, after): `after`, made by the model, is right as the i-th image
-            (from 0) of the document; `before` is the real image that precedes it.
-        edit_matches(document, after): `after`, made by the model, is the document's picture as the instruction asks.
-        answer_matches(expected, got): a text answer is right.
-        caption_matches(document, got): `got` is a right caption of the image in the document.
-        question_kind(document): a group for which the answer is counted too; "" for none.
+        image_matches(document, pixels): whether the pixels show what the document's text says.
+        story_matches(document, i, before, after): whether the model's image `after` is right as the i-th image (from 0)
+            of the document; `before` is the real image that precedes it.
+        edit_matches(document, after): whether the model's image `after` is the document's image, edited as instructed.
+        answer_matches(expected, got): whether a text answer is right.
+        caption_matches(document, got): whether `got` is a right caption of the image in the document.
+        question_kind(document): a group for which the answer is also counted; "" for none.
         edit_kind(document): the same for an edit.
-        turn_matches(document, i, got): the i-th answer (from 0) of a conversation, a text or pixels, is right.
-        turn_kind(document, i): the group of this answer.
+        turn_matches(document, i, got): whether the i-th answer (from 0) of a conversation, a text or pixels, is right.
+        turn_kind(document, i): the same for the i-th answer of a conversation.
     """
 
     name: str
@@ -70,7 +70,7 @@ def _shapes_story(document: Document, i: int, before: np.ndarray, after: np.ndar
 
 
 def _shapes_edit(document: Document, after: np.ndarray) -> bool:
-    """Compares sizes too, because some instructions change only the size."""
+    """Also compares sizes, because some instructions change only the size."""
     return shapes.edit_matches(after, scene_from_json(document.meta["edited_scene"]))
 
 
@@ -80,8 +80,8 @@ def _shapes_edit_kind(document: Document) -> str:
 
 
 def _shapes_turn(document: Document, i: int, got: str | np.ndarray) -> bool:
-    """A picture or a description must show the current scene of the conversation, with sizes. Other answers must be
-    equal.
+    """An image or a description must show the current scene of the conversation, with sizes. Other answers must equal
+    the document's.
     """
     scene = scene_from_json(document.meta["scenes"][i])
     if isinstance(got, np.ndarray):

@@ -1,13 +1,13 @@
-"""How likely a model finds given documents, as lines of JSON: in total, by part, by modality.
+"""Writes how likely a model finds given documents, as lines of JSON: in total, by part and by modality.
 
     {"line": 3, "id": "3", "origin": "a.jsonl:3", "log_likelihood": -41.2, "tokens": 19, "greedy": false,
      "text": {"log_likelihood": -9.1, "tokens": 3}, "image": {...}, "parts": [{"type": "image", ...}], "eos": {...}}
     {"line": 4, ..., "chosen": {...}, "rejected": {...}, "margin": 2.5}           for a preference pair
     {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
 
-Log-likelihoods are in nats, teacher-forced, and conditioned on everything before (`sampling.score`). If a document has
-turns, only its last answer is scored, else all of its parts. The end of a sequence has its own entry and is not in any
-sum.
+Log-likelihoods are in nats, with teacher forcing, and conditioned on everything before (`sampling.score`). Of a
+document with turns, only the last answer is scored; of any other, all parts. The token that ends a sequence has its own
+entry and is not part of any sum.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ar_unified.manifests import Json
 from ar_unified.sampling.model import Model
 from ar_unified.sampling.score import Score, pieces
 
-_AT_ONCE = 256  # how many items have their images encoded together and their answers batched by length
+_AT_ONCE = 256  # number of items whose images are encoded together and whose answers are batched by length
 
 
 @dataclass
 class Scoring:
     """What `score_source` did: how many documents it scored (two for a preference pair), how many items it left out,
-    and the first of these. found: items that an earlier process had done.
+    and why it left out the first. `found` counts items that an earlier process had scored.
     """
 
     documents: int = 0
@@ -68,11 +68,11 @@ class Scoring:
 def score_source(model: Model, source: Source, output: str | Path, *, show_progress: bool = True) -> Scoring:
     """Writes a line for every item of a source to `output`, in order. The file appears whole or not at all.
 
-    A process that is killed leaves its lines in a folder beside it (`unfinished`), and the same call goes on from
-    there.
+    If the process is killed, its lines stay in a folder next to `output` (`unfinished`), and the same call continues
+    from there.
 
-    Raises UserError if `output` exists, or if the unfinished lines belong to another model or other data. OSError: it
-    cannot be written.
+    Raises UserError if `output` exists, or if the unfinished lines belong to another model or other data. Raises
+    OSError if it cannot be written.
     """
     done = Scoring()
     facts = {"weights": model.weights, "max_length": model.engine.max_length, "data": dict(source.fingerprint)}
@@ -129,7 +129,7 @@ def _require_room(model: Model, document: Document) -> None:
 
 
 def _coded(model: Model, documents: Sequence[Document]) -> list[Document]:
-    """Images as codes; images of one size are encoded in batches."""
+    """The documents with images as codes; images of one size are encoded in batches."""
     images: list[np.ndarray] = []
 
     def kept(part: object) -> Any:

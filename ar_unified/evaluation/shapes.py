@@ -1,8 +1,8 @@
 """Reads the objects of a shapes image from its pixels, and checks whether they are the right ones.
 
-Each corner is read by itself: which pixels differ from the background, which colour of the palette they have, and which
-shape, with its size and place, covers them best. A corner that looks like no shape or no colour of the dataset reads as
-"unclear", which matches nothing, so that a smudge does not count as a circle.
+Each corner is read separately: which pixels differ from the background, which colour of the palette they have, and
+which shape, with its size and place, covers them best. If a corner looks like no shape or no colour of the dataset, the
+result is "unclear", which matches nothing, so that a smudge does not count as a circle.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from ar_unified.data.scenes import COLOURS, PLACES, SHAPES, SIZES, Object, Scene
 
 UNCLEAR = "unclear"
 
-_EMPTY = 0.02  # share of a corner's area; a corner with less shows nothing. The smallest shape covers 0.06
-_MIN_OVERLAP = 0.94  # least Dice overlap with the best shape; an autoencoder at 27 dB keeps 0.96
+_EMPTY = 0.02  # a corner with a smaller share of marked pixels is empty; the smallest shape covers 0.06
+_MIN_OVERLAP = 0.94  # minimum Dice overlap with the best shape; after an autoencoder at 27 dB it is 0.96
 _MAX_COLOUR_DISTANCE = 62.0  # RGB; the two closest colours of the palette are 124 apart
 
 
 @lru_cache(maxsize=8)
 def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Every shape and size, sharp and soft, at its place and up to two pixels away: f32 [N, cell^2]."""
+    """Masks of every shape and size, sharp and soft, at its place and up to two pixels away, f32 [N, cell^2]; and their
+    names."""
     reach = 2
     steps = range(-reach, reach + 1)
     names = [(shape, size) for shape in SHAPES for size in SIZES]
     masks = []
     for shape, size in names:
         sharp = sprite(shape, size, cell)
-        soft = sharp  # as from an autoencoder: a blurred square is more like a circle than like a sharp square
+        soft = sharp  # blurred below, as by an autoencoder: a blurred square is more like a circle than like a square
         for axis in (0, 1):
             soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
         masks += [np.roll(m, (dy, dx), (0, 1)).ravel() for m in (sharp, soft) for dy in steps for dx in steps]
@@ -60,7 +61,7 @@ def _read_corner(difference: np.ndarray, background: np.ndarray) -> tuple[str, s
     cell = len(difference)
     flat = difference.reshape(-1, 3)
     distance = np.linalg.norm(flat, axis=1)
-    marked = distance > 75  # well above noise; half covered pixels of the palest colour still count
+    marked = distance > 75  # well above noise, but half-covered pixels of the palest colour still count
     if marked.mean() < _EMPTY:
         return None
 
@@ -70,9 +71,9 @@ def _read_corner(difference: np.ndarray, background: np.ndarray) -> tuple[str, s
     off = np.linalg.norm(palette - core, axis=1)
     colour = list(COLOURS)[int(off.argmin())] if off.min() <= _MAX_COLOUR_DISTANCE else UNCLEAR
 
-    # The shape: how much of each pixel is covered with that colour, against every template (Dice overlap).
+    # The shape: compares each pixel's coverage by that colour with every template (Dice overlap).
     cover = np.clip(flat @ core / (core @ core), 0, 1)
-    cover = np.where(distance > 45, cover, 0)  # the background's noise covers nothing
+    cover = np.where(distance > 45, cover, 0)  # noise of the background does not count as coverage
     masks, names = _templates(cell)
     overlap = 2 * (masks @ cover) / ((masks**2).sum(1) + cover @ cover)
     shape, size = names[int(overlap.argmax())]
@@ -84,7 +85,7 @@ def scene_matches(
     wanted: Iterable[Object],
     attributes: Sequence[str] = ("shape", "colour", "place"),
 ) -> bool:
-    """Whether both scenes have exactly the same objects, comparing only `attributes`."""
+    """Whether both scenes have exactly the same objects, if only `attributes` are compared."""
 
     def key(objects: Iterable[Object]) -> list[tuple[str, ...]]:
         return sorted(tuple(getattr(o, a) for a in attributes) for o in objects)
@@ -93,10 +94,10 @@ def scene_matches(
 
 
 def closeness(pixels: np.ndarray, scene: Scene) -> dict[str, float]:
-    """How near an image is to the picture of a scene, in [0, 1], for the place of each object.
+    """How similar an image is to the picture of a scene, in [0, 1], at the place of each object.
 
-    It compares the differences a and b of both from the background: 1 - sum |a - b| / (sum |a| + sum |b|), Bray and
-    Curtis' similarity. pixels: uint8 [side, side, 3].
+    If a and b are the differences of the two images from their backgrounds, the result is Bray and Curtis' similarity,
+    1 - sum |a - b| / (sum |a| + sum |b|). `pixels` is uint8 [side, side, 3].
     """
     cell = len(pixels) // 2
     both = [image.astype(np.float32) for image in (pixels, render(scene, len(pixels)))]
@@ -110,7 +111,8 @@ def closeness(pixels: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def edit_matches(pixels: np.ndarray, scene: Scene) -> bool:
-    """Whether an edited image shows the right scene, with sizes. So it also checks that nothing else was changed."""
+    """Whether an edited image shows the right scene, including sizes. This also checks that nothing else was
+    changed."""
     return scene_matches(read_scene(pixels), scene, ("shape", "colour", "size", "place"))
 
 
@@ -120,7 +122,8 @@ def story_change_matches(
     scene_after: Scene,
     attributes: Sequence[str] = ("shape", "colour", "place"),
 ) -> bool:
-    """Whether the second image shows the scene after the text, which differs from the first image's scene."""
+    """Whether the second image shows the scene after the change that the text tells, and differs from the first image's
+    scene."""
     after = read_scene(after_pixels)
     return scene_matches(after, scene_after, attributes) and not scene_matches(
         read_scene(before_pixels), after, attributes

@@ -1,4 +1,4 @@
-"""An image tokenizer's reconstructions beside their originals, and its numbers, as a PNG and as HTML."""
+"""Shows an image tokenizer's reconstructions next to their originals, and its numbers, as a PNG and as HTML."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ar_unified.evaluation.charts import number
 from ar_unified.evaluation.figures import figure
 from ar_unified.manifests import Json
 
-AMPLIFIED = 4  # factor of the absolute difference: an error of 64 levels is white
-SHOWN = 256  # most pixels of a side on the page; the PNG has all pixels
+AMPLIFIED = 4  # factor of the absolute difference; an error of 64 levels becomes white
+SHOWN = 256  # maximum pixels of a side on the page; the PNG has all pixels
 
 
 def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """uint8 [n, H, W, 3] twice -> uint8 [n * H, 3 * W, 3]: a row for each image.
 
-    Original | reconstruction | their absolute difference, AMPLIFIED times.
+    A row is: original | reconstruction | their absolute difference times AMPLIFIED.
     """
     difference = np.abs(real.astype(np.int16) - seen)
     columns = (real, seen, np.minimum(AMPLIFIED * difference, 255).astype(np.uint8))
@@ -28,8 +28,8 @@ def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def section(results: Mapping[str, Mapping[str, Json]], sheets: Mapping[str, np.ndarray]) -> str:
-    """HTML with the numbers of `evaluation.tokenizer` by set, the data they were measured on, and the sheets of these
-    sets.
+    """HTML with the numbers of `evaluation.tokenizer` for each set, the data that they were measured on, and the sheets
+    of the sets.
     """
     if not results:
         return ""
@@ -39,7 +39,7 @@ def section(results: Mapping[str, Mapping[str, Json]], sheets: Mapping[str, np.n
         if cards:
             images += f'<h3>{escape(name.replace("_", " "))}</h3><div class="stories">{cards}</div>'
     note = (
-        f"The first images of the draw, not chosen; then the worst of the others. Differences are shown {AMPLIFIED} "
+        f"The first images, without selection; then the worst of the others. Differences are shown {AMPLIFIED} "
         f"times as large as they are."
     )
     return _table(results) + (f'<p class="lead">{note}</p>{images}' if images else "") + _sources(results)
@@ -83,7 +83,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}".replace(",", " ")
 
 
-# (path in the result, name, format); the numbers that networks measure come after them.
+# (path in the result, name, format); numbers that networks measure follow after these
 _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("images", "Images", _count),
     ("psnr", "PSNR, mean over images", _decibels),
@@ -101,7 +101,7 @@ _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bits_per_pixel", "Bits per pixel, log2(K) per id", _fine),
     ("entropy_bits_per_pixel", "Bits per pixel, entropy", _fine),
     ("probe/bits_per_id", "Bits per id under a small transformer", _fine),
-    ("probe/bits_per_pixel", "Bits per pixel under it", _fine),
+    ("probe/bits_per_pixel", "Bits per pixel under that transformer", _fine),
     ("id_stability", "Ids unchanged when encoded again", _share),
     ("psnr_corrupted/1%", "PSNR with 1 % of ids at random", _decibels),
     ("psnr_corrupted/5%", "PSNR with 5 % of ids at random", _decibels),
@@ -144,7 +144,7 @@ def _protocol(name: str, numbers: Mapping[str, Any]) -> str:
 
 
 def _sources(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each source, if a set has several."""
+    """A table with a row for each source of the sets that have several."""
     columns = ("images", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
     formats = {path: (label, write) for path, label, write in _ROWS}
     rows = ""
@@ -170,7 +170,7 @@ def _at(numbers: Mapping[str, Json], path: str) -> float | None:
 
 
 def _networks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of the numbers that networks measure."""
+    """The names of the numbers that networks measure."""
     named = [
         key
         for numbers in results.values()

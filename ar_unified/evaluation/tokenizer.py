@@ -1,8 +1,8 @@
-"""How good an image tokenizer is on images that it was not trained on, under one fixed protocol.
+"""Measures how good an image tokenizer is on images that it was not trained on, under one fixed protocol.
 
 Every number depends on the images' number, size and resizing, on rounding, and on whether errors or decibels are
-averaged. So all of this is fixed here and written beside the numbers (`PROTOCOL`). A number from a network is given
-only with the sha256 of its weight file.
+averaged. Therefore all of this is fixed here and written together with the numbers (`PROTOCOL`). A number from a
+network is reported only with the sha256 of the network's weight file.
 
 Axes: B batch, N images of a set, H W pixels, h w ids, K codebook size, F features.
 """
@@ -35,8 +35,8 @@ PROTOCOL = {
     "ssim": "Gaussian window 11 x 11, sigma 1.5, mean of R, G and B",
 }
 CORRUPTION = (0.01, 0.05, 0.10)  # shares of the ids that are replaced
-FIRST, WORST = 6, 2  # how many images are shown: the first drawn, and the worst of the others
-_SCAN = 16  # items of a source that are tried for each image that is needed
+FIRST, WORST = 6, 2  # how many images are shown: the first ones, and the worst of the others
+_SCAN = 16  # maximum number of items of a source that are tried per image that is needed
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
@@ -49,7 +49,7 @@ class NoReadableImage(ValueError):
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """`pixels` uint8 [H, W, 3] at the requested size; `enlarged`: the original was smaller."""
+    """`pixels` are uint8 [H, W, 3] at the requested size; `enlarged` says whether the original was smaller."""
 
     source: str
     origin: str
@@ -69,7 +69,7 @@ def draw_images(
     walks = [_walk(source, rng.permutation(len(source))[: _SCAN * limit], size, left_out) for source in sources]
     seen = set[bytes]()
     for image in itertools.chain.from_iterable(itertools.zip_longest(*walks)):
-        if image is None:  # that source has no more
+        if image is None:  # this source has no more images
             continue
         digest = hashlib.sha256(image.pixels.tobytes()).digest()
         if digest in seen:
@@ -99,33 +99,34 @@ def evaluate_tokenizer(
 
     Args:
         size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
-        limit: most images, equally from every source. seed: for the choice of images and the corruption of ids.
-        batch_size: images in memory at a time. It changes no number, unless the tokenizer rounds differently.
-        distances: further distances by name, such as "LPIPS"; their means go under their names.
+        limit: the maximum number of images, equally from every source. seed: for the choice of images and for corrupted
+            ids.
+        batch_size: images in memory at a time. It changes no number, unless the tokenizer then rounds differently.
+        distances: further distances by name, such as "LPIPS". The result has the mean of each under its name.
         extractors: networks by name. The Frechet distance between their features of real and of reconstructed images is
             rFID for "inception", and FD-<name> for any other.
-        weights: sha256 of the weight file of every distance and extractor.
+        weights: the sha256 of the weight file of every distance and extractor.
         probe: a model of ids, trained on other images (`training.probe`).
-        progress: called with the number of images that were done.
+        progress: called with the number of images of each batch that is done.
 
     Returns:
-        (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the images under "shown". Numbers,
-        each a float unless said otherwise:
+        (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the images under "shown". The numbers
+        are floats unless stated otherwise:
           protocol (PROTOCOL, the filter too), crop [H, W], sources, images (int), seed, tokenizer (its sha256),
           skipped {reason: n}, enlarged (int: images smaller than the crop): what the others depend on;
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
           codebook_size, ids_per_image, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;
           bits_per_pixel, entropy_bits_per_pixel: if each id counts log2(K) bits, or entropy_bits;
-          id_stability: the share of ids that stay the same when the reconstruction is encoded;
-          psnr_corrupted {"1%": ...}: in dB against the original, after this share of ids was replaced at random;
+          id_stability: the share of ids that are the same when the reconstruction is encoded;
+          psnr_corrupted {"1%": ...}: PSNR in dB against the original if this share of ids is replaced at random;
           by_source {name: {images, psnr, ssim, l1, and the numbers of metrics.usage}};
           probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: if given;
           shown [{origin, psnr, ssim, worst}].
 
     Raises:
-        NoReadableImage: there was nothing to score.
-        ValueError: a distance or extractor has no sha256, or the tokenizer cannot take the size.
+        NoReadableImage: if there is nothing to score.
+        ValueError: if a distance or extractor has no sha256, or the tokenizer does not support the size.
     """
     distances, extractors, weights = dict(distances or {}), dict(extractors or {}), dict(weights or {})
     if unnamed := sorted((distances.keys() | extractors.keys()) - weights.keys()):
@@ -157,7 +158,7 @@ def evaluate_tokenizer(
 
 
 class _Tally:
-    """Collects the numbers of a set's images under a tokenizer, a batch at a time."""
+    """Collects a tokenizer's numbers on the images of a set, a batch at a time."""
 
     def __init__(
         self, tokenizer: ImageCodec, measures: Mapping[str, Distance], extractors: Mapping[str, Extractor], seed: int
@@ -195,7 +196,7 @@ class _Tally:
         ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
         measured = {name: np.array(found) for name, found in self._values.items()}
         of = np.array([image.source for image in self.done])
-        codes, bits = _usage(ids, K), ids[0].size / pixels  # bits of a pixel for each bit of an id
+        codes, bits = _usage(ids, K), ids[0].size / pixels  # factor from bits per id to bits per pixel
         numbers: dict[str, Json] = {
             **{name: float(measured[name].mean()) for name in self.measures if name != "mse"},
             "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
@@ -252,7 +253,7 @@ def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Co
 
 
 def _measures(size: tuple[int, int]) -> dict[str, Distance]:
-    """The distances that need no weights and can be computed for images of this size."""
+    """The distances that need no weights, if images of this size allow them."""
     found: dict[str, Distance] = {"psnr": metrics.psnr, "mse": metrics.mse, "l1": metrics.l1}
     most = len(metrics.SCALE_WEIGHTS)
     scales = [n for n in range(1, most + 1) if min(size) >= metrics.ms_ssim_side(n)]
@@ -287,7 +288,7 @@ class _Moments:
 
 
 def _frechet(a: _Moments, b: _Moments) -> float:
-    from ar_tokenizers.image.inception import frechet_distance  # imports a network, so only when it is needed
+    from ar_tokenizers.image.inception import frechet_distance  # this imports a network, so only when needed
 
     return float(frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance()))
 
@@ -302,7 +303,7 @@ def _usage(ids: np.ndarray, codebook_size: int) -> dict[str, float]:
 def _corrupted(ids: np.ndarray, share: float, codebook_size: int, seed: tuple[int, int]) -> np.ndarray:
     """int32 [h, w], in which each id is replaced by a random other id with probability `share`.
 
-    All shares use the same draw: an id that changes at 1 % also changes at 10 %.
+    All shares use the same random numbers, so an id that changes at 1 % also changes at 10 %.
     """
     rng = np.random.default_rng(seed)
     hit = rng.random(ids.shape) < share

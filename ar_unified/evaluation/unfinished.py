@@ -1,6 +1,6 @@
-"""A file of JSON lines that appears whole or not at all. If a process is killed, the next one goes on with its lines.
+"""A file of JSON lines that appears whole or not at all. If a process is killed, the next one continues with its lines.
 
-FILE.unfinished/made_of.json   what decides the lines
+FILE.unfinished/made_of.json   the facts that the lines depend on
                 lines.jsonl    the lines that are done, added in parts
 """
 
@@ -25,16 +25,17 @@ _FACTS, _LINES = "made_of.json", "lines.jsonl"
 
 
 class Unfinished:
-    """The lines of `output` that are done so far. A context: inside it, only this process adds lines.
+    """A context for writing the lines of `output`. Inside it, only this process adds lines.
 
     Args:
-        facts: JSON values that decide the lines.
-        every: number of lines in a part; an incomplete part is made again.
+        facts: JSON values that the lines depend on.
+        every: the number of lines in a part; an incomplete part is made again.
 
     Attributes:
-        done: number of lines that are there.
+        done: the number of lines that an earlier process has finished.
 
-    Raises UserError: `output` exists, the lines belong to other facts, or another process is adding lines. OSError.
+    Raises UserError if `output` exists, the lines belong to other facts, or another process is adding lines. Raises
+    OSError if reading or writing fails.
     """
 
     def __init__(self, output: str | Path, facts: Mapping[str, object], every: int):
@@ -59,12 +60,12 @@ class Unfinished:
         self._file.close()
 
     def rows(self) -> Iterator[dict[str, Json]]:
-        """The lines that are there, in order."""
+        """The finished lines, in order."""
         with open(self.folder / _LINES, "rb") as file:
             yield from map(json.loads, file)
 
     def add(self, rows: Iterable[Mapping[str, Json]]) -> None:
-        """Appends lines, so that they survive the end of this process."""
+        """Appends lines and syncs them to disk, so that they survive the end of this process."""
         said = (json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") for row in rows)
         left = memoryview(b"".join(line + b"\n" for line in said))
         while left:
@@ -72,7 +73,7 @@ class Unfinished:
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Turns the lines into `output`. Call it when all are there."""
+        """Turns the lines into `output`. Call it when all are finished."""
         self._file.seek(0)
         with whole(self.output) as file:
             shutil.copyfileobj(self._file, file)
@@ -84,12 +85,12 @@ class Unfinished:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise UserError(f"{self.folder} is being written by another process: wait for it, or end it") from None
-            # some network file systems have no locks
+            # other errors are ignored, because some network file systems have no locks
         if os.fstat(self._file.fileno()).st_nlink == 0:
             raise UserError(f"{self.output} was finished by another process meanwhile: nothing is left to do")
 
     def _require(self, facts: Mapping[str, Any]) -> None:
-        """Raises UserError if the lines belong to other facts. Lines without a record are made again."""
+        """Raises UserError if the lines belong to other facts. If no facts were recorded, the lines are made again."""
         try:
             found = read_json(self.folder / _FACTS)
         except (OSError, ValueError):

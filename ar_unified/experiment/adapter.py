@@ -1,4 +1,4 @@
-"""The model of a training of an adapter: the bundle that it began with, and the values in its checkpoint."""
+"""Makes the model of an adapter's training from the bundle that it began with and the values in its checkpoint."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ar_unified.training.selection import Selection
 
 
 def require_base(bundle: Bundle, trained: Any) -> None:
-    """Raises UserError unless the training began with this bundle. trained: the bundle's hash that the training
-    noted."""
+    """Raises UserError unless the training began with this bundle. `trained` is the bundle hash that the training
+    recorded."""
     if bundle.hash != trained:
         raise UserError(
             f"config.init: the adapter was trained on bundle {str(trained)[:12]}, found {bundle.hash[:12]} in "
@@ -37,16 +37,16 @@ def require_base(bundle: Bundle, trained: Any) -> None:
 
 
 class First(NamedTuple):
-    """The adapter of config.lora.init. matrices: as params["lora"] is, numpy."""
+    """The adapter of config.lora.init. `matrices` are its matrices as numpy arrays, arranged as in params["lora"]."""
 
     adapter: Adapter
     matrices: Any
 
 
 def first_adapter(config: ConfigDict, bundle: Bundle | None) -> First | None:
-    """The adapter that config.lora.init names; None: it names none.
+    """The adapter that config.lora.init names, or None if it names none.
 
-    Raises UserError: it belongs to another model, or config.lora describes another adapter.
+    Raises UserError if it belongs to another model, or config.lora describes another adapter.
     """
     lora = settings.lora(config)
     if lora is None or not config.lora.init or bundle is None:
@@ -57,13 +57,14 @@ def first_adapter(config: ConfigDict, bundle: Bundle | None) -> First | None:
 
 
 def require_rows(first: First, grammar: Grammar, selection: Selection) -> None:
-    """Raises UserError if the adapter has rows of ids that `selection` does not train: checkpoints would lack them."""
+    """Raises UserError if the adapter has rows of ids that `selection` does not train, as checkpoints would lack these
+    rows."""
     with about("config.lora.init"):
         own = own_rows(first.adapter, grammar)
     kinds = {role.name.lower(): grammar.vocabulary.ids(role) for role in Role if role != Role.PAD}
     for table, (ids, _) in own.items():
         runs = None if selection.parts is None else selection.parts.get(table, ((0, 0),))
-        if not runs:  # all of the table
+        if not runs:  # all of the table is trained
             continue
         left = [int(id) for id in ids if not any(begin <= id < end for begin, end in runs)]
         if left:
@@ -71,12 +72,12 @@ def require_rows(first: First, grammar: Grammar, selection: Selection) -> None:
             raise UserError(
                 f"config.training.only: expected {', '.join(named) or table} in it, as the adapter "
                 f"{first.adapter.folder} has {len(left)} rows of {table} that this training would lose: it trains "
-                f"others of {table}, or none"
+                f"other rows of {table}, or none"
             )
 
 
 def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
-    """An adapter's file as params["lora"], numpy.
+    """The matrices of an adapter's file as numpy arrays, arranged as in params["lora"].
 
     Raises UserError, which names the key of config.lora, if the config describes another adapter than the file has.
     """
@@ -97,8 +98,8 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
         ranks, scales = set(found.ranks[path]), set(found.scales[path])
         if len(ranks) > 1 or len(scales) > 1:
             raise UserError(
-                f"config.lora.init: expected an adapter that is the same in all layers, which a training needs; "
-                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can still be "
+                f"config.lora.init: expected an adapter that is the same in all layers, as training requires; "
+                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} for {path}. It can still be "
                 "served (sample --adapter)"
             )
         (rank,), (scale,) = ranks, scales
@@ -117,11 +118,11 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
 def grown(
     tables: Params, rows: np.ndarray, places: Any, text_size: int = 1, codes: range = range(0), **how: Any
 ) -> Params:
-    """The tables of a language model with rows for new ids (`model.code_vectors.extended_tables`), placed as `places`
-    says.
+    """The tables of a language model with rows for new ids (`model.code_vectors.extended_tables`), sharded as in
+    `places`.
 
-    how: the other arguments of that function. By default all new rows are equal, because their values come from
-    elsewhere.
+    `how` gives the other arguments of that function. By default all new rows are equal, because the caller sets their
+    values.
     """
     how = {"how": "mean", "vectors": None, "key": jax.random.key(0)} | how
     put = jax.jit(
@@ -132,10 +133,10 @@ def grown(
 
 
 def read_base(bundle: Bundle, abstract: Params) -> Params:
-    """The bundle's parameters as a training holds them.
+    """The bundle's parameters in the form that a training uses.
 
-    abstract: their shapes, dtypes and shardings. A matrix that has 8 bits there is rounded as soon as it is read, so
-    that only one matrix at a time is in memory in the file's dtype.
+    `abstract` gives their shapes, dtypes and shardings. A matrix that has 8 bits there is rounded as soon as it is
+    read, so that only one matrix at a time is in memory in the file's dtype.
     """
 
     def rounded(leaf: Any) -> bool:
@@ -165,7 +166,7 @@ def read_base(bundle: Bundle, abstract: Params) -> Params:
 
 
 def tables_before(bundle: Bundle, abstract: Params) -> Params:
-    """`abstract`, but with tables of ids of the bundle's size, for a language model that is extended by images."""
+    """`abstract` with the bundle's sizes for the tables of ids, for a language model that is extended by images."""
     place = abstract["embedding"].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
     before = abstract_params(bundle.config, mesh)
@@ -190,12 +191,12 @@ def in_base(
     """The parameters of the bundle with the adapter merged in, and with the values of everything else that was trained.
 
     Args:
-        config: of the trained model.
-        selection: what was trained. stored: the trained values, as in a checkpoint.
-        target: shapes, dtypes and shardings of the result; None: float32, on this process's first device.
-        rows: from `language.extension.rows_of`, if the bundle is a language model that was extended. The rows that it
-            lacks are in `stored`.
-        adapted: False leaves out the adapter.
+        config: the config of the trained model.
+        selection: which parameters were trained. stored: the trained values, as in a checkpoint.
+        target: shapes, dtypes and shardings of the result; None means float32 on this process's first device.
+        rows: from `language.extension.rows_of`, if the bundle is a language model that was extended. Rows that the
+            bundle lacks are in `stored`.
+        adapted: whether the adapter is merged in.
     """
     if target is None:
         here = SingleDeviceSharding(jax.local_devices()[0])

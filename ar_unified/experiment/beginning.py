@@ -32,8 +32,8 @@ _ROWS = {
 def beginning(
     experiment: Experiment, task: TransformerTask, fresh: Selection | None
 ) -> Callable[[Params], Params] | None:
-    """Makes the parameters of the bundle that config.init names, if any, with random values for the parts that begin at
-    random.
+    """Returns a function that makes the first parameters from the bundle in config.init, with random values for the
+    parts that begin at random; None if config.init names no bundle.
     """
     bundle = experiment.bundle
     if bundle is None:
@@ -87,9 +87,9 @@ def _extended(experiment: Experiment, bundle: Bundle, abstract: Params) -> Param
 
 
 def with_adapter(params: Params, first: First, grammar: Grammar, places: Any) -> Params:
-    """The parameters with the adapter, and with its rows instead of theirs.
+    """The parameters with the adapter added. The adapter's rows of ids, if it has any, replace theirs.
 
-    places: the shardings of the tables of ids, and of the adapter.
+    `places` has the shardings of the tables of ids and of the adapter.
     """
     params = params | {"lora": _hand_out(first.matrices, places["lora"])}
     for table, (ids, values) in own_rows(first.adapter, grammar).items():
@@ -99,12 +99,12 @@ def with_adapter(params: Params, first: First, grammar: Grammar, places: Any) ->
 
 
 def _hand_out(tree: Any, places: Any) -> Any:
-    """Puts arrays of numpy on devices; this process fills only its own."""
+    """Puts numpy arrays on devices; this process fills only its own devices."""
     return jax.tree.map(
         lambda leaf, place: jax.make_array_from_callback(leaf.shape, place, lambda at: leaf[at]), tree, places
     )
 
 
 def _adapter(task: TransformerTask, key: jax.Array) -> Params:
-    """The random value of one leaf; nothing else of `init` is computed."""
+    """The adapter's random values. Under jit, nothing else of `init` is computed."""
     return {"lora": task.init(key)["lora"]}

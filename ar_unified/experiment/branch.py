@@ -1,7 +1,7 @@
-"""A workdir that begins with another workdir's tokenizers, data and one of its checkpoints.
+"""Makes a workdir that begins with another workdir's tokenizers and data, and with one of its checkpoints.
 
-The other workdir is only read. Files are shared with it by hard links if the file system can, so a branch needs no
-space and stays whole when the other workdir is deleted.
+The other workdir is only read. Files are shared with it by hard links if the file system has them. Then a branch needs
+no space, and it stays complete when the other workdir is deleted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
 def branch(
     experiment: Experiment, origin: Path, step: int | None, fingerprint: Callable[[], Mapping[str, Json]]
 ) -> None:
-    """Makes the experiment's stage `model` begin with checkpoint `step` of the workdir `origin`; None: the last
-    checkpoint.
+    """Makes the experiment's stage `model` begin with checkpoint `step` of the workdir `origin`, or with its last
+    checkpoint if `step` is None.
 
-    fingerprint: gives the fingerprint of the stage when tokenizers and data are in place. Its differences from the
-    origin's are noted in the history, after the origin's entries up to `step`. A second call for the same branch does
-    nothing.
+    `fingerprint` returns the fingerprint of the stage once tokenizers and data are in place. Its differences from the
+    origin's fingerprint are written into the history, after the origin's entries up to `step`. A second call for the
+    same branch does nothing.
 
-    Raises UserError as `begin_branch`; StageMismatch if a difference concerns steps that were already taken.
+    Raises UserError like `begin_branch`, and StageMismatch if a difference concerns steps that were already taken.
     """
     origin = origin.resolve()
     own(experiment.workdir.model)
@@ -60,7 +60,7 @@ def branch(
     differs = {field: pair for part in changed.values() for field, pair in part.items()}
     now = history.entry("branched", step, differs, **{"from": str(origin)})
     with about(f"--branch {origin}:{step}"):
-        if (origin / "model" / "metrics.jsonl").exists():  # the curve up to here; the training cuts it there
+        if (origin / "model" / "metrics.jsonl").exists():  # the whole curve; the training cuts it at this step
             write_bytes(stage.folder / "metrics.jsonl", (origin / "model" / "metrics.jsonl").read_bytes())
         write_json(stage.folder / "history.json", [*before, now])
         adopt(there, step, experiment.checkpoint_folder)
@@ -69,7 +69,7 @@ def branch(
 
 
 def begin_branch(experiment: Experiment, origin: Path, step: int | None) -> None:
-    """What process 0 does for a branch before it opens the sources: it shares the datasets that the origin has drawn.
+    """Shares the datasets that the origin has downloaded. Process 0 does this for a branch before it opens the sources.
 
     Raises UserError if the origin has no such checkpoint or is this workdir, if this workdir has a model already, or if
     there is no step left to train.
@@ -95,13 +95,13 @@ def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
         raise UserError(f"--branch {origin}: expected a workdir whose training has begun, found no model in it")
     there = _checkpoint_folder(origin)
     if Path(there) == Path(experiment.checkpoint_folder):
-        raise UserError(f"config.checkpoint_folder: expected another than the origin's, found the same, {there}")
+        raise UserError(f"config.checkpoint_folder: expected another folder than the origin's, found the same, {there}")
     steps = steps_in(there)
     step = max(steps, default=0) if step is None else step
     if step not in steps:
         raise UserError(
             f"--branch {origin}: expected a step with a checkpoint in {there}, one of {steps}; found {step}. "
-            "training.keep_every says which of them survive."
+            "training.keep_every says which checkpoints are kept."
         )
     if wanted <= step:
         raise UserError(
@@ -111,7 +111,7 @@ def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
 
 
 def _begun(folder: Path) -> list[Path]:
-    """The records of a stage; the valid record comes first."""
+    """The record files of a stage that exist; the valid one comes first."""
     return [path for name in ("done", "started") if (path := folder / f"{name}.json").exists()]
 
 
@@ -121,7 +121,7 @@ def _checkpoint_folder(origin: Path) -> str:
 
 
 def _share(there: Path, here: Path) -> None:
-    """Gives a finished folder a second name, whole or not at all; an existing folder stays."""
+    """Makes `here` share the files of a finished folder, whole or not at all. If `here` exists, nothing happens."""
     if here.exists():
         return
     unfinished = here.with_name(f".{here.name}.branch~")

@@ -19,7 +19,7 @@ def describe(section: ConfigDict, asked: Collection[str]) -> None:
     Args:
         asked: keys of the section that a person has set, other than `model`.
 
-    Raises UserError: there is no image tokenizer, or another network was asked for.
+    Raises UserError if there is no image tokenizer, or another network was asked for.
     """
     with about(f"{KEY}.model"):
         theirs = dataclasses.asdict(saved_config(section.model)) | {"steps": 0}
@@ -30,5 +30,5 @@ def describe(section: ConfigDict, asked: Collection[str]) -> None:
             )
     try:
         section.update(theirs)
-    except (TypeError, ValueError) as error:  # no tokenizer of ours has such values
+    except (TypeError, ValueError) as error:  # our tokenizers do not have such values
         raise UserError(f"{KEY}.model: {section.model}: {error}") from error

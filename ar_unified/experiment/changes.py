@@ -1,7 +1,7 @@
-"""Which keys of a config may change in a workdir with a run or a part of it, and what happens to a stage then.
+"""Which keys of a config may change once a run has begun in a workdir, and what a change does to a stage.
 
-Every key that is not named here decides the result of the stages that read it: if it changes, they are refused. Put a
-new key into one of the two lists only if the list's comment is true of it.
+Every key that is not named here decides the result of the stages that read it, and they refuse to go on if it changes.
+Put a new key into COST or EXTENDS only if the comment there is true of it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ar_unified.history import Changeable
 from ar_unified.manifests import ABSENT, Json
 from ar_unified.workdir import Stage, StageMismatch, Workdir
 
-# These change only memory, speed, rounding, and what is logged, shown and kept.
+# These keys affect only memory, speed, rounding, and what is logged, shown and kept.
 COST = (
     "mesh",
-    "text_tokenizer.model",  # the place of the file; only its content decides the result, by its hash
+    "text_tokenizer.model",  # where the file is; only its content decides the result, and the fingerprint has its hash
     "text_tokenizer.lossy",
     "image_tokenizer.model",  # likewise
     "image_tokenizer.checkpoint_every",
@@ -40,7 +40,7 @@ COST = (
     "sampling.batch_size",
     "sampling.window",
 )
-# The learning rate and the phase of a step follow from these keys. Steps that were taken stay as they are.
+# These keys decide the learning rate and the phase of a step. A change affects only later steps.
 EXTENDS = (
     "image_tokenizer.steps",
     "image_tokenizer.learning_rate",
@@ -57,7 +57,7 @@ EXTENDS = (
     "training.phases",
     "training.rates",
 )
-# Keys that older workdirs lack. Such a workdir goes on if the key has this value.
+# Keys that older workdirs lack. A run in such a workdir goes on if the key has this value.
 LATER: dict[str, Json] = {
     "data.resample": "lanczos",
     "data.decoding": "full",
@@ -69,16 +69,17 @@ LATER: dict[str, Json] = {
 }
 
 
-MODEL = ("model", "checkpoint_step")  # in the fingerprints of stages that use the trained model
+MODEL = ("model", "checkpoint_step")  # fields in the fingerprints of stages that use the trained model
 
 
 def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Changeable:
-    """What may change in a stage.
+    """What may change in a stage without making it invalid.
 
     Args:
-        whole_batch: whether a loss of the image tokenizer looks at all images of a microbatch together; then the number
-            of microbatches decides the result.
-        anew: for a stage from which nothing else is made: the fields of its fingerprint that say what it is made from.
+        whole_batch: whether a loss of the image tokenizer depends on all images of a microbatch together. If so, the
+            number of microbatches decides the result.
+        anew: fields of the fingerprint that say what the stage is made from; if one changes, the stage is made again.
+            Only for a stage from which nothing else is made.
     """
     parts = () if whole_batch else ("image_tokenizer.accumulation",)
     return Changeable((*COST, *parts), EXTENDS, tuple(anew), LATER)
@@ -89,10 +90,10 @@ class Training:
     """A stage of many steps.
 
     Attributes:
-        wanted: the total number of steps, as the key `key` of the config says.
+        key: the config key of the total number of steps. wanted: the key's value.
         checkpoints: the steps of its checkpoints, ascending.
-        folder: where they lie.
-        before: the stage that is made from this stage; "": all stages made from it are made again automatically.
+        folder: the folder of the checkpoints.
+        before: the stage that is made from this stage; "" if all stages made from it are made again automatically.
     """
 
     key: str
@@ -103,8 +104,8 @@ class Training:
 
 
 def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> int:
-    """How many steps a stage has taken whose schedule has changed. Raises UserError if it cannot go on with the new
-    schedule."""
+    """Returns how many steps a stage with a changed schedule has taken. Raises UserError if it cannot go on with the
+    new schedule."""
     fields = stage.changed["extended"]
     changed = ", ".join(f"{field} = {new!r:.80} (was {old!r:.80})" for field, (old, new) in fields.items())
     where = f"stage {stage.name!r}: {stage.folder}"
@@ -115,8 +116,8 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
         before = f"To go on as before, repeat {flags}; else use" if flags else "Use"
         raise StageMismatch(
             next(iter(fields)),
-            f"{where} cannot go on with {changed}: {workdir.path / training.before} is made from it as it is. "
-            f"{before} another --workdir, or delete {training.before} (and what was made from it) first.",
+            f"{where} cannot go on with {changed}: {workdir.path / training.before} was made from it before this "
+            f"change. {before} another --workdir, or delete {training.before} (and what was made from it) first.",
         )
     steps = training.checkpoints()
     taken = max(steps, default=0)

@@ -1,7 +1,7 @@
 """Checks whether a config can be run, before the first stage, and names every problem that can be known then.
 
-Each rule is in the place where it belongs: choices in the module that has them, numbers in the dataclass that takes
-them. This module collects all answers, and puts the key that a person can change before each.
+The rules themselves are elsewhere: allowed choices in the module that defines them, allowed numbers in the dataclass
+that has them. This module collects all problems, and puts before each the key to change.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 _COUNT, _NOT_NEGATIVE, _SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
-RANGES: dict[str, dict[str, str]] = {  # allowed values, by section, for keys that no dataclass checks
-    "": {"seed": "[0, 4294967295]"},  # as in a request
+RANGES: dict[str, dict[str, str]] = {  # allowed values by section, for keys that no dataclass checks
+    "": {"seed": "[0, 4294967295]"},  # as for a request
     "data": {"max_tokens": _COUNT},
     "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
     "image_tokenizer": {
@@ -98,7 +98,7 @@ RANGES: dict[str, dict[str, str]] = {  # allowed values, by section, for keys th
 
 
 def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every problem that the config alone shows; opens no files except weights.
+    """Raises UserError with every problem that the config alone shows. Opens no files except weights.
 
     Args:
         stages: which of STAGES will run; also "requests" and "images", for a person's own requests and images. Each
@@ -209,7 +209,7 @@ def _check_lora(config: ConfigDict, problems: Problems, stages: Collection[str])
             f"expected 0 without config.init, because an adapter needs a base model; found {config.lora.rank}",
         )
     if config.lora.init and not config.lora.rank:
-        problems.say("lora.rank", f"expected that of the adapter in lora.init, {config.lora.init}; found 0")
+        problems.say("lora.rank", f"expected the rank of the adapter in lora.init, {config.lora.init}; found 0")
 
 
 def _check_training(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -238,8 +238,10 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
         if part.code_embedding_init == "mean" and not config.init:
             problems.say("training.code_embedding_init", f"{MEAN}: there is no config.init")
         if part.fresh and not config.init:
-            problems.say("training.fresh", "expected none without config.init: all of it begins at random")
-    packs = "model" in stages and part.objective == "likelihood"  # with the objective reward, a row holds one answer
+            problems.say(
+                "training.fresh", "expected none without config.init, because then all parameters begin at random"
+            )
+    packs = "model" in stages and part.objective == "likelihood"  # with the objective "reward", a row has one answer
     if packs and (length := _longest(config, problems)) < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
@@ -249,7 +251,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
 
 
 def _check_shapes(config: ConfigDict, problems: Problems) -> None:
-    """Checks the batches of phases, after the rest of the section was found right."""
+    """Checks the batches of phases. Call it when the rest of the section is right."""
     part = config.training
     for place, (rows, _) in settings.shapes(part).items():
         if place == "training":
@@ -261,17 +263,17 @@ def _check_shapes(config: ConfigDict, problems: Problems) -> None:
         if part.objective == "reward":
             problems.say(
                 place,
-                "expected no sequence_length or batch_size with training.objective 'reward', which draws its rows",
+                "expected no sequence_length or batch_size with training.objective 'reward', whose rows are samples",
             )
 
 
 def _longest(config: ConfigDict, problems: Problems) -> int:
-    """Tokens of the longest rows of all phases, if the phases are right."""
+    """Tokens of the longest rows of all phases, or of the first phase if the section has problems."""
     part = config.training
     return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 
 
-MEAN = "expected random or codebook, as mean is for a language model of text alone that is extended"
+MEAN = "expected random or codebook, as mean is only for a language model of text alone that is extended"
 
 
 def _check_preference(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -307,8 +309,8 @@ def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[s
         if {"samples", "evaluation"} & set(stages) and "requests" not in stages:
             problems.say(
                 "sampling.context",
-                "'negative_prompt' is for requests that each have one, as prompts of held-out documents have none; "
-                "config.sampling.negative_prompt gives one to all",
+                "'negative_prompt' needs a negative prompt for each request, and held-out documents have none; set "
+                "config.sampling.negative_prompt for all of them",
             )
         more = {"negative_prompt": "-"}
     if config.sampling.checkpoint == "best" and "model" in stages and not config.training.keep_best:

@@ -30,18 +30,18 @@ from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import ways_of
 from ar_unified.training.selection import NEW
 
-# Of what compares pictures, or draws them, with the model that it begins with.
+# For objectives that compare or generate images with the model that the training begins with.
 _NO_ROWS = (
-    "has no rows for images yet, so its drawings and its likelihoods of pictures are random. Train the new rows "
-    "first (experiments/from_llm.py), export, and begin with that bundle"
+    "has no rows for images yet, so the images that it draws and its likelihoods of images are random. Train the new "
+    "rows first (experiments/from_llm.py), export, and begin with that bundle"
 )
 
 # ---- what a training begins with ---------------------------------------------------------------------
 
 
 def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every key of the config that differs from the bundle in `config.init`. Raises it too for an
-    image tokenizer from elsewhere without the needed encoder or decoder.
+    """Raises UserError with every key of the config that differs from the bundle in `config.init`. Also raises it for
+    an image tokenizer from elsewhere that lacks the decoder that a stage needs.
     """
     if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
         return
@@ -66,7 +66,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             if f"[{NEW}]" in place:
                 problems.say("training", f"{place!r}: no ids are new, as the bundle in config.init is not extended")
         if config.training.code_embedding_init == "mean":
-            problems.say("training.code_embedding_init", f"{MEAN}: the bundle in config.init is not")
+            problems.say("training.code_embedding_init", f"{MEAN}: the bundle in config.init is not extended")
     for section, fields in theirs.items():
         for name, value in fields.items():
             if name in config[section] and (found := configs.plain(config[section][name])) != value:
@@ -75,7 +75,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
                 )
     for section, bundled in (("text_tokenizer", True), ("image_tokenizer", bundle.has_images)):
         if config[section].model and bundled:
-            problems.say(f"{section}.model", "expected none beside config.init, whose bundle has one")
+            problems.say(f"{section}.model", "expected none, because the bundle in config.init has one")
     if text.losses and config.text_tokenizer.lossy == "refuse":
         problems.say(
             "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
@@ -91,12 +91,12 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             settings.extension(config, before, experiment.autoencoder)
         return
     if image is None:
-        return  # no key of config.data says how text is encoded
+        return  # without images, no key of config.data could differ from the bundle
     with about("config.data"):
         vocabulary, layout = settings.language(config, image.config, text.size, text.hash, image.hash)
     if settings.fits(layout, bundle.grammar.layout):
         return
-    vocabulary = dataclasses.replace(vocabulary, rest=bundle.grammar.vocabulary.rest)  # no config says this
+    vocabulary = dataclasses.replace(vocabulary, rest=bundle.grammar.vocabulary.rest)  # the config has no key for this
     ours = Grammar(vocabulary, layout, text).manifest()
     where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
     require_same(bundle.language, ours, **where)
@@ -106,7 +106,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
 
 
 def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with everything that does not fit on the mesh. Call it when all processes are there."""
+    """Raises UserError with everything that does not fit on the mesh. Call it when all processes have joined."""
     config, problems = experiment.config, Problems()
     if {"image_tokenizer", "model"} & set(stages):
         with problems.of("mesh"):
@@ -156,7 +156,7 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Probl
 
 
 def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Opens every source, for the stages to use. Raises UserError for a wrong source, and for sources that do not fit
+    """Opens every source that the stages use. Raises UserError for a wrong source, and for sources that do not fit
     together.
     """
     config, problems = experiment.config, Problems()
@@ -207,7 +207,7 @@ def _check_mixture(experiment: Experiment, problems: Problems) -> None:
 
 
 def _check_room(experiment: Experiment, problems: Problems, stages: Collection[str]) -> None:
-    """Checks whether one image fits into the most tokens of a document, and of a sample."""
+    """Checks whether one image fits into the maximum tokens of a document, and of a sample."""
     config = experiment.config
     image = experiment.autoencoder
     height, width = image.grid(*config.data.image_size)

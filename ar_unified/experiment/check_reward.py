@@ -10,11 +10,12 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.problems import Problems
 from ar_unified.rewards.opening import open_reward
 
-_AT_BORDERS = ("steps", "checkpoint_every", "keep_every")  # of training: a drawing must begin there
+# keys of config.training whose steps must fall between two rounds of sampling
+_AT_BORDERS = ("steps", "checkpoint_every", "keep_every")
 
 
 def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
-    """Notes what is wrong. Each single setting is always checked; combinations are checked only if the objective is
+    """Notes all problems. Each single setting is always checked; combinations are checked only if the objective is
     "reward".
     """
     names = [*config.reward.keys()]
@@ -34,7 +35,7 @@ def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]
         if config.training[key] % every:
             problems.say(
                 f"training.{key}",
-                f"expected a multiple of the {every} steps that one drawing serves (config.reward.epochs x "
+                f"expected a multiple of the {every} steps for one round of sampling (config.reward.epochs x "
                 f"minibatches); found {config.training[key]}",
             )
     if "model" not in stages:

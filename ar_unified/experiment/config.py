@@ -53,14 +53,14 @@ T = TypeVar("T")
 def defaults() -> ConfigDict:
     """Every key of an experiment with its default. Sizes are in pixels and lengths in tokens, unless said otherwise.
 
-    If a key is a field of a dataclass, it is explained there, with its default. Here are the keys that only an
-    experiment has, and defaults that differ because an experiment should be small enough for a CPU.
+    A key that is a field of a dataclass is explained there, with its default. Here are the keys that only experiments
+    have, and the defaults that differ because an experiment should be small enough for a CPU.
     """
     config = ConfigDict()
     config.name = "experiment"
     config.seed = 0
-    config.init = ""  # a bundle: training begins with its tokenizers, language and weights; "": begins without one
-    config.checkpoint_folder = ""  # for the transformer, e.g. gs://bucket/run; "": model/checkpoints in the workdir
+    config.init = ""  # a bundle whose tokenizers, language and weights training begins with; "" for none
+    config.checkpoint_folder = ""  # for the transformer, e.g. gs://bucket/run; "" is model/checkpoints in the workdir
 
     _add_data_and_tokenizers(config)
     _add_training(config)
@@ -73,22 +73,22 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.data = ConfigDict()
     config.data.train = ()
     config.data.validation = ()  # held out: for the validation loss, and for `evaluate`
-    config.data.tests = ConfigDict()  # more held-out sets by name, reported under that name
-    config.data.image_size = (64, 64)  # height and width of images; resize="aspect" keeps only the area
+    config.data.tests = ConfigDict()  # more held-out sets by name; each is reported under its name
+    config.data.image_size = (64, 64)  # height and width of images; with resize="aspect" only the area counts
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
     config.data.resample = "lanczos"  # the filter: lanczos | bicubic | bilinear; faster: lanczos_simd | bilinear_simd
-    config.data.decoding = "full"  # reduced: images of four times the size and more are halved as they are decoded
-    config.data.layout = "grid"  # of language.layouts; grid: all images have one size | rows: each states its size
+    config.data.decoding = "full"  # reduced: halves images of four times the size or more while decoding them
+    config.data.layout = "grid"  # see language.layouts; grid: all images have one size | rows: each states its size
     config.data.filters = ConfigDict(_fields(Filters))  # what `prepare` leaves out of `train`
-    config.data.max_tokens = 256  # longer documents are cut; questions and captions are left out (data.cutting)
+    config.data.max_tokens = 256  # cuts longer documents; leaves out longer questions and captions (data.cutting)
 
     config.text_tokenizer = ConfigDict()
-    config.text_tokenizer.vocab_size = 512  # at most so many; a small corpus gives fewer
+    config.text_tokenizer.vocab_size = 512  # at most this many; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # of text; reads an even part of more; memory: 20 to 90 times this
+    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from the whole text; memory: 20 to 90 times this
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
-    config.text_tokenizer.model = ""  # a tokenizer from elsewhere instead: SentencePiece, a tokenizer.json, *.tiktoken
-    config.text_tokenizer.lossy = "refuse"  # if this tokenizer loses text: refuse | warn
+    config.text_tokenizer.model = ""  # use this file instead: SentencePiece's, a tokenizer.json or *.tiktoken
+    config.text_tokenizer.lossy = "refuse"  # what to do if that tokenizer loses text: refuse | warn
 
     config.image_tokenizer = ConfigDict(
         _fields(AutoencoderConfig, width=32)
@@ -96,17 +96,17 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
         | _fields(OptimizerConfig, ("b1", "clip_norm"), learning_rate=2e-3, b2=0.99, weight_decay=0.0)
         | _fields(TrainingConfig, ("accumulation",))
     )
-    config.image_tokenizer.perceptual_file = ""  # lpips, features: the network's weights
+    config.image_tokenizer.perceptual_file = ""  # for perceptual = lpips or features: the network's weights
     config.image_tokenizer.steps = 1000  # 0: none is trained
-    config.image_tokenizer.model = ""  # a folder with a tokenizer from elsewhere instead, which sets this section
+    config.image_tokenizer.model = ""  # folder of a tokenizer to use instead; it sets the other keys of this section
     config.image_tokenizer.batch_size = 64
-    config.image_tokenizer.warmup_steps = 50  # or a tenth of the steps, if that is less
-    config.image_tokenizer.final_fraction = 0.02  # share of the peak, at the last step
-    config.image_tokenizer.checkpoint_every = 0  # also validate and show images then; 0: at each quarter
-    config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole images of image_size
-    config.image_tokenizer.short_side = 0  # short side of the images that are cropped; 0: 5/4 of the crop
+    config.image_tokenizer.warmup_steps = 50  # or a tenth of the steps if that is less
+    config.image_tokenizer.final_fraction = 0.02  # learning rate of the last step, as a share of the peak
+    config.image_tokenizer.checkpoint_every = 0  # steps; also validates and shows images then; 0: each quarter
+    config.image_tokenizer.crop = 0  # side of the random crops to train on; 0: whole images of image_size
+    config.image_tokenizer.short_side = 0  # short side of images before they are cropped; 0: 5/4 of the crop
     config.image_tokenizer.mirror = False  # mirror half of the images left to right
-    config.image_tokenizer.recolour = 0.0  # share of images in other colours, so that no code means one colour only
+    config.image_tokenizer.recolour = 0.0  # share of images whose colours change, so that no code means only one colour
 
 
 def _add_training(config: ConfigDict) -> None:
@@ -114,71 +114,71 @@ def _add_training(config: ConfigDict) -> None:
 
     config.loss = ConfigDict(_fields(TransformerTask, ("z_loss", "chunk")))
     config.loss.softmax = "joint"  # one softmax over all ids | by_side: one over text ids, one over image ids
-    config.loss.mean = "joint"  # mean over all targets | by_side: half text's mean, half images' mean, as in LWM
+    config.loss.mean = "joint"  # mean over all targets | by_side: half the text mean + half the image mean, as in LWM
     config.loss.roles = ConfigDict({role.name.lower(): 1.0 for role in Role if role != Role.PAD})
     config.loss.tasks = ConfigDict(dict.fromkeys(TASKS, 1.0))
     config.loss.prompt = TransformerTask.prompt_weight  # extra factor for the weight of targets inside a prompt
 
     config.preference = ConfigDict(_fields(PreferenceConfig))  # for training.objective "preference"
 
-    settled = ("b1",)  # not a key, because nobody tunes it
+    settled = ("b1",)  # not a key of the config, because nobody tunes it
     config.training = ConfigDict(
         _fields(TrainingConfig, without=("seed", "optimizer"), steps=1000)
         | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
         | _fields(TransformerTask, ("attention_share", "only", "rates"))
     )
-    # What the training maximises: likelihood: of documents | preference: of the chosen over the rejected answer to one
-    # prompt; pairs are read as they are (no flip_pairs, condition_dropout or loss.prompt) | reward: of answers that the
-    # model draws, by config.reward.
+    # What the training maximises. likelihood: the probability of documents | preference: the preference for the chosen
+    # over the rejected answer to a prompt (without flip_pairs, condition_dropout and loss.prompt) | reward: the reward
+    # of answers that the model draws, by config.reward.
     config.training.objective = "likelihood"
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
     # How the rows of image codes are initialised: random | codebook: similar codes get similar rows | mean. If a
-    # language model of text alone is extended, all three begin around the mean of its text rows, and `mean` is exactly
-    # this mean.
+    # language model of text alone is extended, all three choices are near the mean of its text rows, and `mean` is
+    # exactly that mean.
     config.training.code_embedding_init = "random"
-    config.training.fresh = ()  # places as in `only` that begin at random although `init` has their weights
-    config.training.flip_pairs = Phase.flip_pairs  # probability that a pair is read the other way round
+    config.training.fresh = ()  # parameters, named as in `only`, that begin at random although `init` has them
+    config.training.flip_pairs = Phase.flip_pairs  # probability that question and answer are swapped
     config.training.condition_dropout = Phase.condition_dropout  # probability that a prompt becomes empty
     # Later parts of the training: dicts of `begin` (a share of the steps) and the settings that change there: `weights`
     # ({source: share of the rows}), `flip_pairs`, `condition_dropout`, `sequence_length`, `batch_size` and `only` (the
-    # only parameters that move then; (): all). The longest rows must hold data.max_tokens; shorter rows leave out
-    # longer documents.
+    # only parameters that are trained then; () for all). The longest rows must have room for data.max_tokens; phases
+    # with shorter rows leave out longer documents.
     config.training.phases = ()
 
-    config.lora = ConfigDict(_fields(LoraConfig))  # an adapter on the bundle of config.init, in place of full tuning
-    config.lora.init = ""  # folder of an adapter in PEFT's form, with which training begins; "": a new one
+    config.lora = ConfigDict(_fields(LoraConfig))  # trains an adapter on config.init's bundle, not all parameters
+    config.lora.init = ""  # folder of an adapter in PEFT's form to begin with; "" for a new one
 
     # For the objective "reward": how answers are drawn and judged, and what happens if a reward fails.
     config.reward = ConfigDict(_fields(RewardConfig) | _fields(DrawingConfig) | _fields(PolicyConfig))
 
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: all other devices
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: all remaining devices
 
 
 def _add_sampling_and_evaluation(config: ConfigDict) -> None:
     config.sampling = ConfigDict()
-    config.sampling.checkpoint = "last"  # step of the trained model, for samples and evaluation: last | best
-    config.sampling.batch_size = 64  # rows in each process; a multiple of the devices that split rows
-    config.sampling.max_length = 256  # prompt and answer
-    config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's dtype
-    config.sampling.weights_dtype = ""  # dtype of the layers' matrices: int8 | float8_e4m3fn; "": the model's dtype
-    config.sampling.window = "1"  # positions of an image drawn at once: 1 | 2 | 4 | 8 | auto; the same tokens, faster
+    config.sampling.checkpoint = "last"  # the checkpoint that samples and evaluation use: last | best
+    config.sampling.batch_size = 64  # rows per process; a multiple of the number of devices that split rows
+    config.sampling.max_length = 256  # of prompt and answer together
+    config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "" is the model's dtype
+    config.sampling.weights_dtype = ""  # dtype of the layers' matrices: int8 | float8_e4m3fn; "" is the model's dtype
+    config.sampling.window = "1"  # positions of an image per step: 1 | 2 | 4 | 8 | auto; same tokens, more speed
     # The defaults of requests; ar_unified.sampling.request says what each means.
     config.sampling.update(_fields(Request, [name for name in DEFAULTS if name not in ("text", "image")]))
     config.sampling.text = ConfigDict(_fields(Filter, temperature=0.0))
     config.sampling.image = ConfigDict(_fields(Filter))
 
     config.evaluation = ConfigDict()
-    config.evaluation.protocol = "exact"  # exact | shapes | easy_vqa: decides which answers are right
-    config.evaluation.limit = 256  # documents of each kind in each set; for the tokenizer, images of each set
-    config.evaluation.tokenizer_probe_steps = 0  # steps of a small transformer on image ids (bits per id); 0: none
-    config.evaluation.lpips_file = ""  # weights for the tokenizer's LPIPS; "": LPIPS is not measured
+    config.evaluation.protocol = "exact"  # which answers are right: exact | shapes | easy_vqa
+    config.evaluation.limit = 256  # documents of each kind per set; for the tokenizer, images per set
+    config.evaluation.tokenizer_probe_steps = 0  # steps of a small transformer that measures bits per id; 0: none
+    config.evaluation.lpips_file = ""  # weights for the tokenizer's LPIPS; "" measures no LPIPS
     config.evaluation.inception_file = ""  # weights for its rFID
-    config.evaluation.thresholds = ConfigDict()  # by metric, the value that it should reach; the report shows it
+    config.evaluation.thresholds = ConfigDict()  # the value that each metric should reach, for the report
 
 
 def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, object]:
-    """The fields of a dataclass with their defaults, some replaced by `changes`. only, without: which fields."""
+    """The fields of a dataclass with their defaults and `changes`; `only` or `without` choose among the fields."""
     names = {*only, *changes} if only else {field.name for field in dataclasses.fields(kind)} - set(without)
     return {field.name: field.default for field in dataclasses.fields(kind) if field.name in names} | changes
 
@@ -186,11 +186,11 @@ def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (
 def model(preset: str, **changes: object) -> ConfigDict:
     """A preset of ar_unified.model.config with all its fields, so that each can be overridden."""
     fields = _fields(TransformerConfig) | PRESETS[preset]
-    del fields["vocab_size"]  # the tokenizers decide
+    del fields["vocab_size"]  # the tokenizers decide it
     return ConfigDict(fields | changes)
 
 
-FILES = (  # keys that name a file or folder, "" for none
+FILES = (  # keys whose value is a file or folder, or "" for none
     "init",
     "checkpoint_folder",
     "text_tokenizer.model",
@@ -206,7 +206,7 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     It has the keys of `defaults` with values of the same types; `check` judges the values.
 
-    Raises UserError, which names the file or the key: there is no such file, it is not Python or fails, it has no
+    Raises UserError, which names the file or the key, if there is no such file, it is not Python or fails, it has no
     `get_config`, it takes no `:arg` or needs one, a key is unknown, or a value has another type.
     """
     path, _, arg = home(file).partition(":")
@@ -220,8 +220,8 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of a bundle's evaluation, with "--config.key=value" applied: that of "FILE[:arg]", or the
-    defaults, with all values that the bundle decides. Raises like `load`, and BundleError.
+    """The locked config for evaluating a bundle: that of "FILE[:arg]" or the defaults, with all values that the bundle
+    decides and with "--config.key=value" applied. Raises like `load`, and BundleError.
     """
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None) if file else defaults()
@@ -237,9 +237,9 @@ def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> Con
 
 
 def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of a workdir's config.json, as `load` gives it; keys that the file lacks get their defaults.
+    """The locked config of a workdir's config.json, as `load` returned it; keys that the file lacks get their defaults.
 
-    Raises UserError: there is no such file, or it was changed into something else.
+    Raises UserError if there is no such file, or it is not the config of an experiment.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; name the experiment by --config, or a workdir in which it has run")
@@ -256,14 +256,14 @@ def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON with tuples for lists, as configs have them."""
+    """JSON with tuples in place of lists, as configs have them."""
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """The config, locked, with "--config.key=value" applied. Raises UserError like `load`."""
+    """The locked config with "--config.key=value" applied. Raises UserError like `load`."""
     for override in overrides:
         require_known(config, override.removeprefix("--config.").partition("=")[0])
     values, argv = flags.FlagValues(), ["ar-unified", *overrides]
@@ -282,13 +282,13 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _from_file(path: str, arg: str | None) -> ConfigDict:
-    """What `get_config` of a Python file returns."""
+    """Returns what `get_config` of a Python file returns."""
     if not Path(path).is_file():
         beside = [str(other) for other in Path(path).parent.glob("*.py")]
         raise UserError(f"config {path}: no such file{nearest(path, beside)}")
     loader = SourceFileLoader("ar_unified_experiment", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))  # type: ignore[arg-type]
-    sys.modules[loader.name] = module  # dataclasses look for their module there
+    sys.modules[loader.name] = module  # dataclasses in the file look for their module here
     try:
         loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
@@ -308,10 +308,10 @@ def _from_file(path: str, arg: str | None) -> ConfigDict:
 
 
 def _of_file(path: str, error: BaseException) -> str:
-    """What went wrong in a config file, with the line, if Python says it."""
+    """Describes an error in a config file, with the line if Python says it."""
     if isinstance(error, SyntaxError) and error.lineno:
         return f", line {error.lineno}: {error.msg}" if error.filename == path else f": {error}"
-    if isinstance(error, ValueError | SystemExit):  # a message of the file's own get_config
+    if isinstance(error, ValueError | SystemExit):  # the file's own get_config raised this message
         return f": {error}"
     if isinstance(error, OSError):
         return f": {in_words(error)}"
@@ -321,9 +321,9 @@ def _of_file(path: str, error: BaseException) -> str:
 
 # ---- keys and types --------------------------------------------------------------------------------------------
 
-_OPEN = ("data.tests", "evaluation.thresholds")  # the experiment chooses the names of their keys
-_PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # their absent keys have defaults
-_ELEMENTS: dict[str, type] = {  # element types of tuples that are empty by default
+_OPEN = ("data.tests", "evaluation.thresholds")  # sections whose key names the experiment chooses
+_PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # absent keys have defaults
+_ELEMENTS: dict[str, type] = {  # types of the elements of tuples that are empty by default
     "data.train": ConfigDict,
     "data.validation": ConfigDict,
     "data.tests": ConfigDict,
@@ -363,7 +363,7 @@ def _misfits(found: Any, expected: Any, key: str) -> Iterator[str]:
     elif isinstance(expected, tuple):
         kind = type(expected[0]) if expected else _ELEMENTS["data.tests" if key.startswith("data.tests.") else key]
         if not isinstance(found, tuple | list) or not all(_is(kind, each) for each in found):
-            yield f"{where}: expected a tuple, of {WORDS[kind]} each; found {_shown(found)}"
+            yield f"{where}: expected a tuple in which each item is {WORDS[kind]}; found {_shown(found)}"
     elif not _is(type(expected), found):
         yield f"{where}: expected {WORDS[type(expected)]}, found {found!r:.80}"
 
@@ -384,26 +384,26 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
-    """The `:arg` of a config file, "key=value,key=value", over the known keys and their defaults.
+    """The known keys with their defaults, changed by the `:arg` of a config file, "key=value,key=value".
 
-    A value may hold "=" and ":", but no ","; a leading `~` is the home folder. Raises ValueError for an unknown key.
+    A value may contain "=" and ":", but no ","; a leading `~` is the home folder. Raises ValueError for an unknown key.
     """
     given = {}
     for item in filter(None, (arg or "").split(",")):
         name, equals, value = item.partition("=")
         if name not in known or not equals:
-            found = name if equals else f"{item!r} without a value (a value cannot hold a comma)"
+            found = name if equals else f"{item!r} without a value (a value cannot contain a comma)"
             raise ValueError(f"config argument: expected {', '.join(known)}; found {found}{nearest(name, known)}")
         given[name] = home(value)
     return {**known, **given}
 
 
 def begin_with(config: ConfigDict, folder: str) -> None:
-    """Sets `init`, and everything that a bundle decides for a training that begins with it: the model's shape, the
-    image tokenizer, whether the text tokenizer may lose text, how the data were made, and how requests are drawn.
-    Raises BundleError.
+    """Sets `init` and everything that a bundle decides for a training that begins with it: the model's shape, the image
+    tokenizer, whether the text tokenizer may lose text, how the data were made, and the defaults of requests. Raises
+    BundleError.
     """
-    from ar_unified.bundle import Bundle  # imports JAX, for which a config without a bundle does not wait
+    from ar_unified.bundle import Bundle  # imports JAX, which is slow; a config without a bundle avoids it
 
     bundle = Bundle(home(folder))
     config.init = str(bundle.folder)
@@ -418,20 +418,20 @@ def begin_with(config: ConfigDict, folder: str) -> None:
     for name, section in sections.items():
         try:
             config[name].update(section)
-        except (TypeError, ValueError) as error:  # no bundle of ours has such values
+        except (TypeError, ValueError) as error:  # our bundles do not have such values
             raise UserError(f"config.{name}: {error}") from error
     config.training.sequence_length = max(config.training.sequence_length, config.data.max_tokens)
 
 
 def whole(name: str, value: str | None) -> int:
-    """The value of an argument that counts something. Raises ValueError, which names it, unless it is at least 1."""
+    """The value of an argument that is a count. Raises ValueError, which names it, unless it is 1 or more."""
     if value is None or not value.isdecimal() or int(value) < 1:
         raise ValueError(f"config argument {name}: expected a whole number, at least 1; found {value!r}")
     return int(value)
 
 
 def plain(config: Any) -> Any:
-    """A config or a part of it as plain JSON values, which are written beside artefacts and compared on restart."""
+    """A config or a part of it as plain JSON values, which are saved with artefacts and compared on restart."""
     if isinstance(config, ConfigDict | Mapping):
         return {key: plain(value) for key, value in config.items()}
     if isinstance(config, tuple | list):
@@ -446,5 +446,5 @@ def pick(kind: type[T], config: Mapping[str, Json], **more: object) -> T:
 
 
 def at(config: ConfigDict, key: str) -> Any:
-    """The section or value of a dotted key; "": the config."""
+    """The section or value of a dotted key; "" means the whole config."""
     return functools.reduce(lambda part, name: part[name], filter(None, key.split(".")), config)

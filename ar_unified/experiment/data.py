@@ -1,4 +1,4 @@
-"""Stage data: all processes of a job, or a pipeline elsewhere, turn documents into token shards."""
+"""The stage `data`: all processes of a job, or a pipeline elsewhere, turn documents into token shards."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ar_unified.workdir import Stage, Workdir
 
 
 def prepare(experiment: Experiment, pipeline: str | None = None) -> None:
-    """Prepares train and validation; each continues where it was interrupted.
+    """Prepares the splits train and validation. Each continues where it was interrupted.
 
-    pipeline: options of an Apache Beam pipeline whose workers make the shards; None: the processes of this job make
-    them. Raises UserError, RunError.
+    `pipeline` has the options of an Apache Beam pipeline whose workers make the shards; None means that the processes
+    of this job make them. Raises UserError or RunError.
     """
     if pipeline is not None and jax.process_count() > 1:
         raise UserError(f"--beam: expected one process, which begins the pipeline; found {jax.process_count()}")
@@ -53,11 +53,11 @@ def prepare(experiment: Experiment, pipeline: str | None = None) -> None:
 
 
 def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None:
-    known = _codes(experiment, refresh=True) if runtime.first() else None  # before the others open it
+    known = _codes(experiment, refresh=True) if runtime.first() else None  # process 0 opens it before the others
     splits = {"train": _filtered(experiment), "validation": experiment.held_out["validation"]}
     codes = known if known is not None else _codes(experiment, refresh=False)
     if runtime.first():
-        for split in splits:  # a job that has ended left it; nobody works here yet
+        for split in splits:  # left by a job that has ended; no process works here yet
             storage.remove_tree(stage.folder / split / preparing.CLAIMS)
     tokenizer, summary = experiment.image_tokenizer, dict[str, object]()
     tokenizers = Tokenizers(_replicas(tokenizer), codes)
@@ -86,8 +86,8 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
 
 
 def _filtered(experiment: Experiment) -> list[Source]:
-    """The training sources without the items that the filters leave out. Process 0 compares, the others read its
-    verdicts.
+    """The training sources without the items that the filters leave out. Process 0 decides which; the others read the
+    result.
     """
     held_out = [source for those in experiment.held_out.values() for source in those]
 
@@ -119,17 +119,18 @@ def _codes(experiment: Experiment, refresh: bool) -> ImageCodes:
 
 @dataclass(frozen=True)
 class Shards:
-    """Opens a workdir in a process that belongs to no job, and gives a function that makes its shards by name.
+    """Opens a workdir in a process outside the job, and returns a function that makes a shard by its name.
 
     Attributes:
-        workdir: a URL, or a path that the process has too; stage data has begun there. split: train or validation.
+        workdir: a URL, or a path that exists for that process, too; the stage `data` has begun there. split: train or
+            validation.
     """
 
     workdir: str
     split: str
 
     def __call__(self) -> Callable[[str], None]:
-        """Raises UserError: the workdir cannot be opened from here."""
+        """Raises UserError if the workdir cannot be opened from here."""
         here = _open.enter_context(workdir.opened(self.workdir))
         experiment = Experiment(configs.recorded(here / "config.json"), Workdir(here, reader=True))
         return preparing.shard_maker(
@@ -142,7 +143,7 @@ class Shards:
         )
 
 
-_open = ExitStack()  # workdirs that this process has opened, until it ends
+_open = ExitStack()  # closes the workdirs that this process has opened when it ends
 atexit.register(_open.close)
 
 

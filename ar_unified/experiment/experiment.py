@@ -1,7 +1,7 @@
-"""A config and a workdir, and the things they name.
+"""Opens what a config and a workdir name: sources, tokenizers, grammar, model and engine.
 
-The fingerprint of a stage is made from the parts of the config that decide its result. So a changed learning rate does
-not make the data again, and a changed codebook is refused instead of mixed in. `changes` says what may change later.
+The fingerprint of a stage has the parts of the config that decide its result. If the learning rate changes, the data
+need not be made again; if the codebook changes, the stage is refused. `changes` says what may change later.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Experiment:
         may: Changeable | None = None,
         **more: object,
     ) -> Stage:
-        """Opens a stage; `keys` of the config and `more` decide its result.
+        """Opens a stage whose result is decided by `keys` of the config and by `more`.
 
-        The workdir's config.json is from the last start that had something to make.
+        Writes the workdir's config.json if the stage is not done yet.
 
         Args:
-            together: all processes open it; else only the process that does the stage (`start.by_first_process`).
-            training: the progress of a stage of many steps, which may get more steps.
-            may: which fields may change; default: as `changes` says.
+            together: whether all processes open it, or only the process that does the stage (`start.by_first_process`).
+            training: the progress of a stage of many steps, to which steps may be added.
+            may: which fields may change; by default those of `changes`.
         """
         may = may or changeable()
         fingerprint = self.fingerprint(*keys, **more)
@@ -90,7 +90,7 @@ class Experiment:
         except StageMismatch as error:
             raise self._advised(error, keys) from None
         self._stage = stage
-        if stage.changed:  # a reader sees no change: the writer has recorded it already
+        if stage.changed:  # never so for a reader, because the writer has recorded the change already
             self._go_on(stage, training)
         if together and runtime.first():
             runtime.barrier(f"stage {name}")
@@ -102,9 +102,9 @@ class Experiment:
         return stage
 
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
-        """The error, with advice if the change was not intended, or if the data were changed."""
+        """The error with advice on what to do if the change was not intended, or if the data have changed."""
         section = error.field.partition(".")[0]
-        if section in keys and error.old != manifests.ABSENT:  # a key that this version lacks cannot be repeated
+        if section in keys and error.old != manifests.ABSENT:  # a key that the older version lacked cannot be repeated
             return StageMismatch(
                 error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
             )
@@ -169,7 +169,7 @@ class Experiment:
     # ---- data -----------------------------------------------------------------------------------------------------
 
     def specs(self, specs: Sequence[Mapping[str, manifests.Json]]) -> list[dict[str, Any]]:
-        """Specs as plain dicts; named datasets are in the workdir unless the spec says where."""
+        """Specs as plain dicts. TFDS datasets are stored in the workdir, unless the spec says where."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
@@ -185,7 +185,7 @@ class Experiment:
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
         """The sources of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
 
-        held_out: leaves out a source whose split is empty because there are too few groups.
+        With `held_out`, a source whose split is empty because there are too few groups is left out.
         """
         opened = []
         for i, spec in enumerate(self.specs(specs)):
@@ -200,7 +200,7 @@ class Experiment:
 
     @cached_property
     def train(self) -> list[Source]:
-        """The training sources, as the config names them."""
+        """The sources of config.data.train."""
         return self.sources("train", self.config.data.train)
 
     def mixture(self) -> dict[str, float]:
@@ -215,7 +215,7 @@ class Experiment:
         return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
     def fingerprints(self, *, held_out: bool = False) -> dict[str, manifests.Json]:
-        """What the sources hold, by name."""
+        """The fingerprint of each source, by its position and name."""
         sources = [*self.train, *(self.held_out["validation"] if held_out else ())]
         return {f"{i} {source.name}": dict(source.fingerprint) for i, source in enumerate(sources)}
 
@@ -228,7 +228,7 @@ class Experiment:
 
     @cached_property
     def bundle(self) -> Bundle | None:
-        """What config.init names."""
+        """The bundle that config.init names, if any."""
         with about("config.init"):
             return Bundle(self.config.init) if self.config.init else None
 
@@ -256,7 +256,7 @@ class Experiment:
 
     @cached_property
     def text_tokenizer(self) -> Codec:
-        """The workdir's text tokenizer. Raises UserError: there is none yet."""
+        """The workdir's text tokenizer. Raises UserError if there is none yet."""
         folder = self.workdir.text_tokenizer
         with about("the workdir's text tokenizer"):
             found = text_in(folder, self.config.text_tokenizer.lossy)
@@ -275,7 +275,7 @@ class Experiment:
             return False
         done = self.workdir.model / "done.json"
         if done.exists() and (manifest := read_json(done)["fingerprint"].get("manifest")):
-            return not manifest["image_hash"]  # this was decided before, and the sources may be gone
+            return not manifest["image_hash"]  # the workdir records the decision; the sources may no longer exist
         if self.bundle is not None and self.bundle.has_images:
             return False
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
@@ -288,7 +288,7 @@ class Experiment:
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
-        """The workdir's image tokenizer, or a stand-in for text alone. Raises UserError: there is none yet."""
+        """The workdir's image tokenizer, or a stand-in for text alone. Raises UserError if there is none yet."""
         if self.text_only:
             record = self.workdir.text_tokenizer / LANGUAGE  # the model's images are codes alone
             codes = read_json(record)["codebook_size"] if record.exists() else 0
@@ -300,7 +300,7 @@ class Experiment:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The grammar of both tokenizers, or of the bundle in config.init, where necessary extended by images."""
+        """The grammar of both tokenizers, or of the bundle in config.init, which may be extended by images."""
         text, image = self.text_tokenizer, self.image_tokenizer
         if (brought := grammar_in(self.workdir.text_tokenizer, text)) is not None:
             if brought.vocabulary.codebook_size or isinstance(image, NoImages):
@@ -314,7 +314,7 @@ class Experiment:
 
     @cached_property
     def before(self) -> Vocabulary | None:
-        """The grammar of the language model that is extended; None: no model is extended."""
+        """The grammar of the language model that is extended; None if no model is extended."""
         brought = grammar_in(self.workdir.text_tokenizer, self.text_tokenizer)
         extends = brought is not None and self.grammar.vocabulary.codebook_size > brought.vocabulary.codebook_size
         return brought.vocabulary if extends and brought is not None else None
@@ -328,12 +328,12 @@ class Experiment:
 
     @cached_property
     def model(self) -> TransformerConfig:
-        """The transformer's shape, with the size of the vocabulary that the tokenizers make."""
+        """The transformer's config, with the vocabulary size that follows from the tokenizers."""
         return config_from(configs.plain(self.config.model), vocab_size=self.grammar.vocabulary.size)
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh of a training over all devices. Raises UserError: it does not fit them."""
+        """The mesh of a training over all devices. Raises UserError if it does not fit them."""
         with about("config.mesh"):
             return make_mesh(configs.plain(self.config.mesh))
 
@@ -343,7 +343,7 @@ class Experiment:
 
     @property
     def checkpoint_folder(self) -> str:
-        """Where the transformer's checkpoints lie."""
+        """The folder of the transformer's checkpoints."""
         return self.config.checkpoint_folder or storage.address(self.workdir.model / "checkpoints")
 
     @cached_property
@@ -398,7 +398,7 @@ class Experiment:
     def engine(self) -> Engine:
         """The sampler with the weights of the trained model. Raises UserError."""
         sampling, weights_dtype = self.config.sampling, self.config.sampling.weights_dtype or None
-        # Not `params`, so that no float32 copy stays beside the sampler's parameters.
+        # This does not use `params`, because a float32 copy would then stay in memory.
         restored = self._restored(read_as(self.model, self.decoding_mesh))
         with about("config.sampling"):
             params = settled(self.model, restored, self.decoding_mesh, weights_dtype)
@@ -423,7 +423,7 @@ class Experiment:
         return read_json(path)
 
     def trained(self) -> dict[str, Any]:
-        """Everything that decided the trained model: the fingerprint of its stage, with later changes."""
+        """Everything that decided the trained model: the fingerprint of its stage, and later changes."""
         fingerprint = self._trained()["fingerprint"]
         told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
         way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
@@ -445,6 +445,6 @@ class Experiment:
         return summary["best_step"]
 
     def require(self, found: bool, path: Any, verb: str) -> None:
-        """Raises UserError unless `path` was found. `verb` makes it."""
+        """Raises UserError unless `found`. `verb` is the command that makes `path`."""
         if not found:
             raise UserError(f"{path} is not there yet; run `ar-unified {verb}` (or `run`) with this workdir first")

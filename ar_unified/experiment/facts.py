@@ -1,4 +1,4 @@
-"""Facts about a trained experiment, for the head of a report and for its adapter's files."""
+"""Facts about a trained experiment, for the top of a report and for the files of its adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ar_unified.workdir import read_history, read_json
 
 
 def facts(experiment: Experiment) -> dict[str, str]:
-    """Short facts for the head of a report."""
+    """Short facts for the top of a report."""
     step, best = experiment.checkpoint, experiment.config.sampling.checkpoint == "best"
     facts = {"checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}"} | of_model(
         experiment
@@ -41,13 +41,14 @@ def of_model(experiment: Experiment) -> dict[str, str]:
 
 
 def trained_adapter(experiment: Experiment) -> tuple[LoraConfig, Any, Bundle]:
-    """The adapter's config, the trained values (the adapter and all else), and the bundle that it was trained on.
+    """The adapter's config, all trained values (the adapter's and others), and the bundle that the adapter was trained
+    on.
 
-    Raises UserError if none was trained.
+    Raises UserError if no adapter was trained.
     """
     lora = settings.lora(experiment.config)
     if lora is None:
-        raise UserError("config.lora.rank: expected a training of an adapter, found 0: all of the model was trained")
+        raise UserError("config.lora.rank: expected a training of an adapter, found 0: the whole model was trained")
     experiment.require(
         (experiment.workdir.model / "done.json").exists(), experiment.workdir.model / "done.json", "train"
     )
@@ -61,7 +62,7 @@ def seconds(experiment: Experiment) -> dict[str, float]:
 
 
 def weights_hash(experiment: Experiment) -> str:
-    """A name for the weights that are used."""
+    """A hash that identifies the weights in use."""
     trained = json.dumps(experiment.trained(), sort_keys=True)
     step = "" if experiment.config.sampling.checkpoint == "last" else f" step {experiment.checkpoint}"
     return hashlib.sha256((trained + step).encode()).hexdigest()

@@ -15,7 +15,7 @@ WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 
 
 def require_known(config: ConfigDict, key: str) -> None:
-    """Raises UserError for a key that an override names and the config does not have."""
+    """Raises UserError if the config does not have the key that an override names."""
     part: Any = config
     for name in re.findall(r"[^.\[\]]+", key):
         if isinstance(part, tuple) and name.isdecimal() and int(name) < len(part):
@@ -40,7 +40,7 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def of_override(config: ConfigDict, error: str) -> str:
-    """What ml_collections says about a value that it cannot read, in our words."""
+    """Says in our words what ml_collections says about a value that it cannot read."""
     match = re.match(r"flag --config\.(\S+?)=(.*?): ", error, re.DOTALL)
     if match is None:
         return f"--config: {error}"

@@ -14,7 +14,7 @@ from ar_unified.training.tasks import TransformerTask
 
 
 def likelihood(experiment: Experiment) -> Objective:
-    """Learns all tokens of the documents that `prepare` left."""
+    """Learns all tokens of the documents that `prepare` has made ready."""
     batches = objective.training_batches(experiment, PackedBatches)
 
     def task(_: Path) -> TransformerTask:
@@ -32,8 +32,8 @@ def likelihood(experiment: Experiment) -> Objective:
 
 def held_out_batches(experiment: Experiment, phases: Sequence[Phase]) -> PackedBatches | None:
     """Batches of data/validation with unchanged documents; pairs come in both directions if a phase of the training
-    flips them. None, and a printed line, if no document is held out.
+    flips them. Returns None and prints a line if no document is held out.
     """
-    both = any(phase.flip_pairs for phase in phases)  # then both directions have equal weight
+    both = any(phase.flip_pairs for phase in phases)  # so that both directions have the same weight
     as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
     return objective.held_out_batches(experiment, PackedBatches, as_it_stands)

@@ -1,4 +1,4 @@
-"""What a training of the transformer learns from: the parts that every objective has in common."""
+"""The parts that all objectives of the transformer's training have in common."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ VALIDATION_BATCHES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One value of config.training.objective, for one experiment.
+    """The objective of an experiment, which config.training.objective names.
 
     Attributes:
-        facts: what decides the trained model besides the config.
+        facts: what decides the trained model in addition to the config.
         keys: further sections of the config that decide it.
         task: makes the task. It is called with the stage's folder after the stage has begun, because it may take long.
     """
@@ -41,7 +41,7 @@ class Objective:
 
 
 def training_batches(experiment: Experiment, kind: type[Batches]) -> Batches:
-    """Batches of data/train, which `prepare` left."""
+    """Batches of data/train, which `prepare` has made."""
     config, training = experiment.config, experiment.config.training
     folder = experiment.workdir.data / "train"
     if experiment.workdir.reader:
@@ -57,7 +57,7 @@ def training_batches(experiment: Experiment, kind: type[Batches]) -> Batches:
 
 
 def tell(experiment: Experiment, batches: PackedBatches) -> None:
-    """Prints the number of rows of every source, and how often they come."""
+    """Prints the number of rows of every source, and its share of all rows."""
     for name, facts in batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
@@ -69,7 +69,7 @@ def tell(experiment: Experiment, batches: PackedBatches) -> None:
 
 
 def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) -> Batches | None:
-    """Batches of data/validation; None, and a printed line, if no document is held out."""
+    """Batches of data/validation. Returns None and prints a line if no document is held out."""
     training, folder = experiment.config.training, experiment.workdir.data / "validation"
     held_out = load_report(folder).sources if folder.exists() else {}
     if not any(source.documents for source in held_out.values()):
@@ -81,12 +81,12 @@ def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) 
 
 
 def validation(held_out: PackedBatches | None) -> list[Any]:
-    """The batches of every validation, the same each time."""
+    """The batches that every validation uses; they are the same each time."""
     return [held_out.batch(step) for step in range(VALIDATION_BATCHES)] if held_out is not None else []
 
 
 def facts(experiment: Experiment, own: Mapping[str, Json]) -> dict[str, object]:
-    """What decides the trained model besides the config. `own`: the facts of one objective."""
+    """What decides the trained model in addition to the config. `own` has the facts of one objective."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
     adapter = {"lora": _adapter(experiment)} if experiment.config.lora.rank else {}
@@ -95,7 +95,7 @@ def facts(experiment: Experiment, own: Mapping[str, Json]) -> dict[str, object]:
 
 
 def _adapter(experiment: Experiment) -> dict[str, Json]:
-    """Everything that decides the adapter, without the place of its file. `ranks` and `alphas` are left out if they are
+    """Everything that decides the adapter, without the path of its file. `ranks` and `alphas` are left out if they are
     empty, because earlier versions did not have them."""
     said = {key: value for key, value in configs.plain(experiment.config.lora).items() if key != "init"}
     said = {key: value for key, value in said.items() if value or key not in ("ranks", "alphas")}
@@ -104,7 +104,7 @@ def _adapter(experiment: Experiment) -> dict[str, Json]:
 
 
 def loss_settings(experiment: Experiment) -> dict[str, Any]:
-    """Args of a `TransformerTask` for its losses, the same for all that may be trained."""
+    """Arguments of a `TransformerTask` for its losses. They do not depend on which parameters are trained."""
     config, grammar = experiment.config, experiment.grammar
     return dict(
         config=experiment.model,
@@ -120,7 +120,7 @@ def loss_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def task_settings(experiment: Experiment) -> dict[str, Any]:
-    """Args of a `TransformerTask` that do not depend on the objective."""
+    """Arguments of a `TransformerTask` that do not depend on the objective."""
     config = experiment.config
     return loss_settings(experiment) | dict(
         attention_share=config.training.attention_share,
@@ -134,7 +134,7 @@ def task_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:
-    """The codes' vectors for `training.code_embedding_init`; None: random rows."""
+    """The codes' vectors for `training.code_embedding_init`; None if rows begin at random or come from a bundle."""
     how, tokenizer = experiment.config.training.code_embedding_init, experiment.image_tokenizer
     drawn = how == "random" or experiment.bundle is not None
     return None if drawn or isinstance(tokenizer, NoImages) else tokenizer.vectors()

@@ -1,6 +1,6 @@
-"""An experiment with the model of a bundle: nothing is trained, and there is no workdir.
+"""An experiment that evaluates the model of a bundle. Nothing is trained, and there is no workdir of a run.
 
-Its config (`config.of_bundle`) says on which documents and how it is evaluated. Everything else comes from the bundle.
+Its config (`config.of_bundle`) says on which documents it is evaluated, and how. Everything else comes from the bundle.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class OfBundle(Experiment):
     """Opens what an evaluation needs.
 
     Args:
-        folder: for the results.
-        sources: documents to evaluate on; (): those that the config holds out.
+        folder: the folder for the results.
+        sources: documents to evaluate on; () means those that the config holds out.
 
     Attributes:
         own: the bundle.
-        warning: what a person who draws images with it should know; "": nothing.
+        warning: what a person should know before generating images with it; "" if there is nothing.
     """
 
     def __init__(self, config: ConfigDict, folder: Path, sources: Sequence[Source] = ()):
@@ -56,7 +56,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def text_tokenizer(self) -> Codec:
-        """The bundle's."""
+        """The bundle's text tokenizer."""
         return self.own.text_tokenizer
 
     @cached_property
@@ -66,13 +66,13 @@ class OfBundle(Experiment):
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
-        """The bundle's, or a stand-in if it has none."""
+        """The bundle's image tokenizer, or a stand-in if it has none."""
         codes = self.grammar.vocabulary.codebook_size
         return self.own.image_tokenizer() or (CodesAlone(codes) if codes else NoImages())
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The bundle's."""
+        """The bundle's grammar."""
         return self.own.grammar
 
     def _restored(self, target: Any) -> Params:
@@ -80,14 +80,15 @@ class OfBundle(Experiment):
 
     @property
     def facts(self) -> dict[str, str]:
-        """Short things worth saying at the head of a report."""
+        """Short facts for the top of a report."""
         bundle = {"bundle": f"{self.own.folder.resolve().name}, sha256 {self.own.hash[:12]}"}
         return bundle | facts.of_model(self) | ({"warning": self.warning} if self.warning else {})
 
     def losses(self) -> dict[str, float]:
-        """The validation losses of these weights in a training with this config, by modality, role and task.
+        """The validation losses that a training with this config would measure for these weights, by modality, role and
+        task.
 
-        The held-out documents become tokens in the workdir's data/validation. Raises UserError: nothing can be read,
+        The held-out documents become tokens in the workdir's data/validation. Raises UserError if nothing can be read,
         the documents are preference pairs, or the mesh cannot split the rows.
         """
         sources, training = self.held_out["validation"], self.config.training
@@ -103,7 +104,7 @@ class OfBundle(Experiment):
             return {}
         read = objective.VALIDATION_BATCHES * training.batch_size
         rows = sum(batches.rows_per_epoch.values())
-        self.say(f"losses: of {min(read, rows)} rows of {training.sequence_length} tokens, of {rows}")
+        self.say(f"losses: measured on {min(read, rows)} of {rows} rows of {training.sequence_length} tokens")
         task: TransformerTask = TransformerTask(
             batch=batches.batch,
             validation=objective.validation(batches),
@@ -113,14 +114,14 @@ class OfBundle(Experiment):
         return held_out_scores(task, self._as_trained(), self.mesh)
 
     def _as_trained(self) -> Params:
-        """The parameters on the devices where a training has them. Matrices keep their dtype: they are multiplied in
-        the model's dtype, so float32 copies, which a training has, would give the same numbers."""
+        """The parameters, sharded as in a training. Matrices keep their dtype: a training has them in float32, but
+        multiplies in the model's dtype, so the numbers are the same."""
         shapes = abstract_params(self.model, self.mesh)
         vectors = jax.tree_util.tree_map_with_path(lambda path, x: x.dtype if is_vector(path) else None, shapes)
         return self.own.params(jax.tree.map(lambda x: x.sharding, shapes), vectors)
 
     def _prepare(self, sources: Sequence[Source]) -> None:
-        with about(f"bundle {self.own.folder}"):  # such as a bundle of text alone that is given images
+        with about(f"bundle {self.own.folder}"):  # e.g. images for a bundle of text alone
             report = preparing.prepare(
                 sources,
                 self.grammar,

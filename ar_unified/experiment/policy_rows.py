@@ -1,7 +1,7 @@
-"""Samples as rows for training a policy: one sample per row, with the ids from which each of its tokens was drawn.
+"""Turns samples into rows for training a policy: one sample per row, with the ids that each token could have been.
 
-A guided sample has a row for each context. The codes of an image are in the same columns of all its rows, so the hidden
-states that were mixed to draw a code are in one column.
+A sample with guidance has a row for each context. The codes of an image are in the same columns of all these rows, so
+the hidden states that were mixed to draw a code are in one column.
 
 Axes: B samples, T positions, C contexts, n tokens of a sample.
 """
@@ -25,14 +25,14 @@ def begin(plan: Plan) -> int:
 
 
 def room(plan: Plan) -> int:
-    """Columns that the longest sample takes."""
+    """The number of columns that the longest possible sample needs."""
     return begin(plan) + len(plan.prompt) + plan.budget
 
 
 def rows(
     grammar: Grammar, served: Sequence[tuple[Plan, Sample]], length: int, contexts: int, **of_samples: np.ndarray
 ) -> PolicyBatch[np.ndarray]:
-    """A batch of numpy arrays. A sample without tokens, as of a request that failed, is a row of padding.
+    """A batch of numpy arrays. A sample without tokens, such as that of a failed request, becomes a row of padding.
 
     Args:
         length: T, at least `room` of each plan. contexts: C, at least the number of contexts of each plan.
@@ -61,7 +61,7 @@ def rows(
         if not n:
             continue
         start = begin(plan)
-        behind = start + len(plan.prefixes[0])  # length of what every context reads before the first step
+        behind = start + len(plan.prefixes[0])  # the column after every context's prefix
         later = sample.tokens[len(plan.given) :]
         for context, prefix in enumerate(plan.prefixes):
             first, last = behind - len(prefix), behind + len(later)
@@ -79,7 +79,7 @@ def rows(
         mix[row, 0] = np.where(batch.drawn[row], 1.0 / text, 1.0)
         for context, weight in enumerate(plan.weights):
             mix[row, context] = np.where(of_image, weight / codes, mix[row, context])
-    only = ~batch.drawn  # a token that was not drawn has one possible id, and so probability 1
+    only = ~batch.drawn  # a token that was not drawn had only one possible id, with probability 1
     batch.spans[only] = 0
     batch.spans[only, 0, 0], batch.spans[only, 0, 1] = batch.targets[only], batch.targets[only] + 1
     return batch

@@ -16,7 +16,8 @@ from ar_unified.training.preference import PreferenceTask
 
 
 def preference(experiment: Experiment) -> Objective:
-    """Learns from the pairs that `prepare` left, with their log-probabilities under the model of config.init."""
+    """Learns from the pairs that `prepare` has made ready, and their log-probabilities under the model of
+    config.init."""
     batches = objective.training_batches(experiment, PreferenceBatches)
 
     def task(_: Path) -> PreferenceTask:

@@ -17,9 +17,9 @@ class Problems:
 
     @contextmanager
     def of(self, section: str, names: Collection[str] = ()) -> Iterator[None]:
-        """A context that notes the ValueError, TypeError or OSError of a part of the config.
+        """A context that notes a ValueError, TypeError or OSError as a problem of a section of the config.
 
-        names: its keys; a message that begins with a key is about that key.
+        `names` are the section's keys; a message that begins with one of them is about that key.
         """
         try:
             yield

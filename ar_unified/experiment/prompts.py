@@ -1,8 +1,8 @@
-"""The prompts of a training by rewards, by number, from the documents of the training sources.
+"""The numbered prompts of a training by rewards, made from the documents of the training sources.
 
-Prompt number n is the same in every process, so any number of processes draws the same groups. Every epoch of a source
-has each of its documents once. A document that asks nothing, is bad or does not fit is left out, counted and named; the
-next document of its source takes its place.
+Prompt number n is the same in every process, so the groups of answers do not depend on the number of processes. Every
+epoch of a source has each of its documents once. A document that asks nothing, is bad or does not fit is left out,
+counted and named; the next document of its source replaces it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError
 
-_LOOKED_AT = 1000  # documents in a row that are tried to find a prompt
+_LOOKED_AT = 1000  # maximum number of consecutive documents that are tried to find a prompt
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A document that asks, with images in the size in which they are encoded, and how its answer is drawn."""
+    """A document that asks something, with its images in the size in which they are encoded, and the plan of its
+    answer."""
 
     document: Document
     plan: Plan
 
 
 class Prompts:
-    """
+    """Returns the prompt of a number.
+
     Args:
-        sources, weights: the documents and their shares.
+        sources, weights: the sources of documents, and their shares.
         drawn: how an answer is drawn; mode "free" means the mode of the document's own answer.
-        plan: `Engine.plan`, which raises RequestError or GrammarError if a request does not fit.
-        tokenizer: encodes images in prompts. fit: what data preparation does to an image.
-        seed: for the order.
+        plan: a function like `Engine.plan`, which raises RequestError or GrammarError if a request does not fit.
+        tokenizer: encodes images in prompts. fit: resizes an image as data preparation does.
+        seed: decides the order, and the seeds of the answers.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Prompts:
         self.left_out = LeftOut()
 
     def __call__(self, number: int) -> Asked:
-        """Prompt `number`. Raises UserError if none of many documents asks anything."""
+        """Prompt `number`. Raises UserError if none of many documents can serve as a prompt."""
         picks = self._mixture.picks(number, number + 1)
         source, item = self._sources[int(picks.source[0])], int(picks.item[0])
         stream = key(self._seed, "prompts", source.name, int(picks.epoch[0]))

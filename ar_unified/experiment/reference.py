@@ -1,10 +1,10 @@
-"""The log-probabilities of every preference pair under the model that a training begins with: computed once, and kept
-in the workdir.
+"""The log-probabilities of every preference pair under the model that a training begins with. They are computed once,
+and kept in the workdir.
 
 reference/KEY/record.json       what the reference depends on (KEY is its hash), and the other files' sha256; written
               last SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as in `data.batch.PreferenceBatch`
 
-If something in a folder is missing or changed, the folder is made again. In a job of many processes all compute, and
+If something in a folder is missing or changed, the folder is made again. In a job of many processes, all compute and
 only process 0 writes.
 """
 
@@ -64,7 +64,7 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
 
 def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Json]:
     """Everything that decides the numbers, apart from rounding."""
-    assert experiment.bundle is not None  # config.init, as `check` requires
+    assert experiment.bundle is not None  # `check` requires config.init
     begun = {"base": "int8"} if _rounded(task) else {}
     if (first := first_adapter(experiment.config, experiment.bundle)) is not None:
         begun["adapter"] = first.adapter.hash
@@ -78,7 +78,7 @@ def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[s
 
 
 def _rounded(task: PreferenceTask) -> bool:
-    """Whether the weights have 8 bits, so that the training begins with a model that is not exactly the bundle's."""
+    """Whether the weights have 8 bits. If so, the model that the training begins with is not exactly the bundle's."""
     return task.lora is not None and task.lora.base_dtype == "int8"
 
 
@@ -101,7 +101,7 @@ def _params(experiment: Experiment, task: PreferenceTask) -> Params:
 
 def _computed(experiment: Experiment, task: PreferenceTask, batches: PreferenceBatches) -> Sums:
     mesh, params = experiment.mesh, _params(experiment, task)
-    begun = task.lora if "lora" in params else None  # None: before there was an adapter
+    begun = task.lora if "lora" in params else None  # None if the reference has no adapter
     task = dataclasses.replace(task, lora=begun, only=(), rates=(), phases=())
     answers = jax.jit(functools.partial(task.answers, pairs=batches.pairs), out_shardings=NamedSharding(mesh, P()))
     found = {name: np.zeros((count, 2, len(Role)), np.float32) for name, count in batches.counts.items()}
@@ -133,7 +133,7 @@ def _write(folder: Path, depends: Mapping[str, Json], found: Sums) -> None:
 
 
 def _read(folder: Path, depends: Mapping[str, Json], counts: Mapping[str, int]) -> Sums | None:
-    """What `_write` wrote; None: it is missing or changed."""
+    """What `_write` wrote; None if it is missing or changed."""
     try:
         record = read_json(folder / "record.json")
         if record != dict(depends) | {"files": record.get("files")} or record["files"].keys() != counts.keys():

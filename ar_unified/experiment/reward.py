@@ -1,4 +1,4 @@
-"""The objective "reward" of an experiment: its task and its drawing, from a config and a workdir."""
+"""The objective "reward": makes its task, and the sampling of answers, from a config and a workdir."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ar_unified.training.policy import PolicyTask
 
 
 def reward(experiment: Experiment) -> Objective:
-    """Learns from answers that the model draws, by the reward in config.reward."""
+    """Learns from answers that the model draws, judged by the reward in config.reward."""
 
     def task(folder: Path) -> PolicyTask:
         experiment.say(_told(experiment))
@@ -31,7 +31,8 @@ def reward(experiment: Experiment) -> Objective:
 
 
 def _facts(experiment: Experiment) -> dict[str, Json]:
-    """What decides the trained policy besides the config: the prompts, in their order."""
+    """What decides the trained policy in addition to the config: the prompts, their order, and what guidance compares
+    with."""
     sampling = experiment.config.sampling
     compared = dict(context=sampling.context, negative_prompt=sampling.negative_prompt)
     guided = compared if experiment.config.reward.guidance != 1 else {}
@@ -39,7 +40,7 @@ def _facts(experiment: Experiment) -> dict[str, Json]:
 
 
 def _task(experiment: Experiment, folder: Path) -> PolicyTask:
-    """The task, with batches that are drawn. A file in `folder` names answers without a reward."""
+    """The task, whose batches are answers drawn by the model. A file in `folder` lists answers without a reward."""
     config, sampling = experiment.config, experiment.config.sampling
     tokenizer, grammar = experiment.image_tokenizer, experiment.grammar
     drawing, policy, rewarding = settings.drawing(config), settings.policy(config), settings.rewarding(config)

@@ -1,8 +1,8 @@
-"""Training by rewards: the engine draws groups of answers in the training job, and a reward says how good each is.
+"""Training by rewards: the engine draws groups of answers inside the training job, and a reward scores each answer.
 
-The weights go from the training to the sampler on the devices. Every process draws the groups of its own rows of the
-batch, with its own devices: a prompt and its samples are functions of their number, so the batch of a step is the same
-for any number of processes.
+The weights go from the training to the sampler without leaving the devices. Every process draws the groups of its own
+rows of the batch on its own devices. A prompt and its samples depend only on their numbers, so the batch of a step is
+the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from ar_unified.sampling.request import Request, Sample, TooLong
 from ar_unified.training.policy import PolicyBatch, PolicyConfig, group_advantages, log_probabilities
 from ar_unified.training.step import Drawing, Params
 
-_PATIENCE = 3  # most drawings in a row without any rewards
-_OTHERS = 1 << 40  # prompts from this number on replace others
+_PATIENCE = 3  # maximum number of consecutive rounds of sampling without any rewards
+_OTHERS = 1 << 40  # prompts with this number or a higher one replace others
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawingConfig:
-    """How answers are drawn for training. top_k, top_p and the repetition penalty are off, because they set
-    probabilities to 0, and no ratio of probabilities can raise a probability from 0.
+    """How answers are drawn for training. top_k, top_p and the repetition penalty are off. They would set probabilities
+    to 0, and a policy ratio cannot raise a probability from 0.
 
     Attributes:
-        mode: one of `sampling.request.MODES`; "free": the mode of the prompt's own answer: an image, a text or both.
+        mode: one of `sampling.request.MODES`. "free" means the mode of the prompt's own answer: an image, a text or
+            both.
         temperature: for texts and images; the policy is the distribution at this temperature.
-        guidance: for images; the policy is the guided distribution. Its context needs one more row.
-        max_tokens: of an answer; 0: as many as its images need, or as there is room for.
+        guidance: for images; the policy is the guided distribution. The context without the prompt needs one more row.
+        max_tokens: of an answer; 0 means as many as its images need, or as there is room for.
 
     Raises ValueError, which names the field.
     """
@@ -89,16 +90,16 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
     """Groups of answers with their advantages.
 
     Args:
-        prompts: by number.
-        engine: made with `logprobs`, on the devices of this process; its parameters are replaced.
-        tokenizer: of images.
-        reward: how good an answer is. rewarding: what happens when a reward fails.
-        policy: of the groups.
-        batch_size: B, samples of a step on `mesh`. length: T, positions of a row.
-        contexts: C of the batch.
+        prompts: returns the prompt of a number.
+        engine: an engine made with `logprobs` on the devices of this process; its parameters are replaced.
+        tokenizer: the image tokenizer.
+        reward: scores an answer. rewarding: what happens when the reward fails.
+        policy: the settings of groups and minibatches.
+        batch_size: B, the samples of a step on `mesh`. length: T, the positions of a row.
+        contexts: C, the rows of each sample in the batch.
         chunk, lora: as in `log_probabilities`.
-        failed: a file to which every answer without a reward is written; None: none.
-        say: takes lines for people.
+        failed: a file to which every answer without a reward is written, or None.
+        say: prints a line for the user.
 
     Raises ValueError, which names the field, for sizes that do not fit together.
     """
@@ -135,15 +136,15 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         )
 
     def __call__(self, step: int, params: Params) -> PolicyBatch[jax.Array]:
-        """Gives the batch of a step. Raises RewardFailed: `rewarding` says "stop", or no group of several drawings had
-        all its rewards."""
+        """Returns the batch of a step. Raises RewardFailed if a reward fails and `rewarding` says "stop", or if no
+        group of several rounds of sampling in a row has all its rewards."""
         drawing, at = divmod(step, self.every)
         if self._held[0] != drawing:
             self._held = drawing, self._drawn(drawing, params)
         return self._held[1][at % self._policy.minibatches]
 
     def _drawn(self, drawing: int, params: Params) -> list[PolicyBatch[jax.Array]]:
-        """The minibatches of a drawing, on the mesh."""
+        """The minibatches of one round of sampling, on the mesh."""
         here = self._engine.mesh or make_mesh({}, jax.local_devices()[:1])
         whole = self._whole(params)
         self._engine.params = hand_over(whole, logical_axes(whole), here)
@@ -161,8 +162,8 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
             return [dataclasses.replace(batch, old=self._old(params, batch)) for batch in batches]
 
     def _with_signal(self, drawing: int, slots: Sequence[int]) -> list[_Group]:
-        """A group for each slot. A group without a signal is replaced by the group of another prompt, as often as
-        `redraws` says.
+        """A group for each slot. A group without a signal is replaced by the group of another prompt, up to `redraws`
+        times.
         """
         groups = dict(zip(slots, self._ask(slots), strict=True))
         for attempt in range(self._policy.redraws):
@@ -172,7 +173,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         return [groups[slot] for slot in slots]
 
     def _ask(self, numbers: Sequence[int]) -> list[_Group]:
-        """The groups of prompts by their numbers."""
+        """Draws and scores the groups of the prompts with these numbers."""
         if not numbers:
             return []
         asked = [self._prompts(number) for number in numbers]
@@ -187,7 +188,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         return [_Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)]
 
     def _judged(self, prompts: Sequence[Document], samples: Sequence[Sample]) -> list[Verdict]:
-        """The reward of each sample; for a sample with an error, the error."""
+        """The reward of each sample, or the error of a sample that has one."""
         codes = [part.codes for sample in samples for part in _parts(sample) if isinstance(part, CodesPart)]
         pixels = iter(by_size(self._tokenizer.decode, codes) if codes else ())
         answers = {}
@@ -218,7 +219,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         )
 
     def _tell(self, drawing: int, groups: Sequence[_Group]) -> None:
-        """Names every answer without a reward, and stops if `rewarding` says so."""
+        """Reports every answer without a reward. Raises RewardFailed like `__call__`."""
         failures = [
             (group.asked.document, sample, verdict.reason)
             for group in groups
@@ -237,11 +238,11 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
                     row = {"step": step, "prompt": words(prompt), "id": sample.request.id, "sample": sample.index}
                     file.write(json.dumps(row | {"reason": reason}, ensure_ascii=False) + "\n")
         if self._rewarding.on_error == "stop":
-            raise RewardFailed(f"{message}. config.reward.on_error is 'stop': mend the reward and start again")
+            raise RewardFailed(f"{message}. config.reward.on_error is 'stop': correct the reward and start again")
         if self._without >= _PATIENCE:
             raise RewardFailed(
-                f"{message}. In {_PATIENCE} drawings in a row, no group has all its rewards, "
-                "so there is nothing to learn from: mend the reward and start again"
+                f"{message}. In {_PATIENCE} rounds of sampling in a row, no group had all its rewards, "
+                "so there is nothing to learn from: correct the reward and start again"
             )
         self._say(f"{message}. Their groups are left out")
 
@@ -256,7 +257,7 @@ class _Group:
 
     @property
     def scored(self) -> bool:
-        """Whether every answer has a reward. Without one, the mean would not be the mean of the whole group."""
+        """Whether every answer has a reward. If one lacks it, the group's mean reward is not known."""
         return not any(isinstance(verdict, Failure) for verdict in self.verdicts)
 
     @property

@@ -1,6 +1,6 @@
-"""Turns the keys of a config into the dataclasses that packages take; each is made in one place.
+"""Turns the keys of a config into the dataclasses that packages take. Each dataclass is made in one place.
 
-The dataclass reports what is wrong with a value; `check` makes all of them before the first stage.
+A dataclass reports what is wrong with its values; `check` makes all of them before the first stage.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def resize(config: ConfigDict) -> Resize:
     """The size that images get, in whole units of the layout."""
     height, width = config.data.image_size
     size = LAYOUTS[config.data.layout].size
-    unit = size.unit if isinstance(size, SizeTokens) else 1  # sides are whole units
+    unit = size.unit if isinstance(size, SizeTokens) else 1  # sides are multiples of the unit
     way = {name: config.data[name] for name in WAY}
     return Resize(config.data.resize, height, width, config.image_tokenizer.factor * unit, **way)
 
 
 def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
-    """How images are written. Raises ValueError, which names the key, for settings that do not fit together."""
+    """How images are written as ids. Raises ValueError, which names the key, for settings that do not fit together."""
     height, width = image.grid(*config.data.image_size)
     kind, aspect = config.data.layout, config.data.resize == "aspect"
     if LAYOUTS[kind].size is None:
@@ -80,8 +80,8 @@ def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
 
 
 def fits(ours: ImageLayout, theirs: ImageLayout) -> bool:
-    """Whether images of one layout can be written in another. Images of a fixed size must have the same size; others
-    may not be larger."""
+    """Whether images of the layout `ours` can be written in the layout `theirs`. Images of a fixed size must have the
+    same size; others may not be larger."""
     if not theirs.sized:
         return ours == theirs
     same = (ours.kind, ours.depth) == (theirs.kind, theirs.depth)
@@ -91,7 +91,7 @@ def fits(ours: ImageLayout, theirs: ImageLayout) -> bool:
 def language(
     config: ConfigDict, image: AutoencoderConfig | None, text_size: int, text_hash: str = "", image_hash: str = ""
 ) -> tuple[Vocabulary, ImageLayout]:
-    """The vocabulary of two tokenizers, and how images are written in it. image None: text alone.
+    """The vocabulary of two tokenizers, and how images are written in it. `image` is None for text alone.
 
     Raises like `layout`.
     """
@@ -112,7 +112,7 @@ def filters(config: ConfigDict) -> Filters:
 
 
 def short_side(config: ConfigDict) -> int:
-    """The size of the crops that the image tokenizer is trained on, in pixels."""
+    """The short side, in pixels, of the images from which the image tokenizer's training takes crops."""
     return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
 
 
@@ -152,7 +152,8 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
 
 
 def tokenizer_rates(config: ConfigDict) -> tuple[str, ...]:
-    """The rates of the image tokenizer's training; its adversary may have its own learning rate."""
+    """The factors of the learning rate in the image tokenizer's training; its adversary may have its own learning
+    rate."""
     settings = config.image_tokenizer
     rate = settings.adversary.learning_rate
     return (f"discriminator={rate / settings.learning_rate!r}",) if rate else ()
@@ -165,7 +166,8 @@ def training(config: ConfigDict) -> TrainingConfig:
 
 
 def lora(config: ConfigDict) -> LoraConfig | None:
-    """The adapter that is trained; None: there is none. Raises ValueError, beginning with the key."""
+    """The config of the adapter that is trained; None if there is none. Raises ValueError, which begins with the
+    key."""
     found = configs.pick(LoraConfig, config.lora)
     return found if found.rank else None
 
@@ -183,7 +185,7 @@ def policy(config: ConfigDict) -> PolicyConfig:
 
 
 def rewarding(config: ConfigDict) -> RewardConfig:
-    """How good an answer is. Raises ValueError, which names the key."""
+    """The settings of the reward, which says how good an answer is. Raises ValueError, which names the key."""
     return configs.pick(RewardConfig, config.reward)
 
 
@@ -195,10 +197,11 @@ def drawing(config: ConfigDict) -> DrawingConfig:
 def selected(
     config: ConfigDict, key: str, vocabulary: Vocabulary | None = None, new: Collection[int] = ()
 ) -> Selection:
-    """The parameters that `training.only` or `training.fresh` names; an adapter is trained besides those of `only`.
+    """The parameters that `training.only` or `training.fresh` names. An adapter, if there is one, is added to those of
+    `only`.
 
     Args:
-        vocabulary: None if there is none yet; then any kind of ids may be named. new: as for `select`.
+        vocabulary: None if there is none yet, in which case any kind of ids may be named. new: as for `select`.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
@@ -213,7 +216,7 @@ def selected(
 
 
 def trained(config: ConfigDict, vocabulary: Vocabulary, new: Collection[int]) -> Selection:
-    """The parameters of the transformer that are trained in any phase, and an adapter's."""
+    """The parameters of the transformer that are trained in any phase, and the adapter's, if there is one."""
     places, axes = trained_in(config.training.only, moving(config.training)), logical_axes(_shapes(config, vocabulary))
     if (adapter := lora(config)) is not None:
         places, axes = beside_adapter(places, axes, new), axes | _axes_of(adapter)
@@ -225,17 +228,17 @@ def _axes_of(adapter: LoraConfig) -> Params:
 
 
 def state_of(settings: ConfigDict) -> dict[str, list[str]]:
-    """The parameters that have optimizer state, if phases make them differ from `training.only`; else {}.
+    """Names the parameters that have optimizer state, if phases make them differ from `training.only`; {} if not.
 
-    A training cannot go on with other parameters, because it has no optimizer moments for them.
+    A training that has begun cannot train other parameters, because it has no optimizer moments for them.
     """
     places = trained_in(settings.only, moving(settings))
     return {} if places == tuple(settings.only) else {"trains": list(places) or ["everything"]}
 
 
 def rates(config: ConfigDict) -> Rates:
-    """How fast each parameter moves in each phase, by `training.rates` and the `only` of phases. It needs no
-    vocabulary.
+    """The factor of each parameter's learning rate in each phase, from `training.rates` and the `only` of phases. Needs
+    no vocabulary.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
@@ -249,7 +252,7 @@ def rates(config: ConfigDict) -> Rates:
     return make_rates(part.rates, found, axes, shapes, _ANY, selection, _SOME)
 
 
-_ANY, _SOME = Vocabulary(1, 1, 1), (0,)  # a vocabulary with every kind of ids, also new ones
+_ANY, _SOME = Vocabulary(1, 1, 1), (0,)  # a vocabulary with every kind of ids, and new ids
 
 
 def _shapes(config: ConfigDict, vocabulary: Vocabulary) -> Params:
@@ -257,8 +260,8 @@ def _shapes(config: ConfigDict, vocabulary: Vocabulary) -> Params:
 
 
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
-    """The settings at the beginning of the training and in each of `training.phases`, with the step from which they
-    hold.
+    """The settings at the beginning of the training and in each of `training.phases`, with the step at which they
+    begin.
 
     Raises UserError, which names the phase, if it does not begin between the first and the last step, or changes an
     unknown setting.
@@ -298,7 +301,7 @@ def shapes(settings: ConfigDict) -> dict[str, tuple[int, int]]:
 
 
 def longest(settings: ConfigDict) -> tuple[int, int]:
-    """(batch_size, sequence_length) of the longest rows of a training, which hold every document."""
+    """(batch_size, sequence_length) of the longest rows of a training, which have room for every document."""
     return max(shapes(settings).values(), key=lambda shape: shape[1])
 
 
@@ -307,10 +310,10 @@ def _first_step(settings: ConfigDict, begin: float) -> int:
 
 
 def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """(step, places) of each phase: from this step on, only these places move, by `training.only` and the `only` of
-    phases. (): no phase changes it.
+    """(step, places) of each phase: from this step on, only the parameters at these places are trained. It is made from
+    `training.only` and the `only` of phases, and is () if no phase has `only`.
 
-    The settings must have passed `phases`.
+    Call it after `phases`, which checks the settings.
     """
     changes = [change for change in settings.phases if "only" in change]
     if not changes:
@@ -320,7 +323,7 @@ def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------------
-CHECKPOINTS = ("last", "best")  # the steps that samples and evaluation may use
+CHECKPOINTS = ("last", "best")  # the checkpoints that samples and evaluation may use
 
 
 def token_filter(config: ConfigDict, modality: str) -> Filter:
@@ -329,7 +332,7 @@ def token_filter(config: ConfigDict, modality: str) -> Filter:
 
 
 def request(config: ConfigDict, **more: str) -> Request:
-    """What every request takes from the config unless it says otherwise."""
+    """The default values of requests, from the config."""
     said = {name: config.sampling[name] for name in DEFAULTS}
     filters = {name: token_filter(config, name) for name in ("text", "image")}
     return Request(**{"id": "config.sampling", "parts": ()} | said | filters | more)

@@ -1,5 +1,5 @@
-"""How a verb begins: it opens and checks its experiment, with the other processes of its job. Also, which process does
-a stage."""
+"""Opens and checks the experiment of a verb, together with the other processes of its job, and decides which process
+does a stage."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def open_experiment(
     stages: Collection[str] = STAGES,
     before_sources: Callable[[Experiment], object] | None = None,
 ) -> Experiment:
-    """Opens the experiment of a command line, with the other processes of its job, and checks it for the work to do.
+    """Opens the experiment of a command line, together with the other processes of its job, and checks it for the work
+    to do.
 
-    stages: the STAGES that will run, or "requests", "images" or "export" for work without sources.
-    before_sources: what process 0 does before it opens the sources, which may mean drawing a dataset.
+    `stages` are the STAGES that will run, or "requests", "images" or "export" for work without sources.
+    `before_sources` is called on process 0 before it opens the sources, which may mean downloading a dataset.
     """
-    if arguments.config is None:  # for verbs that do not need it
+    if arguments.config is None:  # only verbs that do not need --config
         config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
     else:
         config = configs.load(arguments.config, overrides)
@@ -51,7 +52,7 @@ def open_experiment(
     )
     first = runtime.first()
     experiment = Experiment(config, Workdir(arguments.workdir, reader=not first))
-    if jax.process_count() > 1:  # all must have the same config, and see the same folder
+    if jax.process_count() > 1:  # all processes must have the same config, and see the same folder
         asked = configs.plain(config)
         if first:
             write_json(logs / "asked.json", asked)
@@ -69,7 +70,7 @@ def open_experiment(
 
 
 def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
-    """Makes a stage (of an experiment) run only on process 0; the others wait, and then read what it left."""
+    """Makes a stage (of an experiment) run only on process 0; the others wait, and then read what it has written."""
 
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any, **options: object) -> None:

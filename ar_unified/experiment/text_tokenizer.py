@@ -1,4 +1,4 @@
-"""The stage text_tokenizer: trains a tokenizer on the experiment's sources, or takes one from elsewhere, and reports on
+"""The stage `text_tokenizer`: trains a tokenizer on the experiment's sources or takes one from elsewhere, and measures
 it."""
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process
 from ar_unified.workdir import write_json
 
-_MEASURED = 1_000_000  # bytes of a source that the report reads, an even part of it
+_MEASURED = 1_000_000  # bytes of each source that the report reads, spread evenly over the source
 
 
 @by_first_process
 def train_text(experiment: Experiment) -> None:
-    """Stage text_tokenizer."""
+    """Runs the stage `text_tokenizer`."""
     settings = experiment.config.text_tokenizer
     bundle = experiment.bundle
     tokenizer: Codec | None = load(settings) if settings.model else None
@@ -75,7 +75,7 @@ def _train(
 ) -> tuple[TextTokenizer, dict[str, float]]:
     """A tokenizer trained on the training sources, and how often each source was read.
 
-    reserved: for each of these characters, counts the texts that have it.
+    `reserved` gets, for each of its characters, the number of texts that contain it.
     """
     settings, sources = experiment.config.text_tokenizer, experiment.train
     times = passes(sources, temperature=settings.temperature, max_bytes=settings.max_bytes)
@@ -112,7 +112,7 @@ def load(settings: Mapping[str, Any]) -> Codec:
 
 
 def measure(tokenizer: Codec, sources: Sequence[tuple[str, Source]]) -> dict[str, Fertility]:
-    """Fertility and round trip by source, and by language ("name/nld") if items state their language; bad items are
+    """Fertility and round trip by source, and by language ("name/nld") if items state their language. Bad items are
     left out.
     """
     rows: dict[str, Fertility] = {}
@@ -140,7 +140,7 @@ def _remarks(report: Mapping[str, Any], wanted: int) -> list[str]:
     for sign, count in report["cut_at"].items():
         lines.append(
             f"{sign} is in {count} of the texts. SentencePiece reserves it, so texts were split there for training, "
-            "and it is spelled in bytes"
+            "and it is encoded as bytes"
         )
     if report["pieces"] < wanted:
         lines.append(f"{report['pieces']} pieces instead of {wanted}: this corpus is too small for more")

@@ -1,9 +1,9 @@
-"""The part of `evaluate` that needs no model: how good an experiment's image tokenizer is.
+"""The part of `evaluate` that needs no model: it measures how good an experiment's image tokenizer is.
 
-Scores the images of every held-out set, or those of a folder, and leaves
+Scores the images of every held-out set, or those of a folder, and writes
   evaluation.json   {"tokenizer": {set: numbers}} (ar_unified.evaluation.tokenizer)
   <set>.png         original | reconstruction | difference; a row for each of a few images
-  report.html       the same and the tokenizer's curves on one self-contained page
+  report.html       all of this and the tokenizer's training curves on one self-contained page
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ar_unified.workdir import read_json, write_bytes, write_json
 
 @by_first_process
 def evaluate_held_out(experiment: Experiment) -> None:
-    """Stage tokenizer_evaluation; does nothing for text alone."""
+    """Runs the stage `tokenizer_evaluation`; does nothing for text alone."""
     if experiment.text_only:
         return experiment.say("==== tokenizer_evaluation: there is no image tokenizer to score")
     config, sets = experiment.config, {name: sources for name, sources in experiment.held_out.items() if sources}
@@ -63,7 +63,7 @@ def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None
     """Scores the image files of a folder in place of the held-out sets. The result has its own folder, and is made
     again each time.
 
-    crop: side of the square crops in pixels; None: config.data.image_size. links: as for a source.
+    `crop` is the side of square crops in pixels; None means config.data.image_size. `links` is as for a source.
     """
     with about("--images"):
         source = open_source(dict(kind="images", path=images, links=links))
@@ -76,7 +76,7 @@ def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None
 
 
 def results_of(experiment: Experiment) -> tuple[dict[str, Json], dict[str, np.ndarray]]:
-    """Numbers and sheets by held-out set, as the stage left them."""
+    """The numbers and the image sheets by held-out set, as the stage wrote them."""
     folder = experiment.workdir.tokenizer_evaluation
     if experiment.text_only:
         return {}, {}
@@ -87,7 +87,7 @@ def results_of(experiment: Experiment) -> tuple[dict[str, Json], dict[str, np.nd
 def score(
     experiment: Experiment, sets: Mapping[str, Sequence[Source]], size: Sequence[int], folder: Path
 ) -> dict[str, Any]:
-    """Scores images of a height and a width in pixels; returns the numbers by set, and writes the files. Raises
+    """Scores images of `size` (height, width) in pixels, writes the files, and returns the numbers by set. Raises
     UserError."""
     config, (height, width) = experiment.config, size
     tokenizer = _tokenizer(experiment)
@@ -141,7 +141,7 @@ def _tokenizer(experiment: Experiment) -> ImageTokenizer:
 
 
 def _files(config: Mapping[str, Any]) -> dict[str, str]:
-    """Weight files by what is measured with them; "" for none."""
+    """The weight file for each measurement; "" for none."""
     return {"LPIPS": config["evaluation"]["lpips_file"], "inception": config["evaluation"]["inception_file"]}
 
 

@@ -1,19 +1,19 @@
-"""Other people's checkpoints: from their published files into a bundle, and from a bundle into their files.
+"""Converts other people's published checkpoints into bundles, and bundles back into their formats.
 
-files, sources     what a person downloaded; tensors in files, one at a time
-hf_config          the shape of a transformer in config.json
-keys               names of tensors, and how they lie, against our leaves
-ids                their id space against ours
+files, sources     finds the files that a person downloaded; reads their tensors one at a time
+hf_config          reads and writes a transformer's shape in config.json
+keys               maps their tensors' names and memory layouts to our leaves
+ids                maps their id space to ours
 text, chameleon, emu3, emu3_5, lwm, liquid, simplear, tar     the systems
 importing          files -> bundle
 exporting          bundle -> files
-images             an image tokenizer in published files
-peft               LoRA adapters, both directions
-image_tokenizer    an image tokenizer alone, into this project's folder for one, and back
+images             reads an image tokenizer from published files
+peft               reads and writes LoRA adapters
+image_tokenizer    converts an image tokenizer without a model into this project's folder for one, and back
 """
 
-# What `ar-unified import --as` takes. `systems` says how each system is opened, `images` where the settings of image
-# tokenizers are.
+# What `ar-unified import --as` takes. `systems` says how each system is opened; `images` says where an image
+# tokenizer's settings are.
 SYSTEMS = (
     "chameleon",
     "anole",
@@ -31,10 +31,10 @@ SYSTEMS = (
     "gemma",
 )
 IMAGE_SYSTEMS = ("chameleon_vq", "ibq", "llamagen_vq", "janus_vq", "emu3_vq", "showo_vq", "lwm_vq", "movqgan")
-# What `ar-unified export --to` takes: forms of a model, and for an image tokenizer alone the names of its weights.
+# What `ar-unified export --to` takes: FORMS for a model, DIALECTS (names of tensors) for an image tokenizer alone.
 FORMS = ("hf", "meta", "lwm")
-ADAPTER = "peft"  # after a training of LoRA: only the adapter
-BESIDE = "base"  # the model that the adapter belongs to, if a language model was extended
+ADAPTER = "peft"  # for a model trained with LoRA: only the adapter
+BESIDE = "base"  # for a language model that was extended: the model that the adapter belongs to
 DIALECTS = (
     "taming", "chameleon_hf", "janus_hf", "llamagen", "janus", "showo", "lwm", "movqgan", "emu3", "emu3_hf",
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 The names of tokens say what each id means. An image code is IMGIMG, then the code's decimal digits as letters (A for
 0), then Z. The other tokens are <racm3:break> before an image, <eoss> after it, and <reserved08706> after a turn.
-Lumina adds an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units.
-Lumina-mGPT 2.0 has Qwen's text tokenizer, with these names after Qwen's own, and MoVQGAN's images.
+Lumina adds <reserved08799>, which ends a row, and size tokens: <reserved(8800+n)> stands for n units. Lumina-mGPT 2.0
+uses Qwen's text tokenizer, which has these names after Qwen's own, and MoVQGAN for images.
 
 Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT and Lumina-mGPT-2.0.
 """
@@ -43,16 +43,16 @@ CHAMELEON = Family(
 )
 _CODE = re.compile(r"IMGIMG([A-J]+)Z")
 _LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")
-_FIRST_SIZE = 8800  # the number of the reserved name that stands for 0 units
+_FIRST_SIZE = 8800  # the number in the reserved name that stands for 0 units
 _MARKS = {"boi": "<racm3:break>", "eoi": "<eoss>", "eot": "<reserved08706>"}
 _LUMINA = _MARKS | {"eol": "<reserved08799>"}
 SIDE = 32  # codes along a side of Chameleon's images, 512 pixels
-_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # codes: 2048 pixels at 16 per code, 1536 at 8
+_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # in codes: 2048 pixels at 16 pixels per code, 1536 at 8
 _FIRST_CODE = 155000  # for Lumina-mGPT 2.0, if its text tokenizer has no names for codes
 _VQ = "model.vqmodel."
 _LENGTH = 4096
-# As published: chameleon.py of Chameleon (text 3.0 and image 1.2 over nothing), Anole's interleaved_generation.py;
-# Lumina-mGPT's README and inference.
+# Published settings. Their sources: Chameleon's chameleon.py (guidance: 3.0 for text, 1.2 for images), Anole's
+# interleaved_generation.py, Lumina-mGPT's README and inference.
 _CHAMELEONS = {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
 _CHAMELEON = {
     "max_length": _LENGTH,
@@ -85,15 +85,15 @@ _SAMPLING: Mapping[str, Mapping[str, object]] = {
     },
 }
 _UNTRAINED = (
-    "This model was not trained to draw: its head's rows for image codes {}, so images are noise. Anole's "
+    "This model was not trained to generate images: its head's rows for image codes {}, so images are noise. Anole's "
     "recipe trains these rows: experiments/published/fine_tune.py:recipe=anole."
 )
 _SIDE_2 = 768  # side of a square with the area of Lumina-mGPT 2.0's images, in pixels
 
 
 def codes_of(names: Mapping[str, int], where: str) -> range:
-    """Published ids of the image codes, from their names. Raises UserError: there are none, one is missing, or the ids
-    are not consecutive.
+    """The published ids of the image codes, found by their names. Raises UserError if there are none, one is missing,
+    or the ids are not consecutive.
     """
     found = {int(match[1].translate(_LETTERS)): id for name, id in names.items() if (match := _CODE.fullmatch(name))}
     return ids.codes_of(found, where)
@@ -114,9 +114,10 @@ def language_of(
     Args:
         names: published id of every token. text: ids that spell text. size: V.
         system: chameleon, lumina_mgpt or lumina_mgpt_2.
-        largest: height and width of an image in codes; None: as published.
-        told: keys of a tokenizer_config.json: the tokens with which Qwen's tokenizer begins and ends a text.
-        count: number of image codes, for a Lumina-mGPT 2.0 without names for them.
+        largest: height and width of the largest image in codes; None means the published size.
+        told: the content of a tokenizer_config.json, which names the tokens that begin and end a text in Qwen's
+            tokenizer.
+        count: number of image codes; used for a Lumina-mGPT 2.0 whose text tokenizer has no names for them.
 
     Raises UserError for names that are missing or stand for wrong ids.
     """
@@ -145,8 +146,8 @@ def _ends(names: Mapping[str, int], told: Mapping[str, Json], where: str) -> dic
         return {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
     if "<|endoftext|>" not in names:
         raise UserError(f"{where}: expected a token '<s>' or '<|endoftext|>', found neither")
-    # Qwen has no token for the beginning: a text begins with its end token. We then take the other of the two tokens as
-    # the end; nothing here writes that token.
+    # Qwen has no token for the beginning, so a text begins with one of its two end tokens. Our end token is then the
+    # other one; nothing here writes it.
     both, found = ("<|endoftext|>", "<|im_end|>"), told.get("bos_token") or told.get("eos_token") or "<|endoftext|>"
     begin = found["content"] if isinstance(found, dict) and "content" in found else found
     if begin not in both:
@@ -214,8 +215,8 @@ def _open_meta(files: Files) -> Published:
 
 
 def open_lumina(files: Files) -> Published:
-    """Lumina-mGPT: only a transformer. Version 1 uses Chameleon's text tokenizer and VQGAN (`--text`, `--image`).
-    Version 2.0 is recognised by Qwen's text tokenizer, and needs movqgan_270M (`--image`)."""
+    """Lumina-mGPT, whose files have only a transformer. Version 1 uses Chameleon's text tokenizer and VQGAN (`--text`,
+    `--image`). Version 2.0 is recognised by Qwen's text tokenizer, and needs movqgan_270M (`--image`)."""
     config = _model(files.config, str(files.folder))
     second = "<s>" not in files.names
     images = _movqgan_of(files) if second else vqgan_of(files, files.config)
@@ -233,14 +234,15 @@ def _model(config: Mapping[str, Json], where: str) -> TransformerConfig:
 def _movqgan_of(files: Files) -> Images:
     if files.image is None:
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names movqgan_270M.ckpt, made .safetensors by "
-            "`ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert movqgan_270M.ckpt with "
+            "`ar-unified convert-pickle`, and name the new file with --image"
         )
     return dataclasses.replace(open_images("movqgan", files.image), usual=_SIDE_2)
 
 
 def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = None) -> Images:
-    """The image tokenizer of a file of its own, else the one inside the model's file, which has no decoder.
+    """The image tokenizer from a file of its own if there is one, else the one inside the model's file, which has no
+    decoder.
 
     Args:
         source: the model's tensors, which may include an image tokenizer.
@@ -252,8 +254,8 @@ def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = N
         if inner is not None:
             return inner
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names Chameleon's vqgan.ckpt, made .safetensors by "
-            "`ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert Chameleon's vqgan.ckpt with "
+            "`ar-unified convert-pickle`, and name the new file with --image"
         )
     images = open_images("chameleon_vq", files.image, config)
     if inner is None:

@@ -1,7 +1,7 @@
-"""Pickled checkpoints (.pth, .pt, .ckpt, LWM's VQGAN) -> .safetensors files that replace them.
+"""Converts pickled checkpoints (.pth, .pt, .ckpt, LWM's VQGAN) into .safetensors files.
 
-A torch file is a zip with a pickle, which describes the tensors, and with their plain numbers. The numbers are read
-tensor by tensor. `pickles` follows the pickle, and runs nothing.
+A torch file is a zip: a pickle in it describes the tensors, and other files have their raw numbers. The numbers are
+read tensor by tensor. `pickles` reads the pickle without running anything in it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ar_unified.tensors import Kind, TensorWriter, read_bytes
 from ar_unified.workdir import write_json
 
 _BESIDE = (".json", ".yaml", ".yml", ".txt", ".model", ".tiktoken", ".chk")
-_LARGEST = 1 << 28  # most bytes of a torch file's pickle, and of a file that is copied
-_MOST = 1 << 20  # most parts of the value in a pickle
-_OLD_TORCH = 0x1950A86A20F9469CFC6C  # files before torch 1.6 begin with it
+_LARGEST = 1 << 28  # maximum bytes of a torch file's pickle, and of a file that is copied
+_MOST = 1 << 20  # maximum number of parts of the value in a pickle
+_OLD_TORCH = 0x1950A86A20F9469CFC6C  # files written before torch 1.6 begin with it
 _WRAPPERS = ("state_dict", "model", "module", "params")
 
 
@@ -39,7 +39,7 @@ class Pickled(NamedTuple):
     """The content of a pickled file.
 
     Attributes:
-        tensors: by name. The parts of a name are joined by "." for torch, by "/" for flax.
+        tensors: the tensors by name. The parts of a name are joined by "." for torch, by "/" for flax.
         other: plain values by name, such as settings. left_out: names of all other values.
     """
 
@@ -56,7 +56,7 @@ class Pickled(NamedTuple):
         return Kind(tensor.shape, tensor.dtype.name)
 
     def read(self, name: str) -> np.ndarray:
-        """Raises OSError."""
+        """The tensor's numbers. Raises OSError."""
         tensor = self.tensors[name]
         if isinstance(tensor, np.ndarray):
             return tensor
@@ -72,8 +72,8 @@ class Pickled(NamedTuple):
 def open_pickled(path: str | Path) -> Pickled:
     """The content of a file; the numbers of a torch file are not read yet.
 
-    Raises UserError, which names the file: it names something that tensors do not need, is damaged, or has an unknown
-        format.
+    Raises UserError, which names the file, if it is damaged, has an unknown format, or names something that tensors do
+        not need.
     """
     path = Path(path)
     try:
@@ -82,17 +82,18 @@ def open_pickled(path: str | Path) -> Pickled:
             file.seek(0)
             zipped = begin == b"PK\3\4"
             if not zipped and begin[:1] != b"\x80":
-                raise ValueError("it begins neither as a torch file nor as a pickle of protocol 2 or later")
+                raise ValueError("it is neither a torch file nor a pickle of protocol 2 or later")
             found = _torch(path) if zipped else read_pickle(_Bounded(file, path.stat().st_size))
         if isinstance(found, int):
-            more = ": it is of a torch before 1.6" if found == _OLD_TORCH else ""
+            more = ", found one of torch before 1.6" if found == _OLD_TORCH else ""
             raise UserError(
-                f"{path}: expected a torch file that is a zip{more}; torch.load and torch.save write it anew as one"
+                f"{path}: expected a torch file that is a zip{more}: load it with torch.load and save it again "
+                "with torch.save"
             )
         return _sorted(path, found, "." if zipped else "/")
     except Forbidden as error:
         raise UserError(
-            f"{path}: it names {error}, which no tensor needs: nothing of it was run or written. If you trust its "
+            f"{path}: it names {error}, which no tensor needs: nothing in it was run or written. If you trust its "
             "maker, save only its tensors with the program that made it"
         ) from error
     except OSError as error:
@@ -159,17 +160,17 @@ def _torch(path: Path) -> Any:
 
 
 def _begins(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
-    """Where the bytes of each file in a zip begin. Raises ValueError if a file leads out, overlaps another or is
-    compressed."""
+    """The position at which the bytes of each file in a zip begin. Raises ValueError if a file's name leads out of the
+    zip, or a file overlaps another or is compressed."""
     begins: dict[str, int] = {}
     ends = 0
     with open(path, "rb") as file:
         for each in sorted(archive.infolist(), key=lambda each: each.header_offset):
             name = each.filename
             if name.startswith("/") or "\\" in name or ".." in name.split("/") or name in begins:
-                raise ValueError(f"a file {name!r:.80} in it, which leads out of it or is there twice")
+                raise ValueError(f"it has a file {name!r:.80}, whose name leads out of it or occurs twice")
             if each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size or each.flag_bits & 1:
-                raise ValueError(f"{name!r:.80} is packed, which torch does not do")
+                raise ValueError(f"{name!r:.80} is compressed, which torch does not do")
             file.seek(each.header_offset)
             head = file.read(30)
             if len(head) != 30 or head[:4] != b"PK\3\4" or each.header_offset < ends:
@@ -216,7 +217,7 @@ def _sorted(path: Path, found: object, joint: str) -> Pickled:
 
 
 def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Raises ValueError for a value that contains itself."""
+    """Each leaf with its path. Raises ValueError if there are too many parts, as in a value that contains itself."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     count = 0
     while waiting:
@@ -235,7 +236,7 @@ def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _plain(value: object) -> Any:
-    """The value as JSON; None if it holds tensors."""
+    """The value as JSON; None if it has tensors in it."""
     if any(isinstance(leaf, Strided | np.ndarray) for _, leaf in _leaves(value)):
         return None
     return value
@@ -250,7 +251,8 @@ def convert(path: str | Path, output: str | Path, say: Callable[[str], None]) ->
     Args:
         path: a file, or a folder; in a folder, settings and tokenizers beside the pickled files are copied, too.
 
-    Raises UserError if there is no such file, one is refused, or `output` exists; OSError.
+    Raises UserError if there is no such file, a file is refused, or `output` exists. Raises OSError if reading or
+    writing fails.
     """
     path = Path(path)
     if path.is_file():
@@ -294,12 +296,12 @@ def _write(folder: Path, name: str, pickled: Pickled, say: Callable[[str], None]
         beside = place.with_name(f"{stem}.other.json")
         try:
             write_json(beside, json.loads(json.dumps(pickled.other)))
-            say(f"  no tensors, kept in {beside.name}: {_some(list(pickled.other))}")
+            say(f"  values that are not tensors, kept in {beside.name}: {_some(list(pickled.other))}")
         except (TypeError, ValueError, RecursionError):
             beside.unlink(missing_ok=True)
-            say(f"  left out, no tensors: {_some(list(pickled.other))}")
+            say(f"  left out, because they are not tensors: {_some(list(pickled.other))}")
     if pickled.left_out:
-        say(f"  left out, tensors beside those of the model: {_some(list(pickled.left_out))}")
+        say(f"  left out, because these tensors are not the model's: {_some(list(pickled.left_out))}")
 
 
 def _some(names: list[str]) -> str:

@@ -3,8 +3,9 @@
 The table has Qwen's text, then 208 special tokens and the codes. Sizes are written in decimal digits as text.
 <|extra_200|> ends a row, <|extra_201|> the image; <|extra_203|> and <|extra_204|> begin and end a document.
 
-Chat takes turns. Gen and Stage1 take the plain text of a prompt with words of quality after it. Their tensors and
-tables have the same form, and two keys of config.json tell them apart; without those keys, --as says which it is.
+Chat is prompted with turns of a conversation, Gen and Stage1 with plain text, followed by words that ask for quality.
+The tensors and tables of all three have the same form, and two keys of config.json tell them apart; without those keys,
+--as says which it is.
 
 Sources: baaivision/Emu3, tokenization_emu3.py, processing_emu3.py and image_generation.py; transformers' Emu3.
 """
@@ -44,20 +45,20 @@ MARKS = {
 _EXTRAS = 205
 _CODE = re.compile(r"<\|visual token (\d+)\|>")
 _VQ = ("vqmodel.", "model.vqmodel.")
-# How the port's names begin, in files and in memory, for each beginning of the original's names.
+# How names differ from the original's, in each form: the original itself, the port's files, the port in memory.
 _PORTS: tuple[dict[str, str], ...] = (
     {},
     {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."},
     {"model.": "model.text_model."},
 )
-# The keys of config.json that show each, and the layout that it was trained with.
+# Values of these keys in config.json show the kind, gen or chat; _LAYOUTS has the layout that each was trained with.
 _TOLD = {
     "image_area": {518400: "gen", 262144: "chat"},
     "max_position_embeddings": {9216: "gen", 131072: "chat"},
 }
 _LAYOUTS = {"chat": "emu3", "gen": "emu3_gen"}
 _SIDE = 720  # side of a square with the area that Emu3-Gen was trained on
-# For images as published (image_generation.py).
+# The published settings for generating images (image_generation.py).
 _SAMPLING = {
     "max_length": 10240,
     "kv_dtype": "",
@@ -72,7 +73,8 @@ _PRAISE = " masterpiece, film grained, best quality."
 
 
 def names_of(files: Files) -> Mapping[str, int]:
-    """The published id of each special token by its name; a tiktoken file has only text, and the others follow it."""
+    """The published id of each special token by its name. A tiktoken file has only text tokens; the special tokens
+    follow them."""
     if files.names:
         return files.names
     size = files.codec.size
@@ -132,7 +134,7 @@ def open_gen(files: Files) -> Published:
 
 
 def open_emu3(files: Files, kind: str = "") -> Published:
-    """Emu3 as BAAI publishes it, or in transformers' form. kind: gen or chat; "": as config.json says. Raises
+    """Emu3 as BAAI publishes it, or in transformers' form. `kind` is gen, chat, or "" for what config.json says. Raises
     UserError, which names the file.
     """
     where = str(files.folder)
@@ -140,7 +142,7 @@ def open_emu3(files: Files, kind: str = "") -> Published:
     if not isinstance(config, Mapping):
         raise UserError(f"{where}/config.json: text_config: expected keys and values, found {config!r:.80}")
     if "head_dim" in files.config and "text_config" not in files.config:
-        raise UserError(f"{where}/config.json: head_dim: expected none, as Emu3 has; this is Emu3.5")
+        raise UserError(f"{where}/config.json: head_dim: expected none, as in Emu3; this is Emu3.5")
     kind = kind or kind_of(files.config, config, where)
     layout = _LAYOUTS[kind]
     model = hf_config.read(config, EMU3, where)
@@ -181,7 +183,10 @@ def _images(files: Files) -> Images:
     if files.image is not None:
         return open_images("emu3_vq", files.image)
     if not any(name.startswith(_VQ) for name in files.source.names()):
-        raise UserError(f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3-VisionTokenizer")
+        raise UserError(
+            f"{files.folder}: expected an image tokenizer, found none: name the folder of Emu3-VisionTokenizer "
+            "with --image"
+        )
     settings = files.config.get("vq_config", {})
     with about(str(files.folder)):
         dialect, prefix = dialect_in("emu3_vq", files.source.names())

@@ -1,4 +1,4 @@
-"""Emu3.5: the table of Emu3 with more codes and other controls, Qwen3's transformer, IBQ's images.
+"""Emu3.5: Emu3's table of ids with more codes and other control tokens, Qwen3's transformer, IBQ's image tokenizer.
 
 Sizes are written in decimal digits as text. <|extra_200|> is between rows, not after the last, and there is no
 <|extra_201|>. An answer is between <|extra_100|> and <|extra_101|>.
@@ -38,7 +38,7 @@ _MARKS = {
 }
 _SIDE = 1024  # side of a square with the area of one image in its configs
 _LENGTH = 10240  # two images of this area, and their text
-# As published for drawing one image from a text; guidance is 5 for Emu3.5-Image, 2 for Emu3.5.
+# The published settings for generating one image from a text. Guidance is 5 for Emu3.5-Image, 2 for Emu3.5.
 _SAMPLING = {
     "max_length": _LENGTH,
     "kv_dtype": "",
@@ -51,7 +51,7 @@ _OF_IMAGES = 5.0
 
 
 def language_of(names: Mapping[str, int], text: list[int], size: int, where: str, largest: tuple[int, int]) -> Language:
-    """Emu3.5's ids; arguments and errors as `emu3.language_of`."""
+    """Emu3.5's ids; arguments and errors are those of `emu3.language_of`."""
     return emu3.language_of(names, text, size, where, largest, "emu3_5", emu3.MARKS | _MARKS)
 
 
@@ -88,7 +88,7 @@ def _images(files: Files) -> Images:
     """IBQ's tokenizer beside the model."""
     if files.image is None:
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3.5-VisionTokenizer, its "
-            "model.ckpt made .safetensors by `ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert the folder of Emu3.5-VisionTokenizer "
+            "with `ar-unified convert-pickle`, and name the new folder with --image"
         )
     return open_images("ibq", files.image)

@@ -1,5 +1,5 @@
-"""Writes a bundle in the published form that it was imported from, or a model of our own in a form that others read;
-tensor by tensor.
+"""Writes a bundle, tensor by tensor, in the published form that it was imported from, or a model of our own in a form
+that other programs read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARD_BYTES = 5 << 30
 
 
 class _Exported(NamedTuple):
-    """The parameters to write: dtypes by leaf, and `read` from `Bundle.reader`."""
+    """The parameters to write. `dtypes` (by leaf) and `read` come from `Bundle.reader`."""
 
     bundle: Bundle
     keys: Keys
@@ -41,7 +41,7 @@ class _Exported(NamedTuple):
                 yield slot, name, Kind(shape, self.dtypes[slot.leaf])
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The same, one at a time."""
+        """The same tensors with their numbers, one at a time."""
         for slot in self.keys.slots():
             with about(str(self.bundle.folder)):
                 arrays = self.keys.to_theirs(slot, self.read(slot.leaf, slot.layer))
@@ -58,8 +58,8 @@ def export_published(
         form: "hf", "meta" or "lwm"; for an imported model, the form that it came in.
         license: for the card of a model of our own.
 
-    Raises UserError: `folder` exists, the bundle was imported from another form, or the form has no place for something
-        that was trained.
+    Raises UserError if `folder` exists, the bundle was imported from another form, or the form has no place for
+        something that was trained.
     """
     record = bundle.published
     keys = _keys(bundle, form, record)
@@ -85,10 +85,12 @@ def export_published(
 def _keys(bundle: Bundle, form: str, record: Mapping[str, Any] | None) -> Keys:
     if record is None:
         if form != "hf":
-            raise UserError(f"{bundle.folder}: --to: expected hf, of a model that was trained here; found {form}")
+            raise UserError(f"{bundle.folder}: --to: expected hf for a model that was trained here, found {form}")
         return own.keys_of(bundle)
     if form != record["form"]:
-        raise UserError(f"{bundle.folder}: --to: expected {record['form']}, the form that was imported; found {form}")
+        raise UserError(
+            f"{bundle.folder}: --to: expected {record['form']}, the form that it was imported from; found {form}"
+        )
     if bundle.border is None:
         raise UserError(f"{bundle.folder}: language.json: expected a border to the published ids, found none")
     tables = tuple(record.get("tables", ()))
@@ -121,7 +123,7 @@ def _write_beside(bundle: Bundle, folder: Path, record: Mapping[str, Any]) -> No
 
 
 def _plain(bundle: Bundle, name: str) -> str:
-    """The name of a file beside the weights, from published.json, which is not trusted. Raises UserError."""
+    """Returns a name from published.json, which is not trusted. Raises UserError if it is not the name of a file."""
     if name != Path(name).name or name in ("", ".", ".."):
         raise UserError(f"{bundle.folder}: {PUBLISHED}: expected the name of a file, found {name!r:.80}")
     return name
@@ -139,7 +141,7 @@ def _write_tensors(exported: _Exported, folder: Path, images: Mapping[str, np.nd
 
 
 def _write_meta(exported: _Exported, folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes models/7b or models/30b in its files, without fused matrices, and tokenizer/text_tokenizer.json."""
+    """Writes models/7b (one file) or models/30b (several), with no fused matrices, and the text tokenizer's file."""
     parts, bundle = record["parts"], exported.bundle
     models = folder / "models" / ("7b" if parts == 1 else "30b")
     models.mkdir(parents=True)

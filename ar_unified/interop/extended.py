@@ -1,7 +1,8 @@
-"""A published language model that has learned images here, in its published form: rows of new ids follow its own rows.
+"""Writes a published language model, which was extended with images here, in its published form. The rows of new ids
+are last.
 
-Existing ids keep their numbers. The tokenizer's file gets a name for each further id, so that transformers reads and
-writes them as tokens.
+Existing ids keep their numbers. The tokenizer's file gets a name for each new id, so that transformers reads and writes
+them as tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ar_unified.interop.own import token_name
 from ar_unified.manifests import Json
 from ar_unified.workdir import write_json
 
-KEY = "extended"  # in published.json: number of ids in the published table before
+KEY = "extended"  # in published.json: the number of ids that the published table had
 
 
 def names_of(bundle: Bundle, first: int) -> dict[int, str]:
@@ -51,7 +52,8 @@ def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
 
 
 def _with(tokenizer: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """A tokenizer.json with special tokens for these ids; ids between them without a token get a placeholder."""
+    """A tokenizer.json with special tokens for these ids. Ids between its last token and the first of these get
+    placeholders."""
     added = tokenizer.get("added_tokens") or []
     pieces = tokenizer["model"]["vocab"]
     known = set(pieces) if isinstance(pieces, dict) else {piece[0] for piece in pieces}

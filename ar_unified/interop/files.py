@@ -1,4 +1,4 @@
-"""A person's download: finds the config, the text tokenizer and the weights among its files."""
+"""Finds the config, the text tokenizer and the weights among the files of a download."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Files:
     """The arguments of `ar-unified import`, and which of them were read.
 
     Args:
-        folder: of the weights. text, image: a file or folder of the tokenizers, if they lie elsewhere.
+        folder: the folder of the weights. text, image: files or folders of the tokenizers, if they are elsewhere.
         theta: RoPE's base, if the files do not say it. size: height and width of the largest image, in codes.
     """
 
@@ -80,7 +80,7 @@ class Files:
         return read_json(self.find("config.json"))
 
     def find(self, *names: str, folder: Path | None = None) -> Path:
-        """The first of these files that is there. Raises UserError."""
+        """The first of these files that exists. Raises UserError."""
         folder = folder or (self.folder if self.folder.is_dir() else self.folder.parent)
         for name in names:
             if (folder / name).exists():
@@ -95,7 +95,7 @@ class Files:
         try:
             return self.find(*_TOKENIZERS, folder=self.text)
         except UserError as error:
-            raise UserError(f"{error}; --text names the text tokenizer where it lies elsewhere") from error
+            raise UserError(f"{error}; if the text tokenizer is elsewhere, name it with --text") from error
 
     @cached_property
     def codec(self) -> Codec:
@@ -111,7 +111,7 @@ class Files:
     @cached_property
     def names(self) -> Mapping[str, int]:
         """The published id of each token by its name. Raises UserError for a file that is no text tokenizer."""
-        data = self.codec.data  # opening the file finds what is wrong with it
+        data = self.codec.data  # this opens the file, and raises if something is wrong with it
         if self.text_file.suffix == ".json":
             spec = read_json(self.text_file)
             model, added = spec.get("model"), spec.get("added_tokens")
@@ -125,7 +125,8 @@ class Files:
         return {}
 
     def record(self) -> dict[str, object]:
-        """What an export needs: the content of the JSON files among these, and the text tokenizer's name."""
+        """What an export needs: the content of the JSON files of _KEPT that exist, and the name of the text tokenizer's
+        file."""
         folder = self.folder if self.folder.is_dir() else self.folder.parent
         there = [name for name in _KEPT if (folder / name).exists()]
         return {
@@ -134,7 +135,7 @@ class Files:
         }
 
     def grammar(self, language: Language, image_hash: str = "") -> Grammar:
-        """Whether the text tokenizer loses text when its ids are mapped to the published ids."""
+        """The grammar of these ids, with the text tokenizer's ids mapped to them; warns if the tokenizer loses text."""
         vocabulary = language.vocabulary
         with about(str(self.text_file)):
             text = MappedCodec.of(

@@ -1,4 +1,4 @@
-"""A transformer's shape in config.json as transformers writes it, in old and new spellings, and back.
+"""Reads a transformer's shape from a config.json of transformers, in old and new spellings, and writes it.
 
 One reader serves all systems; a `Family` says how a system differs. A setting that our transformer does not compute is
     refused, with its key.
@@ -34,13 +34,13 @@ _ONLY = {
 
 @dataclass(frozen=True)
 class Family:
-    """What a class of transformers fixes without a key in its configs.
+    """What a model class of the library transformers assumes without a key in its configs.
 
     Attributes:
-        model_type, architecture: for config.json, in an export.
-        fields: of TransformerConfig.
-        act: the key of the activation. defaults: keys that files may leave out.
-        qkv_bias: "never", or "always" (Qwen2; its attention_bias key does not exist).
+        model_type, architecture: their values in an exported config.json.
+        fields: the fields of TransformerConfig that the class fixes.
+        act: the key of the activation. defaults: the values of keys that files may leave out.
+        qkv_bias: whether queries, keys and values always have biases (Qwen2, which has no key attention_bias).
         scaled: whether the embedding is multiplied by the square root of D.
     """
 
@@ -83,7 +83,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
     Args:
         config: the keys of the language model, as in the file.
         where: the file, for messages.
-        fields: of TransformerConfig; they replace what the file says.
+        fields: fields of TransformerConfig, which replace what the file says.
 
     Raises UserError for a missing key, and for a setting that our transformer does not compute, with its key and value.
     """
@@ -105,7 +105,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
     if given is None and width % heads:
         raise wrong("hidden_size", f"a multiple of num_attention_heads = {heads}")
     if head_dim % 2:
-        raise UserError(f"{where}: head_dim: expected an even number, as RoPE turns pairs; found {head_dim}")
+        raise UserError(f"{where}: head_dim: expected an even number, because RoPE rotates pairs; found {head_dim}")
     for key, allowed in _ONLY.items():
         if key == "sliding_window" and config.get("use_sliding_window") is False:
             continue
@@ -117,7 +117,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
         raise wrong("attention_bias", "False: biases of the output projection are not computed")
     act = config.get(family.act) or config.get("hidden_act")
     if family.act == "hidden_activation" and act == "gelu":
-        act = "gelu_pytorch_tanh"  # Gemma's class reads it so
+        act = "gelu_pytorch_tanh"  # Gemma's class reads "gelu" as this
     if act is not None and act not in _ACTIVATIONS:
         raise wrong(family.act, f"one of {', '.join(_ACTIVATIONS)}")
     found: dict[str, Any] = dict(
@@ -143,11 +143,12 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
 
 
 def _rope(config: Mapping[str, Json], family: Family, where: str) -> dict[str, Json]:
-    """theta and scaling: `rope_theta` and `rope_scaling` of older files, `rope_parameters` of newer ones."""
+    """RoPE's base and scaling, from `rope_theta` and `rope_scaling` of older files or `rope_parameters` of newer
+    ones."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise UserError(f"{where}: {key}: expected numbers by their keys, for all layers alike; found {rope!r:.80}")
+        raise UserError(f"{where}: {key}: expected numbers by key, the same for all layers; found {rope!r:.80}")
     if rope.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
         raise UserError(
             f"{where}: {key}.partial_rotary_factor: expected 1, found {rope['partial_rotary_factor']!r:.40}"

@@ -39,10 +39,10 @@ def language(
     """The language of a table of `size` ids.
 
     Args:
-        text: published ids that the text tokenizer uses; ids with another meaning too are left out.
+        text: published ids that the text tokenizer uses; an id that also has another meaning does not count as text.
         controls: published id of each control token that the layout needs. Leave out a control that has no token in the
             table; it gets the last free id.
-        codes: published ids of the image codes. sizes: of the size tokens, in order.
+        codes: published ids of the image codes. sizes: published ids of the size tokens, in order.
 
     Raises UserError for an id outside the table, or with two meanings.
     """
@@ -56,11 +56,11 @@ def language(
     pieces = sorted(set(text) - others.keys())
     taken = others.keys() | set(pieces)
     if taken and not 0 <= min(taken) <= max(taken) < size:
-        raise UserError(f"ids: expected a table of at least {max(taken) + 1} ids, as its tokens have; found {size}")
+        raise UserError(f"ids: expected a table of at least {max(taken) + 1} ids, one for each token; found {size}")
     free = sorted(set(range(size)) - taken)
     missing = [name for name in wanted if name not in controls]
     if len(missing) > len(free):
-        raise UserError(f"ids: the table has no token for {', '.join(missing)}, and no id that is free")
+        raise UserError(f"ids: the table has no token for {', '.join(missing)}, and no free id")
     spare = {name: free.pop() for name in missing}
     ids = [{**controls, **spare}[name] for name in wanted]
     theirs = [*pieces, *ids, *sizes, *codes]
@@ -78,7 +78,7 @@ def named(names: Mapping[str, Json], name: str, where: str) -> int:
 
 
 def codes_of(found: Mapping[int, int], where: str) -> range:
-    """Published ids of the image codes, by code. Raises UserError: there are none, one is missing, or the ids are not
+    """Published ids of the image codes, by code. Raises UserError if there are none, one is missing, or the ids are not
     consecutive.
     """
     if not found or sorted(found) != list(range(len(found))):
@@ -88,13 +88,11 @@ def codes_of(found: Mapping[int, int], where: str) -> range:
 
 
 def run(ids: Sequence[int], what: str, where: str) -> range:
-    """The ids, if they are consecutive, as ids of image codes must be. Raises UserError, which names the first that is
-    not.
-    """
+    """The ids as a range. Raises UserError, which names the first id out of order, if they are not consecutive."""
     for number, id in enumerate(ids):
         if id != ids[0] + number:
             raise UserError(
-                f"{where}: {what} {number}: expected id {ids[0] + number}, as they are in order; found {id}"
+                f"{where}: {what} {number}: expected id {ids[0] + number}, as ids must be consecutive; found {id}"
             )
     return range(ids[0], ids[0] + len(ids)) if ids else range(0)
 

@@ -1,4 +1,4 @@
-"""An image tokenizer alone: from a published file into this project's folder for one, and back.
+"""Converts an image tokenizer without a model from a published file into this project's folder for one, and back.
 
     weights.safetensors  config.json       as `ImageTokenizer.save` writes them
     published.safetensors                  tensors that the network does not use, if there are any
@@ -31,7 +31,7 @@ _RECORD = {"image_dialect": str, "image_prefix": str, "image_dtypes": dict, "fil
 
 
 def is_one(folder: Path) -> bool:
-    """Whether it is such a folder, and not a bundle."""
+    """Whether this is such a folder, and not a bundle."""
     return (folder / WEIGHTS).exists()
 
 
@@ -44,7 +44,8 @@ def import_tokenizer(system: str, path: Path, output: str) -> tuple[ImageTokeniz
     Returns:
         The tokenizer, and notes for a person, one sentence each.
 
-    Raises UserError if `output` exists, or the file is not from such a tokenizer; OSError.
+    Raises UserError if `output` exists or the file is not from such a tokenizer. Raises OSError if reading or writing
+    fails.
     """
     images = open_images(system, path)
     settings = settings_file(system, path)
@@ -68,7 +69,7 @@ def _notes(images: Images, path: Path) -> Iterator[str]:
     names = open_source(path).names()
     own = [name.removeprefix(images.prefix) for name in names if name.startswith(images.prefix)]
     if lost := not_read(own, images.dialect):
-        yield f"Left out: {len(lost)} tensors that the network does not compute with, such as {lost[0]}."
+        yield f"Left out: {len(lost)} tensors that the network does not use, such as {lost[0]}."
     if others := len(names) - len(own):
         yield f"Left out: {others} tensors of the model in that file."
 
@@ -77,9 +78,9 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
     """Writes the published file, and its settings beside it, whole or not at all.
 
     Args:
-        dialect: one of `interop.DIALECTS`; "": the dialect of the published file.
+        dialect: one of `interop.DIALECTS`; "" means the dialect of the published file.
 
-    Raises UserError: `output` exists, `folder` is no image tokenizer, or the dialect is for another network.
+    Raises UserError if `output` exists, `folder` is no image tokenizer, or the dialect is for another network.
     """
     with about(str(folder)):
         tokenizer = ImageTokenizer.load(folder)
@@ -107,7 +108,7 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """published.json. Raises UserError if it was changed into something else."""
+    """The content of published.json. Raises UserError if it is not what an import writes."""
     path = folder / PUBLISHED
     found = read_json(path)
     for key, kind in _RECORD.items():

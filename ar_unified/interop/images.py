@@ -19,7 +19,7 @@ from ar_unified.errors import UserError, about, in_words
 from ar_unified.interop.sources import DTYPES, Source, inside, open_source, read_json
 from ar_unified.manifests import Json
 
-# The possible names of the file with an image tokenizer's settings. Systems that are not listed have published no
+# The possible names of the file with an image tokenizer's settings. A system without a name here has published no
 # settings.
 SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -41,8 +41,10 @@ class Images:
 
     Attributes:
         usual: side of the images that it was published for, in pixels.
-        dialect: of its file. prefix: of its tensors' names in the file; "" if the file has nothing else.
-        dtypes: of the file's floats. The key "" has the most common dtype; only tensors of another dtype are named.
+        dialect: how its file names the tensors. prefix: the beginning of its tensors' names in the file; "" if the file
+            has nothing else.
+        dtypes: dtypes of the file's floats. The key "" has the most common dtype; only tensors of another dtype have a
+            key of their own.
     """
 
     tokenizer: ImageTokenizer
@@ -53,7 +55,7 @@ class Images:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of such an image in codes."""
+        """Height and width, in codes, of an image with sides of `usual` pixels."""
         return (self.usual // self.tokenizer.factor,) * 2
 
     @property
@@ -63,10 +65,10 @@ class Images:
 
 
 def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = MappingProxyType({})) -> Images:
-    """An image tokenizer in a file of its own, or in a model's file, of which nothing else is read.
+    """Reads an image tokenizer from a file of its own, or from a model's file without reading the rest of it.
 
     Args:
-        system: a key of SETTINGS. path: the file or its folder. otherwise: settings, if there is no file with them.
+        system: a key of SETTINGS. path: the file or its folder. otherwise: the settings if no file has them.
 
     Raises UserError if settings or tensors do not belong to such a tokenizer.
     """
@@ -84,7 +86,7 @@ def read_images(
     """The tokenizer of a file's tensors.
 
     Args:
-        system: a key of SETTINGS. settings: as published with it; {} if none were.
+        system: a key of SETTINGS. settings: the settings published with it; {} if there are none.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """
@@ -99,7 +101,8 @@ def read_images(
 
 
 def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of the file from which a tokenizer was imported, by `Images.record`. Raises like `to_published`."""
+    """The tensors of the file that a tokenizer was imported from. `record` is `Images.record`. Raises like
+    `to_published`."""
     dtypes = record["image_dtypes"]
     return {
         record["image_prefix"] + name: array
@@ -111,7 +114,7 @@ def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """A context for using settings that are not trusted: their values may be anything."""
+    """A context for using settings that are not trusted. It turns the errors of unexpected values into a ValueError."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
@@ -129,7 +132,7 @@ def _resolution(settings: Mapping[str, Json]) -> int:
 
 
 def settings_file(system: str, path: Path) -> Path | None:
-    """The first of a system's files of settings that exists beside an image tokenizer. Raises UserError."""
+    """The first of a system's settings files that exists in an image tokenizer's folder, or None. Raises UserError."""
     folder = path if path.is_dir() else path.parent
     return next((inside(folder, name) for name in SETTINGS[system] if (folder / name).exists()), None)
 

@@ -1,5 +1,5 @@
-"""Published files -> a bundle. Only one tensor is in memory at a time, or one table of ids while its rows are
-reordered."""
+"""Converts published files into a bundle. Only one tensor is in memory at a time, or one table of ids while its rows
+are reordered."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from ar_unified.model.leaves import Streamed
 def import_model(
     published: Published, output: str, *, card: str, dtype: str = "", shard_bytes: int = bundle.SHARD_BYTES
 ) -> bundle.Bundle:
-    """Writes the bundle, whole or not at all. Its compute dtype is that of its matrices, or bfloat16 for float16.
+    """Writes the bundle, whole or not at all. Its compute dtype is the dtype of its matrices, or bfloat16 if they are
+    float16.
 
     Args:
-        dtype: converts to "float32" or "bfloat16"; "": every tensor keeps its own dtype, so that an export gives it
-            back.
+        dtype: converts all tensors to "float32" or "bfloat16". With "", every tensor keeps its own dtype, so that an
+            export gives it back.
 
-    Raises UserError if `output` exists, or the layers of a leaf have several dtypes; OSError.
+    Raises UserError if `output` exists or the layers of a leaf have several dtypes. Raises OSError if reading or
+    writing fails.
     """
     keys, source = published.keys, published.source
     dtypes: dict[str, str] = {}

@@ -1,8 +1,8 @@
 """Converts tensors of a published transformer to ours and back: a table of names for each dialect, and a conversion for
 each leaf.
 
-All of them have the same block. They differ in the names of tensors, in the order of a matrix's axes, [out, in] (torch)
-or [in, out] (flax), in the pairs of numbers that RoPE rotates, and in the order of ids.
+All dialects have the same transformer block. They differ in the names of tensors, in the order of a matrix's axes,
+[out, in] (torch) or [in, out] (flax), in the pairs of numbers that RoPE rotates, and in the order of ids.
 
 Axes: D model, N query heads, K KV heads, H head dim, F MLP, V ids, G groups of heads, each with its own QK-norm
 weights.
@@ -23,7 +23,7 @@ from ar_unified.model.leaves import named
 from ar_unified.model.transformer import abstract_params
 
 _ROWS = ("embedding", "head")
-_BLOCK = 64  # rows of a matrix that are transposed at once: as many as fit a cache line and a cache
+_BLOCK = 64  # rows of a matrix that are transposed at once, chosen to fit a cache line and a cache
 _HEADS = {"query": "n_heads", "key": "n_kv_heads", "value": "n_kv_heads"}
 
 
@@ -32,12 +32,12 @@ class Dialect:
     """How one kind of file writes a transformer.
 
     Attributes:
-        name: for messages.
+        name: the name in messages.
         names: for each of our leaves (`leaves.named`), the name of its tensor; {} stands for the number of the layer.
             "embedding" and "head" may have several tensors, the parts of one table in order.
-        out_first: matrices are [out, in], as in torch; else [in, out], and tables of the head [D, V].
-        interleaved: RoPE rotates neighbours of a head as pairs (0 and 1); ours and transformers' pair 0 and H/2.
-        ignored: last parts of names without parameters, such as buffers.
+        out_first: whether matrices are [out, in], as in torch. Otherwise [in, out], and tables of the head are [D, V].
+        interleaved: whether RoPE rotates neighbours as pairs (0 and 1). Our code and transformers pair 0 with H/2.
+        ignored: endings of the names of tensors that are not parameters, such as buffers.
     """
 
     name: str
@@ -145,9 +145,9 @@ class Slot:
     """One of our leaves, or one layer of it, and the published tensors from which it is made.
 
     Attributes:
-        leaf: its path. layer: None for leaves outside the layers.
-        names, shapes: of the published tensors. A QK-norm's shape may also be [H] or [G, H].
-        shape: of our leaf, for one layer.
+        leaf: the leaf's path. layer: the layer's number; None for leaves outside the layers.
+        names, shapes: names and shapes of the published tensors. A QK-norm's shape may also be [H] or [G, H].
+        shape: the shape of our leaf for one layer.
     """
 
     leaf: str
@@ -164,7 +164,8 @@ class Keys:
     Attributes:
         tables: the number of ids in each part of "embedding" and "head"; one number unless the dialect has several
             parts.
-        qk_groups: for (query, key), the number of groups of heads with stored QK-norm weights; 0: one vector [H].
+        qk_groups: for (query, key), the number of groups of heads that have their own QK-norm weights; 0 means one
+            vector [H] for all heads.
     """
 
     dialect: Dialect
@@ -181,7 +182,7 @@ class Keys:
             raise ValueError(f"{self.dialect.name} have no tensor for {', '.join(unwritable)}")
 
     def slots(self) -> Iterator[Slot]:
-        """Every leaf, layer by layer, so that a file is read once from its beginning."""
+        """Every slot, layer by layer, so that a file is read once from its beginning."""
         outside = [leaf for leaf in self._leaves if not leaf.startswith("layers.")]
         for leaf in outside:
             if leaf != "head":
@@ -243,7 +244,8 @@ class Keys:
         return self._turned(array, slot.leaf) if last != "value" else np.ascontiguousarray(array)
 
     def to_theirs(self, slot: Slot, array: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The inverse. Raises ValueError if training has made the QK-norm weights of a group's heads differ."""
+        """The inverse of `to_ours`. Raises ValueError if training has made QK-norm weights differ within a group of
+        heads."""
         last = slot.leaf.split(".")[-1]
         if slot.leaf in _ROWS:
             turned = slot.leaf == "head" and not self.dialect.out_first
@@ -256,7 +258,7 @@ class Keys:
             if (groups != groups[:, :1]).any():
                 raise ValueError(
                     f"{slot.names[0]}: expected one vector for each of {len(groups)} groups of heads, found heads of a "
-                    "group that differ (they were trained apart)"
+                    "group that differ, because training has changed them separately"
                 )
             array = groups[:, 0]
         (shape,) = slot.shapes
@@ -266,7 +268,7 @@ class Keys:
         return (np.ascontiguousarray(array.reshape(shape)),)
 
     def _turned(self, array: np.ndarray, leaf: str, back: bool = False) -> np.ndarray:
-        """[..., H] of queries and keys, with the pairs that RoPE rotates in our order or in the published one."""
+        """Changes [..., H] of queries and keys from the published order of RoPE's pairs to ours, or back."""
         if not self.dialect.interleaved or not any(name in leaf for name in ("query", "key")):
             return np.ascontiguousarray(array)
         H = array.shape[-1]

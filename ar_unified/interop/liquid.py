@@ -43,15 +43,15 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
     """Liquid's ids.
 
     Args:
-        names: published id of every token of Gemma's. text: ids that spell text.
+        names: published id of every token of Gemma. text: ids that spell text.
         size: V. grid: height and width of each image in codes.
 
-    Raises UserError for missing names, and for a table without ids after them.
+    Raises UserError for missing names, and for a table without ids after the named ones.
     """
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     first = max(names.values()) + 1
     if first >= size:
-        raise UserError(f"{where}: expected image codes behind id {first - 1}, the last with a name; V is {size}")
+        raise UserError(f"{where}: expected image codes after id {first - 1}, the last named token; V is {size}")
     return language(size, text, marks, ImageLayout("liquid", *grid), codes=range(first, size))
 
 
@@ -67,8 +67,8 @@ def open_liquid(files: Files) -> Published:
     grammar = files.grammar(ids, tokenizer.hash)
     model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
     scale = (
-        f"Token vectors are multiplied by {model.embedding_scale:.4f}, the root of {model.d_model}; computed in "
-        "bfloat16, as it was trained, that number is rounded too."
+        f"Token vectors are multiplied by {model.embedding_scale:.4f}, the square root of {model.d_model}. "
+        "The model was trained in bfloat16, where this number is rounded, too."
     )
     return Published(
         system="liquid",

@@ -4,8 +4,8 @@ the text's.
 The table of images has 8,448 ids: 8,192 codes, then 8192, which ends a frame, 8193, which ends a clip, and ids that are
 never written. The texts "<vision>" and "</vision>" surround an image. In training each table had its own softmax over
 all of its ids: text with <unk>, <s> and </s>, images with both marks and the ids that are never written. A bundle has
-the same two softmaxes (`loss.softmax`, `Layout.image_side`). In its order each table is one run of ids;
-`Published.record["tables"]` has their lengths.
+the same two softmaxes (`loss.softmax`, `Layout.image_side`). The ids of each table are consecutive in a bundle;
+`Published.record["tables"]` has the tables' lengths.
 
 No file beside the weights describes them. The number of heads follows from the size, if the model is a published one,
 or from a config.json. RoPE's base follows from the name of the folder, from a config.json or from --rope-theta.
@@ -59,8 +59,8 @@ def language_of(
 
     Args:
         names: published id of every piece of the text tokenizer. text: ids that spell text.
-        tables: the number of ids of text and of images; for a model of text alone, only the first. codebook: image
-        codes.
+        tables: the number of ids of text and of images; for a model of text alone, only the first.
+        codebook: the number of image codes.
 
     Raises UserError for missing names, a text id that is no piece, or a table of images that is too small.
     """
@@ -91,16 +91,16 @@ def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> floa
             return THETAS[match[1].upper()]
     known = ", ".join(f"{theta:g} for {name}" for name, theta in THETAS.items())
     raise UserError(
-        f"{folder}: expected a folder named as it was published (LWM-Chat-1M-Jax), as no file says RoPE's base; "
-        f"--rope-theta gives it: {known}, and 5e+07 for every model with images"
+        f"{folder}: expected RoPE's base in config.json or in the folder's published name (LWM-Chat-1M-Jax), found "
+        f"none: give it with --rope-theta: {known}, and 5e+07 for every model with images"
     )
 
 
 def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str) -> TransformerConfig:
-    """The transformer's shape, of its tensors' shapes.
+    """The transformer's shape, from its tensors' shapes.
 
     Args:
-        told: the keys of a config.json; num_attention_heads and rms_norm_eps are read. {}: there is none.
+        told: the content of a config.json; only num_attention_heads and rms_norm_eps are read. {} if there is none.
 
     Raises UserError for missing tensors, and if the number of heads is not known.
     """
@@ -116,8 +116,8 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
     heads = told.get("num_attention_heads", _HEADS.get((width, layers)))
     if heads is None:
         raise UserError(
-            f"{where}: expected 32 layers of 4096, as LWM's 7B has; found {layers} of {width}: a config.json beside it "
-            "says num_attention_heads"
+            f"{where}: expected 32 layers of 4096, as LWM's 7B has; found {layers} of {width}: for another model, "
+            "give num_attention_heads in a config.json in the same folder"
         )
     sizes = {
         "vocab_size": shape("transformer/wte/embedding")[0],
@@ -132,11 +132,14 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
 
 
 def open_lwm(files: Files) -> Published:
-    """LWM's own `params`; its models of text alone are also published as Llama, which `--as llama` reads."""
+    """LWM from its own file `params`. Its models of text alone are also published as Llama, which `--as llama`
+    reads."""
     folder = files.folder if files.folder.is_dir() else files.folder.parent
     path = folder / "params" if files.folder.is_dir() else files.folder
     if not path.is_file():
-        raise UserError(f"{folder}: expected LWM's file `params`, found none (as transformers has it: --as llama)")
+        raise UserError(
+            f"{folder}: expected LWM's file `params`, found none (for files of transformers, use --as llama)"
+        )
     source, where = Stream(path), str(path)
     config = folder / "config.json"
     told = read_json(config) if config.exists() else {}
@@ -178,7 +181,7 @@ def open_lwm(files: Files) -> Published:
 def _images(files: Files) -> Images:
     if files.image is None:
         raise UserError(
-            f"{files.folder}: it has no image tokenizer: --image names LWM's `vqgan`, made .safetensors by "
-            "`ar-unified convert-pickle`"
+            f"{files.folder}: expected an image tokenizer, found none: convert LWM's `vqgan` with "
+            "`ar-unified convert-pickle`, and name the new file with --image"
         )
     return open_images("lwm_vq", files.image)

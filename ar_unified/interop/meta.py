@@ -2,7 +2,7 @@
 
 The axis along which each tensor was cut, and the parts of fused matrices, come from facebookresearch/chameleon,
 loader.py. Rows are in the order of the files: file r has heads r·N/S to (r+1)·N/S of N. Matrices (wqkv, w13) are fused
-within each file. Each file has one vector of QK-norm weights for all of its heads; the S vectors joined are [S, H].
+within each file. Each file has one vector of QK-norm weights for all of its heads; joined, the S vectors are [S, H].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Joined:
     """The tensors of S files as one source, under the names of the unfused matrices (wq, wk, wv; w1, w3).
 
     Args:
-        files: in order. n_heads, n_kv_heads: of the whole model.
+        files: the files in order. n_heads, n_kv_heads: numbers of heads of the whole model.
 
     Raises UserError if the files have different tensors, or cannot be joined.
     """
@@ -41,7 +41,7 @@ class Joined:
             raise UserError(f"expected a number of files that divides {n_heads} and {n_kv_heads} heads, found {S}")
         self._heads = {"wq": n_heads // S, "wk": n_kv_heads // S, "wv": n_kv_heads // S}
         first = self._files[0]
-        self._from: dict[str, tuple[str, int, int | None]] = {}  # the tensor of a file, and a range of its rows
+        self._from: dict[str, tuple[str, int, int | None]] = {}  # the tensor in a file, and a range of its rows
         for number, file in enumerate(self._files[1:], 2):
             if wrong := sorted(first.names() ^ file.names()):
                 raise UserError(f"{wrong[0]}: expected it in all {S} files or in none; file {number} differs")
@@ -65,7 +65,7 @@ class Joined:
         rows = self._files[0].shape(name)[0]
         shares = [self._heads[part] for part in _FUSED[fused]] if fused == _QKV else [1, 1]
         if rows % sum(shares):
-            raise UserError(f"{name}: expected rows that {sum(shares)} heads share, found {rows}")
+            raise UserError(f"{name}: expected a multiple of {sum(shares)} rows, the number of heads; found {rows}")
         ends = np.cumsum(shares) * (rows // sum(shares))
         begins = [0, *ends[:-1]]
         middle = fused.split(".")[1]
@@ -134,9 +134,10 @@ def _axis(name: str) -> int | None:
 
 
 def split(name: str, array: np.ndarray, files: int) -> list[np.ndarray]:
-    """The part of a tensor in each of `files` files: the inverse of `Joined.read`, without fusing.
+    """The part of a tensor for each of `files` files. This is the inverse of `Joined.read`; matrices are not fused.
 
-    Raises ValueError if it cannot be cut into so many parts, or QK-norm weights are not one vector per file.
+    Raises ValueError if the tensor cannot be cut into so many parts, or there is not one vector of QK-norm weights per
+    file.
     """
     axis = _axis(name)
     if files == 1:

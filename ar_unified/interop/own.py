@@ -23,7 +23,7 @@ from ar_unified.workdir import write_json, write_text
 
 
 def keys_of(bundle: Bundle) -> Keys:
-    """Its tensors with transformers' names; the ids are our own."""
+    """The bundle's tensors with transformers' names; the ids are our own."""
     return Keys(HF, bundle.config, Border(((0, 0, bundle.config.vocab_size),)))
 
 
@@ -77,11 +77,11 @@ def _card(bundle: Bundle, architecture: str, license: str) -> str:
         "",
         f"An autoregressive model of text and images, written as `{architecture}`." if bundle.has_images else "",
         "Begin a document with `<bos>`; a question ends with `<eot>`, an answer with `<eos>`. Encode text with",
-        "`split_special_tokens=True`, or a text that spells `<boi>` begins an image.",
+        "`split_special_tokens=True`, or a text that contains `<boi>` would begin an image.",
     ]
     if bundle.has_images:
         size = "`<size_h>` and `<size_w>`, " if layout.sized else ""
-        end = ", with `<eol>` behind each row" if layout.record.rows != "none" else ""
+        end = ", with `<eol>` after each row" if layout.record.rows != "none" else ""
         largest = "at most" if layout.sized else "always"
         lines += [
             "",
@@ -90,7 +90,7 @@ def _card(bundle: Bundle, architecture: str, license: str) -> str:
             f"An image is `<boi>`, {size}its codes row by row{end}, and `<eoi>`: {largest} {layout.height} rows of "
             f"{layout.width} codes.",
             f"Code c is id {vocabulary.image_offset} + c, `<image_c>`, for c below {vocabulary.codebook_size}.",
-            "Codes become pixels, and pixels codes, with the tokenizer beside this file:",
+            "The tokenizer in this folder turns codes into pixels, and pixels into codes:",
             "",
             "```python",
             "from ar_tokenizers.image.tokenizer import ImageTokenizer",

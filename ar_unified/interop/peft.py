@@ -1,7 +1,7 @@
-"""LoRA adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors, both directions.
+"""Reads and writes LoRA adapters in PEFT's form: adapter_config.json and adapter_model.safetensors.
 
 A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
-transformers' model with the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
+transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
 these names. Ours are [in, r] and [r, out], so both are transposed.
 
 L layers, I inputs, O outputs, r rank.
@@ -39,13 +39,13 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<above>(?:\w+\.)*)layers\.(?P<layer>\d+)\.(?P<module>[\w.]+)"
     r"\.lora_(?P<side>[AB])(?:\.\w+)?\.weight"
 )
-_MODULES = {  # for each of MATRICES, the module of a layer, as the key map names its weight
+_MODULES = {  # for each of MATRICES, the name of its module in a layer, from the key map
     path: str(HF.names[f"layers.{path}"]).partition("{}.")[2].removesuffix(".weight") for path in MATRICES
 }
 # The allowed form of a key in PEFT's patterns: enough for names of modules, but nothing that takes long to match.
 _PATTERN = re.compile(r"(?:[\w|()^$-]|\\\.|\\d\+?|\.\*?|\[\d-\d\])+")
 _PATHS = {module: path for path, module in _MODULES.items()}
-# Keys of what PEFT can add to plain LoRA, and the value of each key in plain LoRA.
+# Keys for what PEFT can add to plain LoRA, with the values that mean plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -65,13 +65,13 @@ class Adapter(NamedTuple):
     """An adapter from a folder.
 
     Attributes:
-        matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O]. r is the largest rank of the layers;
+        matrices: for each name in MATRICES, float32 A [L, I, r] and B [L, r, O]. r is the largest rank of the layers;
             smaller ranks are filled up with zeros.
         ranks, scales: for each matrix and layer, its rank (0: no adapter) and the factor of its product.
         hash: sha256 of the files.
-        rows: its own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head has the embedding's
-            rows.
-        vocabulary: the hash of the language to which their ids belong; "": not said.
+        rows: the adapter's own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head uses the
+            embedding's rows.
+        vocabulary: the hash of the language that the rows' ids belong to; "" if the adapter does not say it.
     """
 
     folder: Path
@@ -84,7 +84,8 @@ class Adapter(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What adapter_config.json says: rank and alpha, and other values for modules whose names match by PEFT's rule."""
+    """The rank and alpha in adapter_config.json, and exceptions for modules whose names match a pattern by PEFT's
+    rule."""
 
     rank: int
     alpha: float
@@ -99,7 +100,7 @@ class _Settings(NamedTuple):
 
 
 def _matched(patterns: Mapping[str, Json], module: str, default: object) -> Any:
-    """As PEFT's get_pattern_key: the value of the first pattern that matches the whole name or its end."""
+    """The value of the first pattern that matches the whole name or its end, as in PEFT's get_pattern_key."""
     return next((n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
@@ -110,11 +111,11 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     """The adapter in a folder, for a model of this shape.
 
     Args:
-        bases: hashes of the bundle that it will be used with; none: not known. An adapter that says that it was trained
-            on another bundle is refused.
+        bases: hashes of the bundle that the adapter will be used with, if known. An adapter that says that it was
+            trained on another bundle is refused.
 
-    Raises UserError, which names the folder and what is wrong: a file is missing or broken, it is no LoRA adapter, it
-    has more than LoRA, or it belongs to another model.
+    Raises UserError, which names the folder, if a file is missing or broken, or if the adapter is not LoRA, has more
+    than LoRA, or belongs to another model.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -142,7 +143,7 @@ def bases(bundle: Bundle) -> tuple[str, ...]:
 
 
 def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
-    """The rows of an adapter by table, with our ids, ascending; {}: it has none.
+    """The rows of an adapter by table, with our ids, ascending; {} if it has none.
 
     Raises UserError for rows of another vocabulary's ids.
     """
@@ -157,7 +158,7 @@ def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
         if len(ids) and ids[-1] >= size:
             raise UserError(
                 f"{adapter.folder}: expected rows of ids below {size}, as this model has, found one of {ids[-1]}: "
-                "load it beside the model that its rows extend"
+                "load it with the model that its rows extend"
             )
         ours = ids if border is None else np.asarray(border.ours)[ids]
         order = np.argsort(ours)
@@ -218,7 +219,7 @@ def _simple(pattern: str) -> bool:
 def _weights(folder: Path) -> Path:
     if not (folder / WEIGHTS).exists():
         pickled = next((each.name for each in sorted(folder.iterdir()) if each.suffix in PICKLED), None)
-        more = f": `ar-unified convert-pickle` makes it of {pickled}" if pickled else ""
+        more = f": `ar-unified convert-pickle` makes it from {pickled}" if pickled else ""
         raise UserError(f"{folder}: expected a file {WEIGHTS}, found none{more}")
     return inside(folder, WEIGHTS)
 
@@ -239,13 +240,13 @@ def _pairs(
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     ranks, scales = dict[str, list[int]](), dict[str, list[float]]()
     most = max(settings.rank, *settings.ranks.values(), 1)
-    left: set[tuple[str, int]] = set()  # halves of a pair that still wait for the other half
+    left: set[tuple[str, int]] = set()  # pairs of which only one half was read so far
     above: str | None = None
     for name in sorted(name for name in source.names() if not token_rows.is_name(name)):
         match = _KEY.fullmatch(name)
         if match is None or match["module"] not in _PATHS or (above is not None and match["above"] != above):
             near = nearest(match["module"], list(_PATHS)) if match else ""
-            raise UserError(f"{folder}: {name!r:.120} is of no matrix of a layer ({', '.join(_PATHS)}){near}")
+            raise UserError(f"{folder}: {name!r:.120} belongs to no matrix of a layer ({', '.join(_PATHS)}){near}")
         above, layer, path, side = match["above"], int(match["layer"]), _PATHS[match["module"]], match["side"]
         inputs, outputs = sizes[path.rpartition(".")[2]]
         rank, scale = settings.of(f"{above}layers.{layer}.{match['module']}")
@@ -290,10 +291,10 @@ def write(
     rows: Mapping[str, TokenRows] = MappingProxyType({}),
     vocabulary: str = "",
 ) -> None:
-    """Writes an adapter that PEFT loads onto transformers' form of the bundle, whole or not at all.
+    """Writes an adapter that PEFT can load into transformers' form of the bundle, whole or not at all.
 
     Args:
-        bundle: the one that it was trained on. adapter: as params["lora"] of a training.
+        bundle: the bundle that the adapter was trained on. adapter: the arrays, as in params["lora"] of a training.
         rows, vocabulary: as in an Adapter.
 
     Raises UserError if `folder` exists.
@@ -314,7 +315,7 @@ def write(
         name_of = {path: rf"{re.escape(beginning)}layers\.\d+\.{re.escape(_MODULES[path])}" for path in lora.matrices}
     modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
     within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
-    # Only their last names, unless an image tokenizer inside the model may have modules with these names.
+    # The last parts of names are enough, unless an image tokenizer inside the model may have modules with these names.
     target: Any = rf"{re.escape(beginning)}layers\.\d+\.({within})" if prefixes else modules
     try:
         with whole_folder(folder) as here:
@@ -349,5 +350,5 @@ def write(
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
-    """A pattern in PEFT's form: the numbers of matrices that do not have the default."""
+    """A pattern in PEFT's form: the numbers of those matrices whose number is not the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

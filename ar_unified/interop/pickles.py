@@ -40,7 +40,7 @@ class File(Protocol):
         """At most n bytes."""
 
     def readline(self) -> bytes:
-        """The bytes up to and with the end of the line."""
+        """The bytes up to and including the end of the line."""
 
     def tell(self) -> int:
         """The place of the next byte."""
@@ -61,7 +61,7 @@ class Global(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """Numbers of a torch tensor: `size` of them, from byte `begin` of the file."""
+    """The numbers of a torch tensor: `size` numbers from byte `begin` of the file on."""
 
     dtype: str
     size: int
@@ -78,7 +78,7 @@ class Strided(NamedTuple):
 
     @property
     def last(self) -> int:
-        """One past its last number in the storage."""
+        """The index in the storage just after its last number."""
         return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
 
@@ -99,7 +99,8 @@ class _Array:
 
 
 class _Dict(dict[Any, Any]):
-    """An object that a pickle makes by a call. Attributes that it sets on the object have no tensors."""
+    """A dictionary that a pickle makes by a call. Attributes that the pickle sets on it are ignored; they have no
+    tensors."""
 
 
 def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> Any:
@@ -107,9 +108,10 @@ def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> 
     arrays.
 
     Args:
-        storage: what a persistent id means; None: there are none.
+        storage: returns the storage that a persistent id means; None if there are no persistent ids.
 
-    Raises Forbidden if the pickle names something that tensors do not need, and one of DAMAGED if it is no pickle.
+    Raises Forbidden if the pickle names something that tensors do not need, and one of DAMAGED if it is not a valid
+    pickle.
     """
     machine = _Machine(storage)
     for opcode, argument, _ in pickletools.genops(cast(Any, file)):
@@ -172,7 +174,7 @@ class _Machine:
         elif word in ("APPEND", "APPENDS"):
             items = [_finished(self.stack.pop())] if word == "APPEND" else self._marked()
             if type(self.stack[-1]) is not list:
-                raise TypeError("it appends to what is no list")
+                raise TypeError("it appends to something that is not a list")
             self.stack[-1].extend(items)
         elif word in ("SETITEM", "SETITEMS"):
             if word == "SETITEM":
@@ -181,14 +183,14 @@ class _Machine:
             else:
                 items = self._marked()
             if type(self.stack[-1]) not in (dict, _Dict):
-                raise TypeError("it sets an item of what is no dictionary")
+                raise TypeError("it sets an item of something that is not a dictionary")
             self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
         else:
             return False
         return True
 
     def _make(self, word: str, argument: Any) -> None:
-        """Follows names, calls, and states that are set on their results."""
+        """Follows opcodes of names, calls, and states that are set on the results of calls."""
         if word == "GLOBAL":
             module, _, name = argument.partition(" ")
             self.stack.append(_allowed(Global(module, name)))
@@ -205,7 +207,7 @@ class _Machine:
             _build(self.stack[-1], state)
         elif word == "BINPERSID":
             if self._storage is None:
-                raise Forbidden("a persistent id, whose meaning nothing in this file says")
+                raise Forbidden("a persistent id, which nothing in this file explains")
             self.stack.append(self._storage(self.stack.pop()))
         else:
             raise Forbidden(f"the opcode {word}")
@@ -215,7 +217,7 @@ def _allowed(name: Global) -> Any:
     if name in _CALLS or name in _NAMES:
         return name
     if name.module == "torch" and name.name in _TORCH_DTYPES:
-        return str(name)  # a setting, as in hyper-parameters
+        return str(name)  # a dtype as a setting, such as a hyper-parameter
     raise Forbidden(str(name))
 
 

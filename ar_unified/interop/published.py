@@ -16,7 +16,7 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig
 
-_SHOWN = 5  # names in a message
+_SHOWN = 5  # maximum number of names in a message
 _FLOATS = ("BF16", "F32", "F16")
 
 
@@ -27,10 +27,10 @@ class Published:
     Attributes:
         system: its name in `interop.SYSTEMS`.
         keys: the transformer's tensors, all of which `source` has.
-        text: the text tokenizer as the bundle keeps it. image: None for text alone.
+        text: the text tokenizer as the bundle keeps it. image: the image tokenizer; None for a model of text alone.
         data, sampling, loss: sections of the bundle's config.json.
-        record: what an export needs besides the bundle's other files; JSON values.
-        notes: for a person, one sentence each.
+        record: what an export needs in addition to the bundle's other files; JSON values.
+        notes: messages for the user, one sentence each.
     """
 
     system: str
@@ -61,7 +61,7 @@ def check_tensors(
         where: the file, for messages.
         aside: prefixes of other tensors' names, such as "vqmodel.".
 
-    Raises UserError, which names what is missing, left over or has another shape.
+    Raises UserError, which names the tensors that are missing, left over or of another shape.
     """
     names = source.names()
     dialect = next((each for each in dialects if each.names["norm"] in names), None)
@@ -83,8 +83,8 @@ def check_tensors(
         raise UserError(f"{where}: missing {_listed(missing)}{more}")
     if left:
         raise UserError(
-            f"{where}: this model has no place for {_listed(left)}: is --as the right system, and is the config of "
-            "these files?"
+            f"{where}: this model has no place for {_listed(left)}: is --as the right system, and does the "
+            "config belong to these files?"
         )
     for name, shape in wanted.items():
         if (found := source.shape(name)) != shape:
@@ -95,16 +95,16 @@ def check_tensors(
 
 
 def _require_tied(source: Source, where: str, head: str, embedding: str) -> None:
-    """Checks that a tied head that is stored too equals the embedding."""
+    """Checks that a tied head equals the embedding, if the file has both."""
     if embedding in source.names() and source.read(head).tobytes() != source.read(embedding).tobytes():
         raise UserError(
-            f"{where}: {head}: expected {embedding} again, as tie_word_embeddings says; found other numbers"
+            f"{where}: {head}: expected the same numbers as {embedding}, as tie_word_embeddings says; found others"
         )
 
 
 def _groups(source: Source, where: str, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
-    """How many vectors of QK-norm weights the file has, for queries and for keys; 0: one vector, without an axis for
-    groups.
+    """How many vectors of QK-norm weights the file has, for queries and for keys; 0 means one vector, without an axis
+    for groups.
     """
     found = []
     for side, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
@@ -112,7 +112,7 @@ def _groups(source: Source, where: str, dialect: Dialect, config: TransformerCon
         shape = source.shape(name) if config.qk_norm != "none" and name in source.names() else (0,)
         groups = shape[0] if len(shape) == 2 else 0
         if groups and heads % groups:
-            raise UserError(f"{where}: {name}: expected as many vectors as divide {heads} heads, found {groups}")
+            raise UserError(f"{where}: {name}: expected a number of vectors that divides {heads} heads, found {groups}")
         found.append(groups)
     return found[0], found[1]
 

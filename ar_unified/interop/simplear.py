@@ -1,8 +1,8 @@
 """SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer after the last id of its text tokenizer.
 
 A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image. Images are square: 1024 pixels, 64 x 64
-codes, unless --size says otherwise. This tokenizer is for clips (Cosmos-1.0-Tokenizer-DV8x16x16) and is not imported,
-so images are codes alone.
+codes, unless --size says otherwise. The Cosmos tokenizer is for video clips (Cosmos-1.0-Tokenizer-DV8x16x16) and is not
+imported, so images are codes alone.
 
 Sources: wdrink/SimpleAR, generate.py (an id is code + len(tokenizer), guidance 6, top-k 64000) and simpar/train
 (train.py's special tokens, preprocess.py's prompts).
@@ -25,8 +25,8 @@ _ADDED = "added_tokens.json"  # the file with SimpleAR's names, if tokenizer.jso
 _SIDE = 64
 _LENGTH = 6144  # an image of 64 x 64 codes, and its prompt
 _NOTE = (
-    "Its images are codes alone ({codes} of them): Cosmos-1.0-Tokenizer-DV8x16x16, which makes pixels of "
-    "them, is not imported."
+    "Its images are codes alone ({codes} of them): Cosmos-1.0-Tokenizer-DV8x16x16, which turns them "
+    "into pixels, is not imported."
 )
 
 
@@ -54,7 +54,7 @@ def open_simplear(files: Files) -> Published:
     first = max(names.values()) + 1
     if first >= config.vocab_size:
         raise UserError(
-            f"{where}: expected image codes behind id {first - 1}, the last with a name; V is {config.vocab_size}"
+            f"{where}: expected image codes after id {first - 1}, the last named token; V is {config.vocab_size}"
         )
     codes = range(first, config.vocab_size)
     layout = ImageLayout("simplear", *(files.size or (_SIDE, _SIDE)))

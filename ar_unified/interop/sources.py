@@ -1,4 +1,4 @@
-"""Tensors in published files, read one at a time: a file is neither held nor mapped.
+"""Reads the tensors of published files one at a time. A file is neither loaded whole nor mapped into memory.
 
 A folder from somebody else is not trusted: an index may name only files beside it, a file must be as long as its header
 says, and nothing in it is ever run.
@@ -20,10 +20,10 @@ from ar_unified.errors import UserError, in_words
 from ar_unified.tensors import INDEX, read_bytes
 
 ALONE = "model.safetensors"
-DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # by their names in a file
+DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # dtypes by their names in a file
 PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
-_CONVERT = "is pickled, `ar-unified convert-pickle` makes a .safetensors file of it"
-_LARGEST = 1 << 26  # most bytes of a JSON file
+_CONVERT = "is pickled: convert it to .safetensors with `ar-unified convert-pickle`"
+_LARGEST = 1 << 26  # maximum bytes of a JSON file
 
 
 class Source(Protocol):
@@ -50,8 +50,8 @@ class Source(Protocol):
 def open_source(path: str | Path) -> Source:
     """The tensors of a .safetensors file, or of a folder that has one or several of them.
 
-    Raises UserError, which names the file: it is missing or damaged, an index does not fit it, or a tensor is there
-    twice.
+    Raises UserError, which names the file, if it is missing or damaged, an index does not fit it, or it repeats a
+    tensor.
     """
     path = Path(path)
     if path.is_file():
@@ -105,7 +105,7 @@ def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 class _Place(NamedTuple):
-    """The place of a tensor; `kind`: the name of its dtype in the file."""
+    """The place of a tensor; `kind` is the name of its dtype in the file."""
 
     path: Path
     kind: str
@@ -114,14 +114,14 @@ class _Place(NamedTuple):
 
 
 class InFile:
-    """Reads a source whose numbers lie one after another."""
+    """A source in which each tensor's numbers lie one after another."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; a subclass knows it."""
+        """The shape of a tensor. Subclasses define it."""
         raise NotImplementedError
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
-        """The numbers begin .. end - 1 of a tensor, [end - begin]."""
+        """The numbers from `begin` to `end` - 1 of a tensor, [end - begin]."""
         raise NotImplementedError
 
     def read(self, name: str) -> np.ndarray:
@@ -137,7 +137,7 @@ class InFile:
 
 
 class Safetensors(InFile):
-    """Tensors of several files; `told`: the file of each, as an index says."""
+    """The tensors of several files. `told` maps each tensor to its file, as an index does."""
 
     def __init__(self, files: Mapping[str, Path], told: Mapping[str, str] | None = None):
         self._places: dict[str, _Place] = {}
@@ -162,12 +162,12 @@ class Safetensors(InFile):
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:
-        """Raises UserError for a dtype that is not read, such as fp8."""
+        """A key of DTYPES. Raises UserError for a dtype that is not supported, such as fp8."""
         place = self._places[name]
         if place.kind not in DTYPES:
             raise UserError(
                 f"{place.path}: {name}: expected numbers of type {', '.join(DTYPES)}; found {place.kind}: convert the "
-                "file to bfloat16 with what made it"
+                "file to bfloat16 with the program that made it"
             )
         return place.kind
 

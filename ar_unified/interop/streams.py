@@ -1,5 +1,5 @@
-"""LWM's `params`: a msgpack stream of pairs, (parts of a name, flax's bytes of one array). It is read and written
-without loading it.
+"""Reads and writes LWM's `params` without loading it: a msgpack stream of pairs, (parts of a name, flax's bytes of one
+array).
 
 Scanned layers are one array [L, ...] with "scan_decoder" in its name. The source gives them as L tensors, with the
 number of the layer in place of this part of the name. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an
@@ -25,16 +25,16 @@ from ar_unified.tensors import Kind, Pieces, read_bytes, write_bytes_at
 
 SCANNED = "scan_decoder"
 _NAMES = {name: kind for kind, name in DTYPES.items()}
-_CHUNK = 1 << 30  # most bytes of an array's piece, as in flax
+_CHUNK = 1 << 30  # maximum bytes of an array's piece, as in flax
 _CHUNKED = "__msgpack_chunked_array__"
 _LENGTHS = {  # first byte -> bytes of the length that follows
     0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4,
 }  # fmt: skip
-_LONGEST = 1 << 12  # most bytes of a text, and parts of a list or map
+_LONGEST = 1 << 12  # maximum bytes of a text, and maximum parts of a list or map
 
 
 class _Span(NamedTuple):
-    """Bytes that were skipped: their place in the file."""
+    """The place in the file of bytes that were skipped."""
 
     begin: int
     size: int
@@ -52,9 +52,9 @@ class Stream(InFile):
     Names are parts joined by "/", without "params/" in front.
 
     Attributes:
-        prefix: the "params/" in front of the file's names. scanned: whether layers are stacked in one array.
+        prefix: the parts "params" in front of the file's names. scanned: whether layers are stacked in one array.
 
-    Raises UserError, which names the file: it is damaged, or has a tensor twice; OSError.
+    Raises UserError, which names the file, if it cannot be read, is damaged, or has a tensor twice.
     """
 
     def __init__(self, path: str | Path):
@@ -91,7 +91,7 @@ class Stream(InFile):
         return stored.shape if layer is None else stored.shape[1:]
 
     def dtype(self, name: str) -> str:
-        """Raises UserError for numbers that are not read."""
+        """A key of DTYPES. Raises UserError for a dtype that is not supported."""
         found = self._tensors[name][0].dtype
         if found not in _NAMES:
             raise UserError(f"{self.path}: {name}: expected numbers of type {', '.join(_NAMES)}; found {found!r:.40}")
@@ -107,7 +107,7 @@ class Stream(InFile):
 
 
 def _cut(pieces: tuple[_Span, ...], begin: int, end: int) -> list[_Span]:
-    """The parts of consecutive spans between two positions of their bytes."""
+    """The parts of consecutive spans from byte `begin` to byte `end`, counted from the start of the first span."""
     found, at = [], 0
     for piece in pieces:
         first, last = max(begin - at, 0), min(end - at, piece.size)
@@ -118,7 +118,7 @@ def _cut(pieces: tuple[_Span, ...], begin: int, end: int) -> list[_Span]:
 
 
 def _wrapped(parts: tuple[str, ...]) -> int:
-    """How many "params" stand in front of a name, at most 2."""
+    """How many parts "params" a name begins with, at most 2."""
     return next((i for i, part in enumerate(parts[:-1][:2]) if part != "params"), min(2, len(parts) - 1))
 
 
@@ -151,7 +151,7 @@ class _Reader:
         return span
 
     def value(self) -> Any:
-        """The next value; an extension as (type, span)."""
+        """The next value. An extension is returned as (type, span)."""
         first = self._take(1)[0]
         if first <= 0x7F:
             return first
@@ -180,7 +180,7 @@ class _Reader:
         return {self.value(): self.value() for _ in range(size)}
 
     def inside(self, span: _Span) -> Any:
-        """The value that is all of a span."""
+        """The value that fills a span."""
         back, end = self.at, self.end
         self.go(span.begin)
         self.end = span.begin + span.size
@@ -200,7 +200,7 @@ def _entries(reader: _Reader) -> list[tuple[tuple[str, ...], _Stored]]:
             raise ValueError(f"a name {key!r:.80}")
         inner = reader.inside(value)
         if key[0] != "params" and not _is_array(inner):
-            continue  # from a training's state: the number of a step, an empty part
+            continue  # from a training's state, such as the step number or an empty part
         found.append((tuple(key), _stored(reader, inner)))
     if not found:
         raise ValueError("nothing in it")
@@ -241,11 +241,12 @@ def _listed(found: dict[str, Json]) -> list[Any]:
 
 
 class StreamWriter:
-    """A context that writes a stream, each array to its place when it comes. Every array must be complete at its end.
+    """A context that writes a stream. It writes each array to its place as it comes; all must be complete at the end.
 
     Args:
         path: the file to make.
-        kinds: by names such as "transformer/h/scan_decoder/attention/wq/kernel". prefix: parts in front of each name.
+        kinds: the shape and dtype of each array, by names such as "transformer/h/scan_decoder/attention/wq/kernel".
+        prefix: the parts in front of each name.
 
     Raises UserError for an array of 2^32 bytes or more, which the format cannot have.
     """
@@ -260,7 +261,7 @@ class StreamWriter:
             size = sum(len(part) if isinstance(part, bytes) else part for part in parts)
             if size >= 1 << 32:
                 raise UserError(
-                    f"{name}: expected less than 4 GiB, the most of one array in this format, found {size} bytes: "
+                    f"{name}: expected less than 4 GiB, the maximum for an array in this format, found {size} bytes: "
                     "write a tensor for each layer"
                 )
             key = [*prefix, *name.split("/")]
@@ -279,7 +280,7 @@ class StreamWriter:
             write_bytes_at(self._handle, head, where)
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """Writes an array, or its part at index `at` of the first axis. Raises ValueError for another kind or index."""
+        """Writes an array, or its part at index `at` of the first axis. Raises ValueError for a wrong kind or index."""
         data, begin = self._pieces.take(name, array, at)
         for span in _cut(tuple(self._places[name]), begin, begin + array.nbytes):
             part, data = data[: span.size], data[span.size :]
@@ -297,7 +298,7 @@ class StreamWriter:
 
 
 def _array_parts(kind: Kind) -> list[bytes | int]:
-    """An array as flax writes it: bytes, and in place of its numbers their number of bytes."""
+    """An array as flax writes it. In place of its numbers there is an int, their length in bytes."""
     if kind.nbytes <= _CHUNK:
         return _whole_array(kind)
     per_chunk = _CHUNK // np.dtype(kind.dtype).itemsize
@@ -321,7 +322,8 @@ def _whole_array(kind: Kind) -> list[bytes | int]:
 
 
 def _sized(first: int, size: int) -> bytes:
-    """A header with a length. `first`: the type byte for a one-byte length; the next two are for two and four bytes."""
+    """A header with a length. `first` is the type byte for a one-byte length; the next two are for two and four
+    bytes."""
     power = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([first + power]) + size.to_bytes(1 << power, "big")
 

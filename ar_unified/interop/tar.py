@@ -1,9 +1,9 @@
 """Tar: Qwen2.5 with the codes of TA-Tok, each a token with a name, <I0> to <I65535>.
 
-An image that it draws is between <im_start> with a scale, and <im_end>. The scale <S0> is 27 x 27 codes, <S1> 13 x 13,
-<S2> 9 x 9; --size chooses one for all images. In the original, an image in a question has none of these marks; here it
-has them. Its chats are Qwen's (layouts.TurnFrames): <|im_start|>, the speaker, the turn, <|im_end|>. TA-Tok (SigLIP2)
-and the second model, which decodes its codes to pixels, are not imported: images are codes alone.
+A generated image begins with <im_start> and a scale, and ends with <im_end>. The scale <S0> is 27 x 27 codes, <S1> 13 x
+13, <S2> 9 x 9; --size chooses one for all images. In the original, an image in a question has none of these marks; here
+it has them. Its chat format is Qwen's (layouts.TurnFrames): <|im_start|>, the speaker, the turn, <|im_end|>. TA-Tok
+(SigLIP2) and the second model, which decodes its codes to pixels, are not imported: images are codes alone.
 
 Sources: csuhan/Tar, llava/model/llava_arch.py (names and their order), llava/data/dataset.py, t2i_inference.py (lengths
 by scale, filter) and i2t_inference.py.
@@ -33,7 +33,7 @@ _MARKS = {
 }
 _PAD = "<|fim_pad|>"  # a token of Qwen2.5 that its text never has
 _NOTES = (
-    "Its images are codes alone: TA-Tok, which reads images, and the models that make pixels of its codes are not "
+    "Its images are codes alone: TA-Tok, which reads images, and the models that turn its codes into pixels are not "
     "imported.",
 )
 

@@ -26,7 +26,7 @@ _MARKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gemma": {"bos": ("<bos>",), "eos": ("<eos>",), "pad": ("<pad>",)},
 }
 PLAIN_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-_LENGTH = 4096  # of prompt and answer, by default
+_LENGTH = 4096  # default number of tokens of prompt and answer
 
 
 def open_llama(files: Files) -> Published:
@@ -69,7 +69,7 @@ def without_images(
     """A model without an image tokenizer: for text alone, or with images as codes alone.
 
     Args:
-        sampling: defaults of requests, if they differ from plain sampling.
+        sampling: default settings of requests, where they differ from plain sampling.
     """
     grammar = files.grammar(ids)
     config = dataclasses.replace(config, vocab_size=grammar.vocabulary.size)

@@ -1,4 +1,4 @@
-"""An adapter's own rows of the tables of ids, as PEFT writes and reads them (`trainable_token_indices`).
+"""Reads and writes an adapter's own rows of the tables of ids in PEFT's form (`trainable_token_indices`).
 
     base_model.model.MODULE.token_adapter.trainable_tokens_delta    [n, D], values that replace the rows
 
@@ -36,7 +36,8 @@ _IN_MEMORY = {"text_model.model.": "model.text_model.", "text_model.lm_head": "l
 
 
 class TokenRows(NamedTuple):
-    """ids: int64 [n], ascending, of the published table, or ours if there is none; values: f32 [n, D]."""
+    """ids: int64 [n], ascending, of the published table, or of ours if there is no published one; values:
+    f32 [n, D]."""
 
     ids: np.ndarray
     values: np.ndarray
@@ -53,7 +54,7 @@ def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[d
 
 
 def in_memory(name: str) -> str:
-    """The name in transformers of a module with this name, or this beginning of its name, in files."""
+    """Converts a module's name in files, or the beginning of one, to its name in transformers."""
     for theirs, loaded in _IN_MEMORY.items():
         if name.startswith(theirs):
             return loaded + name.removeprefix(theirs)
@@ -66,10 +67,10 @@ def is_name(name: str) -> bool:
 
 
 def read(folder: Path, source: Source, said: object, width: int) -> dict[str, TokenRows]:
-    """The rows of an adapter by table; {}: it has none.
+    """The rows of an adapter by table; {} if it has none.
 
     Args:
-        source: its tensors. said: the value of KEY. width: D.
+        source: the adapter's tensors. said: the value of KEY. width: D.
 
     Raises UserError, which says what is wrong.
     """

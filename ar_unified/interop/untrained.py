@@ -1,8 +1,8 @@
 """Checks whether a head's rows of image codes were ever trained. In the Chameleon that Meta released they were not.
 
-Drawing with untrained rows gives noise, and no error (facebookresearch/chameleon issues 11 and 37). Random numbers
-differ from a trained head in three ways: the rows have no common direction, and the lengths of rows and the sizes of
-columns differ only by chance. Each of the three measures here is 1 for random numbers.
+Images sampled with untrained rows are noise, and there is no error (facebookresearch/chameleon issues 11 and 37).
+Random numbers differ from a trained head in three ways: the rows have no common direction, and the lengths of rows and
+the sizes of columns differ only by chance. Each of the three measures here is about 1 for random numbers.
 
 Axes: D model.
 """
@@ -16,15 +16,16 @@ import numpy as np
 from ar_unified.language.border import Border
 from ar_unified.language.vocabulary import Role, Vocabulary
 
-_BLOCK = 4096  # rows in float64 at once
-_CHANCE = 3.0  # random numbers do not reach this, even with 64 rows and columns
-_SMALL = 0.01  # share of the length of text's rows
-_ALIKE = 1e-3  # share of the rows' squares that is left without their common part
+_BLOCK = 4096  # rows that are in float64 at a time
+_CHANCE = 3.0  # the measures of random numbers stay below this, even with 64 rows and columns
+_SMALL = 0.01  # rows are nearly zero below this share of the length of text's rows
+_ALIKE = 1e-3  # rows are alike if less than this share of their squares is left without the mean row
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Sums over rows: squares of their lengths, int [rows]; rows and squares, [D]."""
+    """Sums over rows, in f64: `lengths` are their squared lengths, [rows]; `total` and `squares` are the sums of rows
+    and of their squares, [D]."""
 
     lengths: np.ndarray
     total: np.ndarray
@@ -32,12 +33,12 @@ class _Rows:
 
     @property
     def size(self) -> float:
-        """Mean square of a row's length."""
+        """Mean squared length of a row."""
         return float(self.lengths.mean())
 
     @property
     def left(self) -> float:
-        """Share of the squares that is left when the mean row is taken away."""
+        """Share of the squared length that is left when the mean row is subtracted."""
         return 1 - float(np.square(self.total / len(self.lengths)).sum()) / max(self.size, 1e-30)
 
     @property
@@ -61,12 +62,12 @@ def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
     if image.left < _ALIKE:
         return "are all alike"
     if image.drawn and not text.drawn:
-        return "look like random numbers, unlike those of text"
+        return "look like random numbers, unlike the rows of text"
     return ""
 
 
 def _sums(table: np.ndarray, which: np.ndarray) -> _Rows:
-    """Sums over some rows, bool [V]."""
+    """Sums over the rows that `which`, bool [V], selects."""
     lengths: list[np.ndarray] = []
     total = squares = np.zeros(1)
     for begin in range(0, len(which), _BLOCK):

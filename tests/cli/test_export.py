@@ -236,7 +236,10 @@ def start(folder: Path, bundle: Bundle, workdir: Path, *changes: str) -> list[st
         (["image_tokenizer.levels=(5,5)"], r"image_tokenizer.levels: expected \[6, 4\].*found \[5, 5\]"),
         (["data.image_size=(32,32)"], "'layout.height': config.init=.* has 2, this config has 4"),
         (["data.layout=rows"], "'size_tokens': config.init=.* has 0, this config has 4"),
-        ([f"text_tokenizer.model={ROOT}/README.md"], "text_tokenizer.model: expected none beside config.init"),
+        (
+            [f"text_tokenizer.model={ROOT}/README.md"],
+            "text_tokenizer.model: expected none, because the bundle in config.init has one",
+        ),
         (["init=/nowhere"], "config.init: /nowhere: expected the folder of a bundle"),
         (["training.sequence_length=32"], "training.sequence_length: expected at least config.data.max_tokens, 48"),
     ],

@@ -132,7 +132,10 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
     "changes, said",
     [
         (dict(model__d_model=64), "config.model.d_model: expected 32, as the bundle in config.init has; found 64"),
-        (dict(text_tokenizer__model=__file__), "config.text_tokenizer.model: expected none beside config.init"),
+        (
+            dict(text_tokenizer__model=__file__),
+            "config.text_tokenizer.model: expected none, because the bundle in config.init has one",
+        ),
         (dict(training__only="('layer',)"), "config.training.only: 'layer' names none.*did you mean 'layers'"),
         (
             dict(training__objective="preference", training__sequence_length=320),
@@ -140,7 +143,7 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
         ),
         (
             dict(training__objective="reward", reward__function="length"),
-            "config.training.objective: expected likelihood, as .* its drawings .* are random",
+            "config.training.objective: expected likelihood, as .* the images that it draws .* are random",
         ),
         (dict(training__rates="('layer=2',)"), "config.training.rates: 'layer' names none.*did you mean 'layers'"),
     ],
@@ -194,4 +197,6 @@ def test_a_plan_and_a_validation_know_the_extended_vocabulary(folder, llm, image
 
 def test_mean_rows_need_text_rows(folder, tmp_path):
     argv = command("run", folder, tmp_path / "w", training__code_embedding_init="mean")
-    refused(argv, "config.training.code_embedding_init: expected random or codebook, as mean is for a language model")
+    refused(
+        argv, "config.training.code_embedding_init: expected random or codebook, as mean is only for a language model"
+    )

@@ -78,7 +78,7 @@ def test_a_training_by_rewards_and_the_best_of_its_samples(folder, tmp_path):
         (dict(reward__group_size=3), r"config.reward.batch_size: expected whole groups of 3|whole groups of 3"),
         (
             dict(reward__minibatches=4),
-            "config.training.steps: expected a multiple of the 4 steps that one drawing serves",
+            "config.training.steps: expected a multiple of the 4 steps for one round of sampling",
         ),
         (dict(reward__on_error="ignore"), "config.reward.on_error: expected one of skip, stop"),
         (dict(reward__temperature=0.0), "config.reward.temperature: expected more than 0"),

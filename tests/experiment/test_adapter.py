@@ -105,7 +105,7 @@ def test_a_training_begins_with_a_file_that_is_what_the_config_describes(tmp_pat
     refused(r"config.lora.alpha \(or alphas, rslora\)", rslora=True)
     matrices = found.matrices | {"mlp.up": tuple(np.asarray(each) for each in found.matrices["mlp.up"])}
     found = found._replace(matrices=matrices, ranks=found.ranks | {"mlp.up": (3, 0)})
-    refused("the same in all layers, .* has the ranks 3, 0 beside mlp.up. It can still be served")
+    refused("the same in all layers, .* has the ranks 3, 0 for mlp.up. It can still be served")
 
 
 def test_rows_of_a_file_take_their_places_and_must_be_trained_on(tmp_path) -> None:

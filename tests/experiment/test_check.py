@@ -108,7 +108,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("sampling.batch_size", 0, "at least 1"),
         ("sampling.max_length", 1, "at least 2"),
         ("sampling.guidance", "inf", "a finite number"),
-        ("sampling.context", "negative_prompt", "prompts of held-out documents have none"),
+        ("sampling.context", "negative_prompt", "held-out documents have none"),
         ("sampling.negative_prompt", "blurry", "a text with context .negative_prompt., and none with another"),
         ("sampling.image_guidance", "inf", "a finite number"),
         ("sampling.repetition_penalty", 0, "a number > 0"),
@@ -227,10 +227,10 @@ def test_no_key_is_hidden_by_a_method_of_the_config():
         ("image_tokenizer.mirror=perhaps", "config.image_tokenizer.mirror: expected True or False, found 'perhaps'"),
         (
             "data.image_size=(6.5,64)",
-            r"config.data.image_size: expected a tuple, of a whole number each; found \[6.5, 64\]",
+            r"config.data.image_size: expected a tuple in which each item is a whole number; found \[6.5, 64\]",
         ),
         ("training=3", "config.training: expected a dict, found '3'"),
-        ("data.train=(1,)", r"config.data.train: expected a tuple, of a dict each; found \[1\]"),
+        ("data.train=(1,)", r"config.data.train: expected a tuple in which each item is a dict; found \[1\]"),
     ],
 )
 def test_an_override_that_is_no_key_or_of_another_type(change, words):

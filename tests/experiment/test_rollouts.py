@@ -283,7 +283,7 @@ def test_the_policy_stops_and_so_does_a_reward_that_never_answers(params):
     skip = rewarded.rollouts(reward=broken)
     assert not jax.device_get(skip(0, params)).scored.any()
     skip(1, params)
-    with pytest.raises(RewardFailed, match="In 3 drawings in a row"):
+    with pytest.raises(RewardFailed, match="In 3 rounds of sampling in a row"):
         skip(2, params)
 
 

@@ -138,7 +138,7 @@ def test_liquids_table() -> None:
     marks = {"pad": 0, "eos": 1, "bos": 2, "boi": 7, "eoi": 8, "unconditional": 9}
     assert {name: published(found, name) for name in marks} == marks and codes(found) == (256000, 264191)
     assert found.vocabulary.used == 264192
-    with pytest.raises(UserError, match="expected image codes behind id 255999"):
+    with pytest.raises(UserError, match="expected image codes after id 255999"):
         liquid.language_of(names, [*range(len(special), 256000)], 256000, "here", (32, 32))
 
 
@@ -153,7 +153,9 @@ def test_names_that_are_wrong_are_refused_by_the_first() -> None:
 
     refused({}, "<racm3:break>", "expected a token '<racm3:break>', found none")
     refused({}, code_name(17), "none for code 17")
-    refused({code_name(5): 10, code_name(6): 9}, "", "image code 5: expected id 9, as they are in order; found 10")
+    refused(
+        {code_name(5): 10, code_name(6): 9}, "", "image code 5: expected id 9, as ids must be consecutive; found 10"
+    )
     refused({"<eoss>": 100}, "", "image code 96 and <eoi> are both id 100")
     with pytest.raises(UserError, match="expected a table of at least 65536 ids"):
         chameleon.language_of(names, text, 60000, "chameleon", "here", None)
@@ -162,5 +164,5 @@ def test_names_that_are_wrong_are_refused_by_the_first() -> None:
 def test_a_control_without_a_token_takes_a_free_id() -> None:
     found = language(10, [0, 1, 2, 3], {"bos": 4, "eos": 5})
     assert published(found, "pad") == 9 and found.vocabulary.rest == 3
-    with pytest.raises(UserError, match="no token for pad, and no id that is free"):
+    with pytest.raises(UserError, match="no token for pad, and no free id"):
         language(6, [0, 1, 2, 3], {"bos": 4, "eos": 5})

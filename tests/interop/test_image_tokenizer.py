@@ -143,7 +143,7 @@ def test_losses_and_averages_of_a_training_are_left_out(
     extra = {"loss.discriminator.main.0.weight": np.zeros(3, np.float32)}
     folder, file = download(tmp_path / "download", "ibq", monkeypatch, **extra)
     assert run("import", "--from", folder / "vq.safetensors", "--as", "ibq", "--output", tmp_path / "made") == 0
-    assert "Left out: 1 tensors that the network does not compute with, such as loss." in capsys.readouterr().out
+    assert "Left out: 1 tensors that the network does not use, such as loss." in capsys.readouterr().out
     assert run("export", "--from", tmp_path / "made", "--to", "taming", "--output", tmp_path / "out") == 0
     comparing.assert_same(load_file(tmp_path / "out" / "vq.safetensors"), file.tensors)
 
@@ -185,7 +185,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "fp8": (_tensors(lambda f: f.update({FIRST: f[FIRST].astype(ml_dtypes.float8_e4m3fn)})), "F8_E4M3: convert"),
     "another's": (_tensors(lambda f: f.update({k.replace("conv_blocks", "down"): f.pop(k) for k in [*f]})), "taming"),
     "outside": (_outside, "config.json is a link to .*outside"),
-    "pickled": (_pickled, "vq_ds16.pt is pickled, `ar-unified convert-pickle` makes"),
+    "pickled": (_pickled, "vq_ds16.pt is pickled: convert it to .safetensors with `ar-unified convert-pickle`"),
     "settings": (lambda folder: folder.joinpath("config.json").write_text("[1]"), "expected keys and values"),
 }
 
@@ -209,7 +209,9 @@ def test_a_pickled_file_is_sent_to_the_verb_that_reads_it(
 ) -> None:
     (tmp_path / "vqgan").write_bytes(begin)  # LWM's has no ending
     assert run("import", "--from", tmp_path / "vqgan", "--as", "lwm_vq", "--output", tmp_path / "made") == 2
-    assert "vqgan: it is pickled, `ar-unified convert-pickle`" in capsys.readouterr().err
+    assert (
+        "vqgan: it is pickled: convert it to .safetensors with `ar-unified convert-pickle`" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

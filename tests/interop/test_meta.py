@@ -111,7 +111,7 @@ BROKEN = {
     ),
     "rows that heads do not share": (
         lambda f: [e.update({"layers.1.attention.wqkv.weight": r(33, D)}) for e in f],
-        "rows that 8 heads share",
+        "a multiple of 8 rows, the number of heads",
     ),
 }
 

@@ -183,10 +183,14 @@ def test_tensors_that_fit_nothing_are_named(bundle, folder) -> None:
     refused({k: v for k, v in tensors.items() if k != first}, "layer 0: self_attn.q_proj: expected lora_A and lora_B")
     refused(tensors | {first: np.full_like(tensors[first], np.nan)}, "expected finite numbers")
     refused(
-        {k.replace("q_proj", "q_prj"): v for k, v in tensors.items()}, "is of no matrix of a layer.*'self_attn.q_proj'"
+        {k.replace("q_proj", "q_prj"): v for k, v in tensors.items()},
+        "belongs to no matrix of a layer.*'self_attn.q_proj'",
     )
     refused(
-        tensors | {"base_model.model.lm_head.lora_A.weight": tensors[first]}, "lm_head.* is of no matrix of a layer"
+        tensors | {"base_model.model.lm_head.lora_A.weight": tensors[first]},
+        "lm_head.* belongs to no matrix of a layer",
     )
-    refused(tensors | {first.replace("model.layers", "vision.layers"): tensors[first]}, "is of no matrix of a layer")
+    refused(
+        tensors | {first.replace("model.layers", "vision.layers"): tensors[first]}, "belongs to no matrix of a layer"
+    )
     refused({}, "expected tensors of an adapter, found none")

@@ -152,7 +152,7 @@ def test_a_tensor_twice_fp8_and_nothing(tmp_path):
         source.read("w")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "consolidated.pth").write_bytes(b"")
-    with pytest.raises(UserError, match="consolidated.pth is pickled, `ar-unified convert-pickle`"):
+    with pytest.raises(UserError, match="consolidated.pth is pickled: convert it to .safetensors with"):
         open_source(tmp_path / "empty")
 
 

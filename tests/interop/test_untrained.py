@@ -63,9 +63,9 @@ def test_it_is_told_by_its_head(how: str, tmp_path: Path, capsys: pytest.Capture
     bundle = imported(tmp_path, HEADS[how], count=4 if how == "are all alike" else 1)
     said, record = capsys.readouterr().out, json.loads((bundle / "published.json").read_text())
     if not how:
-        assert "was not trained to draw" not in said and "untrained" not in record
+        assert "was not trained to generate images" not in said and "untrained" not in record
         return
-    assert f"This model was not trained to draw: its head's rows for image codes {how}" in said
+    assert f"This model was not trained to generate images: its head's rows for image codes {how}" in said
     assert record["untrained"] in said and record["untrained"] in (bundle / "README.md").read_text()
 
 
@@ -78,7 +78,7 @@ def test_rows_of_zeros_are_told_whatever_is_beside_them() -> None:
     assert untrained(zeros, border, vocabulary) == "are nearly zero"
     half = zeros.copy()
     half[image] = head[image]
-    assert untrained(half, border, vocabulary) == "look like random numbers, unlike those of text"
+    assert untrained(half, border, vocabulary) == "look like random numbers, unlike the rows of text"
 
 
 def test_whoever_draws_with_it_is_warned(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_whoever_draws_with_it_is_warned(tmp_path: Path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             (image,) = model.draw("a red circle", guidance=1)
-        told = [str(each.message) for each in caught if "not trained to draw" in str(each.message)]
+        told = [str(each.message) for each in caught if "not trained to generate images" in str(each.message)]
         assert image.size == (16, 16) and len(told) == bool(how), how
     trained = Bundle(tmp_path / "trained" / "bundle").published
     assert trained is not None and trained["system"] == "chameleon"
