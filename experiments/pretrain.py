@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.resize = "aspect" if recipe.layout == "rows" else "crop"
     config.data.max_tokens = recipe.document
 
-    levels = (recipe.factor // 4).bit_length()  # after patches of 4 x 4, each halves the image
+    levels = (recipe.factor // 4).bit_length()  # one for patches of 4 x 4, and one more for each halving
     config.image_tokenizer.factor = recipe.factor
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 128
