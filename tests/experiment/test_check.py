@@ -393,7 +393,7 @@ def test_a_image_has_room_in_a_document_and_in_a_sample(tmp_path):
 
 
 def test_nothing_is_computed_before_the_processes_of_a_job_have_met():
-    """A platform that does not exist, so that any computation would end with an error."""
+    """The platform does not exist, so any computation would end with an error."""
     changes = ['--config.training.only=["head"]', "--config.model.tie_embeddings=False"]
     program = (
         "from ar_unified.experiment import config as configs\n"
