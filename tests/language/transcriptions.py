@@ -132,8 +132,8 @@ def lumina_mgpt_2(text: Text, turns: Sequence[Turn], *, bos: int, eot: int, size
     """Lumina-mGPT 2.0: the files of `lumina_mgpt` in that repository, and lumina_mgpt/inference_solver.py.
 
     Read: turns are as in `lumina_mgpt`. A code has 8 pixels per side, so a size of 32 pixels is 4 codes. The ids of
-    code 0, BOI, EOI and EOL were read. Decoding stops at EOI, so when an answer that is one image is drawn, no end of turn
-    follows. bos is the tokenizer's, or its eos if it has no bos (Qwen's has none). Not read, because only the
+    code 0, BOI, EOI and EOL were read. Decoding stops at EOI, so no end of turn follows when an answer that is one
+    image is drawn. bos is the tokenizer's, or its eos if it has no bos (Qwen's has none). Not read, because only the
     tokenizer's files have them: the ids of bos, eot (`<reserved08706>`) and sizes (`<reserved(8800 + n)>`). 151671 + n
     is concluded from `<reserved08799>`, which is 151670.
     """
