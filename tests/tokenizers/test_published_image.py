@@ -31,7 +31,7 @@ LATENTS, PIXELS = (
     2e-5,
     5e-5,
 )  # absolute, for float32; at least four times the differences of the originals from themselves
-SURE = 1e-4  # if the second nearest code is not farther by this share, codes may differ
+SURE = 1e-4  # codes may differ if the distances of the two nearest differ by less than this, relative
 PICTURES = np.random.default_rng(1).uniform(-1, 1, (2, 3, 16, 24)).astype(np.float32)
 
 _SMALL = AutoencoderConfig(backbone="vqgan", factor=4, patch=1, width=32, multipliers=(1, 2, 2), blocks=(1, 1, 1),

@@ -39,7 +39,7 @@ class AutoencoderConfig:
     quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: "tanh" or "ifsq"
-    codes: int = 1024  # all others: the codebook size
+    codes: int = 1024  # all quantizers but fsq: the codebook size
     space: str = "sphere"  # vq: "sphere" or "euclidean"
     code_dim: int = 0  # dimensions of a code vector; 0: the quantizer's usual number
     depth: int = 4  # rq: codes per position
@@ -179,7 +179,7 @@ def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -
     return dict(backbone="vqgan", **shape, blocks=(blocks,) * len(multipliers)) | more
 
 
-# Presets are of backbones only: an experiment chooses the quantizer and the losses. In an experiment file:
+# Presets set only the backbone; an experiment chooses the quantizer and the losses. In an experiment file:
 # config.image_tokenizer.update(PRESETS["taming_f16"])
 PRESETS: dict[str, dict[str, object]] = {
     # Our own, from 1M parameters. The benchmark against transformers uses vqgan_*_16m.
