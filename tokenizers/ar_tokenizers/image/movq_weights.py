@@ -1,7 +1,7 @@
 """The movq backbone under its published names: MoVQGAN, Emu3, and Emu3 in transformers.
 
-movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. The plain weights are read, and not their moving averages
-         (ema_*) or losses.
+movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. The plain weights are read, but not their moving
+         averages (ema_*) or losses.
 emu3     BAAI/Emu3-VisionTokenizer (modeling_emu3visionvq.py): taming's names, and layers over time (temporal.py).
 emu3_hf  transformers' Emu3VQVAE: the norm of an attention layer is outside that layer, whose projections are linear.
 """
