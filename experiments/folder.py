@@ -5,7 +5,7 @@
 Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
 {"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate PATH` checks them first.
 PATH may also be a Parquet, Arrow or tar file (WebDataset), a folder of these, or "shards/{000..063}.tar"; docs/data.md
-says how columns and members must be named. The last twentieth of their rows is held out. Of a folder of rows, one image
+says how columns and members must be named. The last twentieth of their rows is held out. In a folder of rows, one image
 in twenty (at least one of two) is held out with all its rows. Images keep their aspect ratio: each document has an
 image's size and its codes row by row.
 

@@ -10,8 +10,8 @@ Arguments: model=chameleon_7b | chameleon_34b | emu3_8b | lwm_7b; chips=NUMBER o
 batch size; path=DIR, documents in the form that experiments/folder.py reads (only for training).
 
 The models' shapes and vocabularies are published, and for Chameleon also the optimizer (arXiv 2405.09818, table 1:
-learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is at most half of the devices that could share
-it, because over a whole 3-D slice libtpu gathers with all-reduces, which send twice the bytes. The rows per chip are
+learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp has at most half of its largest possible size,
+because over a whole 3-D slice libtpu gathers with all-reduces, which send twice the bytes. The rows per chip are
 chosen so that matmuls bound the time of a step. No such run has been made: these are plans, not results.
 """
 
@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.resize = "aspect" if recipe.layout == "rows" else "crop"
     config.data.max_tokens = recipe.document
 
-    levels = (recipe.factor // 4).bit_length()  # after patches of 4 x 4, each halves the image
+    levels = (recipe.factor // 4).bit_length()  # one for patches of 4 x 4, and one more for each halving
     config.image_tokenizer.factor = recipe.factor
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 128

@@ -13,14 +13,14 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# Torch's threads wait for each other by spinning: on two busy cores a tiny model takes 78 ms of CPU, on one 4.
+# Torch's threads spin while they wait for each other: on two busy cores a tiny model takes 78 ms, with one thread 4 ms.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 # Every program is kept, however small: the other worker and the next module ask for most of them again.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Tests compile much and compute little. To compile a gradient takes 6.7 s of CPU as users have it, 2.7 s without XLA's
-# late optimisations, and 0.7 s without the emitters of fusions too and in one module: docs/tests_time.md.
+# Tests compile much and compute little. Compiling a gradient takes 6.7 s of CPU with users' settings, 2.7 s without
+# XLA's late optimisations, and 0.7 s if it is also one module and has no fusion emitters (docs/tests_time.md).
 OPTIMIZED = os.environ.get("AR_UNIFIED_TEST_OPTIMIZED", "") not in ("", "0")
 if not OPTIMIZED:
     os.environ["XLA_FLAGS"] = " ".join([
@@ -31,7 +31,8 @@ if not OPTIMIZED:
     if version("jaxlib").split(".")[:2] == ["0", "10"]:
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
-# TPU's compiler, where `make libtpu` put it: used by name only, by several processes at once, asking no TPU's metadata.
+# The TPU compiler that `make libtpu` installs. Tests name a TPU but have none, so its metadata are not asked for, and
+# several processes may load the compiler at once.
 _LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
 if _LIBTPU.exists():
     os.environ.setdefault("TPU_LIBRARY_PATH", str(_LIBTPU))
@@ -43,7 +44,7 @@ keep_memory()
 
 import jax  # noqa: E402
 
-jax.devices()  # else a verb that plans for more devices would get them, and so would all later tests
+jax.devices()  # fixes their number; else a verb that plans for more devices would change it for all later tests
 
 
 # Files whose slow tests take longest, the longest first (docs/tests_time.md). All tests of a file run on one worker, so

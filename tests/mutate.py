@@ -3,7 +3,7 @@
 python tests/mutate.py [--jobs 2] [--green] [--missing] [NAME ...]
 
 A mistake is noticed if its tests pass without it and fail with it. With --green, the tests are assumed to pass without
-it, because `make test` has just shown that. --missing: only the mistakes that no known result says are noticed. All
+it, because `make test` has just shown that. --missing makes only the mistakes that are not yet known to be noticed. All
 known results are written to docs/mutations.md. The exit status is 1 if a mistake was not noticed, or can no longer be
 made.
 """
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def impossible(mutation: Mutation) -> str:
-    """Why it cannot be made; "" if it can."""
+    """Returns the reason why the mistake cannot be made, or ""."""
     times = (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old)
     return "" if times == 1 else f"{mutation.file} has its line {times} times: mend tests/mutations*.py"
 

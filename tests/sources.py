@@ -33,7 +33,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(module of ours, name in it or "", name here) of every import in a file, also in functions and only for types.
+    """(module of ours, name in it or "", name here) of every import in a file, also in functions or only for types.
 
     `from ar_unified.data import images as images` imports a module: ("ar_unified.data.images", "", "images").
     """

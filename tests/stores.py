@@ -48,7 +48,7 @@ class Store:
         return _NOBODY | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}"}
 
     def close(self) -> None:
-        """Ends the server. If it has ended by itself, that made tests fail, so its last output is printed."""
+        """Ends the server. If it had ended before, tests failed because of that, so its last output is printed."""
         if (status := self._process.poll()) is not None:
             self._said.seek(max(self._said.seek(0, os.SEEK_END) - 4000, 0))
             print(f"the store's server ended by itself, with status {status}: {self._said.read().decode()}", flush=True)

@@ -1,4 +1,4 @@
-"""What runs of pytest did together: counts by run, and what was skipped in all of them.
+"""Summarises several runs of pytest: counts for each run, and the tests that were skipped in all of them.
 
 python tests/summary.py [--only-hardware] [--record FILE] RUN.xml ...     from pytest's --junitxml
 python tests/summary.py --last FILE                                       what --record has written

@@ -55,7 +55,7 @@ def test_restored_onto_another_mesh_and_dtype(tmp_path):
 
 @pytest.mark.parametrize("rows, shared", [(16, False), (1 << 15, True)], ids=["small", "large"])
 def test_only_large_arrays_are_shared_out_among_their_copies(tmp_path, monkeypatch, rows, shared):
-    """Each part is a program to compile: for a small model these took longer than its training step."""
+    """Each part needs a program. For a small model, compiling these programs took longer than its training step."""
     cut = []
     slice_in_dim = jax.lax.slice_in_dim
     monkeypatch.setattr(jax.lax, "slice_in_dim", lambda *a, **k: cut.append(1) or slice_in_dim(*a, **k))

@@ -1,4 +1,4 @@
-"""The gallery of results: the record of a run; and the page is made only from records."""
+"""The gallery of results records runs, and its page is made only from these records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two records: which fields differ, and which first."""
+"""Records are compared: all fields that differ are found, and the first one is named."""
 
 import pytest
 

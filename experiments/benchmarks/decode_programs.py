@@ -83,8 +83,8 @@ def main() -> None:
     """Prints a line for each case."""
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--layers", type=int, help="of the model; default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one of {', '.join(CASES)}; default: all")
+    parser.add_argument("--layers", type=int, help="number of the model's layers; default: all")
     arguments = parser.parse_args()
     for name in arguments.cases or CASES:
         print(measure(name, arguments.layers), flush=True)

@@ -1,22 +1,25 @@
 """How fast images and tokens are read from files, compared with tf.data, Grain, and webdataset with torch's DataLoader.
 
     pip install 'ar_unified[simd]'
-    python -m venv PEERS && PEERS/bin/pip install grain webdataset torch tensorflow pillow   # of its own
+    python -m venv PEERS && PEERS/bin/pip install grain webdataset torch tensorflow pillow   # only for the peers
     python experiments/benchmarks/feeding.py --photos DIR --folder DIR2 --peers PEERS/bin/python --output FILE.json
 
-Two tasks, each side in a process of its own, all sides in turns, --repeats times:
-    images   --images JPEG files of --side pixels (windows of the photos in DIR) with captions, in tars (ours,
-             webdataset), ArrayRecord (Grain) and TFRecord (tf.data): decoded, cut to a square from the middle, scaled
-             to 256 x 256 as uint8, in order, in batches of 64. Ours and tf.data's by Lanczos and by bilinear, all
-             pixels or, where they are four times as many a side, halved by the JPEG decoder; ours by Pillow's filter
-             and by the one that ends in `_simd`; Grain's and webdataset's as ours by default.
-    tokens   the documents of `loader_scale` (captions, texts, interleaved), shuffled anew and packed whole into rows of
-             4,096, batches of 64. Ours reads the shards that `prepare` leaves, Grain the same records in ArrayRecord,
-             webdataset tars of them. Ours makes eight fields; the others make tokens, positions and segments.
-Grain and webdataset run in one thread, with threads (Grain), with two and with three processes; tf.data takes what
-AUTOTUNE gives it. What is timed begins when the first --warm items are out. Printed: items (images; tokens that are no
-padding) a second by the clock, and a second of processor time of all processes of a side, medians; and ours, in the
-same way where there is one, over each, medians of the ratios of the repeats, with Pillow's filter and with `_simd`.
+There are two tasks. Each side runs in its own process. All sides run in turns, --repeats times.
+    images   The data are --images JPEG files of --side pixels (cut from the photos in DIR) with captions, in tars
+             (ours, webdataset), ArrayRecord (Grain) and TFRecord (tf.data). Each side decodes them in order, cuts out
+             the central square, scales it to 256 x 256 as uint8, and makes batches of 64. Ours and tf.data do this
+             with Lanczos and with bilinear filters, also "reduced": the JPEG decoder halves images that have at least
+             four times the target's sides. Ours has Pillow's filters and those with names that end in `_simd`. Grain
+             and webdataset do what ours does by default.
+    tokens   The data are the documents of `loader_scale` (captions, texts, interleaved). Each side shuffles them, packs
+             them uncut into rows of 4,096, and makes batches of 64. Ours reads the shards that `prepare` writes, Grain
+             the same records in ArrayRecord, webdataset the same documents in tars. Ours makes eight fields; the others
+             make tokens, positions and segments.
+Grain and webdataset run in one thread, with two and with three processes, and Grain also with threads; AUTOTUNE
+chooses for tf.data. Timing starts after the first --warm items. Two columns show items (images, or tokens without
+padding) per second of wall time and per second of CPU time of all processes of a side; both are medians. The other
+columns show ours divided by theirs for both rates, first with Pillow's filters, then with `_simd`. They are medians
+over the repeats, and use ours with the same settings if there is one, else ours by default.
 """
 
 from __future__ import annotations
@@ -112,7 +115,7 @@ def _square(data: bytes) -> np.ndarray:
 
 
 def tf_images(folder: Path, method: str, decoding: str = "full") -> Batches:
-    """tf.data: all in C++, in as many threads as it chooses."""
+    """tf.data, entirely in C++, with as many threads as it chooses."""
     import tensorflow as tf
     from PIL import Image
 
@@ -233,7 +236,7 @@ def webdataset_tokens(folder: Path, workers: str) -> Batches:
 
 def _first_fit(documents: Iterable[tuple[np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     """Fills batches of 64 open rows. When a document fits into no row, the batch is complete. (Grain then completes
-    only one row; rows are as full as here, to one percent.)
+    only one row; its rows are as full as these, within one percent.)
     """
     free = np.full(BATCH, LENGTH)
     batch = {name: np.zeros((BATCH, LENGTH), np.int32) for name in ("tokens", "positions", "segments")}
@@ -356,8 +359,8 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="photos of at least 640 x 480 pixels to cut images out of")
-    parser.add_argument("--folder", type=Path, required=True, help="for the data of the benchmark; stays")
-    parser.add_argument("--peers", default=sys.executable, help="the Python that has the others")
+    parser.add_argument("--folder", type=Path, required=True, help="where to make the benchmark's data, and keep them")
+    parser.add_argument("--peers", default=sys.executable, help="the Python interpreter that has the peers' packages")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--side", type=int, default=640)
     parser.add_argument("--documents", type=int, default=100_000)
@@ -365,8 +368,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, nargs=2, default=[1536, 20_000_000], help="images, tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--task", choices=list(SIDES), nargs="+", default=list(SIDES))
-    parser.add_argument("--sides", nargs="+", default=[""], help="only those whose names begin so, and ours")
-    parser.add_argument("--output", type=Path, help="where raw numbers go, as JSON")
+    parser.add_argument("--sides", nargs="+", default=[""], help="run ours, and only peers with names that begin so")
+    parser.add_argument("--output", type=Path, help="write raw numbers to this file, as JSON")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one side, run in this process
     arguments = parser.parse_args()
     places = {"images": arguments.folder / f"images-{arguments.side}", "tokens": arguments.folder / "tokens"}

@@ -4,8 +4,8 @@ The files are bfloat16 shards of a preset, with transformers' names. They repeat
 1/sqrt(width), which costs no more than writing. Everything that is not the transformer's (settings, tokenizers, other
 tensors) comes from --beside, a small model in the same format with the preset's vocabulary; its config.json gets the
 preset's sizes. Then `ar-unified import` runs in its own process. Two numbers are printed: seconds per GB read, and that
-process's peak of resident memory, minus that of a process which only imports the same modules. The bound for the peak
-is two shards + 2 GiB; the exit status is 1 if it is higher.
+process's peak of resident memory, minus the peak of a process that only imports the same modules. The bound for this
+peak is two shards + 2 GiB; the exit status is 1 if it is higher.
 
     python experiments/benchmarks/import_memory.py --model chameleon_34b --as chameleon --beside TINY --folder DIR
 
@@ -67,16 +67,16 @@ def main() -> int:
     """Makes the files, imports them and prints memory and seconds; returns 1 if the memory is over the bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a preset")
-    parser.add_argument("--as", dest="system", required=True, help="as `ar-unified import` has it")
+    parser.add_argument("--as", dest="system", required=True, help="the format, as in `ar-unified import --as`")
     parser.add_argument("--beside", required=True, help="a small model in the same format")
-    parser.add_argument("--folder", required=True, help="is made, and removed at the end")
+    parser.add_argument("--folder", required=True, help="a folder to make, and to remove at the end")
     parser.add_argument("--shard-gb", type=float, default=5.0)
-    parser.add_argument("--devices", type=int, default=8, help="of the CPU that the import sees")
-    parser.add_argument("--layers", type=int, default=0, help="fewer than the preset's")
-    parser.add_argument("--holes", action="store_true", help="zeros that need no room")
-    parser.add_argument("--kill-after", type=float, default=10.0, help="seconds of a first import")
-    parser.add_argument("--load", action="store_true", help="read the bundle onto the devices, which hold all of it")
-    parser.add_argument("--keep", action="store_true", help="leave the files and the bundle")
+    parser.add_argument("--devices", type=int, default=8, help="number of CPU devices that the import sees")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers, if fewer than the preset's")
+    parser.add_argument("--holes", action="store_true", help="make files of zeros, which need no disk space")
+    parser.add_argument("--kill-after", type=float, default=10.0, help="seconds until the first import is killed")
+    parser.add_argument("--load", action="store_true", help="also read the whole bundle onto the devices")
+    parser.add_argument("--keep", action="store_true", help="do not remove the files and the bundle")
     arguments = parser.parse_args()
     folder = Path(arguments.folder)
     config = config_from({"preset": arguments.model})
@@ -107,13 +107,14 @@ def main() -> int:
         shutil.rmtree(folder / "published")
         _, held, took = measure([sys.executable, "-c", _LOAD, str(folder / "bundle")], environment)
         print(
-            f"onto {arguments.devices} devices: peak {(held - idle) / 1e9:.2f} GB of which they hold {size / 1e9:.2f}"
+            f"onto {arguments.devices} devices: peak {(held - idle) / 1e9:.2f} GB, "
+            f"including the model's {size / 1e9:.2f} GB"
         )
         print(f"{took:.1f} s, {took / (size / 1e9):.2f} s/GB")
     if not arguments.keep:
         shutil.rmtree(folder)
     if found != ["bundle", "published"]:
-        raise SystemExit(f"expected the bundle alone beside the files, found {', '.join(found)}")
+        raise SystemExit(f"expected only the folders bundle and published, found {', '.join(found)}")
     if status:
         raise SystemExit(f"the import ended with {status}")
     most = 2 * arguments.shard_gb * 1e9 + (2 << 30)

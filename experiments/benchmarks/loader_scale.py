@@ -11,8 +11,8 @@ of 15,259. The cost of planning is measured on the first 10^6 documents (`plan`)
 
 Then files are dropped from the page cache, as after a restart, and a new process for each size opens the loader and
 makes batches of random steps. Columns:
-    start    seconds to open the loader, without imports; work: CPU seconds of these
-    own      MB of memory that only this process has (RssAnon), after the random batches, minus that before the start
+    start    seconds to open the loader, without imports; `work`: the same in CPU seconds
+    own      MB that only this process has (RssAnon): after the random batches, minus before the start
     mapped   MB of files that it has mapped and touched; all processes of a host share them
     choose   CPU ms to choose the documents of the 1,024 rows of a random step; median and maximum
     next     the same for the step after it, whose blocks are already in memory

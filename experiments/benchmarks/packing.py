@@ -125,7 +125,7 @@ def main() -> None:
     """Prints for each source how full rows are and what packing costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, help="where to prepare, and to find what was; else nowhere that stays")
+    parser.add_argument("--folder", type=Path, help="where to keep prepared data, and reuse it (default: not kept)")
     parser.add_argument("--documents", type=int, default=60_000)
     parser.add_argument("--open", type=int, nargs="+", default=[64, 1024], help="rows that Grain fills at a time")
     arguments = parser.parse_args()

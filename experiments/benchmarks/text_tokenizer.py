@@ -4,8 +4,8 @@
 
 Encoding: one model encodes the text of FILE, unchanged and with spaces instead of line ends, with
 `TextTokenizer.encode` (in blocks) and with SentencePiece (as a whole) in turns; the result is the best CPU time of 5.
-Training: the peak memory of a new process minus that at its start, for 8 MB of text made of 200,000 words, or of 3,000
-Chinese characters without spaces.
+Training: the peak memory of a new process minus its memory at the start, for 8 MB of text made of 200,000 words, or of
+3,000 Chinese characters without spaces.
 
 The results: docs/benchmarks.md.
 """

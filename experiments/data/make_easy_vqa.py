@@ -34,7 +34,7 @@ from ar_unified.manifests import Json
 from ar_unified.workdir import write_bytes, write_text
 
 KINDS: Mapping[str, Sequence[str]] = {"color": tuple(COLORS), "shape": SHAPES}
-# Filled share of the bounding box: triangles fill half of it and some pixels at their slopes, circles pi / 4.
+# Filled share of the bounding box: triangles fill half and a few pixels along their slopes, circles pi / 4.
 SHARES = {"triangle": (0.0, 0.58), "circle": (0.757, 0.9), "rectangle": (0.95, 1.0)}
 
 

@@ -1,4 +1,4 @@
-"""Builds the folders that experiments/photos.py reads beside noto-emoji (make_emoji.py), from clones of their sources.
+"""Builds the folders that experiments/photos.py reads, except noto-emoji (make_emoji.py), from clones of their sources.
 
     git clone https://github.com/alexeygrigorev/clothing-dataset-small          # 3,781 photographs of clothes; CC0
     git clone https://github.com/LukeSmithxyz/based.cooking                     # recipes; public domain (Unlicense)

@@ -1,5 +1,5 @@
 """`ar-unified` for tests that stop `prepare` in the middle, on a machine of any speed. It makes the first shard of
-every source, and waits with the others while the file named by AR_UNIFIED_TEST_HOLD exists.
+every source at once, but the other shards only after the file named by AR_UNIFIED_TEST_HOLD is removed.
 """
 
 from __future__ import annotations

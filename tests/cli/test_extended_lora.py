@@ -57,7 +57,7 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
     assert sorted(changed) == sorted(name for name in old if name.startswith("layers.") and old[name].ndim > 2)
     assert all(np.array_equal(old[name], bare[name]) for name in old if name not in tables)
 
-    # ---- beside the extended model: as merged, in logits and in what is drawn
+    # ---- the extended model with the adapter has the same logits as the merged model
     tensors = load_file(tmp_path / "peft" / peft.WEIGHTS)
     of_rows = [name for name in tensors if name.endswith("trainable_tokens_delta")]
     assert len(of_rows) == len(tables) and all(tensors[name].shape == (len(fresh), 32) for name in of_rows)
@@ -75,7 +75,7 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
     with pytest.raises(UserError, match="its rows are for the ids of another vocabulary: load it with"):
         ar_unified.load(llm, adapters={"mine": tmp_path / "peft"})
 
-    # ---- another training begins with it, rows and all, beside the language model or beside the extended one
+    # ---- another training starts from the adapter and its rows, with the language model or with the extended one
     slow = dict(lora__init=tmp_path / "peft", training__steps=2, training__learning_rate=1e-7)
     for verb in ("tokenizer", "prepare", "train"):
         assert main(llms.extending(verb, folder, tmp_path / "w2", llm, images, **more | slow)) == 0, (

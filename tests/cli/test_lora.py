@@ -67,7 +67,7 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     base, new = named(bundle.params()), named(Bundle(tmp_path / "merged").params())
     np.testing.assert_array_equal(base["head"], new["head"])
 
-    # ---- another training begins with the adapter, whose first step is then all but none
+    # ---- another training starts from the adapter, with a first step that changes almost nothing
     begin = dict(lora__init=tmp_path / "adapter", training__steps=1, training__learning_rate=1e-9)
     begin |= dict(training__warmup_steps=0, training__checkpoint_every=1, lora__base_dtype="int8")
     for verb in ("tokenizer", "prepare", "train"):
@@ -83,7 +83,7 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     begin |= dict(lora__rank=3)
     refused(arguments("train", folder, bundle, tmp_path / "third", **begin), r"lora.rank .or ranks.: expected 2, as")
 
-    # ---- the workdir's model with an adapter beside it, chosen by a row
+    # ---- the workdir's model with a loaded adapter, which a row chooses
     adapters.write(tmp_path / "second", Bundle(tmp_path / "merged"), LoraConfig(rank=3, alpha=6.0), seed=3, spread=0.5)
     rows = [{"id": name, "prompt": bundles.SENTENCES[0], "seed": 1} for name in ("none", "second")]
     rows[1]["adapter"] = "second"
@@ -95,7 +95,7 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     drawn = {row["id"]: row for row in lines}
     assert not any("error" in row for row in drawn.values()) and drawn["none"]["tokens"] != drawn["second"]["tokens"]
 
-    # ---- what does not fit is said
+    # ---- mismatches are refused
     other = bundles.write(tmp_path / "other", layout="rows")
     refused(
         arguments("sample", folder, bundle, workdir, *ask[:-1], f"second={tmp_path}"),

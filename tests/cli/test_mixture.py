@@ -1,7 +1,7 @@
-"""Five sets in the forms that they have, mixed by weight by experiments/mixture.py: prepared, trained on, looked at.
+"""Five sets in their own formats, mixed by weight with experiments/mixture.py, are prepared, trained on and validated.
 
-The sets are the first rows of those that its docstring names, where they are beside this repository, and made ones with
-the same names and files everywhere.
+The test uses made-up sets with the names and files of the sets in that experiment's docstring. If the real sets are
+next to this repository, it also uses their first rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.mixture import SOURCES, weights
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 SHARES = {name.rpartition("/")[2]: share for name, share in weights(SOURCES).items()}
-ROWS, LINES = 40, 8  # of each file of rows; of each text
+ROWS, LINES = 40, 8  # of each JSONL file, and of each text file
 TINY = {
     "image_tokenizer.steps": 2,
     "image_tokenizer.batch_size": 8,
@@ -121,7 +121,7 @@ def test_five_sets_are_mixed_by_weight_without_code(sets, tmp_path: Path, capsys
         report = json.loads((workdir / "data" / part / "manifest.json").read_text())["report"]
         assert report.keys() == SHARES.keys()
         assert all(found["documents"] and not found["skipped"] for found in report.values()), "all of them is good"
-        if part == "train":  # of a few rows, what is held out need not have every kind
+        if part == "train":  # too few rows are held out to have every kind
             kinds = {name: found["tasks"] for name, found in report.items()}
             assert kinds["based-cooking"]["interleaved"] and kinds["easy-vqa"]["image_to_text"], kinds
             assert kinds["udhr"].keys() == {"text"}, kinds

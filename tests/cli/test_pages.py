@@ -153,7 +153,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def why_not(file: str, words: list[str]) -> str:
-    """Why a command is not run; "" if it is run."""
+    """Returns the reason why a command is not run, or ""."""
     line = " ".join(words)
     return next((why for (of, begins), why in NOT_RUN.items() if of in ("", file) and line.startswith(begins)), "")
 

@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_said(trained, mesh, sampling, words):
 
 
 def test_a_job_all_of_whose_requests_fail_is_an_error(trained, tmp_path):
-    """This also holds when it runs again with nothing left to do."""
+    """It is also an error when the job runs again with nothing left to do."""
     opened = experiment(trained, sampling=dict(batch_size=8))
     cells = SimpleNamespace(factor=4, codes_per_position=1, decode=None, encode=None, hash="")
     opened.__dict__ |= {"image_tokenizer": cells}

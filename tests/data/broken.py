@@ -2,7 +2,7 @@
 
 PYTHONPATH=.:tokenizers python -m tests.data.broken FOLDER [FILES]    makes FOLDER/set of 5,000 files
 
-FOLDER/specs.json has the sources of it, which `tests.data.watched` prepares.
+FOLDER/specs.json has the set's sources, which `tests.data.watched` prepares.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def packed(root: Path, count: int) -> dict[str, Part]:
 
 
 def _zstandard(data: bytes) -> bytes:
-    """A stream, because the header of a single piece says how long it is."""
+    """Compresses as a stream, because otherwise the header would give the length."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)

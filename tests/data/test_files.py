@@ -1,4 +1,4 @@
-"""Which files belong to a dataset, and which file a name means. One rule holds for rows, images, texts and prompts."""
+"""Which files belong to a dataset, and which file a name means. Rows, images, texts and prompts use one rule."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def prepared(folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path) -> 
 
 
 def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> PackedBatches:
-    """A phase of those options that are its fields, and the later phases."""
+    """Batches whose first phase has those `options` that are fields of Phase; `later` phases follow."""
     first = Phase(**{name: options.pop(name) for name in Phase.__dataclass_fields__ if name in options})
     return PackedBatches(
         prepared, grammar, phases=[first, *later], **(dict(batch_size=4, sequence_length=T, seed=3) | options)
@@ -45,7 +45,7 @@ def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> 
 
 
 def rows(batch: PackedBatch) -> list[dict[str, np.ndarray]]:
-    """Every document of a batch, in the form that it has there."""
+    """The fields of a batch for each of its documents, and where the document starts in its row."""
     found = []
     for b in range(len(batch.tokens)):
         for segment in range(1, batch.segment_ids[b].max() + 1):
@@ -61,7 +61,7 @@ def same(a: PackedBatch, b: PackedBatch) -> bool:
 
 @pytest.fixture(params=("one block", "many blocks"))
 def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once in the form of small data, once in that of large data."""
+    """Each test runs twice: with all data in one block, as small data are, and with many blocks, as large data have."""
     if request.param == "many blocks":
         monkeypatch.setattr(blocks, "RUN", 2)
         monkeypatch.setattr(blocks, "BLOCK", 4)

@@ -1,4 +1,4 @@
-"""Pillow's filters and the same ones by vector instructions. What needs the package of the latter is marked interop."""
+"""Filters with vector instructions equal Pillow's. Tests that need the package cykooz-resizer are marked interop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And no image is taken for a broken one."""
+    """The error stops the reading; images do not count as broken."""
     known = importlib.util.find_spec
     missing = (
         "'lanczos_simd' needs the package cykooz-resizer, which is not installed: pip install 'ar_unified\\[simd\\]'"
@@ -52,7 +52,7 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch: pytes
 
 @pytest.mark.interop
 def test_the_same_filter_with_vector_instructions() -> None:
-    """50 dB and more lie between them; another filter, or a window that is off by half a pixel, is farther away."""
+    """The PSNR between them is at least 50 dB; other filters, or a window that is off by half a pixel, are worse."""
     whole = smooth(480, 640)
     for sides, box in [((256, 256), (80.0, 0.0, 560.0, 480.0)), ((64, 96), (0.0, 20.5, 640.0, 447.1))]:
         image = Image.fromarray(whole)
@@ -70,7 +70,7 @@ def test_the_same_filter_with_vector_instructions() -> None:
 
 @pytest.mark.interop
 def test_a_large_image_is_first_shrunk_as_pillow_does_it() -> None:
-    """Where a side is six times the result's; for windows at every border, of sides that the factor does not divide."""
+    """A side is over six times the result's. Windows are at all borders, and the factor does not divide the sides."""
     image = Image.fromarray(smooth(901, 1307))
     for box in [(0.0, 0.0, 901.0, 901.0), (406.0, 0.0, 1307.0, 901.0), (203.0, 0.0, 1104.0, 901.0)]:
         for name in SIMD:
@@ -88,7 +88,7 @@ shares = st.floats(0, 1)
 
 @pytest.mark.interop
 def test_a_first_result_on_the_centre_of_a_pixel() -> None:
-    """Weights of 0 beside it are dropped. With a bicubic filter, the process died of this window."""
+    """Weights of 0 next to it are dropped. With a bicubic filter, this window used to end the process."""
     for name in SIMD:
         for _ in range(50):
             image = Image.fromarray(smooth(14, 211))
@@ -108,7 +108,7 @@ def test_a_first_result_on_the_centre_of_a_pixel() -> None:
 def test_every_window_of_every_size(
     h: int, w: int, height: int, width: int, top: float, left: float, down: float, across: float, name: Any, gap: float
 ) -> None:
-    """White stays white. Greys that no filter takes beyond black or white come out as Pillow's, but for rounding."""
+    """White stays white. Greys far from black and white differ from Pillow's only by rounding."""
     begin_x, begin_y = left * w * 0.9, top * h * 0.9
     length_x, length_y = (w - begin_x) * (0.05 + 0.95 * across), (h - begin_y) * (0.05 + 0.95 * down)
     box = (begin_x, begin_y, min(begin_x + length_x, w), min(begin_y + length_y, h))

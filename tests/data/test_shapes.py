@@ -48,7 +48,7 @@ def test_a_caption_that_is_unclear_is_not_guessed(text: str) -> None:
     "kind, train, held_out", [("captions", 40_000, 1_000), ("questions", 60_000, 1_000), ("stories", 10_000, 500)]
 )
 def test_all_that_the_demo_trains_on_can_be_drawn(kind, train, held_out, tmp_path, monkeypatch) -> None:
-    """Without the pixels: of many scenes, none has too few questions, and every story can continue."""
+    """No pixels are drawn. No scene runs out of questions, and every story can continue."""
     monkeypatch.setattr(shapes, "_image", lambda scene, side: io.BytesIO())
     builder = shapes.Shapes(config=kind, data_dir=str(tmp_path))
     drawn = {split: sum(1 for _ in builder._generate_examples(split)) for split in scenes.SPLITS}

@@ -132,7 +132,7 @@ def test_what_does_not_go_together_is_told():
     says(r"config.data.layout: expected 'rows' or .* with resize 'aspect'", {"data.resize": "aspect"})
     plain = {"image_tokenizer.activation": "tanh"}  # the demo's value is for its quantizer
     rows = plain | {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
-    check(load(**rows))  # the codes of a position stand side by side
+    check(load(**rows))  # the codes of a position are side by side
     check(load(**{"data.layout": "rows", "data.resize": "aspect"}))
     check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))  # a training from which decays branch
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
@@ -393,7 +393,7 @@ def test_a_image_has_room_in_a_document_and_in_a_sample(tmp_path):
 
 
 def test_nothing_is_computed_before_the_processes_of_a_job_have_met():
-    """A platform that does not exist, so that any computation would end with an error."""
+    """The platform does not exist, so any computation would end with an error."""
     changes = ['--config.training.only=["head"]', "--config.model.tie_embeddings=False"]
     program = (
         "from ar_unified.experiment import config as configs\n"

@@ -92,8 +92,7 @@ def test_in_bfloat16_the_difference_is_measured_and_bounded(params):
 
 @pytest.mark.parametrize("base_dtype", ["float32", "int8"])
 def test_an_adapter_is_part_of_the_policy(params, base_dtype):
-    """The sampler has the adapter merged into the weights, the trainer has it beside them, and only the adapter is
-    trained."""
+    """The sampler merges the adapter into the weights. The trainer keeps it separate, and trains only the adapter."""
     lora = LoraConfig(rank=2, alpha=4.0, base_dtype=base_dtype)
     fresh = init_adapter(tiny.CONFIG, lora, jax.random.key(1))
     adapted = params | {"lora": jax.tree.map(lambda x: x + 0.05, fresh)}

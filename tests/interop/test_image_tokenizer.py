@@ -1,8 +1,8 @@
 """Separate image tokenizers: `import` makes a folder like that of a trained one, `export` writes the published file
 again.
 
-What is imported has the parameters and the network with which tests/tokenizers (test_published_image.py, test_movq.py)
-compute what the originals do.
+An imported tokenizer has the same parameters and network as in tests/tokenizers (test_published_image.py and
+test_movq.py), where they are compared with the originals.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tests.tokenizers import test_published_image as tiny
 
 
 class File(NamedTuple):
-    """A tiny tokenizer's published file with its settings, and what it is read as in the tests of what it computes;
-    `known` has the settings that no file gives."""
+    """A tiny tokenizer's published file: its tensors, its settings by file, and the config and parameters that they
+    give. `known`: whether a file has the settings."""
 
     config: AutoencoderConfig
     tensors: dict[str, np.ndarray]

@@ -43,14 +43,17 @@ class Case:
     """One published folder.
 
     Attributes:
-        system: `--as`. make, args, settings: the maker's call. table: the ids.
+        system: the argument of `--as`.
+        make, args, settings: the function that makes the folder, and its arguments. table: the ids.
         begin: the name of the token that begins a text, if the table has one.
-        oracle: "": the class of config.json; "twin": the folder of transformers' names; else a class.
-        to: `--to`. at: where the weights are in the folder. more: further arguments of the import, {} is the folder.
+        oracle: the class of transformers that computes the results: "" is the class in config.json, "twin" reads the
+            folder with transformers' names, and another name is a class.
+        to: the argument of `--to`. at: where the weights are in the folder.
+        more: further arguments of the import, in which {} is the folder and {vision} the image tokenizer's folder.
         picture: names between the prompt and the first code. codes: the beginning of code names, "" if they have none.
-        row_end: the name after each row of 8 codes, "" for none; between: not after the last row.
-        vision: the maker of the image tokenizer's folder, {vision} in `more`, and its settings.
-        context: what guidance compares with; `apart`: names that stand there before the picture's.
+        row_end: the name after each row of 8 codes, "" for none. between: whether the last row has no row_end.
+        vision: the function that makes the image tokenizer's folder, and its settings.
+        context: what guidance compares with. apart: names in that context before those of `picture`.
     """
 
     system: str

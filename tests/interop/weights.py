@@ -2,7 +2,7 @@
 
 Matrices have variance 1 / fan-in; embedding and head have three times that standard deviation (logits of std about 3).
 Norm weights are 1 +- 0.3 and differ between heads, because equal rows would hide a wrong order of heads, and unit
-weights a missing norm.
+weights would hide a missing norm.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def transformer_shapes(
 
     Args:
         qk_norm: "": none; "rms": weights [H] (Qwen3, Emu3.5); "layer": weights and biases [groups, H] (Chameleon).
-        groups: rows of the query's and of the key's.
+        groups: the numbers of groups of the query's and of the key's weights, with "layer".
     """
     D, N, K, H = sizes.D, sizes.N, sizes.K, sizes.H
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.V, D), "model.norm.weight": (D,)}

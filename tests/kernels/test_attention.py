@@ -20,7 +20,7 @@ HASTILY = {"xla_backend_optimization_level": 0}
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=HASTILY)
 def outputs_and_gradients(options: tuple, backend: str, q, k, v, bar, lse_bar, doc_start):
-    """Of cases that differ in their documents or numbers alone it is one program."""
+    """Cases that differ only in their documents or numbers share one program."""
 
     def run(q, k, v):
         return attention(q, k, v, doc_start=doc_start, return_lse=True, backend=backend, **dict(options))
@@ -108,7 +108,7 @@ def test_chunks_in_a_loop_equal_chunks_one_by_one(monkeypatch, prefixes):
     monkeypatch.setattr(xla, "PREFIXES", prefixes)
     case = dataclasses.replace(CASES["T no multiple of a block"], head_dim=8, soft_cap=3.0)
     expected = run(case, "reference")
-    own = dataclasses.replace(case, soft_cap=3.0 + prefixes * 1e-9)  # options of its own: a program that is not there
+    own = dataclasses.replace(case, soft_cap=3.0 + prefixes * 1e-9)  # new options, so no program in memory is reused
     for what, value in run(own, "xla").items():
         finite = np.isfinite(expected[what])
         assert relative(value[finite], expected[what][finite]) < 1e-5, what

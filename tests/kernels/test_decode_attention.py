@@ -1,4 +1,4 @@
-"""Decode attention: every backend is compared with the reference, and the reference with that of attention."""
+"""Decode attention: every backend is compared with the reference, and the reference with attention's reference."""
 
 from __future__ import annotations
 

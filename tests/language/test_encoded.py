@@ -14,8 +14,8 @@ LETTER = {"t": Role.TEXT, "c": Role.CONTROL, "s": Role.SIZE, "i": Role.IMAGE}
 
 
 def expect(found, grammar, tokens, roles, speakers, trained, turns, images):
-    """tokens: words: <> for controls, plain pieces of text, #n for a code, =n for a size token. Other arguments have a
-    letter per token."""
+    """tokens: words, which are <name> for a control, #n for a code, =n for a size token, or a piece of text. Other
+    arguments have a letter per token."""
     v = grammar.vocabulary
 
     def id_of(word):

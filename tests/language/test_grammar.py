@@ -108,7 +108,7 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
     begin = 1
     if isinstance(layout.record.turns, TurnTemplate):
         asks = speakers.count("user") * len(layout.record.turns.answer)
-    elif not marked(kind):  # an id in front of each turn, and the end behind each
+    elif not marked(kind):  # an id before each turn, and the end after it
         framed = [turn.speaker for turn in spoken(document, layout.record.turns)] if document.asks else []
         asks, begin = 2 * len(framed) - speakers.count("assistant"), 1 - document.asks
     ends = speakers.count("document") + speakers.count("assistant") + len(grammar.tail)

@@ -102,7 +102,7 @@ def grammar(layout: Mapping[str, Any]) -> Grammar:
 
 
 def document(spec: Mapping[str, Any], *, pixels: bool = False) -> Document:
-    """spec: {"parts": [text, or rows of codes as hexadecimal digits], "prompt": None or how many lead}."""
+    """spec: {"parts": [text, or rows of codes as hexadecimal digits], "prompt": None or how many are the prompt}."""
     return Document.of((part(p, pixels) for p in spec["parts"]), spec["prompt"])
 
 

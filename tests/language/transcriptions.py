@@ -53,11 +53,11 @@ LUMINA = CHAMELEON | {"eol": 8803, "size": 8804}  # size + n: n times 32 pixels,
 def chameleon(text: Text, turns: Sequence[Turn], *, chat: bool = True) -> list[int]:
     """Chameleon and Anole: chameleon/inference/chameleon.py, TokenManager.tokens_from_ui, tokenize_image; vocab.py.
 
-    Read: <s> first, images as BOI codes EOI in reading order without sizes or line ends (32 x 32, though nothing here
-    depends on it), nothing between the parts; each text is tokenized by itself; the user's turn ends with
-    <reserved08706>; the text decoder stops at </s>. Anole's interleaved prompts have no end of turn (chat=False), those
-    for one image have it. Recalled: training documents end with </s>. Nowhere read: what stands between an answer and
-    the next question; here <reserved08706>, as Lumina-mGPT has it.
+    Read: <s> is first. An image is BOI, its codes in reading order without sizes or line ends, and EOI (32 x 32 codes,
+    but nothing here depends on that). Nothing is between the parts, and each text is tokenized by itself. The user's
+    turn ends with <reserved08706>. The text decoder stops at </s>. Anole's interleaved prompts have no end of turn
+    (chat=False), but its prompts for one image have one. Recalled: training documents end with </s>. Not read: the
+    tokens between an answer and the next question; here <reserved08706>, as in Lumina-mGPT.
     """
     c = CHAMELEON
     ids = [c["bos"]]
@@ -73,8 +73,8 @@ def chameleon(text: Text, turns: Sequence[Turn], *, chat: bool = True) -> list[i
 
 
 def chameleon_contexts(ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The two contexts that guidance compares a prompt with: only its images, and nothing (both before the new image's
-    codes).
+    """The two contexts that guidance compares a prompt with: only its images, and nothing. Both end before the codes of
+    the new image.
 
     Chameleon: chameleon/inference/chameleon.py, ImageDecoder.__init__, _split_inputs_for_cfg. Read. The prompt gets a
     BOI if it has none at its end. Only the ids <s>, BOI, EOI and codes are kept, so the end of turn is dropped too.
@@ -86,7 +86,7 @@ def chameleon_contexts(ids: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _lumina_image(codes: np.ndarray, ids: Mapping[str, int], unit: int) -> list[str | int]:
-    """unit: the codes per side that one size token counts."""
+    """unit: size tokens give a side in units of this many codes."""
     h, w = codes.shape
     if h % unit or w % unit:
         raise ValueError(f"Lumina-mGPT says sizes in units of {unit} codes; found {h} x {w}")
@@ -104,12 +104,12 @@ def _lumina(text: Text, turns: Sequence[Turn], ids: Mapping[str, int], unit: int
 def lumina_mgpt(text: Text, turns: Sequence[Turn]) -> list[int]:
     """Lumina-mGPT 1: lumina_mgpt/data/item_processor.py, FlexARItemProcessor.process_image; data/convertsation.py.
 
-    And xllmx/data/item_processor.py, MMConvItemProcessor.process_item. Read: <s>, then every turn, the answers too,
-    with <reserved08706> behind it; no </s>, and decoding stops at <reserved08706>. An image: BOI, height, width (each
-    in units of 32 pixels, which are 2 codes), codes with a line end behind every row, EOI. Learned are the answers with
-    their end. An image for which the text has no place goes before the first question, with one space behind it: see
-    `implicit`. To draw: "Generate an image of {W}x{H} according to the following prompt:\\n{text}", width first, in
-    pixels. What guidance compares with: the ids from the last BOI on.
+    And xllmx/data/item_processor.py, MMConvItemProcessor.process_item. Read: <s>, then all turns, each followed by
+    <reserved08706>, also the answers. There is no </s>, and decoding stops at <reserved08706>. An image is BOI, height,
+    width (each in units of 32 pixels, which are 2 codes), codes with a line end after every row, and EOI. The answers
+    and their ends are learned. If the text has no place for an image, the image goes before the first question,
+    followed by one space (see `implicit`). A prompt for an image is "Generate an image of {W}x{H} according to the
+    following prompt:\\n{text}", width first, in pixels. Guidance compares with the ids from the last BOI on.
     """
     return _lumina(text, turns, LUMINA, unit=2)
 
@@ -131,11 +131,11 @@ LUMINA_2 = {"code": 155000, "boi": 151665, "eoi": 151666, "eol": 151670}
 def lumina_mgpt_2(text: Text, turns: Sequence[Turn], *, bos: int, eot: int, size: int = 151671) -> list[int]:
     """Lumina-mGPT 2.0: the files of `lumina_mgpt` in that repository, and lumina_mgpt/inference_solver.py.
 
-    Read: the turns of `lumina_mgpt`; 8 pixels a code, so that a size of 32 pixels is 4 codes; ids of code 0, BOI, EOI
-    and EOL; decoding stops at EOI, so an answer that is one image has no end of turn behind it when it is drawn; bos is
-    the tokenizer's, and where it has none (Qwen's has none) its eos. Unread, as it stands in the tokenizer's files
-    alone: bos, eot (`<reserved08706>`, by name) and the ids of sizes (`<reserved(8800 + n)>`, by name); 151671 + n is
-    concluded from `<reserved08799>` being 151670.
+    Read: turns are as in `lumina_mgpt`. A code has 8 pixels per side, so a size of 32 pixels is 4 codes. The ids of
+    code 0, BOI, EOI and EOL were read. Decoding stops at EOI, so no end of turn follows when an answer that is one
+    image is drawn. bos is the tokenizer's, or its eos if it has no bos (Qwen's has none). Not read, because only the
+    tokenizer's files have them: the ids of bos, eot (`<reserved08706>`) and sizes (`<reserved(8800 + n)>`). 151671 + n
+    is concluded from `<reserved08799>`, which is 151670.
     """
     return _lumina(text, turns, LUMINA_2 | {"bos": bos, "eot": eot, "size": size}, unit=4)
 
@@ -164,9 +164,9 @@ def emu3(text: Text, turns: Sequence[Turn], *, eos: bool = True) -> list[int]:
     Emu3Processor.__call__ (mode "G"), to_imgstr; emu3/mllm/utils_emu3.py, Emu3PrefixConstrainedLogitsHelper. Port:
     transformers, models/emu3/processing_emu3.py, Emu3Processor, and modeling_emu3.py, Emu3ImageVocabularyMapping. Read.
 
-    BOS, the parts with nothing between them. An image: BOI, "H*W" as a text of digits, IMG, codes with EOL behind every
-    row, the last one too, then EOF and EOI. After EOI decoding forces EOS, but the training samples of their repository
-    have none (eos=False): padding follows. Text is brought to NFC first (tokenization_emu3.py, tokenize).
+    A document is BOS and the parts, with nothing between them. An image is BOI, "H*W" as a text of digits, IMG, codes
+    with EOL after every row (also the last), EOF, and EOI. After EOI, decoding forces EOS, but the training samples of
+    their repository have padding instead (eos=False). Text is first normalised to NFC (tokenization_emu3.py, tokenize).
     """
     (parts,) = turns
     return [EMU3["bos"], *joined(text, written(parts, _emu3_image)), *[EMU3["eos"]] * eos]
@@ -175,7 +175,7 @@ def emu3(text: Text, turns: Sequence[Turn], *, eos: bool = True) -> list[int]:
 def emu3_prompt(text: Text, prompt: str, height: int, width: int) -> list[int]:
     """Emu3's prompt for an image of height x width codes: Emu3Processor.__call__, mode "G". Read.
 
-    What guidance compares with is the same with a negative prompt; training replaces some prompts by "" (datasets.py).
+    Guidance compares with the same ids for a negative prompt. Training replaces some prompts by "" (datasets.py).
     """
     return [EMU3["bos"], *joined(text, [prompt, EMU3["boi"], f"{height}*{width}", EMU3["img"]])]
 
@@ -183,8 +183,8 @@ def emu3_prompt(text: Text, prompt: str, height: int, width: int) -> list[int]:
 def emu3_chat(text: Text, turns: Sequence[Turn]) -> list[int]:
     """Emu3-Chat: emu3/mllm/processing_emu3.py, Emu3Processor.__call__ (mode "U") and its default chat_template.
 
-    Read: one question, with one image in front of its text. The template's full stop behind the text is always there.
-    Nothing read on several turns; the answer's end, EOS, is recalled.
+    Read: one question, with one image before its text. The template always adds a full stop after the text. Not read:
+    several turns. Recalled: the answer ends with EOS.
     """
     question, *answer = turns
     asked = ["You are a helpful assistant. USER: ", *written(question, _emu3_image), ". ASSISTANT:"]
@@ -202,12 +202,12 @@ def _emu3_5_image(codes: np.ndarray) -> list[str | int]:
 def emu3_5(text: Text, turns: Sequence[Turn], *, task: str | None = "t2i") -> list[int]:
     """Emu3.5: src/utils/input_utils.py, format_image_string; configs/*.py, build_unc_and_template; inference.py.
 
-    Read: BOS, a template around the question, BSS (<|extra_100|>), the answer. An image has EOL between its rows, none
-    behind the last, and no EOF. The template's place of an image is behind the question (config.py) or before it
-    (example_config_x2i.py): here as the parts have it. task=None: the template of what guidance compares with, which
-    names no task; with the images of the question and without its text. From gradio_demo_*.py: an answer ends with
-    <|extra_101|> EOS. Nothing read on several turns. src/utils/logits_processor.py: where no size is forced, both sides
-    have exactly two digits, the first of them not 0.
+    Read: BOS, a template around the question, BSS (<|extra_100|>), the answer. An image has EOL between its rows, but
+    not after the last, and no EOF. In the template, an image is after the question (config.py) or before it
+    (example_config_x2i.py); here it is where the parts have it. task=None gives the template that guidance compares
+    with. It names no task, and has the images of the question but not its text. An answer ends with <|extra_101|> EOS
+    (gradio_demo_*.py). If no size is forced, height and width have exactly two digits, and the first is not 0
+    (src/utils/logits_processor.py). Not read: several turns.
     """
     question, *answer = turns
     role = "" if task is None else f" for {task} task"
@@ -218,7 +218,7 @@ def emu3_5(text: Text, turns: Sequence[Turn], *, task: str | None = "t2i") -> li
     return [EMU3_5["bos"], *joined(text, pieces)]
 
 
-# ---- LWM: two tables, one of text and one of images; here the second stands behind the first -----------------------
+# ---- LWM: two tables, one of text and one of images; here the second follows the first -------------------------
 
 LWM = {"bos": 1, "eos": 2, "vision": 32000, "eof": 8192, "eov": 8193}
 
@@ -233,11 +233,11 @@ def _lwm_frames(frames: Sequence[np.ndarray]) -> list[int]:
 def lwm(text: Text, turns: Sequence[Turn], *, adds_bos: bool = True) -> list[int]:
     """LWM's training documents: lwm/data.py, VisionTextProcessor.__call__. Ids of the vision table begin at 32000.
 
-    Read: BOS; each field by itself: a text is what `tokenizer.encode` gives, an image (or a video) is
-    encode("<vision>"), the codes of each frame with 8192 behind it, 8193 behind the last, encode("</vision>"); EOS. A
-    frame has 16 x 16 codes. `encode` is called with its defaults, so that where the tokenizer adds a BOS (adds_bos;
-    Llama's does by default, LWM's own configuration was not read) there is one in front of every field, of <vision> and
-    of </vision>. Which fields there are, and their words, is in the data, which is not public.
+    Read: a document is BOS, its fields, each encoded separately, and EOS. A text is what `tokenizer.encode` gives. An
+    image or a video is encode("<vision>"), the codes of each frame followed by 8192 (the last frame by 8193), and
+    encode("</vision>"). A frame has 16 x 16 codes. `encode` is called with its defaults. So if the tokenizer adds a BOS
+    (adds_bos), there is one before every field, <vision> and </vision>. Llama's adds it by default; LWM's own
+    configuration was not read. The data determine the fields and their words, and are not public.
     """
     (parts,) = turns
 
@@ -256,7 +256,7 @@ def lwm(text: Text, turns: Sequence[Turn], *, adds_bos: bool = True) -> list[int
 def lwm_chat(text: Text, frames: Sequence[np.ndarray], question: str, *, adds_bos: bool = True) -> list[int]:
     """LWM asked about an image or a video: lwm/vision_chat.py, Sampler.construct_input. Read.
 
-    "<s>" is written in the prompt, so a tokenizer that adds BOS gives two. The image stands behind the question.
+    "<s>" is written in the prompt, so a tokenizer that adds BOS gives two. The image follows the question.
     """
     bos = [LWM["bos"]] * adds_bos
     ids = [*bos, LWM["bos"], *text(f"You are a helpful assistant. USER: {question}\n"), *bos, *text("<vision>")]
@@ -267,7 +267,7 @@ def lwm_prompt(text: Text, prompt: str, *, adds_bos: bool = True) -> tuple[list[
     """LWM's prompt for an image, and the context of guidance: lwm/vision_generation.py, main. Read.
 
     257 tokens are drawn after it, and the last is ignored. Here "<vision>" is tokenized together with the words before
-    it, in training separately; only a real tokenizer can show whether the ids are the same.
+    it, but in training separately. Only a real tokenizer can show whether the ids are the same.
     """
     bos = [LWM["bos"]] * (1 + adds_bos)
     asked = f"You are a helpful assistant. USER: Generate an image of {prompt} ASSISTANT: <vision>"
@@ -285,9 +285,9 @@ LIQUID = {
 def liquid(text: Text, caption: str, codes: np.ndarray, *, instruction: str | None = None) -> list[int]:
     """Liquid draws: liquid/train/train.py, DataCollatorForSupervisedDataset.__call__ (T2I mode); inference_t2i.py.
 
-    Read: BOS, the caption and, in one run with it, an instruction that begins with a space; BOI, 32 x 32 codes, EOI,
-    EOS. Codes, EOI and EOS are learned. caption "": a tenth of the training has <unconditional> for caption and
-    instruction, which guidance compares with.
+    Read: BOS, the caption and an instruction that begins with a space (tokenized together), BOI, 32 x 32 codes, EOI,
+    EOS. Codes, EOI and EOS are learned. With caption "", <unconditional> replaces caption and instruction, as in a
+    tenth of the training; guidance compares with that.
     """
     c = LIQUID
     instruction = " Generate an image based on this description." if instruction is None else instruction
@@ -296,7 +296,7 @@ def liquid(text: Text, caption: str, codes: np.ndarray, *, instruction: str | No
 
 
 def liquid_caption(text: Text, codes: np.ndarray, caption: str) -> list[int]:
-    """Liquid describes: the same function, caption mode. Read. Instruction and caption are two runs of text."""
+    """Liquid describes: the same function, caption mode. Read. Instruction and caption are tokenized separately."""
     c = LIQUID
     image = [c["boi"], *(codes.ravel() + c["code"]).tolist(), c["eoi"]]
     return [c["bos"], *image, *text("The caption of this image is:"), *text(caption), c["eos"]]
@@ -305,8 +305,9 @@ def liquid_caption(text: Text, codes: np.ndarray, caption: str) -> list[int]:
 def liquid_chat(text: Text, turns: Sequence[Turn]) -> list[int]:
     """Liquid talks: evaluation/inference_i2t.py, main; conversation.py, conv_gemma; tokenizer_image_token. Read.
 
-    <start_of_turn>user NEWLINE, the question, <end_of_turn> NEWLINE, and so on with "model"; <eos> behind an answer's
-    NEWLINE. The caller puts "\\n" behind an image. Text on the two sides of an image is tokenized by itself.
+    A turn is <start_of_turn>user NEWLINE, the question, <end_of_turn> NEWLINE. An answer has "model" instead of "user",
+    and <eos> after its last NEWLINE. The caller puts "\\n" after an image. Texts before and after an image are
+    tokenized separately.
     """
     c = LIQUID
 
@@ -322,7 +323,7 @@ def liquid_chat(text: Text, turns: Sequence[Turn]) -> list[int]:
     return [c["bos"], *joined(text, pieces)]
 
 
-# ---- SimpleAR, Tar: names behind the last of Qwen2.5's ---------------------------------------------------------------
+# ---- SimpleAR, Tar: names after the last of Qwen2.5's ----------------------------------------------------------------
 
 # Read: the new names and their order; code 0 of SimpleAR is the length of the text tokenizer. Recalled: Qwen2.5's own
 # ids, of which 151664 is the last.
@@ -342,8 +343,8 @@ TAR = QWEN_2_5 | {
 def simplear(text: Text, caption: str, codes: np.ndarray) -> list[int]:
     """SimpleAR draws: simpar/train/preprocess.py, preprocess_t2i, and t2token_data.py. Read.
 
-    <|t2i|>, the prompt, <|soi|>, the codes, each its number + the length of the text tokenizer; nothing behind them. A
-    prompt that is dropped is the empty one.
+    <|t2i|>, the prompt, <|soi|>, and the codes, with nothing after them. The id of a code is its number + the length of
+    the text tokenizer. A dropped prompt is empty.
     """
     c = SIMPLEAR
     return [c["bos"], *text(caption), c["boi"], *(codes.ravel() + c["code"]).tolist()]
@@ -359,9 +360,9 @@ def tar(codes: np.ndarray) -> list[str | int]:
 def tar_chat(text: Text, turns: Sequence[Turn], system: str = "You are a helpful assistant.") -> list[int]:
     """Tar's conversations: llava/data/dataset.py, preprocess_qwen and its chat_template; t2i_inference.py. Read.
 
-    <|im_start|>, who speaks and a line end, what is said, <|im_end|> and a line end, for the system, then the user and
-    the assistant; behind a question <|im_start|>assistant and a line end. An image of a question has no marks there
-    (preprocess_multimodal); here it has them, as ours.
+    A turn of the system, the user or the assistant is <|im_start|>, the speaker's name and a line end, the content,
+    <|im_end|> and a line end. A question without an answer is followed by <|im_start|>assistant and a line end. In the
+    original, an image of a question has no marks (preprocess_multimodal); here it has them, as in our grammar.
     """
     c = TAR
     said: list[tuple[str, Turn]] = [("system", [system])]

@@ -20,7 +20,7 @@ from tests.training.tiny import MODEL
 
 @pytest.mark.parametrize("weights_dtype", [None, "int8"])
 def test_channels_of_zeros_change_nothing(weights_dtype, monkeypatch):
-    """This also holds with adapters: row 0 has none, row 1 has one for all matrices."""
+    """The same is true with adapters: row 0 has none, row 1 has one for all matrices."""
     params = init(MODEL, jax.random.key(0))
     adapter = init_adapter(MODEL, LoraConfig(rank=3), jax.random.key(1))
     served = jax.tree.map(lambda x: jnp.stack([0 * x, x + 0.1], axis=1), adapter)

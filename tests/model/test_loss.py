@@ -130,7 +130,7 @@ def test_no_array_of_all_logits_forward_or_backward():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_weighted_loss_multiplies_with_the_head_once_less(frozen):
-    """Three times; twice if the head is not trained; once without a gradient."""
+    """It needs three products with the head, two if the head is not trained, and one if there is no gradient."""
     hidden, head, targets, weights = make_inputs()
 
     def products(function):

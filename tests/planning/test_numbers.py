@@ -65,8 +65,8 @@ def planned(run: Run, name: str, devices: int = 4):
 
 def test_matmuls_of_a_training_step():
     _, estimate = planned(RUN, "train")
-    # The forward pass has 1 matmul with each weight and the backward pass 2, of 2 FLOPs each. The same holds for scores
-    # and values of each pair.
+    # The forward pass has 1 matmul with each weight and the backward pass 2, of 2 FLOPs each. The same is true for
+    # scores and values of each pair.
     attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one matmul
     model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
     assert estimate.model_flops == model == 144_900_096

@@ -200,8 +200,8 @@ def test_a_mesh_gives_the_same_tokens(params):
 @pytest.mark.parametrize("contexts", [1, 2, 3])
 def test_logits_equal_the_forward_in_every_context(grammar, contexts):
     """DESIGN §3.6, with the engine's own programs: at prefill, after insertion between other rows, across borders of
-    chunks, in rows that change between text and images, and in unconditional contexts. And the drawn token is that of
-    the mixture."""
+    chunks, in rows that change between text and images, and in unconditional contexts. The drawn token is the best of
+    their mixture."""
     asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
     asked += [
         dataclasses.replace(r, id=f"{r.id} again") for r in asked

@@ -63,7 +63,7 @@ def same(one, other):
     ],
 )
 def test_tokens_are_those_drawn_one_by_one(params, width, kind):
-    """Ragged prompts, texts beside images, canvases, one to three contexts, filters, a penalty of repetition."""
+    """Ragged prompts, texts together with images, canvases, one to three contexts, filters, a penalty of repetition."""
     grammar = GRAMMARS[kind]
     asked, wide = requests(grammar), engine(grammar, params, window=width)
     same(collect(wide.generate(asked)), collect(engine(grammar, params).generate(asked)))
@@ -229,7 +229,7 @@ def test_auto_takes_the_width_that_is_fastest(cost, share, more, best):
 @pytest.mark.parametrize("compiling", [0.0, 500.0, 20_000.0])
 @pytest.mark.parametrize("cost, share", [(COMPUTING, 0.6), (COMPUTING, 0.9), (WAITING, 0.05), (WAITING, 0.4)])
 def test_auto_is_never_slower_than_one_by_one(cost, share, images, compiling):
-    """This holds for jobs of any length, and however long compiling useless widths takes."""
+    """This is true for jobs of any length, and however long it takes to compile useless widths."""
     tokens, seconds, _ = driven(cost, share, images, compiling=compiling)
     alone = compiling + cost[1] * sum(tokens.values())
     assert sum(seconds.values()) * 0.97 <= alone

@@ -252,7 +252,7 @@ def test_settings_that_came_later_leave_old_hashes_as_they_were():
     assert '"temporal_blocks": 1' in EMU3.identity() and '"backbone": "movq"' in EMU3.identity()
 
 
-# ---- beside transformers ----------------------------------------------------------------------------------------
+# ---- with transformers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.interop

@@ -31,7 +31,7 @@ LATENTS, PIXELS = (
     2e-5,
     5e-5,
 )  # absolute, for float32; at least four times the differences of the originals from themselves
-SURE = 1e-4  # of a code: the relative distance to the second nearest. Below it, codes may differ
+SURE = 1e-4  # codes may differ if the distances of the two nearest differ by less than this, relative
 PICTURES = np.random.default_rng(1).uniform(-1, 1, (2, 3, 16, 24)).astype(np.float32)
 
 _SMALL = AutoencoderConfig(backbone="vqgan", factor=4, patch=1, width=32, multipliers=(1, 2, 2), blocks=(1, 1, 1),
@@ -375,7 +375,7 @@ def test_transformers_chameleon_is_exported_from_what_it_was_and_from_the_origin
     assert bits(port) == bits({n: leaf for n, leaf in whole.tensors.items() if not n.startswith("decoder.")})
 
 
-# ---- beside transformers ----------------------------------------------------------------------------------------
+# ---- with transformers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.interop

@@ -213,7 +213,7 @@ LOSSY = {
     ),
     "spaces beside": (
         lambda: changed(lambda spec: spec["added_tokens"][-1].update(lstrip=True)),
-        "added token '<tool_call>' takes the spaces beside it: 'a <tool_call> b' comes back as",
+        "added token '<tool_call>' removes the spaces next to it: 'a <tool_call> b' comes back as",
         "a <tool_call>",
     ),
     "no way back": (lambda: changed(lambda spec: spec.update(decoder=None)), "no setting of the model says why", "a b"),

@@ -52,8 +52,8 @@ def test_windows_change_something_where_they_overlap_less():
 
 
 def test_blending_leaves_no_seam_where_norms_differ_between_windows():
-    """The step of the difference to the whole image in the middle of an overlap of six codes, relative to other
-    steps."""
+    """A seam is a jump, from one column to the next, in the difference to the image decoded as a whole. The jump in the
+    middle of an overlap of six codes is compared with the mean jump around it."""
     codec = tokenizer(VQGAN)
     codes = np.random.default_rng(2).integers(0, codec.codebook_size, (4, 8, 18))
     whole = codec.decode(codes).astype(int)

@@ -23,7 +23,7 @@ BIGRAM = Bigram(tiny.packed)
 
 
 def curve(folder, key="loss"):
-    """By step."""
+    """The values of a metric by step."""
     return {row["step"]: row[key] for row in read_metrics(folder / "metrics.jsonl") if key in row}
 
 

@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
 
 
 def test_each_line_has_the_time_of_its_steps(tmp_path):
-    """Also for the last step, and one with a validation: on a CPU, such a step is over when the one before it is
+    """Also the last step, and steps with a validation: on a CPU, such a step is over when the step before it is
     read."""
 
     @dataclasses.dataclass(frozen=True, eq=False)

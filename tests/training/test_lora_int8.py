@@ -1,4 +1,4 @@
-"""LoRA with 8-bit weights: equal to the model with rounded weights, its gradients, on any mesh, and what is saved."""
+"""LoRA with 8-bit weights equals LoRA on the rounded weights, in its gradients and on any mesh; and what is saved."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def growing(dies: int = -1) -> Any:
 
 
 def task(dies: int = -1) -> Any:
-    """Of this file alone, whose programs no other has made: it is looked at when they are."""
+    """No other file has this z_loss, so its programs are compiled here, and the tests can see when."""
     return tiny.task(batch=growing(dies), z_loss=2e-3)
 
 

@@ -43,8 +43,8 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-# Of each way to move codes one, and one with each penalty; test-all has the others. To compile a step as users' are
-# takes 20 s of CPU: those without a codebook that moves have other tests' settings here, and fsq is optimised below.
+# One case for each way to move codes, and one with each penalty; test-all has the others. Compiling a step with users'
+# settings takes 20 s of CPU, so cases without a moving codebook have other tests' settings. Below, fsq has users'.
 SOME = {("vq_ema", True): "exact", ("ibq", False): "exact", ("rq", True): "exact"}
 SOME |= {("fsq", False): "exact_later", ("lfq", False): "exact_later"}
 

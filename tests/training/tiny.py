@@ -84,8 +84,8 @@ def task(**changes: Any) -> TransformerTask:
 
 
 def fit(task: Any, config: TrainingConfig, folder: str | Path, **options: Any) -> Any:
-    """The loop's `fit`, whose programs are made once for all tasks that differ in their data alone: to trace a step
-    takes longer than to run it, and what goes on after a kill has the program that it had.
+    """The loop's `fit`. All tasks that differ only in their data share programs, because tracing a step takes longer
+    than running it. A run that continues after a kill has the same program as before.
     """
 
     def kept(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def fit(task: Any, config: TrainingConfig, folder: str | Path, **options: Any) -
         return loop.fit(task, config, folder, **options)
 
 
-_PROGRAMS: dict[Any, tuple[Any, Any]] = {}  # with the task, of whose fields a key may have the identity
+_PROGRAMS: dict[Any, tuple[Any, Any]] = {}  # the task is kept, because a key may contain the id() of its fields
 
 
 def _hashable(value: Any) -> Any:

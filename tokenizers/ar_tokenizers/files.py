@@ -19,7 +19,7 @@ when_whole: list[Callable[[Path], object]] = []  # each is called with the path 
 
 
 def unfinished(path: Path) -> Path:
-    """The path at which this process writes a file before it gets the name `path`: in the same folder, ending in
+    """The path at which this process writes a file before renaming it to `path`: in the same folder, ending in
     UNFINISHED."""
     # Processes of other hosts may have the same number.
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
@@ -53,7 +53,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     First it removes unfinished folders of killed processes, because they may be as large as a model.
 
-    Raises OSError; FileExistsError if something is there already, also if it appeared meanwhile.
+    Raises OSError; FileExistsError if something is there already, or appears there before the block ends.
     """
     path = Path(os.path.abspath(path))
     if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
@@ -75,8 +75,8 @@ def _new_folder(path: Path) -> tuple[Path, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         path.mkdir()
-        # Before it is locked, another process may take it for a killed process' folder and remove it. Then make it
-        # again.
+        # Before it is locked, another process may take it for the folder of a killed process and remove it. Then it
+        # is made again.
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(path, os.O_RDONLY)
             _hold(handle, wait=True)
@@ -90,7 +90,7 @@ def _hold(handle: int, *, wait: bool = False) -> bool:
     """Locks an open folder until its handle is closed, or the process ends. Returns False if it cannot be locked."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a file system without locks raises it too: there, unfinished folders are never removed
+    except OSError:  # also raised by a file system without locks, where unfinished folders are never removed
         return False
     return True
 

@@ -53,8 +53,7 @@ class Loss:
 def find_losses(
     model_bytes: bytes, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
 ) -> tuple[Loss, ...]:
-    """All settings of a SentencePiece model that lose text, each with an example. If there are none, the model is
-    lossless.
+    """All settings of a SentencePiece model that lose text, each with an example. A model without any is lossless.
 
     A setting counts even if no probe shows its effect. A text that is not restored counts even if no setting explains
     it.
@@ -68,12 +67,13 @@ def find_losses(
         ),
         (
             normalizer.get(_REMOVE_EXTRA_WHITESPACES, True),
-            "normalizer_spec.remove_extra_whitespaces drops spaces at both ends and all but one of several",
+            "normalizer_spec.remove_extra_whitespaces drops spaces at both ends, and keeps one of several in a row",
             (SPACES,),
         ),
         (
             normalizer.get(_ADD_DUMMY_PREFIX, True),
-            "normalizer_spec.add_dummy_prefix adds a space to every text, so that texts encoded apart do not join",
+            "normalizer_spec.add_dummy_prefix adds a space to every text, so separately encoded texts get "
+            "spaces between them",
             (JOINED, SPACE_SIGNS),
         ),
         (
@@ -83,7 +83,7 @@ def find_losses(
         ),
         (
             denormalizer.get(_CHARSMAP),
-            f"denormalizer_spec.name = {denormalizer.get(_NAME, b'').decode()!r} rewrites what is decoded",
+            f"denormalizer_spec.name = {denormalizer.get(_NAME, b'').decode()!r} rewrites decoded text",
             (CHARACTERS,),
         ),
     ]
@@ -98,7 +98,7 @@ def shown(
 ) -> tuple[Loss, ...]:
     """A loss for each (cause, probes). Its example is the first probe that decoding does not restore.
 
-    If there is no cause but decoding does not restore some probe, that probe is the only loss.
+    If there are no rules, but decoding does not restore some probe, that probe is the only loss.
     """
 
     def example(probes: Sequence[Sequence[str]]) -> tuple[str, str] | None:
@@ -125,7 +125,7 @@ def refusal(losses: Sequence[Loss]) -> str:
 
 
 def reachable_symbols(model_bytes: bytes) -> list[str]:
-    """The user-defined symbols that text can spell, without blanks.
+    """The user-defined symbols that text can spell, except those made only of spaces.
 
     They lose nothing, and are ordinary text here, because begin, end and image tokens have ids of their own. But a
     language model that was trained to treat such a piece as a command will do so when a user writes it.

@@ -179,7 +179,7 @@ class PublishedTokenizer:
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _HARMLESS = ("Sequence", "Prepend", "Replace")  # they have their own rules
-_PREFIX = "adds a space to every text, so that texts encoded apart do not join"
+_PREFIX = "adds a space to every text, so separately encoded texts get spaces between them"
 
 
 def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str]]]]:
@@ -201,7 +201,7 @@ def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str
     for token in spec["added_tokens"]:
         if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
             name = token["content"]
-            yield f"added token {name!r} takes the spaces beside it", ((f"a {name} b",),)
+            yield f"added token {name!r} removes the spaces next to it", ((f"a {name} b",),)
 
 
 def _steps(part: object) -> Iterator[Mapping[str, object]]:

@@ -176,9 +176,9 @@ class TextTokenizer:
           vocab_size: the largest number of pieces. A corpus with fewer possible pieces gives a smaller `size` and no
           error. model_type: "bpe", or "unigram" (many times slower).
           character_coverage: the share of characters that get a piece; others are encoded as bytes without loss.
-          max_bytes: how many bytes of text are kept. Peak memory is 22 (bpe) or 31 (unigram) times that for words, and
-          93 or 19 times that for random Chinese characters, the worst case of text without spaces
-          (experiments/benchmarks/text_tokenizer.py).
+          max_bytes: how many bytes of text are kept. Peak memory is this number times 22 (bpe) or 31 (unigram) for
+          words. For random Chinese characters, the worst case of text without spaces, it is this number times 93 or
+          19 (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: there is no text, or nothing but line ends and the like; a text has a surrogate; or vocab_size is
@@ -244,8 +244,8 @@ class TextTokenizer:
 
 
 def _draw(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """The texts in parts of at most _LONGEST characters, in order. If they have more than max_bytes, it is a random
-    sample of at least one part.
+    """Returns the texts in parts of at most _LONGEST characters, in order: all of them, or a random sample of at least
+    one part if they have more than max_bytes.
 
     The sample consists of the parts with the smallest random numbers, so memory never holds more than the sample.
     """

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-Params = dict[str, Any]  # nested dicts of arrays, or of a fact about each: its shape, sharding or axis names
+Params = dict[str, Any]  # nested dicts of arrays, or of their shapes, shardings or axis names
 
 # Sums over a batch on the device: a plain sum, a (sum, count) pair, or nested sums that are not reported.
 _Metric: TypeAlias = "jax.Array | tuple[jax.Array, jax.Array | float] | Params"

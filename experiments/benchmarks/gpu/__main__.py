@@ -41,7 +41,7 @@ from experiments.benchmarks.gpu.sizes import SIZES
 ROOT = Path(__file__).resolve().parents[3]
 # Stages in the order in which they run, and their seconds.
 STAGES = {"parity": 80.0, "attention": 120.0, "decode": 20.0, "training": 120.0, "sampling": 110.0, "rings": 30.0}
-_GRACE = 20.0  # extra seconds for a running check after the time of its stage
+_GRACE = 20.0  # extra seconds that a running check gets when the time of its stage is over
 _BEGIN, _RESULT = "begin ", "result "
 
 

@@ -1,7 +1,7 @@
 """Attention forward and backward in bfloat16: dense causal rows, and rows of eight documents.
 
-FLOPs of the forward pass are 4 B N T S H / 2, with T and S of each document and half because it is causal; those of the
-backward pass are 2.5 times that. cuDNN has no packed rows, so its time for them is that of a dense row. Stock Pallas
+FLOPs of the forward pass are 4 B N T S H / 2, with T and S of each document and half because it is causal; the
+backward pass has 2.5 times as many. cuDNN has no packed rows, so a dense row is timed instead. Stock Pallas
 (jax.experimental.pallas.ops.gpu.attention: Triton, deprecated) has its default blocks, and as many KV heads as query
 heads.
 """

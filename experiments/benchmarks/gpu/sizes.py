@@ -7,19 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """
+    """What to measure, and how often.
+
     Attributes:
       backend: the backend of our kernels.
       repeats: how often each contender is timed, in turns.
-      head_dim, tokens, lengths, document: for attention: dimensions of a head; tokens of a batch; lengths of dense
-        rows; length of a packed document, of which a row has eight.
-      heads: pairs of query heads and KV heads. more_heads: the same with their head dim, measured only at the second
-        length.
-      decode: for decode attention: rows, query heads, KV heads, slots, live slots.
-      rings: ring buffers that decode attention tries: KiB of keys and values in flight, thread blocks per SM. training:
-      by name: preset, layers (None: all of the preset), rows, tokens per row, remat, compiler options. preset, layers,
-      vocabulary, grid, batches: for sampling: model, layers, numbers of text ids and codes, codes per side, images
-      drawn at once.
+      head_dim, tokens, lengths, document: sizes for attention, which are the dimensions of a head, the tokens of a
+        batch, the lengths of dense rows, and the length of a packed document (a row has eight).
+      heads: (query heads, KV heads) of each case. more_heads: (query heads, KV heads, head dim) of cases that are
+        measured only at the second length.
+      decode: (rows, query heads, KV heads, slots, live slots) for decode attention.
+      rings: ring buffers that decode attention tries, each (KiB of keys and values in flight, thread blocks per SM).
+      training: maps the name of a training to (preset, layers (None: all of the preset), rows, tokens per row, remat,
+        compiler options).
+      preset, layers, vocabulary, grid, batches: sizes for sampling, which are the model, its layers (None: all of the
+        preset), the numbers of text ids and codes, the codes per side, and the numbers of images drawn at once.
     """
 
     backend: str

@@ -54,7 +54,7 @@ class AdversaryConfig:
     r1: float = 0.0  # gamma of the R1 penalty, which is gamma / 2 |gradient|^2 (MAGVIT's "cost 10" is 20 here); 0: none
     r1_every: int = 16  # steps from one R1 penalty to the next, which is multiplied by this number (lazy, StyleGAN2)
     lecam: float = 0.0  # weight of the LeCAM regulariser (0.05 in Open-MAGVIT2); 0: none
-    learning_rate: float = 0.0  # learning rate of the discriminator; 0: the autoencoder's
+    learning_rate: float = 0.0  # learning rate of the discriminator; 0: the same as the autoencoder's
     dtype: Literal["float32", "bfloat16"] = "float32"  # of its activations; parameters, logits and losses are float32
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ def lecam_penalty(
 def lecam_update(
     averages: Mapping[str, jax.Array], real_sum: jax.Array, fake_sum: jax.Array, count: jax.Array | float
 ) -> dict[str, jax.Array]:
-    """The averages after a step. The sums are of each image's mean logit, over the whole global batch."""
+    """The averages after a step. Each sum adds up the mean logits of all images in the global batch."""
     means = {"real": real_sum / count, "fake": fake_sum / count}
     return {name: LECAM_DECAY * averages[name] + (1 - LECAM_DECAY) * mean for name, mean in means.items()}
 

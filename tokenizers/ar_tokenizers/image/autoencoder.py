@@ -3,7 +3,7 @@
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), K codebook size.
 
 It has an encoder, a quantizer and a decoder, which the config chooses. If a quantizer has D codes per position, the
-grid of codes is D times as wide: the D codes of a position stand side by side, so code outside this module sees one
+grid of codes is D times as wide: the D codes of a position are side by side, so code outside this module sees one
 code per cell.
 """
 
@@ -21,8 +21,8 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.layers import Params, fresh
 
 NO_DECODER = (
-    "this image tokenizer can read images but not draw them, as its file has no decoder. transformers "
-    "leaves Chameleon's out: it is in the original's tokenizer/vqgan.ckpt, so import that file too"
+    "this image tokenizer can read images but not draw them, because its file has no decoder. For Chameleon, "
+    "transformers' files have none, but the original's tokenizer/vqgan.ckpt has it: import that file too"
 )
 
 

@@ -22,7 +22,7 @@ class AutoencoderConfig:
     # codes
     backbone: Literal["space_to_depth", "vqgan", "movq"] = "space_to_depth"
     factor: int = 16  # pixels along the side of one code
-    patch: int = 4  # the part of `factor` that a first space-to-depth does; 1 in published vqgans
+    patch: int = 4  # the part of `factor` that the initial space-to-depth does; 1 in published vqgans
     width: int = 64  # features at the finest level
     multipliers: tuple[int, ...] = (1, 2, 2)  # features / width of log2(factor / patch) + 1 levels, fine to coarse
     blocks: tuple[int, ...] = (
@@ -38,13 +38,13 @@ class AutoencoderConfig:
     temporal_blocks: int = 0  # movq: residual blocks on each side of the codes, from Emu3's layers over time
     quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
-    activation: str = "tanh"  # fsq: or "ifsq"
-    codes: int = 1024  # all others: the codebook size
-    space: str = "sphere"  # vq: or "euclidean"
+    activation: str = "tanh"  # fsq: "tanh" or "ifsq"
+    codes: int = 1024  # all quantizers but fsq: the codebook size
+    space: str = "sphere"  # vq: "sphere" or "euclidean"
     code_dim: int = 0  # dimensions of a code vector; 0: the quantizer's usual number
     depth: int = 4  # rq: codes per position
-    codebook_update: str = "gradient"  # vq, rq: what updates the codes; or "ema"
-    gradient: str = "straight_through"  # vq, simvq, rq: or "rotation"
+    codebook_update: str = "gradient"  # vq, rq: what updates the codes, "gradient" or "ema"
+    gradient: str = "straight_through"  # vq, simvq, rq: "straight_through" or "rotation"
     beta: float = 0.25  # weight of the commitment loss
     entropy: float = -1.0  # weight of the entropy penalty; negative: the quantizer's usual weight
     restart: float = 0.1  # vq, rq: a code with less than this share of the mean use is restarted; 0: never
@@ -179,7 +179,7 @@ def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -
     return dict(backbone="vqgan", **shape, blocks=(blocks,) * len(multipliers)) | more
 
 
-# Presets are of backbones only: an experiment chooses the quantizer and the losses. In an experiment file:
+# Presets set only the backbone; an experiment chooses the quantizer and the losses. In an experiment file:
 # config.image_tokenizer.update(PRESETS["taming_f16"])
 PRESETS: dict[str, dict[str, object]] = {
     # Our own, from 1M parameters. The benchmark against transformers uses vqgan_*_16m.

@@ -44,8 +44,9 @@ def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """conv3x3 of x enlarged twice (each position repeated 2 x 2 times): [B, H, W, F] * [3, 3, F, F'] -> [B, 2H, 2W,
     F'].
 
-    Taps of the kernel that meet the same position of x are added first. So each of the four kinds of results (even and
-    odd rows, even and odd columns) is a 2 x 2 convolution of x, and together they need 16 products instead of 36.
+    Taps of the kernel that are multiplied by the same position of x are added first. So each of the four kinds of
+    results (even and odd rows, even and odd columns) is a 2 x 2 convolution of x, and together they need 16 products
+    instead of 36.
     """
     b, h, w, _ = x.shape
     rows = [
@@ -73,7 +74,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _two_taps(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Three taps over repeated positions, added to two taps; for the first copy of a position and for the second."""
+    """Adds three taps to two, because x repeats each position. Returns the kernels for its first and second copy."""
     first, second, third = jnp.split(kernel, 3, axis)
     return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 

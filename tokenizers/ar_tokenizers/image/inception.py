@@ -180,7 +180,8 @@ def pool3(params: Params, pixels: jax.Array) -> jax.Array:
     rounding.
 
     Raises:
-      ValueError: the images are not uint8. Others could not repeat an FID of images that were never rounded to 8 bits.
+      ValueError: the images are not uint8. Others could not reproduce the FID of images that are not rounded to
+        8 bits.
     """
     if pixels.dtype != jnp.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"FID's images are uint8 [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")

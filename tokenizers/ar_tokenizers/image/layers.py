@@ -28,10 +28,11 @@ class _Keys:
 
 
 def fresh(key: jax.Array | None = None) -> nnx.Rngs:
-    """Keys for the parameters of new layers: those of `nnx.Rngs(params=key)`. Without a key, for shapes alone.
+    """Keys for the parameters of new layers, the same as `nnx.Rngs(params=key)` gives. For shapes alone, omit the key.
 
-    The counter of nnx.Rngs is an array. While JAX traces, flax asks it for its sharding at every key, and JAX answers
-    with an error that it makes of the whole program so far: four fifths of the time to trace a large network.
+    It replaces nnx.Rngs because that is slow while JAX traces. Its counter is an array, and flax asks for the sharding
+    of this array at every key. JAX then raises an error with a message made from the whole program so far, which took
+    four fifths of the time to trace a large network.
     """
     return cast(nnx.Rngs, _Keys(jax.random.key(0) if key is None else key))
 
@@ -74,8 +75,9 @@ class GroupNorm(nnx.Module):
         """[B, H, W, F] -> the same shape, in `dtype`. Statistics are float32, over positions and the features of a
         group."""
         y, width = x.astype(jnp.float32), x.shape[-1]
-        # Sums over the features of a group, and the way back, are products with `of`. XLA would fuse anything else into
-        # the loops over positions and repeat it at every position, which took half of the forward pass on a CPU.
+        # Sums over the features of a group, and the step from groups back to features, are products with `of`. XLA
+        # would fuse anything else into the loops over positions and repeat it at every position, which took half of
+        # the forward pass on a CPU.
         of = jnp.repeat(jnp.eye(self.groups), width // self.groups, axis=1)  # [groups, F]: membership
         product = functools.partial(jnp.matmul, precision="highest")
 

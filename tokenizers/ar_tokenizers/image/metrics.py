@@ -125,7 +125,7 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
     """A warning, with the numbers that show it, if only little of a codebook is used; "" if all is well.
 
     Args:
-      found: the result of `usage`. If few codes were counted, a tenth as many used codes are enough for no warning.
+      found: the result of `usage`. If few codes were counted, counted / 10 used codes are enough to pass.
       quantizer: its name. "fsq" has no codebook that could collapse, so the advice for it is different.
     """
     if not found:

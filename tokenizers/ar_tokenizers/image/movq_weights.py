@@ -1,9 +1,9 @@
 """The movq backbone under its published names: MoVQGAN, Emu3, and Emu3 in transformers.
 
-movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. Moving averages of the weights (ema_*) and losses are
-         not read; the plain weights are.
+movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. The plain weights are read, but not their moving
+         averages (ema_*) or losses.
 emu3     BAAI/Emu3-VisionTokenizer (modeling_emu3visionvq.py): taming's names, and layers over time (temporal.py).
-emu3_hf  transformers' Emu3VQVAE: the norm of an attention layer stands beside it, and its projections are linear.
+emu3_hf  transformers' Emu3VQVAE: the norm of an attention layer is outside that layer, whose projections are linear.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _TRANSFORMERS = {
 
 
 def movqgan_270m() -> AutoencoderConfig:
-    """The settings of movqgan_270M.ckpt, from configs/movqgan_270M.yaml in its repository. No file beside it has
-    them."""
+    """The settings of movqgan_270M.ckpt, from configs/movqgan_270M.yaml in its repository. The checkpoint has no
+    file of settings."""
     return AutoencoderConfig.from_dict(PRESETS["movqgan_f8"] | _quantizer(16384, 4))
 
 
@@ -177,8 +177,8 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            "layers over time: expected the published ones, because the network has only their effect on one picture; "
-            f"{some(differ)}: missing or unknown; only an imported tokenizer can be exported as "
+            f"layers over time: expected all published ones, found that these are missing or unknown: {some(differ)}. "
+            f"The network has only their effect on one picture, so only an imported tokenizer can be exported as "
             f"{dialect}"
         )
     if kept:

@@ -36,7 +36,7 @@ class ObjectiveConfig:
     perceptual: str = "none"  # none | ms_ssim | match | lpips | features (perceptual.Kind)
     perceptual_weight: float = 1.0
     adversary: AdversaryConfig = AdversaryConfig()
-    ema: float = 0.0  # decay of the averaged parameters that the tokenizer gets, e.g. 0.9999; 0: it gets the last ones
+    ema: float = 0.0  # decay of the parameters' average that the tokenizer gets, e.g. 0.9999; 0: the last parameters
 
     def __post_init__(self) -> None:
         for name in ("l1_weight", "l2_weight", "tolerance", "perceptual_weight"):

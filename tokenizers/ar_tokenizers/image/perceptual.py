@@ -61,7 +61,7 @@ class Perceptual:
 
     @property
     def name(self) -> str:
-        """The name to print beside a number, with the first digits of the sha256 of the weights."""
+        """The name to print with a number, with the first digits of the sha256 of the weights."""
         names = {"lpips": "LPIPS-VGG16", "features": "ResNet-50 logits", "ms_ssim": "1 - MS-SSIM"}
         return names.get(self.kind, self.kind) + (f" ({self.hash[:12]})" if self.hash else "")
 

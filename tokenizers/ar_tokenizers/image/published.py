@@ -111,7 +111,7 @@ def to_published(
 
 # ---- settings ---------------------------------------------------------------------------------------------------
 
-# Our name -> (the name in taming's ddconfig or beside it, the name in transformers' vq_config).
+# Our name -> (the name in taming's ddconfig or next to ddconfig, the name in transformers' vq_config).
 _SPELLINGS = {
     "width": ("ch", "base_channels"),
     "multipliers": ("ch_mult", "channel_multiplier"),
@@ -181,8 +181,8 @@ def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 51
     """The settings that `config_of` reads, in the form of that dialect's files; {} if the dialect publishes none.
 
     Args:
-      resolution: the side of the training images, in pixels. The settings name a level that has attention by the side
-        of its grid.
+      resolution: the side of the training images, in pixels. The settings list the levels with attention by the sides
+        of their grids.
     """
     if dialect in ("emu3", "emu3_hf"):
         return movq_weights.emu3_settings(config, dialect)
@@ -229,7 +229,7 @@ def _llamagen(record: Mapping[str, Any], names: Iterable[str]) -> AutoencoderCon
 
 
 def _janus(record: Mapping[str, Any]) -> AutoencoderConfig:
-    """Reads the original's config.json, or that of transformers. One difference in transformers is not followed: it
+    """Reads config.json of the original or of transformers. One difference in transformers is not followed: it
     finds the nearest code without normalising but decodes with normalised codes. The original normalises in both.
     """
     if "gen_vision_config" in record:

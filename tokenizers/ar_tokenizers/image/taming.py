@@ -9,7 +9,7 @@ showo         showlab/magvitv2: taming's names, but the convolutions around the 
               and the first digit of a code is the highest (here it is the lowest).
 lwm           LWM's VQGAN, a flax tree with names joined by "/". Kernels are [3, 3, F, F'], like ours.
 
-The names stand in tables that are read in both directions. movq_weights.py has the descendants of MoVQ.
+The names are in tables that are read in both directions. movq_weights.py has the descendants of MoVQ.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Dialect:
         name: its key in DIALECTS.
         names: patterns, applied in turn to taming's names (to our names if `flax`).
         demands: the config settings that a network with these names must have.
-        prefix: stands before every name if the file also has a language model.
+        prefix: precedes every name if the file also has a language model.
         coarse_first: whether the decoder's levels are counted from the coarsest.
         highest_first: whether the first number of a latent is the highest digit of its code.
         decoder: whether the file has a decoder.
@@ -156,7 +156,7 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect:
     ours = {}
     for name, place in places.items():
         if name.startswith("decoder.") and not spoken.decoder:
-            kept[place.name] = _plain(state[place.name])  # from_code alone is no decoder
+            kept[place.name] = _plain(state[place.name])  # from_code, which needs a decoder to be of use
         else:
             ours[name] = _to_ours(spoken, name, place, np.asarray(state[place.name], np.float32))
     return Read(traverse_util.unflatten_dict(ours, sep="."), kept)

@@ -72,7 +72,7 @@ class ImageTokenizer:
 
     @property
     def no_decoder(self) -> str:
-        """Why this tokenizer cannot draw images, and what to do, in one sentence; "" if it can."""
+        """The reason why this tokenizer cannot draw images, and what to do; "" if it can."""
         return "" if "decoder" in self.params else NO_DECODER
 
     @property

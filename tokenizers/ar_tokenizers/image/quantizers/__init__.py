@@ -6,7 +6,7 @@ simvq   a frozen codebook and one linear layer                                  
 lfq     signs                                                                   arXiv:2310.05737
 bsq     signs on the unit sphere                                                arXiv:2406.07548
 ibq     a learned codebook; every code gets a gradient                          arXiv:2412.02692
-rq      D codes per position, each codes what the last one left                 arXiv:2203.01941
+rq      D codes per position, each for the previous remainder                   arXiv:2203.01941
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ar_tokenizers.image.quantizers.vq import VQ as VQ
 
 NAMES = ("fsq", "vq", "simvq", "lfq", "bsq", "ibq", "rq")
 USUAL_DIM = {"vq": 8, "simvq": 8, "ibq": 32, "rq": 8}
-USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}  # their codebook collapses without it; others: 0
+USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}  # without it, their codebooks collapse; 0 for all others
 
 
 def make(

@@ -3,8 +3,8 @@
 Axes: B batch, N positions (any axes before the last), C code dim, K codebook size.
 
 Functions that need all N x K scores work through blocks of codes. At most SCORES scores exist at one time, also in the
-backward pass, so K = 262144 fits beside a network. Not positions but codes are divided into blocks, because positions
-are spread over the devices of a mesh and should stay there.
+backward pass, so K = 262144 fits in memory together with a network. Blocks divide the codes and not the positions,
+because positions are spread over the devices of a mesh and should stay there.
 """
 
 from __future__ import annotations
