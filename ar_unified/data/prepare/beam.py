@@ -17,20 +17,21 @@ from typing import Any
 from ar_unified.errors import RunError, UserError
 
 Opener = Callable[[], Callable[[str], object]]
-_one_at_a_time = threading.Lock()  # one for the process: a shard is made in full batches, by a shared image tokenizer
+_one_at_a_time = threading.Lock()  # of this process, because a shard fills whole batches of a shared tokenizer
 
 
 def run(names: Sequence[str], opener: Opener, options: str) -> None:
-    """On the workers of a pipeline, calls the function that `opener` returns at least once with each of `names`.
+    """Runs a pipeline whose workers call the function that `opener` returns, at least once with each of `names`.
     Returns when the pipeline ends.
 
     Args:
-        opener: hashable; it is sent to the workers as a pickle. Each process of a worker calls it once.
-        options: Beam's options, as on its command line: "--runner=FlinkRunner --flink_master=...".
+        opener: returns the function. It must be hashable, and is sent to the workers as a pickle. Each process of a
+            worker calls it once.
+        options: Beam's options, as on its command line, such as "--runner=FlinkRunner --flink_master=...".
 
     Raises:
-        UserError: Beam is not installed, or cannot use the options.
-        RunError: the pipeline failed; the message ends with the last line of a worker.
+        UserError: if Beam is not installed, or cannot use the options.
+        RunError: if the pipeline fails; the message ends with the last line of a worker.
     """
     try:
         beam: Any = importlib.import_module("apache_beam")
