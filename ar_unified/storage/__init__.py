@@ -39,10 +39,10 @@ _locks: dict[Path, Lock] = {}
 @contextmanager
 def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Iterator[Path]:
     """A local folder with the content of a store's folder (`mirror.Mirror`). After the context ends, the store has all
-    of it.
+    files of the local folder.
 
-    Nested contexts of one process for the same folder share one mirror. Raises UserError for a URL that names no
-    folder; StoreRefused, StoreFailed.
+    Nested contexts of one process for the same folder share one mirror. Raises UserError if the URL names no folder,
+    and StoreRefused or StoreFailed if the store cannot be used.
     """
     if (open_already := next((each for each in _mirrors if each.url == url.rstrip("/")), None)) is not None:
         yield open_already.root
@@ -104,7 +104,9 @@ def fetch(path: Path) -> Path:
 
 
 def refresh(path: Path | None = None) -> None:
-    """Downloads what others have written until now: one file, or all files outside lazy folders."""
+    """Downloads what others have written until now, in one file, or in all files outside lazy folders if `path` is
+    None.
+    """
     if path is None:
         for mirror in _mirrors:
             mirror.pull()
@@ -113,7 +115,7 @@ def refresh(path: Path | None = None) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    """The names of a folder's entries (in a store: only of files). Empty if there is no folder."""
+    """The names of a folder's entries, or, in a store, only of its files. Empty if there is no folder."""
     mirror = _of(folder)
     if mirror is not None:
         return mirror.names(folder)
@@ -155,7 +157,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Renames a file or a folder. In a store this is not atomic: it is copied, then removed under its old name."""
+    """Renames a file or a folder. This is not atomic in a store, where it is copied and then removed."""
     mirror = _of(old)
     if mirror is None:
         old.rename(new)

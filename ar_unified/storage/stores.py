@@ -1,8 +1,8 @@
 """A small interface to object stores: whole objects by URL. All retries and checks are in this file.
 
-An object appears whole or not at all, so nothing needs a rename: what must come last is written last. After a transient
-failure (429, 5xx, a lost connection, too few bytes), a request is repeated with growing pauses, for
-AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region and endpoint are found where s3fs and gcsfs look for them.
+An object appears whole or not at all, so no rename is needed. After a transient failure (429, 5xx, a lost connection,
+too few bytes), a request is repeated with growing pauses, for AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region
+and endpoint are found where s3fs and gcsfs look for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ar_tokenizers.files import whole
 
 from ar_unified.errors import UNUSABLE, RunError, UserError
 
-SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and its Python package
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # each with its Python package
 PIECE = 1 << 24  # bytes of a large object that one request reads
 _PATIENCE = 120.0  # seconds
 _LONGEST_PAUSE = 16.0
@@ -80,7 +80,7 @@ def patience() -> float:
 
 
 def facts(url: str) -> Facts | None:
-    """The facts of an object; None: there is no such object."""
+    """The facts about an object; None if there is no such object."""
 
     def ask() -> Facts | None:
         try:
@@ -117,7 +117,7 @@ def found_under(url: str) -> dict[str, Facts]:
             rows = list(_system(url).find(f"{url.rstrip('/')}/", detail=True).values())
         except FileNotFoundError:
             return {}
-        rows = [row for row in rows if not row["name"].endswith("/")]  # some tools create it to stand for a folder
+        rows = [row for row in rows if not row["name"].endswith("/")]  # some tools create such an object for a folder
         return {name: _facts(row) for name, row in _below(url, rows) if name}
 
     return _patiently("list", url, ask)
@@ -128,8 +128,8 @@ class TooLarge(ValueError):
 
 
 def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None = None) -> bytes:
-    """Bytes start..stop-1 of an object, or all of it if they are None. Raises FileNotFoundError; TooLarge for more than
-    `most`."""
+    """Bytes start..stop-1 of an object, or the whole object if `stop` is None. Raises FileNotFoundError, or TooLarge if
+    a whole object has more than `most` bytes."""
 
     def ask() -> bytes:
         if stop is None:
@@ -234,7 +234,7 @@ def is_md5(tag: str) -> bool:
 
 
 def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
-    """The answer to a request, which is repeated after transient failures.
+    """Makes a request, and repeats it after transient failures. Returns the answer.
 
     Raises FileNotFoundError, StoreRefused, StoreFailed.
     """
@@ -258,8 +258,8 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
 
 
 def _pauses() -> Iterator[float | None]:
-    """Seconds to wait before the next try, None after the last. A part is random, because many processes may fail
-    together.
+    """Yields the seconds to wait before each next try, and None after the last. They are partly random, because many
+    processes may fail together.
     """
     until, pause = time.monotonic() + patience(), 0.1
     while time.monotonic() + pause < until:
@@ -284,8 +284,8 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
     # No listing is cached, because this process must see what another one has just written. The package's own retries
     # are turned off if possible; otherwise each of our tries would be six of theirs.
     if scheme == "s3":
-        # botocore's "max_attempts" counts tries behind the first, each after a pause of its own, and would hide from
-        # `create` that a request was made twice.
+        # botocore's "max_attempts" would not count the first try. Its own retries would make pauses of their own, and
+        # hide from `create` that a request was made twice.
         retries = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         found = module.S3FileSystem(use_listings_cache=False, config_kwargs=retries, skip_instance_cache=True)
         found.retries = 1
@@ -296,7 +296,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
 def _system(url: str) -> Any:
     scheme = url.partition("://")[0]
     where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
-    return _open(scheme, where, os.getpid())  # a forked process lacks the thread that answers
+    return _open(scheme, where, os.getpid())  # a forked process lacks the thread of the old one
 
 
 def _facts(row: dict[str, Any]) -> Facts:
