@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ar_unified.planning.programs import Compiled, Program, Run, gradient_bytes, local_bytes, saved_for_backward
 
-# All parts that a program may have, in the order in which they are shown, and the source of each number.
+# All parts that a program's memory may have, in the order in which they are shown, and the source of each number.
 PARTS = {
     "parameters": "exact: shapes and shardings",
     "optimizer": "exact: shapes and shardings",

@@ -54,11 +54,12 @@ class Run:
       loss_chunk: the number of positions for which a device has logits in memory at one time.
       softmax: one of language.syntax.SOFTMAXES.
       document: tokens in the longest document, for the FLOPs of attention.
-      optimizer, steps, compiler_options: settings of the training. only: what is trained, as places for
-        training.selection.select; () means everything. lora: the adapter that is trained instead of everything; None if
-        there is none. preference: how it learns from preference pairs; None if it learns from documents.
-      policy: settings of training by rewards; None if it trains on documents. drawn_contexts: contexts per answer: 2 if
-        answers are drawn with guidance.
+      optimizer, steps, compiler_options: settings of the training.
+      only: what is trained, as places for training.selection.select; () means everything.
+      lora: the adapter that is trained instead of everything; None if there is none.
+      preference: settings of training on preference pairs; None if it trains on documents.
+      policy: settings of training by rewards; None if it trains on documents.
+      drawn_contexts: contexts per answer; 2 if answers are drawn with guidance.
       requests, max_length, contexts: samples that a process decodes at once; the length of the KV cache; contexts per
         sample, 2 with guidance.
       kv_dtype: the dtype of the KV cache, one of sampling.engine.KV_DTYPES.
@@ -93,8 +94,8 @@ class Run:
 
 
 class OutOfMemory(Exception):
-    """The program needs too much memory, in the compiler's words. `used`, `capacity`: the bytes that it states; None if
-    it states none.
+    """The program needs too much memory. The message is the compiler's. `used` and `capacity` are the bytes that it
+    states; None if it states none.
     """
 
     def __init__(self, message: str):
@@ -137,7 +138,7 @@ class Program:
     Attributes:
       name: "train", "prefill" or "decode".
       arguments: trees of ShapeDtypeStructs with shardings, by name ("parameters", "optimizer", ...).
-      held: a tree of what else is in the devices' memory while it runs.
+      held: a tree of the other arrays that are in the devices' memory while it runs.
       options: compiler options (parallel/compiler.py).
     """
 

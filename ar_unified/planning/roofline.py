@@ -125,8 +125,8 @@ def _slice(device: object) -> int:
 
 
 def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> tuple[int, int]:
-    """The number of links on which a device can send to its group at once, and the same number if no axis formed a
-    ring.
+    """The number of links on which a device can send to its group at once, and what this number would be if no axis
+    formed a ring.
     """
     if not hardware.torus:
         return 1, 1
@@ -160,8 +160,11 @@ def roofline(program: Program, run: Run, hardware: Hardware, found: Sequence[Col
 
 
 class _Work(NamedTuple):
-    """FLOPs of all devices, as MFU counts them and as executed; bytes that one device reads and writes in its memory;
-    tokens on all devices.
+    """
+    Attributes:
+      model, executed: FLOPs of all devices, as MFU counts them and as executed.
+      moved: bytes that one device reads and writes in its memory.
+      tokens: tokens on all devices.
     """
 
     model: float
@@ -233,8 +236,8 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """The work of one step of decode. It reads all weights and the whole cache, and every row gets one token; with a
-    window, one or more.
+    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token, or one or
+    more with a window.
     """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)
@@ -243,8 +246,8 @@ def _decode(run: Run, program: Program) -> _Work:
 
 
 def _read(program: Program) -> float:
-    """Bytes of the weights that a device reads, as the sampler stores them, without the embedding, which is only looked
-    up.
+    """Bytes of the weights that a device reads, as the sampler stores them. The embedding does not count, because only
+    a few of its rows are read.
     """
     weights = program.arguments["parameters"]
     layers = weights.layers if program.name == "decode" else weights

@@ -2,9 +2,9 @@
 which matmuls still bound a step.
 
 A device computes and reads the same amount at every size, and sends the same amount over fsdp, tensor and context. Over
-data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, a group may lie on axes that
-form no ring for it, and then has half the links. Beyond the largest slice, gradients are sent between slices, over the
-slowest network.
+data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, the axes of a group may not be
+rings, and then it has half the links. Beyond the largest slice, gradients are sent between slices, over the slowest
+network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Scaling(NamedTuple):
       largest: the most chips at which matmuls bound the step; 0 if they do not even at this size; None if there is no
         limit.
       per_slice: chips in the largest slice that exists.
-      breaks: the first thing that limits growth, in words, at that size or at a smaller one.
+      breaks: what limits growth first, in words, at that size or at a smaller one.
       tokens_needed: tokens per chip at which matmuls would take as long as the slowest other resource takes now.
     """
 

@@ -1,5 +1,5 @@
-"""Finds the remat, rows per chip and mesh that train fastest on a target. It compiles a few and keeps the best that
-fits.
+"""Finds the remat, rows per chip and mesh that train fastest on a target. It compiles a few candidates, and keeps the
+best that fits.
 
 Arithmetic orders the candidates: it leaves out those that cannot fit, and sorts the others by the least time per token.
 Compiling shows what arithmetic cannot: the extra memory that the compiler needs, and which collectives it overlaps with
@@ -111,8 +111,8 @@ def said(changes: dict[str, Json]) -> str:
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether this candidate needs, by arithmetic, at least as much memory as one that did not fit and had as many rows
-    and no wider split.
+    """Whether a candidate cannot fit, because another one did not fit and was no larger. The other needs no more memory
+    by arithmetic, has no more rows, and is split at least as widely.
     """
     return (
         each.least >= other.least

@@ -1,8 +1,8 @@
 """A small interface to object stores: whole objects by URL. All retries and checks are in this file.
 
-An object appears whole or not at all, so no rename is needed. After a transient failure (429, 5xx, a lost connection,
-too few bytes), a request is repeated with growing pauses, for AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region
-and endpoint are found where s3fs and gcsfs look for them.
+An object appears whole or not at all, so no rename is needed. Objects that must come last are written last. After a
+transient failure (429, 5xx, a lost connection, too few bytes), a request is repeated with growing pauses, for
+AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region and endpoint are found where s3fs and gcsfs look for them.
 """
 
 from __future__ import annotations

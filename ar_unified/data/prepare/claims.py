@@ -41,9 +41,7 @@ class Claims:
         self._me = f"process {team.process} of {team.processes}: {os.getpid()} on {socket.gethostname()}"
         self._held: Path | None = None
         self._renewed = 0.0
-        self._seen: dict[
-            Path, tuple[bytes, float]
-        ] = {}  # claims of others: their text, and when this text was first seen
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # others' claims: the text, and when it was first seen
 
     def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
         """Does pieces until all are done, here or by other processes.
