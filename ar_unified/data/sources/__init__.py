@@ -144,7 +144,7 @@ def _refuse_datasets(root: AnyPath, infos: Sequence[str]) -> None:
     if specs:
         more = f", and {len(specs) - 3} more" if len(specs) > 3 else ""
         raise UserError(
-            f"{root}: expected rows, tables, tars or texts, found what TFDS wrote, which is read by name: "
+            f"{root}: expected rows, tables, tars or texts, found a dataset of TFDS, which is read with this source: "
             + ", ".join(specs[:3])
             + more
         )
@@ -171,7 +171,7 @@ def row_files(root: str | AnyPath) -> list[str]:
     for name in names:
         meant = name.lower()
         if name != meant and meant.removesuffix(".jsonl") in FOLDER_FILES and meant.endswith(".jsonl"):
-            raise UserError(f"{root / name}: this name is written in small letters: rename it to {meant}")
+            raise UserError(f"{root / name}: expected a name in small letters: rename it to {meant}")
     return [file for file in FOLDER_FILES if f"{file}.jsonl" in names]
 
 
@@ -183,7 +183,7 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
         expected = " or ".join(f"{file}.jsonl" for file in files or FOLDER_FILES)
         raise UserError(
             f"{root}: expected a folder with {expected} and the images they name, found {what} at {root.absolute()}. "
-            "Bring the data there, or give its path (of the experiments here: --config FILE:path=DIR)"
+            "Put the data there, or give its path (for an experiment of ar_unified: --config FILE:path=DIR)"
         )
 
     paths, beside = list[AnyPath](), list[AnyPath]()

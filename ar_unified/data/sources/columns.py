@@ -252,7 +252,8 @@ class _Images:
 
     def done(self) -> None:
         if self.left:
-            raise DocumentError("bad_row", f"{len(self.values)} images, found {len(self.values) - self.left} places")
+            used = len(self.values) - self.left
+            raise DocumentError("bad_row", f"expected places for {len(self.values)} images, found {used}")
 
 
 # ---- rows of each kind -------------------------------------------------------------------------------------------

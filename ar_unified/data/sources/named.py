@@ -190,10 +190,10 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     info, where = builder.info, builder.data_dir
     if isinstance(builder, shapes.Shapes):
         counts = ", ".join(f"{count:,} {split}" for split, count in builder.counts().items())
-        print(f"{info.full_name}: drawn here, nothing is downloaded: {counts}, into {where}", flush=True)
+        print(f"{info.full_name}: drawing {counts} examples into {where}; nothing is downloaded", flush=True)
     else:
-        size = f", {info.download_size} to download" if info.download_size else ", which downloads what it needs"
-        print(f"{info.full_name}: prepared by TFDS{size}, into {where}", flush=True)
+        size = f"{info.download_size} to download" if info.download_size else "TFDS downloads what it needs"
+        print(f"{info.full_name}: TFDS prepares it in {where}; {size}", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS would print "Downloading ... Unknown size" for both
         builder.download_and_prepare()
 

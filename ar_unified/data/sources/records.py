@@ -136,7 +136,7 @@ class RecordSource(ABC):
         if isinstance(value, str):
             where = f"{value[:40]}..." if value.startswith("data:") else value
             if self._folder is None:
-                raise BadRecord("missing_image", f"{where!r}: expected the bytes of an image")
+                raise BadRecord("missing_image", f"{where!r}: expected the bytes of an image, found a text")
         elif not isinstance(value, bytes):
             raise BadRecord("bad_row", f"expected an image, found {type(value).__name__}")
         try:

@@ -83,7 +83,7 @@ class Split:
         if self.by_part and len(self._own.settled()) == 1:
             return EmptySplit(
                 f"{where}: nothing is in split {self.split!r}, because all {what}s share one image or text, which is "
-                "never divided: add more, or leave this split out"
+                "never divided: add other images or texts, or leave this split out"
             )
         names = ", ".join(sorted(self.names)) or "none"
         return UserError(f"{where}: no {what} is in split {self.split!r}; the {what}s' splits are: {names}")

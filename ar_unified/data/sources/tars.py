@@ -69,7 +69,9 @@ class Tars(RecordSource):
     ):
         name, low, high = parse_split(split or "")
         if name not in ("", "train"):
-            raise UserError(f"{path}: expected a part, as [:95%], for tars have no named splits; found {split!r}")
+            raise UserError(
+                f"{path}: expected a part such as [:95%], because tars have no named splits; found {split!r}"
+            )
         root, found = shards(path, TARS, links=links)
         label = label or named(path, root)
         super().__init__(Columns(keys, "keys"), None, label, reversible=reversible, limits=limits)
@@ -205,7 +207,7 @@ class Tars(RecordSource):
                     reason = ("bad_row", f"expected one member {kind!r}, found two: are two samples called {name!r}?")
                     self._problems.setdefault(len(self._shard) - 1, reason)
                 elif len(self._kinds) >= _KINDS and kind not in self._kinds:
-                    reason = ("bad_row", f"expected at most {_KINDS} names of members after their first dot, as .jpg")
+                    reason = ("bad_row", f"expected at most {_KINDS} different endings of members' names, such as .jpg")
                     self._problems.setdefault(len(self._shard) - 1, reason)
                     continue
                 seen.add(kind)

@@ -19,7 +19,7 @@ def excess(packed: int, unpacked: int) -> str:
     """Returns the reason why so many packed bytes may not be unpacked, or "" if they may. Sizes are in bytes."""
     if unpacked <= LARGEST or unpacked <= _RATIO * packed:
         return ""
-    return f"expected at most {LARGEST >> 20} MiB of {packed} packed bytes, found {unpacked >> 20} MiB"
+    return f"expected {packed} packed bytes to become at most {LARGEST >> 20} MiB, found {unpacked >> 20} MiB"
 
 
 def of_group(group: Any) -> str:
