@@ -51,7 +51,7 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
     except Exception as error:  # each runner has its own class of error; the message is a worker's traceback
         said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise RunError(
-            f"the pipeline failed; shards that are made stay, and the same command makes the others: {said[-1]}"
+            f"the pipeline failed. Finished shards stay; the same command makes the others. A worker says: {said[-1]}"
         ) from error
 
 
