@@ -44,7 +44,7 @@ class Mirror:
     def __init__(self, url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]):
         self.url, self._lazy, self._kept = url.rstrip("/"), lazy, kept
         if not re.fullmatch(r"\w+://[^/]+/.+", self.url):
-            raise UserError(f"{url}: expected a folder in a bucket, as {url.partition('://')[0]}://bucket/run")
+            raise UserError(f"{url}: expected a folder in a bucket, such as {url.partition('://')[0]}://bucket/run")
         self.root, self._lock = _place(self.url)
         self._tags: dict[str, str] = {}  # the tags of files that are the same here and in the store
         self._sizes: dict[str, tuple[int, int]] = {}  # path -> (bytes, time) at its last upload
@@ -226,7 +226,7 @@ def _place(url: str) -> tuple[Path, IO[str]]:
         lock.write(f"{url}\n")
         lock.flush()
         return (place / "files").resolve(), lock
-    raise UserError(f"{cache}: no mirror is free: name another folder by AR_UNIFIED_CACHE")
+    raise UserError(f"{cache}: all mirrors of {url} are in use: set AR_UNIFIED_CACHE to another folder")
 
 
 def _look(path: Path) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None 
             return data
         data = _system(url).cat_file(url, start=start, end=stop) if stop > start else b""
         if len(data) != stop - start:
-            raise _Torn(f"expected bytes {start} to {stop}, {len(data)} came")
+            raise _Torn(f"expected {stop - start} bytes from byte {start} on, found {len(data)}")
         return data
 
     return _patiently("read", url, ask)
@@ -210,7 +210,7 @@ def download(url: str, path: Path) -> Facts:
                 stop = min(start + PIECE, known.size)
                 data = _system(url).cat_file(url, start=start, end=stop)
                 if len(data) != stop - start:
-                    raise _Torn(f"expected bytes {start} to {stop}, {len(data)} came")
+                    raise _Torn(f"expected {stop - start} bytes from byte {start} on, found {len(data)}")
                 digest.update(data)
                 file.write(data)
             _require_whole(known, known.size, lambda: digest)
@@ -251,7 +251,7 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
                 raise StoreRefused(f"{url}: {_said(error)}: set {_ENTRANCE[scheme]}") from error
             if pause is None or isinstance(error, TypeError | AttributeError):
                 raise StoreFailed(
-                    f"{url}: the store could not be made to {verb} this, tried {tries} times: {_said(error)}. "
+                    f"{url}: all {tries} requests to {verb} this failed. The last error is {_said(error)}. "
                     "What is done stays, and the same command goes on from there"
                 ) from error
             time.sleep(pause)
