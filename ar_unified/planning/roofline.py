@@ -33,18 +33,19 @@ from ar_unified.sampling.pace import Pace
 ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published for v5p reach 65 to 69% MFU
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
 ASSUMPTIONS = (
-    "rates are the data sheet's, one direction; nothing was timed",
-    "fastest: matmuls at peak, memory traffic at the same time, and also the collectives that the compiled "
-    f"program runs beside computation; slowest: matmuls at {ATTAINABLE:.0%} of peak, nothing overlapped",
+    "rates are from data sheets, in one direction; nothing was timed",
+    "in the fastest case, matmuls run at peak, and memory traffic and the collectives that the compiled program "
+    "overlaps run at the same time",
+    f"in the slowest case, matmuls run at {ATTAINABLE:.0%} of peak, and nothing overlaps",
     "documents are as long as data.max_tokens or the row, whichever is less; rows are full",
-    "matmuls include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
-    "backward; and Muon's iterations, spread over all devices",
-    "memory traffic: every matmul reads and writes its operands once, gathered weights are written and read once a "
-    "pass, the head's float32 gradient once a chunk of the loss, the optimizer reads and writes its state once; what a "
-    "remat policy sends to the host and back is not timed",
+    "matmuls include recomputation: of layers by remat, of logits by the chunked loss, of scores by attention's "
+    "backward pass; they also include Muon's iterations, spread over all devices",
+    "every matmul reads and writes its operands in memory once; gathered weights are written and read once in each "
+    "pass, and the head's float32 gradient once for each chunk of the loss",
+    "the optimizer reads and writes its state once; what a remat policy sends to the host and back is not timed",
     "a collective sends by the ring algorithm over every link that its group can use: in both directions of an axis "
     "that is a closed ring, in one direction of another axis; collectives do not share links with each other",
-    "what crosses slices is sent in parts by all devices of a slice, each after summing inside it",
+    "data for other slices is summed inside a slice first, and then each of its devices sends a part",
 )
 
 

@@ -54,8 +54,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
     if not fitting:
         least = min((each.least for each in found), default=0.0)
         raise ValueError(
-            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; the least needs "
-            f"{least / 2**30:.1f} GiB of a device's {target.hardware.hbm / 2**30:.1f} by arithmetic"
+            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; by arithmetic, "
+            f"the least needs {least / 2**30:.1f} GiB, and a device has {target.hardware.hbm / 2**30:.1f} GiB"
         )
     tried: list[dict[str, Json]] = []
     best: PlanReport | None = None
@@ -138,8 +138,8 @@ def _why(best: PlanReport, tried: list[dict[str, Any]], all: int, fitting: int) 
     fits = [each for each in tried if each["fits"]]
     low, high = best["programs"][0]["mfu"]
     others = [each for each in fits if each["changes"] != best["search"]["changes"]]
-    beside = f"; the next reaches {max(each['mfu'][0] for each in others):.0%} at least" if others else ""
+    beside = f"; the next one has at least {max(each['mfu'][0] for each in others):.0%}" if others else ""
     return (
-        f"of {all} combinations {fitting} may fit by arithmetic, the {len(tried)} that take the least time a token "
-        f"were compiled and {len(fits)} fit; this one has the highest MFU, {low:.0%} to {high:.0%}{beside}"
+        f"{fitting} of {all} combinations may fit by arithmetic; of these, the {len(tried)} with the least time per "
+        f"token were compiled, and {len(fits)} fit; this one has the highest MFU, {low:.0%} to {high:.0%}{beside}"
     )

@@ -145,7 +145,7 @@ def _cpu_devices(target: Target) -> list[jax.Device]:
     devices = jax.devices("cpu")
     if len(devices) < target.chips:
         raise TargetError(
-            f"target {target.name}: {target.chips} CPU devices stand in for it and this process has {len(devices)}; "
-            f"set JAX_NUM_CPU_DEVICES={target.chips} before it starts"
+            f"target {target.name}: expected {target.chips} CPU devices to stand in for it, found {len(devices)}; "
+            f"set JAX_NUM_CPU_DEVICES={target.chips} before the process starts"
         )
     return list(devices[: target.chips])
