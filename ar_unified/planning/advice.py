@@ -20,7 +20,7 @@ from ar_unified.planning.targets import Target
 class Trial(NamedTuple):
     """
     Attributes:
-      change: what is changed, in words, with the config key to set.
+      change: the config keys with their new values, as on the command line.
       fits: whether it fits; None if it was not compiled, because arithmetic rules it out.
       peak: bytes per device, from the compiler if it was compiled, else the least that arithmetic allows.
     """

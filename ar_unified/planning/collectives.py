@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """All collectives of a module for `devices` devices that connect at least two devices.
+    """The collectives of a module for `devices` devices. Those that connect fewer than two devices are left out.
 
     If the TPU compiler overlaps a collective, it appears in several fusions with the same channel and is counted once.
     The channel alone does not identify a collective, because all collectives of shard_map share one.
@@ -102,7 +102,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """The number of loops that run, but for which the module does not state the number of iterations."""
+    """The number of loops that run, but with a number of iterations that the module does not state."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(
@@ -157,7 +157,7 @@ def _mesh_groups(given: str) -> np.ndarray:
     """Reads mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}. A group spans only the axes in braces."""
     match = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", given)
     if match is None:
-        raise ValueError(f"replica groups in a notation that is not known: {given[:120]}")
+        raise ValueError(f"expected replica groups in one of XLA's notations, found {given[:120]}")
     axes, order, chosen = match.groups()
     named = re.findall(r"'?([^'=,]+)'?=(\d+)", axes)
     sizes = [int(size) for _, size in named]

@@ -29,8 +29,8 @@ class Turn(NamedTuple):
     """
     Attributes:
       copies: the copies of arrays from one place in the device's memory to another, largest first.
-      cycles: the compiler's estimate for everything except the kernels, with all branches that are not left out. 0 if
-        the compiler makes no estimate; only the TPU's does.
+      cycles: the compiler's estimate for everything except the kernels and the branches that are left out. 0 if the
+        compiler makes no estimate; only the TPU's does.
       kernels: calls of Pallas kernels, by name.
     """
 

@@ -21,7 +21,7 @@ PARTS = {
     "held": "exact; in training by rewards, the sampler's weights; in sampling, the head for scores, the prompts read "
     "so far, and the pool while prompts are read",
     "inputs": "exact: shapes and shardings, with the padding of layouts",
-    "gradients": "arithmetic: as large as what is trained, float32",
+    "gradients": "arithmetic: float32, for all trained parameters",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward pass",
     "temporaries": "the compiler's temporaries, without gradients and activations: gathered weights, logits, workspace",
     "outputs": "from the compiler: outputs that are not stored in place of an argument",

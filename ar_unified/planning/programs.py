@@ -278,7 +278,7 @@ def _batch(
 
 
 def _drawn(run: Run) -> tuple[int, int]:
-    """The number of contexts per answer, and of ranges of ids from which a token is drawn."""
+    """The number of contexts per answer, and the number of ranges of ids from which a token is drawn."""
     machine = _grammar(run).automaton
     state = jax.eval_shape(lambda: machine.resume(Opened(jnp.zeros(1, jnp.int32)), Wanted()))
     return run.drawn_contexts, jax.eval_shape(partial(spans, machine), state).shape[1]
@@ -331,11 +331,11 @@ def gradient_bytes(run: Run, mesh: Mesh) -> int:
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
-    """Bytes that a device keeps from the forward pass for the backward pass, without parameters, from JAX's trace.
+    """Bytes that a device keeps from the forward pass for the backward pass, without parameters.
 
-    They are the arrays that `jax.vjp` of the loss closes over, divided among the devices that split rows and sequence.
-    XLA may drop or share some; with remat "full" there is little to drop. Arrays that a remat policy sends to the host
-    are not counted.
+    JAX's trace gives the arrays that `jax.vjp` of the loss closes over. They are divided among the devices that split
+    rows and sequence. XLA may drop or share some; with remat "full" there is little to drop. Arrays that a remat policy
+    sends to the host are not counted.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
@@ -385,8 +385,8 @@ def _grammar(run: Run) -> Grammar:
 
 
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
-    """Prefill of as many prompts as the engine reads at once, each half as long as the cache, and decode with a full
-    pool.
+    """Returns two programs: prefill of as many prompts as the engine reads at once, each half as long as the cache, and
+    decode with a full pool.
 
     Besides the weights that it reads, the engine keeps the whole head (for scores) and the prompts that it has read in
     memory. The pool waits while prompts are read (sampling/engine.py).

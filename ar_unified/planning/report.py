@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 def text(plan: PlanReport) -> str:
     """The whole plan, for a terminal."""
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
-    alone = f"each of {plan['processes']} processes by itself, " if plan["processes"] > 1 else ""
+    alone = f"{plan['processes']} separate processes, each with " if plan["processes"] > 1 else ""
     lines = [
         f"{plan['job']} on {plan['target']}: {plan['chips']} chips, {alone}mesh {mesh}",
         f"  model: {billions(plan['model']['parameters'])} parameters, vocabulary {plan['model']['vocabulary']:,}, "
@@ -97,7 +97,9 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     )
     seconds = ", ".join(f"{name} {duration(s)}" for name, s in program["seconds"].items())
     alone = program["exposed"]
-    lines.append(f"  time by resource: {seconds}; {duration(alone)} of the network do not overlap with computation")
+    lines.append(
+        f"  time by resource: {seconds}; {duration(alone)} of the network's time do not overlap with computation"
+    )
     low, high = program["mfu"]
     rate = program["tokens"]
     lines.append(

@@ -193,7 +193,7 @@ def _train(run: Run, program: Program) -> _Work:
     sizes = layer_matrices(c)
     again = deep * c.n_layers * sum(math.prod(sizes[name]) for name in made_again(c.remat, c.norm_placement == "swin"))
     scores = 3.0 * deep  # the backward kernels compute scores twice and dP twice
-    # The loss of documents multiplies with the head once in each pass; the others compute logits again in backward.
+    # The loss of documents multiplies with the head once in each pass; other losses compute logits again in backward.
     logits = 0.0 if run.preference is None and run.policy is None else head
     executed = model + 2.0 * (again + logits) * tokens + scores * attention + _orthogonal(run)
     if "reference" in program.arguments:

@@ -3,8 +3,8 @@ which matmuls still bound a step.
 
 A device computes and reads the same amount at every size, and sends the same amount over fsdp, tensor and context. Over
 data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, the axes of a group may not be
-rings, and then it has half the links. Beyond the largest slice, gradients are sent between slices, over the slowest
-network.
+rings, and then the group has half the links. Beyond the largest slice, gradients are sent between slices, over the
+slowest network.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CRITICAL_TOKENS = 16e6  # tokens per step in the largest batch of a published de
 class Scaling(NamedTuple):
     """
     Attributes:
-      largest: the most chips at which matmuls bound the step; 0 if they do not even at this size; None if there is no
-        limit.
+      largest: the most chips at which matmuls bound the step; 0 if they do not bound it even at this size; None if
+        there is no limit.
       per_slice: chips in the largest slice that exists.
-      breaks: what limits growth first, in words, at that size or at a smaller one.
+      breaks: what limits growth first, in words. This limit may be reached at a smaller size than `largest`.
       tokens_needed: tokens per chip at which matmuls would take as long as the slowest other resource takes now.
     """
 
@@ -63,7 +63,7 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     if largest is None or batch_chips < largest:
         breaks = (
             f"the batch: {batch_chips:,} chips already take {CRITICAL_TOKENS / 1e6:.0f}M tokens a step, the largest "
-            f"batch of a published dense run; with fewer tokens per chip, matmuls bound a step down to {needed:,.0f}"
+            f"batch of a published dense run; matmuls bound a step if a chip has at least {needed:,.0f} tokens"
         )
     else:
         beyond = slices + 1 if slices else 2

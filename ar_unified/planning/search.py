@@ -111,8 +111,8 @@ def said(changes: dict[str, Json]) -> str:
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether a candidate cannot fit, because another one did not fit and was no larger. The other needs no more memory
-    by arithmetic, has no more rows, and is split at least as widely.
+    """Whether a candidate is at least as large as `other`, which did not fit: by arithmetic it needs as much memory or
+    more, it has as many rows or more, and it is split as widely or less.
     """
     return (
         each.least >= other.least

@@ -25,7 +25,7 @@ from ar_unified.parallel.hardware import HARDWARE, Hardware
 from ar_unified.parallel.mesh import make_mesh
 
 LIBTPU = (
-    "libtpu, the compiler for TPUs, is not here: `pip install ar_unified[tpu]` brings it, or `make libtpu` in a "
+    "libtpu, the compiler for TPUs, is not installed: `pip install ar_unified[tpu]` installs it, or `make libtpu` in a "
     "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
 )
 
@@ -69,7 +69,7 @@ class Target:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether the hardware is a TPU, so that libtpu compiles for it."""
+        """Whether the hardware is a TPU, for which libtpu compiles."""
         return self.hardware.torus > 0
 
     def devices(self) -> list[jax.Device]:
@@ -101,7 +101,7 @@ class Target:
         return Target(self.hardware, tuple(int(n) for n in np.ptp(mine, axis=0)[: self.hardware.torus] + 1))
 
     def mesh(self, shape: Mapping[str, int]) -> Mesh:
-        """The mesh of a config on these devices. The axis `data` spans the slices with its outer part.
+        """The mesh of a config on these devices. The outer part of the axis `data` is over slices.
 
         Raises ValueError, as make_mesh does, for sizes that do not fit.
         """

@@ -104,9 +104,7 @@ def fetch(path: Path) -> Path:
 
 
 def refresh(path: Path | None = None) -> None:
-    """Downloads what others have written until now, in one file, or in all files outside lazy folders if `path` is
-    None.
-    """
+    """Downloads the current version of one file or, if `path` is None, of all files outside lazy folders."""
     if path is None:
         for mirror in _mirrors:
             mirror.pull()
@@ -157,7 +155,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Renames a file or a folder. This is not atomic in a store, where it is copied and then removed."""
+    """Renames a file or a folder. In a store this is not atomic: objects are copied, and then the old ones removed."""
     mirror = _of(old)
     if mirror is None:
         old.rename(new)
@@ -173,7 +171,7 @@ def names_in(folder: Remote) -> list[str]:
     return list(found)
 
 
-# ---- small objects of the store alone: claims -------------------------------------------------------------------
+# ---- small objects without a local copy: claims -----------------------------------------------------------------
 
 
 def create(path: Path, data: bytes) -> bool:
@@ -211,7 +209,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def lock(path: Path) -> None:
-    """Takes the lock of this name in the store for the rest of this process. Raises Held if another process has it."""
+    """Takes the lock of this name in the store until this process ends. Raises Held if another process has it."""
     mirror = _of(path)
     if mirror is None or path in _locks:
         return

@@ -1,4 +1,4 @@
-"""Locks for one process at a time, built on objects that are created only if they do not exist.
+"""Locks for one process at a time. They use one operation of a store: it creates an object unless the object exists.
 
 A lock is a series of objects, NAME.000001, NAME.000002, and so on. The process that creates the next one has the lock.
 This holder writes to its object again and again. If it writes nothing new for the length of a lease
@@ -65,7 +65,7 @@ class Lock:
         if self.lost:
             raise LockLost(
                 f"{self._at(self.number)}: another process has taken over, because this one did not report for "
-                f"{self._lease:g} s. Nothing more is written; end the other, or wait for it"
+                f"{self._lease:g} s. Nothing more is written; end the other process, or wait for it"
             )
 
     def release(self) -> None:

@@ -47,7 +47,7 @@ class Mirror:
             raise UserError(f"{url}: expected a folder in a bucket, such as {url.partition('://')[0]}://bucket/run")
         self.root, self._lock = _place(self.url)
         self._tags: dict[str, str] = {}  # the tags of files that are the same here and in the store
-        self._sizes: dict[str, tuple[int, int]] = {}  # path -> (bytes, time) at its last upload
+        self._sizes: dict[str, tuple[int, int]] = {}  # bytes and time of each file after its last transfer
         self._guard = threading.Lock()
         self._bring(self.root, removing=True)
 
@@ -60,7 +60,7 @@ class Mirror:
     def _bring(self, folder: Path, removing: bool) -> None:
         """Downloads what has changed, and deletes local files that the store lacks.
 
-        removing: whether to delete all of these, or only those that were in the store when they were downloaded.
+        removing: True deletes all of these files, False only those that the store had before.
         """
         wanted: dict[str, stores.Facts] = {}
         left = [self.name(folder)]
@@ -85,7 +85,7 @@ class Mirror:
         """Downloads a file, unless it is here, and returns its path. If the store has no such file, the path does not
         exist.
 
-        fresh: ask the store even if this process has already downloaded or uploaded the file.
+        fresh: whether to ask the store even if this process has already downloaded or uploaded the file.
         """
         name = self.name(path)
         if (name in self._tags and not fresh) or self._is(self._kept, os.path.dirname(name)):
@@ -140,7 +140,7 @@ class Mirror:
         with self._guard:
             self._tags[name], self._sizes[name] = facts.tag, _look(self.root / name)
 
-    # ---- of the store alone ---------------------------------------------------------------------------------------
+    # ---- removing and renaming ------------------------------------------------------------------------------------
 
     def remove(self, path: Path) -> None:
         """Deletes a file here and its object."""

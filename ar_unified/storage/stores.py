@@ -1,7 +1,7 @@
 """A small interface to object stores: whole objects by URL. All retries and checks are in this file.
 
-An object appears whole or not at all, so no rename is needed. Objects that must come last are written last. After a
-transient failure (429, 5xx, a lost connection, too few bytes), a request is repeated with growing pauses, for
+An object appears whole or not at all, so no rename is needed. An object that marks others as complete is written last.
+After a transient failure (429, 5xx, a lost connection, too few bytes), a request is repeated with growing pauses, for
 AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region and endpoint are found where s3fs and gcsfs look for them.
 """
 
@@ -109,7 +109,7 @@ def listed(url: str) -> tuple[dict[str, Facts], list[str]]:
 
 
 def found_under(url: str) -> dict[str, Facts]:
-    """All objects below a folder, by their path in it with "/" between its parts. Long listings are read page by
+    """All objects below a folder, by their paths in the folder, with "/" between parts. Long listings are read page by
     page."""
 
     def ask() -> dict[str, Facts]:
@@ -220,7 +220,7 @@ def download(url: str, path: Path) -> Facts:
 
 
 def file_md5(path: Path) -> Any:
-    """The running MD5 of a file's bytes."""
+    """The MD5 of a file's bytes, as a hash object."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
 
@@ -282,10 +282,10 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
             f"{scheme}:// needs the package {package}, which is not here: pip install 'ar_unified[storage]'"
         ) from error
     # No listing is cached, because this process must see what another one has just written. The package's own retries
-    # are turned off if possible; otherwise each of our tries would be six of theirs.
+    # are turned off if possible; otherwise the package would make six tries for each of ours.
     if scheme == "s3":
-        # botocore's "max_attempts" would not count the first try. Its own retries would make pauses of their own, and
-        # hide from `create` that a request was made twice.
+        # botocore's other setting, "max_attempts", does not count the first try. A retry by botocore would have a pause
+        # of its own, and would hide from `create` that a request was made twice.
         retries = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         found = module.S3FileSystem(use_listings_cache=False, config_kwargs=retries, skip_instance_cache=True)
         found.retries = 1
@@ -296,7 +296,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
 def _system(url: str) -> Any:
     scheme = url.partition("://")[0]
     where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
-    return _open(scheme, where, os.getpid())  # a forked process lacks the thread of the old one
+    return _open(scheme, where, os.getpid())  # a forked process needs its own: threads are not copied
 
 
 def _facts(row: dict[str, Any]) -> Facts:
@@ -315,7 +315,7 @@ def _require_whole(known: Facts, size: int, md5: Callable[[], Any]) -> None:
 
 
 def _below(url: str, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a listing, by their path below a folder."""
+    """The rows of a listing, with their paths below a folder."""
     top = url.partition("://")[2].rstrip("/") + "/"
     named = ((row["name"], row) for row in rows)
     return [(name.removeprefix(top).rstrip("/"), row) for name, row in named if name.startswith(top)]

@@ -128,7 +128,7 @@ def prepare(
         resize: applied to images first. None means `default_resize`.
         shard_items: the number of a source's items in a shard. A restart repeats unfinished shards from their start.
         workers: the number of threads that read and decode. None means `decoders`.
-        may_be_lost: whether a source may end without a document.
+        may_be_lost: whether a source may be left without documents.
         tokenizers: a replica of the image tokenizer for each device, and the codes that are known already. None means
             only `image_tokenizer`.
         team: the processes that share the work. None means this process alone.
@@ -248,11 +248,11 @@ def load_report(folder: str | Path) -> Report:
 
 
 def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
-    """Plans which documents share a row of this length (`blocks`), unless that is done. The plan is stored beside every
-    source's shards.
+    """Plans which documents share a row of this length (`blocks`), unless there is such a plan. It is stored beside
+    every source's shards.
 
-    Then a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers of a
-    preference pair are in one row. leave_out: whether documents that are longer than a row are left out.
+    With the plan, a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers
+    of a preference pair are in one row. leave_out: whether documents that are longer than a row are left out.
 
     Raises:
         UserError: if a document is longer than a row and `leave_out` is False.
@@ -270,7 +270,7 @@ def folder_name(source: str) -> str:
 
 
 def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
-    """A message about each source whose folder already belongs to an earlier source of its set. Empty if all differ.
+    """A message about each source with the same folder as an earlier source of its set; [] if all folders differ.
 
     sets: the sources of each set of a config ("train", "validation", a test's name), by their number in the set.
     """

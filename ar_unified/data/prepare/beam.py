@@ -1,5 +1,5 @@
-"""Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark), on many hosts without accelerators that are not
-started together as one job.
+"""Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark). It runs on many hosts without accelerators, which
+are not started together as one job.
 
 A shard depends on nothing but its items, so the elements are names of shards. A shard that is made twice, because the
 runner tried again, has the same bytes.
@@ -17,7 +17,7 @@ from typing import Any
 from ar_unified.errors import RunError, UserError
 
 Opener = Callable[[], Callable[[str], object]]
-_one_at_a_time = threading.Lock()  # of this process, because a shard fills whole batches of a shared tokenizer
+_one_at_a_time = threading.Lock()  # in this process, because its shards share one image tokenizer
 
 
 def run(names: Sequence[str], opener: Opener, options: str) -> None:

@@ -50,7 +50,7 @@ class Claims:
         others have not begun or have abandoned.
 
         Args:
-            pieces: the names of the pieces, the same in the same order for all processes.
+            pieces: the names of the pieces. All processes have the same names, in the same order.
             done: says whether the result of a piece exists.
             do: makes the result of a piece, and calls `renew` meanwhile.
         """

@@ -82,7 +82,7 @@ class ImageCodes:
         sizes = table["height"].astype(np.int64) * table["width"]
         table["at"] = np.cumsum(sizes) - sizes
         codes = np.concatenate([found[digest].ravel() for digest in digests]).astype(self._dtype)
-        name = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()  # the same images have the same file
+        name = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()  # the same images have the same file name
         with whole(self._folder / f"{name}.codes") as file:
             np.save(file, table, allow_pickle=False)
             np.save(file, codes, allow_pickle=False)

@@ -43,7 +43,7 @@ class Piece:
 
 
 class Progress:
-    """A progress bar over all items, those of other processes too, with the speed of this process's tokenizers."""
+    """A progress bar over the items of all processes. It shows the speed of this process's tokenizers."""
 
     def __init__(self, pieces: Collection[Piece], tokenizers: Tokenizers, shown: bool):
         self._pieces, self._tokenizers = list(pieces), tokenizers
@@ -52,7 +52,7 @@ class Progress:
         self.taken = self._bar.update  # to be called after each item
 
     def look(self, begun: int = 0) -> None:
-        """Adds what others have finished. begun: how many items of its current piece this process has done."""
+        """Shows what others have finished. begun: how many items of its current piece this process has done."""
         self._bar.set_postfix_str(str(self._tokenizers), refresh=False)
         self._bar.update(max(self._finished() + begun - self._bar.n, 0))
 
@@ -113,7 +113,7 @@ class ShardMaker:
 
 
 def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
-    """Writes the documents of one item that fit, and the reasons why others are left out."""
+    """Writes those documents of an item that fit, and the reasons why others are left out."""
     if item.document is None:
         assert item.bad is not None
         shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)
@@ -145,8 +145,8 @@ def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: 
 
 
 def _write_preference(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int) -> None:
-    """Writes a preference pair as two documents with the same prompt, the chosen answer first, or the reason why it is
-    left out."""
+    """Writes a preference pair as two documents with the same prompt, the chosen answer first. If the pair is left out,
+    writes the reason."""
     assert item.document is not None
     whole, both = item.document, item.document.answered
     try:

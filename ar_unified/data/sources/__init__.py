@@ -1,4 +1,4 @@
-"""Where documents come from: TFDS datasets by name, JSONL with images, Parquet, Arrow, tars, pages, clips, plain files.
+"""The sources of documents: TFDS datasets by name, JSONL with images, Parquet, Arrow, tars, pages, clips, plain files.
 
 A source has random access: opening it reads no image, and reading item i reads nothing else. An item that cannot be
 used raises BadItem, which says what is wrong and where. The caller decides what to do then.
@@ -46,16 +46,16 @@ FOLDER_FILES = ("captions", "docs", "vqa")
 
 
 def open_source(spec: Mapping[str, Any]) -> Source:
-    """The source a config describes.
+    """Opens the source that a config describes.
 
     Args:
         spec: one of
             dict(kind="tfds", name="shapes/captions", split="train", data_dir=None, columns=None): a TFDS dataset. It is
-                built or downloaded first if it is not in data_dir. None means TFDS's own default.
-            dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for all `files`. None
-                means the existing ones of captions, docs and vqa.
+                built or downloaded first if it is not in data_dir (by default, TFDS's own folder).
+            dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for all `files`, by
+                default captions, docs and vqa, if they exist.
             dict(kind="jsonl", path=..., root=None, columns=None, split=None): one file, compressed (.gz, .zst) or
-                not. Images are in it or under `root`. None means the file's folder.
+                not. Images are in it or under `root` (by default, the file's folder).
             dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files (see `Tables`).
             dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars (see `Tars`).
             dict(kind="pages", path=..., split=None): Markdown and HTML pages with the images they show, in reading
@@ -121,7 +121,7 @@ def kind_of(path: str | AnyPath, links: bool = False) -> str:
 
 
 def _refuse_datasets(root: AnyPath, infos: Sequence[str]) -> None:
-    """Raises UserError if one of these files below a folder describes a TFDS dataset. It says which source reads that.
+    """Raises UserError if one of these files below a folder describes a TFDS dataset. The message has the source.
 
     TFDS writes DATA_DIR/NAME[/CONFIG]/VERSION/dataset_info.json, so it is at most three folders below the root.
     """
@@ -202,15 +202,15 @@ def _jsonl(path: str | AnyPath, root: str | AnyPath | None = None, **options: An
 
 
 def decoders() -> int:
-    """The best number of decoding threads: one more than this process has processors, because each sometimes waits for
-    the interpreter; at most 16.
+    """The best number of decoding threads, at most 16. It is one more than the number of this process's processors,
+    because each thread sometimes waits for the interpreter.
     """
     own = getattr(os, "sched_getaffinity", None)
     return min(1 + (len(own(0)) if own else os.cpu_count() or 1), 16)
 
 
 def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:
-    """Reads items in the order of `indices`; `workers` threads decode a few items ahead. Bad items are yielded too.
+    """Reads items in the order of `indices`; `workers` threads decode a few items ahead. Bad items are yielded, too.
 
     If an item takes less than a millisecond, no thread is used: on two cores, passing small images between threads cost
     `prepare` a third of its speed.

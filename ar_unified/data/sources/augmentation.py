@@ -27,7 +27,7 @@ class Augmented:
 
     The texts must stay true. Do not use `mirror` if they say left or right, or `shift` if they say where something is.
     A shift cuts off what is near an edge. With `whole`, an image moves only so far that nothing but its flat background
-    is cut off; a shift near 1 then puts the figure anywhere.
+    is cut off; then a shift near 1 may put the figure anywhere.
 
     Raises:
         UserError: if count is below 1 or shift is outside [0, 1), or if shift or mirror is set with a count of 1, which
@@ -43,7 +43,7 @@ class Augmented:
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)  # the word is part of the random key
+        self._stream = key("views", source.name)  # another word would give other versions
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:
@@ -85,7 +85,7 @@ class Augmented:
         return [[] if i % self.count else next(read)[1] for i in indices]
 
     def origin(self, i: int) -> str:
-        """The origin of the source's item that item i is a version of."""
+        """The origin of the source's item from which item i is made."""
         return self.source.origin(i // self.count)
 
 
@@ -102,7 +102,7 @@ def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *
 
 
 def room(pixels: np.ndarray) -> np.ndarray:
-    """How far an image, uint8 [H, W, 3], can move up, down, left and right before more than background is cut off.
+    """How far an image, uint8 [H, W, 3], can move up, down, left and right before more than background is lost.
 
     The background is the colour of the first pixel. Returns float64 [4]: two shares of the height, two of the width.
     """

@@ -8,7 +8,7 @@ A record is a mapping from names to values: a row of a table, an example of TFDS
     texts and images                      two lists, read in turn: text, image, text, ...; null skips a turn
     question and answer                   with or without images; answer may be the number of one of the options
     image, instruction and edited_image   a picture, what to do to it, and the result
-    messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
+    messages, conversations               turns; <image> in a turn, or a part of type "image", means the next image
     segments                              parts in reading order
     prompt, chosen and rejected           a preference pair; each is a text, an image, a list of these or of parts, or
                                           messages. Other images of the record belong to the prompt. question,
@@ -103,7 +103,7 @@ class Columns:
 
     @property
     def given(self) -> Mapping[str, str] | None:
-        """The argument `columns`, as a config has it."""
+        """The argument `columns`."""
         return self._columns
 
     def places(self, names: Iterable[str]) -> Mapping[str, str]:
@@ -188,7 +188,8 @@ class Columns:
         return known if isinstance(known, str) else ""
 
     def _planned(self, names: tuple[str, ...], pictures: bool = True) -> tuple[Mapping[str, str], str, set[str]]:
-        """Returns the place of each part; the part that makes the record a document, or ""; and the names in use.
+        """Returns the place of each part, the part that makes the record a document ("" if none does), and the names
+        of the record that are used.
 
         pictures: False if the names of images may be missing, because they were not read.
         """
@@ -216,8 +217,8 @@ def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
             if at.rpartition("/")[2].lower() in _WORDS and value and isinstance(value, str | list):
                 raise DocumentError(
                     "bad_row",
-                    f"expected the image's text under a known name, found {', '.join(unused)}, and {at}: read it with "
-                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or without text: {argument}={{"image": "NAME"}}',
+                    f"expected the image's text under a known name, found {', '.join(unused)}, and {at}. Read it with "
+                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or no text with {argument}={{"image": "NAME"}}',
                 )
         left = inner
 

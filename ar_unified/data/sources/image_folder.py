@@ -20,7 +20,7 @@ class ImageFiles:
     """Every image file under `path`, however deep, in the order of their paths. `files.Folder` decides which files
     count.
 
-    Links that lead out and unreadable files are bad items.
+    Links that lead out of the folder, and unreadable files, are bad items.
 
     Raises:
         UserError: if there is no such folder, or no image in it.

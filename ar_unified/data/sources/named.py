@@ -86,7 +86,7 @@ class TfdsSource(RecordSource):
         return f"{self._where}:{i}"
 
     def language(self, i: int) -> str:
-        """The language that the example or the dataset's features state; "" if they state none."""
+        """The language that the example states; "" if it states none."""
         return super().language(i) if self._has_language else ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
@@ -163,8 +163,8 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     except (AssertionError, dataset_info.json_format.ParseError, json.JSONDecodeError) as error:
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name.partition(":")[0]
         raise UserError(
-            f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found others or "
-            f"damaged ones ({type(error).__name__}): delete this folder, and the dataset is made again"
+            f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found other or "
+            f"damaged files ({type(error).__name__}): delete this folder, and the dataset is made again"
         ) from error
     if not builder.data_path.exists():
         _prepare(builder)

@@ -32,7 +32,7 @@ class Pages(RecordSource):
     Args:
         path: a folder; all pages below it are read, except hidden ones (`files.Folder`).
         files: patterns for the names of pages.
-        split: as for `TextFiles`; a part takes pages by their names.
+        split: as for `TextFiles`; the name of a page decides its part.
 
     Raises:
         UserError: if there is no such folder, no page in it, or no page in `split`.

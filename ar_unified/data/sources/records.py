@@ -34,7 +34,7 @@ class RecordSource(ABC):
     """A source whose items are records (`columns`). A subclass defines `__len__`, `origin` and `read`.
 
     Args:
-        folder: the folder of images that records only name; None if all records must contain their images.
+        folder: the folder of images for records that only name them; None if all records must contain their images.
     """
 
     def __init__(

@@ -81,7 +81,7 @@ def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]
 
 
 def _above(names: Sequence[str]) -> str:
-    """The folder that contains all of some URLs."""
+    """The innermost folder that contains all of these URLs."""
     parts = [name.rpartition("/")[0].split("/") for name in names]
     same = [each[0] for each in zip(*parts, strict=False) if len(set(each)) == 1]
     first = next((i for i, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), len(same))

@@ -2,9 +2,9 @@
 
 All rows about one image form a group, which is never divided (see `group`). Groups are sorted by their hashes, and a
 part takes a share of them in this order: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" has the
-others. So two parts that share a border are disjoint, and together they are the whole. They do not depend on the order
-of the rows. With two groups or more, neither side of a border is empty; a single group is on the larger side. A part
-between two borders, such as "[90%:95%]", may be empty if there are few groups.
+others. So two parts that share a border are disjoint, and together they are the whole. The parts do not depend on the
+order of the rows. With two groups or more, neither side of a border is empty; a single group is on the larger side. A
+part between two borders, such as "[90%:95%]", may be empty if there are few groups.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class _Groups:
 def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
     """The hash at which a part with `share` of all groups ends.
 
-    It is counted over the groups of all sources of a folder. So these share one border, and no image is on both sides.
-    If that leaves one side without groups of this source, the border is counted over this source's own groups.
+    It is counted over the groups of all sources of a folder, so that they share it, and no image is on both sides. If
+    that leaves one side without groups of this source, the border is counted over this source's own groups.
     """
     if share <= 0 or share >= 1:
         return _END if share >= 1 else 0

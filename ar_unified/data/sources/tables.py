@@ -31,10 +31,10 @@ _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 
 
 class Tables(RecordSource):
-    """The rows of Parquet and Arrow files, in order. Arrow files may be IPC files, or streams as `save_to_disk` writes.
+    """The rows of Parquet and Arrow files, in order. Arrow files may be IPC files or, as from `save_to_disk`, streams.
 
     Opening reads only the metadata and the last 64 KiB of each file, and keeps 24 bytes for every group of rows. A row
-    is read together with its neighbours, so reading in order is fast, and each random read costs a part of a group.
+    is read together with its neighbours, so reading in order is fast, but a random read has to read a part of a group.
     Without `columns`, names are recognised as `Columns` says. Class numbers become names if Hugging Face's header has
     names for them. A file that cannot be read is one bad item.
 

@@ -36,8 +36,8 @@ class Tars(RecordSource):
 
     000.jpg and 000.txt are a captioned image. 001.0.jpg, 001.1.jpg and 001.txt are a text with two images, in the order
     of the members. A .json member is an object. Its keys count as members (caption, question, messages, ...), and
-    `keys` may name them below `json` ("json/caption"). The name of a member is the part after that dot, in lower case.
-    If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
+    the argument `keys` may name them below `json` ("json/caption"). The name of a member is the part after that dot, in
+    lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
     Opening reads all headers once. Nothing is written to disk, so a member's name can do no harm. An index in memory,
     18 bytes for each member and 16 for each sample, lets any sample be read directly. Tars may be compressed (.tar.gz,

@@ -38,8 +38,8 @@ class TextFiles:
     read is one bad item. So is the rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short; this rest
     begins up to 16 KiB before the cut.
 
-    `split` is as for `Rows`. Whole files and lines belong to the split "train". A part takes whole files by their
-    names, and lines by their text.
+    `split` is as for `Rows`. Whole files and lines belong to the split "train". The name of a whole file decides its
+    part; for lines, the text decides.
 
     Args:
         path: a folder, or one file.
@@ -47,7 +47,7 @@ class TextFiles:
         by: what one document is, "file" or "line". In a .jsonl file, a document is always a row.
         field: the key of a row's text. The other keys become `meta`.
         language: "file" means that a file's short name (`languages`) is the language of its texts. Any other value is
-            the key of a row under which the language is found.
+            the key of the language in a row.
         links: whether links that lead out of the folder are followed.
 
     Raises:

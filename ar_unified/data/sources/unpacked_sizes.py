@@ -52,11 +52,11 @@ def of_message(message: Any) -> tuple[int, str] | None:
                 return rows, reason
         return rows, ""
     except (struct.error, IndexError) as error:
-        raise ValueError(f"a message that is not Arrow's: {error}") from error
+        raise ValueError(f"expected a message in Arrow's format: {error}") from error
 
 
 class _Table:
-    """A table in a flatbuffer. Fields have the numbers of their order in Arrow's Message.fbs."""
+    """A table in a flatbuffer. Fields are numbered in the order of Arrow's Message.fbs."""
 
     def __init__(self, data: bytes, at: int | None):
         self.data = data
