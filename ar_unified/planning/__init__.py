@@ -1,16 +1,21 @@
-"""Estimates what a config would cost on hardware that this host lacks, from its real programs compiled for it.
+"""Estimates what a config would cost on hardware that this host lacks. It compiles the real programs for that hardware.
 
-targets.py      "v5p:8x8x8,slices=2" -> devices that this host can compile for
+targets.py      devices to compile for, from a name such as "v5p:8x8x8,slices=2"
 programs.py     a config's train step, or its prefill and decode, compiled for a mesh of these devices
+hlo.py          the instructions of the compiled module
 collectives.py  what the compiled module sends: kind, bytes, group and how often
+loops.py        what one iteration of its loops does
 memory.py       where a device's memory goes
-roofline.py     the least time of a step, and how far training scales
-advice.py       what would make a program fit that is too large
-search.py       which remat, rows a chip and mesh train fastest
-report.py       all of it as text, JSON and a page with an image
+roofline.py     the least time of a step
+scaling.py      how far training scales
+advice.py       changes that would make a program fit if it is too large
+plan.py         all of it as one plan, in plain values
+search.py       the remat, rows per chip and mesh that train fastest
+report.py       a plan as text
+page.py         a plan as a page with charts
 
 It imports training, sampling, model and parallel. Only cli imports it.
 """
 
 CANDIDATES = 4  # how many candidates a search compiles by default
-JOBS = ("train", "sample")  # what can be planned; "sample" is prefill and decode
+JOBS = ("train", "sample")  # what can be planned; "sample" means prefill and decode

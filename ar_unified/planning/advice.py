@@ -20,7 +20,7 @@ from ar_unified.planning.targets import Target
 class Trial(NamedTuple):
     """
     Attributes:
-      change: what is changed, in words, with the config key to set.
+      change: the config keys with their new values, as on the command line.
       fits: whether it fits; None if it was not compiled, because arithmetic rules it out.
       peak: bytes per device, from the compiler if it was compiled, else the least that arithmetic allows.
     """
@@ -31,12 +31,12 @@ class Trial(NamedTuple):
 
 
 def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], object]) -> Iterator[Trial]:
-    """All changes that apply, those that slow training least first. Each one that may fit is compiled."""
+    """All changes that apply. Those that slow training least come first. Each one that may fit is compiled."""
     for change, variant, shape in _changes(run, mesh, job):
         try:
             other = target.mesh(shape)
             todo = programs(variant, other, job)
-        except ValueError:  # the sizes do not divide each other: this change cannot help
+        except ValueError:  # the sizes do not divide each other, so this change cannot help
             continue
         capacity = target.hardware.hbm
         least = max(sum(at_least(program, variant).values()) for program in todo)

@@ -1,7 +1,7 @@
 """The collectives of a compiled module: what each one moves, between which devices, and how often a step runs it.
 
 They are read from the text of the optimised HLO, which is what will run. An instruction inside a loop counts once for
-each iteration. Replica groups are positions in the mesh (row-major), in any of the three notations XLA prints.
+each iteration. Replica groups are positions in the mesh (row-major), in any of the three notations that XLA prints.
 
 On TPUs, exchanges between slices are not written as collectives. Each device sends its share, already summed inside its
 slice, to its host, and the host's runtime (megascale) does the rest. Such a send is read as the collective that it
@@ -30,9 +30,9 @@ class Collective(NamedTuple):
       bytes: the size of the whole array: the input of reduce-scatter, the output of all others.
       groups: int [groups, size], the mesh positions of the devices that exchange data; for a permute, the pairs.
       times: how often a step runs it.
-      known: False if it is in a loop with a length that depends on data; such a loop counts once.
-      overlapped: whether the compiler runs it at the same time as computation: in the same fusion, or between its start
-        and its done.
+      known: False if it is in a loop whose length depends on data; such a loop counts as one iteration.
+      overlapped: whether the compiler runs it at the same time as computation. The computation is in the same fusion,
+        or between its start and its done instruction.
       source: the operation of the program that it was made for, as XLA names it.
     """
 
@@ -46,7 +46,7 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes a device sends in one step, by the ring algorithm: (n - 1) / n of the array, twice for all-reduce."""
+        """Bytes that a device sends in one step. A ring sends (n - 1) / n of the array, for all-reduce twice that."""
         n = self.groups.shape[1]
         if self.kind == "collective-permute":
             return float(self.bytes * self.times)
@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """All collectives of a module for `devices` devices that connect at least two devices.
+    """The collectives of a module for `devices` devices. Those that connect fewer than two devices are left out.
 
     If the TPU compiler overlaps a collective, it appears in several fusions with the same channel and is counted once.
     The channel alone does not identify a collective, because all collectives of shard_map share one.
@@ -73,14 +73,14 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 continue
             if between:  # slices are the outermost mesh axis
                 groups = np.arange(devices).reshape(between.group(1).count(",") + 1, -1).T
-                size = bytes_of(each.type.partition("]")[0] + "]")  # of (what is sent, context, token)
+                size = bytes_of(each.type.partition("]")[0] + "]")  # the first of (what is sent, context, token)
             else:
                 groups = _groups(each.rest, devices, kind)
                 size = bytes_of(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
             if kind == "reduce-scatter":
                 size *= groups.shape[1]
-            # The TPU's fused reduce-scatter is an all-reduce in a fusion that keeps only this device's part of the
-            # result.
+            # On TPUs, a fused reduce-scatter is written as an all-reduce in a fusion that keeps only this device's part
+            # of the result.
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             if groups.shape[1] > 1:
@@ -102,7 +102,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """The number of loops that run, but for which the module does not state the number of iterations."""
+    """The number of loops that run, but with a number of iterations that the module does not state."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(
@@ -117,7 +117,7 @@ _WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call", "condit
 
 
 def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
-    """Whether there is computation between a start and its done, in the order in which instructions run."""
+    """Whether there is computation between a start and its done instruction, in the order of execution."""
     if not start.opcode.endswith("-start"):
         return False
     behind = instructions[instructions.index(start) + 1 :]
@@ -149,15 +149,15 @@ def _groups(rest: str, devices: int, kind: str) -> np.ndarray:
         return _iota(order, devices).reshape(_numbers(shape))
     listed = re.match(r"\{(\{[\d,{} ]*\})\}", given)
     if listed is None:
-        return np.arange(devices)[None]  # {}: all together
+        return np.arange(devices)[None]  # {} means one group of all devices
     return np.array([_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", listed.group(1))])
 
 
 def _mesh_groups(given: str) -> np.ndarray:
-    """Reads mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}: a group differs only on the named axes."""
+    """Reads mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}. A group spans only the axes in braces."""
     match = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", given)
     if match is None:
-        raise ValueError(f"replica groups in a notation that is not known: {given[:120]}")
+        raise ValueError(f"expected replica groups in one of XLA's notations, found {given[:120]}")
     axes, order, chosen = match.groups()
     named = re.findall(r"'?([^'=,]+)'?=(\d+)", axes)
     sizes = [int(size) for _, size in named]
@@ -181,8 +181,8 @@ _CHOSEN = re.compile(r"'?([^',:{}\s]+)'?(?::\((\d+)\)(\d+))?")
 
 
 def _iota(order: str, devices: int) -> np.ndarray:
-    """Reads [4,16]T(1,0), which is 0 .. 63 as 4 x 16 with the axes exchanged, or a plain list of ids, or nothing (in
-    order).
+    """Reads [4,16]T(1,0), which means 0 .. 63 as 4 x 16 with the axes exchanged, or a plain list of ids. An empty text
+    means ascending order.
     """
     if match := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
         ids = np.arange(devices).reshape(_numbers(match.group(1)))

@@ -59,8 +59,8 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def bytes_of(kind: str, last: bool = False) -> int:
-    """Bytes of a type. A tuple counts all its arrays. The type of a start includes the operand, but only the result
-    counts.
+    """Bytes of a type. All arrays of a tuple count. last: whether only the results count, because the type is that of a
+    start instruction, which includes its operands.
     """
     arrays = []
     for letters, bits, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", kind)):
@@ -101,8 +101,8 @@ def called_by(each: Instruction) -> list[str]:
 
 
 def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Iterations of a loop, as XLA states them, or the constant with which its counter (from 0, in steps of 1) is
-    compared.
+    """The number of iterations of a loop, as XLA states it, or else the constant with which the loop's counter (from 0,
+    in steps of 1) is compared.
 
     If the condition compares anything else, the loop may end earlier, and the number is not known.
     """

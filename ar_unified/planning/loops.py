@@ -1,7 +1,7 @@
 """What one iteration of a module's outermost loops does. In decoding, that is one step.
 
-The TPU compiler writes its estimate of cycles beside each instruction, but not beside Pallas kernels, which are black
-boxes to XLA. For kernels, the bytes of their arrays are counted.
+The TPU compiler writes its estimate of cycles beside each instruction, except for Pallas kernels, which are black boxes
+to XLA. Their calls are counted instead.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Turn(NamedTuple):
     """
     Attributes:
       copies: the copies of arrays from one place in the device's memory to another, largest first.
-      cycles: the compiler's estimate for everything except the kernels, with all branches that are not left out; 0 if
-        the compiler makes no estimate (it is not the TPU's).
+      cycles: the compiler's estimate for everything except the kernels and the branches that are left out. 0 if the
+        compiler makes no estimate; only the TPU's does.
       kernels: calls of Pallas kernels, by name.
     """
 
@@ -42,8 +42,7 @@ class Turn(NamedTuple):
 def turn(hlo: str, without: str = "") -> Turn:
     """One iteration of the loops that the entry computation of a module runs.
 
-    without: the name of a jax.named_scope. Its conditionals are not taken: "words", for example, if only images are
-        drawn.
+    without: the name of a jax.named_scope whose conditionals are left out, such as "words" if only images are drawn.
     """
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
@@ -64,7 +63,7 @@ def turn(hlo: str, without: str = "") -> Turn:
 
 
 def _reached(computations: dict[str, list[Instruction]], names: list[str], without: str) -> Iterator[str]:
-    """The computations with these names and all that they run, each once, without the inside of fusions."""
+    """Yields the computations with these names and all that they run, each once, but not what is inside fusions."""
 
     def runs(each: Instruction) -> bool:
         left_out = without and each.opcode == "conditional" and f"/{without}/" in source_of(each)

@@ -12,20 +12,20 @@ from typing import NamedTuple
 
 from ar_unified.planning.programs import Compiled, Program, Run, gradient_bytes, local_bytes, saved_for_backward
 
-# All parts that a program may have, in the order in which they are shown, and the source of each number.
+# All parts that a program's memory may have, in the order in which they are shown, and the source of each number.
 PARTS = {
     "parameters": "exact: shapes and shardings",
     "optimizer": "exact: shapes and shardings",
     "reference": "exact: shapes and shardings; the weights that a policy is compared with",
     "cache": "exact: shapes and shardings",
-    "held": "exact: what else is in memory: in training by rewards the sampler's weights; in sampling the head for "
-    "scores, the prompts read so far, and the pool while they are read",
+    "held": "exact; in training by rewards, the sampler's weights; in sampling, the head for scores, the prompts read "
+    "so far, and the pool while prompts are read",
     "inputs": "exact: shapes and shardings, with the padding of layouts",
-    "gradients": "arithmetic: as large as what is trained, float32",
-    "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
-    "temporaries": "the compiler's temporaries less those two: gathered weights, logits, workspace",
-    "outputs": "the compiler's, for outputs that do not take an argument's place",
-    "code": "the compiler's",
+    "gradients": "arithmetic: float32, for all trained parameters",
+    "activations": "arithmetic: what JAX keeps of the forward pass for the backward pass",
+    "temporaries": "the compiler's temporaries, without gradients and activations: gathered weights, logits, workspace",
+    "outputs": "from the compiler: outputs that are not stored in place of an argument",
+    "code": "from the compiler",
 }
 
 

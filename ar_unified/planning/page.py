@@ -58,7 +58,7 @@ def _refused(refused: dict[str, Any]) -> str:
     )
     return (
         f'<h2 class="bad">{escape(refused["program"])} does not fit</h2><p>{escape(refused["message"])}</p>'
-        f"<h3>At least, by arithmetic</h3>{_stack(refused['at_least'], refused['capacity'])}"
+        f"<h3>Least memory by arithmetic</h3>{_stack(refused['at_least'], refused['capacity'])}"
         + (f"<h3>Single changes</h3><table>{trials}</table>" if trials else "")
     )
 

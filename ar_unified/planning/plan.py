@@ -84,7 +84,7 @@ def make_plan(
             result["warnings"] += _warnings(report)
             if target.is_tpu and report["memory"]["peak"] > target.hardware.hbm:
                 peak, hbm = report["memory"]["peak"], target.hardware.hbm
-                message = f"it compiles, and its arguments and temporaries together need {peak / 2**30:.2f} GiB"
+                message = f"it compiles, but its arguments and temporaries together need {peak / 2**30:.2f} GiB"
                 result["refused"] = {"program": program.name, "message": message, "used": peak, "capacity": hbm}
         if "refused" in result:
             result["fits"] = False
@@ -137,7 +137,7 @@ def _warnings(program: dict[str, Any]) -> list[str]:
         return []
     return [
         f"the compiler gathers weights and scatters gradients by all-reduces over fsdp ({reduced / 2**30:.0f} GiB), "
-        "which send twice the bytes; libtpu 0.0.42 does so where fsdp is a whole 3-D slice: half of it, and data=2, "
+        "which send twice the bytes. libtpu 0.0.42 does so if fsdp is a whole 3-D slice. Halve fsdp and set data=2 to "
         "avoid it"
     ]
 

@@ -54,11 +54,12 @@ class Run:
       loss_chunk: the number of positions for which a device has logits in memory at one time.
       softmax: one of language.syntax.SOFTMAXES.
       document: tokens in the longest document, for the FLOPs of attention.
-      optimizer, steps, compiler_options: settings of the training. only: what is trained, as places for
-        training.selection.select; () means everything. lora: the adapter that is trained instead of everything; None if
-        there is none. preference: how it learns from preference pairs; None if it learns from documents.
-      policy: settings of training by rewards; None if it trains on documents. drawn_contexts: contexts per answer: 2 if
-        answers are drawn with guidance.
+      optimizer, steps, compiler_options: settings of the training.
+      only: what is trained, as places for training.selection.select; () means everything.
+      lora: the adapter that is trained instead of everything; None if there is none.
+      preference: settings of training on preference pairs; None if it trains on documents.
+      policy: settings of training by rewards; None if it trains on documents.
+      drawn_contexts: contexts per answer; 2 if answers are drawn with guidance.
       requests, max_length, contexts: samples that a process decodes at once; the length of the KV cache; contexts per
         sample, 2 with guidance.
       kv_dtype: the dtype of the KV cache, one of sampling.engine.KV_DTYPES.
@@ -93,8 +94,8 @@ class Run:
 
 
 class OutOfMemory(Exception):
-    """The program needs too much memory, in the compiler's words. `used`, `capacity`: the bytes that it states; None if
-    it states none.
+    """The program needs too much memory. The message is the compiler's. `used` and `capacity` are the bytes that it
+    states; None if it states none.
     """
 
     def __init__(self, message: str):
@@ -137,7 +138,7 @@ class Program:
     Attributes:
       name: "train", "prefill" or "decode".
       arguments: trees of ShapeDtypeStructs with shardings, by name ("parameters", "optimizer", ...).
-      held: a tree of what else is in the devices' memory while it runs.
+      held: a tree of the other arrays that are in the devices' memory while it runs.
       options: compiler options (parallel/compiler.py).
     """
 
@@ -277,7 +278,7 @@ def _batch(
 
 
 def _drawn(run: Run) -> tuple[int, int]:
-    """The number of contexts per answer, and of ranges of ids from which a token is drawn."""
+    """The number of contexts per answer, and the number of ranges of ids from which a token is drawn."""
     machine = _grammar(run).automaton
     state = jax.eval_shape(lambda: machine.resume(Opened(jnp.zeros(1, jnp.int32)), Wanted()))
     return run.drawn_contexts, jax.eval_shape(partial(spans, machine), state).shape[1]
@@ -330,11 +331,11 @@ def gradient_bytes(run: Run, mesh: Mesh) -> int:
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
-    """Bytes that a device keeps from the forward pass for the backward pass, without parameters, from JAX's trace.
+    """Bytes that a device keeps from the forward pass for the backward pass, without parameters.
 
-    They are the arrays that `jax.vjp` of the loss closes over, divided among the devices that split rows and sequence.
-    XLA may drop or share some; with remat "full" there is little to drop. Arrays that a remat policy sends to the host
-    are not counted.
+    JAX's trace gives the arrays that `jax.vjp` of the loss closes over. They are divided among the devices that split
+    rows and sequence. XLA may drop or share some; with remat "full" there is little to drop. Arrays that a remat policy
+    sends to the host are not counted.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
@@ -384,8 +385,8 @@ def _grammar(run: Run) -> Grammar:
 
 
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
-    """Prefill of as many prompts as the engine reads at once, each half as long as the cache, and decode with a full
-    pool.
+    """Returns two programs: prefill of as many prompts as the engine reads at once, each half as long as the cache, and
+    decode with a full pool.
 
     Besides the weights that it reads, the engine keeps the whole head (for scores) and the prompts that it has read in
     memory. The pool waits while prompts are read (sampling/engine.py).

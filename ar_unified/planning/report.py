@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 def text(plan: PlanReport) -> str:
     """The whole plan, for a terminal."""
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
-    alone = f"each of {plan['processes']} processes by itself, " if plan["processes"] > 1 else ""
+    alone = f"{plan['processes']} separate processes, each with " if plan["processes"] > 1 else ""
     lines = [
         f"{plan['job']} on {plan['target']}: {plan['chips']} chips, {alone}mesh {mesh}",
         f"  model: {billions(plan['model']['parameters'])} parameters, vocabulary {plan['model']['vocabulary']:,}, "
@@ -46,8 +46,8 @@ def text(plan: PlanReport) -> str:
         )
     if plan["stand_in"]:
         lines.append(
-            f"  {plan['stand_in']} stand in for the target: memory is XLA's for CPUs, with XLA's attention in place of "
-            "the kernel; what is split, and the collectives, are as partitioned before the target's own optimisations"
+            f"  {plan['stand_in']} stand in for the target. Memory is what XLA needs on CPUs, with XLA's attention in "
+            "place of the kernel. The sharding and the collectives are those before the target's own optimisations"
         )
     lines += [f"  note: {warning}" for warning in plan["warnings"]]
     for program in plan["programs"]:
@@ -72,10 +72,10 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     lines.append(f"  {'peak':<14}{size(where['peak']):>12}   {share:.0%} of {size(where['capacity'])}")
     if program["host"]:
         lines.append(
-            f"  {'on the host':<14}{size(program['host']):>12}   the compiler's: what remat=offload keeps there"
+            f"  {'on the host':<14}{size(program['host']):>12}   from the compiler: what remat=offload keeps there"
         )
     unit = {"train": "a step", "prefill": "a batch", "decode": "a token of every row"}[program["name"]]
-    lines.append(f"  collectives, {unit}: sent by one device")
+    lines.append(f"  collectives: what one device sends for {unit}")
     for row in program["collectives"]:
         if row["ici"] + row["dcn"] < 1e-4 * sum(program["sent"].values()):
             continue
@@ -89,16 +89,17 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
         lines.append("    none")
     if program["loops_of_unknown_length"]:
         lines.append(
-            f"    ({program['loops_of_unknown_length']} loop whose length depends on data: one iteration is counted)"
+            f"    ({program['loops_of_unknown_length']} loop of unknown length; it is counted as one iteration)"
         )
     flops = program["flops"]
     lines.append(
-        f"  FLOPs, all devices: {flops['model']:.3g} of the model, {flops['executed']:.3g} run, with what is computed "
-        "again"
+        f"  FLOPs of all devices: {flops['model']:.3g} for the model, {flops['executed']:.3g} with recomputation"
     )
     seconds = ", ".join(f"{name} {duration(s)}" for name, s in program["seconds"].items())
     alone = program["exposed"]
-    lines.append(f"  time by resource: {seconds}; of the network {duration(alone)} beside no computation")
+    lines.append(
+        f"  time by resource: {seconds}; {duration(alone)} of the network's time do not overlap with computation"
+    )
     low, high = program["mfu"]
     rate = program["tokens"]
     lines.append(
@@ -109,12 +110,14 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     )
     if "memory_share" in program:
         least, most = program["memory_share"]
-        lines.append(f"  of the memory roofline: {least:.0%} to {most:.0%} (weights and cache read once, rows full)")
+        lines.append(
+            f"  share of the memory roofline: {least:.0%} to {most:.0%} (weights and cache read once, rows full)"
+        )
     if "images" in program:
         low, high = (each * plan["processes"] for each in program["images"])
         lines.append(
-            f"  images of {program['image_tokens']:,} tokens: {low:.3g} to {high:.3g} a second, of all processes, "
-            "without reading prompts"
+            f"  images of {program['image_tokens']:,} tokens: {low:.3g} to {high:.3g} per second by all processes, "
+            "not counting the time for prompts"
         )
     if "scaling" in program:
         lines.append(f"  weak scaling: {_scaling(program['scaling'])}")
@@ -127,7 +130,7 @@ def _scaling(scaling: dict[str, Json]) -> str:
     reach = (
         "any number of slices" if scaling["largest"] is None else f"{scaling['largest']:,} chips"
     ) + f" (a slice has at most {scaling['per_slice']:,})"
-    return f"bound by matmuls up to {reach}; first to break: {scaling['breaks']}"
+    return f"bound by matmuls up to {reach}; the first limit is {scaling['breaks']}"
 
 
 def _search(search: dict[str, Any]) -> list[str]:
@@ -150,16 +153,16 @@ def _refused(refused: dict[str, Any]) -> list[str]:
     lines = [
         f"REFUSED: {refused['program']} does not fit: {size(refused['used'])} of {size(refused['capacity'])}",
         f"  the compiler: {refused['message']}",
-        f"  by arithmetic, at least: {', '.join(f'{name} {size(n)}' for name, n in refused['at_least'].items())}",
+        f"  least memory by arithmetic: {', '.join(f'{name} {size(n)}' for name, n in refused['at_least'].items())}",
     ]
     if refused["trials"]:
-        lines.append("  single changes, tried:")
+        lines.append("  single changes that were tried:")
     for trial in refused["trials"]:
         if trial["fits"] is None:
             verdict = f"no: needs at least {size(trial['peak'])} (arithmetic; not compiled)"
         elif trial["fits"]:
             verdict = f"FITS with {size(trial['peak'])} (compiled)"
         else:
-            verdict = f"no: {size(trial['peak'])} (compiled; the compiler's number)"
+            verdict = f"no: {size(trial['peak'])} (the compiler's number)"
         lines.append(f"    --{trial['change']}: {verdict}")
     return lines

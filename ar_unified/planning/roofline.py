@@ -33,18 +33,19 @@ from ar_unified.sampling.pace import Pace
 ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published for v5p reach 65 to 69% MFU
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
 ASSUMPTIONS = (
-    "rates are the data sheet's, one direction; nothing was timed",
-    "fastest: matmuls at peak, memory traffic at the same time, and also the collectives that the compiled "
-    f"program runs beside computation; slowest: matmuls at {ATTAINABLE:.0%} of peak, nothing overlapped",
+    "rates are from data sheets, in one direction; nothing was timed",
+    "in the fastest case, matmuls run at peak, and memory traffic and the collectives that the compiled program "
+    "overlaps run at the same time",
+    f"in the slowest case, matmuls run at {ATTAINABLE:.0%} of peak, and nothing overlaps",
     "documents are as long as data.max_tokens or the row, whichever is less; rows are full",
-    "matmuls include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
-    "backward; and Muon's iterations, spread over all devices",
-    "memory traffic: every matmul reads and writes its operands once, gathered weights are written and read once a "
-    "pass, the head's float32 gradient once a chunk of the loss, the optimizer reads and writes its state once; what a "
-    "remat policy sends to the host and back is not timed",
+    "matmuls include recomputation: of layers by remat, of logits by the chunked loss, of scores by attention's "
+    "backward pass; they also include Muon's iterations, spread over all devices",
+    "every matmul reads and writes its operands in memory once; gathered weights are written and read once in each "
+    "pass, and the head's float32 gradient once for each chunk of the loss",
+    "the optimizer reads and writes its state once; what a remat policy sends to the host and back is not timed",
     "a collective sends by the ring algorithm over every link that its group can use: in both directions of an axis "
     "that is a closed ring, in one direction of another axis; collectives do not share links with each other",
-    "what crosses slices is sent in parts by all devices of a slice, each after summing inside it",
+    "data for other slices is summed inside a slice first, and then each of its devices sends a part",
 )
 
 
@@ -125,8 +126,8 @@ def _slice(device: object) -> int:
 
 
 def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> tuple[int, int]:
-    """The number of links on which a device can send to its group at once, and the same number if no axis formed a
-    ring.
+    """The number of links on which a device can send to its group at once, and what this number would be if no axis
+    formed a ring.
     """
     if not hardware.torus:
         return 1, 1
@@ -160,8 +161,11 @@ def roofline(program: Program, run: Run, hardware: Hardware, found: Sequence[Col
 
 
 class _Work(NamedTuple):
-    """FLOPs of all devices, as MFU counts them and as executed; bytes that one device reads and writes in its memory;
-    tokens on all devices.
+    """
+    Attributes:
+      model, executed: FLOPs of all devices, as MFU counts them and as executed.
+      moved: bytes that one device reads and writes in its memory.
+      tokens: tokens on all devices.
     """
 
     model: float
@@ -189,7 +193,7 @@ def _train(run: Run, program: Program) -> _Work:
     sizes = layer_matrices(c)
     again = deep * c.n_layers * sum(math.prod(sizes[name]) for name in made_again(c.remat, c.norm_placement == "swin"))
     scores = 3.0 * deep  # the backward kernels compute scores twice and dP twice
-    # The loss of documents multiplies with the head once in each pass; the others compute logits again in backward.
+    # The loss of documents multiplies with the head once in each pass; other losses compute logits again in backward.
     logits = 0.0 if run.preference is None and run.policy is None else head
     executed = model + 2.0 * (again + logits) * tokens + scores * attention + _orthogonal(run)
     if "reference" in program.arguments:
@@ -233,8 +237,8 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """The work of one step of decode. It reads all weights and the whole cache, and every row gets one token; with a
-    window, one or more.
+    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token, or one or
+    more with a window.
     """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)
@@ -243,8 +247,8 @@ def _decode(run: Run, program: Program) -> _Work:
 
 
 def _read(program: Program) -> float:
-    """Bytes of the weights that a device reads, as the sampler stores them, without the embedding, which is only looked
-    up.
+    """Bytes of the weights that a device reads, as the sampler stores them. The embedding does not count, because only
+    a few of its rows are read.
     """
     weights = program.arguments["parameters"]
     layers = weights.layers if program.name == "decode" else weights

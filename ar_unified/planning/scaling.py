@@ -2,8 +2,8 @@
 which matmuls still bound a step.
 
 A device computes and reads the same amount at every size, and sends the same amount over fsdp, tensor and context. Over
-data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, a group may lie on axes that
-form no ring for it, and then has half the links. Beyond the largest slice, gradients are sent between slices, over the
+data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, the axes of a group may not be
+rings, and then the group has half the links. Beyond the largest slice, gradients are sent between slices, over the
 slowest network.
 """
 
@@ -21,10 +21,10 @@ CRITICAL_TOKENS = 16e6  # tokens per step in the largest batch of a published de
 class Scaling(NamedTuple):
     """
     Attributes:
-      largest: the most chips at which matmuls bound the step; 0 if they do not even at this size; None if there is no
-        limit.
+      largest: the most chips at which matmuls bound the step; 0 if they do not bound it even at this size; None if
+        there is no limit.
       per_slice: chips in the largest slice that exists.
-      breaks: the first thing that limits growth, in words, at that size or at a smaller one.
+      breaks: what limits growth first, in words. This limit may be reached at a smaller size than `largest`.
       tokens_needed: tokens per chip at which matmuls would take as long as the slowest other resource takes now.
     """
 
@@ -42,12 +42,14 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / matmuls
     if (worst := estimate.bound) != "matmuls":
         breaks = (
-            f"{worst} takes {seconds[worst] / matmuls:.2f} x the matmuls: {needed:,.0f} tokens a chip would balance"
+            f"{worst}: it takes {seconds[worst] / matmuls:.2f} times as long as the matmuls; with "
+            f"{needed:,.0f} tokens per chip, both would take the same time"
         )
         return Scaling(0, per_slice, breaks, needed)
 
     if estimate.open_ici > matmuls:
-        breaks = f"ICI: where groups form no closed rings it takes {estimate.open_ici / matmuls:.2f} x the matmuls"
+        longer = estimate.open_ici / matmuls
+        breaks = f"ICI: if groups form no closed rings, it takes {longer:.2f} times as long as the matmuls"
         return Scaling(mesh.size, per_slice, breaks, needed)
 
     # A device's shard of gradients (float32) is exchanged between s slices: 2 (s - 1) / s of its bytes are sent. All
@@ -60,13 +62,14 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     batch_chips = int(CRITICAL_TOKENS / per_chip)
     if largest is None or batch_chips < largest:
         breaks = (
-            f"the batch: {batch_chips:,} chips already take {CRITICAL_TOKENS / 1e6:.0f}M tokens a step, the most a "
-            f"dense run was published with; fewer a chip stay compute-bound down to {needed:,.0f}"
+            f"the batch: {batch_chips:,} chips already take {CRITICAL_TOKENS / 1e6:.0f}M tokens a step, the largest "
+            f"batch of a published dense run; matmuls bound a step if a chip has at least {needed:,.0f} tokens"
         )
     else:
         beyond = slices + 1 if slices else 2
         breaks = (
-            f"DCN: {beyond} slices of {per_slice:,} chips would send {2 * shard * (beyond - 1) / beyond / 1e6:,.0f} MB "
-            f"of gradients a device, {(beyond - 1) / beyond / share:.2f} x the time of the matmuls"
+            f"DCN: with {beyond} slices of {per_slice:,} chips, a device would send "
+            f"{2 * shard * (beyond - 1) / beyond / 1e6:,.0f} MB of gradients, which takes "
+            f"{(beyond - 1) / beyond / share:.2f} times as long as the matmuls"
         )
     return Scaling(largest, per_slice, breaks, needed)

@@ -1,5 +1,5 @@
-"""Finds the remat, rows per chip and mesh that train fastest on a target. It compiles a few and keeps the best that
-fits.
+"""Finds the remat, rows per chip and mesh that train fastest on a target. It compiles a few candidates, and keeps the
+best that fits.
 
 Arithmetic orders the candidates: it leaves out those that cannot fit, and sorts the others by the least time per token.
 Compiling shows what arithmetic cannot: the extra memory that the compiler needs, and which collectives it overlaps with
@@ -54,8 +54,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
     if not fitting:
         least = min((each.least for each in found), default=0.0)
         raise ValueError(
-            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; the least needs "
-            f"{least / 2**30:.1f} GiB of a device's {target.hardware.hbm / 2**30:.1f} by arithmetic"
+            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; by arithmetic, "
+            f"the least needs {least / 2**30:.1f} GiB, and a device has {target.hardware.hbm / 2**30:.1f} GiB"
         )
     tried: list[dict[str, Json]] = []
     best: PlanReport | None = None
@@ -111,8 +111,8 @@ def said(changes: dict[str, Json]) -> str:
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether this candidate needs, by arithmetic, at least as much memory as one that did not fit and had as many rows
-    and no wider split.
+    """Whether a candidate is at least as large as `other`, which did not fit: by arithmetic it needs as much memory or
+    more, it has as many rows or more, and it is split as widely or less.
     """
     return (
         each.least >= other.least
@@ -138,8 +138,8 @@ def _why(best: PlanReport, tried: list[dict[str, Any]], all: int, fitting: int) 
     fits = [each for each in tried if each["fits"]]
     low, high = best["programs"][0]["mfu"]
     others = [each for each in fits if each["changes"] != best["search"]["changes"]]
-    beside = f"; the next reaches {max(each['mfu'][0] for each in others):.0%} at least" if others else ""
+    beside = f"; the next one has at least {max(each['mfu'][0] for each in others):.0%}" if others else ""
     return (
-        f"of {all} combinations {fitting} may fit by arithmetic, the {len(tried)} that take the least time a token "
-        f"were compiled and {len(fits)} fit; this one has the highest MFU, {low:.0%} to {high:.0%}{beside}"
+        f"{fitting} of {all} combinations may fit by arithmetic; of these, the {len(tried)} with the least time per "
+        f"token were compiled, and {len(fits)} fit; this one has the highest MFU, {low:.0%} to {high:.0%}{beside}"
     )

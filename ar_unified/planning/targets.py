@@ -25,7 +25,7 @@ from ar_unified.parallel.hardware import HARDWARE, Hardware
 from ar_unified.parallel.mesh import make_mesh
 
 LIBTPU = (
-    "libtpu, the compiler for TPUs, is not here: `pip install ar_unified[tpu]` brings it, or `make libtpu` in a "
+    "libtpu, the compiler for TPUs, is not installed: `pip install ar_unified[tpu]` installs it, or `make libtpu` in a "
     "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
 )
 
@@ -69,7 +69,7 @@ class Target:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether the hardware is a TPU, so that libtpu compiles for it."""
+        """Whether the hardware is a TPU, for which libtpu compiles."""
         return self.hardware.torus > 0
 
     def devices(self) -> list[jax.Device]:
@@ -101,7 +101,7 @@ class Target:
         return Target(self.hardware, tuple(int(n) for n in np.ptp(mine, axis=0)[: self.hardware.torus] + 1))
 
     def mesh(self, shape: Mapping[str, int]) -> Mesh:
-        """The mesh of a config on these devices. Slices are the outer part of `data`.
+        """The mesh of a config on these devices. The outer part of the axis `data` is over slices.
 
         Raises ValueError, as make_mesh does, for sizes that do not fit.
         """
@@ -145,7 +145,7 @@ def _cpu_devices(target: Target) -> list[jax.Device]:
     devices = jax.devices("cpu")
     if len(devices) < target.chips:
         raise TargetError(
-            f"target {target.name}: {target.chips} CPU devices stand in for it and this process has {len(devices)}; "
-            f"set JAX_NUM_CPU_DEVICES={target.chips} before it starts"
+            f"target {target.name}: expected {target.chips} CPU devices to stand in for it, found {len(devices)}; "
+            f"set JAX_NUM_CPU_DEVICES={target.chips} before the process starts"
         )
     return list(devices[: target.chips])

@@ -39,10 +39,10 @@ _locks: dict[Path, Lock] = {}
 @contextmanager
 def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Iterator[Path]:
     """A local folder with the content of a store's folder (`mirror.Mirror`). After the context ends, the store has all
-    of it.
+    files of the local folder.
 
-    Nested contexts of one process for the same folder share one mirror. Raises UserError for a URL that names no
-    folder; StoreRefused, StoreFailed.
+    Nested contexts of one process for the same folder share one mirror. Raises UserError if the URL names no folder,
+    and StoreRefused or StoreFailed if the store cannot be used.
     """
     if (open_already := next((each for each in _mirrors if each.url == url.rstrip("/")), None)) is not None:
         yield open_already.root
@@ -104,7 +104,7 @@ def fetch(path: Path) -> Path:
 
 
 def refresh(path: Path | None = None) -> None:
-    """Downloads what others have written until now: one file, or all files outside lazy folders."""
+    """Downloads the current version of one file or, if `path` is None, of all files outside lazy folders."""
     if path is None:
         for mirror in _mirrors:
             mirror.pull()
@@ -113,7 +113,7 @@ def refresh(path: Path | None = None) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    """The names of a folder's entries (in a store: only of files). Empty if there is no folder."""
+    """The names of a folder's entries, or, in a store, only of its files. Empty if there is no folder."""
     mirror = _of(folder)
     if mirror is not None:
         return mirror.names(folder)
@@ -155,7 +155,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Renames a file or a folder. In a store this is not atomic: it is copied, then removed under its old name."""
+    """Renames a file or a folder. In a store this is not atomic: objects are copied, and then the old ones removed."""
     mirror = _of(old)
     if mirror is None:
         old.rename(new)
@@ -171,7 +171,7 @@ def names_in(folder: Remote) -> list[str]:
     return list(found)
 
 
-# ---- small objects of the store alone: claims -------------------------------------------------------------------
+# ---- small objects without a local copy: claims -----------------------------------------------------------------
 
 
 def create(path: Path, data: bytes) -> bool:
@@ -209,7 +209,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def lock(path: Path) -> None:
-    """Takes the lock of this name in the store for the rest of this process. Raises Held if another process has it."""
+    """Takes the lock of this name in the store until this process ends. Raises Held if another process has it."""
     mirror = _of(path)
     if mirror is None or path in _locks:
         return

@@ -1,9 +1,9 @@
-"""Locks for one process at a time, built on objects that are created only if they do not exist.
+"""Locks for one process at a time. They use one operation of a store: it creates an object unless the object exists.
 
-A lock is a series of objects, NAME.000001, NAME.000002, ...: the process that creates the next one has the lock. This
-holder writes to its object again and again. If it writes nothing new for the length of a lease (AR_UNIFIED_STORE_LEASE,
-60 s), another process takes the next number. The clocks of two machines are never compared. A holder that finds a
-higher number than its own has lost the lock, and stops.
+A lock is a series of objects, NAME.000001, NAME.000002, and so on. The process that creates the next one has the lock.
+This holder writes to its object again and again. If it writes nothing new for the length of a lease
+(AR_UNIFIED_STORE_LEASE, 60 s), another process may create the next object. The clocks of two machines are never
+compared. A holder that finds a higher number than its own has lost the lock, and stops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from ar_unified.errors import RunError
 from ar_unified.storage import stores
 
-_LEASE = 60.0  # seconds, in which a holder writes four times
+_LEASE = 60.0  # seconds; a holder writes four times in a lease
 _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
@@ -37,13 +37,14 @@ class Lock:
     """A lock that this process has, until `release` or its end.
 
     Args:
-        url: of the series of objects, without the number.
+        url: the URL of the series of objects, without the number.
 
     Attributes:
-        number: of this process's object in the series. lost: another process has a higher number.
+        number: the number of this process's object in the series.
+        lost: whether another process has a higher number.
         waited: whether this process waited for a previous holder to end; that holder may have written files meanwhile.
 
-    Raises Held.
+    Raises Held if another process has the lock.
     """
 
     def __init__(self, url: str):
@@ -60,11 +61,11 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LockLost."""
+        """Raises LockLost if another process has taken the lock."""
         if self.lost:
             raise LockLost(
                 f"{self._at(self.number)}: another process has taken over, because this one did not report for "
-                f"{self._lease:g} s. Nothing more is written; end the other, or wait for it"
+                f"{self._lease:g} s. Nothing more is written; end the other process, or wait for it"
             )
 
     def release(self) -> None:
@@ -84,7 +85,7 @@ class Lock:
                 for number in numbers:
                     stores.delete(self._at(number))
                 return last + 1
-            # another was faster: next, find out who it is and whether it is alive
+            # another process was faster: next, find out which one, and whether it is alive
 
     def _await(self, number: int) -> None:
         """Waits until the holder of a number has gone. Raises Held if it is alive."""
@@ -131,7 +132,7 @@ class Lock:
 
 
 def _machine() -> str:
-    """Names the scope in which a process number is unique. Containers of one host may share its host name."""
+    """A name for the scope in which a process number is unique. Containers of one host may share its host name."""
     try:
         return f"{socket.gethostname()} {Path(_BOOT).read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -139,7 +140,7 @@ def _machine() -> str:
 
 
 def _is_gone(said: dict[str, Any]) -> bool:
-    """Whether a holder has certainly ended: it said so, or its process on this machine is gone. This does not wait."""
+    """Whether a holder has certainly ended, because it said so or its process on this machine is gone. Never waits."""
     if not said or said.get("released"):
         return True
     if said.get("host") != _machine() or not isinstance(said.get("pid"), int):

@@ -2,7 +2,7 @@
 
 The store's content is authoritative. When the folder is opened, local files that the store lacks, such as those of a
 killed process, are removed. Every process has its own mirror, so processes share only the store. The mirror is
-`<cache>/<hash of the URL>-<number>`, with the first number that no other process on this machine has. <cache> is
+`<cache>/<hash of the URL>-<number>`, with the first number that no other process on this machine uses. <cache> is
 AR_UNIFIED_CACHE, else ~/.cache/ar_unified/mirrors.
 
 `lazy` folders are downloaded file by file; `kept` folders stay local and are neither downloaded nor uploaded.
@@ -31,34 +31,36 @@ _OURS = "mirror.lock"
 
 
 class Mirror:
-    """One folder of a store.
+    """The local copy of one folder of a store.
 
     Args:
-        url: of the folder. lazy, kept: patterns of folders below it, as paths with "/" between their parts.
+        url: the folder's URL.
+        lazy, kept: patterns for the paths of folders below it, with "/" between their parts.
 
     Attributes:
-        root: the folder here.
+        root: the local folder.
     """
 
     def __init__(self, url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]):
         self.url, self._lazy, self._kept = url.rstrip("/"), lazy, kept
         if not re.fullmatch(r"\w+://[^/]+/.+", self.url):
-            raise UserError(f"{url}: expected a folder in a bucket, as {url.partition('://')[0]}://bucket/run")
+            raise UserError(f"{url}: expected a folder in a bucket, such as {url.partition('://')[0]}://bucket/run")
         self.root, self._lock = _place(self.url)
-        self._tags: dict[str, str] = {}  # of files that are the same here and in the store
-        self._sizes: dict[str, tuple[int, int]] = {}  # path -> (bytes, time) at its last upload
+        self._tags: dict[str, str] = {}  # the tags of files that are the same here and in the store
+        self._sizes: dict[str, tuple[int, int]] = {}  # bytes and time of each file after its last transfer
         self._guard = threading.Lock()
         self._bring(self.root, removing=True)
 
     # ---- down ---------------------------------------------------------------------------------------------------
 
     def pull(self) -> None:
-        """Downloads what others have uploaded since; lazy files are downloaded on request."""
+        """Downloads what others have uploaded, except lazy files, which are downloaded on request."""
         self._bring(self.root, removing=False)
 
     def _bring(self, folder: Path, removing: bool) -> None:
-        """Downloads what has changed. removing: deletes every file that the store lacks; else only files that the store
-        has lost since their download.
+        """Downloads what has changed, and deletes local files that the store lacks.
+
+        removing: True deletes all of these files, False only those that the store had before.
         """
         wanted: dict[str, stores.Facts] = {}
         left = [self.name(folder)]
@@ -83,7 +85,7 @@ class Mirror:
         """Downloads a file, unless it is here, and returns its path. If the store has no such file, the path does not
         exist.
 
-        fresh: ask the store even if this process has already downloaded or uploaded the file.
+        fresh: whether to ask the store even if this process has already downloaded or uploaded the file.
         """
         name = self.name(path)
         if (name in self._tags and not fresh) or self._is(self._kept, os.path.dirname(name)):
@@ -138,7 +140,7 @@ class Mirror:
         with self._guard:
             self._tags[name], self._sizes[name] = facts.tag, _look(self.root / name)
 
-    # ---- of the store alone ---------------------------------------------------------------------------------------
+    # ---- removing and renaming ------------------------------------------------------------------------------------
 
     def remove(self, path: Path) -> None:
         """Deletes a file here and its object."""
@@ -147,8 +149,8 @@ class Mirror:
         self._tags.pop(self.name(path), None)
 
     def remove_tree(self, folder: Path) -> None:
-        """Removes a folder with all its content. A stage's records go last, so that an interrupted removal can be
-        recognised.
+        """Removes a folder with all its content. A stage's records are removed last, so that an interrupted removal can
+        be recognised.
         """
         top = self.name(folder)
         names = [f"{top}/{name}" for name in stores.found_under(self._url(top))]
@@ -175,7 +177,7 @@ class Mirror:
         return self._url(self.name(path))
 
     def close(self, *, telling: bool = True) -> None:
-        """If `telling`, uploads everything that the store lacks; then frees the mirror for another process."""
+        """Frees the mirror for another process. If `telling`, it first uploads everything that the store lacks."""
         try:
             if telling:
                 self.push_changed(self.root)
@@ -197,7 +199,7 @@ class Mirror:
         return any(pattern.fullmatch("/".join(parts[:i])) for i in range(1, len(parts) + 1))
 
     def _files(self, folder: Path) -> Iterator[Path]:
-        """Files here that belong to the store's folder."""
+        """The local files that belong to the store's folder."""
         for here, folders, files in os.walk(folder):
             at = Path(here)
             folders[:] = [name for name in folders if not self._is(self._kept, self.name(at / name))]
@@ -224,7 +226,7 @@ def _place(url: str) -> tuple[Path, IO[str]]:
         lock.write(f"{url}\n")
         lock.flush()
         return (place / "files").resolve(), lock
-    raise UserError(f"{cache}: no mirror is free: name another folder by AR_UNIFIED_CACHE")
+    raise UserError(f"{cache}: all mirrors of {url} are in use: set AR_UNIFIED_CACHE to another folder")
 
 
 def _look(path: Path) -> tuple[int, int]:
@@ -233,7 +235,7 @@ def _look(path: Path) -> tuple[int, int]:
 
 
 def _travels(name: str) -> bool:
-    """Whether a file belongs to the store: unfinished files, and files for this machine alone, do not."""
+    """Whether a file belongs to the store. Unfinished files, and files for this machine alone, do not."""
     return not (name.endswith((UNFINISHED, ".tmp")) or any(part.startswith(".") for part in name.split("/")))
 
 

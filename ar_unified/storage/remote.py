@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 from ar_unified.storage import stores
 
-_BLOCK = 1 << 19  # bytes of a request, and more for sequential reads
+_BLOCK = 1 << 19  # bytes of a block; a request reads one, or several if reads are sequential
 _KEPT = 8  # blocks that an open file keeps
-_AHEAD = 8  # blocks that one request reads at most
+_AHEAD = 8  # the most blocks that one request reads
 
 
 @functools.total_ordering
@@ -42,8 +42,7 @@ class Remote:
         return hash(str(self))
 
     def __truediv__(self, name: str) -> Remote:
-        # PurePosixPath does not work here: it treats "a//b" and "a/b" as the same, and an absolute name replaces the
-        # path.
+        # The operator / of PurePosixPath does not work here, because an absolute name would replace the path.
         return self._with(PurePosixPath(posixpath.join(str(self._path), name.lstrip("/"))))
 
     def _with(self, path: PurePosixPath) -> Remote:
@@ -51,7 +50,7 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """The same as in `pathlib.Path`, like the next four."""
+        """The last part of the path. This and the next four are as in `pathlib.Path`."""
         return self._path.name
 
     @property
@@ -61,7 +60,7 @@ class Remote:
 
     @property
     def suffix(self) -> str:
-        """From the last dot of the name."""
+        """The end of the name, from its last dot."""
         return self._path.suffix
 
     @property
@@ -70,7 +69,7 @@ class Remote:
         return self._with(self._path.parent)
 
     def with_suffix(self, suffix: str) -> Remote:
-        """The same with another suffix."""
+        """The same path with another suffix."""
         return self._with(self._path.with_suffix(suffix))
 
     def relative_to(self, other: Remote) -> PurePosixPath:
@@ -78,11 +77,11 @@ class Remote:
         return self._path.relative_to(other._path)
 
     def resolve(self) -> Remote:
-        """Itself: a store has no links."""
+        """Returns itself, because a store has no links."""
         return self
 
     def absolute(self) -> Remote:
-        """Itself: a URL is absolute."""
+        """Returns itself, because a URL is absolute."""
         return self
 
     def is_file(self) -> bool:
@@ -94,11 +93,11 @@ class Remote:
         return any(stores.listed(str(self)))
 
     def exists(self) -> bool:
-        """Whether there is an object of this name, or one below."""
+        """Whether there is an object of this name, or an object below this path."""
         return self.is_file() or self.is_dir()
 
     def read_bytes(self, most: int | None = None) -> bytes:
-        """Raises OSError; ValueError for more than `most` bytes."""
+        """The object's bytes. Raises OSError, or ValueError if there are more than `most` bytes."""
         return stores.read(str(self), most=most)
 
 
@@ -123,7 +122,7 @@ def size_of(path: AnyPath) -> int:
 
 
 def open_binary(path: AnyPath) -> BinaryIO:
-    """A file or an object for reading. Raises OSError."""
+    """Opens a file or an object for reading. Raises OSError."""
     if isinstance(path, Path):
         return open(path, "rb")
     return io.BufferedReader(_Stream(Opened(path)), 1 << 16)  # type: ignore[return-value]
@@ -132,7 +131,7 @@ def open_binary(path: AnyPath) -> BinaryIO:
 class Opened:
     """An open file or object that any thread can read at any place. Raises OSError.
 
-    An object is read in blocks, and in larger requests while reads follow one another.
+    An object is read in blocks. While reads are sequential, one request reads several blocks.
     """
 
     def __init__(self, path: AnyPath):
@@ -148,7 +147,7 @@ class Opened:
             os.close(self._descriptor)
 
     def read(self, at: int, size: int) -> bytes:
-        """`size` bytes from `at` on; fewer only at the end of the file."""
+        """Reads `size` bytes from byte `at` on. It returns fewer only at the end of the file."""
         if not self._url:
             return os.pread(self._descriptor, size, at)
         stop = min(at + size, self.size)

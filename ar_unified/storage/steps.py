@@ -19,7 +19,8 @@ class Steps:
     """Folders `<url>/<number>`; a folder with the mark is complete.
 
     Args:
-        url: of the folder that contains them. mark: the name of the object that marks a folder as complete.
+        url: the URL of the folder that contains them.
+        mark: the name of the object that marks a folder as complete.
 
     Attributes:
         here: the local folder where they are made and downloaded; it is removed when this process ends.
@@ -27,7 +28,7 @@ class Steps:
 
     def __init__(self, url: str, mark: str):
         self._url, self._mark = url.rstrip("/"), mark
-        cache = os.environ.get("AR_UNIFIED_CACHE") or None  # None: where temporary files are
+        cache = os.environ.get("AR_UNIFIED_CACHE") or None  # None means the folder for temporary files
         if cache:
             os.makedirs(cache, exist_ok=True)
         self.here = Path(tempfile.mkdtemp(prefix="ar_unified-steps-", dir=cache))
@@ -39,7 +40,7 @@ class Steps:
         return [number for number in numbers if stores.facts(self._at(number, self._mark)) is not None]
 
     def put(self, step: int) -> None:
-        """Copies a folder to the store, replacing what a killed process left there, and removes the other local
+        """Copies a local folder to the store, where it replaces what a killed process left, and removes the other local
         folders."""
         self._clear(step)
         top = self.here / str(step)

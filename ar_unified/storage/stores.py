@@ -1,7 +1,7 @@
 """A small interface to object stores: whole objects by URL. All retries and checks are in this file.
 
-An object appears whole or not at all, so nothing needs a rename: what must come last is written last. After a transient
-failure (429, 5xx, a lost connection, too few bytes), a request is repeated with growing pauses, for
+An object appears whole or not at all, so no rename is needed. An object that marks others as complete is written last.
+After a transient failure (429, 5xx, a lost connection, too few bytes), a request is repeated with growing pauses, for
 AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region and endpoint are found where s3fs and gcsfs look for them.
 """
 
@@ -26,7 +26,7 @@ from ar_tokenizers.files import whole
 
 from ar_unified.errors import UNUSABLE, RunError, UserError
 
-SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and its Python package
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # each with its Python package
 PIECE = 1 << 24  # bytes of a large object that one request reads
 _PATIENCE = 120.0  # seconds
 _LONGEST_PAUSE = 16.0
@@ -80,7 +80,7 @@ def patience() -> float:
 
 
 def facts(url: str) -> Facts | None:
-    """The facts of an object; None: there is no such object."""
+    """The facts about an object; None if there is no such object."""
 
     def ask() -> Facts | None:
         try:
@@ -109,7 +109,7 @@ def listed(url: str) -> tuple[dict[str, Facts], list[str]]:
 
 
 def found_under(url: str) -> dict[str, Facts]:
-    """All objects below a folder, by their path in it with "/" between its parts. Long listings are read page by
+    """All objects below a folder, by their paths in the folder, with "/" between parts. Long listings are read page by
     page."""
 
     def ask() -> dict[str, Facts]:
@@ -117,7 +117,7 @@ def found_under(url: str) -> dict[str, Facts]:
             rows = list(_system(url).find(f"{url.rstrip('/')}/", detail=True).values())
         except FileNotFoundError:
             return {}
-        rows = [row for row in rows if not row["name"].endswith("/")]  # some tools create it to stand for a folder
+        rows = [row for row in rows if not row["name"].endswith("/")]  # some tools create such an object for a folder
         return {name: _facts(row) for name, row in _below(url, rows) if name}
 
     return _patiently("list", url, ask)
@@ -128,8 +128,8 @@ class TooLarge(ValueError):
 
 
 def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None = None) -> bytes:
-    """Bytes start..stop-1 of an object, or all of it if they are None. Raises FileNotFoundError; TooLarge for more than
-    `most`."""
+    """Bytes start..stop-1 of an object, or the whole object if `stop` is None. Raises FileNotFoundError, or TooLarge if
+    a whole object has more than `most` bytes."""
 
     def ask() -> bytes:
         if stop is None:
@@ -141,7 +141,7 @@ def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None 
             return data
         data = _system(url).cat_file(url, start=start, end=stop) if stop > start else b""
         if len(data) != stop - start:
-            raise _Torn(f"expected bytes {start} to {stop}, {len(data)} came")
+            raise _Torn(f"expected {stop - start} bytes from byte {start} on, found {len(data)}")
         return data
 
     return _patiently("read", url, ask)
@@ -210,7 +210,7 @@ def download(url: str, path: Path) -> Facts:
                 stop = min(start + PIECE, known.size)
                 data = _system(url).cat_file(url, start=start, end=stop)
                 if len(data) != stop - start:
-                    raise _Torn(f"expected bytes {start} to {stop}, {len(data)} came")
+                    raise _Torn(f"expected {stop - start} bytes from byte {start} on, found {len(data)}")
                 digest.update(data)
                 file.write(data)
             _require_whole(known, known.size, lambda: digest)
@@ -220,7 +220,7 @@ def download(url: str, path: Path) -> Facts:
 
 
 def file_md5(path: Path) -> Any:
-    """The running MD5 of a file's bytes."""
+    """The MD5 of a file's bytes, as a hash object."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
 
@@ -234,7 +234,7 @@ def is_md5(tag: str) -> bool:
 
 
 def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
-    """The answer to a request, which is repeated after transient failures.
+    """Makes a request, and repeats it after transient failures. Returns the answer.
 
     Raises FileNotFoundError, StoreRefused, StoreFailed.
     """
@@ -251,15 +251,15 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
                 raise StoreRefused(f"{url}: {_said(error)}: set {_ENTRANCE[scheme]}") from error
             if pause is None or isinstance(error, TypeError | AttributeError):
                 raise StoreFailed(
-                    f"{url}: the store could not be made to {verb} this, tried {tries} times: {_said(error)}. "
+                    f"{url}: all {tries} requests to {verb} this failed. The last error is {_said(error)}. "
                     "What is done stays, and the same command goes on from there"
                 ) from error
             time.sleep(pause)
 
 
 def _pauses() -> Iterator[float | None]:
-    """Seconds to wait before the next try, None after the last. A part is random, because many processes may fail
-    together.
+    """Yields the seconds to wait before each next try, and None after the last. They are partly random, because many
+    processes may fail together.
     """
     until, pause = time.monotonic() + patience(), 0.1
     while time.monotonic() + pause < until:
@@ -282,10 +282,10 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
             f"{scheme}:// needs the package {package}, which is not here: pip install 'ar_unified[storage]'"
         ) from error
     # No listing is cached, because this process must see what another one has just written. The package's own retries
-    # are turned off if possible; otherwise each of our tries would be six of theirs.
+    # are turned off if possible; otherwise the package would make six tries for each of ours.
     if scheme == "s3":
-        # botocore's "max_attempts" counts tries behind the first, each after a pause of its own, and would hide from
-        # `create` that a request was made twice.
+        # botocore's other setting, "max_attempts", does not count the first try. A retry by botocore would have a pause
+        # of its own, and would hide from `create` that a request was made twice.
         retries = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         found = module.S3FileSystem(use_listings_cache=False, config_kwargs=retries, skip_instance_cache=True)
         found.retries = 1
@@ -296,7 +296,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
 def _system(url: str) -> Any:
     scheme = url.partition("://")[0]
     where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
-    return _open(scheme, where, os.getpid())  # a forked process lacks the thread that answers
+    return _open(scheme, where, os.getpid())  # a forked process needs its own: threads are not copied
 
 
 def _facts(row: dict[str, Any]) -> Facts:
@@ -315,7 +315,7 @@ def _require_whole(known: Facts, size: int, md5: Callable[[], Any]) -> None:
 
 
 def _below(url: str, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a listing, by their path below a folder."""
+    """The rows of a listing, with their paths below a folder."""
     top = url.partition("://")[2].rstrip("/") + "/"
     named = ((row["name"], row) for row in rows)
     return [(name.removeprefix(top).rstrip("/"), row) for name, row in named if name.startswith(top)]

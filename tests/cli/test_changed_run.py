@@ -119,9 +119,9 @@ def test_a_branch_takes_the_datasets_that_were_drawn_and_is_refused_before_any_i
 
     assert "expected more than the 500 that the branch begins with, found 500" in branched(500)
     assert not (workdir / "tfds").exists()
-    assert "damaged ones (AssertionError): delete this folder" in branched(501)
+    assert "damaged files (AssertionError): delete this folder" in branched(501)
     found = workdir / drawn / "dataset_info.json"
     assert found.samefile(origin / drawn / "dataset_info.json")
     found.write_text("{")
-    assert f"below {workdir}/tfds/shapes/captions, found others or damaged ones (ParseError)" in branched(501)
+    assert f"below {workdir}/tfds/shapes/captions, found other or damaged files (ParseError)" in branched(501)
     assert [path.name for path in (workdir / "tfds/shapes/captions").iterdir()] == ["1.1.0"]

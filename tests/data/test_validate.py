@@ -61,7 +61,7 @@ def test_a_dataset_of_tfds_is_not_read_as_the_names_of_its_classes(tmp_path, bel
     )
     (folder / "features.json").write_text("{}")
     for path in (tmp_path / below, folder):
-        with pytest.raises(UserError, match="found what TFDS wrote") as said:
+        with pytest.raises(UserError, match="found a dataset of TFDS") as said:
             validate(path, show_progress=False)
         (spec,) = re.findall("{.*?}", str(said.value))
         assert json.loads(spec) == dict(kind="tfds", name="things/few:1.0.0", data_dir=str(tmp_path.resolve()))

@@ -147,7 +147,7 @@ def test_a_store_that_is_gone_is_named(
     finally:
         between.close()
     said = capfd.readouterr().err
-    assert "could not be made to write this, tried" in said and "Traceback" not in said
+    assert "requests to write this failed" in said and "Traceback" not in said
     assert main(["prepare", *config, url]) == 0, "and it goes on from there"
 
 

@@ -1,4 +1,4 @@
-"""Sources -> token shards: images through the image tokenizer in full batches, documents through the grammar.
+"""Turns sources into token shards: images with the image tokenizer, in full batches, and documents with the grammar.
 
 A shard is a fixed range of a source's items, and its content depends on nothing else. So an interrupted run continues
 with the missing shards, any number of processes can share the work (`claims`), and the bytes are always the same.
@@ -37,7 +37,7 @@ SKIPPED = "skipped.jsonl"  # in the folder: a line for each item that was left o
 
 @dataclass
 class SourceReport:
-    """What became of a source."""
+    """Counts of what was made from a source, and of what was left out."""
 
     items: int = 0
     documents: int = 0
@@ -49,12 +49,12 @@ class SourceReport:
     preferences: int = 0  # items that are preference pairs, of two documents each
     shards: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)  # kind -> items (too_long_part: pieces of items)
-    first: dict[str, str] = field(default_factory=dict)  # kind -> the first of these items, and what is wrong
+    skipped: dict[str, int] = field(default_factory=dict)  # by kind: number of items (too_long_part: of pieces)
+    first: dict[str, str] = field(default_factory=dict)  # by kind: the first item, and what is wrong
 
     @property
     def lost(self) -> str:
-        """How many items were left out, by kind, and the first of each; "" for none."""
+        """How many items were left out, by kind, and the first of each kind; "" if there are none."""
         return "; ".join(
             f"{n} {kind}" + (f", first {self.first[kind]}" if self.first else "") for kind, n in self.skipped.items()
         )
@@ -66,7 +66,7 @@ class NothingLeft(UserError):
 
 @dataclass
 class Report:
-    """Counts by source; `print` it."""
+    """The reports of all sources. `str` gives them as text for a terminal."""
 
     sources: dict[str, SourceReport]
 
@@ -118,24 +118,25 @@ def prepare(
     are the same tokens ("same_answers"). A text that a lossy text tokenizer changes is left out ("text_lost").
 
     Args:
-        sources: their names must differ.
-        grammar: its vocabulary is made from the two tokenizers.
+        sources: the sources. Their names must differ.
+        grammar: the grammar. Its vocabulary is made from the two tokenizers.
         image_tokenizer: called with full batches, uint8 [batch_size, H, W, 3]; each (H, W) compiles once. The codes of
             an image may not depend on the other images of the batch.
-        max_tokens: of a document, with BOS and EOS: the sequence length of the later training.
-        resize: applied to images first; None: `default_resize`.
-        shard_items: items of a source in a shard, the unit of restarting.
-        workers: threads that read and decode; None: `decoders`.
-        may_be_lost: whether a source may end without a document.
-        tokenizers: a replica of the image tokenizer for each device, with known codes; None: only the tokenizer.
-        team: the processes that share the work; None: this one alone.
+        max_tokens: the most tokens of a document, with BOS and EOS. This is the sequence length of the later training.
+        resize: applied to images first. None means `default_resize`.
+        shard_items: the number of a source's items in a shard. A restart repeats unfinished shards from their start.
+        workers: the number of threads that read and decode. None means `decoders`.
+        may_be_lost: whether a source may be left without documents.
+        tokenizers: a replica of the image tokenizer for each device, and the codes that are known already. None means
+            only `image_tokenizer`.
+        team: the processes that share the work. None means this process alone.
         elsewhere: called with the names of the shards that are not there yet, so that other processes make them with
             `shard_maker`. Shards that are still missing afterwards are made here.
 
     Raises:
-        NothingLeft: no document of a source is left; what was written is removed.
-        ManifestMismatch, StageMismatch: the tokenizer or `folder` belongs to another vocabulary, or `folder` was begun
-            with other sources or settings.
+        NothingLeft: if no document of a source is left. What was written is removed.
+        ManifestMismatch, StageMismatch: if the tokenizer or `folder` belongs to another vocabulary, or if `folder` was
+            begun with other sources or settings.
     """
     folder, team = Path(folder), team or Team()
     resize = resize or default_resize(grammar.layout, image_tokenizer)
@@ -179,10 +180,11 @@ def shard_maker(
     max_tokens: int,
     resize: Resize,
 ) -> Callable[[str], None]:
-    """A function that makes the shard of a name, for `prepare`'s `elsewhere`; arguments as there.
+    """Returns a function that makes the shard with a given name, for `elsewhere` of `prepare`. It does nothing if the
+    shard exists.
 
-    The numbers of items in a shard and of images in a batch are those that `prepare` has written. It does nothing if
-    the shard exists. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder with something else.
+    The arguments are those of `prepare`. `shard_items` and `batch_size` are read from what `prepare` has written in the
+    folder. Raises ManifestMismatch or StageMismatch if `prepare` has begun the folder with other sources or settings.
     """
     folder = Path(folder)
     begun = workdir.read_json(storage.fetch(folder / "plan.json"))["settings"]
@@ -220,8 +222,8 @@ def _nothing_left(name: str, source: SourceReport) -> str:
 def _mixed(name: str, source: SourceReport) -> str:
     others = source.documents - 2 * source.preferences
     return (
-        f"source {name!r}: expected only preference pairs or none, found {source.preferences} beside {others} other "
-        "documents: put the pairs into a separate source"
+        f"source {name!r}: expected only preference pairs or none, found {source.preferences} pairs and {others} "
+        "other documents: put the pairs into a separate source"
     )
 
 
@@ -229,7 +231,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest, which `prepare` writes last: "vocabulary", "settings", "sources", "report".
 
     Raises:
-        FileNotFoundError: nothing was prepared here, or not to the end.
+        FileNotFoundError: if `prepare` was not run here, or did not reach its end.
     """
     path = storage.fetch(Path(folder) / "manifest.json")
     if not path.exists():
@@ -244,13 +246,15 @@ def load_report(folder: str | Path) -> Report:
 
 
 def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
-    """Plans which documents share a row of this length (`blocks`), beside every source's shards, unless that is done.
+    """Plans which documents share a row of this length (`blocks`), unless there is such a plan. It is stored beside
+    every source's shards.
 
-    Then a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers of a
-    preference pair are in one row. leave_out: longer documents are in no row.
+    With the plan, a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers
+    of a preference pair are in one row. leave_out: whether documents that are longer than a row are left out.
 
     Raises:
-        UserError: a document is longer than a row. OSError: nothing can be written there.
+        UserError: if a document is longer than a row and `leave_out` is False.
+        OSError: if the plan cannot be written.
     """
     for name, source in report.sources.items():
         place = Path(folder) / name
@@ -264,9 +268,9 @@ def folder_name(source: str) -> str:
 
 
 def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
-    """What to tell about each source whose folder an earlier source of its set has; none if all names differ.
+    """A message about each source with the same folder as an earlier source of its set; [] if all folders differ.
 
-    sets: the sources of each set of a config ("train", "validation", a test's name), by their number in it.
+    sets: the sources of each set of a config ("train", "validation", a test's name), by their number in the set.
     """
     found = []
     for part, sources in sets.items():
@@ -274,7 +278,7 @@ def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
         seen: dict[str, int] = {}
         for i, source in sources.items():
             if (first := seen.setdefault(folder_name(source.name), i)) != i:
-                name = f"its name is {source.name!r}, as of {where}[{first}]"
+                name = f"its name {source.name!r} means the same folder as the name of {where}[{first}]"
                 found.append(f"{where}[{i}]: {name}: give one of them a `label`")
     return found
 
@@ -292,8 +296,8 @@ def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
 
 
 def _plan(sources: Sequence[Source], grammar: Grammar, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides the shards, as JSON values, and the sources by the names of their folders. Raises
-    UserError if two names are the same.
+    """Everything that determines the shards, as JSON values. The sources are listed by the names of their folders.
+    Raises UserError if two names are the same.
     """
     if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
         raise UserError(f"sources need different names (labels), found {names}")
@@ -343,7 +347,11 @@ def _ended(folder: Path) -> bool:
 
 
 def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_be_lost: bool) -> None:
-    """Counts the shards, plans the rows and writes the manifest; or removes them, and raises NothingLeft."""
+    """Counts the shards, plans the rows and writes the manifest.
+
+    If a source has no document, or preference pairs together with other documents, it removes all shards, and raises
+    NothingLeft or UserError.
+    """
     places = {name: [piece for piece in pieces if piece.folder == folder / name] for name in plan["sources"]}
     report = Report({name: _count(mine) for name, mine in places.items()})
     lost = [name for name, source in report.sources.items() if not source.documents and not may_be_lost]

@@ -1,5 +1,5 @@
-"""Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark), on many hosts without accelerators that are not
-started together as one job.
+"""Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark). It runs on many hosts without accelerators, which
+are not started together as one job.
 
 A shard depends on nothing but its items, so the elements are names of shards. A shard that is made twice, because the
 runner tried again, has the same bytes.
@@ -17,20 +17,21 @@ from typing import Any
 from ar_unified.errors import RunError, UserError
 
 Opener = Callable[[], Callable[[str], object]]
-_one_at_a_time = threading.Lock()  # one for the process: a shard is made in full batches, by a shared image tokenizer
+_one_at_a_time = threading.Lock()  # in this process, because its shards share one image tokenizer
 
 
 def run(names: Sequence[str], opener: Opener, options: str) -> None:
-    """On the workers of a pipeline, calls the function that `opener` returns at least once with each of `names`.
+    """Runs a pipeline whose workers call the function that `opener` returns, at least once with each of `names`.
     Returns when the pipeline ends.
 
     Args:
-        opener: hashable; it is sent to the workers as a pickle. Each process of a worker calls it once.
-        options: Beam's options, as on its command line: "--runner=FlinkRunner --flink_master=...".
+        opener: returns the function. It must be hashable, and is sent to the workers as a pickle. Each process of a
+            worker calls it once.
+        options: Beam's options, as on its command line, such as "--runner=FlinkRunner --flink_master=...".
 
     Raises:
-        UserError: Beam is not installed, or cannot use the options.
-        RunError: the pipeline failed; the message ends with the last line of a worker.
+        UserError: if Beam is not installed, or cannot use the options.
+        RunError: if the pipeline fails; the message ends with the last line of a worker.
     """
     try:
         beam: Any = importlib.import_module("apache_beam")
@@ -50,7 +51,7 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
     except Exception as error:  # each runner has its own class of error; the message is a worker's traceback
         said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise RunError(
-            f"the pipeline failed; shards that are made stay, and the same command makes the others: {said[-1]}"
+            f"the pipeline failed. Finished shards stay; the same command makes the others. A worker says: {said[-1]}"
         ) from error
 
 

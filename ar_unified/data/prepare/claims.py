@@ -2,7 +2,7 @@
 
 A claim is a small file that names its owner. It is rewritten while the work goes on. A claim that has not changed for
 `lease` seconds is void, and any free process takes the piece over. Sometimes two processes do the same piece, so both
-must write the same bytes. Claims only save work, and nothing depends on locks or on the clocks of other hosts.
+must write the same bytes. Claims only avoid double work. Nothing depends on locks or on the clocks of other hosts.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Team:
 
 
 class Claims:
-    """The pieces of one job. `folder` is shared by the team, and made with the first claim."""
+    """The claims of one job. The team shares `folder`, which the first claim creates."""
 
     def __init__(self, folder: Path, team: Team):
         self._folder, self._team = folder, team
         self._me = f"process {team.process} of {team.processes}: {os.getpid()} on {socket.gethostname()}"
         self._held: Path | None = None
         self._renewed = 0.0
-        self._seen: dict[Path, tuple[bytes, float]] = {}  # claims of others: their text, and since when it is the same
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # others' claims: the text, and when it was first seen
 
     def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
         """Does pieces until all are done, here or by other processes.
@@ -50,8 +50,9 @@ class Claims:
         others have not begun or have abandoned.
 
         Args:
-            pieces: names, the same for all processes, in the same order.
-            done: whether the result of a piece is there. do: makes the result, and calls `renew` on the way.
+            pieces: the names of the pieces. All processes have the same names, in the same order.
+            done: says whether the result of a piece exists.
+            do: makes the result of a piece, and calls `renew` meanwhile.
         """
         process, processes = self._team.process, self._team.processes
         mine = pieces[process::processes]
@@ -63,7 +64,7 @@ class Claims:
                 self._team.alive()
                 if not done(name) and self._take(name):
                     took = True
-                    if not done(name):  # it may have been finished between the two questions
+                    if not done(name):  # another process may have finished it just before
                         do(name)
                     self._release()
             left = [name for name in left if not done(name)]

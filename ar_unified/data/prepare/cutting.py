@@ -12,7 +12,7 @@ from ar_unified.language.document import Document, Part, TextPart, Turn
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 
-_WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # with the spaces before it: most tokenizers join them
+_WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # with the spaces before it, because most tokenizers join them
 Unit = TypeVar("Unit")
 _SPARE = 8  # tokens of a document that are not text
 _JOINER = "\u200d"
@@ -20,20 +20,20 @@ _SKIN = range(0x1F3FB, 0x1F400)  # skin tones, which change the emoji before the
 
 
 def can_be_split(document: Document) -> bool:
-    """Whether a document may be cut. A single question and answer may not, because half an answer is useless. A
-    conversation may go on in another document.
+    """Whether a document may be cut. A single question and answer may not, because half an answer is useless. A longer
+    conversation may, because it can go on in another document.
     """
     return not document.asks or sum(turn.speaker == "user" for turn in document.turns) > 1
 
 
 def split(document: Document, grammar: Grammar, max_tokens: int) -> list[tuple[Document, Encoded]]:
-    """Cuts a document into several, each as long as fits, and gives their ids, too.
+    """Cuts a document into pieces, each as long as possible, and returns each piece with its ids.
 
     Text and images are cut between parts, if possible; else between paragraphs, else between lines. A line that is too
     long is cut before a word, and a word that is too long between characters, as in languages without spaces. Only line
     ends at a cut are lost. A conversation is cut between an answer and the next question; each piece begins with the
-    system's turn. If an image, a character or a question is too long by itself, its document is too long, too. Parts:
-    TextPart, CodesPart.
+    system's turn. If an image, a character or a question is too long by itself, its piece is too long, too. The parts
+    of the document are TextParts and CodesParts.
     """
     known: dict[Document, Encoded] = {}  # pieces that were tried and fitted; most of the final pieces are among them
 
@@ -143,7 +143,7 @@ def _joined(units: Sequence[Part]) -> list[Part]:
 
 
 def _stripped(parts: list[Part], origin: str) -> Document:
-    """The text without line ends at its edges, because the cut takes their place."""
+    """A piece without line ends at its edges, because the cut takes their place."""
     parts = list(parts)
     for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
         if parts and isinstance(part := parts[edge], TextPart):

@@ -33,7 +33,7 @@ class Item:
 
 
 class Tokenizers:
-    """Replicas of one image tokenizer, one for each device, each with a thread: batches are encoded while others are
+    """Replicas of one image tokenizer, one for each device. Each has a thread, so batches are encoded while others are
     read.
 
     Attributes:
@@ -73,16 +73,17 @@ class Tokenizers:
 
 
 class Encoder:
-    """The images of one shard, each in its size. Equal images are encoded once, because an image often comes with many
-    questions.
+    """Encodes the images of one shard, each in its size. Equal images are encoded once, because an image often comes
+    with many questions.
 
-    The items alone decide which image is in which batch. Batches are full, so each size compiles once.
+    Only the items decide which image is in which batch. All batches have the same size, so each size of images compiles
+    once.
     """
 
     def __init__(self, tokenizers: Tokenizers, batch_size: int):
         self._tokenizers, self._batch_size = tokenizers, batch_size
         self._last: tuple[np.ndarray | None, bytes] = None, b""  # questions about an image share its array
-        self._codes: dict[bytes, CodesPart | None] = {}  # None: being encoded
+        self._codes: dict[bytes, CodesPart | None] = {}  # None while an image is being encoded
         self._new: list[bytes] = []
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
         self._going: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
@@ -112,7 +113,7 @@ class Encoder:
             return
         digests: list[bytes] = []
 
-        def without(part: object) -> Any:  # keeps an image's place alone: pixels live until their batch is encoded
+        def without(part: object) -> Any:  # keeps only an image's place, so that its pixels can be freed
             if not isinstance(part, ImagePart):
                 return part
             digests.append(self._take(part.pixels))
@@ -120,7 +121,7 @@ class Encoder:
 
         document = item.changed(without)
         self._items.append(Item(number, document if digests else item, None, digests))
-        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the oldest goes
+        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes wait: send the oldest
             self._send(next(iter(self._waiting)))
 
     def _take(self, pixels: np.ndarray) -> bytes:

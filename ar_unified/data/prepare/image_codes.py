@@ -1,8 +1,8 @@
-"""Keeps the codes of images by their content, so that a second `prepare` (another text tokenizer, one more source) does
-not encode them again.
+"""Keeps the codes of images by their content, so that a second `prepare` (for another text tokenizer or one more
+source) does not encode them again.
 
 <folder>/<tokenizer>/<digests>.codes           the codes of one shard: a table sorted by digest, then all codes
-                     index-<files>.keys.npy    the first 8 bytes of the digest of each image of so many files, sorted
+                     index-<files>.keys.npy    the first 8 bytes of the digest of each image in <files> files, sorted
                      index-<files>.places.npy  where the codes of each image are
 
 The key of an image is the hash of its pixels after the resize. Files are memory-mapped and the index is made in parts,
@@ -42,7 +42,8 @@ class ImageCodes:
     """The known codes of one image tokenizer. Codes that are added are only found after it is opened again.
 
     Args:
-        folder: for all tokenizers. tokenizer: the hash of this one.
+        folder: the folder for all tokenizers.
+        tokenizer: the hash of this tokenizer.
         codebook_size: decides the dtype of stored codes.
         refresh: whether to bring the index up to date. In a job, one process does this before the others open it.
     """
@@ -58,7 +59,7 @@ class ImageCodes:
         self._keys, self._places = self._newest()
 
     def get(self, digest: bytes) -> np.ndarray | None:
-        """Codes int32 [h, w] of an image; None: not known."""
+        """The codes of an image, int32 [h, w]; None if they are not known."""
         key = np.uint64(int.from_bytes(digest[:8], "big"))
         at = int(np.searchsorted(self._keys, key))
         while at < len(self._keys) and self._keys[at] == key:
@@ -71,7 +72,7 @@ class ImageCodes:
         return None
 
     def put(self, found: Mapping[bytes, np.ndarray]) -> None:
-        """Keeps codes int32 [h, w] by digest, in one file that appears whole or not at all."""
+        """Stores codes, each int32 [h, w], by digest, in one file that appears whole or not at all."""
         if not found:
             return
         digests = sorted(found)
@@ -81,7 +82,7 @@ class ImageCodes:
         sizes = table["height"].astype(np.int64) * table["width"]
         table["at"] = np.cumsum(sizes) - sizes
         codes = np.concatenate([found[digest].ravel() for digest in digests]).astype(self._dtype)
-        name = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()  # the same images: the same file
+        name = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()  # the same images have the same file name
         with whole(self._folder / f"{name}.codes") as file:
             np.save(file, table, allow_pickle=False)
             np.save(file, codes, allow_pickle=False)
@@ -121,7 +122,7 @@ class ImageCodes:
 
 
 def _part(file: Path, low: np.uint64 | None, high: np.uint64 | None) -> Found:
-    """Keys and places of a file's images between two keys."""
+    """The keys and places of a file's images with keys in [low, high). None means no limit."""
     table = _mapped(file)[0]
     keys = np.ascontiguousarray(table["digest"]).view(">u8")[::2].astype("<u8")
     first = 0 if low is None else int(np.searchsorted(keys, low))
@@ -148,7 +149,7 @@ def _write_header(file: Any, dtype: np.dtype, count: int) -> None:
 
 
 def _mapped(path: Path) -> Found:
-    """Table and codes of a file."""
+    """The table and the codes of a file."""
     arrays = []
     with open(path, "rb") as file:
         for _ in range(2):

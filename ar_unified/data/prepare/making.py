@@ -29,7 +29,7 @@ from ar_unified.language.grammar import Grammar, TextLost
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard to be made: `items` of `source`, as number `number` in `folder`."""
+    """A shard to be made. It contains `items` of `source`, and has the number `number` in `folder`."""
 
     source: Source
     folder: Path
@@ -43,16 +43,16 @@ class Piece:
 
 
 class Progress:
-    """A progress bar over the items of all pieces, of all processes, with the speed of this process's tokenizers."""
+    """A progress bar over the items of all processes. It shows the speed of this process's tokenizers."""
 
     def __init__(self, pieces: Collection[Piece], tokenizers: Tokenizers, shown: bool):
         self._pieces, self._tokenizers = list(pieces), tokenizers
         total = sum(len(piece.items) for piece in self._pieces)
         self._bar = progress.bar(total, "items", "prepare", done=self._finished(), shown=shown)
-        self.taken = self._bar.update  # after each item
+        self.taken = self._bar.update  # to be called after each item
 
     def look(self, begun: int = 0) -> None:
-        """Counts what others have finished. `begun`: how many items of its current piece this process has done."""
+        """Shows what others have finished. begun: how many items of its current piece this process has done."""
         self._bar.set_postfix_str(str(self._tokenizers), refresh=False)
         self._bar.update(max(self._finished() + begun - self._bar.n, 0))
 
@@ -74,7 +74,7 @@ def _names(folder: Path) -> set[str]:
 
 
 class _Made(Exception):
-    """Somebody else has finished the shard meanwhile."""
+    """Another process has finished the shard meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ShardMaker:
 
 
 def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
-    """Writes one item: as documents that fit, or as the reason why it is left out."""
+    """Writes those documents of an item that fit, and the reasons why others are left out."""
     if item.document is None:
         assert item.bad is not None
         shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)
@@ -145,7 +145,8 @@ def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: 
 
 
 def _write_preference(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int) -> None:
-    """Both answers of a preference pair after the same prompt, the chosen first, or a reason why not."""
+    """Writes a preference pair as two documents with the same prompt, the chosen answer first. If the pair is left out,
+    writes the reason."""
     assert item.document is not None
     whole, both = item.document, item.document.answered
     try:

@@ -1,4 +1,4 @@
-"""Where documents come from: TFDS datasets by name, JSONL with images, Parquet, Arrow, tars, pages, clips, plain files.
+"""The sources of documents: TFDS datasets by name, JSONL with images, Parquet, Arrow, tars, pages, clips, plain files.
 
 A source has random access: opening it reads no image, and reading item i reads nothing else. An item that cannot be
 used raises BadItem, which says what is wrong and where. The caller decides what to do then.
@@ -46,38 +46,41 @@ FOLDER_FILES = ("captions", "docs", "vqa")
 
 
 def open_source(spec: Mapping[str, Any]) -> Source:
-    """The source a config describes.
+    """Opens the source that a config describes.
 
     Args:
         spec: one of
-            dict(kind="tfds", name="shapes/captions", split="train", data_dir=None, columns=None): built or downloaded
-                first if it is not in data_dir (None: TFDS's own default).
-            dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for `files`; None:
-                those of captions, docs and vqa that are there.
-            dict(kind="jsonl", path=..., root=None, columns=None, split=None): one file, packed (.gz, .zst) or
-                not; images are in it or under `root` (None: the file's folder).
-            dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files: `Tables`.
-            dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars: `Tars`.
-            dict(kind="pages", path=..., split=None): Markdown and HTML with the images they show, in order: `Pages`.
-            dict(kind="clips", path=..., frames=8): GIF, WebP and folders of frames: `Clips`.
+            dict(kind="tfds", name="shapes/captions", split="train", data_dir=None, columns=None): a TFDS dataset. It is
+                built or downloaded first if it is not in data_dir (by default, TFDS's own folder).
+            dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for all `files`, by
+                default captions, docs and vqa, if they exist.
+            dict(kind="jsonl", path=..., root=None, columns=None, split=None): one file, compressed (.gz, .zst) or
+                not. Images are in it or under `root` (by default, the file's folder).
+            dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files (see `Tables`).
+            dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars (see `Tars`).
+            dict(kind="pages", path=..., split=None): Markdown and HTML pages with the images they show, in reading
+                order (see `Pages`).
+            dict(kind="clips", path=..., frames=8): GIF and WebP files, videos and folders of frames (see `Clips`).
             dict(kind="images", path=...): every image file under a folder, without text; for image tokenizers.
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
-                language="language", split=None): text alone; each file, each line (by="line") or each row of a .jsonl
-                file is a document: see `TextFiles`.
+                language="language", split=None): text alone. Each file, each line (by="line") or each row of a .jsonl
+                file is a document (see `TextFiles`).
             `path` may be a URL of an object store, s3://bucket/... or gs://bucket/... (docs/object_stores.md).
-            All kinds except tfds take links=False: whether links that lead out of the folder are followed (module
-                `files` has the rules for links and names).
+            All kinds except tfds take `links`, which says whether links that lead out of the folder are followed. The
+                default is False. Module `files` has the rules for links and names.
             `columns` (`keys`) say which column, feature or member is which part of a document, if the names do not show
-                it: dict(image="photo", text="{title}. {body}"), see `columns.Columns`.
-            `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
-            `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
-            see `Augmented`), and keys that the source itself does not read: `weight` in the mixture of documents,
-            `image_weight` in that of the image tokenizer's images (default: by its number of documents); `made_by`, the
-            command that makes what `path` names, for the message where it is missing.
+                it. An example is dict(image="photo", text="{title}. {body}"); see `columns.Columns`.
+            `split` of folder, jsonl and text is, for example, "train", "train[:95%]" or "[95%:]" (see `splits`).
+            Any source may have `label` (its name), `reversible` (default True) and `augmentation`
+                (dict(count=..., shift=..., mirror=..., whole=...), see `Augmented`).
+            Any source may also have keys that it does not read itself. `weight` is its weight in the mixture of
+                documents. `image_weight` is its weight among the images for the image tokenizer; the default is its
+                number of documents. `made_by` is the command that makes the data at `path`, for the message if the data
+                is missing.
 
     Raises:
-        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), an augmentation out of range,
-            or a split without rows (EmptySplit: all rows belong to one image or text).
+        UserError: if a kind or key is unknown, a file is missing (`made_by` says how to make it), an augmentation is
+            out of range, or a split has no rows (EmptySplit if all rows belong to one image or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "images": ImageFiles, "text": TextFiles,
@@ -99,8 +102,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
 
 
 def kind_of(path: str | AnyPath, links: bool = False) -> str:
-    """The kind of source that reads what a person names: by its ending, or by what a folder has in it. Raises UserError
-    for a folder that TFDS wrote: a dataset is read by its name."""
+    """The kind of source that can read a path, from the ending of a file or the content of a folder. Raises UserError
+    for a folder that TFDS wrote, because TFDS datasets are read by name."""
     path = str(path)
     name = path.lower()
     if not storage.path(path).is_dir():
@@ -118,7 +121,7 @@ def kind_of(path: str | AnyPath, links: bool = False) -> str:
 
 
 def _refuse_datasets(root: AnyPath, infos: Sequence[str]) -> None:
-    """Raises UserError if one of these files below a folder describes a dataset of TFDS, saying which source reads it.
+    """Raises UserError if one of these files below a folder describes a TFDS dataset. The message has the source.
 
     TFDS writes DATA_DIR/NAME[/CONFIG]/VERSION/dataset_info.json, so it is at most three folders below the root.
     """
@@ -141,7 +144,7 @@ def _refuse_datasets(root: AnyPath, infos: Sequence[str]) -> None:
     if specs:
         more = f", and {len(specs) - 3} more" if len(specs) > 3 else ""
         raise UserError(
-            f"{root}: expected rows, tables, tars or texts, found what TFDS wrote, which is read by name: "
+            f"{root}: expected rows, tables, tars or texts, found a dataset of TFDS, which is read with this source: "
             + ", ".join(specs[:3])
             + more
         )
@@ -154,21 +157,21 @@ def _tfds(name: str, split: str = "train", **options: Any) -> Source:
 
 
 def _tables(path: str | AnyPath, **options: Any) -> Source:
-    from ar_unified.data.sources.tables import Tables  # likewise PyArrow
+    from ar_unified.data.sources.tables import Tables  # PyArrow, too, is imported only if needed
 
     return Tables(path, **options)
 
 
 def row_files(root: str | AnyPath) -> list[str]:
-    """Which of FOLDER_FILES a folder has. Raises UserError: a name is there in capital letters, or there is no
-    folder."""
+    """Which of FOLDER_FILES a folder has. Raises UserError if one of them has capital letters in its name, or if there
+    is no folder."""
     root = storage.path(root)
     with about(str(root)):
         names = storage.names_in(root) if isinstance(root, Remote) else os.listdir(root)
     for name in names:
         meant = name.lower()
         if name != meant and meant.removesuffix(".jsonl") in FOLDER_FILES and meant.endswith(".jsonl"):
-            raise UserError(f"{root / name}: this name is written in small letters: rename it to {meant}")
+            raise UserError(f"{root / name}: expected a name in small letters: rename it to {meant}")
     return [file for file in FOLDER_FILES if f"{file}.jsonl" in names]
 
 
@@ -180,7 +183,7 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
         expected = " or ".join(f"{file}.jsonl" for file in files or FOLDER_FILES)
         raise UserError(
             f"{root}: expected a folder with {expected} and the images they name, found {what} at {root.absolute()}. "
-            "Bring the data there, or give its path (of the experiments here: --config FILE:path=DIR)"
+            "Put the data there, or give its path (for an experiment of ar_unified: --config FILE:path=DIR)"
         )
 
     paths, beside = list[AnyPath](), list[AnyPath]()
@@ -199,15 +202,15 @@ def _jsonl(path: str | AnyPath, root: str | AnyPath | None = None, **options: An
 
 
 def decoders() -> int:
-    """The best number of decoding threads: one more than this process has processors, because each sometimes waits for
-    the interpreter; at most 16.
+    """The best number of decoding threads, at most 16. It is one more than the number of this process's processors,
+    because each thread sometimes waits for the interpreter.
     """
     own = getattr(os, "sched_getaffinity", None)
     return min(1 + (len(own(0)) if own else os.cpu_count() or 1), 16)
 
 
 def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:
-    """Reads items in the order of `indices`; `workers` threads decode a few items ahead. Bad items come as values.
+    """Reads items in the order of `indices`; `workers` threads decode a few items ahead. Bad items are yielded, too.
 
     If an item takes less than a millisecond, no thread is used: on two cores, passing small images between threads cost
     `prepare` a third of its speed.
@@ -225,7 +228,7 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
         item = get(i, decode)
         seconds.append(time.perf_counter() - began)
         yield item
-    if not seconds or median(seconds) < 1e-3:  # a median: the first may open files
+    if not seconds or median(seconds) < 1e-3:  # the median, because the first item may open files
         yield from starmap(get, left)
         return
     waiting: deque[Future[tuple[int, Document | BadItem]]] = deque()
@@ -247,10 +250,10 @@ def texts(
     passes: Sequence[float] | None = None,
     left_out: Callable[[BadItem], object] | None = None,
 ) -> Iterator[str]:
-    """The text of all sources, on which a text tokenizer is trained. Opens no image.
+    """The texts of all sources, on which a text tokenizer is trained. Opens no image.
 
     Args:
-        passes: how often each source is read (`balance.passes`); None: once.
+        passes: how often each source is read (`balance.passes`); None means once.
         left_out: called with each bad item.
     """
     for source, times in zip(sources, passes or [1.0] * len(sources), strict=True):

@@ -18,20 +18,20 @@ from ar_unified.manifests import Json
 
 
 class Augmented:
-    """`count` versions of every item of a source; item i * count + k is version k of item i.
+    """`count` versions of every item of a source. Item i * count + k is version k of the source's item i.
 
-    Version 0 is the unchanged item. The others move it by up to `shift` of its sides, vertically and horizontally, and
-    with `mirror` every second version is mirrored left to right. All images of a document are moved in the same way.
+    Version 0 is the unchanged item. The others are moved vertically and horizontally by up to `shift` of the height and
+    width. With `mirror`, about half of them are mirrored left to right. All images of a document move in the same way.
     The moves depend only on the source's name, the item and k, so all readers see the same versions: an image tokenizer
     is trained on them, and `prepare` encodes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
-    The texts must stay true. Do not use `mirror` if they say left or right, nor `shift` if they say where something is.
-    A shift cuts off what lies near an edge, unless `whole` is set: then an image moves only so far that only its flat
-    background is cut off, and a shift near 1 puts the figure anywhere.
+    The texts must stay true. Do not use `mirror` if they say left or right, or `shift` if they say where something is.
+    A shift cuts off what is near an edge. With `whole`, an image moves only so far that nothing but its flat background
+    is cut off; then a shift near 1 may put the figure anywhere.
 
     Raises:
-        UserError: a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would have no
-            effect.
+        UserError: if count is below 1 or shift is outside [0, 1), or if shift or mirror is set with a count of 1, which
+            has no effect.
     """
 
     def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):
@@ -43,11 +43,11 @@ class Augmented:
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)  # the word is part of the random key
+        self._stream = key("views", source.name)  # another word would give other versions
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:
-        """The source's fingerprint, with how its images are moved and mirrored."""
+        """The source's fingerprint, together with the settings of the augmentation."""
         return dict(self.source.fingerprint) | {"augmentation": [self.count, self.shift, self.mirror, self.whole]}
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Augmented:
         )
 
     def texts(self, i: int) -> list[str]:
-        """The texts of version 0; the other versions have no texts of their own."""
+        """The texts of an item that is version 0; [] for other versions, whose texts are the same."""
         return [] if i % self.count else self.source.texts(i // self.count)
 
     def fetch_texts(self, indices: Sequence[int]) -> list[list[str] | BadItem]:
@@ -85,12 +85,12 @@ class Augmented:
         return [[] if i % self.count else next(read)[1] for i in indices]
 
     def origin(self, i: int) -> str:
-        """The origin of the item that version i shows."""
+        """The origin of the source's item from which item i is made."""
         return self.source.origin(i // self.count)
 
 
 def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *, whole: bool = False) -> np.ndarray:
-    """An image moved by shares of its height and width, to whole pixels, and then mirrored left to right.
+    """Moves an image by shares of its height and width, rounded to whole pixels, and then mirrors it if `mirror`.
 
     The gap is filled by repeating the edge pixels. With `whole`, pixels that leave at one side come in at the other;
     within `room` these are only background. uint8 [H, W, 3] -> the same shape.
@@ -102,9 +102,9 @@ def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *
 
 
 def room(pixels: np.ndarray) -> np.ndarray:
-    """How far uint8 [H, W, 3] can move up, down, left and right until more than its background is cut off.
+    """How far an image, uint8 [H, W, 3], can move up, down, left and right before more than background is lost.
 
-    The background is the colour of the first pixel. float64 [4], shares of the height (2) and the width (2).
+    The background is the colour of the first pixel. Returns float64 [4]: two shares of the height, two of the width.
     """
     shown = np.any(pixels != pixels[0, 0], axis=-1)
     found = []

@@ -27,12 +27,13 @@ class Clips:
     """Every clip under `path`, in the order of their names: a .gif or .webp file, a video (`videos`), or a folder with
     other images.
 
-    A clip is at most `frames` images, evenly spaced, with the first and the last. NAME.txt beside NAME.gif or beside
-    the folder NAME is the text of the clip; without this file it has no text. Frames in a folder are sorted by the
-    numbers in their names.
+    A clip becomes at most `frames` images, evenly spaced, including the first and the last. NAME.txt beside NAME.gif or
+    beside the folder NAME is the text of the clip; without this file it has no text. Frames in a folder are sorted by
+    the numbers in their names.
 
     Raises:
-        UserError: no such folder, no clip in it, fewer than 1 frame, or a video while the package `av` is missing.
+        UserError: if there is no such folder, no clip in it, `frames` is below 1, or there is a video and the package
+            `av` is missing.
     """
 
     def __init__(
@@ -126,5 +127,5 @@ class Clips:
 
 
 def _numbers(name: str) -> list[tuple[int, str]]:
-    """Orders 2.png before 10.png."""
+    """A key for sorting that puts 2.png before 10.png."""
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]

@@ -1,22 +1,22 @@
-"""Records of any format -> rows of `language.rows`: which column, feature or key is which part of a document.
+"""Turns records of any format into rows of `language.rows`. It finds which column is which part of a document.
 
 A record is a mapping from names to values: a row of a table, an example of TFDS, a sample of a WebDataset. The argument
 `columns` says which value is which part. Without it, these names are known, in upper or lower case:
 
-    image, images, jpg, png, ...          an image, or a list of them
+    image, images, jpg, png, ...          an image, or a list of images
     text, caption, txt                    what an image shows, or text alone
     texts and images                      two lists, read in turn: text, image, text, ...; null skips a turn
-    question and answer                   with images or without; answer may be the number of one of options
+    question and answer                   with or without images; answer may be the number of one of the options
     image, instruction and edited_image   a picture, what to do to it, and the result
-    messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
+    messages, conversations               turns; <image> in a turn, or a part of type "image", means the next image
     segments                              parts in reading order
-    prompt, chosen and rejected           a preference pair: of texts, images, lists of these or of parts, messages; an
-                                          image, or several, belongs to the prompt; a question, instruction, caption or
-                                          txt is a prompt, too
+    prompt, chosen and rejected           a preference pair; each is a text, an image, a list of these or of parts, or
+                                          messages. Other images of the record belong to the prompt. question,
+                                          instruction, caption or txt may take the place of prompt
     id, language                          the document's name and its language
 
-If a record has several of these, the first in the order chosen, messages, segments, instruction, question, texts, text,
-image decides. All other values that are short (texts, numbers, lists of them) become `meta`.
+If a record has several of these, the first in this order decides: chosen, messages, segments, instruction, question,
+texts, text, image. All other values that are short (texts, numbers, lists of them) become `meta`.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ _WHOLES = (
     ("images",),
     ("image",),
 )
-_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # in ShareGPT, LLaVA
+_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT, LLaVA
 _PLACE = re.compile(r"\s*<image>\s*")
 _EXPECTED = (
     "image, text, caption, question and answer, instruction and edited_image, texts and images, messages, or prompt, "
     "chosen and rejected"
 )
-_LONGEST = 1 << 16  # characters of a value that is kept as meta
+_LONGEST = 1 << 16  # the most characters of a text that is kept as meta
 _DEEPEST = 8  # levels of a value that are searched for a known name
 HINT = 'Say which column is what: columns={"image": "NAME", "text": "NAME"}'
 
@@ -80,13 +80,14 @@ class Columns:
     """Says which value of a record is which part of a document.
 
     Args:
-        columns: part -> its place: the name of a column; a path into it ("captions/0/text", "json/caption"); the
-            element of a list whose number is in another column ("options[answer]"); or a text with these in braces
-            ("{title}\\n\\n{text}"). None: the names above.
-        argument: what the source calls this argument, for messages.
+        columns: maps a document part to its place in a record. A place is the name of a column; a path into it
+            ("captions/0/text", "json/caption"); the element of a list, where another column has the number of the
+            element ("options[answer]"); or a text with places in braces ("{title}\\n\\n{text}"). None means the names
+            above.
+        argument: the name that the source gives to this argument, for messages.
 
     Raises:
-        UserError: an unknown part, or a place that is no text.
+        UserError: if a part is unknown, or if a place is not a text.
     """
 
     def __init__(self, columns: Mapping[str, str] | None = None, argument: str = "columns"):
@@ -102,11 +103,11 @@ class Columns:
 
     @property
     def given(self) -> Mapping[str, str] | None:
-        """The argument `columns`, as a config has it."""
+        """The argument `columns`."""
         return self._columns
 
     def places(self, names: Iterable[str]) -> Mapping[str, str]:
-        """Part -> its place in records that have these names."""
+        """Maps each part to its place in records with these column names."""
         if self._columns is not None:
             return self._columns
         lower = {name.lower(): name for name in reversed(list(names))}
@@ -119,7 +120,7 @@ class Columns:
         return {part: name for part, name in found.items() if part in _OF_PAIRS}
 
     def names(self, names: Sequence[str], where: str) -> dict[str, list[str]]:
-        """Part -> the names that it is made from. Raises UserError: records with these names are no documents."""
+        """Maps each part to the columns that it is made from. Raises UserError if these columns make no document."""
         places, whole, _ = self._plan(tuple(names))
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
@@ -138,14 +139,15 @@ class Columns:
         return used
 
     def row(self, record: Mapping[str, object], pictures: bool = True) -> tuple[dict[str, Any], list[Any]]:
-        """A record as a row for `document_from_json`, and its images; the reference "0" means the first image.
+        """Turns a record into a row for `document_from_json`, and returns the row and its images. In the row, the
+        reference "0" means the first image.
 
         pictures: False if images were not read and only texts are wanted; the row then has as many blank images as it
         needs.
 
         Raises:
-            DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs, or the text of an
-                image lies in an object of another name, where it would be lost without a word.
+            DocumentError: "bad_row" if a value is not what its part needs, or if an image's text is inside an object
+                with an unknown name, where it would be lost silently. "missing_image" if an image is null.
         """
         places, whole, used = self._plan(tuple(record), pictures)
         if not whole:
@@ -164,7 +166,7 @@ class Columns:
         return row, images.values
 
     def texts(self, record: Mapping[str, object]) -> list[tuple[str, Any]]:
-        """The texts of a record, if they can be read without making its row; else []."""
+        """The texts of a record, as (part, text), if they can be read without making its row; else []."""
         places, whole, _ = self._plan(tuple(record), False)
         if whole == "texts":
             found = look_up(record, places["texts"], "texts")
@@ -186,7 +188,8 @@ class Columns:
         return known if isinstance(known, str) else ""
 
     def _planned(self, names: tuple[str, ...], pictures: bool = True) -> tuple[Mapping[str, str], str, set[str]]:
-        """Part -> place; the part that makes the record a document ("" if none does); and the names that are used.
+        """Returns the place of each part, the part that makes the record a document ("" if none does), and the names
+        of the record that are used.
 
         pictures: False if the names of images may be missing, because they were not read.
         """
@@ -203,8 +206,8 @@ _WORDS = {
 
 
 def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
-    """Raises DocumentError if an object (or a list of them) among the unused values of an image has a text under a
-    known name."""
+    """Raises DocumentError if an unused value of an image's record is an object, or a list of objects, and has a text
+    under a known name."""
     left = [*unused.items()]
     for _ in range(_DEEPEST):
         left = [(f"{at}/0", value[0]) if isinstance(value, list) and value else (at, value) for at, value in left]
@@ -215,14 +218,14 @@ def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
             if at.rpartition("/")[2].lower() in _WORDS and value and isinstance(value, str | list):
                 raise DocumentError(
                     "bad_row",
-                    f"expected the image's text under a known name, found {', '.join(unused)}, and {at}: read it with "
-                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or without text: {argument}={{"image": "NAME"}}',
+                    f"expected the image's text under a known name, found {', '.join(unused)}, and {at}. Read it with "
+                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or no text with {argument}={{"image": "NAME"}}',
                 )
         left = inner
 
 
 class _Images:
-    """Gives the images of one record in order."""
+    """The images of one record. `next` gives them out in order."""
 
     def __init__(self, found: Mapping[str, object], pictures: bool, required: bool):
         self.values: list[Any] = []
@@ -251,7 +254,8 @@ class _Images:
 
     def done(self) -> None:
         if self.left:
-            raise DocumentError("bad_row", f"{len(self.values)} images, found {len(self.values) - self.left} places")
+            used = len(self.values) - self.left
+            raise DocumentError("bad_row", f"expected places for {len(self.values)} images, found {used}")
 
 
 # ---- rows of each kind -------------------------------------------------------------------------------------------
@@ -292,7 +296,7 @@ def _answer(value: object, images: _Images, where: str) -> Any:
 
 
 def _content(value: object, images: _Images, where: str) -> Any:
-    """A text, an image, or a list of them or of parts, as `read_parts` takes it."""
+    """Turns a text, an image, or a list of these or of parts into what `read_parts` reads."""
     if isinstance(value, str):
         return _places(value, images, where)
     if isinstance(value, bytes | Mapping):
@@ -301,7 +305,7 @@ def _content(value: object, images: _Images, where: str) -> Any:
 
 
 def _piece(value: object) -> Any:
-    """A part of a list; a plain text or a plain image counts as a part too."""
+    """Turns an element of a list into a part. It may be a part already, a plain text or a plain image."""
     if isinstance(value, str):
         return {"type": "text", "text": value}
     if isinstance(value, bytes) or (isinstance(value, Mapping) and "type" not in value):
@@ -310,7 +314,7 @@ def _piece(value: object) -> Any:
 
 
 def _messages(found: Mapping[str, object], images: _Images, whole: bool = True) -> dict[str, object]:
-    """whole: images that no turn names are put into the user's first turn."""
+    """Turns a conversation into messages. whole: whether images that no turn names go into the user's first turn."""
     turns = found["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DocumentError("bad_row", f"messages: expected a list of objects, found {turns!r:.80}")
@@ -333,8 +337,8 @@ def _messages(found: Mapping[str, object], images: _Images, whole: bool = True) 
 
 
 def _places(text: str, images: _Images, where: str) -> Any:
-    """A text as parts: each <image> in it becomes the next image. A text without <image>, or a record without images,
-    is left as it is.
+    """Splits a text into parts: each <image> in it becomes the next image. The text stays as it is if it contains no
+    <image>, or if the record has no images.
     """
     if "<image>" not in text or not (images.left or images.values or images.endless):
         return text
@@ -346,8 +350,8 @@ def _places(text: str, images: _Images, where: str) -> Any:
 
 
 def _parts(parts: Any, images: _Images, where: str) -> Any:
-    """Parts with references in place of images. An image inside a part is kept under its reference; a part without one
-    takes the record's next image.
+    """Replaces images in parts by references. An image inside a part is stored under its reference. An image part
+    without an image takes the record's next image.
     """
     if not isinstance(parts, list):
         raise DocumentError("bad_row", f"{where}: expected a list of parts, found {parts!r:.80}")
@@ -435,7 +439,7 @@ _WRITERS = {
 
 
 def _meta(values: Mapping[str, object]) -> dict[str, object]:
-    """Short values with a name that no row needs."""
+    """The short values whose names mean nothing in a row."""
     taken = {"image", "text", "question", "answer", "segments", "prompt", "messages", "id"}
     return {name: value for name, value in values.items() if name not in taken and _short(value)}
 

@@ -20,10 +20,10 @@ class ImageFiles:
     """Every image file under `path`, however deep, in the order of their paths. `files.Folder` decides which files
     count.
 
-    Links that lead out and unreadable files are bad items.
+    Links that lead out of the folder, and unreadable files, are bad items.
 
     Raises:
-        UserError: there is no such folder, or no image in it.
+        UserError: if there is no such folder, or no image in it.
     """
 
     def __init__(
@@ -71,5 +71,5 @@ class ImageFiles:
         return Document.of((ImagePart(pixels),), id=posixpath.basename(found.name), origin=self.origin(i))
 
     def texts(self, i: int) -> list[str]:
-        """[], because the items are images alone."""
+        """Returns [], because the items are images without text."""
         return []

@@ -1,8 +1,8 @@
-"""Pages of Markdown and HTML as parts in reading order: {"type": "text", "text"} and {"type": "image", "image"}.
+"""Turns Markdown and HTML pages into parts in reading order: {"type": "text", "text"} and {"type": "image", "image"}.
 
-From Markdown, the text is kept as written, without images and front matter. If the front matter has a title that the
-text does not begin with, it becomes the heading. From HTML, the text of the body is kept, with a blank line between
-blocks and a line end between lines. Alternative texts are left out, because the image shows what they say.
+From Markdown, the text is kept as written, without images and front matter. If the front matter has a title, and the
+text does not begin with it, the title becomes the heading. From HTML, the text of the body is kept, with a blank line
+between blocks and a line end between lines. Alternative texts are left out, because the image shows what they say.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag in _UNREAD:
             self._unread += 1
-        elif tag == "body":  # with all tags inside it that were not closed
+        elif tag == "body":  # tags before it that were not closed no longer count
             self._unread = 0
         elif tag == "img" and not self._unread:
             self._block()
@@ -125,7 +125,7 @@ class _Page(HTMLParser):
         self._words = ""
 
     def end(self) -> None:
-        """Ends a text."""
+        """Ends the current part of text."""
         self._block()
         if self._blocks:
             self.parts.append({"type": "text", "text": "\n\n".join(self._blocks)})

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import dataset_info, read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
-from ar_unified.data import images, shapes  # the second makes the embedded dataset known to TFDS
+from ar_unified.data import images, shapes  # importing `shapes` makes the embedded dataset known to TFDS
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources.columns import PICTURES, Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
@@ -32,15 +32,15 @@ _COLUMNS = {
 
 
 class TfdsSource(RecordSource):
-    """A TFDS dataset by name, built or downloaded first if it is missing; never needs TensorFlow.
+    """A TFDS dataset, given by its name. If the dataset is missing, it is built or downloaded first.
 
     The features' names, or `columns` (`Columns`), say which feature is which part of a document; the columns of a few
-    datasets are built in. A class label becomes the name of its class. If the dataset's own code needs TensorFlow, it
-    must be prepared already.
+    datasets are built in. A class label becomes the name of its class. TensorFlow is never needed. A dataset whose own
+    code needs it must be prepared already.
 
     Raises:
-        UserError: there is no such dataset, configuration or split, it cannot be downloaded, or its features make no
-            document.
+        UserError: if there is no such dataset, configuration or split, if it cannot be downloaded, or if its features
+            make no document.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class TfdsSource(RecordSource):
         return f"{self._where}:{i}"
 
     def language(self, i: int) -> str:
-        """The language that the example or the dataset's features state; "" if they state none."""
+        """The language that the example states; "" if it states none."""
         return super().language(i) if self._has_language else ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """Examples as records, decoded together; without `pictures`, their images are left undecoded."""
+        """Examples as records, read together. Without `pictures`, the records have no images."""
         reader = self._whole if pictures else self._in_words
-        # Many are read at a time: one by one, each waits 0.4 ms for a thread.
+        # Many are read at a time, because each read waits 0.4 ms for a thread.
         return [reader(data) for data in self._examples.__getitems__(indices)]
 
 
@@ -113,7 +113,7 @@ class _Reader:
 
 
 class _Direct:
-    """The same, only for texts, images and lists of them: directly from the record, with a tenth of the work."""
+    """Does the same as `_Reader`, with a tenth of the work, for features that are texts, images or lists of them."""
 
     def __init__(self, features: Mapping[str, object]):
         self._images = {name: _is_image(feature) for name, feature in features.items()}
@@ -139,15 +139,15 @@ def _is_image(feature: Any) -> bool:
 
 
 def _values(feature: Any) -> Callable[[Any], object]:
-    """A function that makes Python values of a feature's values: lists of numpy arrays, texts of bytes, names of
-    classes.
+    """Returns a function that turns a feature's values into Python values: numpy arrays into lists, bytes into texts,
+    and class numbers into names.
     """
     if _is_image(feature):
         return lambda value: list(value) if isinstance(value, np.ndarray | list) else value
     inner = getattr(feature, "feature", None)
     if isinstance(inner, tfds.features.ClassLabel):
         return lambda value: [inner.int2str(int(each)) for each in value]
-    if isinstance(inner, tfds.features.FeaturesDict):  # TFDS gives an object of lists, for a list of objects
+    if isinstance(inner, tfds.features.FeaturesDict):  # TFDS turns a list of objects into an object of lists
         return lambda value: _rows(_plain(value))
     if isinstance(feature, tfds.features.ClassLabel):
         return lambda value: feature.int2str(int(value)) if value >= 0 else None  # -1: a secret label
@@ -155,7 +155,7 @@ def _values(feature: Any) -> Callable[[Any], object]:
 
 
 def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """A builder of a format other than tfrecord, TFDS's default, which allows no random access and needs TensorFlow."""
+    """A builder for array_record. TFDS's default format, tfrecord, allows no random access and needs TensorFlow."""
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ModuleNotFoundError:  # its code imports TensorFlow; a prepared dataset needs no code
@@ -163,8 +163,8 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     except (AssertionError, dataset_info.json_format.ParseError, json.JSONDecodeError) as error:
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name.partition(":")[0]
         raise UserError(
-            f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found others or "
-            f"damaged ones ({type(error).__name__}): delete this folder, and the dataset is made again"
+            f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found other or "
+            f"damaged files ({type(error).__name__}): delete this folder, and the dataset is made again"
         ) from error
     if not builder.data_path.exists():
         _prepare(builder)
@@ -173,7 +173,7 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 @contextlib.contextmanager
 def _about(name: str) -> Iterator[None]:
-    """Turns what TFDS raises for a name, a split or a download into a UserError, without its list of all datasets."""
+    """Turns TFDS's errors about a name, a split or a download into a UserError, without the list of all datasets."""
     try:
         yield
     except (tfds.download.DownloadError, OSError, ValueError) as error:
@@ -184,16 +184,16 @@ def _about(name: str) -> Iterator[None]:
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Builds or downloads a dataset, and says which."""
+    """Builds or downloads a dataset, and prints which of the two it does."""
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()  # TFDS's progress bars fill a log file with thousands of lines
     info, where = builder.info, builder.data_dir
     if isinstance(builder, shapes.Shapes):
         counts = ", ".join(f"{count:,} {split}" for split, count in builder.counts().items())
-        print(f"{info.full_name}: drawn here, nothing is downloaded: {counts}, into {where}", flush=True)
+        print(f"{info.full_name}: drawing {counts} examples into {where}; nothing is downloaded", flush=True)
     else:
-        size = f", {info.download_size} to download" if info.download_size else ", which downloads what it needs"
-        print(f"{info.full_name}: prepared by TFDS{size}, into {where}", flush=True)
+        size = f"{info.download_size} to download" if info.download_size else "TFDS downloads what it needs"
+        print(f"{info.full_name}: TFDS prepares it in {where}; {size}", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS would print "Downloading ... Unknown size" for both
         builder.download_and_prepare()
 
@@ -209,14 +209,14 @@ def _raw_bytes() -> Any:
 
 
 def _rows(columns: Any) -> Any:
-    """Lists of equal length under names as a list of objects; anything else as it is."""
+    """Turns an object of lists of equal length into a list of objects. Anything else is returned unchanged."""
     if not isinstance(columns, dict) or not all(isinstance(column, list) for column in columns.values()):
         return columns
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _plain(value: object) -> Any:
-    """numpy and bytes as JSON values; bytes that are not UTF-8 stay bytes."""
+    """Turns numpy values and bytes into JSON values. Bytes that are not UTF-8 stay bytes."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

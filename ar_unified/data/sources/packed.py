@@ -14,7 +14,7 @@ from ar_unified.storage import AnyPath
 
 ENDINGS = (".gz", ".tgz", ".zst")
 _STEP = 1 << 12  # compressed bytes that are read at once; they unpack to at most 4 MiB
-_SNAPSHOTS = 256  # copies of gzip's state, 40 KB each
+_SNAPSHOTS = 256  # the most copies of gzip's state that are kept, 40 KB each
 
 
 def is_packed(path: AnyPath) -> bool:
@@ -30,11 +30,12 @@ def unpacked(path: AnyPath) -> AnyPath:
 def open_binary(path: AnyPath) -> BinaryIO:
     """Opens a file for reading; unpacks it if its ending says that it is compressed.
 
-    To go back in a gzip file, reading starts from the nearest of 256 evenly spaced places, which are found during the
-    first reading. In a Zstandard file it starts from the beginning. Reading in order costs nothing extra.
+    To go back in a gzip file, reading starts from the nearest of up to 256 evenly spaced places, which are noted during
+    the first reading. In a Zstandard file it starts from the beginning. Reading in order costs nothing extra.
 
     Raises:
-        OSError: the file is missing; or, while reading, it is cut short, broken, or compressed in another way.
+        OSError: if the file is missing. Reading also raises it if the file is cut short, broken, or compressed in
+            another way.
     """
     if not is_packed(path):
         return storage.open_binary(path)
@@ -132,7 +133,7 @@ class _Gzip(_Forward):
                 return b""
             try:
                 while data:
-                    if self._state.eof:  # one archive after another
+                    if self._state.eof:  # the file consists of several archives
                         self._state = zlib.decompressobj(31)
                     out += self._state.decompress(data)
                     data = self._state.unused_data.lstrip(b"\0") if self._state.eof else b""
@@ -175,7 +176,7 @@ class _Zstandard(_Forward):
             if self._step == 1:
                 reason = str(error).splitlines()[0]
                 raise OSError(f"the Zstandard data is broken or cut short: {reason}") from error
-            # The error also loses good bytes before the break, so everything is read again byte by byte.
+            # The error also loses good bytes before the break. So the file is read again, and byte by byte from here.
             stop = self._unpacked
             self._back(0)
             while self._unpacked < stop:

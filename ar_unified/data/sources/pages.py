@@ -1,4 +1,4 @@
-"""Interleaved documents from pages of Markdown and HTML with the images beside them."""
+"""Interleaved documents from Markdown and HTML pages and the images that they show."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath
 
 FILES = ("*.md", "*.markdown", "*.html", "*.htm")
-_LARGEST = 1 << 26  # most bytes of a page
+_LARGEST = 1 << 26  # the most bytes of a page
 
 
 class Pages(RecordSource):
     """Every page under `path`, in the order of their names, with text and images in reading order (`markup`).
 
-    An image's name is relative to the page's folder, or to `path` if it begins with "/"; nothing is fetched. A page is
-    a bad item if one of its images is missing or outside the folder, or if the page is empty or not UTF-8.
+    An image's name is relative to the page's folder, or to `path` if it begins with "/". Nothing is downloaded. A page
+    is a bad item if one of its images is missing or outside the folder, or if the page is empty or not UTF-8.
 
     Args:
         path: a folder; all pages below it are read, except hidden ones (`files.Folder`).
-        files: patterns of names.
-        split: as for `TextFiles`; a part takes pages by their names.
+        files: patterns for the names of pages.
+        split: as for `TextFiles`; the name of a page decides its part.
 
     Raises:
-        UserError: no such folder, no page in it, or none in `split`.
+        UserError: if there is no such folder, no page in it, or no page in `split`.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Pages(RecordSource):
 
 
 def _name(target: str, here: str) -> str:
-    """A path below the root, or a URL as it is."""
+    """The path of a page's image below the root. A URL is returned unchanged."""
     parts = urlsplit(target)
     if parts.scheme or parts.netloc:
         return f"https:{target}" if target.startswith("//") else target

@@ -1,5 +1,5 @@
-"""The place of a value in a record: a column, a path into it, a list's element by its number, or a text made of several
-values."""
+"""Finds a value by its place in a record: a column, a path into it, a list's element by its number, or a text made of
+several values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
 
 
 def look_up(record: Mapping[str, object], place: str, part: str) -> Any:
-    """The value at a place of a record; `part` is made from it. Raises DocumentError."""
+    """The value at a place in a record. part: the document part for which it is wanted. Raises DocumentError."""
     if place in record:
         return record[place]
     if fields := _FIELD.findall(place):
@@ -52,7 +52,7 @@ def chosen(options: Any, number: Any, part: str) -> Any:
 
 
 def ways(place: str, names: Iterable[str]) -> list[str]:
-    """The plain paths into columns from which a place is made."""
+    """The columns, or paths into columns, that a place uses."""
     if place in names:
         return [place]
     if fields := _FIELD.findall(place):

@@ -1,4 +1,4 @@
-"""The common part of sources of records: many are read at once, and each becomes a document when it is decoded."""
+"""The base class of sources of records. It reads many records at once; each becomes a document when it is decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BLANK = np.zeros((1, 1, 3), np.uint8)
 
 
 class BadRecord(Exception):
-    """BadItem before its origin is known."""
+    """What is wrong with a record. It becomes a BadItem, which also has the record's origin."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -31,10 +31,10 @@ class BadRecord(Exception):
 
 
 class RecordSource(ABC):
-    """A source whose items are records (`columns`). A subclass has `__len__`, `origin` and `read`.
+    """A source whose items are records (`columns`). A subclass defines `__len__`, `origin` and `read`.
 
     Args:
-        folder: where images lie that records only name; None: records must contain their images.
+        folder: the folder of images for records that only name them; None if all records must contain their images.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class RecordSource(ABC):
 
     @abstractmethod
     def origin(self, i: int) -> str:
-        """Where item i stands, for messages."""
+        """Where item i comes from, for messages."""
 
     @abstractmethod
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """Reads these records; without `pictures`, only what their texts need. Safe to call from many threads."""
+        """Reads these records, or only what their texts need if not `pictures`. Safe to call from many threads."""
 
     def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
         """See `items.fetched`."""
@@ -123,7 +123,10 @@ class RecordSource(ABC):
             return bad
 
     def _image(self, value: Any) -> np.ndarray:
-        """An image that a record has: bytes of a file, {"bytes", "path"} as Hugging Face writes it, or a name."""
+        """Decodes an image of a record.
+
+        value: the bytes of a file, an object with "bytes" and "path" as Hugging Face writes it, or a file's name.
+        """
         where = ""
         if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
             where, data = value.get("path") or "", value.get("bytes")
@@ -133,7 +136,7 @@ class RecordSource(ABC):
         if isinstance(value, str):
             where = f"{value[:40]}..." if value.startswith("data:") else value
             if self._folder is None:
-                raise BadRecord("missing_image", f"{where!r}: expected the bytes of an image")
+                raise BadRecord("missing_image", f"{where!r}: expected the bytes of an image, found a text")
         elif not isinstance(value, bytes):
             raise BadRecord("bad_row", f"expected an image, found {type(value).__name__}")
         try:

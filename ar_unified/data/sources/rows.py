@@ -1,4 +1,4 @@
-"""Documents from JSONL files. Their rows refer to images in the same folder, or contain them."""
+"""Documents from JSONL files. The rows refer to images in the same folder, or contain them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ar_unified.language.document import Document, DocumentError, TextPart
 from ar_unified.language.rows import UnknownKeys, document_from_json
 from ar_unified.storage import AnyPath
 
-_LONGEST = 1 << 27  # bytes of a line
+_LONGEST = 1 << 27  # the most bytes of a line
 # A key or a type of part that stands for an image (`language.rows`), or an escape that could hide one.
 _IMAGE = re.compile(rb'(?<!\\)"image(_url)?"|\\u00[4-7]')
 
@@ -34,20 +34,20 @@ class Rows:
 
     Opening reads the files once to find every line, or twice if `split` is a part; memory is 24 bytes per row. Files
     may be compressed (.gz, .zst: `packed`). They must be UTF-8: a file in another encoding (`encoding`) is one bad
-    item, and so is the rest of a file that is cut short. `files.Folder` says what names and `links` mean.
+    item, and so is the rest of a file that is cut short. `files.Folder` has the rules for names and `links`.
 
     `split`, as in TFDS, is a name, a part in percent, or both; rows without the key "split" are "train". A part takes
-    whole images with all their rows, so the same image is never on both sides of a border. It takes rows without an
-    image by their id, else by their line (see `splits`). A row that cannot be read is in every split, so that it is
-    reported.
+    whole images with all their rows, so the same image is never on both sides of a border. Rows without an image are
+    divided by their id, or by their line if they have no id (see `splits`). A row that cannot be read is in every
+    split, so that it is reported.
 
     Args:
         beside: files of other sources over the same images. They are counted too, so that all sources have the same
         borders between splits.
-        columns: part -> key of a row (`Columns`), for rows that do not have the form of `language.rows`.
+        columns: maps a document part to a key of a row, for rows without the form of `language.rows`; see `Columns`.
 
     Raises:
-        UserError: a file is missing, or no row is in `split` (EmptySplit: there are too few images).
+        UserError: if a file is missing, or if no row is in `split` (EmptySplit if there are too few images).
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Rows:
         return [part.text for part in self._document(i, lambda _: blank).parts if isinstance(part, TextPart)]
 
     def language(self, i: int) -> str:
-        """The row's key "language"; "" if there is none."""
+        """The value of the row's key "language"; "" if there is none."""
         try:
             row = self._row(i)
         except _Bad:
@@ -181,7 +181,7 @@ class Rows:
 
 
 class _Bad(Exception):
-    """BadItem before its origin is known."""
+    """What is wrong with a row. It becomes a BadItem, which also has the row's origin."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -197,11 +197,11 @@ def _reference(value: object) -> str:
 
 
 def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line, without a byte order mark. For a file that is not UTF-8, only
-    its first bytes.
+    """Yields the number (from 1), the offset and the bytes of every line, without a byte order mark. If the file is not
+    UTF-8, it yields only the first bytes.
 
-    A line that is too long is cut to one byte more than allowed. A rest of the file that cannot be unpacked comes as
-    one empty line.
+    A line that is too long is cut to one byte more than allowed. If the rest of the file cannot be unpacked, it is
+    yielded as one empty line.
     """
     with packed.open_binary(file) as stream:
         start, number = 0, 1

@@ -16,18 +16,19 @@ from ar_unified.storage import AnyPath, Remote
 
 TABLES, TARS = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz", ".tar.zst")  # the endings of such files
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_MOST = 1_000_000  # names that braces may stand for
+_MOST = 1_000_000  # the most names that braces may stand for
 
 
 def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) -> tuple[AnyPath, list[Found]]:
-    """The common folder, and the files below it, in the order of the braces, else sorted by name.
+    """Returns the common folder and the files below it, in the order of the braces if there are braces, else sorted by
+    name.
 
     Args:
-        path: one file; a folder, which stands for its files with one of `endings`, however deep (`files.Folder`); a
-            name with {000..063} or {a,b}, whose files must all exist; or a name with wildcards. On disk or in a store.
+        path: one file; a folder, which means all files below it with one of `endings` (`files.Folder`); a name with
+            {000..063} or {a,b}, where all files must exist; or a name with wildcards. It may be on disk or in a store.
 
     Raises:
-        UserError: there are no files, or a file that braces name is missing.
+        UserError: if there are no files, or if a file that braces name is missing.
     """
     if isinstance(place := storage.path(path), Remote):
         return _in_store(place, endings)
@@ -80,7 +81,7 @@ def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]
 
 
 def _above(names: Sequence[str]) -> str:
-    """The folder that contains all of some URLs."""
+    """The innermost folder that contains all of these URLs."""
     parts = [name.rpartition("/")[0].split("/") for name in names]
     same = [each[0] for each in zip(*parts, strict=False) if len(set(each)) == 1]
     first = next((i for i, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), len(same))
@@ -88,7 +89,9 @@ def _above(names: Sequence[str]) -> str:
 
 
 def _regex(pattern: str) -> str:
-    """Wildcards as in `glob`: * and ? match within a folder, ** matches any number of folders."""
+    """Turns wildcards into a regular expression, as `glob` does: * and ? match within a folder, ** any number of
+    folders.
+    """
     out, i = "", 0
     while i < len(pattern):
         if pattern.startswith("**/", i):
@@ -106,8 +109,8 @@ def _regex(pattern: str) -> str:
 
 
 def braces(name: str) -> list[str]:
-    """All names that a name with {000..063} or {a,b} stands for; the last braces change fastest. Raises UserError: too
-    many."""
+    """All names that a name with {000..063} or {a,b} stands for; the last braces change fastest. Raises UserError if
+    there are too many."""
     match = _BRACES.search(name)
     if not match:
         return [name]

@@ -1,10 +1,10 @@
 """Splits of a data set by name and by percent: "train", "train[:95%]", "[95%:]".
 
-Rows that must stay together are a group: all rows about one image (see `group`). Groups are sorted by their hashes, and
-a part takes a number of them: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So two
-parts that meet at one border are disjoint, and together they are the whole. They do not depend on the order of the
-rows. With two groups or more, neither side is empty; a single group is on the larger side. A part between two borders,
-as "[90%:95%]", may be empty if there are few groups.
+All rows about one image form a group, which is never divided (see `group`). Groups are sorted by their hashes, and a
+part takes a share of them in this order: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" has the
+others. So two parts that share a border are disjoint, and together they are the whole. The parts do not depend on the
+order of the rows. With two groups or more, neither side of a border is empty; a single group is on the larger side. A
+part between two borders, such as "[90%:95%]", may be empty if there are few groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from ar_unified.errors import UserError
 
-_MANY = 1 << 20  # with more groups, hashes are so even that a border by hash equals a border by count, to 0.1 %
+_MANY = 1 << 20  # with more groups, a border by hash is equal to a border by count to 0.1 %
 _END = 1 << 64
 
 
@@ -29,16 +29,16 @@ class EmptySplit(UserError):
 
 
 class Split:
-    """One split; it sees the rows to find its borders.
+    """One split. It finds its borders from the rows.
 
-    If it is a part (`by_part`), call `has` with every row twice: before `settle` it counts groups, after `settle` it
-    answers.
+    If it is a part (`by_part`), call `has` with every row twice: before `settle`, to count groups, and after `settle`,
+    for the answer.
 
     Attributes:
         names: the names of all splits in the rows.
 
     Raises:
-        UserError: `split` does not have the form above.
+        UserError: if `split` does not have the form above.
     """
 
     def __init__(self, split: str):
@@ -51,8 +51,9 @@ class Split:
         self._counting = self.by_part
 
     def has(self, row: Mapping[str, object], data: bytes, *, own: bool = True) -> bool:
-        """Whether a row (`data`: as it stands in its file) is in the split; True for all that are counted.
+        """Whether a row is in the split. Before `settle`, this is True for every row that is counted.
 
+        data: the row's bytes in its file.
         own: False for a row of another source. It is only counted, so that both sources have the same borders.
         """
         name = row.get("split", "train")
@@ -67,7 +68,7 @@ class Split:
         return self._counting or self._low <= found < self._high
 
     def settle(self) -> None:
-        """Sets the borders, after all rows were counted."""
+        """Sets the borders, after all rows have been counted."""
         own = self._own.settled()
         both = _Groups(self._own, self._others) if self._others else self._own
         self._low, self._high = (_border(share, own, both.settled()) for share in self._shares)
@@ -78,11 +79,11 @@ class Split:
         return {"borders": [f"{self._low:x}", f"{self._high:x}"]} if self.by_part else {}
 
     def empty(self, where: object, what: str) -> UserError:
-        """The error for an empty split. what: "row", "text"."""
+        """The error for an empty split. what: the word for an item, "row" or "text"."""
         if self.by_part and len(self._own.settled()) == 1:
             return EmptySplit(
                 f"{where}: nothing is in split {self.split!r}, because all {what}s share one image or text, which is "
-                "never divided: add more, or leave this split out"
+                "never divided: add other images or texts, or leave this split out"
             )
         names = ", ".join(sorted(self.names)) or "none"
         return UserError(f"{where}: no {what} is in split {self.split!r}; the {what}s' splits are: {names}")
@@ -105,7 +106,7 @@ class _Groups:
                 self.settled()
 
     def settled(self) -> np.ndarray:
-        """uint64 [n], ascending."""
+        """All hashes, uint64 [n], ascending."""
         if self._new:
             self._sorted = np.unique(np.concatenate([self._sorted, np.frombuffer(self._new, np.uint64)]))
             self._new = array("Q")
@@ -113,10 +114,10 @@ class _Groups:
 
 
 def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
-    """The hash at which a part with `share` of all groups ends. If the source has two groups or more, some are on each
-    side.
+    """The hash at which a part with `share` of all groups ends.
 
-    So all sources of one folder, each with its own file, share one border, and no image is on both sides.
+    It is counted over the groups of all sources of a folder, so that they share it, and no image is on both sides. If
+    that leaves one side without groups of this source, the border is counted over this source's own groups.
     """
     if share <= 0 or share >= 1:
         return _END if share >= 1 else 0
@@ -136,7 +137,7 @@ def _by_count(share: float, groups: np.ndarray) -> int:
 
 
 def parse_split(split: str) -> tuple[str, float, float]:
-    """The name ("": any), and the part [low, high) of 0..1. Raises UserError."""
+    """The name ("" means any), and the borders low and high of the part, from 0 to 1. Raises UserError."""
     percent = r"(\d+(?:\.\d+)?)%"
     match = re.fullmatch(rf"([^\[\]%]*)(?:\[(?:{percent})?:(?:{percent})?\])?", split)
     if not match:
@@ -146,8 +147,8 @@ def parse_split(split: str) -> tuple[str, float, float]:
 
 
 def group(row: Mapping[str, object], data: bytes) -> int:
-    """The hash, 0..2**64-1, that all rows of one group share. It is made from the row's (first) image, else its id,
-    else the prompt of a preference pair, else the row itself."""
+    """The hash, 0..2**64-1, that all rows of one group share. It is made from the first of these that the row has: its
+    (first) image, its id, the prompt of a preference pair, or its bytes."""
     segments = row.get("segments")
     inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
     key = row.get("image") or next(iter(inner), None) or row.get("id")

@@ -31,22 +31,21 @@ _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 
 
 class Tables(RecordSource):
-    """The rows of Parquet files and of Arrow files (streams, as `save_to_disk` writes them, or files), in order.
+    """The rows of Parquet and Arrow files, in order. Arrow files may be IPC files or, as from `save_to_disk`, streams.
 
-    Opening reads only their footers; 24 bytes are kept for every group of rows. A row is read together with its
-    neighbours, so reading in order is fast and reading at random costs a part of a group each time. Without `columns`,
-    names are recognised as `Columns` says. Class numbers become names if Hugging Face's header has names for them. A
-    file that cannot be read is one bad item.
+    Opening reads only the metadata and the last 64 KiB of each file, and keeps 24 bytes for every group of rows. A row
+    is read together with its neighbours, so reading in order is fast, but a random read has to read a part of a group.
+    Without `columns`, names are recognised as `Columns` says. Class numbers become names if Hugging Face's header has
+    names for them. A file that cannot be read is one bad item.
 
     Args:
         path: a file, a folder, or a name with braces or wildcards (`shards`).
-        columns: part -> column: `Columns`.
+        columns: maps a document part to a column; see `Columns`.
         split: "train" takes the files whose name or folder begins with it, if there are any. "train[:95%]" and "[95%:]"
-            are parts of the rows in their order, as in TFDS, so rows that must be on the same side have to follow each
-            other.
+            are parts of the rows in their order, as in TFDS. Rows that must be on the same side must follow each other.
 
     Raises:
-        UserError: there is no such file, no file can be read, the columns make no document, or no row is in `split`.
+        UserError: if there is no such file, no file can be read, the columns make no document, or no row is in `split`.
     """
 
     def __init__(
@@ -64,7 +63,8 @@ class Tables(RecordSource):
         name, low, high = parse_split(split or "")
         chosen = [file for file in found if _is_of(file.name, name)] if name else found
         if name and not chosen and any(_is_of(file.name, each) for file in found for each in _SPLITS):
-            raise UserError(f"{path}: no file of split {name!r}: {', '.join(file.name for file in found[:8])}")
+            names = ", ".join(file.name for file in found[:8])
+            raise UserError(f"{path}: expected a file of split {name!r}, found {names}")
         folder = folder_at(root, links)
         label = label or named(path, root)
         super().__init__(Columns(columns), folder, label, reversible=reversible, limits=limits)
@@ -117,14 +117,14 @@ class Tables(RecordSource):
         return self._high - self._low
 
     def _place(self, i: int) -> tuple[int, int]:
-        """The group that item i is in, and its row there."""
+        """The group that item i is in, and the number of its row in the group."""
         if not 0 <= i < len(self):
             raise IndexError(f"item {i}: {self.name} has {len(self)}")
         group = bisect.bisect_right(self._first, i + self._low) - 1
         return group, i + self._low - self._first[group]
 
     def origin(self, i: int) -> str:
-        """The file and the number of the row in it, from 1."""
+        """The file, and the number of the row in it, counted from 1."""
         group, row = self._place(i)
         file = self._files[self._file[group]]
         if isinstance(file, BadItem):
@@ -168,8 +168,8 @@ _SPLITS = ("train", "validation", "valid", "val", "test")
 
 
 def _is_of(name: str, split: str) -> bool:
-    """Whether a file's name belongs to a split: data/train-00000-of-00002.parquet, train.parquet,
-    train/0000.parquet.
+    """Whether a file belongs to a split by its name. Examples for "train" are data/train-00000-of-00002.parquet,
+    train.parquet and train/0000.parquet.
     """
     return any(part == split or part.startswith((f"{split}-", f"{split}.", f"{split}_")) for part in name.split("/"))
 
@@ -178,8 +178,10 @@ class _File(ABC):
     """One file of a table.
 
     Attributes:
-        rows: number of rows in each group. names: of the columns. head: bytes that change when the rows do.
-        bombs: group -> why it is not unpacked (`unpacked_sizes`).
+        rows: the number of rows in each group.
+        names: the names of the columns.
+        head: bytes that change when the rows change.
+        bombs: the groups that are not unpacked, each with the reason why (`unpacked_sizes`).
     """
 
     def __init__(self, path: AnyPath, schema: pa.Schema, rows: list[int], bombs: dict[int, str]):
@@ -205,8 +207,8 @@ class _Parquet(_File):
 
 
 class _Arrow(_File):
-    """An IPC file or an IPC stream. The batches of a stream are found by reading it once; it is mapped, so images are
-    not touched."""
+    """An IPC file or an IPC stream. The batches of a stream are found by reading it once. Images are not read, because
+    the file is memory-mapped."""
 
     def __init__(self, path: AnyPath):
         self._places = array("q")
@@ -230,7 +232,7 @@ class _Arrow(_File):
                         found = unpacked_sizes.of_message(pa.ipc.read_message(source))
                     except EOFError:  # the mark that ends a stream
                         break
-                    except _BAD:  # cut short: the rows before are read, and the rest is one bad item
+                    except _BAD:  # cut short: the rows before can be read, and the rest is one bad item
                         found = 1, ""
                     count, bombs[len(rows)] = found or (1, "")
                     self._places.append(place)
@@ -262,8 +264,8 @@ class _Cursor:
         self._error: Exception | None = None
 
     def row(self, row: int) -> dict[str, object]:
-        """Row `row` of the group, not before `start`. If reading fails, the error is raised for that row and all rows
-        after it.
+        """Row `row` of the group. It may not be before `start`. If reading fails, the error is raised for that row and
+        all rows after it.
         """
         while self._batch is None or row >= self.start + len(self._batch):
             if self._error:
@@ -294,14 +296,14 @@ def _classes(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def _tail(path: AnyPath) -> bytes:
-    """The last bytes of a file, which hold its footer or its last rows."""
+    """The last bytes of a file, which contain its footer or its last rows."""
     with storage.open_binary(path) as file:
         file.seek(max(storage.size_of(path) - (1 << 16), 0))
         return file.read()
 
 
 def _source(path: AnyPath) -> Any:
-    """What PyArrow opens: a path, or an object of a store that is read by ranges."""
+    """Returns what PyArrow can open: a path, or an object in a store, of which only the needed ranges are read."""
     return path if isinstance(path, Path) else storage.open_binary(path)
 
 

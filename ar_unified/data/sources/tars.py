@@ -28,32 +28,32 @@ from ar_unified.storage import AnyPath
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
 _KINDS = 1 << 15
 _TOGETHER = 16  # samples
-_LONGEST_HEADER = 1 << 20  # bytes; the headers of a member are not longer
+_LONGEST_HEADER = 1 << 20  # bytes; a longer header of a member is refused
 
 
 class Tars(RecordSource):
-    """Samples of tar files: a sample is a run of members whose paths are equal up to the first dot of their names.
+    """The samples in tar files. A sample is a run of members whose paths are equal up to the first dot of their names.
 
-    000.jpg and 000.txt are a captioned image. The images 001.0.jpg and 001.1.jpg with 001.txt come in the order of the
-    members. A .json is an object; its keys count as members (caption, question, messages, ...), and `columns` may name
-    them below `json` ("json/caption"). The name of a member is the part after that dot, in lower case; if several have
-    the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
+    000.jpg and 000.txt are a captioned image. 001.0.jpg, 001.1.jpg and 001.txt are a text with two images, in the order
+    of the members. A .json member is an object. Its keys count as members (caption, question, messages, ...), and
+    the argument `keys` may name them below `json` ("json/caption"). The name of a member is the part after that dot, in
+    lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
-    Opening reads all headers once. Nothing is written to disk, so a member's name cannot write anywhere. 18 bytes for
-    each member and 16 for each sample are kept, and any sample can be read directly. Tars may be compressed (.tar.gz,
+    Opening reads all headers once. Nothing is written to disk, so a member's name can do no harm. An index in memory,
+    18 bytes for each member and 16 for each sample, lets any sample be read directly. Tars may be compressed (.tar.gz,
     .tgz, .tar.zst: `packed`). They are unpacked in memory, once for opening and once for reading in order; going back
     costs more.
 
-    A member that is a link or a device, a name that leads out, a sample with a member twice, and the end of a tar that
-    is cut short are bad items.
+    A sample is a bad item if it has a link or a device, a name that leads out of the tar, or the same member twice. The
+    end of a tar that is cut short is a bad item, too.
 
     Args:
-        path: a tar, a folder of tars, or a name with braces or wildcards (`shards`): "shards/{000..063}.tar".
-        keys: part -> member: as `columns` of `Columns`.
-        split: None, or a part by samples in their order: "[:95%]", "[95%:]".
+        path: a tar, a folder of tars, or a name with braces or wildcards (`shards`), such as "shards/{000..063}.tar".
+        keys: maps a document part to a member; see `columns` of `Columns`.
+        split: None, or a part of the samples in their order, such as "[:95%]" or "[95%:]".
 
     Raises:
-        UserError: there is no such file, no file is a tar, or no sample is in `split`.
+        UserError: if there is no such file, if no file is a tar, or if no sample is in `split`.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class Tars(RecordSource):
     ):
         name, low, high = parse_split(split or "")
         if name not in ("", "train"):
-            raise UserError(f"{path}: expected a part, as [:95%], for tars have no named splits; found {split!r}")
+            raise UserError(
+                f"{path}: expected a part such as [:95%], because tars have no named splits; found {split!r}"
+            )
         root, found = shards(path, TARS, links=links)
         label = label or named(path, root)
         super().__init__(Columns(keys, "keys"), None, label, reversible=reversible, limits=limits)
@@ -78,7 +80,7 @@ class Tars(RecordSource):
         # headers). For every member: where its data begins, its size, its kind.
         self._shard, self._member, self._headers = array("i"), array("q"), array("i")
         self._at, self._size, self._kind = array("q"), array("q"), array("H")
-        self._kinds: dict[str, int] = {}  # what follows the dot -> its number
+        self._kinds: dict[str, int] = {}  # the number of each name of a member, such as "jpg"
         self._problems: dict[int, tuple[str, str]] = {}  # samples that are bad items: kind and reason
         self._digest = hashlib.sha256()
         for number, entry in enumerate(found):
@@ -93,11 +95,11 @@ class Tars(RecordSource):
         self._low, self._high = round(low * samples), round(high * samples)
         if self._low >= self._high:
             raise (EmptySplit if samples else UserError)(f"{path}: nothing is in split {split!r} of {samples} samples")
-        # More would not be faster: they are read one by one, and nothing is decoded meanwhile.
+        # A larger number would not be faster, because samples are read one by one and none is decoded meanwhile.
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
-        some_packed = any(map(packed.is_packed, self._paths))  # each open tar keeps 10 MB
+        some_packed = any(map(packed.is_packed, self._paths))  # each open packed tar uses 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
-        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # asking again goes back in a packed tar
+        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # reading it again goes back in a packed tar
         self.fingerprint: dict[str, object] = {
             "kind": "webdataset",
             "items": len(self),
@@ -121,7 +123,7 @@ class Tars(RecordSource):
         return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
 
     def _name_of(self, sample: int) -> str:
-        """The common name of its members up to the dot, from the headers of the first member; "" if there is none."""
+        """The name that a sample's members share up to the dot, from the headers of the first; "" if it has none."""
         if self._member[sample] == self._member[sample + 1]:
             return ""
         at, size = self._at[self._member[sample]], self._headers[sample]
@@ -205,7 +207,7 @@ class Tars(RecordSource):
                     reason = ("bad_row", f"expected one member {kind!r}, found two: are two samples called {name!r}?")
                     self._problems.setdefault(len(self._shard) - 1, reason)
                 elif len(self._kinds) >= _KINDS and kind not in self._kinds:
-                    reason = ("bad_row", f"expected at most {_KINDS} names of members after their first dot, as .jpg")
+                    reason = ("bad_row", f"expected at most {_KINDS} different endings of members' names, such as .jpg")
                     self._problems.setdefault(len(self._shard) - 1, reason)
                     continue
                 seen.add(kind)
@@ -215,7 +217,7 @@ class Tars(RecordSource):
                 self._size.append(info.size)
                 self._kind.append(self._kinds.setdefault(kind, len(self._kinds)))
         except _Cut as error:
-            if error.sample and before is not None:  # the last one is not whole
+            if error.sample and before is not None:  # the last sample is incomplete
                 self._problems[len(self._shard) - 1] = ("unreadable_file", str(error))
             else:
                 self._begin(shard, ("unreadable_file", str(error)))
@@ -227,7 +229,7 @@ _SUFFIXES = tuple(suffix[1:] for suffix in images.SUFFIXES)
 
 
 class _Cut(Exception):
-    """A tar that is shorter than its headers say. `sample`: whether it ends within a member."""
+    """A file is not a tar, or is a tar that is cut short. `sample`: whether it ends within a member."""
 
     def __init__(self, reason: str, sample: bool = False):
         super().__init__(reason)
@@ -235,7 +237,7 @@ class _Cut(Exception):
 
 
 class _Opened(packed.Reader):
-    """An open tar, packed or not. Raises FileError for what does not fit into memory."""
+    """An open tar, compressed or not. Raises FileError for a member that does not fit into memory."""
 
     def read(self, at: int, size: int) -> bytes:
         if size > LARGEST:
@@ -256,7 +258,7 @@ class _Headers:
 
 
 def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar. Raises _Cut: it is no tar, or it does not end as it should."""
+    """The members of a tar. Raises _Cut if the file is no tar, or if it does not end as a tar must."""
     whole = None if packed.is_packed(path) else storage.size_of(path)
     with packed.open_binary(path) as file:
         if other := encoding.no_content(_begin(file)):
@@ -266,7 +268,7 @@ def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
         try:
             with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:  # type: ignore[call-overload]
                 while (info := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # or all of them stay in memory
+                    tar.members = []  # type: ignore[attr-defined]  # else all of them stay in memory
                     yield info
                     if info.isreg() and not _is_there(stream, info.offset_data + info.size, whole):
                         raise _Cut(f"the tar ends in the middle of {info.name!r}: it is cut short", sample=True)
@@ -289,7 +291,7 @@ def _begin(file: BinaryIO) -> bytes:
 
 
 def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
-    """Whether a tar has so many bytes. whole: its number of bytes, if known."""
+    """Whether a tar has at least `end` bytes. whole: its number of bytes, if known."""
     if whole is not None:
         return end <= whole
     try:
@@ -300,7 +302,7 @@ def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
 
 
 def _parted(name: str) -> tuple[str, str]:
-    """The name of a sample, and the name of its member: "a/001.0.JPG" -> "a/001", "0.jpg"."""
+    """Splits a path into the name of the sample and that of the member: "a/001.0.JPG" into "a/001" and "0.jpg"."""
     folder, _, file = name.rpartition("/")
     stem, _, kind = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), kind.lower()
@@ -320,7 +322,7 @@ def _refused(info: tarfile.TarInfo) -> tuple[str, str] | None:
 
 def _paired(record: Mapping[str, object], shown: list[Any]) -> dict[str, object]:
     """Groups members such as chosen.png, rejected.0.txt and prompt.txt by the part of the pair to which they belong,
-    and keeps their order. Images of answers are removed from the sample's own images."""
+    and keeps their order. Images of answers are removed from `shown`, the images of the sample."""
     found: dict[str, list[Any]] = {}
     for kind, value in record.items():
         of, _, last = kind.partition(".")

@@ -26,31 +26,33 @@ from ar_unified.storage import AnyPath
 
 FILES = ("*.txt", "*.md", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
 _BLOCK = 1 << 14  # bytes that share an entry of the index and are read at once
-_LARGEST = 1 << 26  # most bytes of a document
+_LARGEST = 1 << 26  # the most bytes of a document
 
 
 class TextFiles:
     """The texts of the files under `path`, in the order of their names. They may be far larger than memory.
 
-    Opening reads the files once, or twice if `split` is a part. Memory is their names and 40 bytes for every 16 KiB of
-    text, at least 40 bytes per file. Line ends are not part of a line, a byte order mark is not part of a text, and
-    blank lines are not items; nothing else is changed. A file that is not UTF-8 (`encoding`) or cannot be read is one
-    bad item; so is the rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short, from 16 KiB before the cut.
+    Opening reads the files once, or twice if `split` is a part. It keeps in memory their names and 40 bytes for every
+    16 KiB of text, at least 40 bytes per file. Line ends are not part of a line, a byte order mark is not part of a
+    text, and blank lines are not items; nothing else is changed. A file that is not UTF-8 (`encoding`) or cannot be
+    read is one bad item. So is the rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short; this rest
+    begins up to 16 KiB before the cut.
 
-    `split` is as for `Rows`. The only name of lines and files is "train"; a part takes files by their name and lines by
-    their text.
+    `split` is as for `Rows`. Whole files and lines belong to the split "train". The name of a whole file decides its
+    part; for lines, the text decides.
 
     Args:
         path: a folder, or one file.
         files: patterns of names, ignoring case. Folders below are searched too; `files.Folder` says which.
-        by: what one document is, "file" or "line". In a .jsonl file it is a row.
-        field: the key of a row's text. The others become `meta`.
-        language: "file": a file's short name (`languages`) is the language of its texts; any other value is the key of
-        a row that holds the language.
+        by: what one document is, "file" or "line". In a .jsonl file, a document is always a row.
+        field: the key of a row's text. The other keys become `meta`.
+        language: "file" means that a file's short name (`languages`) is the language of its texts. Any other value is
+            the key of the language in a row.
         links: whether links that lead out of the folder are followed.
 
     Raises:
-        UserError: there is no such path, no file with these names, no text in `split`, or an argument is out of range.
+        UserError: if there is no such path, no file with these names or no text in `split`, or if an argument is out of
+            range.
     """
 
     has_images = False
@@ -181,7 +183,7 @@ class TextFiles:
         return text, row
 
     def _read_block(self, block: int) -> list[tuple[int, int, bytes]]:
-        """Number of the line, offset in the file and bytes of every item of a block."""
+        """The number of the line, the offset in the file and the bytes of each item in a block."""
         file, start = self._files[self._file[block]], self._start[block]
         data = self._reader(file).read(start, self._stop[block] - start)
         if not self._in_lines(file):
@@ -200,7 +202,7 @@ class TextFiles:
         # For every block: its first item, its file, where in the file it starts and stops, the number of its first
         # line.
         self._first, self._file, self._start, self._stop, self._line = (array("q") for _ in range(5))
-        self._problems: dict[int, tuple[str, str]] = {}  # blocks that are one bad item: kind and reason
+        self._problems: dict[int, tuple[str, str]] = {}  # kind and reason of each block that is one bad item
         self._items = 0
         digest = hashlib.sha256()
         for number, (file, entry) in enumerate(zip(self._files, found, strict=True)):
@@ -282,7 +284,7 @@ class TextFiles:
 
 
 class _Digested:
-    """A file whose bytes go through a digest as they are read."""
+    """A file that adds all bytes that are read from it to a digest."""
 
     def __init__(self, stream: BinaryIO, digest: Any):
         self._stream, self._digest = stream, digest
@@ -315,7 +317,7 @@ def languages(files: Sequence[AnyPath]) -> list[str]:
 
 
 def find(root: AnyPath, patterns: Sequence[str], links: bool) -> list[Found]:
-    """The files under a folder that match one of these patterns, sorted. Raises UserError: there are none."""
+    """The files under a folder that match one of these patterns, sorted. Raises UserError if there are none."""
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise UserError(f"files: expected patterns of names inside {root}, found {pattern!r}")

@@ -1,7 +1,7 @@
 """Finds how large the values of a table become when they are unpacked, without unpacking them.
 
-A few kilobytes of Zstandard may stand for gigabytes of zeros. Parquet says in its footer what a column of a group
-becomes, and Arrow in the first eight bytes of each buffer.
+A few kilobytes of Zstandard may unpack to gigabytes of zeros. Parquet states the unpacked size of each column of a
+group in its footer. Arrow states it in the first eight bytes of each buffer.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from typing import Any
 from ar_unified.data.files import LARGEST
 
 _RATIO = 256  # real data stays below this ratio: images do not shrink at all, texts about ten times
-_RECORD_BATCH = 3  # the type of a message
+_RECORD_BATCH = 3  # the number of this type of message
 
 
 def excess(packed: int, unpacked: int) -> str:
-    """Why a column may not be unpacked; "" if it may."""
+    """Returns the reason why so many packed bytes may not be unpacked, or "" if they may. Sizes are in bytes."""
     if unpacked <= LARGEST or unpacked <= _RATIO * packed:
         return ""
-    return f"expected at most {LARGEST >> 20} MiB of {packed} packed bytes, found {unpacked >> 20} MiB"
+    return f"expected {packed} packed bytes to become at most {LARGEST >> 20} MiB, found {unpacked >> 20} MiB"
 
 
 def of_group(group: Any) -> str:
-    """`excess` of a group of rows of Parquet, by its metadata."""
+    """Like `excess`, for the columns of a Parquet group of rows, from the group's metadata."""
     columns = (group.column(i) for i in range(group.num_columns))
     found = (excess(each.total_compressed_size, each.total_uncompressed_size) for each in columns)
     return next(filter(None, found), "")
 
 
 def of_message(message: Any) -> tuple[int, str] | None:
-    """The number of rows of an Arrow record batch, and `excess` of its buffers; None: the message is no record batch.
+    """Returns the number of rows of an Arrow record batch, and the `excess` of its buffers. Returns None if the message
+    is not a record batch.
 
     Raises:
-        ValueError: it is not as Arrow writes it.
+        ValueError: if the message does not have Arrow's format.
     """
     try:
         table = _Table(message.metadata.to_pybytes(), None)
@@ -51,11 +52,11 @@ def of_message(message: Any) -> tuple[int, str] | None:
                 return rows, reason
         return rows, ""
     except (struct.error, IndexError) as error:
-        raise ValueError(f"a message that is not Arrow's: {error}") from error
+        raise ValueError(f"expected a message in Arrow's format: {error}") from error
 
 
 class _Table:
-    """A table of a flatbuffer. Fields are numbered in the order of Arrow's Message.fbs."""
+    """A table in a flatbuffer. Fields are numbered in the order of Arrow's Message.fbs."""
 
     def __init__(self, data: bytes, at: int | None):
         self.data = data
@@ -69,7 +70,7 @@ class _Table:
         return int(struct.unpack_from(f"<{kind}", self.data, at)[0])
 
     def _place(self, field: int) -> int:
-        """The place of a field; 0: it has its default."""
+        """The offset of a field; 0 if the field has its default value."""
         slot = 4 + 2 * field
         away = self._read("H", self._fields + slot) if slot < self._size else 0
         return self._at + away if away else 0
