@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
+from ar_unified.model.remat import POLICIES
 from ar_unified.planning.memory import at_least, memory
 from ar_unified.planning.programs import OutOfMemory, Run, programs
 from ar_unified.planning.targets import Target
@@ -67,7 +68,8 @@ def _changes(run: Run, mesh: Mesh, job: str) -> Iterator[tuple[str, Run, dict[st
             tensor = shape["tensor"] * factor
             yield f"config.mesh.tensor={tensor}", run, shape | {"data": shape["data"] // factor, "tensor": tensor}
         return
-    if (less := {"none": "full", "dots": "full", "full": "offload"}.get(run.model.remat)) is not None:
+    if run.model.remat != "offload":
+        less = "full" if [*POLICIES].index(run.model.remat) < [*POLICIES].index("full") else "offload"
         yield f"config.model.remat={less}", _with(run, model=dataclasses.replace(run.model, remat=less)), shape
     smaller = run.loss_chunk // 4
     if smaller >= 128:

@@ -12,7 +12,9 @@ from ar_unified.cli.plan import run_of, save
 from ar_unified.experiment import config as configs
 from ar_unified.language.syntax import fixed_grid
 from ar_unified.model.config import PRESETS, config_from
+from ar_unified.model.remat import POLICIES
 from ar_unified.parallel.mesh import make_mesh
+from ar_unified.planning.advice import _changes
 from ar_unified.planning.plan import make_plan
 from ar_unified.planning.programs import Run, sample_programs
 from ar_unified.planning.report import text
@@ -88,6 +90,14 @@ def test_a_part_that_is_trained_is_planned_without_what_the_rest_would_need():
     assert part["memory"]["parts"]["parameters"] == whole["memory"]["parts"]["parameters"]
     assert part["memory"]["parts"]["activations"] < whole["memory"]["parts"]["activations"] / 2
     assert part["flops"]["executed"] < part["flops"]["model"] * 1.5 < whole["flops"]["model"]
+
+
+@pytest.mark.parametrize("remat", [*POLICIES][:-1])
+def test_advice_has_a_remat_policy_of_less_memory_for_each_other_one(remat):
+    run, mesh = replace(SMALL, model=replace(tiny.MODEL, remat=remat)), make_mesh(dict(data=1), jax.devices()[:1])
+    (change,) = [c for c, *_ in _changes(run, mesh, "train") if c.startswith("config.model.remat=")]
+    policies = [*POLICIES]
+    assert policies.index(change.partition("=")[2]) > policies.index(remat)
 
 
 def test_sampling_is_planned_by_its_two_programs():
