@@ -337,6 +337,7 @@ class Engine:
 
     def empty(self, shape: Shape) -> State:
         """A pool without samples."""
+        self._pace.begins()
         return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.first)
 
     def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:

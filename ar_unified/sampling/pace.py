@@ -241,6 +241,10 @@ class Pace:
         pool.seconds += steps * pool.costs.of(width)
         return width, steps, False
 
+    def begins(self) -> None:
+        """A pool begins to draw. The time since the last chunk does not count."""
+        self._before = None
+
     def expected(self, shape: Shape) -> float:
         """The expected tokens that a sample gets from a step of its pool."""
         pool = self._pool(shape)

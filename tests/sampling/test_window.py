@@ -167,15 +167,16 @@ def _steps_for_seconds(monkeypatch):
     monkeypatch.setattr(pace, "_COMPILING", 0.0)
 
 
-def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=(), unseen=1.0):
+def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=(), unseen=1.0, idle=0.0):
     """Simulates a pool that draws images of 64 codes. Arguments give the share of codes that is guessed right, the cost
     of a step with each window, the additional cost if its program must be compiled, and how many `more` guesses a
     window's own draws give. In use, a step of a window takes `unseen` times as long as when it is measured alone.
+    After every seventh image nothing is asked for `idle` seconds.
 
     Returns the tokens and the seconds of each width, and the pace.
     """
     rng, shape = np.random.default_rng(seed), Shape(2, 64)
-    first = Pace("auto", program, clock=lambda: sum(seconds.values()))
+    first, waited = Pace("auto", program, clock=lambda: sum(seconds.values()) + waited), 0.0
     tokens, seconds, compiled = dict.fromkeys(pace.WIDTHS, 0.0), dict.fromkeys(pace.WIDTHS, 0.0), set(cached)
     left, image = 65.0, rng.random(64) < share
     while images > 0:
@@ -195,6 +196,9 @@ def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, c
             if first.asks(shape):
                 first.saw(shape, 65, [image])
             left, image, images = left + 65, rng.random(64) < share, images - 1
+            if images % 7 == 0 and idle:
+                waited += idle
+                first.begins()
     return tokens, seconds, first
 
 
@@ -241,6 +245,14 @@ def test_auto_is_never_slower_than_one_by_one(cost, share, images, compiling):
 def test_nor_where_a_window_takes_longer_in_use_than_alone(unseen, share, images):
     tokens, seconds, _ = driven(WAITING, share, images, unseen=unseen)
     assert sum(seconds.values()) * 0.97 <= WAITING[1] * sum(tokens.values())
+
+
+@pytest.mark.usefixtures("_steps_for_seconds")
+def test_time_without_requests_is_nobodys():
+    tokens, *_ = driven(WAITING, 0.9, 3000, idle=5000.0)
+    assert tokens[8] > 0.8 * sum(tokens.values())
+    tokens, *_ = driven(WAITING, 0.6, 3000, unseen=2.5, idle=5000.0)
+    assert tokens[1] > 0.95 * sum(tokens.values())
 
 
 @pytest.mark.usefixtures("_steps_for_seconds")
