@@ -178,7 +178,7 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("docs/pretraining.md", "ar-unified plan"): PODS,
     ("docs/planning.md", "ar-unified plan"): PODS,
     ("docs/pretraining.md", "ar-unified run"): NotRun(
-        "two processes: slurm.sh starts such", ("tests/cli/test_launch.py", "two_nodes")
+        "both of its processes are started together", ("tests/cli/test_launch.py", "docs/pretraining.md")
     ),
     ("docs/benchmarks.md", "python experiments/benchmarks/duplicates.py"): NotRun(
         "a folder of five public sets", ("tests/data/test_duplicates.py", "copies")
