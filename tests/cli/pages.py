@@ -90,7 +90,7 @@ RUN = [
     page("start", "shapes", DIR="mine"),
     page("your_data", DIR="mine"),
     page("data", PATH="mine"),
-    page("data_checks", DIR="mine"),
+    page("data_checks", "shapes", DIR="mine", names={"workdirs/mine/data": "workdirs/shapes/data"}),
     page("sampling", "shapes", "bundle", BUNDLE="bundle"),
     page("evaluation", "shapes", "bundle", PHOTOGRAPHS="mine", BUNDLE="bundle", PATH="mine", **SHAPES_RUN),
     page("tuning", "emu3", DIR="mine", keys=PUBLISHED),
@@ -112,6 +112,7 @@ RUN = [
     page("image_tokenizers", DIR="mine", DIR2="mine"),
     page("from_llm", "qwen", "tokenizer", DIR="mine", BUNDLE="bundle", FOLDER="tokenizer", keys=EXTENDED),
     page("results", "shapes", "results"),
+    page("benchmarks", "sets", DIR="sets", names={"FILE.json": "numbers.json"}),
 ]
 
 
@@ -180,17 +181,11 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("docs/pretraining.md", "ar-unified run"): NotRun(
         "both of its processes are started together", ("tests/cli/test_launch.py", "docs/pretraining.md")
     ),
-    ("docs/benchmarks.md", "python experiments/benchmarks/duplicates.py"): NotRun(
-        "a folder of five public sets", ("tests/data/test_duplicates.py", "copies")
-    ),
     ("docs/data.md", "ar-unified run --config experiments/mixture.py"): NotRun(
         "five sets in a folder: trained on with small ones", ("tests/cli/test_mixture.py", "experiments/mixture.py")
     ),
     ("docs/data_checks.md", 'ar-unified validate {"kind": "tfds"'): NotRun(
         "it builds the whole dataset below the home folder", ("tests/cli/test_validate.py", "validate")
-    ),
-    ("docs/data_checks.md", "ar-unified validate workdirs/mine/data"): NotRun(
-        "nothing on the page prepares a workdir", ("tests/data/test_page.py", "prepare")
     ),
     ("docs/rewards.md", "python experiments/data/make_unseen_prompts.py"): UNSEEN,
     ("docs/rewards.md", "ar-unified run --config experiments/apart.py"): UNSEEN,

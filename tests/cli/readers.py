@@ -17,11 +17,16 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from safetensors.numpy import save_file
 
 from tests.bundles import fresh
-from tests.cli import test_text_alone
+from tests.cli import test_mixture, test_text_alone
 from tests.cli.conftest import ROOT
 from tests.interop import formats, tables
 from tests.interop.weights import Sizes, drawn, transformer_shapes
 from tests.tokenizers import test_movq
+
+
+def sets(here: Path) -> None:
+    """The five sets of experiments/mixture.py."""
+    test_mixture.make(here / "sets")
 
 
 def words(here: Path) -> None:
@@ -89,7 +94,7 @@ def emu3(here: Path) -> None:
     )
 
 
-HAS: dict[str, Callable[[Path], None]] = {each.__name__: each for each in (words, results, tokenizer, qwen, emu3)}
+HAS: dict[str, Callable[[Path], None]] = {each.__name__: each for each in (sets, words, results, tokenizer, qwen, emu3)}
 
 
 @contextlib.contextmanager
