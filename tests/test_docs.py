@@ -34,7 +34,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^(<!-- runs -->\n)?```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Placeholders for the reader's own files -> their replacements here, files of `places`.
 STANDS_FOR = {"FILE": "experiments/shapes.py", "DIR": "mine", "DIR2": "mine", "PATH": "mine", "BUNDLE": "bundle"}
-ARGUMENT = re.compile(r"(?<=[=,:])(DIR2|DIR|PATH|BUNDLE|FILE|chameleon|emu3)(?=,|$)")
+ARGUMENT = re.compile(r"(?<=[=,:])(DIR2|DIR|PATH|BUNDLE|LLM|FILE|chameleon|emu3|apart)(?=,|$)")
 
 
 def snippets(language: str, run: bool | None = None) -> list[Any]:
@@ -49,11 +49,16 @@ def snippets(language: str, run: bool | None = None) -> list[Any]:
     return found
 
 
+BEFORE = re.compile(r"^(?:[A-Z_]+=\S+ |nice -n \S+ |taskset -c \S+ )+(?=python |ar-unified )")
+
+
 def lines(text: str) -> Iterator[list[str]]:
-    """The words of each command of a block. A line that ends in a backslash continues."""
+    """The words of each command of a block, without the variables and priorities before it. A line that ends in a
+    backslash continues.
+    """
     for line in text.replace("\\\n", " ").splitlines():
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(BEFORE.sub("", line), comments=True)
         except ValueError:  # no command
             continue
         for part in " ".join(map(shlex.quote, words)).split(" '&&' "):

@@ -18,8 +18,36 @@ import pytest
 import yaml
 
 from ar_unified.cli.main import VERBS
+from tests.cli import readers
 from tests.cli.conftest import ROOT, command
+from tests.cli.pages import commands
 from tests.parallel.job import environment, free_port
+
+
+@pytest.mark.slow
+def test_two_processes_run_as_the_page_says(tmp_path: Path) -> None:
+    """The two commands of docs/pretraining.md, on this machine, with texts alone."""
+    readers.words(tmp_path)
+    port = free_port()
+    said = {"FILE": "words.py:words", "/shared/run": "run", "host0:9876": f"localhost:{port}"}
+    told = [words[1:] for file, words in commands() if file == "docs/pretraining.md" and "--process" in words]
+    assert [words[-1] for words in told] == ["0", "1"]
+    job = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ar_unified.cli.main", *(said.get(word, word) for word in words)],
+            env=environment(),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for words in told
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in job]
+    assert [process.returncode for process in job] == [0, 0], outputs
+    assert "report.html" in outputs[0] and not outputs[1], "only process 0 prints"
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
 
 SRUN = """#!/bin/bash
 # Starts the two tasks of a step as SLURM does, each with what JAX reads of it.

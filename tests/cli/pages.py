@@ -1,0 +1,251 @@
+"""The commands on the pages of docs/, and how tests/cli/test_pages.py runs them: on little data, with small models.
+
+`SMALL` has the keys that make an experiment small, `RUN` the pages with their replacements, and `NOT_RUN` each command
+that is not run, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from tests import test_docs
+from tests.cli.conftest import SMALL as FOLDER
+from tests.test_wheel import FEW
+
+TWO_STEPS = {"training.steps": 2, "training.warmup_steps": 0, "image_tokenizer.steps": 2}
+OF_BUNDLE = {
+    "training.steps": 2, "training.warmup_steps": 0, "training.validate_every": 2, "training.checkpoint_every": 2,
+    "training.batch_size": 8, "evaluation.limit": 2, "sampling.batch_size": 8,
+}  # fmt: skip
+PART = {"data.train[0].split": "train[:40]", "data.validation[0].split": "validation[:10]"}
+PHOTOS = {
+    "data.image_size": "(32,32)", "image_tokenizer.crop": 32, "image_tokenizer.short_side": 32,
+    "image_tokenizer.steps": 2, "image_tokenizer.batch_size": 8, "evaluation.tokenizer_probe_steps": 0,
+}  # fmt: skip
+# Images that are smaller than those of a published model.
+PUBLISHED = {"data.image_size": "(16,16)", "data.max_tokens": 160, "sampling.max_length": 192}
+# For a text model that learns small images.
+EXTENDED = {
+    "data.image_size": "(32,32)",
+    "data.max_tokens": 160,
+    "training.sequence_length": 192,
+    "sampling.max_length": 192,
+}
+# An experiment -> the keys that make it small; "NAME:init" if it starts from a bundle.
+SMALL: dict[str, Mapping[str, Any]] = {
+    "shapes": dict(key.split("=", 1) for key in FEW),
+    "folder": FOLDER | TWO_STEPS,
+    "folder:init": OF_BUNDLE,
+    "text_tokenizer": {"text_tokenizer.vocab_size": 320},
+    "fine_tune:init": OF_BUNDLE
+    | {"training.accumulation": 1, "training.preview_every": 0, "training.sequence_length": 192},
+    "lora:init": OF_BUNDLE | PART,
+    "grpo:init": OF_BUNDLE | PART | {"reward.group_size": 2, "reward.on_error": "skip"},
+    "words": {"training.steps": 4, "training.checkpoint_every": 2},
+    "photos": PHOTOS | {"image_tokenizer.width": 8, "image_tokenizer.blocks": "(0,1)"},
+    "llamagen": PHOTOS
+    | {"image_tokenizer.width": 32, "image_tokenizer.multipliers": "(1,1)", "image_tokenizer.z_channels": 32}
+    | {"image_tokenizer.factor": 2, "image_tokenizer.blocks": "(1,1)", "image_tokenizer.codes": 64}
+    | {"image_tokenizer.dtype": "float32", "image_tokenizer.adversary.dtype": "float32"}
+    | {"image_tokenizer.adversary.width": 8, "image_tokenizer.adversary.layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page with commands to run.
+
+    Attributes:
+        names: replacements for words that the reader must choose, and for numbers that would take hours.
+        has: what the reader already has, names of tests.cli.readers.HAS.
+        keys: keys for all commands with a config of this page.
+        longer: each training has this many steps more than the one before.
+    """
+
+    file: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    has: tuple[str, ...] = ()
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    longer: int = 0
+
+
+def page(file: str, *has: str, **told: Any) -> Any:
+    """told: in capitals replacements for names; else fields of Page."""
+    names = {name: value for name, value in told.items() if name.isupper()}
+    fields = {name: value for name, value in told.items() if name not in names}
+    fields["names"] = MappingProxyType(names | fields.get("names", {}))
+    return pytest.param(Page(f"docs/{file}.md", has=has, **fields), id=file)
+
+
+SHAPES_RUN = dict(FILE="shapes", DIR="workdirs/shapes")
+TEXT_RUN = dict(FILE="words.py:words", DIR="workdirs/words")
+RUN = [
+    page("start", "shapes", DIR="mine"),
+    page("your_data", DIR="mine"),
+    page("data", PATH="mine"),
+    page("data_checks", "shapes", DIR="mine", names={"workdirs/mine/data": "workdirs/shapes/data"}),
+    page("sampling", "shapes", "bundle", BUNDLE="bundle"),
+    page("evaluation", "shapes", "bundle", PHOTOGRAPHS="mine", BUNDLE="bundle", PATH="mine", **SHAPES_RUN),
+    page("tuning", "emu3", DIR="mine", keys=PUBLISHED),
+    page("text_tokenizers", DIR="mine"),
+    page("lora", "bundle", BUNDLE="bundle"),
+    page("rewards", "shapes", "bundle", BUNDLE="bundle", **SHAPES_RUN),
+    page(
+        "workdirs",
+        "words",
+        **TEXT_RUN,
+        names={
+            "--config.training.steps=10000": "--config.training.steps=4",
+            "--config.training.keep_every=2000": "--config.training.keep_every=2",
+            "workdirs/long:6000": "workdirs/long:2",
+            "--config.training.steps=7500": "--config.training.steps=3",
+        },
+    ),
+    page("troubleshooting", "words", **TEXT_RUN, longer=2),
+    page("image_tokenizers", DIR="mine", DIR2="mine"),
+    page("from_llm", "qwen", "tokenizer", DIR="mine", BUNDLE="bundle", FOLDER="tokenizer", keys=EXTENDED),
+    page("results", "shapes", "results"),
+    page("benchmarks", "sets", DIR="sets", names={"FILE.json": "numbers.json"}),
+]
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """Why a command of a page is not run here.
+
+    Attributes:
+        why: the reason. test: the test that runs it, or what it is for, all the same: a file, and a word of it.
+    """
+
+    why: str
+    test: tuple[str, str] = ("", "")
+
+
+MEASURES = "it measures beside torch, tf.data, Grain or webdataset, which are not in the environment of these tests"
+PODS = NotRun("libtpu compiles even a tiny step of it for more than 20 s", ("tests/planning/test_plan.py", "v5e:"))
+UNSEEN = NotRun("half an hour: the prompts are made", ("tests/test_experiment_data.py", "make_unseen_prompts"))
+EXTENDED_LORA = NotRun("a text model: a small one is extended", ("tests/cli/test_extended_lora.py", "export"))
+BUCKET = "it needs a bucket and a cluster"
+# (page, beginning of the command) -> why it is not run here.
+NOT_RUN: dict[tuple[str, str], NotRun] = {
+    ("", "make setup"): NotRun("it made the environment of this test", (".ci/run", "make setup")),
+    ("", "make test"): NotRun("it runs this test", (".ci/run", " test-slow ")),
+    ("", "make lint"): NotRun("another part of CI", (".ci/run", " lint ")),
+    ("", "make demo"): NotRun("25 minutes; the verb of docs/start.md, which is run", ("Makefile", "ar-unified demo")),
+    ("", "make check-gpu"): NotRun("eight minutes on a GPU", ("tests/test_check_gpu.py", "experiments.benchmarks.gpu")),
+    ("", "source "): NotRun("it changes a shell; .ci/run names the environment's programs", (".ci/run", ".venv/bin")),
+    ("", "pip install"): NotRun("an installation", ("tests/test_wheel.py", "wheel_alone.environment")),
+    ("", "docker "): NotRun("there is no Docker here", ("tests/cli/test_launch.py", "the_image_installs_the_backend")),
+    ("docs/benchmarks.md", "python experiments/benchmarks/cpu_vs_transformers.py"): NotRun(MEASURES),
+    ("docs/benchmarks.md", "python experiments/benchmarks/sampling_vs_transformers.py"): NotRun(MEASURES),
+    ("docs/benchmarks.md", "python experiments/benchmarks/image_tokenizer.py"): NotRun(MEASURES),
+    ("docs/benchmarks.md", "python experiments/benchmarks/packing.py"): NotRun(MEASURES),
+    ("docs/benchmarks.md", "python experiments/benchmarks/feeding.py"): NotRun(MEASURES),
+    ("docs/benchmarks.md", "python experiments/benchmarks/text_tokenizer.py"): NotRun(
+        "minutes: it trains four tokenizers on 8 MB of text each"
+    ),
+    ("docs/benchmarks.md", "python experiments/benchmarks/quantizers.py"): NotRun(
+        "eleven trainings of seven minutes each, in processes of their own"
+    ),
+    ("docs/benchmarks.md", "python experiments/benchmarks/parallel_decoding.py"): NotRun(
+        "minutes: engines with every window, seven times", ("tests/sampling/test_window.py", "window")
+    ),
+    ("docs/benchmarks.md", "python experiments/benchmarks/loader_scale.py"): NotRun(
+        "another test runs it, with a million documents", ("tests/data/test_loader_scale.py", '"--documents"')
+    ),
+    ("docs/benchmarks.md", "python experiments/benchmarks/decode_programs.py"): NotRun(
+        "twenty minutes: it compiles Chameleon's layers for TPUs", ("tests/planning/test_decoding_on_tpu.py", "decode")
+    ),
+    ("docs/benchmarks.md", "python experiments/benchmarks/import_memory.py"): NotRun(
+        "68 GB: a file of its form is made small", ("tests/interop/test_import_memory.py", "generate")
+    ),
+    ("docs/data_at_scale.md", "ar-unified prepare --config FILE --workdir gs://bucket/run --beam=--runner=Dir"): NotRun(
+        "it needs Apache Beam: run beside it in .venv-interop, on two processes",
+        ("tests/cli/test_prepare_by_beam.py", "direct_num_workers=2"),
+    ),
+    ("docs/data_at_scale.md", "ar-unified prepare --config FILE --workdir gs://bucket/run --beam=--runner=Fl"): NotRun(
+        BUCKET
+    ),
+    ("docs/data_at_scale.md", "ar-unified prepare --config FILE --workdir gs://bucket/run --beam=--runner=Dat"): NotRun(
+        BUCKET
+    ),
+    ("docs/pretraining.md", "ar-unified plan"): PODS,
+    ("docs/planning.md", "ar-unified plan"): PODS,
+    ("docs/pretraining.md", "ar-unified run"): NotRun(
+        "both of its processes are started together", ("tests/cli/test_launch.py", "docs/pretraining.md")
+    ),
+    ("docs/data.md", "ar-unified run --config experiments/mixture.py"): NotRun(
+        "five sets in a folder: trained on with small ones", ("tests/cli/test_mixture.py", "experiments/mixture.py")
+    ),
+    ("docs/data_checks.md", 'ar-unified validate {"kind": "tfds"'): NotRun(
+        "it builds the whole dataset below the home folder", ("tests/cli/test_validate.py", "validate")
+    ),
+    ("docs/rewards.md", "python experiments/data/make_unseen_prompts.py"): UNSEEN,
+    ("docs/rewards.md", "ar-unified run --config experiments/apart.py"): UNSEEN,
+    ("docs/rewards.md", "ar-unified export --workdir workdirs/apart"): UNSEEN,
+    ("docs/rewards.md", "ar-unified run --config experiments/grpo.py:from=apart"): UNSEEN,
+    ("docs/instruction_tuning.md", "ar-unified"): NotRun(
+        "20 minutes of data and training", ("tests/evaluation/test_conversations.py", "conversation")
+    ),
+    ("docs/lora.md", "ar-unified run --config experiments/folder.py"): EXTENDED_LORA,
+    ("docs/lora.md", "ar-unified export --workdir workdirs/eyes"): EXTENDED_LORA,
+    ("docs/preference_tuning.md", "ar-unified"): NotRun(
+        "a model that draws: a tiny one is trained on pairs", ("tests/cli/test_preference.py", '"train"')
+    ),
+    ("docs/preference_tuning.md", "python"): NotRun(
+        "13 MB of pairs: fewer are made", ("tests/test_experiment_data.py", "make_shape_pairs")
+    ),
+    ("docs/image_editing.md", "ar-unified"): NotRun(
+        "18 minutes; the data of its edits are looked at", ("tests/data/test_edits.py", "edits")
+    ),
+    ("docs/published_weights.md", "ar-unified"): NotRun(
+        "published files: files of the same form are tuned and exported", ("tests/cli/test_published.py", '"export"')
+    ),
+    ("docs/workdirs.md", "ar-unified VERB"): NotRun("a pattern of commands", ("tests/test_wheel.py", '"--help"')),
+}
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, words) of every command of every page, in order."""
+    for block in [*test_docs.snippets(""), *test_docs.snippets("sh")]:
+        for words in test_docs.lines(block.values[0]):
+            if words and words[0] in ("ar-unified", "python", "make", "docker", "pip", "source"):
+                yield str(block.id).partition(":")[0], words
+
+
+def why_not(file: str, words: list[str]) -> NotRun | None:
+    """Why a command is not run; None if it is run."""
+    line = " ".join(words)
+    return next((why for (of, begins), why in NOT_RUN.items() if of in ("", file) and line.startswith(begins)), None)
+
+
+def small(words: list[str], of: Page, trained: int = 0) -> list[str]:
+    """The arguments of a command after all replacements. trained: how many trainings of the page were before it."""
+    told = [
+        re.sub(r"(?<=[=,:])([A-Z]+2?)(?=,|$)", lambda m: of.names.get(m[1], m[1]), of.names.get(word, word))
+        for word in words[1:]
+    ]
+    config = next((b for a, b in zip(told, told[1:], strict=False) if a == "--config"), "")
+    if told[0] == "demo":
+        config = "shapes"
+    keys: dict[str, Any] = {}
+    if config and "--from" not in told:  # evaluation of a bundle uses the bundle's sizes
+        experiment = Path(config.partition(":")[0]).stem
+        begun = f"{experiment}:init" if re.search("[:,](init|from)=", config) else experiment
+        keys |= SMALL[begun] | of.keys
+        if of.longer:
+            keys["training.steps"] = of.longer * (1 + trained)
+    # A page's own keys stay, but for its numbers of steps.
+    own = {
+        after.removeprefix("--config.").partition("=")[0]
+        for before, after in zip(words[1:], told, strict=True)
+        if after.startswith("--config.") and not (before == after and ".steps=" in after)
+    }
+    return [*told, *(f"--config.{key}={value}" for key, value in keys.items() if key not in own)]
