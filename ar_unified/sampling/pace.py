@@ -39,7 +39,8 @@ _AGAIN = 1024 * CHUNK  # steps until a window in use is compared again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
 _PROMISING = 1.3  # if at least this many tokens a step are expected, the greater share is allowed
 _BETTER = 1.1  # a window must be this many times faster than drawing one by one
-_FIRST, _EACH = 32, 16  # without a window, saw() gets the first 32 samples, then every 16th
+# Without a window, saw() gets the first 32 samples, then every 64th: each takes as long as a fifth of a small image.
+_FIRST, _EACH = 32, 64
 _DECIDING = 4 * CHUNK  # steps between two decisions: for small images, each would take 1 % of a sample's time
 _KEEP = 0.97, 0.9  # decay of earlier counts, by each sample and by each chunk
 
