@@ -18,7 +18,7 @@ import functools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from ar_unified.model.transformer import Transformer, init
 SIZES = {  # preset, vocabulary, (batch, length) in training
     "25m": ("25m", 16384, (8, 512)),
     "demo": ("2m", 1792, (16, 256)),
+    "trial": ("debug", 256, (2, 16)),
 }
 LEARNING_RATE = dict(learning_rate=3e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
 
@@ -243,7 +244,7 @@ def report(title: str, medians: dict[str, tuple[float, float]], tokens: int) -> 
     print(f"{title:28s}" + " | ".join(cells), flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table of ratios for each requested size and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="25m")
@@ -253,7 +254,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of a chunk of the loss")
     parser.add_argument("--alone", action="store_true", help="without the peer")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     preset, vocab, (B, T) = SIZES[args.size]
     keep_memory()

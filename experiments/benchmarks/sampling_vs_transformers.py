@@ -32,17 +32,20 @@ import dataclasses
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TEXT, CODES, SIDE = 2000, 4096, 16
+# An environment variable, because each side has its own process. A test sets it.
+SIDE = int(os.environ.get("AR_UNIFIED_BENCHMARK_SIDE", "16"))
+TEXT, CODES = 2000, 4096
 NEW = (SIDE + 1) * SIDE + 2  # codes and line ends, <eoi>, <eos>
 SCALE, TOP_K = 3.0, 2048
 PROMPT, NEW_TEXT = 64, 128
@@ -391,7 +394,7 @@ def check(out: np.ndarray, v: dict[str, int]) -> None:
     assert (out[:, -2] == v["eoi"]).all() and (out[:, -1] == v["eos"]).all()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the ratios, and writes raw times if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", nargs="*", type=int, default=(1, 16), help="batches")
@@ -399,7 +402,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lwm", metavar="PYTHON", help="an interpreter that imports LWM; see lwm_sampler.py")
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     import jax
 
@@ -407,7 +410,7 @@ def main() -> None:
 
     config, params, grammar = model()
     vocabulary = grammar.vocabulary
-    v = {name: getattr(vocabulary, name) for name in ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")}
+    v = {name: vocabulary.control(name) for name in ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")}
     v |= {"side": vocabulary.size_offset, "image": vocabulary.image_offset}
     state = llama_state(config, params)
     versions = {name: importlib.metadata.version(name) for name in ("jaxlib", "torch", "transformers")}
