@@ -35,7 +35,7 @@ from ar_unified.training.policy import PolicyBatch, PolicyConfig, group_advantag
 from ar_unified.training.step import Drawing, Params
 
 _PATIENCE = 3  # maximum number of consecutive rounds of sampling without any rewards
-_OTHERS = 1 << 40  # prompts with this number or a higher one replace others
+_OTHERS = 1 << 40  # prompts with this number or higher are substitutes for others
 
 
 @dataclasses.dataclass(frozen=True)

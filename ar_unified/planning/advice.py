@@ -31,7 +31,7 @@ class Trial(NamedTuple):
 
 
 def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], object]) -> Iterator[Trial]:
-    """All changes that apply, those that slow training least first. Each one that may fit is compiled."""
+    """All changes that apply, sorted by how much they slow training, least first. Each one that may fit is compiled."""
     for change, variant, shape in _changes(run, mesh, job):
         try:
             other = target.mesh(shape)

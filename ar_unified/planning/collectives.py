@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """All collectives of a module for `devices` devices that connect at least two devices.
+    """All collectives between at least two devices, in a module for `devices` devices.
 
     If the TPU compiler overlaps a collective, it appears in several fusions with the same channel and is counted once.
     The channel alone does not identify a collective, because all collectives of shard_map share one.

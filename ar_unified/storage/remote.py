@@ -61,7 +61,7 @@ class Remote:
 
     @property
     def suffix(self) -> str:
-        """From the last dot of the name."""
+        """The end of the name, from its last dot."""
         return self._path.suffix
 
     @property

@@ -258,8 +258,8 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
 
 
 def _pauses() -> Iterator[float | None]:
-    """Seconds to wait before the next try, None after the last. A part is random, because many processes may fail
-    together.
+    """Seconds to wait before the next try, None after the last. The pauses are partly random, so that
+    processes that failed together do not retry together.
     """
     until, pause = time.monotonic() + patience(), 0.1
     while time.monotonic() + pause < until:
@@ -284,7 +284,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
     # No listing is cached, because this process must see what another one has just written. The package's own retries
     # are turned off if possible; otherwise each of our tries would be six of theirs.
     if scheme == "s3":
-        # botocore's "max_attempts" counts tries behind the first, each after a pause of its own, and would hide from
+        # botocore's "max_attempts" counts tries after the first, each after a pause of its own, and would hide from
         # `create` that a request was made twice.
         retries = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         found = module.S3FileSystem(use_listings_cache=False, config_kwargs=retries, skip_instance_cache=True)

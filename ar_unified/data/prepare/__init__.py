@@ -1,4 +1,4 @@
-"""Sources -> token shards: images through the image tokenizer in full batches, documents through the grammar.
+"""Turns sources into token shards. The image tokenizer encodes images in full batches; the grammar encodes documents.
 
 A shard is a fixed range of a source's items, and its content depends on nothing else. So an interrupted run continues
 with the missing shards, any number of processes can share the work (`claims`), and the bytes are always the same.
@@ -122,7 +122,7 @@ def prepare(
         grammar: its vocabulary is made from the two tokenizers.
         image_tokenizer: called with full batches, uint8 [batch_size, H, W, 3]; each (H, W) compiles once. The codes of
             an image may not depend on the other images of the batch.
-        max_tokens: of a document, with BOS and EOS: the sequence length of the later training.
+        max_tokens: the maximum length of a document, with BOS and EOS; it is the sequence length of the later training.
         resize: applied to images first; None: `default_resize`.
         shard_items: items of a source in a shard, the unit of restarting.
         workers: threads that read and decode; None: `decoders`.
@@ -179,7 +179,8 @@ def shard_maker(
     max_tokens: int,
     resize: Resize,
 ) -> Callable[[str], None]:
-    """A function that makes the shard of a name, for `prepare`'s `elsewhere`; arguments as there.
+    """Returns a function that makes the shard of a given name, for the argument `elsewhere` of `prepare`. The other
+    arguments are those of `prepare`.
 
     The numbers of items in a shard and of images in a batch are those that `prepare` has written. It does nothing if
     the shard exists. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder with something else.
@@ -244,10 +245,10 @@ def load_report(folder: str | Path) -> Report:
 
 
 def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
-    """Plans which documents share a row of this length (`blocks`), beside every source's shards, unless that is done.
+    """Plans which documents share a row of this length (`blocks`), next to each source's shards, unless that is done.
 
     Then a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers of a
-    preference pair are in one row. leave_out: longer documents are in no row.
+    preference pair are in one row. leave_out: whether to leave out longer documents.
 
     Raises:
         UserError: a document is longer than a row. OSError: nothing can be written there.
@@ -264,7 +265,7 @@ def folder_name(source: str) -> str:
 
 
 def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
-    """What to tell about each source whose folder an earlier source of its set has; none if all names differ.
+    """A message for each source that has the same folder as an earlier source of its set; none if all names differ.
 
     sets: the sources of each set of a config ("train", "validation", a test's name), by their number in it.
     """

@@ -21,7 +21,7 @@ _one_at_a_time = threading.Lock()  # one for the process: a shard is made in ful
 
 
 def run(names: Sequence[str], opener: Opener, options: str) -> None:
-    """On the workers of a pipeline, calls the function that `opener` returns at least once with each of `names`.
+    """Calls the function that `opener` returns with each of `names`, at least once each, on the workers of a pipeline.
     Returns when the pipeline ends.
 
     Args:

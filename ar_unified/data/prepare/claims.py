@@ -63,7 +63,7 @@ class Claims:
                 self._team.alive()
                 if not done(name) and self._take(name):
                     took = True
-                    if not done(name):  # it may have been finished between the two questions
+                    if not done(name):  # it may have been finished between the two checks
                         do(name)
                     self._release()
             left = [name for name in left if not done(name)]

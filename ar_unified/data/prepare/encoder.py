@@ -112,7 +112,7 @@ class Encoder:
             return
         digests: list[bytes] = []
 
-        def without(part: object) -> Any:  # keeps an image's place alone: pixels live until their batch is encoded
+        def without(part: object) -> Any:  # keeps only an image's place; its pixels stay until they are encoded
             if not isinstance(part, ImagePart):
                 return part
             digests.append(self._take(part.pixels))
@@ -120,7 +120,7 @@ class Encoder:
 
         document = item.changed(without)
         self._items.append(Item(number, document if digests else item, None, digests))
-        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the oldest goes
+        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # there are many sizes: encodes the oldest
             self._send(next(iter(self._waiting)))
 
     def _take(self, pixels: np.ndarray) -> bytes:

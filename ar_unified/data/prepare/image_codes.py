@@ -2,7 +2,7 @@
 not encode them again.
 
 <folder>/<tokenizer>/<digests>.codes           the codes of one shard: a table sorted by digest, then all codes
-                     index-<files>.keys.npy    the first 8 bytes of the digest of each image of so many files, sorted
+                     index-<files>.keys.npy    the first 8 bytes of the digest of each image of this many files, sorted
                      index-<files>.places.npy  where the codes of each image are
 
 The key of an image is the hash of its pixels after the resize. Files are memory-mapped and the index is made in parts,

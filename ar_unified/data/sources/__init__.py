@@ -72,7 +72,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
             see `Augmented`), and keys that the source itself does not read: `weight` in the mixture of documents,
-            `image_weight` in that of the image tokenizer's images (default: by its number of documents); `made_by`, the
+            `image_weight` among the image tokenizer's images (default: by its number of documents); `made_by`, the
             command that makes what `path` names, for the message where it is missing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Records of any format -> rows of `language.rows`: which column, feature or key is which part of a document.
+"""Turns records of any format into rows of `language.rows`: says which value is which part of a document.
 
 A record is a mapping from names to values: a row of a table, an example of TFDS, a sample of a WebDataset. The argument
 `columns` says which value is which part. Without it, these names are known, in upper or lower case:
@@ -80,13 +80,13 @@ class Columns:
     """Says which value of a record is which part of a document.
 
     Args:
-        columns: part -> its place: the name of a column; a path into it ("captions/0/text", "json/caption"); the
-            element of a list whose number is in another column ("options[answer]"); or a text with these in braces
-            ("{title}\\n\\n{text}"). None: the names above.
+        columns: maps each part to its place. A place is the name of a column, a path into it ("captions/0/text",
+            "json/caption"), an element of a list whose index is in another column ("options[answer]"), or a text with
+            such places in braces ("{title}\\n\\n{text}"). None: the names above.
         argument: what the source calls this argument, for messages.
 
     Raises:
-        UserError: an unknown part, or a place that is no text.
+        UserError: if a part is unknown, or a place is not a string.
     """
 
     def __init__(self, columns: Mapping[str, str] | None = None, argument: str = "columns"):
@@ -106,7 +106,7 @@ class Columns:
         return self._columns
 
     def places(self, names: Iterable[str]) -> Mapping[str, str]:
-        """Part -> its place in records that have these names."""
+        """Maps each part to its place in records that have these names."""
         if self._columns is not None:
             return self._columns
         lower = {name.lower(): name for name in reversed(list(names))}
@@ -119,7 +119,7 @@ class Columns:
         return {part: name for part, name in found.items() if part in _OF_PAIRS}
 
     def names(self, names: Sequence[str], where: str) -> dict[str, list[str]]:
-        """Part -> the names that it is made from. Raises UserError: records with these names are no documents."""
+        """Maps each part to the names that it is made from. Raises UserError if such records are no documents."""
         places, whole, _ = self._plan(tuple(names))
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
@@ -144,8 +144,8 @@ class Columns:
         needs.
 
         Raises:
-            DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs, or the text of an
-                image lies in an object of another name, where it would be lost without a word.
+            DocumentError: "missing_image" if an image is null. "bad_row" if a value does not suit its part, or if the
+                text of an image is inside an object that nothing reads, so it would be lost silently.
         """
         places, whole, used = self._plan(tuple(record), pictures)
         if not whole:
@@ -186,7 +186,8 @@ class Columns:
         return known if isinstance(known, str) else ""
 
     def _planned(self, names: tuple[str, ...], pictures: bool = True) -> tuple[Mapping[str, str], str, set[str]]:
-        """Part -> place; the part that makes the record a document ("" if none does); and the names that are used.
+        """Returns a map from parts to places, the part that makes the record a document ("" if none), and the names in
+        use.
 
         pictures: False if the names of images may be missing, because they were not read.
         """
@@ -203,8 +204,10 @@ _WORDS = {
 
 
 def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
-    """Raises DocumentError if an object (or a list of them) among the unused values of an image has a text under a
-    known name."""
+    """Raises DocumentError if a value that nothing uses has a text under a known name inside it.
+
+    unused: the values of a record with only an image. They may be objects or lists of objects.
+    """
     left = [*unused.items()]
     for _ in range(_DEEPEST):
         left = [(f"{at}/0", value[0]) if isinstance(value, list) and value else (at, value) for at, value in left]
@@ -310,7 +313,7 @@ def _piece(value: object) -> Any:
 
 
 def _messages(found: Mapping[str, object], images: _Images, whole: bool = True) -> dict[str, object]:
-    """whole: images that no turn names are put into the user's first turn."""
+    """whole: whether images that no turn names are put into the user's first turn."""
     turns = found["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DocumentError("bad_row", f"messages: expected a list of objects, found {turns!r:.80}")
@@ -435,7 +438,7 @@ _WRITERS = {
 
 
 def _meta(values: Mapping[str, object]) -> dict[str, object]:
-    """Short values with a name that no row needs."""
+    """The short values whose names are not keys of a row."""
     taken = {"image", "text", "question", "answer", "segments", "prompt", "messages", "id"}
     return {name: value for name, value in values.items() if name not in taken and _short(value)}
 

@@ -113,7 +113,7 @@ class _Reader:
 
 
 class _Direct:
-    """The same, only for texts, images and lists of them: directly from the record, with a tenth of the work."""
+    """Does the same for texts, images and lists of them. It reads the record directly, with a tenth of the work."""
 
     def __init__(self, features: Mapping[str, object]):
         self._images = {name: _is_image(feature) for name, feature in features.items()}
@@ -139,15 +139,15 @@ def _is_image(feature: Any) -> bool:
 
 
 def _values(feature: Any) -> Callable[[Any], object]:
-    """A function that makes Python values of a feature's values: lists of numpy arrays, texts of bytes, names of
-    classes.
+    """A function that converts a feature's values to Python values: arrays to lists, bytes to texts, class numbers to
+    names.
     """
     if _is_image(feature):
         return lambda value: list(value) if isinstance(value, np.ndarray | list) else value
     inner = getattr(feature, "feature", None)
     if isinstance(inner, tfds.features.ClassLabel):
         return lambda value: [inner.int2str(int(each)) for each in value]
-    if isinstance(inner, tfds.features.FeaturesDict):  # TFDS gives an object of lists, for a list of objects
+    if isinstance(inner, tfds.features.FeaturesDict):  # TFDS gives a dict of lists in place of a list of dicts
         return lambda value: _rows(_plain(value))
     if isinstance(feature, tfds.features.ClassLabel):
         return lambda value: feature.int2str(int(value)) if value >= 0 else None  # -1: a secret label
@@ -155,7 +155,7 @@ def _values(feature: Any) -> Callable[[Any], object]:
 
 
 def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """A builder of a format other than tfrecord, TFDS's default, which allows no random access and needs TensorFlow."""
+    """A builder of a format other than tfrecord. This default of TFDS has no random access and needs TensorFlow."""
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ModuleNotFoundError:  # its code imports TensorFlow; a prepared dataset needs no code
@@ -209,7 +209,7 @@ def _raw_bytes() -> Any:
 
 
 def _rows(columns: Any) -> Any:
-    """Lists of equal length under names as a list of objects; anything else as it is."""
+    """Turns a dict of lists of equal length into a list of dicts. Returns anything else unchanged."""
     if not isinstance(columns, dict) or not all(isinstance(column, list) for column in columns.values()):
         return columns
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

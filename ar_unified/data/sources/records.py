@@ -34,7 +34,7 @@ class RecordSource(ABC):
     """A source whose items are records (`columns`). A subclass has `__len__`, `origin` and `read`.
 
     Args:
-        folder: where images lie that records only name; None: records must contain their images.
+        folder: the folder of images that records refer to by name; None: records must contain their images.
     """
 
     def __init__(

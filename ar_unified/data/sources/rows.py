@@ -44,7 +44,7 @@ class Rows:
     Args:
         beside: files of other sources over the same images. They are counted too, so that all sources have the same
         borders between splits.
-        columns: part -> key of a row (`Columns`), for rows that do not have the form of `language.rows`.
+        columns: maps each part to a key of a row (`Columns`), for rows that do not have the form of `language.rows`.
 
     Raises:
         UserError: a file is missing, or no row is in `split` (EmptySplit: there are too few images).

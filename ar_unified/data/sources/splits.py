@@ -51,7 +51,7 @@ class Split:
         self._counting = self.by_part
 
     def has(self, row: Mapping[str, object], data: bytes, *, own: bool = True) -> bool:
-        """Whether a row (`data`: as it stands in its file) is in the split; True for all that are counted.
+        """Whether a row (`data`: as it stands in its file) is in the split. A row that is counted always gives True.
 
         own: False for a row of another source. It is only counted, so that both sources have the same borders.
         """

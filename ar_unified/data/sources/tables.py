@@ -40,7 +40,7 @@ class Tables(RecordSource):
 
     Args:
         path: a file, a folder, or a name with braces or wildcards (`shards`).
-        columns: part -> column: `Columns`.
+        columns: maps each part to a column, as in `Columns`.
         split: "train" takes the files whose name or folder begins with it, if there are any. "train[:95%]" and "[95%:]"
             are parts of the rows in their order, as in TFDS, so rows that must be on the same side have to follow each
             other.
@@ -179,7 +179,7 @@ class _File(ABC):
 
     Attributes:
         rows: number of rows in each group. names: of the columns. head: bytes that change when the rows do.
-        bombs: group -> why it is not unpacked (`unpacked_sizes`).
+        bombs: maps each group that is not unpacked to the reason (`unpacked_sizes`).
     """
 
     def __init__(self, path: AnyPath, schema: pa.Schema, rows: list[int], bombs: dict[int, str]):

@@ -49,7 +49,7 @@ class Tars(RecordSource):
 
     Args:
         path: a tar, a folder of tars, or a name with braces or wildcards (`shards`): "shards/{000..063}.tar".
-        keys: part -> member: as `columns` of `Columns`.
+        keys: maps each part to a member, like `columns` in `Columns`.
         split: None, or a part by samples in their order: "[:95%]", "[95%:]".
 
     Raises:
@@ -289,7 +289,7 @@ def _begin(file: BinaryIO) -> bytes:
 
 
 def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
-    """Whether a tar has so many bytes. whole: its number of bytes, if known."""
+    """Whether a tar has at least this many bytes. whole: its number of bytes, if known."""
     if whole is not None:
         return end <= whole
     try:

@@ -1,7 +1,7 @@
 """Finds how large the values of a table become when they are unpacked, without unpacking them.
 
-A few kilobytes of Zstandard may stand for gigabytes of zeros. Parquet says in its footer what a column of a group
-becomes, and Arrow in the first eight bytes of each buffer.
+A few kilobytes of Zstandard may stand for gigabytes of zeros. Parquet says in its footer how large a column of
+a group becomes, and Arrow says it in the first eight bytes of each buffer.
 """
 
 from __future__ import annotations
