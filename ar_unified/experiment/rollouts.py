@@ -77,7 +77,7 @@ class DrawingConfig:
         """The request with which every answer is drawn."""
         return dataclasses.replace(
             Request(id=name, parts=()),
-            mode=self.mode,  # type: ignore[arg-type]  # `Request.check` says which there are
+            mode=self.mode,  # type: ignore[arg-type]  # `Request.check` checks it
             guidance=self.guidance,
             max_tokens=self.max_tokens or None,
             text=dataclasses.replace(Request.text, temperature=self.temperature),

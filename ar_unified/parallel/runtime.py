@@ -264,7 +264,7 @@ def preempted() -> bool:
     global _asked
     if _log is None:
         return False
-    _asked += 1  # not the step, because a second training starts at step 0 again, before the agreed step
+    _asked += 1  # counts calls, not steps: a second training starts at step 0 again, before the agreed step
     return multihost_utils.reached_preemption_sync_point(_asked)
 
 
@@ -274,7 +274,7 @@ def apart() -> Iterator[Callable[[], None]]:
     repeatedly. About a second after a SIGTERM to one process, this function raises Preempted in all processes. All
     processes leave the block together.
 
-    `preempted` must be called equally often in all processes. Here the processes have only the time in common, so it is
+    `preempted` must be called equally often in all processes. Here the processes share nothing but the clock, so it is
     called once per tick of the clock.
     """
     barrier("apart", timeout=ALONE)

@@ -183,7 +183,7 @@ class _Tally:
         self._engine, self._advance, self._say = engine, advance, say
         self._started = time.monotonic()
         hardware = of_kind(jax.devices()[0].device_kind)
-        devices = engine.mesh.size if engine.mesh else 1  # the samples of this engine only
+        devices = engine.mesh.size if engine.mesh else 1  # each process reports its own engine
         self._memory = MemoryTime(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
         self.first_error = ""

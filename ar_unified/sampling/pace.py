@@ -28,7 +28,7 @@ WIDTHS = (1, 2, 4, FEW)
 WINDOWS = (*map(str, WIDTHS), "auto")
 _AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
 # Steps that are timed together: one-token steps, and wide steps. With these numbers, both timings take about equally
-# long, because a busy machine slows short timings less.
+# long. Otherwise a busy machine would slow the longer one more.
 _ALONE, _WIDE = 16, 6
 _PROBES = 3  # timings of a width, alternating with width 1; the fastest counts
 _COMPILING = 5.0  # least seconds assumed for compiling, because the program of width 1 may have come from a cache

@@ -27,7 +27,7 @@ class Steps:
 
     def __init__(self, url: str, mark: str):
         self._url, self._mark = url.rstrip("/"), mark
-        cache = os.environ.get("AR_UNIFIED_CACHE") or None  # None: where temporary files are
+        cache = os.environ.get("AR_UNIFIED_CACHE") or None  # None: the folder of temporary files
         if cache:
             os.makedirs(cache, exist_ok=True)
         self.here = Path(tempfile.mkdtemp(prefix="ar_unified-steps-", dir=cache))

@@ -26,7 +26,7 @@ from ar_tokenizers.files import whole
 
 from ar_unified.errors import UNUSABLE, RunError, UserError
 
-SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and its Python package
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme of a URL -> its Python package
 PIECE = 1 << 24  # bytes of a large object that one request reads
 _PATIENCE = 120.0  # seconds
 _LONGEST_PAUSE = 16.0
@@ -117,7 +117,7 @@ def found_under(url: str) -> dict[str, Facts]:
             rows = list(_system(url).find(f"{url.rstrip('/')}/", detail=True).values())
         except FileNotFoundError:
             return {}
-        rows = [row for row in rows if not row["name"].endswith("/")]  # some tools create it to stand for a folder
+        rows = [row for row in rows if not row["name"].endswith("/")]  # some tools create it for a folder
         return {name: _facts(row) for name, row in _below(url, rows) if name}
 
     return _patiently("list", url, ask)

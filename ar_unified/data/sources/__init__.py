@@ -72,8 +72,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
             see `Augmented`), and keys that the source itself does not read: `weight` in the mixture of documents,
-            `image_weight` among the image tokenizer's images (default: by its number of documents); `made_by`, the
-            command that makes what `path` names, for the message where it is missing.
+            `image_weight` among the image tokenizer's images (default: by its number of documents); `made_by`, a
+            command that makes the data at `path`, for the message if they are missing.
 
     Raises:
         UserError: an unknown kind or key, a missing file (`made_by` says how to make it), an augmentation out of range,
@@ -225,7 +225,7 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
         item = get(i, decode)
         seconds.append(time.perf_counter() - began)
         yield item
-    if not seconds or median(seconds) < 1e-3:  # a median: the first may open files
+    if not seconds or median(seconds) < 1e-3:  # the median, because the first items may open files
         yield from starmap(get, left)
         return
     waiting: deque[Future[tuple[int, Document | BadItem]]] = deque()

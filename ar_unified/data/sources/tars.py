@@ -97,7 +97,7 @@ class Tars(RecordSource):
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each open tar keeps 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
-        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # asking again goes back in a packed tar
+        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # asking again seeks back in a packed tar
         self.fingerprint: dict[str, object] = {
             "kind": "webdataset",
             "items": len(self),
