@@ -133,9 +133,9 @@ def prepare(
             `shard_maker`. Shards that are still missing afterwards are made here.
 
     Raises:
-        NothingLeft: no document of a source is left; what was written is removed.
-        ManifestMismatch, StageMismatch: the tokenizer or `folder` belongs to another vocabulary, or `folder` was begun
-            with other sources or settings.
+        NothingLeft: if no document of a source is left. Everything that was written is then removed.
+        ManifestMismatch, StageMismatch: if the tokenizer or `folder` belongs to another vocabulary, or `folder` was
+            begun with other sources or settings.
     """
     folder, team = Path(folder), team or Team()
     resize = resize or default_resize(grammar.layout, image_tokenizer)
@@ -183,7 +183,8 @@ def shard_maker(
     arguments are those of `prepare`.
 
     The numbers of items in a shard and of images in a batch are those that `prepare` has written. It does nothing if
-    the shard exists. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder with something else.
+    the shard exists. Raises ManifestMismatch or StageMismatch if `prepare` has begun the folder with
+    something else.
     """
     folder = Path(folder)
     begun = workdir.read_json(storage.fetch(folder / "plan.json"))["settings"]
@@ -230,7 +231,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest, which `prepare` writes last: "vocabulary", "settings", "sources", "report".
 
     Raises:
-        FileNotFoundError: nothing was prepared here, or not to the end.
+        FileNotFoundError: if nothing was prepared here, or not to the end.
     """
     path = storage.fetch(Path(folder) / "manifest.json")
     if not path.exists():
@@ -251,7 +252,7 @@ def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave
     preference pair are in one row. leave_out: whether to leave out longer documents.
 
     Raises:
-        UserError: a document is longer than a row. OSError: nothing can be written there.
+        UserError: if a document is longer than a row. OSError: if nothing can be written there.
     """
     for name, source in report.sources.items():
         place = Path(folder) / name

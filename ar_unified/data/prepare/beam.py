@@ -29,8 +29,8 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
         options: Beam's options, as on its command line: "--runner=FlinkRunner --flink_master=...".
 
     Raises:
-        UserError: Beam is not installed, or cannot use the options.
-        RunError: the pipeline failed; the message ends with the last line of a worker.
+        UserError: if Beam is not installed, or cannot use the options.
+        RunError: if the pipeline failed. The message ends with the last line of a worker.
     """
     try:
         beam: Any = importlib.import_module("apache_beam")

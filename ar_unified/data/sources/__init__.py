@@ -76,8 +76,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             command that makes the data at `path`, for the message if they are missing.
 
     Raises:
-        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), an augmentation out of range,
-            or a split without rows (EmptySplit: all rows belong to one image or text).
+        UserError: for an unknown kind or key, a missing file (`made_by` says how to make it), an augmentation out of
+            range, or a split without rows (EmptySplit: all rows belong to one image or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "images": ImageFiles, "text": TextFiles,
@@ -160,8 +160,8 @@ def _tables(path: str | AnyPath, **options: Any) -> Source:
 
 
 def row_files(root: str | AnyPath) -> list[str]:
-    """Which of FOLDER_FILES a folder has. Raises UserError: a name is there in capital letters, or there is no
-    folder."""
+    """Which of FOLDER_FILES a folder has. Raises UserError if a name is there in capital letters, or if there
+    is no folder."""
     root = storage.path(root)
     with about(str(root)):
         names = storage.names_in(root) if isinstance(root, Remote) else os.listdir(root)

@@ -30,8 +30,8 @@ class Augmented:
     background is cut off, and a shift near 1 puts the figure anywhere.
 
     Raises:
-        UserError: a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would have no
-            effect.
+        UserError: for a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would have
+            no effect.
     """
 
     def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):

@@ -32,7 +32,7 @@ class Clips:
     numbers in their names.
 
     Raises:
-        UserError: no such folder, no clip in it, fewer than 1 frame, or a video while the package `av` is missing.
+        UserError: if there is no such folder or clip, `frames` is below 1, or a video needs the missing package `av`.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class ImageFiles:
     Links that lead out and unreadable files are bad items.
 
     Raises:
-        UserError: there is no such folder, or no image in it.
+        UserError: if there is no such folder, or no image in it.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ class TfdsSource(RecordSource):
     must be prepared already.
 
     Raises:
-        UserError: there is no such dataset, configuration or split, it cannot be downloaded, or its features make no
-            document.
+        UserError: if there is no such dataset, configuration or split, it cannot be downloaded, or its features make
+            no document.
     """
 
     def __init__(

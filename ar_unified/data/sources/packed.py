@@ -34,7 +34,7 @@ def open_binary(path: AnyPath) -> BinaryIO:
     first reading. In a Zstandard file it starts from the beginning. Reading in order costs nothing extra.
 
     Raises:
-        OSError: the file is missing; or, while reading, it is cut short, broken, or compressed in another way.
+        OSError: if the file is missing. Reading raises it if the file is cut short, broken or packed in another way.
     """
     if not is_packed(path):
         return storage.open_binary(path)

@@ -35,7 +35,7 @@ class Pages(RecordSource):
         split: as for `TextFiles`; a part takes pages by their names.
 
     Raises:
-        UserError: no such folder, no page in it, or none in `split`.
+        UserError: if there is no such folder, no page in it, or no page in `split`.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Rows:
         columns: maps each part to a key of a row (`Columns`), for rows that do not have the form of `language.rows`.
 
     Raises:
-        UserError: a file is missing, or no row is in `split` (EmptySplit: there are too few images).
+        UserError: if a file is missing, or no row is in `split` (EmptySplit: there are too few images).
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) 
             name with {000..063} or {a,b}, whose files must all exist; or a name with wildcards. On disk or in a store.
 
     Raises:
-        UserError: there are no files, or a file that braces name is missing.
+        UserError: if there are no files, or a file that braces name is missing.
     """
     if isinstance(place := storage.path(path), Remote):
         return _in_store(place, endings)
@@ -106,8 +106,8 @@ def _regex(pattern: str) -> str:
 
 
 def braces(name: str) -> list[str]:
-    """All names that a name with {000..063} or {a,b} stands for; the last braces change fastest. Raises UserError: too
-    many."""
+    """All names that a name with {000..063} or {a,b} stands for; the last braces change fastest. Raises UserError
+    if there are too many."""
     match = _BRACES.search(name)
     if not match:
         return [name]

@@ -38,7 +38,7 @@ class Split:
         names: the names of all splits in the rows.
 
     Raises:
-        UserError: `split` does not have the form above.
+        UserError: if `split` does not have the form above.
     """
 
     def __init__(self, split: str):

@@ -46,7 +46,7 @@ class Tables(RecordSource):
             other.
 
     Raises:
-        UserError: there is no such file, no file can be read, the columns make no document, or no row is in `split`.
+        UserError: if there is no such file, no file can be read, the columns make no document, or `split` has no row.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class Tars(RecordSource):
         split: None, or a part by samples in their order: "[:95%]", "[95%:]".
 
     Raises:
-        UserError: there is no such file, no file is a tar, or no sample is in `split`.
+        UserError: if there is no such file, no file is a tar, or no sample is in `split`.
     """
 
     def __init__(

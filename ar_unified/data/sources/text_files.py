@@ -50,7 +50,7 @@ class TextFiles:
         links: whether links that lead out of the folder are followed.
 
     Raises:
-        UserError: there is no such path, no file with these names, no text in `split`, or an argument is out of range.
+        UserError: if there is no such path, file with these names or text in `split`, or an argument is out of range.
     """
 
     has_images = False
@@ -315,7 +315,7 @@ def languages(files: Sequence[AnyPath]) -> list[str]:
 
 
 def find(root: AnyPath, patterns: Sequence[str], links: bool) -> list[Found]:
-    """The files under a folder that match one of these patterns, sorted. Raises UserError: there are none."""
+    """The files under a folder that match one of these patterns, sorted. Raises UserError if there are none."""
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise UserError(f"files: expected patterns of names inside {root}, found {pattern!r}")

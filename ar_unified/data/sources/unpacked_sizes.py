@@ -33,7 +33,7 @@ def of_message(message: Any) -> tuple[int, str] | None:
     """The number of rows of an Arrow record batch, and `excess` of its buffers; None: the message is no record batch.
 
     Raises:
-        ValueError: it is not as Arrow writes it.
+        ValueError: if it is not as Arrow writes it.
     """
     try:
         table = _Table(message.metadata.to_pybytes(), None)
