@@ -46,9 +46,10 @@ class DrawingConfig:
     Attributes:
         mode: one of `sampling.request.MODES`. "free" means the mode of the prompt's own answer: an image, a text or
             both.
-        temperature: for texts and images; the policy is the distribution at this temperature.
-        guidance: for images; the policy is the guided distribution. The context without the prompt needs one more row.
-        max_tokens: of an answer; 0 means as many as its images need, or as there is room for.
+        temperature: the temperature for texts and images; the policy is the distribution at this temperature.
+        guidance: the scale for images; the policy is the guided distribution. The context without the prompt needs one
+            more row.
+        max_tokens: the most tokens of an answer; 0 means as many as its images need, or as there is room for.
 
     Raises ValueError, which names the field.
     """

@@ -37,10 +37,10 @@ class Lock:
     """A lock that this process has, until `release` or its end.
 
     Args:
-        url: of the series of objects, without the number.
+        url: the URL of the series of objects, without the number.
 
     Attributes:
-        number: of this process's object in the series. lost: another process has a higher number.
+        number: the number of this process's object. lost: whether another process has a higher number.
         waited: whether this process waited for a previous holder to end; that holder may have written files meanwhile.
 
     Raises Held.

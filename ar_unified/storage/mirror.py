@@ -34,7 +34,7 @@ class Mirror:
     """One folder of a store.
 
     Args:
-        url: of the folder. lazy, kept: patterns of folders below it, as paths with "/" between their parts.
+        url: the URL of the folder. lazy, kept: patterns of folders below it, as paths with "/" between their parts.
 
     Attributes:
         root: the folder here.

@@ -19,7 +19,7 @@ class Steps:
     """Folders `<url>/<number>`; a folder with the mark is complete.
 
     Args:
-        url: of the folder that contains them. mark: the name of the object that marks a folder as complete.
+        url: the URL of the folder that contains them. mark: the name of the object that marks a folder as complete.
 
     Attributes:
         here: the local folder where they are made and downloaded; it is removed when this process ends.

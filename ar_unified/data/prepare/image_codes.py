@@ -42,7 +42,7 @@ class ImageCodes:
     """The known codes of one image tokenizer. Codes that are added are only found after it is opened again.
 
     Args:
-        folder: for all tokenizers. tokenizer: the hash of this one.
+        folder: the folder for all tokenizers. tokenizer: the hash of this one.
         codebook_size: decides the dtype of stored codes.
         refresh: whether to bring the index up to date. In a job, one process does this before the others open it.
     """
@@ -58,7 +58,7 @@ class ImageCodes:
         self._keys, self._places = self._newest()
 
     def get(self, digest: bytes) -> np.ndarray | None:
-        """Codes int32 [h, w] of an image; None: not known."""
+        """Codes int32 [h, w] of an image; None if they are not known."""
         key = np.uint64(int.from_bytes(digest[:8], "big"))
         at = int(np.searchsorted(self._keys, key))
         while at < len(self._keys) and self._keys[at] == key:

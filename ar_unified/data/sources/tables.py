@@ -178,7 +178,7 @@ class _File(ABC):
     """One file of a table.
 
     Attributes:
-        rows: number of rows in each group. names: of the columns. head: bytes that change when the rows do.
+        rows: number of rows in each group. names: the names of the columns. head: bytes that change when the rows do.
         bombs: maps each group that is not unpacked to the reason (`unpacked_sizes`).
     """
 

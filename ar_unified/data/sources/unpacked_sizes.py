@@ -69,7 +69,7 @@ class _Table:
         return int(struct.unpack_from(f"<{kind}", self.data, at)[0])
 
     def _place(self, field: int) -> int:
-        """The place of a field; 0: it has its default."""
+        """The place of a field; 0 if it has its default."""
         slot = 4 + 2 * field
         away = self._read("H", self._fields + slot) if slot < self._size else 0
         return self._at + away if away else 0
