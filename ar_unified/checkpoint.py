@@ -53,8 +53,8 @@ class Checkpoints:
       keep: how many of the newest checkpoints are kept.
       keep_every: also keep each step that is a multiple of this number; 0 means no further steps.
       keep_best: also keep the step with the lowest validation loss, among the steps that were saved with one.
-      readonly: for a reader, also while another process writes: it creates, deletes and saves nothing, and never waits
-        for other processes.
+      readonly: for a process that only reads, perhaps while another process writes. It creates, deletes and saves
+        nothing, and never waits for other processes.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def last_validation(rows: Sequence[Mapping[str, Json]]) -> dict[str, Any]:
 
 
 def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: int | None = None) -> str:
-    """A sentence about a training that has turned: the lowest and the last validation loss. "" if it has not turned.
+    """A sentence with the lowest and the last validation loss, if the training has turned (overfits); else "".
 
     A training has turned if the last validation loss is more than 1 % above the lowest while the training loss has not
     risen since. If both losses rise, the training is unstable, which is a different problem. A single high validation

@@ -237,7 +237,7 @@ def _require_samples(output: Path) -> None:
 def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Json]]:
     """Requests from the first documents of a source: the prompt of a document with turns, the first half of any other.
 
-    `most` is the maximum number of characters that are used of a document of one text.
+    `most` is the maximum number of characters that are used if a document is one text.
     """
     documents = islice(_good(source), _HELD_OUT)
     for number, document in enumerate(documents):

@@ -178,8 +178,8 @@ class ImageCodec(Cells, Protocol):
 
 
 def for_single(codec: ImageCodec) -> ImageCodec:
-    """The tokenizer for calls with one image. An image tokenizer pads each call to a batch, which takes as long as a
-    whole one."""
+    """The tokenizer for calls with one image. A usual image tokenizer pads each call to a batch, so one image takes as
+    long as a whole batch."""
     return getattr(codec, "single", codec)
 
 

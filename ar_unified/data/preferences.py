@@ -33,7 +33,7 @@ class PreferenceBatches(PackedBatches):
     Attributes:
         reference: the reference model's log-probabilities of each pair. Set it before you read batches that need it;
             with {}, batches contain zeros.
-        pairs: P of the longest rows: how many pairs fit into a row if all are as short as the shortest pair.
+        pairs: P for the longest rows, which is how many pairs fit into a row if all are as short as the shortest pair.
     """
 
     answers = 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-_TOGETHER = 2**12  # one read spans at most so many elements (`blocks.RUN`)
+_TOGETHER = 2**12  # maximum number of elements that one read spans (`blocks.RUN`)
 
 
 class Stored:

@@ -61,7 +61,7 @@ def _times(file: Any, stream: Any) -> tuple[list[int], list[int]]:
     """The times of all frames, in the stream's unit, ascending; and the times of the key frames. Raises ImageError."""
     times, keys = list[int](), list[int]()
     for packet in file.demux(stream):
-        if not packet.size:  # the end
+        if not packet.size:  # the last packet is empty
             continue
         if packet.pts is None or packet.is_corrupt:
             raise ImageError("unreadable_image", f"the video's frame {len(times)} is broken, or has no time")

@@ -134,8 +134,8 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _y_range(lines: Mapping[str, Points], zero: bool) -> tuple[float, float]:
-    """The range from the smallest to the largest value. The first steps of a line do not count for the largest, because
-    they are much larger than the rest.
+    """The range from the smallest to the largest value. The largest is searched without the first steps of each line,
+    because their values are much larger than the rest.
     """
     low = 0.0 if zero else min(y for points in lines.values() for _, y in points)
     settled = [y for points in lines.values() for _, y in points[min(len(points) // 25, len(points) - 1) :]]

@@ -66,7 +66,7 @@ def evaluate(
         drawn: how answers are drawn: guidance and its context, temperature, top-k and top-p of both modalities. By
             default, images are sampled from the model's distribution, and texts are decoded greedily.
         fit: resizes an image as data preparation does, uint8 [H, W, 3] to uint8 [H', W', 3].
-        keep: how many examples of each kind are returned: this many first ones, and half as many of the later failures.
+        keep: the first `keep` examples of each kind are returned, and half as many of the later failures.
         progress: called with (kind, done, of).
 
     Returns:

@@ -5,9 +5,9 @@
     {"line": 4, ..., "chosen": {...}, "rejected": {...}, "margin": 2.5}           for a preference pair
     {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
 
-Log-likelihoods are in nats, with teacher forcing, and conditioned on everything before (`sampling.score`). Of a
-document with turns, only the last answer is scored; of any other, all parts. The token that ends a sequence has its own
-entry and is not part of any sum.
+Log-likelihoods are in nats, with teacher forcing, and conditioned on everything before (`sampling.score`). In a
+document with turns, only the last answer is scored; in any other document, all parts are. The token that ends a
+sequence has its own entry and is not part of any sum.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _protocol(name: str, numbers: Mapping[str, Any]) -> str:
 
 
 def _sources(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table with a row for each source of the sets that have several."""
+    """A table of the sets that have several sources, with a row for each source."""
     columns = ("images", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
     formats = {path: (label, write) for path, label, write in _ROWS}
     rows = ""

@@ -57,8 +57,8 @@ def first_adapter(config: ConfigDict, bundle: Bundle | None) -> First | None:
 
 
 def require_rows(first: First, grammar: Grammar, selection: Selection) -> None:
-    """Raises UserError if the adapter has rows of ids that `selection` does not train, as checkpoints would lack these
-    rows."""
+    """Raises UserError if the adapter has rows of ids that `selection` does not train, because checkpoints would lack
+    these rows."""
     with about("config.lora.init"):
         own = own_rows(first.adapter, grammar)
     kinds = {role.name.lower(): grammar.vocabulary.ids(role) for role in Role if role != Role.PAD}

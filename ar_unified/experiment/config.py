@@ -220,7 +220,7 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config for evaluating a bundle: that of "FILE[:arg]" or the defaults, with all values that the bundle
+    """The locked config for evaluating a bundle: "FILE[:arg]" or the defaults, changed by all values that the bundle
     decides and with "--config.key=value" applied. Raises like `load`, and BundleError.
     """
     path, _, arg = home(file).partition(":")

@@ -57,7 +57,7 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
     splits = {"train": _filtered(experiment), "validation": experiment.held_out["validation"]}
     codes = known if known is not None else _codes(experiment, refresh=False)
     if runtime.first():
-        for split in splits:  # left by a job that has ended; no process works here yet
+        for split in splits:  # claims of a job that has ended; no process works here yet
             storage.remove_tree(stage.folder / split / preparing.CLAIMS)
     tokenizer, summary = experiment.image_tokenizer, dict[str, object]()
     tokenizers = Tokenizers(_replicas(tokenizer), codes)

@@ -36,7 +36,7 @@ class Asked:
 
 
 class Prompts:
-    """Returns the prompt of a number.
+    """Returns the prompt with a given number.
 
     Args:
         sources, weights: the sources of documents, and their shares.

@@ -35,7 +35,7 @@ from ar_unified.training.policy import PolicyBatch, PolicyConfig, group_advantag
 from ar_unified.training.step import Drawing, Params
 
 _PATIENCE = 3  # maximum number of consecutive rounds of sampling without any rewards
-_OTHERS = 1 << 40  # prompts with this number or a higher one replace others
+_OTHERS = 1 << 40  # prompts with this number or higher are substitutes for others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,10 @@ class DrawingConfig:
     Attributes:
         mode: one of `sampling.request.MODES`. "free" means the mode of the prompt's own answer: an image, a text or
             both.
-        temperature: for texts and images; the policy is the distribution at this temperature.
-        guidance: for images; the policy is the guided distribution. The context without the prompt needs one more row.
-        max_tokens: of an answer; 0 means as many as its images need, or as there is room for.
+        temperature: the temperature for texts and images; the policy is the distribution at this temperature.
+        guidance: the scale for images; the policy is the guided distribution. The context without the prompt needs one
+            more row.
+        max_tokens: the most tokens of an answer; 0 means as many as its images need, or as there is room for.
 
     Raises ValueError, which names the field.
     """
@@ -77,7 +78,7 @@ class DrawingConfig:
         """The request with which every answer is drawn."""
         return dataclasses.replace(
             Request(id=name, parts=()),
-            mode=self.mode,  # type: ignore[arg-type]  # `Request.check` says which there are
+            mode=self.mode,  # type: ignore[arg-type]  # `Request.check` checks it
             guidance=self.guidance,
             max_tokens=self.max_tokens or None,
             text=dataclasses.replace(Request.text, temperature=self.temperature),

@@ -3,7 +3,7 @@
 The names of tokens say what each id means. An image code is IMGIMG, then the code's decimal digits as letters (A for
 0), then Z. The other tokens are <racm3:break> before an image, <eoss> after it, and <reserved08706> after a turn.
 Lumina adds <reserved08799>, which ends a row, and size tokens: <reserved(8800+n)> stands for n units. Lumina-mGPT 2.0
-uses Qwen's text tokenizer, which has these names after Qwen's own, and MoVQGAN for images.
+uses MoVQGAN for images, and Qwen's text tokenizer with these names added after Qwen's own.
 
 Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT and Lumina-mGPT-2.0.
 """

@@ -1,4 +1,4 @@
-"""Converts an image tokenizer without a model from a published file into this project's folder for one, and back.
+"""Converts the published file of an image tokenizer (without a model) into this project's folder for it, and back.
 
     weights.safetensors  config.json       as `ImageTokenizer.save` writes them
     published.safetensors                  tensors that the network does not use, if there are any

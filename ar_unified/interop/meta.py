@@ -136,8 +136,8 @@ def _axis(name: str) -> int | None:
 def split(name: str, array: np.ndarray, files: int) -> list[np.ndarray]:
     """The part of a tensor for each of `files` files. This is the inverse of `Joined.read`; matrices are not fused.
 
-    Raises ValueError if the tensor cannot be cut into so many parts, or there is not one vector of QK-norm weights per
-    file.
+    Raises ValueError if the tensor cannot be cut into this number of parts, or there is not one vector of QK-norm
+    weights per file.
     """
     axis = _axis(name)
     if files == 1:

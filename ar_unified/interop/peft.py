@@ -350,5 +350,5 @@ def write(
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
-    """A pattern in PEFT's form: the numbers of those matrices whose number is not the default."""
+    """The matrices whose number is not the default, with their numbers, as PEFT's patterns."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

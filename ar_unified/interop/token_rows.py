@@ -36,8 +36,8 @@ _IN_MEMORY = {"text_model.model.": "model.text_model.", "text_model.lm_head": "l
 
 
 class TokenRows(NamedTuple):
-    """ids: int64 [n], ascending, of the published table, or of ours if there is no published one; values:
-    f32 [n, D]."""
+    """Rows of a table: `ids`, int64 [n], ascending, and `values`, f32 [n, D]. The ids are published ones, or ours if
+    there are none."""
 
     ids: np.ndarray
     values: np.ndarray

@@ -301,7 +301,7 @@ class Automaton:
 
     def _begun(self, state: State) -> jax.Array:
         """For the phase PARTS: how a half-written `open` changes the number of tokens needed. If an image must still be
-        made, fewer are needed for it. If not, but the mode is IMAGE, the begun image must be finished.
+        made, it needs fewer tokens. If none must be made in mode IMAGE, the rest of the begun image is needed.
         """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)

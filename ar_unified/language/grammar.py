@@ -322,7 +322,7 @@ class Grammar:
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
-        """The empty prompt, followed by the document from number `image` of its `own_images` on.
+        """The empty prompt, followed by the part of the document that begins with image number `image` of `own_images`.
 
         Raises GrammarError if there is no such image.
         """

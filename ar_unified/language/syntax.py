@@ -212,7 +212,7 @@ class Syntax:
         return len(self.start) + self.layout.body(height, width) + len(self.close)
 
     def code_at(self, index: int, height: int, width: int) -> int:
-        """The position in the block of code number `index`, counted row by row. Index h * w gives that of `close`."""
+        """The position in the block of code number `index`, counted row by row. Index h * w means `close`."""
         end, fewer = self.layout.row_ends
         rows = index // width
         if index == height * width:

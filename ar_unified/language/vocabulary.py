@@ -102,7 +102,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """`used`, padded: the width of the embedding table and of the head."""
+        """`used`, padded: the number of rows of the embedding table and of the head."""
         return -(-(self.rest_offset + (self.rest or 0)) // _ALIGNMENT) * _ALIGNMENT
 
     def role(self, ids: Any) -> Any:

@@ -20,7 +20,7 @@ from ar_unified.model import context as contexts
 from ar_unified.model.cache import AXES, Layer
 from ar_unified.parallel.rules import spec
 
-FEW = 8  # the most new positions of a row that use the kernel for decoding; more are treated as a prompt
+FEW = 8  # most new positions per row for which the decoding kernel is used; more are treated as a prompt
 
 
 def attend_to_documents(

@@ -4,7 +4,7 @@ On a mesh (`jax.set_mesh`) each device combines its own rows and columns with it
 exchanges only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
 scattered once. The compiler would do both inside the loop.
 
-B batch, T position, D model, V vocabulary (in code that runs on a device, its part of it), C chunks.
+B batch, T position, D model, V vocabulary (or a device's part of it), C chunks.
 """
 
 from __future__ import annotations

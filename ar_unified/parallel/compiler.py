@@ -1,4 +1,4 @@
-"""Compiler options for each kind of device. They are part of a program, like its mesh.
+"""Compiler options for each kind of device. Like the mesh, they belong to a program.
 
 They are compile options and not environment variables, so that a plan is compiled with the options of its target, and a
 checkpoint records the options that were really used. The purpose of each:

@@ -16,7 +16,7 @@ from jax.tree_util import KeyPath
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
-    "batch": ("data", "fsdp"),  # fsdp devices have different rows, too: all of them must compute
+    "batch": ("data", "fsdp"),  # fsdp splits rows too, because all devices must compute
     "draws": ("data", "fsdp", "tensor"),  # rows of logits in sampling: each device draws for its own rows
     "sequence": "context",  # long rows are split along T; keys and values are sent between devices
     # Parameters.

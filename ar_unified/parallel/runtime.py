@@ -42,8 +42,8 @@ from ar_unified.errors import RunError, UserError
 from ar_unified.parallel import last_words
 
 _TICK = 0.5  # seconds between two calls of `preempted` in `apart`
-_LATE = 20  # by how many ticks two processes may differ at most, after a barrier
-ALONE = 14 * 86400.0  # seconds; long enough to wait for the others as long as they live
+_LATE = 20  # most ticks by which two processes may differ after a barrier
+ALONE = 14 * 86400.0  # seconds; in practice no time-out
 _GRACE = 3.0  # seconds that process 0 waits before it ends: its end ends the others, which may have messages to write
 # Errors of collectives that lost a peer, from gloo, NCCL and the coordination service.
 _PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
@@ -264,7 +264,7 @@ def preempted() -> bool:
     global _asked
     if _log is None:
         return False
-    _asked += 1  # not the step, because a second training starts at step 0 again, before the agreed step
+    _asked += 1  # counts calls, not steps: a second training starts at step 0 again, before the agreed step
     return multihost_utils.reached_preemption_sync_point(_asked)
 
 
@@ -274,7 +274,7 @@ def apart() -> Iterator[Callable[[], None]]:
     repeatedly. About a second after a SIGTERM to one process, this function raises Preempted in all processes. All
     processes leave the block together.
 
-    `preempted` must be called equally often in all processes. Here the processes have only the time in common, so it is
+    `preempted` must be called equally often in all processes. Here the processes share nothing but the clock, so it is
     called once per tick of the clock.
     """
     barrier("apart", timeout=ALONE)

@@ -342,7 +342,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     return _saved(_rows(run, rows), run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
 
 
-@lru_cache(maxsize=256)  # cached, because a search asks for every mesh
+@lru_cache(maxsize=256)  # cached, because a search needs it for every mesh
 def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
     """The same bytes, for all devices together. of_task: the other arguments of `_task`."""
     task = _task(model, *of_task)

@@ -88,7 +88,7 @@ class Roofline(NamedTuple):
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     def mfu(self, seconds: float) -> float:
-        """The model FLOPs utilisation if a step takes so many seconds."""
+        """The model FLOPs utilisation if a step takes this many seconds."""
         return self.model_flops / seconds / self.peak_flops
 
 

@@ -347,7 +347,7 @@ class Engine:
         drafts = state.drafts
         if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):
             drafts = self.call(self._programs.drafts, self.batch_size, shape.contexts, width)
-            if state.position.committed and self.mesh is None:  # as the state, else its program is compiled twice
+            if state.position.committed and self.mesh is None:  # like the state; else its program is compiled twice
                 drafts = jax.device_put(drafts, state.position.sharding)
             state = state._replace(drafts=drafts)
         program, learned = self._programs.told if self._logprobs else self._programs.decode, list[np.ndarray]()

@@ -111,12 +111,12 @@ def run_job(
         warn: called with remarks on the files of requests, once for each file.
 
     Raises:
-        JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape (the batch
-        size may differ).
-        JobBusy: another process writes to the same files.
-        RequestError: `defaults` are wrong, or a file of requests is broken or empty.
-        OSError: the requests cannot be read, or the output cannot be written (a full disk); finished samples stay, and
-            the same call continues from them. ValueError: samples.jsonl contains a line that no job wrote.
+        JobMismatch: if `output` has a job with other requests, weights, tokenizers, defaults or engine shape (the batch
+            size may differ).
+        JobBusy: if another process writes to the same files.
+        RequestError: if `defaults` are wrong, or a file of requests is broken or empty.
+        OSError: if the requests cannot be read, or the output cannot be written (a full disk). Finished samples stay,
+            and the same call continues from them. ValueError: if samples.jsonl contains a line that no job wrote.
     """
     rank, count = process
     if not 0 <= rank < count:
@@ -183,7 +183,7 @@ class _Tally:
         self._engine, self._advance, self._say = engine, advance, say
         self._started = time.monotonic()
         hardware = of_kind(jax.devices()[0].device_kind)
-        devices = engine.mesh.size if engine.mesh else 1  # the samples of this engine only
+        devices = engine.mesh.size if engine.mesh else 1  # each process reports its own engine
         self._memory = MemoryTime(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
         self.first_error = ""

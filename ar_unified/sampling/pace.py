@@ -6,10 +6,10 @@ draws. The cost of a step depends on the device and the batch.
 The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
 also guesses from its own draws after wrong guesses. How much more is known once a window was used. The cost of a step
-is measured on a few steps alone. If these say that a window is faster, it is compared with drawing one by one in use:
-the pool takes some chunks with each in turns, and the clock decides, because a step alone does not show everything that
-a window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a small share of its
-time on trials. So a short job tries nothing, and nothing is measured twice in one process.
+is measured on a few steps alone. If these say that a window is faster, it is compared with drawing one by one in real
+work: the pool takes some chunks with each in turns, and the clock decides, because a step alone does not show
+everything that a window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a
+small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one process.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ WIDTHS = (1, 2, 4, FEW)
 WINDOWS = (*map(str, WIDTHS), "auto")
 _AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
 # Steps that are timed together: one-token steps, and wide steps. With these numbers, both timings take about equally
-# long, because a busy machine slows short timings less.
+# long. Otherwise a busy machine would slow the longer one more.
 _ALONE, _WIDE = 16, 6
 _PROBES = 3  # timings of a width, alternating with width 1; the fastest counts
 _COMPILING = 5.0  # least seconds assumed for compiling, because the program of width 1 may have come from a cache
-_BLOCK, _PAIRS = 4 * CHUNK, 5  # steps of a block, and pairs of blocks, of a comparison in use
+_BLOCK, _PAIRS = 4 * CHUNK, 5  # steps of a block, and pairs of blocks, of a comparison in real work
 _HOPELESS = 0.8  # a speed, relative to drawing one by one, at which a comparison ends early
-_RISK = 0.2  # share of the time of a comparison's wide blocks that is assumed to be lost
+_RISK = 0.2  # assumed loss by a comparison, as a share of the time with the wider window
 _AGAIN = 1024 * CHUNK  # steps until a window in use is compared again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
 _PROMISING = 1.3  # if at least this many tokens a step are expected, the greater share is allowed
@@ -50,7 +50,7 @@ class Costs:
     """Costs of one pool's programs by width: seconds of a step, and of the first call, which includes compiling.
 
     Attributes:
-        used: the widths that were compared in use. The cost of their steps includes what a step alone does not show.
+        used: the widths that were compared in real work. The cost of their steps is the whole cost of a window.
     """
 
     step: dict[int, float] = field(default_factory=dict)
@@ -69,7 +69,7 @@ _COSTS: dict[Hashable, Costs] = {}  # of this process
 
 
 class _Comparison:
-    """Compares a width with drawing one by one in use: the pool takes blocks of chunks with each in turns.
+    """Compares a width with drawing one by one in real work: the pool takes blocks of chunks with each in turns.
 
     A block's first chunk does not count, because it includes the change of the width.
 

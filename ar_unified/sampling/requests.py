@@ -128,8 +128,8 @@ def read_requests(
             no prompts.
 
     Raises:
-        RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file contains no
-            request. OSError: a file cannot be read.
+        RequestError: if a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file contains no
+            request. OSError: if a file cannot be read.
     """
     settings = dict(defaults or {})
     _settings(settings, cells, "defaults")

@@ -242,7 +242,7 @@ def fit(
             return hand.submit(lambda: place_batch(mesh, source(step, *part), part))
         drawn: concurrent.futures.Future = concurrent.futures.Future()
         began = time.perf_counter()
-        drawn.set_result(source(step, params))  # not on `hand`, because all processes need the same order
+        drawn.set_result(source(step, params))  # on this thread, because all processes need the same order
         meter.waited += time.perf_counter() - began
         clock.add("drawing", time.perf_counter() - began)
         return drawn
@@ -259,7 +259,7 @@ def fit(
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in programs:
             began = time.perf_counter()
-            with clock.during("compile"), jax.set_mesh(mesh):  # for tracing only: previews may use other devices
+            with clock.during("compile"), jax.set_mesh(mesh):  # only here, because previews may use other devices
                 programs[shapes] = train_step.lower(state, batch).compile()
             new = f" for batches of {' x '.join(map(str, shapes[0]))}" if len(programs) > 1 else ""
             telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s{new}")

@@ -34,8 +34,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, b2=0.99, weight
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A trained probe. Call it with ids int32 [N, h, w] that it has not seen. budget: the settings that determine its
-    numbers.
+    """A trained probe. Call it with ids int32 [N, h, w] that it has not seen. budget: the settings that its
+    results depend on.
     """
 
     task: TransformerTask

@@ -175,7 +175,7 @@ def validate(
 
     Args:
         data: a folder, a file, a name with braces for several files, a list of source specs (`open_source`), or a dict
-            of such lists by the name of their set: "train", and other names for held-out sets. Of a folder,
+            of such lists by the name of their set: "train", and other names for held-out sets. In a folder,
             `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source; if there are none, its Parquet,
             Arrow or tar files; if there are none of these either, its text files.
         grammar: together with the tokenizer or `resize`, it gives lengths in tokens.

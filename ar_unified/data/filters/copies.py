@@ -24,7 +24,7 @@ _TABLES = 8
 _TURNED = 4  # bits of a hash that are tried both ways
 _SPARE = 6  # bits of a hash beyond log2(n), so that a table has several places for each image
 _BITS = 63
-_NEIGHBOURS = 12  # if many images share a hash, so many neighbours on each side are compared
+_NEIGHBOURS = 12  # neighbours on each side that are compared, if many images share a hash
 _FAR = 4.6  # maximum distance between the numbers of copies, in standard deviations; about 8 for unrelated images
 _CHUNK = 1 << 16
 
@@ -83,7 +83,8 @@ def candidates(numbers: np.ndarray) -> np.ndarray:
 def _met(
     numbers: np.ndarray, mean: np.ndarray, deviation: np.ndarray, directions: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields images i and j, int64 [m] each, that share the hash of one table when some bits of i are flipped.
+    """Yields pairs of images i and j, int64 [m] each, whose hashes in one table are equal after some bits of i are
+    flipped.
 
     The hash is the upper part of a code of 63 bits. Images with the same hash are sorted by the lower bits, so that
     neighbours in that order are the most alike.

@@ -14,7 +14,7 @@ import numpy as np
 
 from ar_unified.data.counter_rng import key, permute
 
-_FULL = 0.99  # with this share of tokens, the second way is not tried
+_FULL = 0.99  # if this share of the positions is filled, the second way is not tried
 _TRIES = 64  # maximum number of tokens that a pair may leave free
 
 

@@ -1,11 +1,11 @@
 """Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, without steps in which no query sees a key.
 
 The grid of a kernel is a list (visits.py). For each block of queries, it has an entry for each block of keys that it
-sees. Entries of one sum follow each other. Scalar prefetch passes the list to the index maps, so blocks of other
-documents are neither fetched nor computed, and the pipeline never runs empty between two documents. Two other ways are
-worse. A dense grid with clamped index maps pays for each empty step, and most steps are empty for documents of 1k in a
-row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for each block of queries. The list
-costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are computed in groups.
+sees. Entries that add to the same sum are adjacent. Scalar prefetch passes the list to the index maps, so blocks of
+other documents are neither fetched nor computed, and the pipeline never runs empty between two documents. Two other
+ways are worse. A dense grid with clamped index maps pays for each empty step, and most steps are empty for documents of
+1k in a row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for each block of queries.
+The list costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are computed in groups.
 
 A step computes several query heads, if possible all of one KV head. So keys are fetched and masks computed once for all
 of them, and a step is long enough to hide its fixed cost even with the short blocks that documents need.
