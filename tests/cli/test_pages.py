@@ -45,8 +45,8 @@ class Page:
     """A page with commands to run.
 
     Attributes:
-        names: replacements for names that the reader must choose. has: what the reader already has: "shapes", the
-        finished demo; "bundle", an export of it; "emu3", an import.
+        names: replacements for names that the reader must choose.
+        has: what the reader already has: "shapes", the finished demo; "bundle", an export of it; "emu3", an import.
     """
 
     file: str

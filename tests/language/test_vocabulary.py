@@ -22,7 +22,7 @@ def test_ranges_follow_each_other_and_the_size_is_aligned():
 
 
 def test_the_width_that_has_a_probability_is_exact_where_a_rest_is_given():
-    assert (V.used, V.size) == (384, 384)  # without it, all of the padded width
+    assert (V.used, V.size) == (384, 384)  # without a rest, the whole padded width
     for rest, used, size in ((0, 379, 384), (5, 384, 384), (6, 385, 512)):
         wide = replace(V, rest=rest)
         assert (wide.used, wide.size) == (used, size)

@@ -157,7 +157,7 @@ def test_memory_traffic_of_a_training_step():
     gathered += 8 * HEAD  # and the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
     # Operands of a layer per token: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
     operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
-    # A quarter of all parameters in float32: read and written with two moments, and gradients once each way.
+    # A quarter of all parameters in float32: each weight, its two moments and its gradient are read and written once.
     state = 32 * (LAYERS + 2 * HEAD + NORMS) / 4
     assert estimate.seconds["memory"] == pytest.approx((gathered + operands + state) / BANDWIDTH, rel=1e-4)
     _, twice = planned(replace(RUN, accumulation=2), "train")

@@ -41,7 +41,7 @@ ONE = {}, 1  # a mesh of one device
 
 
 def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, mean_split=None, **options):
-    """`options` are for the model; optimising interpreted kernels is not worth the time."""
+    """`options` are for the model. Interpreted kernels are compiled without optimisation, which would take too long."""
     task = tiny.task(config=replace(tiny.MODEL, **options), mean_split=mean_split)
     mesh = make_mesh(shape, jax.devices()[:devices])
     compiler = {"xla_backend_optimization_level": 0} if options.get("attention") == "tpu_interpret" else None
