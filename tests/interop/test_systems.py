@@ -94,8 +94,8 @@ def test_lwm_answers_with_both_tables_as_its_transcription(lwm_model: ar_unified
 def greedy(
     original: interleaved.Lwm, contexts: list[list[int]], scales: list[float], allowed: np.ndarray, n: int
 ) -> np.ndarray:
-    """n greedy ids after the first context, from the weighted sum over all contexts of both tables' logits. None is a
-    near tie."""
+    """n greedy ids after the first context. The logits of both tables are summed over all contexts, with the weights
+    `scales`. Raises AssertionError at a near tie."""
     drawn: list[int] = []
     for _ in range(n):
         mixed = np.zeros(320 + 8448)

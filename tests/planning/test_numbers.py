@@ -107,7 +107,7 @@ DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
         ("dots", "pre", 0),
         ("dots", "swin", 0),
         ("attention", "pre", MLP - DOWN),  # the last matrix' result is only added to the stream, so it is not kept
-        ("offload_attention", "swin", MLP),  # except for its norm
+        ("offload_attention", "swin", MLP),  # but here a norm needs it
         ("full", "pre", LAYERS - DOWN),
         ("offload", "swin", LAYERS),
     ],
@@ -263,7 +263,8 @@ def test_links_of_a_group_and_traffic_between_slices():
     two = parse_target("v5e:2x2,slices=2").mesh(dict(data=2, fsdp=4))
     reduce = Collective("all-reduce", 4096, np.arange(8).reshape(1, -1), 1, True, False, "")
     moved = traffic(reduce, two, V5E)
-    # Inside a slice 2 x 3/4 of the array. Then each chip sends its quarter of the sum to the other slice, twice a half.
+    # A chip sends 2 x 3/4 of the array inside its slice. Then both slices add their quarters: it sends half a quarter,
+    # twice.
     assert (moved.ici, moved.dcn) == (4096 * 2 * 3 / 4, 4096 * 2 / 4 / 2)
     assert moved.seconds_dcn == pytest.approx(1024 / DCN, rel=1e-9)
     program = programs(replace(RUN, mesh=dict(data=2, fsdp=4)), two, "train")[0]

@@ -152,7 +152,7 @@ def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
 
 
 def test_unconditional_contexts_read_images_alone_and_begin_each_anew_if_they_reset():
-    # A word; and of an image the first id, a code, and the last id.
+    # Four events: a word, an image's first id, a code, and an image's last id.
     event = Event(*jnp.array([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]], bool))
     position, start = (jnp.tile(jnp.array(row), (4, 1)) for row in ([5, 3, 4], [0, 2, 1]))
     resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # its own | one that resets | images only

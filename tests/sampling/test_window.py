@@ -319,7 +319,8 @@ def test_the_device_guesses_what_the_host_says_it_would(params):
     found = list(wide.generate(asked))
     right = wide._pairs.learn(found[0].document.parts[0].codes)
     assert right.all()  # no pair of codes occurs twice in this image
-    # 6 codes, the end of the image and of the answer: one before there are guesses, then four, then the rest
+    # 6 codes and the ends of the image and of the answer are drawn in three steps: one before there are guesses, then
+    # four, then the rest.
     assert wide.tokens_a_step == pytest.approx((len(found[0].tokens) - 1) / 3, abs=0.01)
 
 

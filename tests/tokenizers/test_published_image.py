@@ -95,7 +95,7 @@ def _ibq() -> Reference:
     mean = latents.mean((0, 1, 2))
     table -= np.float32(
         np.outer(table @ mean, mean) / (mean @ mean)
-    )  # otherwise all codes are the one nearest to the mean
+    )  # otherwise all latents choose the code nearest to the mean
     codes, margin = original.nearest(table, latents, "dot")
     back = original.ibq_pixels(weights, codes, **shape).transpose(0, 2, 3, 1)
     return Reference(IBQ, "taming", weights, PICTURES, latents, codes, back, margin > SURE)
@@ -236,7 +236,7 @@ def test_levels_counted_from_the_other_end_change_pixels_where_their_shapes_do_n
     assert taming.dialect_of(tensors) == "janus_hf"
     assert "decoder.up.0.attn.0.q.weight" in tensors and "decoder.up.2.upsample.conv.weight" not in tensors
     with pytest.raises(ValueError, match=r"are missing: decoder.up.2.attn.0"):
-        from_published(config, tensors, "taming")  # attention and upsampling do show it
+        from_published(config, tensors, "taming")  # attention and upsampling show the order
 
     def turned(name: str) -> str:
         return re.sub(r"^decoder\.up\.(\d)\.block", lambda m: f"decoder.up.{2 - int(m[1])}.block", name)
