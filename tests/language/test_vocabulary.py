@@ -28,7 +28,7 @@ def test_the_width_that_has_a_probability_is_exact_where_a_rest_is_given():
         assert (wide.used, wide.size) == (used, size)
         assert Vocabulary.from_manifest(json.loads(json.dumps(wide.manifest()))).manifest() == wide.manifest()
         assert not wide.role(np.arange(wide.rest_offset, wide.size)).any()
-    assert Vocabulary(151643, 32768, controls=CONTROLS[:3], rest=8).used == 184422  # a width that is no multiple
+    assert Vocabulary(151643, 32768, controls=CONTROLS[:3], rest=8).used == 184422  # not a multiple of 128
 
 
 def test_controls_are_the_layout_s_own_and_asked_for_by_name():

@@ -213,7 +213,7 @@ COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
     [
         (WAITING, 0.9, 1.0, 8),
         ({1: 1.0, 2: 1.3, 4: 1.8, 8: 3.4}, 0.75, 1.0, 4),
-        (WAITING, 0.3, 3.0, 2),  # its own guesses only show when it is tried
+        (WAITING, 0.3, 3.0, 2),  # only a trial shows the guesses that its own draws give
         (WAITING, 0.05, 1.0, 1),
         (COMPUTING, 0.6, 1.0, 1),
     ],

@@ -272,7 +272,7 @@ def test_names_and_shapes_are_those_of_the_reference_models_list(listed, config,
     prefix = published.prefix_of(names, dialect)
     expected = {name: tuple(shape) for name, (shape, _) in names.items() if name.startswith(prefix)}
     assert bool(prefix) == (listed == "chameleon_pre")
-    zeros = {name: np.zeros(shape, np.float32) for name, (shape, _) in names.items()}  # a language model's, too
+    zeros = {name: np.zeros(shape, np.float32) for name, (shape, _) in names.items()}  # including a language model's
     found = to_published(from_published(config, zeros, dialect), dialect, prefix=prefix)
     assert {name: leaf.shape for name, leaf in found.items()} == expected
 

@@ -22,7 +22,7 @@ from ar_tokenizers.image import movq_weights, taming
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
-SYSTEMS = {  # -> the dialects of its files
+SYSTEMS = {  # system -> the dialects of its files
     "chameleon_vq": ("taming", "chameleon_hf"),
     "ibq": ("taming",),
     "llamagen_vq": ("llamagen",),
