@@ -302,7 +302,7 @@ def test_a_hundred_thousand_random_sequences_parse(kind, N):
 
 @every
 def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
-    """From the middle of digits, of a spelled beginning and of rows, with images of many sizes in one batch."""
+    """Prompts end in the middle of digits, of a spelled beginning and of rows. One batch has images of many sizes."""
     grammar, rng = grammar_of(kind, width=3 if LAYOUTS[kind].size is None else 130, height=12), np.random.default_rng(0)
     if not grammar.layout.sized:
         grammar = grammar_of(kind)

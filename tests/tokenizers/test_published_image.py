@@ -360,8 +360,8 @@ def test_a_tokenizer_without_a_decoder_reads_images_and_says_why_it_draws_none(t
 
 
 def test_transformers_chameleon_is_exported_from_what_it_was_and_from_the_original(tmp_path):
-    """Its file has post_quant_conv although it has no decoder. It is kept, or taken from the decoder if there is
-    one."""
+    """Its file has post_quant_conv although it has no decoder. This layer is kept, or taken from the decoder if there
+    is one."""
     tokenizer = imported("chameleon_hf")
     assert tokenizer.no_decoder and set(tokenizer.published) == {"post_quant_conv.weight", "post_quant_conv.bias"}
     tokenizer.save(tmp_path)
@@ -419,7 +419,7 @@ def test_transformers_janus_draws_the_same_and_takes_our_file():
 
 
 def taming_only(config: AutoencoderConfig) -> dict[str, np.ndarray]:
-    """A file of Meta's Chameleon VQGAN of these sizes, by the transcription."""
+    """A file of Meta's Chameleon VQGAN with these sizes, made by the transcription."""
     weights = original.Weights(0)
     shape = dict(ch=config.width, ch_mult=config.multipliers, blocks=config.blocks, attended=(), z=config.z_channels)
     latents = original.ibq_latents(weights, PICTURES, dim=config.code_dim, **shape).transpose(0, 2, 3, 1)
