@@ -101,7 +101,7 @@ def test_what_is_learned_is_what_is_said_and_not_what_is_told_unless_a_turn_says
     learned = [Turn(who).learned for who in ("document", "system", "user", "assistant")]
     assert learned == [True, False, False, True]
     assert Turn("user", trained=True).learned and not Turn("assistant", trained=False).learned
-    assert Turn("user", (A,), True) == Turn("user", (A,))  # the ids do not say it
+    assert Turn("user", (A,), True) == Turn("user", (A,))  # ids cannot store `trained`
 
 
 def test_what_is_asked_and_what_is_answered():

@@ -234,7 +234,8 @@ def test_metrics_are_what_they_are_called(params):
 
 
 def test_half_the_loss_is_the_mean_of_text_and_half_that_of_images(params):
-    """LWM's loss in NumPy, for any numbers of both kinds of targets. If only one kind is there, it is half its mean."""
+    """LWM's loss in NumPy, for any numbers of both kinds of targets. If only one kind is there, the loss is half of its
+    mean."""
     split = tiny.VOCABULARY.image_offset
     task, batch = tiny.task(mean_split=split, z_loss=0.0), tiny.packed(3)
     compute = jax.jit(lambda p, b: task.loss(p, {}, b, None))
