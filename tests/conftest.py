@@ -73,7 +73,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(items):
     """Quick tests keep their order, so that the tests of a folder reuse its compiled programs."""
-    for item in items:  # which pytest_ignore_collect relies on
+    for item in items:  # pytest_ignore_collect relies on what this checks
         unsaid = [
             mark.name for mark in item.iter_markers() if mark.name in MARKS and mark.name not in source(item.path)
         ]

@@ -14,7 +14,7 @@ import pytest
 from tests.kernels.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
-# Python runs sitecustomize before anything else. The first hides packages that a GPU machine does not have.
+# Python runs sitecustomize before anything else. FEW_PACKAGES hides packages that a GPU machine does not have.
 FEW_PACKAGES = """
 import sys
 

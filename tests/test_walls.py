@@ -131,7 +131,7 @@ def test_tokenizers_know_nothing_of_the_framework() -> None:
 
 
 def test_a_kernel_is_seen_through_its_folder() -> None:
-    """kernels/<op>/ has one public function; its modules are for each other."""
+    """kernels/<op>/ has one public function, and its modules are imported only inside the folder."""
     for name, path in modules().items():
         for other, _, _ in imports(path):
             inside = other.startswith("ar_unified.kernels.") and other.count(".") > 2

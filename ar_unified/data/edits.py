@@ -7,7 +7,7 @@
 
 The content of an edit decides its split. Both of its scenes belong to that split. A tenth of all actions (`action_of`:
 what is done to which object) never occur in training, and validation uses only these. For example, no model has read in
-training that the green square becomes blue.
+training that the yellow circle becomes blue.
 """
 
 from __future__ import annotations

@@ -351,7 +351,8 @@ def _family() -> list[int]:
 
 
 def _ratio(ours: list[list[float]], theirs: list[list[float]], at: int) -> float:
-    """The median over the repeats of our rate over theirs. at: 1 by the clock, 2 by processor time."""
+    """The median over the repeats of our rate over theirs. at: 1 for rates by the clock, 2 for rates by processor
+    time."""
     return statistics.median(a[0] / a[at] / (b[0] / b[at]) for a, b in zip(ours, theirs, strict=True))
 
 

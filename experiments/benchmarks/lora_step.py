@@ -3,8 +3,8 @@
     PYTHONPATH=.:tokenizers python -m experiments.benchmarks.lora_step [PRESET]
 
 Model, rows and optimizer are the same. Times are CPU seconds of all threads, on which other work on the machine has
-less influence; ratios are medians of pairs. Two sizes are printed: the
-memory of the state, and the additional memory of the compiled step.
+less influence; ratios are medians of pairs. Two sizes are printed: the memory of the state, and the additional memory
+of the compiled step.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def shuffled(found: np.ndarray) -> Any:
 
 
 def each_weight(sources: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Weights for drawing documents that give the shares WEIGHTS of tokens."""
+    """How likely a document of each source is drawn, so that the sources have the shares WEIGHTS of all tokens."""
     each = np.array([WEIGHTS[name] / found.mean() for name, found in sources.items()])
     return each / each.sum()
 

@@ -43,7 +43,7 @@ TINY = {
 
 
 def cut(folder: Path) -> int:
-    """The first rows of the real sets and their images; returns the size of a vocabulary for them."""
+    """Copies the first rows of the real sets and their images; returns the size of a vocabulary for them."""
     for name in weights(SOURCES):
         (folder / name).mkdir(parents=True)
         for file in (DATA / name).glob("*.jsonl"):
@@ -62,7 +62,7 @@ def cut(folder: Path) -> int:
 
 
 def make(folder: Path) -> int:
-    """Sets with the same names, files and keys, of drawn images."""
+    """Makes sets with the names, files and keys of the real ones, but random images; returns a vocabulary's size."""
     random = np.random.default_rng(0)
     counts: dict[str, int] = {}
     for name in weights(SOURCES):

@@ -68,7 +68,7 @@ def answers(talk: Conversation) -> list[str | Scene | None]:
             before = scene
             words = words.removeprefix("now ").replace("draw it without", "remove")
             if re.search(r"\bit\b", words.split(":")[0]) and it is not None:
-                # by a name that nothing else has
+                # Replace "it" by a name that nothing else has.
                 words = re.sub(r"\bit\b", f"the {it.size} {it.colour} {it.shape}", words, count=1)
             scene = obeyed(scene, words)
             new = set(scene) - set(before)

@@ -23,8 +23,7 @@ def some_edits(split: str, count: int = 200) -> list[edits.Edit]:
 
 
 def obeyed(before: scenes.Scene, instruction: str) -> scenes.Scene:
-    """The scene after an instruction, from only the instruction's words, by code that is independent of the
-    writer's."""
+    """Computes the scene after an instruction from only its words. Shares no code with what writes instructions."""
     words = instruction.rstrip(".").lower()
     attributes = (scenes.SHAPES, tuple(scenes.COLOURS), scenes.SIZES, scenes.PLACES)
     words = words.replace("big", "large").replace("little", "small")

@@ -48,7 +48,7 @@ def test_only_who_refreshes_makes_the_index_and_it_is_made_once(
     codes.put(known)
     assert ImageCodes(tmp_path, "a", 512, refresh=False).get(next(iter(known))) is None
     ImageCodes(tmp_path, "a", 512)
-    monkeypatch.setattr(image_codes, "_part", None)  # it is there
+    monkeypatch.setattr(image_codes, "_part", None)  # not called, because the index exists
     for refresh in (True, False):
         found = ImageCodes(tmp_path, "a", 512, refresh=refresh).get(next(iter(known)))
         assert np.array_equal(found, next(iter(known.values())))

@@ -143,7 +143,7 @@ def test_the_same_pairs_in_every_format(kind: str, tmp_path: Path, grammar: Any)
         "parquet": copies.parquet(tmp_path / "parquet", records, files=2, rows=4),
         "arrow": copies.arrow(tmp_path / "arrow", records, files=2, rows=4),
     }
-    if kind != "texts":  # ids would be names of members
+    if kind != "texts":  # in a tar, ids would be the names of members
         specs["webdataset"] = tars(tmp_path / "tars", records)
     found = {}
     for name, spec in specs.items():

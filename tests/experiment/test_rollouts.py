@@ -119,7 +119,7 @@ def test_killed_is_uninterrupted(whole, tmp_path):
 @pytest.mark.exact
 @pytest.mark.slow
 def test_a_drawing_of_several_steps_is_resumed_bit_for_bit(tmp_path):
-    """With guidance and a reference: the checkpoint has the weights with which the training began."""
+    """The training has guidance and a reference. The checkpoint has the weights with which the training began."""
     policy = PolicyConfig(group_size=4, kl=0.1, epochs=2, minibatches=2, clip_high=0.28)
 
     def rollouts():

@@ -154,7 +154,7 @@ def _emu3_text(table: Table, longest: int) -> dict[str, Any]:
 
 
 def _fill_emu3_vision(vq: Any, seed: int) -> None:
-    """vq has its weights; the codebook is adapted to its encoder's latents of pictures."""
+    """Fits the codebook of `vq`, which has its other weights already, to its encoder's latents of pictures."""
     side = 8 * vq.spatial_scale_factor
     with torch.no_grad():
         frames = torch.from_numpy(pictures(side, 4))[:, None].repeat(1, vq.config.temporal_downsample_factor, 1, 1, 1)

@@ -1,7 +1,7 @@
 """The results of transformers for a published folder, in float32: the reference of every parity test. Needs torch.
 
 Lumina-mGPT, Emu3.5 and Liquid have no class there. The classes of Chameleon, Qwen3 and Gemma read their tensors,
-renamed or repeated (`formats.as_transformers`), and are their oracles.
+renamed or repeated (the `twin` folders of `formats`), and are their oracles.
 """
 
 from __future__ import annotations

@@ -181,8 +181,8 @@ def llama() -> Table:
 
 
 def gemma(codes: int = 0) -> Table:
-    """The table of Gemma, and with codes after it Liquid's, in which boi, eoi and <unconditional> are <unused0>, 1 and
-    2."""
+    """The table of Gemma. With codes after it, it is Liquid's, in which boi, eoi and <unconditional> are <unused0>, 1
+    and 2."""
     head = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(6))]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = [*map(chr, range(ord("!"), ord("~") + 1)), "▁"]

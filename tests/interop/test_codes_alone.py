@@ -117,7 +117,7 @@ def test_a_scale_is_the_size_that_was_asked_for(tar: Path, tmp_path: Path, capsy
 
 
 def test_tar_talks_in_qwens_frames(tar: Path) -> None:
-    """Messages and the answer are as `apply_chat_template` writes them; spelled marks stay text."""
+    """Messages and the answer are as `apply_chat_template` writes them. <|im_end|> in a text stays text."""
     model, table = ar_unified.load(tar / "bundle", max_length=256), tables.tar()
     opens, closes = table.id("<|im_start|>"), table.id("<|im_end|>")
 

@@ -228,7 +228,7 @@ def test_lwms_transcription_and_llama_agree_on_text():
 
 
 def test_metas_shards_go_through_torchs_own_file(tmp_path):
-    """A .pth like Meta's, for the conversion of pickles, has the same tensors when it is read with weights_only."""
+    """torch.load with weights_only gives back the tensors of the .pth files that `meta_pickles` writes."""
     parts, *_ = formats.meta_shards()
     paths = make.meta_pickles(tmp_path, parts, "bfloat16")
     assert [path.name for path in paths] == [f"consolidated.{i:02}.pth" for i in range(4)]

@@ -94,8 +94,8 @@ def test_lwm_answers_with_both_tables_as_its_transcription(lwm_model: ar_unified
 def greedy(
     original: interleaved.Lwm, contexts: list[list[int]], scales: list[float], allowed: np.ndarray, n: int
 ) -> np.ndarray:
-    """n greedy ids after the first context, from the weighted sum over all contexts of both tables' logits. None is a
-    near tie."""
+    """n greedy ids after the first context. The logits of both tables are summed over all contexts, with the weights
+    `scales`. Raises AssertionError at a near tie."""
     drawn: list[int] = []
     for _ in range(n):
         mixed = np.zeros(320 + 8448)
@@ -120,7 +120,7 @@ def test_sixty_four_greedy_ids_of_lwm_are_its_transcriptions(
     shown = CodesPart(np.zeros((16, 16), np.int32))
     end = int(ids.theirs([vocabulary.control(grammar.layout.record.end)])[0])
     of = ids.theirs(np.array(vocabulary.ids(Role.TEXT if mode == "text" else Role.IMAGE)))
-    for text in ("the red", "a circle", "blue", "square and green"):  # until an id does not end the answer
+    for text in ("the red", "a circle", "blue", "square and green"):  # until no id ends the answer
         ours = grammar.encode(Document((Turn("document", (TextPart(text), shown)),))).tokens
         said, begun = 1 + len(grammar.text_codec.encode(text)), int(np.argmax(vocabulary.role(ours) == Role.IMAGE))
         asked = ours[: said if mode == "text" else begun]

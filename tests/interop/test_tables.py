@@ -48,7 +48,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "`lwm` (text, `params`)": {"import": "test_lwms_stream_comes_back", "export": "test_lwms_stream_comes_back"},
     "a model trained here (`pre` norms; QK-norm none or RMS)": {"export": "test_transformers_computes_the_same"},
 }  # fmt: skip
-# Rows of README's table, each of which covers several of those.
+# Rows of README's table, each of which covers one or more of the rows above.
 README: dict[str, tuple[str, ...]] = {
     "Chameleon, transformers'": ("`chameleon` (transformers)",),
     "Chameleon, Meta's": ("`chameleon` (Meta, 1 or 4 files)",),

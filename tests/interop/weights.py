@@ -143,8 +143,8 @@ def taming_shapes(
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Converts [heads H, ...] or [heads, H] from RoPE that rotates number 0 with H/2 (transformers) to 0 with 1 (Meta,
-    LWM)."""
+    """Converts weights [heads H, ...] or [heads, H] from transformers' RoPE, which rotates dimensions i and i + H/2
+    together, to Meta's and LWM's, which rotates 2i and 2i + 1 together."""
     shape = rows.shape
     halves = rows.reshape(heads, 2, -1, *(() if shape[0] == heads else shape[1:]))
     return halves.swapaxes(1, 2).reshape(shape)

@@ -120,8 +120,8 @@ def test_xla_reads_no_more_of_a_cache_than_the_prefix_its_longest_row_needs(long
 
 @pytest.mark.exact
 def test_by_xla_a_row_gets_the_same_bits_whatever_prefix_its_batch_needs():
-    """Otherwise a sample would depend on its neighbours. With a cache of 1000 slots, not a multiple of 64, the last
-    bits do."""
+    """Otherwise a sample would depend on its neighbours. With a cache of 1000 slots, not a multiple of 64, its last
+    bits do depend on them."""
     alone = DecodeCase((100, 1), 1024).arrays()
     beside = alone | {"lengths": np.array([100, 1024], np.int32)}
     for a, b in zip(*(outputs(CASES["grouped by 4"], "xla", arrays) for arrays in (alone, beside)), strict=True):

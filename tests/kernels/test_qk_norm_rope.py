@@ -41,7 +41,7 @@ def arguments(request):
 @pytest.mark.parametrize("way", ["default", "tpu"])
 def test_values_and_gradients_are_those_of_the_plain_formula(arguments, way, monkeypatch):
     x, rope, weights = arguments
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, **ways: ways[way](x))  # both, computed on this CPU
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, **ways: ways[way](x))  # this CPU computes either way
     bar = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 
     def run(function):
@@ -67,8 +67,8 @@ def test_backward_keeps_the_input_as_it_came_and_one_number_a_head(arguments):
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5p", "v6e"])
 def test_on_a_tpu_no_padded_or_widened_copies_are_made(name):
-    """For queries of chameleon_7b, temporaries are compared with the bytes that must be read and written, as libtpu
-    compiles it."""
+    """Queries have the size of chameleon_7b's. The temporaries of the program that libtpu compiles are compared with
+    the bytes that must be read and written."""
     mesh = parse_target(TPUS[name]).mesh(dict(data=-1))
     shape = 2, 4096, 32, 128
 

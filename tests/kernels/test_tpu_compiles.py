@@ -45,7 +45,7 @@ def gradients(topology: str, batch, length, heads, kv_heads, head_dim, dtype, sh
 @needs_libtpu
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 1), (8, 8)])
 def test_both_cores_of_v5p_have_a_part_of_every_grid(heads, kv_heads):
-    """4 heads of 4 and 8 of 1 are what a device has of chameleon_7b and 34b with tensor=8."""
+    """With tensor=8, a device has 4 query and 4 KV heads of chameleon_7b, and 8 query heads and 1 KV head of 34b."""
     devices = get_topology_desc(platform="tpu", topology_name=TPUS["v5p"]).devices
     mesh = jax.make_mesh((1,), ("data",), devices=devices[:1], axis_types=(AxisType.Auto,))
     q, kv = (jax.ShapeDtypeStruct((2, 4096, n, 128), BF16) for n in (heads, kv_heads))

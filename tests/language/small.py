@@ -83,7 +83,7 @@ def image(h, w, first=0):
 
 
 def sides(layout):
-    """(smallest, largest) height and width that it can write, and the steps between, in codes."""
+    """(smallest, largest, step) of the height and of the width that a layout can write, in codes."""
     least = layout.units if layout.sized else (layout.height, layout.width)
     return [(a, b, unit) for a, b, unit in zip(least, (layout.height, layout.width), layout.units, strict=True)]
 

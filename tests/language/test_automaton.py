@@ -157,7 +157,7 @@ def test_allowed_is_exactly_what_can_still_be_finished(case):
     np.testing.assert_array_equal(forced[inside], only[inside])
     assert not (allowed & ~want)[inside].any()
     missing = (want & ~allowed) & inside[..., None]
-    if len(syntax.open) > 1:  # to begin the spelling of an image's beginning once more if no other word fits
+    if len(syntax.open) > 1:  # the id that begins an image's spelling once more, if no other word fits, may be missing
         missing[..., syntax.open[0]] &= ~np.isin(np.roll(tokens, 1, axis=1), syntax.open[:-1])
     assert not missing.any(), [(requests[row], rows[row][:i], id) for row, i, id in np.argwhere(missing)[:3]]
 
@@ -302,7 +302,7 @@ def test_a_hundred_thousand_random_sequences_parse(kind, N):
 
 @every
 def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
-    """From the middle of digits, of a spelled beginning and of rows, with images of many sizes in one batch."""
+    """Prompts end in the middle of digits, of a spelled beginning and of rows. One batch has images of many sizes."""
     grammar, rng = grammar_of(kind, width=3 if LAYOUTS[kind].size is None else 130, height=12), np.random.default_rng(0)
     if not grammar.layout.sized:
         grammar = grammar_of(kind)
@@ -363,7 +363,7 @@ def test_what_does_not_fit_is_told_before_it_starts():
     half = [emu.vocabulary.bos, emu.syntax.open[0], emu.syntax.digits[1]]
     assert fits(emu, half, min_images=1, height=10, remaining=27)
     assert not fits(emu, half, min_images=1, height=10, remaining=26)
-    assert fits(emu, half, min_images=1, height=2, remaining=8)  # a prompt with 1 cannot become 2
+    assert fits(emu, half, min_images=1, height=2, remaining=8)  # a height that begins with 1 cannot become 2
     assert not fits(emu, half, min_images=1, remaining=7)
 
 

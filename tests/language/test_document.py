@@ -30,7 +30,7 @@ def test_equality_is_by_content_and_ignores_where_a_document_came_from():
         ((R, A), 1, "image_to_text"),
         ((R, A, B), 2, "image_to_text"),
         ((A, B), 1, "text"),
-        ((A, B, R), 1, "text"),  # its beginning counts
+        ((A, B, R), 1, "text"),  # the answer's beginning decides
         ((R, B, S), 1, "image_to_text"),
         ((A,), 0, "text"),
         ((R,), 1, "image_to_text"),
@@ -101,7 +101,7 @@ def test_what_is_learned_is_what_is_said_and_not_what_is_told_unless_a_turn_says
     learned = [Turn(who).learned for who in ("document", "system", "user", "assistant")]
     assert learned == [True, False, False, True]
     assert Turn("user", trained=True).learned and not Turn("assistant", trained=False).learned
-    assert Turn("user", (A,), True) == Turn("user", (A,))  # the ids do not say it
+    assert Turn("user", (A,), True) == Turn("user", (A,))  # ids cannot store `trained`
 
 
 def test_what_is_asked_and_what_is_answered():

@@ -79,7 +79,7 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
     assert (found.tokens.dtype, found.marks.dtype) == (np.int32, np.uint8)
     said = document if marked(kind) else told(document, layout.record.turns)
     assert grammar.parse(found.tokens) == said
-    # After the end of a question that ends like an answer, an answer may follow.
+    # Where questions and answers have the same end, an answer may still follow.
     framed = isinstance(layout.record.turns, TurnFrames) and document.asks
     ended = Opened(PARTS if counted(kind) or framed else DONE)
     assert grammar.breaks_off(found.tokens) == (len(found), ended)

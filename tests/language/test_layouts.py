@@ -204,7 +204,7 @@ def test_a_turn_of_emu3_gen_is_the_bare_prompt() -> None:
 
 @pytest.mark.parametrize("turns", [*PAIRS, [[ASKED], [WORDS]]])
 def test_emu3_chat(turns: list[published.Turn]) -> None:
-    """Only for one question: no code for several was found."""
+    """Compares only one question, because no published code for several was found."""
     grammar, border = opened("emu3")
     said, text = conversation(*turns), SYSTEMS["emu3"].text.encode
     assert ours("emu3", said) == published.emu3_chat(text, turns)
@@ -214,7 +214,7 @@ def test_emu3_chat(turns: list[published.Turn]) -> None:
 @pytest.mark.parametrize("turns", [*PAIRS, [[ASKED], [WORDS]], [["Draw"], ["a", codes(12, 11), "is", SQUARE]]])
 @pytest.mark.parametrize("task", ["t2i", "x2i", "story"])
 def test_emu3_5(turns: list[published.Turn], task: str) -> None:
-    """Only for one question: no code for several, or for documents without turns, was found."""
+    """Compares only one question, because no published code for several, or for documents without turns, was found."""
     grammar, border = opened("emu3_5")
     text = SYSTEMS["emu3_5"].text.encode
     system = "" if task == "t2i" else f"You are a helpful assistant for {task} task."

@@ -22,13 +22,13 @@ def test_ranges_follow_each_other_and_the_size_is_aligned():
 
 
 def test_the_width_that_has_a_probability_is_exact_where_a_rest_is_given():
-    assert (V.used, V.size) == (384, 384)  # without it, all of the padded width
+    assert (V.used, V.size) == (384, 384)  # without a rest, the whole padded width
     for rest, used, size in ((0, 379, 384), (5, 384, 384), (6, 385, 512)):
         wide = replace(V, rest=rest)
         assert (wide.used, wide.size) == (used, size)
         assert Vocabulary.from_manifest(json.loads(json.dumps(wide.manifest()))).manifest() == wide.manifest()
         assert not wide.role(np.arange(wide.rest_offset, wide.size)).any()
-    assert Vocabulary(151643, 32768, controls=CONTROLS[:3], rest=8).used == 184422  # a width that is no multiple
+    assert Vocabulary(151643, 32768, controls=CONTROLS[:3], rest=8).used == 184422  # not a multiple of 128
 
 
 def test_controls_are_the_layout_s_own_and_asked_for_by_name():

@@ -107,7 +107,7 @@ DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
         ("dots", "pre", 0),
         ("dots", "swin", 0),
         ("attention", "pre", MLP - DOWN),  # the last matrix' result is only added to the stream, so it is not kept
-        ("offload_attention", "swin", MLP),  # except for its norm
+        ("offload_attention", "swin", MLP),  # but here a norm needs it
         ("full", "pre", LAYERS - DOWN),
         ("offload", "swin", LAYERS),
     ],
@@ -157,7 +157,7 @@ def test_memory_traffic_of_a_training_step():
     gathered += 8 * HEAD  # and the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
     # Operands of a layer per token: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
     operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
-    # A quarter of all parameters in float32: read and written with two moments, and gradients once each way.
+    # A quarter of all parameters in float32: each weight, its two moments and its gradient are read and written once.
     state = 32 * (LAYERS + 2 * HEAD + NORMS) / 4
     assert estimate.seconds["memory"] == pytest.approx((gathered + operands + state) / BANDWIDTH, rel=1e-4)
     _, twice = planned(replace(RUN, accumulation=2), "train")
@@ -263,7 +263,8 @@ def test_links_of_a_group_and_traffic_between_slices():
     two = parse_target("v5e:2x2,slices=2").mesh(dict(data=2, fsdp=4))
     reduce = Collective("all-reduce", 4096, np.arange(8).reshape(1, -1), 1, True, False, "")
     moved = traffic(reduce, two, V5E)
-    # Inside a slice 2 x 3/4 of the array. Then each chip sends its quarter of the sum to the other slice, twice a half.
+    # A chip sends 2 x 3/4 of the array inside its slice. Then both slices add their quarters: it sends half a quarter,
+    # twice.
     assert (moved.ici, moved.dcn) == (4096 * 2 * 3 / 4, 4096 * 2 / 4 / 2)
     assert moved.seconds_dcn == pytest.approx(1024 / DCN, rel=1e-9)
     program = programs(replace(RUN, mesh=dict(data=2, fsdp=4)), two, "train")[0]

@@ -112,7 +112,7 @@ def test_sampling_is_planned_by_its_two_programs():
     assert high == pytest.approx(8 / decode["image_tokens"] / decode["fastest"]) and low < high
     assert decode["memory_share"][1] == pytest.approx(decode["seconds"]["memory"] / decode["fastest"])
     assert re.search(r"of the memory roofline: \d+% to \d+%.*\n +images of 1[89] tokens: [\d.e+]+ to", text(plan))
-    # For tokens, and for the search of top-k and top-p.
+    # Loops over tokens, and in the search for top-k and top-p.
     assert decode["loops_of_unknown_length"] >= 1 and prefill["loops_of_unknown_length"] == 0
 
 

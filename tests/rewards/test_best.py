@@ -30,7 +30,7 @@ def grey(folder, number, sample, value):
 
 
 def bright(prompt, answer):
-    """Longer texts and brighter images; a text "raise" has no reward."""
+    """Rewards longer texts and brighter images. For a text "raise" it raises an error."""
     (part,) = answer.parts
     if isinstance(part, ImagePart):
         assert prompt.meta == {"colour": "grey"}

@@ -220,4 +220,4 @@ def test_an_id_that_cannot_name_a_folder_gets_a_name(tmp_path):
     *numbered, twice, wrong = lines[len(ids) :]
     assert [line.id for line in numbered] == ["000018", "000019"]
     assert "line 2 already has this id" in twice.error and "expected a text or a number" in wrong.error
-    assert Names().add("a/b", 1) == names[1] != Names().add("a b", 1)  # only by the id
+    assert Names().add("a/b", 1) == names[1] != Names().add("a b", 1)  # the name depends only on the id

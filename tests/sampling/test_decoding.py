@@ -83,8 +83,8 @@ def test_what_is_drawn_stays_within_top_k_and_top_p():
     cases = [
         (Filter(top_k=2), {1: 4 / 7, 3: 3 / 7}),
         (Filter(top_p=0.75), {1: 4 / 9, 3: 3 / 9, 0: 2 / 9}),
-        (Filter(top_k=3, top_p=0.7), {1: 4 / 7, 3: 3 / 7}),  # two ids have 0.78 of what top_k keeps
-        (Filter(0.5, top_p=0.5), {1: 1.0}),  # of 0.53, which the temperature makes from 0.4
+        (Filter(top_k=3, top_p=0.7), {1: 4 / 7, 3: 3 / 7}),  # of the three that top_k keeps, two have 0.78
+        (Filter(0.5, top_p=0.5), {1: 1.0}),  # the temperature makes 0.53 from 0.4
     ]
     draw = jax.jit(lambda filters: choose_tokens(logits, filters=filters))
     for text, expected in cases:
@@ -152,7 +152,7 @@ def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
 
 
 def test_unconditional_contexts_read_images_alone_and_begin_each_anew_if_they_reset():
-    # A word; and of an image the first id, a code, and the last id.
+    # Four events: a word, an image's first id, a code, and an image's last id.
     event = Event(*jnp.array([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]], bool))
     position, start = (jnp.tile(jnp.array(row), (4, 1)) for row in ([5, 3, 4], [0, 2, 1]))
     resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # its own | one that resets | images only

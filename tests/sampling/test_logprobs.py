@@ -35,7 +35,7 @@ def drawn(grammar, **more):
 
 @pytest.mark.parametrize("name", [pytest.param("rows", marks=pytest.mark.slow), "grid"])
 def test_samples_say_how_likely_their_tokens_were_and_stay_the_same(name):
-    """The replay finds the positions with a choice without the sampler."""
+    """The replay does not use the sampler to find the positions where there was a choice."""
     grammar = tiny.GRAMMARS[name]
     plans, told = drawn(grammar, logprobs=True)
     _, plain = drawn(grammar)

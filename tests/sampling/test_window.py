@@ -217,7 +217,7 @@ COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
     [
         (WAITING, 0.9, 1.0, 8),
         ({1: 1.0, 2: 1.3, 4: 1.8, 8: 3.4}, 0.75, 1.0, 4),
-        (WAITING, 0.3, 3.0, 2),  # its own guesses only show when it is tried
+        (WAITING, 0.3, 3.0, 2),  # only a trial shows the guesses that its own draws give
         (WAITING, 0.05, 1.0, 1),
         (COMPUTING, 0.6, 1.0, 1),
     ],
@@ -331,7 +331,8 @@ def test_the_device_guesses_what_the_host_says_it_would(params):
     found = list(wide.generate(asked))
     right = wide._pairs.learn(found[0].document.parts[0].codes)
     assert right.all()  # no pair of codes occurs twice in this image
-    # 6 codes, the end of the image and of the answer: one before there are guesses, then four, then the rest
+    # 6 codes and the ends of the image and of the answer are drawn in three steps: one before there are guesses, then
+    # four, then the rest.
     assert wide.tokens_a_step == pytest.approx((len(found[0].tokens) - 1) / 3, abs=0.01)
 
 

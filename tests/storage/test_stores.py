@@ -78,7 +78,7 @@ def test_what_fails_in_passing_is_asked_again(
             stores.download(f"{url}/there", tmp_path / "there")
             assert (tmp_path / "there").read_bytes() == data
             stores.write(f"{url}/new", data)
-            # "torn" and "cut" came after it was created, and it is recognised as our own.
+            # The faults "torn" and "cut" came after the claim was created, and it is recognised as our own.
             assert stores.create(f"{url}/claim", b"mine") and not stores.create(f"{url}/claim", b"yours")
             assert set(stores.found_under(url)) == {"there", "new", "claim"}
             stores.delete(f"{url}/claim")

@@ -49,7 +49,7 @@ def losses(rows: bytes) -> list[tuple[int, float]]:
 
 
 def in_store(url: str) -> dict[str, bytes]:
-    """Like `shards` for a workdir on disk."""
+    """The shards of a workdir in a store; `shards` gives those of a workdir on disk."""
     named = {f"data/{name}": data for name, data in objects(f"{url}/data").items()}
     return {name: data for name, data in named.items() if not name.startswith(("data/done", "data/started"))}
 

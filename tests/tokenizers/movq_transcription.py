@@ -184,8 +184,8 @@ def latents(weights, pixels, *, dim, in_time, **shape):
 
 
 def codes(table, found):
-    """Latents [..., C], codes' vectors [K, C] -> the nearest codes [...], and how much nearer they are than the second,
-    relative."""
+    """Latents [..., C], codes' vectors [K, C] -> the nearest codes [...], and their relative lead over the second
+    nearest."""
     distances = np.square(found[..., None, :] - np.float64(table)).sum(-1)
     two = np.sort(distances, -1)[..., :2]
     return distances.argmin(-1), (two[..., 1] - two[..., 0]) / two[..., 1]

@@ -97,7 +97,7 @@ def test_sizes_are_those_of_the_papers():
 
     params, logits, _ = look(patch, 256)
     assert logits.shape == (1, 30, 30)  # pix2pix
-    batch_norms = 2 * (128 + 256 + 512)  # ours have these scales and biases in group norms
+    batch_norms = 2 * (128 + 256 + 512)  # our group norms have as many scales and biases
     expected = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 1 + batch_norms
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected == 2_765_633
     assert look(patch, 32)[1].shape == (1, 2, 2)
@@ -169,7 +169,7 @@ def test_r1_of_a_linear_discriminator_and_against_finite_differences(monkeypatch
     along = slope / jnp.sqrt(jnp.square(slope).sum((1, 2, 3), keepdims=True))
     length = (
         mean(x + 1e-2 * along) - mean(x - 1e-2 * along)
-    ) / 2e-2  # the value of the gradient, if it is the gradient
+    ) / 2e-2  # the gradient's length, if `slope` is the gradient
     penalty = jax.jit(lambda x: adversary.r1_penalty(config, params, x))(x)
     np.testing.assert_allclose(penalty, np.square(length), rtol=2e-2)
 

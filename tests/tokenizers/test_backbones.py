@@ -195,7 +195,7 @@ def plain(x, kernel):
         (convolution.conv3x3, plain, (1, 4, 3, 128)),
         (convolution.conv3x3, plain, (1, 3, 4, 2)),
         (convolution.doubling_conv3x3, lambda x, k: plain(x.repeat(2, axis=1).repeat(2, axis=2), k), (2, 3, 5, 4)),
-        # Its windows begin at pixel 2i; those of the definition are centred on pixel i.
+        # halving_conv3x3's windows begin at pixel 2i; those of the definition are centred on pixel i.
         (convolution.halving_conv3x3, lambda x, k: plain(x, k)[:, 1::2, 1::2], (2, 4, 6, 4)),
     ],
     ids=["winograd", "wide", "narrow", "doubling", "halving"],

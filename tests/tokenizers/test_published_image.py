@@ -95,7 +95,7 @@ def _ibq() -> Reference:
     mean = latents.mean((0, 1, 2))
     table -= np.float32(
         np.outer(table @ mean, mean) / (mean @ mean)
-    )  # otherwise all codes are the one nearest to the mean
+    )  # otherwise all latents choose the code nearest to the mean
     codes, margin = original.nearest(table, latents, "dot")
     back = original.ibq_pixels(weights, codes, **shape).transpose(0, 2, 3, 1)
     return Reference(IBQ, "taming", weights, PICTURES, latents, codes, back, margin > SURE)
@@ -236,7 +236,7 @@ def test_levels_counted_from_the_other_end_change_pixels_where_their_shapes_do_n
     assert taming.dialect_of(tensors) == "janus_hf"
     assert "decoder.up.0.attn.0.q.weight" in tensors and "decoder.up.2.upsample.conv.weight" not in tensors
     with pytest.raises(ValueError, match=r"are missing: decoder.up.2.attn.0"):
-        from_published(config, tensors, "taming")  # attention and upsampling do show it
+        from_published(config, tensors, "taming")  # attention and upsampling show the order
 
     def turned(name: str) -> str:
         return re.sub(r"^decoder\.up\.(\d)\.block", lambda m: f"decoder.up.{2 - int(m[1])}.block", name)
@@ -272,7 +272,7 @@ def test_names_and_shapes_are_those_of_the_reference_models_list(listed, config,
     prefix = published.prefix_of(names, dialect)
     expected = {name: tuple(shape) for name, (shape, _) in names.items() if name.startswith(prefix)}
     assert bool(prefix) == (listed == "chameleon_pre")
-    zeros = {name: np.zeros(shape, np.float32) for name, (shape, _) in names.items()}  # a language model's, too
+    zeros = {name: np.zeros(shape, np.float32) for name, (shape, _) in names.items()}  # including a language model's
     found = to_published(from_published(config, zeros, dialect), dialect, prefix=prefix)
     assert {name: leaf.shape for name, leaf in found.items()} == expected
 
@@ -360,8 +360,8 @@ def test_a_tokenizer_without_a_decoder_reads_images_and_says_why_it_draws_none(t
 
 
 def test_transformers_chameleon_is_exported_from_what_it_was_and_from_the_original(tmp_path):
-    """Its file has post_quant_conv although it has no decoder. It is kept, or taken from the decoder if there is
-    one."""
+    """Its file has post_quant_conv although it has no decoder. This layer is kept, or taken from the decoder if there
+    is one."""
     tokenizer = imported("chameleon_hf")
     assert tokenizer.no_decoder and set(tokenizer.published) == {"post_quant_conv.weight", "post_quant_conv.bias"}
     tokenizer.save(tmp_path)
@@ -419,7 +419,7 @@ def test_transformers_janus_draws_the_same_and_takes_our_file():
 
 
 def taming_only(config: AutoencoderConfig) -> dict[str, np.ndarray]:
-    """A file of Meta's Chameleon VQGAN of these sizes, by the transcription."""
+    """A file of Meta's Chameleon VQGAN with these sizes, made by the transcription."""
     weights = original.Weights(0)
     shape = dict(ch=config.width, ch_mult=config.multipliers, blocks=config.blocks, attended=(), z=config.z_channels)
     latents = original.ibq_latents(weights, PICTURES, dim=config.code_dim, **shape).transpose(0, 2, 3, 1)

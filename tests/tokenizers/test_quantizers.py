@@ -105,7 +105,7 @@ def test_fsq_reaches_every_level_and_no_other(levels, activation):
     assert [len(np.unique(vectors[:, c])) for c in range(fsq.dim)] == list(levels)
     np.testing.assert_allclose(
         jax.jit(fsq.bound)(jnp.zeros((1, fsq.dim))), 0, atol=1e-6
-    )  # untrained: latents are codes
+    )  # a zero latent is exactly on a level
     for dtype in (jnp.float32, jnp.bfloat16):
         codes = jax.jit(fsq.encode)((1e4 * jax.random.normal(jax.random.key(0), (999, fsq.dim))).astype(dtype))
         assert codes.dtype == jnp.int32 and 0 <= codes.min() and codes.max() < fsq.codebook_size
@@ -157,7 +157,7 @@ def test_blocks_of_codes_change_nothing(scores, monkeypatch):
             np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
     distances = np.linalg.norm(np.asarray(x)[:, :, None] - np.asarray(table), axis=-1)
     np.testing.assert_array_equal(codebook.nearest(x, table, codebook.nearness(table)), distances.argmin(-1))
-    np.testing.assert_array_equal(codebook.nearest(x, jnp.zeros((17, 6))), np.zeros((5, 2)))  # a draw: the first
+    np.testing.assert_array_equal(codebook.nearest(x, jnp.zeros((17, 6))), np.zeros((5, 2)))  # a tie: the first
 
 
 def test_a_large_codebook_makes_no_large_array():

@@ -1,4 +1,4 @@
-"""Windows with enough overlap change nothing, and with less no seam is visible."""
+"""Windows with enough overlap change nothing, and with less overlap no seam is visible."""
 
 from __future__ import annotations
 

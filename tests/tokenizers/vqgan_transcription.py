@@ -27,7 +27,7 @@ def ending(weights, at, x, out):
 
 
 def stack(weights, at, names, x, width, blocks, attended):
-    """The residual blocks of a level, named with `names` and "attn" in a file."""
+    """The residual blocks of a level. A file calls them `names`, and the attention after each of them "attn"."""
     for block in range(blocks):
         x = residual(weights, f"{at}.{names}.{block}", x, width)
         if attended:

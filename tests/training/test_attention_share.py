@@ -116,7 +116,7 @@ def test_the_shares_are_those_of_weights_written_out(params, written_out, column
 
 
 def test_packed_documents_do_not_leak(params):
-    """A text after an image in a row of its own sees only itself, whatever the image is."""
+    """If an image and the text after it are two documents of one row, the text does not see the image."""
     length = 8
     batch = dataclasses.replace(
         PackedBatch.padding(1, length, tiny.VOCABULARY.pad),

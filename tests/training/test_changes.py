@@ -66,7 +66,7 @@ def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path):
     expected = [float(learning_rate(optimizer, 8 if step < 8 else 12)(step)) for step in range(12)]
     np.testing.assert_allclose([rates[step] for step in range(1, 13)], expected, rtol=1e-6)
     assert rates[9] > 2 * rates[8]  # a cosine that was at its end rises again
-    assert "time/down" not in read_metrics(tmp_path / "metrics.jsonl")[-1]  # nothing waited for it
+    assert "time/down" not in read_metrics(tmp_path / "metrics.jsonl")[-1]  # nothing waited for the second run
 
 
 def test_a_decay_is_branched_from_the_middle(tmp_path):

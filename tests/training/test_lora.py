@@ -57,7 +57,7 @@ def test_the_first_step_is_what_full_tuning_projects_to() -> None:
     whole = jax.jit(lambda p: gradients(full, p, {}, batch, key, accumulation=1, mesh=mesh)[1])(base)
     own = jax.jit(lambda p: gradients(task, p, {}, batch, key, accumulation=1, mesh=mesh)[1])(params)
     assert own.keys() == {"lora"}
-    step = make_train_step(task, optax.sgd(rate), mesh, seed=0)  # which takes the same gradients
+    step = make_train_step(task, optax.sgd(rate), mesh, seed=0)  # uses the same gradients
     before = jax.device_get(params)
     after, _ = step(make_state(task, optax.sgd(rate), 0, params), batch)
     new = merged(LORA, jax.device_get(after.params))

@@ -42,7 +42,7 @@ def test_tokens_are_counted_by_what_is_read(params):
     image = present & (batch.tokens >= tiny.VOCABULARY.image_offset)
     assert metrics["tokens/text"] == text.sum() and metrics["tokens/image"] == image.sum()
     assert text.sum() + image.sum() == metrics["tokens"] == present.sum()
-    assert "tokens/text" not in task.summary(jax.device_get(metrics))  # a rate says it: telemetry.Meter
+    assert "tokens/text" not in task.summary(jax.device_get(metrics))  # telemetry.Meter reports a rate instead
 
 
 def test_both_are_in_the_log_line_and_the_metrics(tmp_path):

@@ -41,7 +41,7 @@ ONE = {}, 1  # a mesh of one device
 
 
 def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, mean_split=None, **options):
-    """`options` are for the model; optimising interpreted kernels is not worth the time."""
+    """`options` are for the model. Interpreted kernels are compiled without optimisation, which would take too long."""
     task = tiny.task(config=replace(tiny.MODEL, **options), mean_split=mean_split)
     mesh = make_mesh(shape, jax.devices()[:devices])
     compiler = {"xla_backend_optimization_level": 0} if options.get("attention") == "tpu_interpret" else None
@@ -234,7 +234,8 @@ def test_metrics_are_what_they_are_called(params):
 
 
 def test_half_the_loss_is_the_mean_of_text_and_half_that_of_images(params):
-    """LWM's loss in NumPy, for any numbers of both kinds of targets. If only one kind is there, it is half its mean."""
+    """LWM's loss in NumPy, for any numbers of both kinds of targets. If only one kind is there, the loss is half of its
+    mean."""
     split = tiny.VOCABULARY.image_offset
     task, batch = tiny.task(mean_split=split, z_loss=0.0), tiny.packed(3)
     compute = jax.jit(lambda p, b: task.loss(p, {}, b, None))

@@ -1,4 +1,4 @@
-"""A training of seconds: the real transformer, two layers wide 32, on packed rows of random documents.
+"""A training run of a few seconds: the real transformer, with two layers of width 32, on packed random documents.
 
 As a script it is the run that tests kill: python tests/training/tiny.py FOLDER
 """

@@ -17,8 +17,8 @@ class Fertility:
     (arXiv:2305.15425).
 
     Attributes:
-      bytes, characters, tokens: the numbers of UTF-8 bytes, Unicode code points and ids. byte_tokens: the number of ids
-        that stand for one byte of a character without a piece.
+      bytes, characters, tokens: the numbers of UTF-8 bytes, Unicode code points and ids.
+      byte_tokens: the number of ids that stand for one byte of a character without a piece.
       failed: the number of texts that decoding does not restore.
       first_failure: "origin" of the first such text, and "text" and "back", which show the first difference; empty if
         nothing failed.

@@ -1,8 +1,9 @@
 """Finds the ways in which a SentencePiece model loses text. Its settings are the causes; short texts that decoding does
 not restore are the examples.
 
-Every model file contains the settings; sentencepiece_model.proto (github.com/google/sentencepiece) numbers them. This
-module reads them from the bytes, because the reader in SentencePiece works only with the newest protobuf.
+Every model file contains the settings. Their field numbers are in sentencepiece_model.proto
+(github.com/google/sentencepiece). This module reads them from the bytes, because the reader in SentencePiece works only
+with the newest protobuf.
 """
 
 from __future__ import annotations

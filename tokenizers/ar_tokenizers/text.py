@@ -60,7 +60,9 @@ class TextTokenizer:
 
     Attributes:
       losses: the ways in which the model loses text; empty for models from `train`.
-      size: the number of ids. hash: sha256 of the model. model_bytes: the model.
+      size: the number of ids.
+      hash: sha256 of the model.
+      model_bytes: the model.
 
     Raises:
       ValueError: the bytes are not a SentencePiece model, or the model loses text and `lossy` does not allow it.
@@ -174,11 +176,12 @@ class TextTokenizer:
           texts: are read once, and may be larger than memory. Only a random sample is kept; long texts are cut into
             parts of 65,536 characters before sampling.
           vocab_size: the largest number of pieces. A corpus with fewer possible pieces gives a smaller `size` and no
-          error. model_type: "bpe", or "unigram" (many times slower).
+            error.
+          model_type: "bpe", or "unigram" (many times slower).
           character_coverage: the share of characters that get a piece; others are encoded as bytes without loss.
           max_bytes: how many bytes of text are kept. Peak memory is this number times 22 (bpe) or 31 (unigram) for
-          words. For random Chinese characters, the worst case of text without spaces, it is this number times 93 or
-          19 (experiments/benchmarks/text_tokenizer.py).
+            words. For random Chinese characters, the worst case of text without spaces, it is this number times 93 or
+            19 (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: there is no text, or nothing but line ends and the like; a text has a surrogate; or vocab_size is

@@ -100,7 +100,7 @@ def run(stage: str, size: str, until: float, file: TextIO) -> int:
                 print(text, end="", flush=True)
         status = worker.wait()
         timer.cancel()
-        if begun is not None:  # it ended with its process
+        if begun is not None:  # a check was running and ended with its process
             why = "no time was left" if time.time() >= until else f"its process ended with status {status}"
             bad += said(dict(stage=stage, name=begun["name"], failed={"process": why}, clocks=clocks()), file)
         elif status != AGAIN:

@@ -14,8 +14,8 @@ class Size:
       repeats: how often each contender is timed, in turns.
       head_dim, tokens, lengths, document: sizes for attention, which are the dimensions of a head, the tokens of a
         batch, the lengths of dense rows, and the length of a packed document (a row has eight).
-      heads: (query heads, KV heads) of each case. more_heads: (query heads, KV heads, head dim) of cases that are
-        measured only at the second length.
+      heads: (query heads, KV heads) of each case.
+      more_heads: (query heads, KV heads, head dim) of cases that are measured only at the second length.
       decode: (rows, query heads, KV heads, slots, live slots) for decode attention.
       rings: ring buffers that decode attention tries, each (KiB of keys and values in flight, thread blocks per SM).
       training: maps the name of a training to (preset, layers (None: all of the preset), rows, tokens per row, remat,

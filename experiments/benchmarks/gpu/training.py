@@ -23,7 +23,7 @@ from experiments.benchmarks.gpu.measure import Check
 from experiments.benchmarks.gpu.sizes import Size
 
 WARM, STEPS = 2, 5
-CHUNK = 4096  # of the loss, as in experiments/pretrain.py
+CHUNK = 4096  # tokens per chunk of the loss, as in experiments/pretrain.py
 
 
 def checks(size: Size) -> list[Check]:

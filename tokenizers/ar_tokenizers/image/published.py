@@ -22,7 +22,7 @@ from ar_tokenizers.image import movq_weights, taming
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
-SYSTEMS = {  # -> the dialects of its files
+SYSTEMS = {  # system -> the dialects of its files
     "chameleon_vq": ("taming", "chameleon_hf"),
     "ibq": ("taming",),
     "llamagen_vq": ("llamagen",),
@@ -75,8 +75,8 @@ def from_published(
 
     Args:
       tensors: the tensors by name. If the file also has a language model, only names with the dialect's prefix are
-      read. dialect: a name in taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a
-      decoder.
+        read.
+      dialect: a name in taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a decoder.
 
     Raises:
       ValueError: tensors are missing, left over, or have another shape than the config asks for; the message names
@@ -145,7 +145,8 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
       record: the published settings. chameleon_vq: vqgan.yaml, a config.json with vq_config, or that part of it; ibq:
         config.yaml; janus_vq: config.json; emu3_vq: config.json, or its vq_config; llamagen_vq: the arguments of its
         class, if any. showo_vq, lwm_vq and movqgan: not used, because there is only one tokenizer of each, published
-        without settings. names: the names of the tensors. They tell LlamaGen's VQ-8 from VQ-16 if the record does not.
+        without settings.
+      names: the names of the tensors. They tell LlamaGen's VQ-8 from VQ-16 if the record does not.
 
     Raises:
       ValueError: a setting is missing, or has a value that no published tokenizer has; the message names it.

@@ -156,7 +156,7 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect:
     ours = {}
     for name, place in places.items():
         if name.startswith("decoder.") and not spoken.decoder:
-            kept[place.name] = _plain(state[place.name])  # from_code, which needs a decoder to be of use
+            kept[place.name] = _plain(state[place.name])  # from_code, which is of no use without a decoder
         else:
             ours[name] = _to_ours(spoken, name, place, np.asarray(state[place.name], np.float32))
     return Read(traverse_util.unflatten_dict(ours, sep="."), kept)

@@ -30,9 +30,11 @@ def map_windows(
     Args:
       function: [n, th * scales[0], tw * scales[0], ...] -> [n, th * scales[1], tw * scales[1], ...].
       x: [B, h * scales[0], w * scales[0], ...].
-      scales: the numbers of entries of x and of the result along the side of one code: (factor, 1) to encode, (1,
-      factor) to decode. tile: the side of a window; a smaller image is a single window. overlap: the least overlap of
-      neighbouring windows. blend: whether to blend overlaps (pixels) or to cut them in the middle (codes).
+      scales: the numbers of entries of x and of the result along the side of one code: (factor, 1) to encode,
+        (1, factor) to decode.
+      tile: the side of a window in codes; a smaller image is a single window.
+      overlap: the least overlap of neighbouring windows, in codes.
+      blend: whether to blend overlaps (pixels) or to cut them in the middle (codes).
 
     Returns:
       [B, h * scales[1], w * scales[1], ...]
