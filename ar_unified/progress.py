@@ -13,8 +13,11 @@ def bar(total: int, unit: str, what: str, *, done: int = 0, shown: bool = True) 
     """A tqdm bar on stderr.
 
     Args:
-      total: the number of items. done: how many of them an earlier attempt has done; the rate does not count them.
-      unit: the name of the items, in the plural. what: what is being done. shown: False hides the bar.
+      total: the number of items.
+      done: how many of them an earlier attempt has done; the rate does not count them.
+      unit: the name of the items, in the plural.
+      what: what is being done.
+      shown: False hides the bar.
     """
     watched = sys.stderr.isatty()
     interval = 0.2 if watched else _SECONDS_BETWEEN_LINES

@@ -100,8 +100,10 @@ class Stage:
     """One stage's folder.
 
     Attributes:
-        fingerprint: everything that determines its result. cost: its other settings, as a flat dict.
-        done: whether its result is complete and may be used. summary: the argument of `finish`.
+        fingerprint: everything that determines its result.
+        cost: its other settings, as a flat dict.
+        done: whether its result is complete and may be used.
+        summary: the argument of `finish`.
         changed: the allowed differences from the folder's record, by kind (ar_unified.history); `begin` records them.
         aside: if the stage was started again, the folder with the former result.
     """
@@ -244,7 +246,7 @@ class Workdir:
         Args:
             name: the name of its folder, such as "data".
             fingerprint: JSON values of everything that determines the result (part of the config, hashes of inputs),
-            and of those settings that affect only the cost but are worth recording.
+                and of those settings that affect only the cost but are worth recording.
             may: the fields that may differ from the folder's record. The stage's `changed` lists those that do.
 
         Raises:

@@ -78,7 +78,8 @@ class Disturbed:
     connection, or None to change nothing.
 
     Attributes:
-        asked: (method, path) of every request. faults: how many were disturbed.
+        asked: (method, path) of every request.
+        faults: how many were disturbed.
     """
 
     def __init__(self, store: Store, fault: Callable[[str, str, int], int | str | None]):

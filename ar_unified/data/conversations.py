@@ -41,7 +41,8 @@ class Exchange:
     """A question and its right answer.
 
     Attributes:
-        kind: one of the kinds in the table above. asked: the user's words.
+        kind: one of the kinds in the table above.
+        asked: the user's words.
         answer: the assistant's words; None if the answer is a picture of `scene`.
         scene: what the last picture shows after the answer.
     """
@@ -66,7 +67,8 @@ class _State:
 
     Attributes:
         scene: what the last picture shows.
-        it: the object that "it" means. told: those of its attributes that were mentioned.
+        it: the object that "it" means.
+        told: those of its attributes that were mentioned.
         attribute: the attribute that was asked for last.
         edited: the last edit, as (kind, object before, object after).
         asked: all questions about the last picture.

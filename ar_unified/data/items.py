@@ -21,7 +21,8 @@ class BadItem(Exception):
         kind: the kind of fault: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
             "path_escapes", "empty_file", "unreadable_image", "image_shape", "unreadable_file", "too_large",
             "text_lost", "same_answers" (two answers with equal tokens), or another kind of DocumentError.
-        origin: "file:line", or the dataset's name and index. reason: what was expected and what was found.
+        origin: "file:line", or the dataset's name and index.
+        reason: what was expected and what was found.
     """
 
     def __init__(self, kind: str, origin: str, reason: str):

@@ -243,7 +243,9 @@ def pack(
     """Writes documents into their rows, one after another.
 
     Args:
-        documents: n documents. tasks: int8 [n]. rows: int [n], ascending; the row of each document.
+        documents: n documents.
+        tasks: int8 [n].
+        rows: int [n], ascending; the row of each document.
         shape: (B, T).
     """
     B, T = shape

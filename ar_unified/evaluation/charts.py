@@ -23,7 +23,8 @@ def line_chart(
     """One figure with a line for each series. Empty series are left out; if all are empty, the result is "".
 
     Args:
-        title: the heading. unit: the unit of y, shown next to the heading.
+        title: the heading.
+        unit: the unit of y, shown next to the heading.
         series: (x, y) points by name; the names are the legend if there are several series.
         log: whether to show the logarithmic axis first (it exists only if all values are positive).
         zero: whether the linear axis begins at 0, for quantities whose ratio matters, such as speed.

@@ -26,10 +26,11 @@ class Example:
     """One question put to the model.
 
     Attributes:
-        kind: one of KINDS, or "turn". document: the held-out document. prompt: the parts shown to the model (real
-        images).
-        expected: the real image, uint8 [H, W, 3], or the text. got: the model's image or text; None if it did not
-        parse.
+        kind: one of KINDS, or "turn".
+        document: the held-out document.
+        prompt: the parts shown to the model (real images).
+        expected: the real image, uint8 [H, W, 3], or the text.
+        got: the model's image or text; None if it did not parse.
         reconstruction: the image tokenizer's reconstruction of an expected image.
         correct: what the checker says; None without a checker.
     """

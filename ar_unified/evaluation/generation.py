@@ -57,8 +57,9 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model. image_tokenizer, grammar: those of the model's training. If the tokenizer cannot
-            decode images, only questions with answers in words are asked.
+        engine: samples from the model.
+        image_tokenizer, grammar: those of the model's training. If the tokenizer cannot decode images, only questions
+            with answers in words are asked.
         protocol: what counts as right.
         sources: sources of documents that the model has not seen; bad items are skipped and counted.
         limit: maximum number of documents of each kind, drawn from all sources by `seed`.

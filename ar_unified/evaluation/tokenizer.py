@@ -99,8 +99,8 @@ def evaluate_tokenizer(
 
     Args:
         size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
-        limit: the maximum number of images, equally from every source. seed: for the choice of images and for corrupted
-            ids.
+        limit: the maximum number of images, equally from every source.
+        seed: for the choice of images and for corrupted ids.
         batch_size: images in memory at a time. It changes no number, unless the tokenizer then rounds differently.
         distances: further distances by name, such as "LPIPS". The result has the mean of each under its name.
         extractors: networks by name. The Frechet distance between their features of real and of reconstructed images is

@@ -192,7 +192,8 @@ def in_base(
 
     Args:
         config: the config of the trained model.
-        selection: which parameters were trained. stored: the trained values, as in a checkpoint.
+        selection: which parameters were trained.
+        stored: the trained values, as in a checkpoint.
         target: shapes, dtypes and shardings of the result; None means float32 on this process's first device.
         rows: from `language.extension.rows_of`, if the bundle is a language model that was extended. Rows that the
             bundle lacks are in `stored`.

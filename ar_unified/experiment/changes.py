@@ -90,7 +90,8 @@ class Training:
     """A stage of many steps.
 
     Attributes:
-        key: the config key of the total number of steps. wanted: the key's value.
+        key: the config key of the total number of steps.
+        wanted: the key's value.
         checkpoints: the steps of its checkpoints, ascending.
         folder: the folder of the checkpoints.
         before: the stage that is made from this stage; "" if all stages made from it are made again automatically.

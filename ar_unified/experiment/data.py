@@ -122,8 +122,8 @@ class Shards:
     """Opens a workdir in a process outside the job, and returns a function that makes a shard by its name.
 
     Attributes:
-        workdir: a URL, or a path that exists for that process, too; the stage `data` has begun there. split: train or
-            validation.
+        workdir: a URL, or a path that exists for that process, too; the stage `data` has begun there.
+        split: train or validation.
     """
 
     workdir: str

@@ -35,7 +35,8 @@ def rows(
     """A batch of numpy arrays. A sample without tokens, such as that of a failed request, becomes a row of padding.
 
     Args:
-        length: T, at least `room` of each plan. contexts: C, at least the number of contexts of each plan.
+        length: T, at least `room` of each plan.
+        contexts: C, at least the number of contexts of each plan.
         of_samples: the fields of a PolicyBatch that have one number for each sample.
     """
     B, T, pad = len(served), length, grammar.vocabulary.pad

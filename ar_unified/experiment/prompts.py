@@ -42,7 +42,8 @@ class Prompts:
         sources, weights: the sources of documents, and their shares.
         drawn: how an answer is drawn; mode "free" means the mode of the document's own answer.
         plan: a function like `Engine.plan`, which raises RequestError or GrammarError if a request does not fit.
-        tokenizer: encodes images in prompts. fit: resizes an image as data preparation does.
+        tokenizer: encodes images in prompts.
+        fit: resizes an image as data preparation does.
         seed: decides the order, and the seeds of the answers.
     """
 

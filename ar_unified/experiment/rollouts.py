@@ -94,9 +94,11 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         prompts: returns the prompt of a number.
         engine: an engine made with `logprobs` on the devices of this process; its parameters are replaced.
         tokenizer: the image tokenizer.
-        reward: scores an answer. rewarding: what happens when the reward fails.
+        reward: scores an answer.
+        rewarding: what happens when the reward fails.
         policy: the settings of groups and minibatches.
-        batch_size: B, the samples of a step on `mesh`. length: T, the positions of a row.
+        batch_size: B, the samples of a step on `mesh`.
+        length: T, the positions of a row.
         contexts: C, the rows of each sample in the batch.
         chunk, lora: as in `log_probabilities`.
         failed: a file to which every answer without a reward is written, or None.

@@ -201,7 +201,8 @@ def selected(
     `only`.
 
     Args:
-        vocabulary: None if there is none yet, in which case any kind of ids may be named. new: as for `select`.
+        vocabulary: None if there is none yet, in which case any kind of ids may be named.
+        new: as for `select`.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """

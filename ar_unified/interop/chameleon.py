@@ -112,7 +112,9 @@ def language_of(
     """The ids of one of these systems.
 
     Args:
-        names: published id of every token. text: ids that spell text. size: V.
+        names: published id of every token.
+        text: ids that spell text.
+        size: V.
         system: chameleon, lumina_mgpt or lumina_mgpt_2.
         largest: height and width of the largest image in codes; None means the published size.
         told: the content of a tokenizer_config.json, which names the tokens that begin and end a text in Qwen's

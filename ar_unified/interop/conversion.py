@@ -40,7 +40,8 @@ class Pickled(NamedTuple):
 
     Attributes:
         tensors: the tensors by name. The parts of a name are joined by "." for torch, by "/" for flax.
-        other: plain values by name, such as settings. left_out: names of all other values.
+        other: plain values by name, such as settings.
+        left_out: names of all other values.
     """
 
     path: Path

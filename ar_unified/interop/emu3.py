@@ -97,9 +97,12 @@ def language_of(
     """Emu3's ids.
 
     Args:
-        names: published id of every special token. text: ids that spell text. size: V.
+        names: published id of every special token.
+        text: ids that spell text.
+        size: V.
         largest: height and width of an image in codes.
-        kind: the layout's kind. controls: the names of its control tokens.
+        kind: the layout's kind.
+        controls: the names of its control tokens.
 
     Raises UserError for names that are missing or stand for wrong ids.
     """

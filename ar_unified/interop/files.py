@@ -35,8 +35,10 @@ class Files:
     """The arguments of `ar-unified import`, and which of them were read.
 
     Args:
-        folder: the folder of the weights. text, image: files or folders of the tokenizers, if they are elsewhere.
-        theta: RoPE's base, if the files do not say it. size: height and width of the largest image, in codes.
+        folder: the folder of the weights.
+        text, image: files or folders of the tokenizers, if they are elsewhere.
+        theta: RoPE's base, if the files do not say it.
+        size: height and width of the largest image, in codes.
     """
 
     def __init__(

@@ -39,7 +39,8 @@ class Family:
     Attributes:
         model_type, architecture: their values in an exported config.json.
         fields: the fields of TransformerConfig that the class fixes.
-        act: the key of the activation. defaults: the values of keys that files may leave out.
+        act: the key of the activation.
+        defaults: the values of keys that files may leave out.
         qkv_bias: whether queries, keys and values always have biases (Qwen2, which has no key attention_bias).
         scaled: whether the embedding is multiplied by the square root of D.
     """

@@ -42,7 +42,8 @@ def language(
         text: published ids that the text tokenizer uses; an id that also has another meaning does not count as text.
         controls: published id of each control token that the layout needs. Leave out a control that has no token in the
             table; it gets the last free id.
-        codes: published ids of the image codes. sizes: published ids of the size tokens, in order.
+        codes: published ids of the image codes.
+        sizes: published ids of the size tokens, in order.
 
     Raises UserError for an id outside the table, or with two meanings.
     """

@@ -39,7 +39,8 @@ def import_tokenizer(system: str, path: Path, output: str) -> tuple[ImageTokeniz
     """Writes the folder, whole or not at all.
 
     Args:
-        system: one of `interop.IMAGE_SYSTEMS`. path: a .safetensors file or its folder.
+        system: one of `interop.IMAGE_SYSTEMS`.
+        path: a .safetensors file or its folder.
 
     Returns:
         The tokenizer, and notes for a person, one sentence each.

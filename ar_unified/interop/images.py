@@ -41,8 +41,8 @@ class Images:
 
     Attributes:
         usual: side of the images that it was published for, in pixels.
-        dialect: how its file names the tensors. prefix: the beginning of its tensors' names in the file; "" if the file
-            has nothing else.
+        dialect: how its file names the tensors.
+        prefix: the beginning of its tensors' names in the file; "" if the file has nothing else.
         dtypes: dtypes of the file's floats. The key "" has the most common dtype; only tensors of another dtype have a
             key of their own.
     """
@@ -68,7 +68,9 @@ def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = Mapping
     """Reads an image tokenizer from a file of its own, or from a model's file without reading the rest of it.
 
     Args:
-        system: a key of SETTINGS. path: the file or its folder. otherwise: the settings if no file has them.
+        system: a key of SETTINGS.
+        path: the file or its folder.
+        otherwise: the settings if no file has them.
 
     Raises UserError if settings or tensors do not belong to such a tokenizer.
     """
@@ -86,7 +88,8 @@ def read_images(
     """The tokenizer of a file's tensors.
 
     Args:
-        system: a key of SETTINGS. settings: the settings published with it; {} if there are none.
+        system: a key of SETTINGS.
+        settings: the settings published with it; {} if there are none.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """

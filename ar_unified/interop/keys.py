@@ -145,7 +145,8 @@ class Slot:
     """One of our leaves, or one layer of it, and the published tensors from which it is made.
 
     Attributes:
-        leaf: the leaf's path. layer: the layer's number; None for leaves outside the layers.
+        leaf: the leaf's path.
+        layer: the layer's number; None for leaves outside the layers.
         names, shapes: names and shapes of the published tensors. A QK-norm's shape may also be [H] or [G, H].
         shape: the shape of our leaf for one layer.
     """

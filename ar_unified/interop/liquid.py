@@ -43,8 +43,10 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
     """Liquid's ids.
 
     Args:
-        names: published id of every token of Gemma. text: ids that spell text.
-        size: V. grid: height and width of each image in codes.
+        names: published id of every token of Gemma.
+        text: ids that spell text.
+        size: V.
+        grid: height and width of each image in codes.
 
     Raises UserError for missing names, and for a table without ids after the named ones.
     """

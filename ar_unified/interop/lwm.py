@@ -58,7 +58,8 @@ def language_of(
     """LWM's ids.
 
     Args:
-        names: published id of every piece of the text tokenizer. text: ids that spell text.
+        names: published id of every piece of the text tokenizer.
+        text: ids that spell text.
         tables: the number of ids of text and of images; for a model of text alone, only the first.
         codebook: the number of image codes.
 

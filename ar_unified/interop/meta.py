@@ -29,7 +29,8 @@ class Joined:
     """The tensors of S files as one source, under the names of the unfused matrices (wq, wk, wv; w1, w3).
 
     Args:
-        files: the files in order. n_heads, n_kv_heads: numbers of heads of the whole model.
+        files: the files in order.
+        n_heads, n_kv_heads: numbers of heads of the whole model.
 
     Raises UserError if the files have different tensors, or cannot be joined.
     """

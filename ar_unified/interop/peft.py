@@ -294,7 +294,8 @@ def write(
     """Writes an adapter that PEFT can load into transformers' form of the bundle, whole or not at all.
 
     Args:
-        bundle: the bundle that the adapter was trained on. adapter: the arrays, as in params["lora"] of a training.
+        bundle: the bundle that the adapter was trained on.
+        adapter: the arrays, as in params["lora"] of a training.
         rows, vocabulary: as in an Adapter.
 
     Raises UserError if `folder` exists.

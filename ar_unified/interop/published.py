@@ -27,7 +27,8 @@ class Published:
     Attributes:
         system: its name in `interop.SYSTEMS`.
         keys: the transformer's tensors, all of which `source` has.
-        text: the text tokenizer as the bundle keeps it. image: the image tokenizer; None for a model of text alone.
+        text: the text tokenizer as the bundle keeps it.
+        image: the image tokenizer; None for a model of text alone.
         data, sampling, loss: sections of the bundle's config.json.
         record: what an export needs in addition to the bundle's other files; JSON values.
         notes: messages for the user, one sentence each.

@@ -52,7 +52,8 @@ class Stream(InFile):
     Names are parts joined by "/", without "params/" in front.
 
     Attributes:
-        prefix: the parts "params" in front of the file's names. scanned: whether layers are stacked in one array.
+        prefix: the parts "params" in front of the file's names.
+        scanned: whether layers are stacked in one array.
 
     Raises UserError, which names the file, if it cannot be read, is damaged, or has a tensor twice.
     """

@@ -70,7 +70,9 @@ def read(folder: Path, source: Source, said: object, width: int) -> dict[str, To
     """The rows of an adapter by table; {} if it has none.
 
     Args:
-        source: the adapter's tensors. said: the value of KEY. width: D.
+        source: the adapter's tensors.
+        said: the value of KEY.
+        width: D.
 
     Raises UserError, which says what is wrong.
     """

@@ -64,8 +64,9 @@ class TurnTemplate:
 
     Attributes:
         user: the text around a user's turn; the parts of the turn replace {}. Then come the answer and the document's
-        `end`.
-        system: the system's turn if the document has none. answer: controls between the user's text and the answer.
+            `end`.
+        system: the system's turn if the document has none.
+        answer: controls between the user's text and the answer.
     """
 
     user: str = "{}"
@@ -106,7 +107,7 @@ class Layout:
         close: ends an image.
         begin: begins a document.
         end: ends an answer and a document; a sampler stops at it. If `TurnMarks` end a question with the same token,
-        turns are identified by counting.
+            turns are identified by counting.
         tail: follows the last `end` of a document; it is never sampled.
         turns: how turns are marked.
         unconditional: the ids before the image's `open` in the unconditional pass of classifier-free guidance.

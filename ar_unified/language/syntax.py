@@ -141,7 +141,8 @@ class Syntax:
     Attributes:
         open: ids that begin an image: a control token, or text pieces (`spelled`), of which the last begins the image.
         digits, separator: if sizes are decimal, the pieces for 0..9 and the separator; else () and -1.
-        start, close: ids before the first code, and after the last. row_end: -1 for none.
+        start, close: ids before the first code, and after the last.
+        row_end: -1 for none.
         end: ends an answer and a document.
     """
 

@@ -43,7 +43,7 @@ class Vocabulary:
         text_hash, image_hash: hashes of the tokenizers ("" if there is none yet).
         controls: names of the control tokens, in order; "pad", "bos" and "eos" among them.
         rest: how many ids after the image codes are never written but take part in the softmax, such as ids of a
-        published table that its tokenizer never produces. None: as many as fill the padded width.
+            published table that its tokenizer never produces. None: as many as fill the padded width.
 
     Raises:
         ValueError: if a size is out of range, a control occurs twice, or "pad", "bos" or "eos" is missing.

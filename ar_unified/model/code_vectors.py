@@ -51,9 +51,10 @@ def extended_tables(
     Args:
       params: f32, with "embedding" and, if untied, "head" [V_old, D].
       rows: int32 [V], the number of the old row that each row keeps, or -1.
-      codes: the rows of image codes. text_size: number of text rows in the old tables; they are the first rows.
+      codes: the rows of image codes.
+      text_size: number of text rows in the old tables; they are the first rows.
       how: one of CODE_EMBEDDING_INITS, for image codes: "mean", "random" (mean plus noise), or "codebook" (mean plus
-        features of `vectors`, f32 [K, C]). All other new rows are the mean.
+          features of `vectors`, f32 [K, C]). All other new rows are the mean.
     """
     features_key, *keys = jax.random.split(key, 3)
     known = jnp.asarray(rows >= 0)[:, None]

@@ -21,7 +21,8 @@ def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
     donating `params` also deletes the copy.
 
     Args:
-        params: arrays on one mesh. logical_axes: the axes of each array, as `rules.specs` takes them.
+        params: arrays on one mesh.
+        logical_axes: the axes of each array, as `rules.specs` takes them.
         here: a mesh of this process's devices; the other processes pass the same mesh shape with their own devices.
     """
     wanted = specs(here, logical_axes, params)

@@ -21,11 +21,11 @@ class Hardware:
       kind: the beginning of `device_kind`.
       flops: FLOP/s of bf16 matrix products.
       hbm: bytes of memory; for TPUs, the bytes that libtpu 0.0.42 leaves to a program (from its error for a program
-      that does not fit).
+          that does not fit).
       hbm_bandwidth: bytes/s.
       link: bytes/s in one direction, of one link to one neighbour (TPU) or of all links together (GPU).
       torus: the number of axes of the network that joins the devices of a slice; a device has two links along each
-      axis. 0: a switch joins them.
+          axis. 0: a switch joins them.
       ring: an axis of the network is closed to a ring if its size is a multiple of this.
       largest: number of devices in the largest slice (TPU) or node (GPU).
       dcn: bytes/s of one device to other slices or nodes.

@@ -106,12 +106,14 @@ def start(
     """Joins the processes of this job, before the first JAX computation.
 
     Args:
-      coordinator: HOST:PORT of process 0. processes: the number of processes. process: the index of this one, from 0.
-        Give all three or none. With none, JAX reads the environment (SLURM, GKE, TPU metadata, Open MPI, Kubernetes);
-        if it names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is started.
+      coordinator: HOST:PORT of process 0.
+      processes: the number of processes.
+      process: the index of this one, from 0. Give all three or none. With none, JAX reads the environment (SLURM, GKE,
+          TPU metadata, Open MPI, Kubernetes); if it names no job, or a job of one process, nothing is started.
+          `processes=1` alone: nothing is started.
       logs: folder for `process-<i>.log`, on storage that all processes share; not touched by a single process.
-      start_timeout: seconds within which all processes must join. heartbeat_timeout: seconds of silence after which a
-        process counts as dead.
+      start_timeout: seconds within which all processes must join.
+      heartbeat_timeout: seconds of silence after which a process counts as dead.
 
     Raises UserError for flags that do not fit together. A time-out ends the process; its last message names who is
     missing.

@@ -35,9 +35,12 @@ class BestReport:
     """What `keep_best` found.
 
     Attributes:
-        requests: the number of requests with a chosen sample. pairs: the number of preference pairs.
-        unrewarded: the number of samples without a reward. first: the first of these and the reason, or "".
-        best: the mean reward of the chosen samples. mean: the mean reward of all samples that have a reward.
+        requests: the number of requests with a chosen sample.
+        pairs: the number of preference pairs.
+        unrewarded: the number of samples without a reward.
+        first: the first of these and the reason, or "".
+        best: the mean reward of the chosen samples.
+        mean: the mean reward of all samples that have a reward.
     """
 
     requests: int

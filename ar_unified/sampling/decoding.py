@@ -80,7 +80,8 @@ def choose(
         allowed: bool [B, V]; only allowed tokens are ever returned, whatever the logits are. None: all are allowed.
         active: bool [B], the rows that need a token; all other rows get an arbitrary token at no cost.
         filters: one filter per row, arrays [B] (`Filters.at`).
-        keys: [B] from `row_keys`. position: int32 [B], the token's position in its sequence, prompt included.
+        keys: [B] from `row_keys`.
+        position: int32 [B], the token's position in its sequence, prompt included.
     """
     drawn = active & (filters.temperature > 0)  # these rows need noise; the others are done by argmax
     nan = jnp.isnan(logits)
@@ -175,7 +176,9 @@ def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
     with weight `least` or more.
 
     Args:
-        ranks: uint32 [B, V]. weight: f32 [B, V], >= 0. least: f32 [B], less than the weight of the whole row.
+        ranks: uint32 [B, V].
+        weight: f32 [B, V], >= 0.
+        least: f32 [B], less than the weight of the whole row.
 
     The search narrows a bracket around t, by interpolation and bisection in turn. A row is done as soon as its bracket
     contains a single token. This takes 6 to 12 passes over the logits, and never more than 64.

@@ -50,7 +50,8 @@ class Row:
 
     Attributes:
         number: from 1; the line number, if the file has lines.
-        data: the request's settings, with the keys of our JSONL. error: why there is no data, or "".
+        data: the request's settings, with the keys of our JSONL.
+        error: why there is no data, or "".
         load: returns the bytes of an image that the row names; raises RequestError, FileError or OSError.
         foreign: whether the row was written for other programs (a table, a shard's metadata), not as a request.
     """

@@ -53,7 +53,8 @@ def advance(event: Event, position: Array, start: Array, resets: Array) -> tuple
     Args:
         event: what the token means for images, [R].
         position: int32 [R, C], the place after everything that each context has read so far.
-        start: int32 [R, C], the place after each context's prefix. resets: bool [R, C]; False for context 0.
+        start: int32 [R, C], the place after each context's prefix.
+        resets: bool [R, C]; False for context 0.
 
     An unconditional context does not read text. It writes all text tokens to one place: after its last image or, if it
     resets, after its prefix. The next <boi> overwrites that place.

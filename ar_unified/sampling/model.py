@@ -151,9 +151,11 @@ class Model:
 
     Args:
         engine: the transformer, and the grammar of both tokenizers.
-        image_tokenizer: None if the model has text only. resize: as in `run_job`.
+        image_tokenizer: None if the model has text only.
+        resize: as in `run_job`.
         defaults: values for settings that a request does not give, with the keys of a request.
-        weights: a name of the weights, for `run_job`. warning: shown to users who draw images with the model.
+        weights: a name of the weights, for `run_job`.
+        warning: shown to users who draw images with the model.
     """
 
     def __init__(

@@ -32,12 +32,14 @@ class Plan:
     """How one request is served; its samples differ only in their index.
 
     Attributes:
-        request: the request itself. prompt: int32 [n], its tokens.
+        request: the request itself.
+        prompt: int32 [n], its tokens.
         given: int32 [m], the first tokens of every sample, which are known in advance.
         prefixes: the tokens that each context reads first, int32 [...]; the first context reads prompt and given.
-        starts: where each context's images begin; 0 for the first context. resets: whether each new <boi> goes back
-            there.
-        budget: the most tokens of a sample, including `given`. smallest: the tokens of its smallest possible image.
+        starts: where each context's images begin; 0 for the first context.
+        resets: whether each new <boi> goes back there.
+        budget: the most tokens of a sample, including `given`.
+        smallest: the tokens of its smallest possible image.
         steps: how many steps a sample takes, if that is known; else None.
         start: the state from which the automaton resumes.
         shape: the shape of the pool that serves it.

@@ -23,7 +23,8 @@ class Prompts:
 
     Args:
         prefill: reads a batch: tokens [rows, size], lengths [rows], adapter [rows], int32 each.
-        rows: the number of rows of a batch. pad: the id that fills the places after a prompt.
+        rows: the number of rows of a batch.
+        pad: the id that fills the places after a prompt.
     """
 
     def __init__(self, prefill: Callable[[np.ndarray, np.ndarray, np.ndarray], Prefix], rows: int, pad: int):

@@ -48,7 +48,8 @@ class Request:
         history: the turns before the prompt: a system turn, and questions with their answers.
         mode: "text": no images; "image": only images; "interleaved": text and at least one image; "free": the model
             chooses. In every mode, the grammar can parse the answer.
-        n: how many samples. seed: 0 <= seed < 2**32; sample i of a request does not depend on n.
+        n: how many samples.
+        seed: 0 <= seed < 2**32; sample i of a request does not depend on n.
         max_tokens: budget of a sample, <eos> included; None: as many as its images need in mode "image", else as many
             as fit.
         stop: texts, or sequences of ids of text pieces. The answer ends before the first one that appears.

@@ -86,9 +86,11 @@ class Line:
     """One entry of a requests file.
 
     Attributes:
-        number: the number of its row, from 1. id: the row's id, or else its number. name: the name of its folder of
-            images, which is the id if that can be a folder's name.
-        content: the parts of the prompt: text, ids, and images. history: the turns before, which may have images, too.
+        number: the number of its row, from 1.
+        id: the row's id, or else its number.
+        name: the name of its folder of images, which is the id if that can be a folder's name.
+        content: the parts of the prompt: text, ids, and images.
+        history: the turns before, which may have images, too.
         canvas: an image that the answer's first image completes.
         request: the request, still without parts and canvas; None if there is an `error`.
         retry: whether the request may succeed if the job is run again.

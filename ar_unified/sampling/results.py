@@ -168,7 +168,8 @@ class Writer:
     """Decodes images and appends lines on its own thread, while the engine goes on.
 
     Args:
-        folder: the job's folder. file: the file from `open_shard`.
+        folder: the job's folder.
+        file: the file from `open_shard`.
         decode: codes int32 [B, h, w] -> images uint8 [B, H, W, 3].
         batch: how many entries are decoded and written together; an entry waits at most five seconds for others.
         written: called on the thread with the rows that are safely on disk.

@@ -26,7 +26,8 @@ class Job:
 
     Attributes:
         left: how many steps are left, if that is known.
-        tokens: the ids drawn so far, without the given ones. logprobs: their log-probabilities, if they are asked for.
+        tokens: the ids drawn so far, without the given ones.
+        logprobs: their log-probabilities, if they are asked for.
     """
 
     plan: Plan

@@ -203,8 +203,10 @@ def insert(
     """Starts samples in slots.
 
     Args:
-        prefix: the prompts. source: int32 [M], rows of `prefix`. slots: int32 [M], the rows of the pool that they go
-            to, out of [R * C]. One prompt may go to several rows; a slot beyond the end is ignored.
+        prefix: the prompts.
+        source: int32 [M], rows of `prefix`.
+        slots: int32 [M], the rows of the pool that they go to, out of [R * C]. One prompt may go to several rows; a
+            slot beyond the end is ignored.
         fresh: bool [R], the slots whose sample is new. They take rows and position, [R, ...] each, and their automaton
             resumes from `start`, i32 [R] each.
     """
@@ -260,7 +262,8 @@ def read_on(
     """Reads prompts after the tokens that the rows of the cache already contain.
 
     Args:
-        tokens: int32 [R * C, P], padded on the right. start: int32 [R * C], the place of each row's first new token.
+        tokens: int32 [R * C, P], padded on the right.
+        start: int32 [R * C], the place of each row's first new token.
         lengths: int32 [R * C]; a row of 0 stays as it is.
     """
     model = Transformer.bind(config, weights.layers)

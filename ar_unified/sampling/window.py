@@ -171,8 +171,9 @@ def draw(
     right.
 
     Args:
-        machines: automata [R, w]. positions: int32 [R, w, C]. guesses: int32 [R, n], -1 from the first missing guess
-            on.
+        machines: automata [R, w].
+        positions: int32 [R, w, C].
+        guesses: int32 [R, n], -1 from the first missing guess on.
         hidden: [R, C, w, D].
 
     Returns:
@@ -242,9 +243,10 @@ def guess(
     """The guesses for the next positions; the model has not read them yet.
 
     Args:
-        after: the automaton's state after the known tokens, [R] each. position, writes: int32 [R, C], from
-            `guidance.advance`.
-        again: int32 [R, n], the tokens that the last step drew there; -1: none. codes: as in `Drafts`.
+        after: the automaton's state after the known tokens, [R] each.
+        position, writes: int32 [R, C], from `guidance.advance`.
+        again: int32 [R, n], the tokens that the last step drew there; -1: none.
+        codes: as in `Drafts`.
         learned: the table of `pairs.Pairs`.
     """
     machine, rows, offset = grammar.automaton, state.rows, grammar.vocabulary.image_offset

@@ -61,7 +61,9 @@ def layer_shares(
     """Sums of shares and of uniform shares in one layer over the queries that count, f32 [M, M], and their number, [M].
 
     Args:
-      query: [B, T, N, H], rotated. key: [B, T, K, H]. doc_start: int32 [B, T]; T on padding.
+      query: [B, T, N, H], rotated.
+      key: [B, T, K, H].
+      doc_start: int32 [B, T]; T on padding.
       modality: bool [B, T, M].
       room: how many attention weights may exist on a device at one time. A chunk has at least one query of each row.
     """

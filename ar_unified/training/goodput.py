@@ -28,7 +28,8 @@ class Goodput:
     """Records the time of one attempt, after the earlier attempts.
 
     Args:
-      path: the path of goodput.json. first: the number of steps taken before this attempt.
+      path: the path of goodput.json.
+      first: the number of steps taken before this attempt.
       active: True on one process only; the others measure and write nothing.
     """
 

@@ -173,7 +173,8 @@ def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tu
     """(the weight of each token [B, T], the divisor of the weighted sum []).
 
     Args:
-      drawn: bool [B, T], whether a token was drawn. kept: bool [B], whether a sample counts.
+      drawn: bool [B, T], whether a token was drawn.
+      kept: bool [B], whether a sample counts.
     """
     there = drawn & kept[:, None]
     weight = there.astype(jnp.float32)

@@ -56,7 +56,7 @@ class Rates:
     Attributes:
         begins: the first step of each phase; (0,) if there is only one.
         factors: maps the path of a trained parameter to f32 [P], or [P, trained rows] if rows differ. None: all factors
-        are always 1.
+            are always 1.
     """
 
     begins: tuple[int, ...] = (0,)
@@ -100,7 +100,8 @@ def make_rates(
 
     Args:
         rates, phases: as in the docstring of this module; () for none.
-        axes, shapes: axes and shapes of all parameters. vocabulary, new: as in `select`.
+        axes, shapes: axes and shapes of all parameters.
+        vocabulary, new: as in `select`.
 
     Raises ValueError, which names the rate, if it is not PLACE=FACTOR, or if no trained parameter matches it.
     """

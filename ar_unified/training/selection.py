@@ -37,7 +37,7 @@ class Selection:
     """
     Attributes:
         parts: maps the path of each trained leaf to its trained rows; () means all rows. None: all parameters are
-        trained.
+            trained.
     """
 
     parts: Mapping[str, Rows] | None = None
@@ -141,8 +141,8 @@ def beside_adapter(places: Sequence[str], params: Params, new: Collection[int]) 
     been trained before.
 
     Args:
-        params: the model's parameters, or their axes, which show whether the head is a separate table. new: as in
-            `select`.
+        params: the model's parameters, or their axes, which show whether the head is a separate table.
+        new: as in `select`.
     """
     rows = [f"{table}[{NEW}]" for table in TABLES if table in params] if new else []
     return ("lora", *rows, *places)

@@ -83,21 +83,21 @@ class TransformerTask(Stateless[Batch]):
       text_bytes: i32 [text_size], the number of UTF-8 bytes of each text token; None: bits per byte are not reported.
       split: the first of the ids that have a separate softmax (`ImageLayout.split`); None: one softmax for all ids.
       mean_split: targets from this id on are one side, all others are the other side. The loss is half of one side's
-        mean plus half of the other's, for any number of targets on each side (LargeWorldModel/LWM, train.py). None: one
-        mean over all targets.
+          mean plus half of the other's, for any number of targets on each side (LargeWorldModel/LWM, train.py). None:
+          one mean over all targets.
       z_loss: the weight of log(Z)^2, which prevents drifting logits (PaLM, arXiv:2204.02311, uses 1e-4).
       chunk: the number of positions for which logits exist at one time.
       attention_share: measures at each validation how much text and images attend to each other, by layer
-        (training/attention_share.py). This takes about as long as two forward passes over one held-out batch.
+          (training/attention_share.py). This takes about as long as two forward passes over one held-out batch.
       code_vectors: f32 [K, C] from the image tokenizer. Similar image codes then have similar initial rows. None: their
-        rows are initialised at random, like rows of text.
+          rows are initialised at random, like rows of text.
       only: what is trained, as places for `selection.select`; (): everything.
-      rates: factors on the learning rate, each PLACE=FACTOR (`rates.make_rates`). phases: (first step, places): from
-        this step on, only these places are trained. The first phase starts at step 0. `only` is then ignored, and the
-        places of all phases are trained. (): no phases.
+      rates: factors on the learning rate, each PLACE=FACTOR (`rates.make_rates`).
+      phases: (first step, places): from this step on, only these places are trained. The first phase starts at step 0.
+          `only` is then ignored, and the places of all phases are trained. (): no phases.
       new: the ids that the place [new] means.
       lora: settings of an adapter that is trained instead of the model. Places of `only` and rows of `new` are trained,
-        too. None or rank 0: no adapter.
+          too. None or rank 0: no adapter.
     """
 
     config: TransformerConfig

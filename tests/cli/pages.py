@@ -121,7 +121,8 @@ class NotRun:
     """Why a command of a page is not run here.
 
     Attributes:
-        why: the reason. test: the test that runs it, or what it is for, all the same: a file, and a word of it.
+        why: the reason.
+        test: the test that runs it, or what it is for, all the same: a file, and a word of it.
     """
 
     why: str

@@ -44,16 +44,21 @@ class Case:
 
     Attributes:
         system: the argument of `--as`.
-        make, args, settings: the function that makes the folder, and its arguments. table: the ids.
+        make, args, settings: the function that makes the folder, and its arguments.
+        table: the ids.
         begin: the name of the token that begins a text, if the table has one.
         oracle: the class of transformers that computes the results: "" is the class in config.json, "twin" reads the
             folder with transformers' names, and another name is a class.
-        to: the argument of `--to`. at: where the weights are in the folder.
+        to: the argument of `--to`.
+        at: where the weights are in the folder.
         more: further arguments of the import, in which {} is the folder and {vision} the image tokenizer's folder.
-        picture: names between the prompt and the first code. codes: the beginning of code names, "" if they have none.
-        row_end: the name after each row of 8 codes, "" for none. between: whether the last row has no row_end.
+        picture: names between the prompt and the first code.
+        codes: the beginning of code names, "" if they have none.
+        row_end: the name after each row of 8 codes, "" for none.
+        between: whether the last row has no row_end.
         vision: the function that makes the image tokenizer's folder, and its settings.
-        context: what guidance compares with. apart: names in that context before those of `picture`.
+        context: what guidance compares with.
+        apart: names in that context before those of `picture`.
     """
 
     system: str

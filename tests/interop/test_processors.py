@@ -110,12 +110,16 @@ class Side:
     """A system on both sides.
 
     Attributes:
-        model: our model. oracle: their model. table: its ids.
+        model: our model.
+        oracle: their model.
+        table: its ids.
         ids: converts a text and pixels to their ids of the prompt, including codes.
         opening: their ids that begin an image of 8 x 8 codes.
-        allowed: the ids that are allowed in step i of that image. steps: the number of its steps.
+        allowed: the ids that are allowed in step i of that image.
+        steps: the number of its steps.
         pixels: converts codes [8, 8] to the image that their decoder makes, float [H, W, 3] in -1..1.
-        shape: the shape of images in prompts. settings: the settings of our requests.
+        shape: the shape of images in prompts.
+        settings: the settings of our requests.
     """
 
     model: Any

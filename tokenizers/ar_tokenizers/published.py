@@ -48,10 +48,11 @@ class PublishedTokenizer:
     """Text to ids in [0, size) and back, as `codec.Codec` says. Made by `from_json` or `from_tiktoken`.
 
     Args:
-      spec: the content of a tokenizer.json; tokenizer: the tokenizer made of it.
+      spec: the content of a tokenizer.json.
+      tokenizer: the tokenizer made of it.
       file, data: the name and the content of the published file.
       lossy: what to do with a tokenizer that loses text: "refuse" it, or "warn": accept it, and list the losses in
-        `losses`.
+          `losses`.
     """
 
     def __init__(self, tokenizer: Tokenizer, spec: Mapping[str, Any], file: str, data: bytes, lossy: Lossy) -> None:

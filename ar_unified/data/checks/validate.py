@@ -40,14 +40,17 @@ class Found:
 
     Attributes:
         part: the set of an experiment that it belongs to: "train", "validation", the name of a test; "" otherwise.
-        items: how many it has. looked: how many of them were looked at.
-        tasks: number of good documents of each task. bad: the bad items, in order.
+        items: how many it has.
+        looked: how many of them were looked at.
+        tasks: number of good documents of each task.
+        bad: the bad items, in order.
         text_bytes, images: bytes of text and number of images of each document.
         sides: (height, width) of each image, in pixels.
         tokens: the length of each document that `prepare` would make of the items; [] without a grammar.
         roles: number of tokens of each Role.
         languages: number of documents in each language, if texts declare theirs.
-        first: the first good documents as text for a terminal. shown: the same documents for a page.
+        first: the first good documents as text for a terminal.
+        shown: the same documents for a page.
     """
 
     name: str

@@ -36,13 +36,14 @@ class Filters:
     """Which items are left out. 0, () or "keep" turns a filter off.
 
     Attributes:
-        min_side: minimum of an image's shorter side, in pixels. max_side: maximum of its longer side.
+        min_side: minimum of an image's shorter side, in pixels.
+        max_side: maximum of its longer side.
         max_aspect: largest ratio of an image's longer side to its shorter side.
         min_characters, max_characters: limits for all text of an item (config.data.max_tokens limits tokens).
         languages: the languages to keep; items without a language are kept, too.
         duplicates: "keep" keeps all; "documents" keeps the first of several items with the same images and words;
-            "images" leaves out an item if all its images are in earlier items, even with other words. An image that
-            was scaled, recompressed, or cropped a little counts as the same image (`duplicates`).
+            "images" leaves out an item if all its images are in earlier items, even with other words. An image that was
+            scaled, recompressed, or cropped a little counts as the same image (`duplicates`).
         max_repeats: maximum number of items that an image may be in. An image in more items is probably a watermark or
             a placeholder.
         held_out: leaves out an item that shares an image with the validation set or a test. An item without images is
@@ -184,7 +185,8 @@ def filtered(
     """The sources without the items that the filters leave out.
 
     Args:
-        sources: the training sources. held_out: the sources of the validation set and all tests.
+        sources: the training sources.
+        held_out: the sources of the validation set and all tests.
         file: where the verdicts of the pass over all items are written, whole or not at all. An existing file is used
             if its sources and filters are the same.
     """

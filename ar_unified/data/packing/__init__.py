@@ -40,7 +40,8 @@ class Packing:
         leave_out: whether documents that are longer than a row are left out; if not, they are an error.
 
     Attributes:
-        rows: number of rows in an epoch. fill: share of their positions that hold a token.
+        rows: number of rows in an epoch.
+        fill: share of their positions that hold a token.
         windows: number of windows. Each is shuffled by itself.
         left_out: number of documents that are left out.
         order: the version of the order of rows: 1 is the first version; 2 has blocks and `fitting.paired_fit`.

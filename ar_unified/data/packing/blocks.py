@@ -81,7 +81,8 @@ class Slots:
     """The rows of one block: places for documents of given lengths.
 
     Args:
-        documents: int64 [n], the documents of the block. lengths: int [n], the length of each.
+        documents: int64 [n], the documents of the block.
+        lengths: int [n], the length of each.
         row: int [n], the row of each slot. Slots are in order of descending length.
         sequence_length: T.
 
@@ -125,7 +126,8 @@ class Plans:
     Args:
         lengths: int [n], tokens of every document.
         sequence_length: T.
-        folder: the folder of the source's shards. name: the source's name, for messages.
+        folder: the folder of the source's shards.
+        name: the source's name, for messages.
         leave_out: whether documents that are longer than a row are left out; if not, they are an error.
 
     Attributes:

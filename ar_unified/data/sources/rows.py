@@ -43,7 +43,7 @@ class Rows:
 
     Args:
         beside: files of other sources over the same images. They are counted too, so that all sources have the same
-        borders between splits.
+            borders between splits.
         columns: maps a document part to a key of a row, for rows without the form of `language.rows`; see `Columns`.
 
     Raises:

@@ -211,7 +211,8 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     so its eigenvalues are real, even with fewer images than features. No small number is added to the diagonals.
 
     Args:
-      mean1, mean2: [F]; cov1, cov2: [F, F], symmetric.
+      mean1, mean2: [F].
+      cov1, cov2: [F, F], symmetric.
 
     Raises:
       ValueError: the shapes do not fit together, or a number is not finite.
