@@ -28,6 +28,12 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
     "chameleon_34b-v5p-64": ("chameleon_34b", 64, "v5p:4x4x4", ()),
     "chameleon_34b-v5p-512": ("chameleon_34b", 512, "v5p:8x8x8", ()),
     "emu3_8b-v6e-256": ("emu3_8b", 256, "v6e:16x16", ()),
+    "emu3_8b-v6e-256-offload": (
+        "emu3_8b",
+        256,
+        "v6e:16x16",
+        ("--config.training.batch_size=768", "--config.model.remat=offload_attention"),
+    ),
     "emu3_8b-v6e-2x256": ("emu3_8b", 512, "v6e:16x16,slices=2", ()),
     "emu3_8b-v5e-256": ("emu3_8b", 256, "v5e:16x16", ("--config.model.remat=full",)),
     "lwm_7b-v5p-512": ("lwm_7b", 512, "v5p:8x8x8", ()),
@@ -64,7 +70,7 @@ def run(case: str) -> None:
 def table(plans: dict[str, dict[str, Any]]) -> str:
     """The Markdown: a row for each plan, then the cases that do not fit, and how far each scales."""
     head = (
-        "| model | target | mesh | tokens a step | peak of HBM | parameters + optimizer | gradients + activations | "
+        "| model | target | mesh | remat | tokens a step | peak of HBM | parameters + optimizer | gradients + activations | "
         "ICI sent | DCN sent | matmuls | ICI | DCN | memory | step | MFU | compiled in |"
     )
     lines, scaling = [head, "|" + " --- |" * (head.count("|") - 1)], []
@@ -74,7 +80,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
         if not plan["programs"]:
             refused = plan["refused"]
             lines.append(
-                f"| {model} | {plan['target']} | {mesh} | | **refused: {size(refused['used'])} of "
+                f"| {model} | {plan['target']} | {mesh} | {plan['model']['remat']} | | **refused: {size(refused['used'])} of "
                 f"{size(refused['capacity'])}** | |" + " |" * 10
             )
             continue
@@ -86,6 +92,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
             model + (f" LoRA, rank {plan['lora']['rank']}" if plan.get("lora") else ""),
             plan["target"],
             mesh,
+            plan["model"]["remat"],
             f"{program['tokens'] / 1e6:.2f}M",
             f"{size(where['peak'])} ({where['peak'] / where['capacity']:.0%})"
             + ("" if plan["fits"] else " **refused**"),
