@@ -187,7 +187,7 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
             f"--to {form}: expected only an adapter and rows of ids, but config.training.only has trained all of "
-            f"{', '.join(more)}, too: without --to, the bundle has both"
+            f"{', '.join(more)}, too: leave out --to, and the bundle has all of it"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}
     for table in TABLES:

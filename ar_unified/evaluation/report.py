@@ -60,7 +60,7 @@ NAMES = {
     "tokenizer_psnr": "Tokenizer PSNR",
 }
 MEANINGS = {
-    "text_to_image_exact": "drawn images that show all their text says",
+    "text_to_image_exact": "generated images that show everything that their text says",
     "image_to_text_exact": "questions about an image answered exactly",
     "vqa_accuracy": "questions about an image answered exactly",
     "caption_exact": "captions that describe their image",

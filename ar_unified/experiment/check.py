@@ -273,7 +273,7 @@ def _longest(config: ConfigDict, problems: Problems) -> int:
     return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 
 
-MEAN = "expected random or codebook, as mean is only for a language model of text alone that is extended"
+MEAN = "expected random or codebook, because mean is only for extending a language model of text alone"
 
 
 def _check_preference(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -289,7 +289,7 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
     if config.loss.mean != "joint":
         problems.say("loss.mean", f"expected joint, as the loss is a mean over pairs; found {config.loss.mean!r}")
     if config.training.fresh and found is not None and found.uses_reference:
-        why = "expected none with a reference, which would lack the parameters that begin at random"
+        why = "expected none with a reference model, because it has no values for parameters that begin at random"
         problems.say("training.fresh", why)
     most = 2 * config.data.max_tokens
     if config.data.max_tokens <= (length := _longest(config, problems)) < most:

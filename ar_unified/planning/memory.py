@@ -18,13 +18,13 @@ PARTS = {
     "optimizer": "exact: shapes and shardings",
     "reference": "exact: shapes and shardings; the weights that a policy is compared with",
     "cache": "exact: shapes and shardings",
-    "held": "exact: what else is in memory: in training by rewards the sampler's weights; in sampling the head for "
+    "held": "exact: what else is in memory. Training by rewards: the sampler's weights. Sampling: the head for "
     "scores, the prompts read so far, and the pool while they are read",
     "inputs": "exact: shapes and shardings, with the padding of layouts",
     "gradients": "arithmetic: as large as what is trained, float32",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
-    "temporaries": "the compiler's temporaries less those two: gathered weights, logits, workspace",
-    "outputs": "the compiler's, for outputs that do not take an argument's place",
+    "temporaries": "the compiler's temporaries without gradients and activations: gathered weights, logits, workspace",
+    "outputs": "the compiler's number, for outputs that do not reuse the memory of an argument",
     "code": "the compiler's",
 }
 

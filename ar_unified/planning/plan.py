@@ -137,8 +137,8 @@ def _warnings(program: dict[str, Any]) -> list[str]:
         return []
     return [
         f"the compiler gathers weights and scatters gradients by all-reduces over fsdp ({reduced / 2**30:.0f} GiB), "
-        "which send twice the bytes; libtpu 0.0.42 does so where fsdp is a whole 3-D slice: half of it, and data=2, "
-        "avoid it"
+        "which send twice the bytes. libtpu 0.0.42 does so if fsdp is a whole 3-D slice. To avoid it, halve fsdp and "
+        "set data=2"
     ]
 
 

@@ -46,8 +46,8 @@ def text(plan: PlanReport) -> str:
         )
     if plan["stand_in"]:
         lines.append(
-            f"  {plan['stand_in']} stand in for the target: memory is XLA's for CPUs, with XLA's attention in place of "
-            "the kernel; what is split, and the collectives, are as partitioned before the target's own optimisations"
+            f"  {plan['stand_in']} stand in for the target. Memory is what XLA needs on CPUs, with its own attention "
+            "in place of the kernel. Shardings and collectives are those before the target's own optimisations"
         )
     lines += [f"  note: {warning}" for warning in plan["warnings"]]
     for program in plan["programs"]:
@@ -93,12 +93,12 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
         )
     flops = program["flops"]
     lines.append(
-        f"  FLOPs, all devices: {flops['model']:.3g} of the model, {flops['executed']:.3g} run, with what is computed "
-        "again"
+        f"  FLOPs, all devices: {flops['model']:.3g} of the model, {flops['executed']:.3g} executed (with "
+        "recomputation)"
     )
     seconds = ", ".join(f"{name} {duration(s)}" for name, s in program["seconds"].items())
     alone = program["exposed"]
-    lines.append(f"  time by resource: {seconds}; of the network {duration(alone)} beside no computation")
+    lines.append(f"  time by resource: {seconds}; network time without computation at the same time: {duration(alone)}")
     low, high = program["mfu"]
     rate = program["tokens"]
     lines.append(

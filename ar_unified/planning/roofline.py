@@ -34,11 +34,11 @@ ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published 
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
 ASSUMPTIONS = (
     "rates are the data sheet's, one direction; nothing was timed",
-    "fastest: matmuls at peak, memory traffic at the same time, and also the collectives that the compiled "
-    f"program runs beside computation; slowest: matmuls at {ATTAINABLE:.0%} of peak, nothing overlapped",
+    "fastest: matmuls at peak, with memory traffic at the same time, and also the collectives that the compiled "
+    f"program overlaps with computation; slowest: matmuls at {ATTAINABLE:.0%} of peak, nothing overlapped",
     "documents are as long as data.max_tokens or the row, whichever is less; rows are full",
-    "matmuls include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
-    "backward; and Muon's iterations, spread over all devices",
+    "matmuls include recomputation (layers by remat, logits by the chunked loss, scores by attention's backward "
+    "pass) and Muon's iterations, which are spread over all devices",
     "memory traffic: every matmul reads and writes its operands once, gathered weights are written and read once a "
     "pass, the head's float32 gradient once a chunk of the loss, the optimizer reads and writes its state once; what a "
     "remat policy sends to the host and back is not timed",

@@ -25,8 +25,8 @@ from ar_unified.parallel.hardware import HARDWARE, Hardware
 from ar_unified.parallel.mesh import make_mesh
 
 LIBTPU = (
-    "libtpu, the compiler for TPUs, is not here: `pip install ar_unified[tpu]` brings it, or `make libtpu` in a "
-    "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
+    "libtpu, the compiler for TPUs, is not installed: `pip install ar_unified[tpu]` installs it, or `make libtpu` in "
+    "a checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
 )
 
 # This host has no TPU. With these settings, libtpu does not ask a server where the host is, does not lock out other

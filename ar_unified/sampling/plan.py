@@ -242,7 +242,9 @@ def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> Non
     for axis, (phase, said) in enumerate(((HEIGHT, opened.height), (WIDTH, opened.width))):
         if opened.phase == phase and said and not str(wanted[axis]).startswith(str(said)):
             name = ("height", "width")[axis]
-            raise RequestError(f"image_size: the {name} in the prompt begins with {said}, found {wanted[axis]}")
+            raise RequestError(
+                f"image_size: expected a {name} that begins with {said}, as in the prompt, found {wanted[axis]}"
+            )
 
 
 def _budget(request: Request, needed: int, most: int, prompt: int, max_length: int) -> int:

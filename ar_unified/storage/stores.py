@@ -252,7 +252,7 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
             if pause is None or isinstance(error, TypeError | AttributeError):
                 raise StoreFailed(
                     f"{url}: the store could not be made to {verb} this, tried {tries} times: {_said(error)}. "
-                    "What is done stays, and the same command goes on from there"
+                    "Finished work is kept, and the same command continues from there"
                 ) from error
             time.sleep(pause)
 
@@ -279,7 +279,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
         module = importlib.import_module(package)
     except ImportError as error:
         raise StoreRefused(
-            f"{scheme}:// needs the package {package}, which is not here: pip install 'ar_unified[storage]'"
+            f"{scheme}:// needs the package {package}, which is not installed: pip install 'ar_unified[storage]'"
         ) from error
     # No listing is cached, because this process must see what another one has just written. The package's own retries
     # are turned off if possible; otherwise each of our tries would be six of theirs.

@@ -198,5 +198,5 @@ def test_a_plan_and_a_validation_know_the_extended_vocabulary(folder, llm, image
 def test_mean_rows_need_text_rows(folder, tmp_path):
     argv = command("run", folder, tmp_path / "w", training__code_embedding_init="mean")
     refused(
-        argv, "config.training.code_embedding_init: expected random or codebook, as mean is only for a language model"
+        argv, "config.training.code_embedding_init: expected random or codebook, because mean is only for extending"
     )

@@ -58,7 +58,7 @@ def test_two_sources_of_one_name_are_refused_before_they_are_read(
     (root / "config.py").write_text(config)
     assert main(["validate", "--config", "config.py"]) == 2
     said = capsys.readouterr().err
-    assert "config.data.train[1]: its name is 'train', as of config.data.train[0]: give one of them a `label`" in said
+    assert "config.data.train[1]: its name 'train' is also the name of config.data.train[0]: give one" in said
     assert not (root / ".cache/validate/three sets.html").exists()
     labelled = config.replace("    return config", '    config.data.train[1].label = "again"\n    return config')
     (root / "config.py").write_text(labelled)

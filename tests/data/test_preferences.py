@@ -178,7 +178,7 @@ def test_a_source_is_of_pairs_alone_or_of_none(tmp_path: Path, grammar: Grammar,
         [dict(prompt="a", chosen="b", rejected="c"), dict(segments=[dict(type="text", text="t")])],
     )
     source = open_source(dict(kind="jsonl", path=tmp_path / "mixed.jsonl"))
-    with pytest.raises(UserError, match="'mixed': expected only preference pairs or none, found 1 beside 1 other"):
+    with pytest.raises(UserError, match="'mixed': expected only preference pairs or none, found 1 and 1 other"):
         prepare([source], grammar, tokenizer, tmp_path / "out", max_tokens=LONGEST, show_progress=False)
     assert not (tmp_path / "out" / "plan.json").exists()
 

@@ -187,6 +187,6 @@ def test_what_is_drawn_here_is_not_said_to_be_downloaded(tmp_path, monkeypatch, 
         assert len(source) == 3
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "Unknown" not in out and "Downloading" not in out
-    assert "shapes/stories_32/1.1.0: drawn here, nothing is downloaded: 3 train, 3 validation" in out
+    assert "shapes/stories_32/1.1.0: generated here, without a download: 3 train, 3 validation" in out
     with pytest.raises(UserError, match="shapes/stories_32': Unknown split 'dev'"):
         open_source(dict(kind="tfds", name="shapes/stories_32", split="dev", data_dir=str(tmp_path)))

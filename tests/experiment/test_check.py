@@ -362,7 +362,7 @@ def with_sources(tmp_path: Path, *specs: dict[str, Any], **changes: Any) -> Expe
         ([dict(path="a", lines=3)], r"config.data.train\[0\]: .*lines"),
         (
             [dict(path="a"), dict(path="a", by="line")],
-            r"data.train\[1\]: its name is 'a', as of config.data.train\[0\]",
+            r"data.train\[1\]: its name 'a' is also the name of config.data.train\[0\]",
         ),
         ([dict(path="a", weight=-1.0)], r"config.data.train\[0\].weight: expected a number, 0 or more; found -1.0"),
         ([dict(path="a", weight="much")], r"config.data.train\[0\].weight: expected a number"),

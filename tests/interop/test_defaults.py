@@ -194,7 +194,7 @@ def test_which_emu3_it_is_is_told_by_its_config_or_asked() -> None:
     assert emu3.kind_of({}, {"max_position_embeddings": 131072}, "here") == "chat"
     for config in ({}, {"max_position_embeddings": 512}, {"image_area": 262144, "max_position_embeddings": 5120},
                    {"image_area": 518400, "max_position_embeddings": 131072}, {"image_area": [1]}):  # fmt: skip
-        with pytest.raises(UserError, match="--as emu3_gen says that it is Emu3-Gen or Stage1, --as emu3_chat"):
+        with pytest.raises(UserError, match="--as emu3_gen for Emu3-Gen or Stage1, --as emu3_chat for"):
             emu3.kind_of(config, {}, "here")
 
 

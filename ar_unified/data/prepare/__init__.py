@@ -220,7 +220,7 @@ def _nothing_left(name: str, source: SourceReport) -> str:
 def _mixed(name: str, source: SourceReport) -> str:
     others = source.documents - 2 * source.preferences
     return (
-        f"source {name!r}: expected only preference pairs or none, found {source.preferences} beside {others} other "
+        f"source {name!r}: expected only preference pairs or none, found {source.preferences} and {others} other "
         "documents: put the pairs into a separate source"
     )
 
@@ -274,7 +274,7 @@ def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
         seen: dict[str, int] = {}
         for i, source in sources.items():
             if (first := seen.setdefault(folder_name(source.name), i)) != i:
-                name = f"its name is {source.name!r}, as of {where}[{first}]"
+                name = f"its name {source.name!r} is also the name of {where}[{first}]"
                 found.append(f"{where}[{i}]: {name}: give one of them a `label`")
     return found
 

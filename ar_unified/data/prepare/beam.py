@@ -50,7 +50,8 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
     except Exception as error:  # each runner has its own class of error; the message is a worker's traceback
         said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise RunError(
-            f"the pipeline failed; shards that are made stay, and the same command makes the others: {said[-1]}"
+            "the pipeline failed. Finished shards are kept, and the same command makes the others. The last "
+            f"line of the error: {said[-1]}"
         ) from error
 
 

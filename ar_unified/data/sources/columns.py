@@ -216,7 +216,7 @@ def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
                 raise DocumentError(
                     "bad_row",
                     f"expected the image's text under a known name, found {', '.join(unused)}, and {at}: read it with "
-                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or without text: {argument}={{"image": "NAME"}}',
+                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or leave it out: {argument}={{"image": "NAME"}}',
                 )
         left = inner
 
@@ -251,7 +251,8 @@ class _Images:
 
     def done(self) -> None:
         if self.left:
-            raise DocumentError("bad_row", f"{len(self.values)} images, found {len(self.values) - self.left} places")
+            n = len(self.values)
+            raise DocumentError("bad_row", f"expected places for {n} images, found {n - self.left}")
 
 
 # ---- rows of each kind -------------------------------------------------------------------------------------------

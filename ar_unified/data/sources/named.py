@@ -190,7 +190,7 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     info, where = builder.info, builder.data_dir
     if isinstance(builder, shapes.Shapes):
         counts = ", ".join(f"{count:,} {split}" for split, count in builder.counts().items())
-        print(f"{info.full_name}: drawn here, nothing is downloaded: {counts}, into {where}", flush=True)
+        print(f"{info.full_name}: generated here, without a download: {counts}, into {where}", flush=True)
     else:
         size = f", {info.download_size} to download" if info.download_size else ", which downloads what it needs"
         print(f"{info.full_name}: prepared by TFDS{size}, into {where}", flush=True)

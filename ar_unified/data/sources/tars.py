@@ -92,7 +92,9 @@ class Tars(RecordSource):
             raise UserError(f"{path}: no tar can be read: {'; '.join(reason for _, reason in self._problems.values())}")
         self._low, self._high = round(low * samples), round(high * samples)
         if self._low >= self._high:
-            raise (EmptySplit if samples else UserError)(f"{path}: nothing is in split {split!r} of {samples} samples")
+            raise (EmptySplit if samples else UserError)(
+                f"{path}: nothing is in split {split!r} ({samples} samples in all)"
+            )
         # More would not be faster: they are read one by one, and nothing is decoded meanwhile.
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each open tar keeps 10 MB
@@ -205,7 +207,7 @@ class Tars(RecordSource):
                     reason = ("bad_row", f"expected one member {kind!r}, found two: are two samples called {name!r}?")
                     self._problems.setdefault(len(self._shard) - 1, reason)
                 elif len(self._kinds) >= _KINDS and kind not in self._kinds:
-                    reason = ("bad_row", f"expected at most {_KINDS} names of members after their first dot, as .jpg")
+                    reason = ("bad_row", f"expected at most {_KINDS} different endings of members, such as .jpg")
                     self._problems.setdefault(len(self._shard) - 1, reason)
                     continue
                 seen.add(kind)
