@@ -80,7 +80,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         refuse_unread(arguments, "without --from, where a bundle is written", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
     if arguments.to == ADAPTER:
-        refuse_unread(arguments, f"with --to {ADAPTER}, which is an adapter alone", "license", "shard_mib")
+        refuse_unread(arguments, f"with --to {ADAPTER}, which writes only an adapter", "license", "shard_mib")
         export_adapter(experiment, arguments.output)
         return 0
     beside = arguments.to == BESIDE

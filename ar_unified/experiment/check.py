@@ -128,7 +128,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     _check_sampling(config, problems, stages)
     _check_files(config, problems, stages)
     if "validation" in config.data.tests:
-        problems.say("data.tests.validation", "expected another name, as config.data.validation has this one")
+        problems.say("data.tests.validation", "expected another name, because config.data.validation has this one")
     problems.end()
 
 
@@ -287,7 +287,7 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
             "init", "expected a bundle with training.objective 'preference', the model to be tuned; found none"
         )
     if config.loss.mean != "joint":
-        problems.say("loss.mean", f"expected joint, as the loss is a mean over pairs; found {config.loss.mean!r}")
+        problems.say("loss.mean", f"expected joint, because the loss is a mean over pairs; found {config.loss.mean!r}")
     if config.training.fresh and found is not None and found.uses_reference:
         why = "expected none with a reference model, because it has no values for parameters that begin at random"
         problems.say("training.fresh", why)

@@ -109,7 +109,9 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     )
     if "memory_share" in program:
         least, most = program["memory_share"]
-        lines.append(f"  of the memory roofline: {least:.0%} to {most:.0%} (weights and cache read once, rows full)")
+        lines.append(
+            f"  share of the memory roofline: {least:.0%} to {most:.0%} (weights and cache read once, rows full)"
+        )
     if "images" in program:
         low, high = (each * plan["processes"] for each in program["images"])
         lines.append(

@@ -42,12 +42,13 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / matmuls
     if (worst := estimate.bound) != "matmuls":
         breaks = (
-            f"{worst} takes {seconds[worst] / matmuls:.2f} x the matmuls: {needed:,.0f} tokens a chip would balance"
+            f"{worst} takes {seconds[worst] / matmuls:.2f} x the time of the matmuls; {needed:,.0f} tokens a chip would "
+            "balance them"
         )
         return Scaling(0, per_slice, breaks, needed)
 
     if estimate.open_ici > matmuls:
-        breaks = f"ICI: where groups form no closed rings it takes {estimate.open_ici / matmuls:.2f} x the matmuls"
+        breaks = f"ICI: groups without closed rings take {estimate.open_ici / matmuls:.2f} x the time of the matmuls"
         return Scaling(mesh.size, per_slice, breaks, needed)
 
     # A device's shard of gradients (float32) is exchanged between s slices: 2 (s - 1) / s of its bytes are sent. All

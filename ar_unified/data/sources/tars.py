@@ -69,7 +69,9 @@ class Tars(RecordSource):
     ):
         name, low, high = parse_split(split or "")
         if name not in ("", "train"):
-            raise UserError(f"{path}: expected a part, as [:95%], for tars have no named splits; found {split!r}")
+            raise UserError(
+                f"{path}: expected a part such as [:95%], because tars have no named splits; found {split!r}"
+            )
         root, found = shards(path, TARS, links=links)
         label = label or named(path, root)
         super().__init__(Columns(keys, "keys"), None, label, reversible=reversible, limits=limits)
