@@ -67,7 +67,7 @@ MEANINGS = {
     "edit_exact": "edited images that have the change that was asked for, and no other change",
     "turn_exact": "answers, text or image, that are right, given the model's own earlier answers",
     "conversation_exact": "conversations in which all answers are right",
-    "story_change_exact": "next images that show the change that the text tells",
+    "story_change_exact": "next images that show the change that the text describes",
     "next_text_exact": "next texts of interleaved documents that equal the document's own",
     "parse_rate": "sampled sequences that parse as documents",
     "reconstruction_exact": "real images that pass the checker after the tokenizer: the upper limit of text to image",

@@ -25,7 +25,7 @@ PARTS = {
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
     "temporaries": "the compiler's temporaries without gradients and activations: gathered weights, logits, workspace",
     "outputs": "the compiler's number, for outputs that do not reuse the memory of an argument",
-    "code": "the compiler's",
+    "code": "the compiler's number",
 }
 
 

@@ -72,7 +72,7 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     lines.append(f"  {'peak':<14}{size(where['peak']):>12}   {share:.0%} of {size(where['capacity'])}")
     if program["host"]:
         lines.append(
-            f"  {'on the host':<14}{size(program['host']):>12}   the compiler's: what remat=offload keeps there"
+            f"  {'on the host':<14}{size(program['host']):>12}   the compiler's number: what remat=offload keeps there"
         )
     unit = {"train": "a step", "prefill": "a batch", "decode": "a token of every row"}[program["name"]]
     lines.append(f"  collectives, {unit}: sent by one device")
@@ -129,7 +129,7 @@ def _scaling(scaling: dict[str, Json]) -> str:
     reach = (
         "any number of slices" if scaling["largest"] is None else f"{scaling['largest']:,} chips"
     ) + f" (a slice has at most {scaling['per_slice']:,})"
-    return f"bound by matmuls up to {reach}; first to break: {scaling['breaks']}"
+    return f"bound by matmuls up to {reach}; the first limit: {scaling['breaks']}"
 
 
 def _search(search: dict[str, Any]) -> list[str]:

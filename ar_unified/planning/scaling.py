@@ -42,8 +42,8 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / matmuls
     if (worst := estimate.bound) != "matmuls":
         breaks = (
-            f"{worst} takes {seconds[worst] / matmuls:.2f} x the time of the matmuls; {needed:,.0f} tokens a chip would "
-            "balance them"
+            f"{worst} takes {seconds[worst] / matmuls:.2f} x the time of the matmuls; {needed:,.0f} tokens a chip "
+            "would balance them"
         )
         return Scaling(0, per_slice, breaks, needed)
 

@@ -54,8 +54,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
     if not fitting:
         least = min((each.least for each in found), default=0.0)
         raise ValueError(
-            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; the least needs "
-            f"{least / 2**30:.1f} GiB of a device's {target.hardware.hbm / 2**30:.1f} by arithmetic"
+            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; by arithmetic, the "
+            f"smallest needs {least / 2**30:.1f} GiB, and a device has {target.hardware.hbm / 2**30:.1f} GiB"
         )
     tried: list[dict[str, Json]] = []
     best: PlanReport | None = None

@@ -234,7 +234,7 @@ def test_parts_of_tables_and_tars(tmp_path: Path, kit: Any) -> None:
     assert (
         len(open_source(specs[0] | dict(split="test"))) == 10 and len(open_source(specs[0] | dict(split="train"))) == 40
     )
-    with pytest.raises(UserError, match="no file of split 'validation': data/t"):
+    with pytest.raises(UserError, match="no file of split 'validation', only data/t"):
         open_source(specs[0] | dict(split="validation"))
     (tmp_path / "one.tar").write_bytes(copies.tar([("0.txt", b"alone")]))
     with pytest.raises(EmptySplit):

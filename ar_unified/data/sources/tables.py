@@ -64,7 +64,7 @@ class Tables(RecordSource):
         name, low, high = parse_split(split or "")
         chosen = [file for file in found if _is_of(file.name, name)] if name else found
         if name and not chosen and any(_is_of(file.name, each) for file in found for each in _SPLITS):
-            raise UserError(f"{path}: no file of split {name!r}: {', '.join(file.name for file in found[:8])}")
+            raise UserError(f"{path}: no file of split {name!r}, only {', '.join(file.name for file in found[:8])}")
         folder = folder_at(root, links)
         label = label or named(path, root)
         super().__init__(Columns(columns), folder, label, reversible=reversible, limits=limits)
