@@ -264,9 +264,7 @@ class Bundle:
         with self._reading(IMAGE):
             tokenizer = ImageTokenizer.load(self.folder / IMAGE, batch_size=batch_size)
         if tokenizer.hash != (found := self.language.get("image_hash")):
-            raise self._error(
-                LANGUAGE, f"image_hash: expected {tokenizer.hash[:12]}, as {IMAGE} has; found {found!r:.20}"
-            )
+            raise self._error(LANGUAGE, f"image_hash: expected {tokenizer.hash[:12]}, as {IMAGE}; found {found!r:.20}")
         return tokenizer
 
     @cached_property

@@ -280,7 +280,7 @@ HOSTILE = {
     ),
     "a language of other images": (
         json_of("language.json", lambda x: x.update(image_hash="0" * 64)),
-        "language.json: image_hash: expected .*, as image_tokenizer has; found '0000",
+        "language.json: image_hash: expected .*, as image_tokenizer; found '0000",
     ),
     "a language of numbers": (json_of("language.json", lambda x: x.update(text_size="a")), "language.json: .*"),
     "another vocabulary": (

@@ -61,8 +61,8 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     batch_chips = int(CRITICAL_TOKENS / per_chip)
     if largest is None or batch_chips < largest:
         breaks = (
-            f"the batch: {batch_chips:,} chips already take {CRITICAL_TOKENS / 1e6:.0f}M tokens a step, the most a "
-            f"dense run was published with; fewer a chip stay compute-bound down to {needed:,.0f}"
+            f"the batch: {batch_chips:,} chips already take {CRITICAL_TOKENS / 1e6:.0f}M tokens a step, the "
+            f"largest batch published for a dense model; down to {needed:,.0f} tokens a chip, matmuls bound the step"
         )
     else:
         beyond = slices + 1 if slices else 2
