@@ -208,7 +208,7 @@ def test_a_choice_goes_before_what_the_config_says(
     config["text_config"]["max_position_embeddings"] = 512
     (tmp_path / "download" / "config.json").write_text(json.dumps(config))
     command = ["import", "--from", str(tmp_path / "download"), "--size", "8x8", "--output", str(tmp_path / "b"), "--as"]
-    assert main([*command, "emu3"]) == 2 and "--as emu3_gen says" in capsys.readouterr().err
+    assert main([*command, "emu3"]) == 2 and "--as emu3_gen for" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
     assert main([*command, "emu3_gen"]) == 0
     found = Bundle(tmp_path / "b")
