@@ -121,7 +121,7 @@ def test_emoji_of_files_and_names(tmp_path, capsys):
     for more, words in [
         (["--images", str(tmp_path / "none")], "no such folder"),
         (["--font", str(tmp_path / "names.json")], "expected NotoColorEmoji.ttf with embedded images"),
-        (["--images", str(output)], "no emoji of the names has an image"),
+        (["--images", str(output)], "no emoji in --names has an image"),
     ]:
         with pytest.raises(SystemExit) as stop:
             maker.main([*more, *arguments])

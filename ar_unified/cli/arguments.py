@@ -249,16 +249,16 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=tuple(dict.fromkeys((*FORMS, ADAPTER, BESIDE, *DIALECTS))),
-        help=f"after LoRA training, {ADAPTER}: the adapter alone, or {BESIDE}: the extended model without it; for a "
-        f"bundle, its form: {', '.join(FORMS)} (hf); for an image tokenizer, the naming of its weights: "
-        f"{', '.join(DIALECTS)} (as imported)",
+        help=f"what to write. After LoRA training: {ADAPTER} (the adapter) or {BESIDE} (the model that the adapter "
+        f"needs). For a bundle: its form, {', '.join(FORMS)} (default: hf). For an image tokenizer: the naming of its "
+        f"weights, {', '.join(DIALECTS)} (default: as imported)",
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="FOLDER",
         type=_path,
-        help="where the bundle, or what --to names, is written; an existing folder is not overwritten",
+        help="where the result is written; an existing folder is not overwritten",
     )
     parser.add_argument("--license", default="", metavar="WORDS", help="the licence for the model card (unknown)")
     parser.add_argument("--shard-mib", type=int, metavar="MIB", help="the largest size of a weight file (2048)")

@@ -80,7 +80,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         refuse_unread(arguments, "without --from, where a bundle is written", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
     if arguments.to == ADAPTER:
-        refuse_unread(arguments, f"with --to {ADAPTER}, which is an adapter alone", "license", "shard_mib")
+        refuse_unread(arguments, f"with --to {ADAPTER}, which writes only an adapter", "license", "shard_mib")
         export_adapter(experiment, arguments.output)
         return 0
     beside = arguments.to == BESIDE
@@ -187,7 +187,7 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
             f"--to {form}: expected only an adapter and rows of ids, but config.training.only has trained all of "
-            f"{', '.join(more)}, too: without --to, the bundle has both"
+            f"{', '.join(more)}, too: leave out --to, and the bundle has all of it"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}
     for table in TABLES:

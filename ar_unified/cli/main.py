@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(verb, arguments, overrides)
     except interrupts.Interrupted as stop:
         if not isinstance(stop, interrupts.Preempted):  # `Preempted` was already reported
-            _tell(verb, f"stopped by {stop.name}; what is done stays, and the same command goes on from there")
+            _tell(verb, f"stopped by {stop.name}. Finished work is kept, and the same command continues from there")
         return int(stop.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end

@@ -78,7 +78,7 @@ def _plan(run: Run, target: Target, arguments: argparse.Namespace) -> PlanReport
         return make_plan(run, target, arguments.job, advise=not arguments.no_advice, say=say)
     if arguments.job != "train" or arguments.search < 1:
         raise UserError(
-            f"--search: expected at least 1 candidate of --job train; found {arguments.search} of {arguments.job}"
+            f"--search: expected at least 1, with --job train; found {arguments.search}, with --job {arguments.job}"
         )
     return search(run, target, arguments.search, say=say)
 

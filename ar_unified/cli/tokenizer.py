@@ -60,7 +60,7 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
     if experiment.config.image_tokenizer.model or (experiment.bundle is not None and experiment.bundle.has_images):
         return bring_image(experiment)
     if not experiment.config.image_tokenizer.steps:
-        experiment.say("==== image_tokenizer: none is trained, as config.image_tokenizer.steps is 0")
+        experiment.say("==== image_tokenizer: none is trained, because config.image_tokenizer.steps is 0")
         return
     with experiment.leaving_nothing():
         train_image(experiment)

@@ -202,7 +202,7 @@ class CodesAlone(NoImages):
     """
 
     no_decoder = (
-        "this model's images are codes alone, because its image tokenizer cannot be imported: give it images as "
+        "this model's images are only codes, because its image tokenizer cannot be imported: give it images as "
         "CodesPart; `Model.generate` returns its images as codes"
     )
 

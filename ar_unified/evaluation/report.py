@@ -60,14 +60,14 @@ NAMES = {
     "tokenizer_psnr": "Tokenizer PSNR",
 }
 MEANINGS = {
-    "text_to_image_exact": "drawn images that show all their text says",
+    "text_to_image_exact": "generated images that show everything that their text says",
     "image_to_text_exact": "questions about an image answered exactly",
     "vqa_accuracy": "questions about an image answered exactly",
     "caption_exact": "captions that describe their image",
     "edit_exact": "edited images that have the change that was asked for, and no other change",
     "turn_exact": "answers, text or image, that are right, given the model's own earlier answers",
     "conversation_exact": "conversations in which all answers are right",
-    "story_change_exact": "next images that show the change that the text tells",
+    "story_change_exact": "next images that show the change that the text describes",
     "next_text_exact": "next texts of interleaved documents that equal the document's own",
     "parse_rate": "sampled sequences that parse as documents",
     "reconstruction_exact": "real images that pass the checker after the tokenizer: the upper limit of text to image",

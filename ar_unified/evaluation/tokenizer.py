@@ -130,7 +130,7 @@ def evaluate_tokenizer(
     """
     distances, extractors, weights = dict(distances or {}), dict(extractors or {}), dict(weights or {})
     if unnamed := sorted((distances.keys() | extractors.keys()) - weights.keys()):
-        raise ValueError(f"weights: expected the sha256 of the weight file of every network, found none of {unnamed}")
+        raise ValueError(f"weights: expected the sha256 of the weight file of every network, found none for {unnamed}")
     skipped = Counter[str]()
     tally = _Tally(tokenizer, _measures(size) | distances, extractors, seed)
     drawn = draw_images(sources, size, limit, seed, skipped)

@@ -23,7 +23,7 @@ from ar_unified.training.selection import Selection
 from ar_unified.training.tasks import TransformerTask
 
 _ROWS = {
-    "mean": "as the mean of its text rows",
+    "mean": "as the mean of the text rows",
     "random": "at random",
     "codebook": "like the codebook's vectors",
 }

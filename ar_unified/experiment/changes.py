@@ -114,7 +114,7 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
         (workdir.path / training.before / f"{record}.json").exists() for record in ("started", "done")
     ):
         flags = " ".join(said(field, old) for field, (old, _) in fields.items() if old != ABSENT)
-        before = f"To go on as before, repeat {flags}; else use" if flags else "Use"
+        before = f"To go on as before, repeat {flags}; otherwise use" if flags else "Use"
         raise StageMismatch(
             next(iter(fields)),
             f"{where} cannot go on with {changed}: {workdir.path / training.before} was made from it before this "

@@ -128,7 +128,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     _check_sampling(config, problems, stages)
     _check_files(config, problems, stages)
     if "validation" in config.data.tests:
-        problems.say("data.tests.validation", "expected another name, as config.data.validation has this one")
+        problems.say("data.tests.validation", "expected another name, because config.data.validation has this one")
     problems.end()
 
 
@@ -273,7 +273,7 @@ def _longest(config: ConfigDict, problems: Problems) -> int:
     return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 
 
-MEAN = "expected random or codebook, as mean is only for a language model of text alone that is extended"
+MEAN = "expected random or codebook, because mean is only for extending a language model of text alone"
 
 
 def _check_preference(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -287,9 +287,9 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
             "init", "expected a bundle with training.objective 'preference', the model to be tuned; found none"
         )
     if config.loss.mean != "joint":
-        problems.say("loss.mean", f"expected joint, as the loss is a mean over pairs; found {config.loss.mean!r}")
+        problems.say("loss.mean", f"expected joint, because the loss is a mean over pairs; found {config.loss.mean!r}")
     if config.training.fresh and found is not None and found.uses_reference:
-        why = "expected none with a reference, which would lack the parameters that begin at random"
+        why = "expected none with a reference model, because it has no values for parameters that begin at random"
         problems.say("training.fresh", why)
     most = 2 * config.data.max_tokens
     if config.data.max_tokens <= (length := _longest(config, problems)) < most:

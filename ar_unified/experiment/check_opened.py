@@ -58,13 +58,17 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
     if image is not None:
         theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
     elif config.image_tokenizer.steps and not experiment.extends:
-        problems.say("image_tokenizer.steps", "expected 0, as the images of the bundle in config.init are codes alone")
+        problems.say(
+            "image_tokenizer.steps", "expected 0, because the images of the bundle in config.init are only codes"
+        )
     if experiment.extends and config.training.objective != "likelihood":
         problems.say("training.objective", f"expected likelihood, as {bundle.folder} {_NO_ROWS}")
     if not experiment.extends:
         for place in (*config.training.only, *config.training.fresh, *config.training.rates):
             if f"[{NEW}]" in place:
-                problems.say("training", f"{place!r}: no ids are new, as the bundle in config.init is not extended")
+                problems.say(
+                    "training", f"{place!r}: no ids are new, because the bundle in config.init is not extended"
+                )
         if config.training.code_embedding_init == "mean":
             problems.say("training.code_embedding_init", f"{MEAN}: the bundle in config.init is not extended")
     for section, fields in theirs.items():
@@ -78,7 +82,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             problems.say(f"{section}.model", "expected none, because the bundle in config.init has one")
     if text.losses and config.text_tokenizer.lossy == "refuse":
         problems.say(
-            "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
+            "text_tokenizer.lossy", f"expected 'warn', because the bundle's text tokenizer loses text: {text.losses[0]}"
         )
     problems.end()
     first = first_adapter(config, bundle) if "model" in stages else None

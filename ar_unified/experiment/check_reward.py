@@ -29,7 +29,7 @@ def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]
     for key in ("mean", "softmax"):
         if config.loss[key] != "joint":
             found = config.loss[key]
-            problems.say(f"loss.{key}", f"expected joint, as answers are drawn from one softmax; found {found!r}")
+            problems.say(f"loss.{key}", f"expected joint, because answers are drawn from one softmax; found {found!r}")
     every = settings.policy(config).steps
     for key in _AT_BORDERS:
         if config.training[key] % every:

@@ -195,7 +195,7 @@ class Experiment:
                 except EmptySplit as error:
                     if not held_out:
                         raise
-                    self.say(f"{key}: {error}. It goes on without it")
+                    self.say(f"{key}: {error}. The run continues without this source")
         return opened
 
     @cached_property

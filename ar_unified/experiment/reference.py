@@ -52,10 +52,10 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(known is not None)):
         known = known or _read(folder, depends, batches.counts)
     if known is not None:
-        experiment.say(f"reference: read for {split} from {folder}")
+        experiment.say(f"reference: log-probabilities of {split} are read from {folder}")
         return known
     count = sum(batches.counts.values())
-    experiment.say(f"reference: {experiment.config.init} on {count} pairs of {split}")
+    experiment.say(f"reference: computing log-probabilities of {experiment.config.init} on {count} pairs of {split}")
     found = _computed(experiment, task, batches)
     if runtime.first():
         _write(folder, depends, found)
@@ -115,9 +115,8 @@ def _computed(experiment: Experiment, task: PreferenceTask, batches: PreferenceB
         if not np.isfinite(sums).all():
             pair = int(np.flatnonzero(~np.isfinite(sums).all((1, 2)))[0])
             raise RunError(
-                f"reference: expected log-probabilities of all pairs of {name!r}, found {sums[pair].tolist()} of pair "
-                f"{pair}: {experiment.config.init} cannot read its own data in {task.config.dtype}; try "
-                "model.dtype=float32"
+                f"reference: expected finite log-probabilities of all pairs of {name!r}, found {sums[pair].tolist()} "
+                f"for pair {pair}, from {experiment.config.init} in {task.config.dtype}: try model.dtype=float32"
             )
     return found
 

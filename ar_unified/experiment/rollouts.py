@@ -66,7 +66,7 @@ class DrawingConfig:
                 f"{self.temperature}"
             )
         if self.max_tokens < 0:
-            raise ValueError(f"max_tokens: expected 0 (what there is room for) or more, found {self.max_tokens}")
+            raise ValueError(f"max_tokens: expected 0 (as many as fit) or more, found {self.max_tokens}")
         self.request("-").check()
         if self.guidance != 1 and self.mode not in ("image", "free"):
             raise ValueError(

@@ -120,8 +120,8 @@ def kind_of(config: Mapping[str, Json], text_config: Mapping[str, Json], where: 
             f"{key} {' or '.join(f'{value} ({kind})' for value, kind in told.items())}" for key, told in _TOLD.items()
         )
         raise UserError(
-            f"{where}/config.json: expected {expected}; found {said or 'neither'}: --as emu3_gen says that it is "
-            "Emu3-Gen or Stage1, --as emu3_chat that it is Emu3-Chat"
+            f"{where}/config.json: expected {expected}; found {said or 'neither'}. Give --as emu3_gen for "
+            "Emu3-Gen or Stage1, --as emu3_chat for Emu3-Chat"
         )
     return found.pop()
 

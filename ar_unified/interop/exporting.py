@@ -92,7 +92,9 @@ def _keys(bundle: Bundle, form: str, record: Mapping[str, Any] | None) -> Keys:
             f"{bundle.folder}: --to: expected {record['form']}, the form that it was imported from; found {form}"
         )
     if bundle.border is None:
-        raise UserError(f"{bundle.folder}: language.json: expected a border to the published ids, found none")
+        raise UserError(
+            f"{bundle.folder}: language.json: expected `border`, the mapping to the published ids, found none"
+        )
     tables = tuple(record.get("tables", ()))
     dialect = {
         "hf": HF.prefixed(record.get("prefixes", {})),

@@ -93,7 +93,7 @@ def run(ids: Sequence[int], what: str, where: str) -> range:
     for number, id in enumerate(ids):
         if id != ids[0] + number:
             raise UserError(
-                f"{where}: {what} {number}: expected id {ids[0] + number}, as ids must be consecutive; found {id}"
+                f"{where}: {what} {number}: expected id {ids[0] + number}, because ids must be consecutive; found {id}"
             )
     return range(ids[0], ids[0] + len(ids)) if ids else range(0)
 

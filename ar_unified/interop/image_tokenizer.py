@@ -86,7 +86,7 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
     with about(str(folder)):
         tokenizer = ImageTokenizer.load(folder)
     record = _record(folder) if (folder / PUBLISHED).exists() else None
-    expected = f"{folder}: --to: expected one of {', '.join(DIALECTS)}, as it is an image tokenizer"
+    expected = f"{folder}: --to: expected one of {', '.join(DIALECTS)}, because this is an image tokenizer"
     if dialect and dialect not in DIALECTS:
         raise UserError(f"{expected}; found {dialect}")
     if not dialect and record is None:

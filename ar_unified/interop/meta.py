@@ -151,5 +151,7 @@ def split(name: str, array: np.ndarray, files: int) -> list[np.ndarray]:
     if axis is None:
         return [array] * files
     if array.shape[axis] % files:
-        raise ValueError(f"{name}: expected {array.shape[axis]} to be cut into {files} files of the same size")
+        raise ValueError(
+            f"{name}: expected a size that is a multiple of {files}, the number of files; found {array.shape[axis]}"
+        )
     return np.split(array, files, axis)

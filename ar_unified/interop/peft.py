@@ -131,7 +131,7 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     pairs = _pairs(folder, source, config, settings)
     rows = token_rows.read(folder, source, said.get(token_rows.KEY), config.d_model)
     if "head" in rows and config.tie_embeddings:
-        raise UserError(f"{folder}: {token_rows.KEY}: expected no lm_head, as this model's head is its embedding")
+        raise UserError(f"{folder}: {token_rows.KEY}: expected no lm_head, because this model's head is its embedding")
     return Adapter(folder, *pairs, digest, rows, header.get(token_rows.VOCABULARY, ""))
 
 

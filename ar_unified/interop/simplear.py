@@ -25,7 +25,7 @@ _ADDED = "added_tokens.json"  # the file with SimpleAR's names, if tokenizer.jso
 _SIDE = 64
 _LENGTH = 6144  # an image of 64 x 64 codes, and its prompt
 _NOTE = (
-    "Its images are codes alone ({codes} of them): Cosmos-1.0-Tokenizer-DV8x16x16, which turns them "
+    "Its images are only codes ({codes} of them): Cosmos-1.0-Tokenizer-DV8x16x16, which turns them "
     "into pixels, is not imported."
 )
 

@@ -33,7 +33,7 @@ _MARKS = {
 }
 _PAD = "<|fim_pad|>"  # a token of Qwen2.5 that its text never has
 _NOTES = (
-    "Its images are codes alone: TA-Tok, which reads images, and the models that turn its codes into pixels are not "
+    "Its images are only codes: TA-Tok, which reads images, and the models that turn its codes into pixels are not "
     "imported.",
 )
 

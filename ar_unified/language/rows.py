@@ -256,7 +256,7 @@ def parted(
             again |= value.strip() in texts
         if not again:
             raise DocumentError(
-                "two_prompts", f"{key}: expected the conversations' question, or nothing; found {value!r:.80}"
+                "two_prompts", f"{key}: expected the question of chosen and rejected, or nothing; found {value!r:.80}"
             )
     return {"messages": before}, answers
 

@@ -134,7 +134,7 @@ class Vocabulary:
             return f"size {token - self.size_offset + 1}"
         if self.image_offset <= token < self.rest_offset:
             return f"image code {token - self.image_offset}"
-        return f"id {token}, which is never written"
+        return f"id {token}, which no document contains"
 
     def manifest(self) -> dict[str, Json]:
         """Everything that two artefacts must agree on, as JSON values. `Grammar.manifest` adds to it."""

@@ -208,8 +208,8 @@ def _explain(error: Exception, explained: str | None) -> None:
         traceback.print_exception(error)
     if lost:
         print(
-            "ar-unified: a connection broke (the log of this process has the error); within the heartbeat time-out JAX "
-            "names the process",
+            "ar-unified: a connection broke (the log of this process has the error). JAX names the lost process within "
+            "the heartbeat time-out",
             file=sys.stderr,
             flush=True,
         )
@@ -285,7 +285,7 @@ def apart() -> Iterator[Callable[[], None]]:
     def until(calls: int) -> None:
         while _log is not None and _asked < calls:
             if preempted():
-                say("SIGTERM: stopped; what is done stays, and the same command goes on from there")
+                say("SIGTERM: stopped. Finished work is kept, and the same command continues from there")
                 raise interrupts.Preempted(signal.SIGTERM)
 
     try:

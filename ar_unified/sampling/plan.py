@@ -232,7 +232,9 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
             raise RequestError("canvas: the prompt ends inside an image, so it already has the first codes")
         if canvas.min() < -1 or canvas.max() >= v.codebook_size:
             found = f"{canvas.min()}..{canvas.max()}"
-            raise RequestError(f"canvas: expected codes 0..{v.codebook_size - 1}, or -1 to draw, found {found}")
+            raise RequestError(
+                f"canvas: expected codes 0..{v.codebook_size - 1}, or -1 for a code to sample, found {found}"
+            )
     for stop in request.stop:
         if not isinstance(stop, str) and not all(0 <= id < v.text_size for id in stop):
             raise RequestError(f"stop: expected a text, or ids of text pieces 0..{v.text_size - 1}, found {stop!r:.80}")
@@ -244,7 +246,9 @@ def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> Non
     for axis, (phase, said) in enumerate(((HEIGHT, opened.height), (WIDTH, opened.width))):
         if opened.phase == phase and said and not str(wanted[axis]).startswith(str(said)):
             name = ("height", "width")[axis]
-            raise RequestError(f"image_size: the {name} in the prompt begins with {said}, found {wanted[axis]}")
+            raise RequestError(
+                f"image_size: expected a {name} that begins with {said}, as in the prompt, found {wanted[axis]}"
+            )
 
 
 def _budget(request: Request, needed: int, most: int, prompt: int, max_length: int) -> int:

@@ -126,7 +126,7 @@ class Request:
         if self.mode not in MODES:
             raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
         if self.history and not self.turn:
-            raise RequestError(f"history: expected no turns with turn: false, found {len(self.history)}")
+            raise RequestError(f"history: expected no turns with turn=false, found {len(self.history)}")
         if self.turn:
             try:
                 check_speakers([*(turn.speaker for turn in self.history), "user", "assistant"])

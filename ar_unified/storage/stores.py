@@ -279,7 +279,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
         module = importlib.import_module(package)
     except ImportError as error:
         raise StoreRefused(
-            f"{scheme}:// needs the package {package}, which is not here: pip install 'ar_unified[storage]'"
+            f"{scheme}:// needs the package {package}, which is not installed: pip install 'ar_unified[storage]'"
         ) from error
     # No listing is cached, because this process must see what another one has just written. The package's own retries
     # are turned off if possible; otherwise the package would make six tries for each of ours.

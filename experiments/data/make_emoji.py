@@ -75,7 +75,7 @@ def make(draw: Draw, names: Path, output: Path) -> str:
         codes = "-".join(f"{ord(letter):x}" for letter in emoji if letter != _PRESENTATION)
         rows.append({"image": image, "text": name, "group": group, "codepoints": codes})
     if not rows:
-        raise UserError("no emoji of the names has an image: is that the folder png/128, or a font of emoji?")
+        raise UserError("no emoji in --names has an image: expected the folder png/128, or an emoji font")
     rows.sort(key=lambda row: row["image"])
     write_text(output / "captions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return f"{output}: {len(rows)} emoji; {absent} names without an image"
@@ -108,7 +108,7 @@ def from_font(path: str) -> Draw:
     """Draws images with a font. Raises UserError if the font has no embedded images."""
     expected = "expected NotoColorEmoji.ttf with embedded images, as in Debian's fonts-noto-color-emoji"
     if not features.check("raqm"):
-        raise UserError("this Pillow has no raqm, without which emoji of several signs fall apart: take --images")
+        raise UserError("this Pillow has no raqm, which is needed for emoji of several characters: use --images")
     try:
         font = ImageFont.truetype(path, _STRIKE, layout_engine=ImageFont.Layout.RAQM)
     except OSError as error:

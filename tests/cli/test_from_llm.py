@@ -174,13 +174,11 @@ def test_a_tokenizer_that_is_not_the_vocabularys_is_refused_by_name(folder, text
 def test_a_bundle_that_has_images_is_not_extended(folder, text, images, tmp_path):
     pictured = write(tmp_path / "pictured", text, codes=20, layout=ImageLayout("grid", 4, 4))
     argv = command("run", folder, tmp_path / "w", init=pictured)
-    refused(
-        argv, "config.image_tokenizer.steps: expected 0, as the images of the bundle in config.init are codes alone"
-    )
+    refused(argv, "config.image_tokenizer.steps: expected 0, because the images of the bundle in config.init are only")
     argv = command(
         "run", folder, tmp_path / "w", init=pictured, image_tokenizer__steps=0, training__only="('embedding[new]',)"
     )
-    refused(argv, r"'embedding\[new\]': no ids are new, as the bundle in config.init is not extended")
+    refused(argv, r"'embedding\[new\]': no ids are new, because the bundle in config.init is not extended")
 
 
 def test_a_plan_and_a_validation_know_the_extended_vocabulary(folder, llm, images, tmp_path, capsys):
@@ -198,5 +196,5 @@ def test_a_plan_and_a_validation_know_the_extended_vocabulary(folder, llm, image
 def test_mean_rows_need_text_rows(folder, tmp_path):
     argv = command("run", folder, tmp_path / "w", training__code_embedding_init="mean")
     refused(
-        argv, "config.training.code_embedding_init: expected random or codebook, as mean is only for a language model"
+        argv, "config.training.code_embedding_init: expected random or codebook, because mean is only for extending"
     )

@@ -69,7 +69,7 @@ def test_a_near_miss_of_a_verb_is_suggested(capsys):
         (
             OSError(errno.ENOSPC, "No space left on device", "w/x"),
             3,
-            "w/x: No space left on device. What is done",
+            "w/x: No space left on device. Finished work is kept",
         ),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"), 3, "model.remat=full"),
         (MemoryError(), 3, "out of memory: MemoryError"),
@@ -136,7 +136,7 @@ def test_a_signal_outside_training_ends_with_a_line_and_its_status(monkeypatch, 
     monkeypatch.setattr(program, "_run", sent)
     assert main(ARGV) == status
     said = capsys.readouterr().err
-    assert "stopped by" in said and "the same command goes on" in said and "Traceback" not in said
+    assert "stopped by" in said and "the same command continues" in said and "Traceback" not in said
     assert before == {number: signal.getsignal(number) for number in before}
 
 

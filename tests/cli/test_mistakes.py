@@ -300,7 +300,7 @@ TRAINED: dict[str, tuple[Callable[[Place], None], Callable[[Place], list[str]], 
     "a full disk": (
         lambda p: (removed("data")(p), full_disk(p, "manifest.json")) and None,
         lambda p: p.verb("prepare"),
-        "No space left.*the same command goes on",
+        "No space left.*Finished work is kept",
         3,
     ),
     "a workdir that cannot be written": (

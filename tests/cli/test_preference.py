@@ -87,7 +87,8 @@ def test_a_cache_that_is_there_changes_nothing_and_a_broken_one_is_made_again(
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "model")
     assert main(["train", *arguments(folder, workdir)]) == 0
-    assert "reference: read for train from" in (said := capsys.readouterr().out) and "pairs of train" not in said
+    said = capsys.readouterr().out
+    assert "reference: log-probabilities of train are read from" in said and "pairs of train" not in said
     same_bits(weights(workdir), weights(trained))
     files = sorted((workdir / "reference").glob("*/pairs.npy"))
     kept = [file.read_bytes() for file in files]

@@ -72,7 +72,7 @@ def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_pat
 
     codes, said = stopped([*config, str(two)], tmp_path / "hold", lambda: list(two.rglob("*.array_record")))
     assert codes == [143, 143], said
-    assert "SIGTERM: stopped; what is done stays" in said[0] and "Traceback" not in said[0]
+    assert "SIGTERM: stopped. Finished work is kept" in said[0] and "Traceback" not in said[0]
     written = {path.relative_to(two): path.stat().st_mtime_ns for path in two.rglob("*.array_record")}
     assert not list((two / "data").rglob("*~")) and not (two / "data" / "done.json").exists()
 

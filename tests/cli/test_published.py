@@ -86,7 +86,7 @@ def test_documents_are_written_in_its_language(folder, tmp_path, capsys):
         (
             "llama",
             ["text_tokenizer.lossy=refuse"],
-            "text_tokenizer.lossy: expected 'warn', as the bundle's text .*prefix",
+            "text_tokenizer.lossy: expected 'warn', because the bundle's text .*prefix",
         ),
     ],
 )

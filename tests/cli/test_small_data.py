@@ -63,7 +63,9 @@ def test_of_two_images_one_is_held_out_and_one_alone_is_trained_on(tmp_path, cap
         assert documents(workdir, "train") == 1
         assert (documents(workdir, "validation") if held_out else 0) == held_out
         assert (workdir / "data" / "validation").exists() == bool(held_out)
-    said = r"validation: .*set1: nothing is in split '\[95%:\]', because all rows share one image .* goes on without it"
+    said = (
+        r"validation: .*set1: nothing is in split '\[95%:\]', because all rows share one image .* without this source"
+    )
     assert re.search(said, capsys.readouterr().out)
 
 

@@ -62,7 +62,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("image_tokenizer", {"blocks": "(1,2)"}, "make 3 levels, fine to coarse, but blocks has 2"),
         ("image_tokenizer", {"levels": "(2,3)"}, "levels of at least 3"),
         ("image_tokenizer", {"quantizer": "lfq", "activation": "tanh", "codes": 1000}, "power of two"),
-        ("image_tokenizer.codebook_update", "ema", "is for vq, rq; fsq has 'gradient'"),
+        ("image_tokenizer.codebook_update", "ema", "is for vq, rq; fsq needs 'gradient'"),
         ("image_tokenizer.beta", "nan", "at least 0, found nan"),
         ("image_tokenizer.l2_weight", -1, "0 or more"),
         ("image_tokenizer.ema", 1, r"in \[0, 1\)"),

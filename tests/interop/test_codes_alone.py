@@ -80,7 +80,7 @@ def test_codes_are_the_ids_behind_the_last_name(simplear: Path) -> None:
     first = len(table.names)
     expected = [table.id("<|t2i|>"), *text, table.id("<|soi|>"), *range(first, first + 16), table.id("<|im_end|>")]
     assert found == expected and model.vocabulary.codebook_size == 64
-    assert "codes alone (64 of them)" in (simplear / "bundle" / "README.md").read_text()
+    assert "only codes (64 of them)" in (simplear / "bundle" / "README.md").read_text()
 
 
 def test_two_files_that_say_different_ids_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -158,9 +158,9 @@ def test_images_are_drawn_as_codes_and_pixels_are_refused(simplear: Path) -> Non
     assert image.codes.shape == (4, 4) and image.codes.max() < 64
     again = model.request(CodesPart(image.codes), "a", mode="text", seed=0, max_tokens=4)
     assert not next(model.generate([again])).error
-    with pytest.raises(UserError, match="images are codes alone"):
+    with pytest.raises(UserError, match="images are only codes"):
         model.draw("the red")
-    with pytest.raises(UserError, match="images are codes alone"):
+    with pytest.raises(UserError, match="images are only codes"):
         model.ask(Image.new("RGB", (4, 4)), "what?")
 
 

@@ -194,7 +194,7 @@ def test_which_emu3_it_is_is_told_by_its_config_or_asked() -> None:
     assert emu3.kind_of({}, {"max_position_embeddings": 131072}, "here") == "chat"
     for config in ({}, {"max_position_embeddings": 512}, {"image_area": 262144, "max_position_embeddings": 5120},
                    {"image_area": 518400, "max_position_embeddings": 131072}, {"image_area": [1]}):  # fmt: skip
-        with pytest.raises(UserError, match="--as emu3_gen says that it is Emu3-Gen or Stage1, --as emu3_chat"):
+        with pytest.raises(UserError, match="--as emu3_gen for Emu3-Gen or Stage1, --as emu3_chat for"):
             emu3.kind_of(config, {}, "here")
 
 
@@ -208,7 +208,7 @@ def test_a_choice_goes_before_what_the_config_says(
     config["text_config"]["max_position_embeddings"] = 512
     (tmp_path / "download" / "config.json").write_text(json.dumps(config))
     command = ["import", "--from", str(tmp_path / "download"), "--size", "8x8", "--output", str(tmp_path / "b"), "--as"]
-    assert main([*command, "emu3"]) == 2 and "--as emu3_gen says" in capsys.readouterr().err
+    assert main([*command, "emu3"]) == 2 and "--as emu3_gen for" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
     assert main([*command, "emu3_gen"]) == 0
     found = Bundle(tmp_path / "b")

@@ -154,7 +154,9 @@ def test_names_that_are_wrong_are_refused_by_the_first() -> None:
     refused({}, "<racm3:break>", "expected a token '<racm3:break>', found none")
     refused({}, code_name(17), "none for code 17")
     refused(
-        {code_name(5): 10, code_name(6): 9}, "", "image code 5: expected id 9, as ids must be consecutive; found 10"
+        {code_name(5): 10, code_name(6): 9},
+        "",
+        "image code 5: expected id 9, because ids must be consecutive; found 10",
     )
     refused({"<eoss>": 100}, "", "image code 96 and <eoi> are both id 100")
     with pytest.raises(UserError, match="expected a table of at least 65536 ids"):

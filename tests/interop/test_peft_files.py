@@ -106,7 +106,7 @@ def test_rows_of_ids_are_written_as_peft_has_them_and_read(bundle, tmp_path) -> 
     turned = peft.read(tmp_path / "a", bundle.config).rows["embedding"]
     np.testing.assert_array_equal(turned.values, ROWS["embedding"].values[::-1])
     tied = dataclasses.replace(bundle.config, tie_embeddings=True)
-    with pytest.raises(UserError, match="expected no lm_head, as this model's head is its embedding"):
+    with pytest.raises(UserError, match="expected no lm_head, because this model's head is its embedding"):
         peft.read(tmp_path / "a", tied)
     for settings, said in (
         (

@@ -58,7 +58,7 @@ def test_every_id_has_one_role_in_numpy_and_inside_jit():
 
 def test_names_are_for_people():
     ids = (3, V.control("boi"), V.size_offset, V.image_offset + 5, V.size - 1, -1)
-    says = "text piece 3|<boi>|size 1|image code 5|id 383, which is never written|id -1, which is never written"
+    says = "text piece 3|<boi>|size 1|image code 5|id 383, which no document contains|id -1, which no document contains"
     assert "|".join(map(V.name, ids)) == says
 
 

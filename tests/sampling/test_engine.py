@@ -389,7 +389,7 @@ BAD = [
     (dict(stop=("",)), "stop: expected"),
     (dict(stop=((99,),)), "text pieces 0..15"),
     (dict(canvas=np.zeros((2, 3), np.int64)), "canvas: expected codes int32"),
-    (dict(canvas=np.full((2, 3), 24, np.int32)), "or -1 to draw"),
+    (dict(canvas=np.full((2, 3), 24, np.int32)), "or -1 for a code to sample"),
     (dict(parts=(TokensPart((500,)),)), "ids 0..127"),
     (dict(parts=(TokensPart((20, 20)),)), "expected"),
     (dict(image=Filter(temperature=float("nan"))), "image.temperature"),

@@ -161,7 +161,7 @@ def test_two_processes_prepare_and_train_under_a_store(url: str, tmp_path: Path)
 
     codes, said = stopped([*config, url], tmp_path / "hold", shards_there)
     assert codes == [143, 143], said
-    assert "SIGTERM: stopped; what is done stays" in said[0] and "Traceback" not in said[0]
+    assert "SIGTERM: stopped. Finished work is kept" in said[0] and "Traceback" not in said[0]
     written = shards_there()
 
     codes, said = end(start("prepare", [*config, url]))

@@ -140,7 +140,7 @@ def test_distance_is_that_of_the_matrix_root():
 
 def test_distance_refuses_what_has_none():
     mean, cov = gaussian(0, 4, 20)
-    with pytest.raises(ValueError, match=r"of one F are needed, got \[\[4\], \[4, 4\], \[4\], \[3, 3\]\]"):
+    with pytest.raises(ValueError, match=r"with the same F, got \[\[4\], \[4, 4\], \[4\], \[3, 3\]\]"):
         inception.frechet_distance(mean, cov, mean, cov[:3, :3])
     with pytest.raises(ValueError, match="not finite"):
         inception.frechet_distance(mean, cov, mean, cov * np.nan)

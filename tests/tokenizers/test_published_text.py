@@ -267,7 +267,7 @@ def test_ids_of_nothing_are_no_ids():
     spec = json.loads(files.byte_level())
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     spec["added_tokens"].append({"id": 900, "content": "<far>", "special": True} | off)
-    with pytest.raises(ValueError, match="added_tokens: '<far>': expected id 900, its place is 363"):
+    with pytest.raises(ValueError, match="added_tokens: '<far>': expected id 900, but it gets id 363"):
         codec("tokenizer.json", json.dumps(spec).encode())
     spec["model"]["vocab"]["<far>"] = 900
     spec["added_tokens"].pop(-2)
@@ -319,7 +319,7 @@ HOSTILE = {
     "no content": (changed(lambda spec: spec["added_tokens"][0].update(content="")), "added_tokens: expected tokens"),
     "a moved token": (
         changed(lambda spec: spec["added_tokens"][0].update(id=7)),
-        "added_tokens: '<s>': expected id 7, its place is 0",
+        "added_tokens: '<s>': expected id 7, but it gets id 0",
     ),
     "a broken pattern": (
         changed(lambda spec: spec["pre_tokenizer"]["pretokenizers"].append(BROKEN)),

@@ -41,5 +41,5 @@ def test_ids_and_texts_are_the_same(kind: ModelType) -> None:
 
 def test_names_that_are_pieces_are_refused() -> None:
     ours = TextTokenizer.train(CORPUS, 420)
-    with pytest.raises(ValueError, match="no pieces of text, found 'e'"):
+    with pytest.raises(ValueError, match="not also text pieces, found 'e'"):
         to_tokenizer_json(ours, ["e"])

@@ -95,7 +95,9 @@ class PublishedTokenizer:
         tokenizer = _made(lambda: Tokenizer.from_str(json.dumps(spec)))
         for token in spec["added_tokens"]:
             if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
-                raise ValueError(f"added_tokens: {token['content']!r}: expected id {token['id']}, its place is {found}")
+                raise ValueError(
+                    f"added_tokens: {token['content']!r}: expected id {token['id']}, but it gets id {found}"
+                )
         tokenizer.encode_special_tokens = True
         return cls(tokenizer, spec, JSON, data, lossy)
 

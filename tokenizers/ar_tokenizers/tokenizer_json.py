@@ -31,7 +31,7 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     pieces = [processor.id_to_piece(id) for id in range(tokenizer.size)]
     if both := sorted(set(pieces) & set(added)):
-        raise ValueError(f"expected names of tokens that are no pieces of text, found {both[0]!r}")
+        raise ValueError(f"expected token names that are not also text pieces, found {both[0]!r}")
     scores = [processor.get_score(id) for id in range(tokenizer.size)]
     plain = [id for id in range(tokenizer.size) if not (processor.is_byte(id) or processor.is_unknown(id))]
     unknown = next((pieces[id] for id in range(tokenizer.size) if processor.is_unknown(id)), None)

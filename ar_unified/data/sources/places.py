@@ -30,7 +30,7 @@ def look_up(record: Mapping[str, object], place: str, part: str) -> Any:
             else:
                 value = value[name]
         except (KeyError, IndexError, TypeError) as error:
-            raise DocumentError("bad_row", f"{part}: expected {place!r}, found no {name!r} there") from error
+            raise DocumentError("bad_row", f"{part}: expected a value at {place!r}, found no {name!r} there") from error
     return value
 
 

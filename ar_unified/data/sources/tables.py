@@ -92,7 +92,7 @@ class Tables(RecordSource):
         self.together = together(size / max(rows, 1))
         self._low, self._high = round(low * rows), round(high * rows)
         if self._low >= self._high:
-            raise (EmptySplit if rows else UserError)(f"{path}: no row is in split {split!r} of {rows} rows")
+            raise (EmptySplit if rows else UserError)(f"{path}: no row is in split {split!r} ({rows} rows in all)")
         self.fingerprint: dict[str, object] = {
             "kind": "tables",
             "items": len(self),

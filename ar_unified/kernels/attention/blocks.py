@@ -57,7 +57,7 @@ class Row:
 # (tests/kernels/test_tpu_compiles.py). Each row was compiled for v4, which has the least VMEM, by libtpu 0.0.42.1; the
 # tests compile some for the other TPUs.
 FITS_TPU = "fits VMEM (compiled by libtpu, 2026-11-24); not timed"
-LONG_TPU = "fits VMEM, and a list of steps for 128k by 128k scalar memory (compiled by libtpu, 2026-11-24); not timed"
+LONG_TPU = "fits VMEM, and scalar memory for 128k queries and keys (compiled by libtpu, 2026-11-24); not timed"
 
 _UP_TO = 1 << 15
 _TPU = [

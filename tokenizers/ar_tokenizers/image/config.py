@@ -75,10 +75,10 @@ class AutoencoderConfig:
             )
         if self.backbone == "space_to_depth" and (self.decoder_multipliers or self.decoder_blocks):
             raise ValueError(
-                "decoder_multipliers and decoder_blocks are for 'vqgan' and 'movq'; 'space_to_depth' has ()"
+                "decoder_multipliers and decoder_blocks are for 'vqgan' and 'movq', and must be () for 'space_to_depth'"
             )
         if self.temporal_blocks < 0 or (self.temporal_blocks and self.backbone != "movq"):
-            raise ValueError(f"temporal_blocks={self.temporal_blocks} is for 'movq'; {self.backbone!r} has 0")
+            raise ValueError(f"temporal_blocks={self.temporal_blocks} is for 'movq'; {self.backbone!r} needs 0")
         dim = self.abstract_quantizer.dim  # the quantizer checks its own settings
         if self.temporal_blocks and dim != self.z_channels:
             raise ValueError(

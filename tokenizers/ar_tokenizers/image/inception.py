@@ -221,7 +221,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     f = mean1.size
     if mean1.shape != (f,) or mean2.shape != (f,) or cov1.shape != (f, f) or cov2.shape != (f, f):
         shapes = [list(x.shape) for x in (mean1, cov1, mean2, cov2)]
-        raise ValueError(f"two means [F] and covariances [F, F] of one F are needed, got {shapes}")
+        raise ValueError(f"expected two means [F] and two covariances [F, F] with the same F, got {shapes}")
     if not all(np.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
         raise ValueError("a mean or a covariance is not finite: features overflowed, or there was a single image")
     values, vectors = np.linalg.eigh(cov1)

@@ -135,9 +135,9 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
         return ""
     numbers = f"{used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}"
     if quantizer == "fsq":  # FSQ has no vectors that could collapse; few codes mean that the network has learned little
-        return f"few codes: {numbers}. Are all images of one colour? Else train for more steps, or choose fewer levels"
+        return f"few codes: {numbers}. Are all images of one colour? If not, train for longer, or choose fewer levels"
     return (
-        f"the codebook has collapsed: {numbers}. Are all images of one colour? Else try quantizer=fsq, a smaller "
+        f"the codebook has collapsed: {numbers}. Are all images of one colour? If not, try quantizer=fsq, a smaller "
         "codebook, a smaller code_dim, restart, or a lower learning rate"
     )
 

@@ -177,8 +177,8 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            f"layers over time: expected all published ones, found that these are missing or unknown: {some(differ)}. "
-            f"The network has only their effect on one picture, so only an imported tokenizer can be exported as "
+            f"layers over time: expected all published ones, but these are missing or unknown: {some(differ)}. "
+            f"The network keeps only their effect on a single image, so only an imported tokenizer can be exported as "
             f"{dialect}"
         )
     if kept:

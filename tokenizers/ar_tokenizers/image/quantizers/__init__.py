@@ -74,7 +74,7 @@ def make(
         ("code_dim", code_dim, 0, tuple(USUAL_DIM)),
     ):
         if value != plain and quantizer not in heeded_by:
-            raise ValueError(f"{name}={value!r} is for {', '.join(heeded_by)}; {quantizer} has {plain!r}")
+            raise ValueError(f"{name}={value!r} is for {', '.join(heeded_by)}; {quantizer} needs {plain!r}")
     dim = code_dim or USUAL_DIM.get(quantizer, 0)
     entropy = entropy if entropy >= 0 else USUAL_ENTROPY.get(quantizer, 0.0)
     if quantizer == "fsq":

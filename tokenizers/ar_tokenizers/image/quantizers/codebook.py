@@ -149,7 +149,7 @@ class CodebookQuantizer(Quantizer):
         if codebook_update not in UPDATES:
             raise ValueError(f"codebook_update must be one of {', '.join(UPDATES)}, got {codebook_update!r}")
         if not 0 <= restart < 1:
-            raise ValueError(f"restart is a share of the mean use of a code, in [0, 1), got {restart}")
+            raise ValueError(f"restart, a share of the mean use of a code, must be in [0, 1), got {restart}")
         self.dim, self.codebook_size, self.beta, self.restart = dim, codes, beta, restart
         self.codebook_update, self.gradient = codebook_update, gradient
         self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32) / math.sqrt(dim))
