@@ -252,7 +252,7 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
             if pause is None or isinstance(error, TypeError | AttributeError):
                 raise StoreFailed(
                     f"{url}: all {tries} requests to {verb} this failed. The last error is {_said(error)}. "
-                    "What is done stays, and the same command goes on from there"
+                    "Finished work is kept, and the same command continues from there"
                 ) from error
             time.sleep(pause)
 

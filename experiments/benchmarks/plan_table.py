@@ -70,17 +70,17 @@ def run(case: str) -> None:
 def table(plans: dict[str, dict[str, Any]]) -> str:
     """The Markdown: a row for each plan, then the cases that do not fit, and how far each scales."""
     head = (
-        "| model | target | mesh | remat | tokens a step | peak of HBM | parameters + optimizer | gradients + activations | "
-        "ICI sent | DCN sent | matmuls | ICI | DCN | memory | step | MFU | compiled in |"
+        "| model | target | mesh | remat | tokens a step | peak of HBM | parameters + optimizer | "
+        "gradients + activations | ICI sent | DCN sent | matmuls | ICI | DCN | memory | step | MFU | compiled in |"
     )
     lines, scaling = [head, "|" + " --- |" * (head.count("|") - 1)], []
     for case, plan in plans.items():
         model = CASES[case][0]
         mesh = " ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
         if not plan["programs"]:
-            refused = plan["refused"]
+            refused, remat = plan["refused"], plan["model"]["remat"]
             lines.append(
-                f"| {model} | {plan['target']} | {mesh} | {plan['model']['remat']} | | **refused: {size(refused['used'])} of "
+                f"| {model} | {plan['target']} | {mesh} | {remat} | | **refused: {size(refused['used'])} of "
                 f"{size(refused['capacity'])}** | |" + " |" * 10
             )
             continue
