@@ -35,5 +35,5 @@ def test_it_finds_the_order_in_ids_whose_entropy_is_that_of_noise(tiny: None) ->
 
 
 def test_nothing_to_learn_from_is_refused(tiny: None) -> None:
-    with pytest.raises(ValueError, match="at least 1 image"):
+    with pytest.raises(ValueError, match="at least 1 step and 1 image"):
         probe.train_probe(np.zeros((0, 4, 4), np.int32), 16, steps=1)
