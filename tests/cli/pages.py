@@ -137,6 +137,7 @@ RUN = [
     page("preference_tuning", "bundle", "pairs", BUNDLE="bundle"),
     page("troubleshooting", "words", **TEXT_RUN, longer=2),
     page("instruction_tuning", "bundle", BUNDLE="bundle"),
+    page("image_editing", "bundle", BUNDLE="bundle"),
     page("image_tokenizers", DIR="mine", DIR2="mine"),
     page("from_llm", "qwen", "tokenizer", DIR="mine", BUNDLE="bundle", FOLDER="tokenizer", keys=EXTENDED),
     page("results", "shapes", "results"),
@@ -221,9 +222,6 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("docs/rewards.md", "ar-unified run --config experiments/grpo.py:from=apart"): UNSEEN,
     ("docs/lora.md", "ar-unified run --config experiments/folder.py"): EXTENDED_LORA,
     ("docs/lora.md", "ar-unified export --workdir workdirs/eyes"): EXTENDED_LORA,
-    ("docs/image_editing.md", "ar-unified"): NotRun(
-        "18 minutes; the data of its edits are looked at", ("tests/data/test_edits.py", "edits")
-    ),
     ("docs/published_weights.md", "ar-unified"): NotRun(
         "published files: files of the same form are tuned and exported", ("tests/cli/test_published.py", '"export"')
     ),
