@@ -20,7 +20,7 @@ from tests.cli.conftest import SMALL as FOLDER
 from tests.test_wheel import FEW
 
 # Kinds of experiments, by their arguments; the first that fits.
-KINDS = {"unseen": "[:,]unseen=", "text": "[:,]init=LLM", "init": "[:,](init|from)="}
+KINDS = {"text": "[:,]init=LLM", "init": "[:,](init|from)="}
 TWO_STEPS = {"training.steps": 2, "training.warmup_steps": 0, "image_tokenizer.steps": 2}
 OF_BUNDLE = {
     "training.steps": 2, "training.warmup_steps": 0, "training.validate_every": 2, "training.checkpoint_every": 2,
@@ -58,7 +58,6 @@ SMALL: dict[str, Mapping[str, Any]] = {
     "folder": FOLDER | TWO_STEPS,
     "folder:init": OF_BUNDLE,
     "folder:text": OF_BUNDLE | EXTENDED,
-    "mixture": FOLDER | TWO_STEPS,
     "text_tokenizer": {"text_tokenizer.vocab_size": 320},
     "fine_tune:init": OF_BUNDLE
     | {"training.accumulation": 1, "training.preview_every": 0, "training.sequence_length": 192},
@@ -67,11 +66,6 @@ SMALL: dict[str, Mapping[str, Any]] = {
     "instruct:init": OF_BUNDLE | part(3, "unseen_combinations"),
     "edit": ALONE | part(2, "unseen_combinations"),
     "edit:init": OF_BUNDLE | part(3, "unseen_combinations"),
-    "apart": ALONE | part(1, "unseen_combinations"),
-    "grpo:unseen": OF_BUNDLE
-    | {"data.train[1].split": "train[:40]", "data.validation[0].split": "validation[:10]"}
-    | {"data.tests.unseen_combinations[0].split": "unseen_combinations[:10]"}
-    | {"reward.group_size": 2, "reward.on_error": "skip"},
     "dpo:init": OF_BUNDLE | {"data.train[0].split": "train[:1%]", "data.validation[0].split": "validation[:5%]"},
     "words": {"training.steps": 4, "training.checkpoint_every": 2},
     "photos": PHOTOS | {"image_tokenizer.width": 8, "image_tokenizer.blocks": "(0,1)"},
@@ -90,7 +84,7 @@ class Page:
     Attributes:
         names: replacements for words that the reader must choose, and for numbers that would take hours.
         has: what the reader already has, names of tests.cli.readers.HAS.
-        keys: keys for all commands with a config of this page. more: beginning of a command -> words after it.
+        keys: keys for all commands with a config of this page.
         longer: each training has this many steps more than the one before.
     """
 
@@ -98,7 +92,6 @@ class Page:
     names: Mapping[str, str] = field(default_factory=dict)
     has: tuple[str, ...] = ()
     keys: Mapping[str, Any] = field(default_factory=dict)
-    more: Mapping[str, str] = field(default_factory=dict)
     longer: int = 0
 
 
@@ -115,7 +108,7 @@ TEXT_RUN = dict(FILE="words.py:words", DIR="workdirs/words")
 RUN = [
     page("start", "shapes", DIR="mine"),
     page("your_data", DIR="mine"),
-    page("data", "own_sets", PATH="mine", DIR="sets"),
+    page("data", PATH="mine"),
     page("data_checks", "shapes", DIR="mine", names={"workdirs/mine/data": "workdirs/shapes/data"}),
     page("sampling", "shapes", "bundle", BUNDLE="bundle"),
     page("evaluation", "shapes", "bundle", PHOTOGRAPHS="mine", BUNDLE="bundle", PATH="mine", **SHAPES_RUN),
@@ -160,7 +153,6 @@ class NotRun:
 MEASURES = "it measures beside torch, tf.data, Grain or webdataset, which are not in the environment of these tests"
 PODS = NotRun("libtpu compiles even a tiny step of it for more than 20 s", ("tests/planning/test_plan.py", "v5e:"))
 UNSEEN = NotRun("half an hour: the prompts are made", ("tests/test_experiment_data.py", "make_unseen_prompts"))
-EXTENDED_LORA = NotRun("a text model: a small one is extended", ("tests/cli/test_extended_lora.py", "export"))
 BUCKET = "it needs a bucket and a cluster"
 # (page, beginning of the command) -> why it is not run here.
 NOT_RUN: dict[tuple[str, str], NotRun] = {
@@ -214,16 +206,16 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
         "five sets in a folder: trained on with small ones", ("tests/cli/test_mixture.py", "experiments/mixture.py")
     ),
     ("docs/data_checks.md", 'ar-unified validate {"kind": "tfds"'): NotRun(
-        "it builds the whole dataset below the home folder", ("tests/cli/test_validate.py", "validate")
+        "it builds a dataset in TFDS's own folder: other sources are looked at",
+        ("tests/cli/test_validate.py", "validate"),
     ),
     ("docs/rewards.md", "python experiments/data/make_unseen_prompts.py"): UNSEEN,
     ("docs/rewards.md", "ar-unified run --config experiments/apart.py"): UNSEEN,
     ("docs/rewards.md", "ar-unified export --workdir workdirs/apart"): UNSEEN,
     ("docs/rewards.md", "ar-unified run --config experiments/grpo.py:from=apart"): UNSEEN,
-    ("docs/lora.md", "ar-unified run --config experiments/folder.py"): EXTENDED_LORA,
-    ("docs/lora.md", "ar-unified export --workdir workdirs/eyes"): EXTENDED_LORA,
     ("docs/published_weights.md", "ar-unified"): NotRun(
-        "published files: files of the same form are tuned and exported", ("tests/cli/test_published.py", '"export"')
+        "more than a minute of CPU: files of the same form are tuned and exported",
+        ("tests/cli/test_published.py", '"export"'),
     ),
     ("docs/workdirs.md", "ar-unified VERB"): NotRun("a pattern of commands", ("tests/test_wheel.py", '"--help"')),
 }
@@ -264,8 +256,4 @@ def small(words: list[str], of: Page, trained: int = 0) -> list[str]:
         for before, after in zip(words[1:], told, strict=True)
         if after.startswith("--config.") and not (before == after and ".steps=" in after)
     }
-    brought = "image_tokenizer." if "image_tokenizer.model" in own else None  # it has its own settings
-    line = " ".join(words)
-    more = [word for begins, rest in of.more.items() if line.startswith(begins) for word in rest.split()]
-    keys = {key: value for key, value in keys.items() if key not in own and not (brought and key.startswith(brought))}
-    return [*told, *(f"--config.{key}={value}" for key, value in keys.items()), *more]
+    return [*told, *(f"--config.{key}={value}" for key, value in keys.items() if key not in own)]

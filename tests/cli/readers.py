@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 from ar_tokenizers.image import autoencoder, movq_weights
-from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
-from ar_tokenizers.image.published import settings_of, to_published
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.published import settings_of
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from safetensors.numpy import save_file
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 from tests.bundles import fresh
 from tests.cli import test_from_llm, test_mixture, test_text_alone
 from tests.cli.conftest import ROOT
-from tests.interop import formats, tables, test_conversion
+from tests.interop import formats, tables
 from tests.interop.weights import Sizes, drawn, transformer_shapes
 from tests.tokenizers import test_movq
 
@@ -41,19 +40,6 @@ def pairs(here: Path) -> None:
 def sets(here: Path) -> None:
     """The five sets of experiments/mixture.py."""
     test_mixture.make(here / "sets")
-
-
-def own_sets(here: Path) -> None:
-    """Those, and three more: a folder of rows, tars, and texts."""
-    sets(here)
-    shutil.copytree(here / "mine", here / "sets" / "photos")
-    shutil.copytree(here / "sets" / "text" / "udhr", here / "sets" / "books")
-    (here / "sets" / "shards").mkdir()
-    with tarfile.open(here / "sets" / "shards" / "000.tar", "w") as tar:
-        for i, row in enumerate(map(json.loads, (here / "mine" / "captions.jsonl").read_text().splitlines())):
-            (here / "text.txt").write_text(row["text"])
-            tar.add(here / "text.txt", f"{i:03d}.txt")
-            tar.add(here / "mine" / row["image"], f"{i:03d}.png")
 
 
 def words(here: Path) -> None:
@@ -106,17 +92,6 @@ def qwen(here: Path) -> None:
     )
 
 
-def chameleon(here: Path) -> None:
-    """A Chameleon in transformers' form, and its VQGAN."""
-    folder = here / "Chameleon-7b-hf"
-    formats.lumina_1(here / "other", folder)
-    tables.write_json(folder, tokenizer=tables.chameleon().byte_level())
-    formats.chameleon_tokenizer(here / "vqgan")
-
-
-NARROW = PRESETS["taming_f16"] | dict(width=32, multipliers=(1, 1, 1, 1, 1), blocks=(1, 1, 1, 1, 1))
-
-
 def emu3(here: Path) -> None:
     """Emu3-Chat in transformers' form, with its vision tokenizer."""
     config, _, params, kept = test_movq.imported()
@@ -143,27 +118,8 @@ def emu3(here: Path) -> None:
     )
 
 
-def vqgan(here: Path) -> None:
-    """An image tokenizer of experiments/image_tokenizers/vqgan.py, with a narrow network, that was never trained."""
-    config = AutoencoderConfig.from_dict(NARROW | dict(quantizer="vq", codes=64, code_dim=8, z_channels=32))
-    ImageTokenizer(config, fresh(autoencoder.init, config, 0)).save(here / "workdirs" / "vqgan" / "image_tokenizer")
-
-
-def llamagen(here: Path) -> None:
-    """LlamaGen's pickled VQ-16, with a narrow network."""
-    config = AutoencoderConfig.from_dict(NARROW | dict(quantizer="vq", codes=16384, code_dim=8, z_channels=256))
-    tensors = to_published(ImageTokenizer(config, fresh(autoencoder.init, config, 0)), "llamagen")
-    tree, storages = {}, {}
-    for i, (name, x) in enumerate(tensors.items()):
-        strides = tuple(each // x.itemsize for each in np.ascontiguousarray(x).strides)
-        tree[name] = test_conversion.tensor(str(i), x.shape, strides, size=x.size)
-        storages[str(i)] = np.ascontiguousarray(x)
-    test_conversion.torch_file(here / "vq_ds16_t2i.pt", {"model": tree}, storages)
-
-
 HAS: dict[str, Callable[[Path], None]] = {
-    each.__name__: each
-    for each in (pairs, emu3, sets, own_sets, words, results, tokenizer, llm, qwen, chameleon, vqgan, llamagen)
+    each.__name__: each for each in (pairs, emu3, sets, words, results, tokenizer, llm, qwen)
 }
 
 
