@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,17 @@ import yaml
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ar_unified import bundle
 from ar_unified.cli.arguments import parser_of
 from ar_unified.cli.main import VERBS
 from ar_unified.data.sources import kind_of
+from ar_unified.experiment import settings
 from ar_unified.experiment.config import defaults, load
+from ar_unified.language.document import Document, ImagePart
 from ar_unified.language.rows import document_from_json
-from tests import bundles
+from ar_unified.model.lora import LoraConfig
+from ar_unified.training.rates import read_rate
+from tests import adapters, bundles, published_bundles
 from tests.sources import files, tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +91,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "mine" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (here / "mine" / "en.txt").write_text("A square.\n")
     (here / "prompts.jsonl").write_text('{"prompt": "A square."}\n')
-    bundles.write(here / "bundle")
+    written = bundles.write(here / "bundle")
+    for name in ("sketch", "photo"):
+        adapters.write(here / "adapters" / name, written, LoraConfig(rank=2, alpha=4.0))
     shutil.copytree(here / "bundle" / "image_tokenizer", here / "llamagen")
     return here
 
@@ -169,6 +176,39 @@ def test_python_of_the_pages_runs(text, places):
         [sys.executable, "-c", text + more], cwd=places, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+# Pages with parts of programs -> the names that such a part takes from around it.
+AROUND: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/data_at_scale.md": lambda: dict(config=defaults(), ConfigDict=ConfigDict),
+    "docs/from_llm.md": lambda: dict(config=defaults()),
+    "docs/kernels.md": lambda: (
+        dict.fromkeys("qkv", np.ones((1, 16, 2, 16), np.float32)) | dict(doc_start=np.zeros((1, 16), np.int32))
+    ),
+    "docs/published_weights.md": lambda: dict(image=bundles.grey(), tokens=np.arange(8)[None]),
+    "docs/rewards.md": dict,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [pytest.param(each, id=each.id) for each in snippets("python", run=False)])
+def test_parts_of_programs_run_with_what_is_around_them(block, tmp_path, monkeypatch):
+    """Every block of Python without `<!-- runs -->`; a tiny model stands for Chameleon, with its own number of ids."""
+    page, text = str(block.id).partition(":")[0], block.values[0]
+    monkeypatch.chdir(tmp_path)
+    if '"chameleon"' in text:
+        model = bundle.write(tmp_path / "chameleon", **published_bundles.parts("chameleon"))
+        assert "range(65536)" in text
+        text = text.replace("range(65536)", f"range({model.grammar.vocabulary.used})")
+    names = AROUND[page]()
+    exec(text, names)
+    if "warm" in names:
+        red = Document.of((ImagePart(np.full((2, 2, 3), (9, 0, 0), np.uint8)),))
+        assert names["warm"](None, red) == 9
+    if "config" in names:
+        training = names["config"].training
+        assert len(settings.phases(training, {})) == 1 + len(training.phases) and settings.shapes(training)
+        assert [read_rate(rate)[1] for rate in training.rates] in ([], [0.1, 0.3, 2])
 
 
 def test_links_of_the_pages_lead_somewhere():

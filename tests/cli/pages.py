@@ -19,12 +19,26 @@ from tests import test_docs
 from tests.cli.conftest import SMALL as FOLDER
 from tests.test_wheel import FEW
 
+# Kinds of experiments, by their arguments; the first that fits.
+KINDS = {"text": "[:,]init=LLM", "init": "[:,](init|from)="}
 TWO_STEPS = {"training.steps": 2, "training.warmup_steps": 0, "image_tokenizer.steps": 2}
 OF_BUNDLE = {
     "training.steps": 2, "training.warmup_steps": 0, "training.validate_every": 2, "training.checkpoint_every": 2,
     "training.batch_size": 8, "evaluation.limit": 2, "sampling.batch_size": 8,
 }  # fmt: skip
-PART = {"data.train[0].split": "train[:40]", "data.validation[0].split": "validation[:10]"}
+
+
+def part(sources: int, *tests: str) -> dict[str, str]:
+    """The first examples of the sources of an experiment on the embedded data, and of these test sets of one source."""
+    return {
+        **{f"data.train[{i}].split": "train[:40]" for i in range(sources)},
+        **{f"data.validation[{i}].split": "validation[:10]" for i in range(sources)},
+        **{f"data.tests.{name}[0].split": f"{name}[:10]" for name in tests},
+    }
+
+
+# For a model of the embedded data with tokenizers of its own.
+ALONE = OF_BUNDLE | dict(key.split("=", 1) for key in FEW if not key.startswith(("data.", "training.", "evaluation.")))
 PHOTOS = {
     "data.image_size": "(32,32)", "image_tokenizer.crop": 32, "image_tokenizer.short_side": 32,
     "image_tokenizer.steps": 2, "image_tokenizer.batch_size": 8, "evaluation.tokenizer_probe_steps": 0,
@@ -38,16 +52,21 @@ EXTENDED = {
     "training.sequence_length": 192,
     "sampling.max_length": 192,
 }
-# An experiment -> the keys that make it small; "NAME:init" if it starts from a bundle.
+# An experiment -> the keys that make it small; "NAME:init" and others if it has such an argument, as KINDS says.
 SMALL: dict[str, Mapping[str, Any]] = {
     "shapes": dict(key.split("=", 1) for key in FEW),
     "folder": FOLDER | TWO_STEPS,
     "folder:init": OF_BUNDLE,
+    "folder:text": OF_BUNDLE | EXTENDED,
     "text_tokenizer": {"text_tokenizer.vocab_size": 320},
     "fine_tune:init": OF_BUNDLE
     | {"training.accumulation": 1, "training.preview_every": 0, "training.sequence_length": 192},
-    "lora:init": OF_BUNDLE | PART,
-    "grpo:init": OF_BUNDLE | PART | {"reward.group_size": 2, "reward.on_error": "skip"},
+    "lora:init": OF_BUNDLE | part(1),
+    "grpo:init": OF_BUNDLE | part(1) | {"reward.group_size": 2, "reward.on_error": "skip"},
+    "instruct:init": OF_BUNDLE | part(3, "unseen_combinations"),
+    "edit": ALONE | part(2, "unseen_combinations"),
+    "edit:init": OF_BUNDLE | part(3, "unseen_combinations"),
+    "dpo:init": OF_BUNDLE | {"data.train[0].split": "train[:1%]", "data.validation[0].split": "validation[:5%]"},
     "words": {"training.steps": 4, "training.checkpoint_every": 2},
     "photos": PHOTOS | {"image_tokenizer.width": 8, "image_tokenizer.blocks": "(0,1)"},
     "llamagen": PHOTOS
@@ -95,7 +114,7 @@ RUN = [
     page("evaluation", "shapes", "bundle", PHOTOGRAPHS="mine", BUNDLE="bundle", PATH="mine", **SHAPES_RUN),
     page("tuning", "emu3", DIR="mine", keys=PUBLISHED),
     page("text_tokenizers", DIR="mine"),
-    page("lora", "bundle", BUNDLE="bundle"),
+    page("lora", "bundle", "llm", "tokenizer", BUNDLE="bundle", LLM="llm", FOLDER="tokenizer", DIR="mine"),
     page("rewards", "shapes", "bundle", BUNDLE="bundle", **SHAPES_RUN),
     page(
         "workdirs",
@@ -108,7 +127,10 @@ RUN = [
             "--config.training.steps=7500": "--config.training.steps=3",
         },
     ),
+    page("preference_tuning", "bundle", "pairs", BUNDLE="bundle"),
     page("troubleshooting", "words", **TEXT_RUN, longer=2),
+    page("instruction_tuning", "bundle", BUNDLE="bundle"),
+    page("image_editing", "bundle", BUNDLE="bundle"),
     page("image_tokenizers", DIR="mine", DIR2="mine"),
     page("from_llm", "qwen", "tokenizer", DIR="mine", BUNDLE="bundle", FOLDER="tokenizer", keys=EXTENDED),
     page("results", "shapes", "results"),
@@ -132,7 +154,6 @@ class NotRun:
 MEASURES = "it measures beside torch, tf.data, Grain or webdataset, which are not in the environment of these tests"
 PODS = NotRun("libtpu compiles even a tiny step of it for more than 20 s", ("tests/planning/test_plan.py", "v5e:"))
 UNSEEN = NotRun("half an hour: the prompts are made", ("tests/test_experiment_data.py", "make_unseen_prompts"))
-EXTENDED_LORA = NotRun("a text model: a small one is extended", ("tests/cli/test_extended_lora.py", "export"))
 BUCKET = "it needs a bucket and a cluster"
 # (page, beginning of the command) -> why it is not run here.
 NOT_RUN: dict[tuple[str, str], NotRun] = {
@@ -186,28 +207,16 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
         "five sets in a folder: trained on with small ones", ("tests/cli/test_mixture.py", "experiments/mixture.py")
     ),
     ("docs/data_checks.md", 'ar-unified validate {"kind": "tfds"'): NotRun(
-        "it builds the whole dataset below the home folder", ("tests/cli/test_validate.py", "validate")
+        "it builds a dataset in TFDS's own folder: other sources are looked at",
+        ("tests/cli/test_validate.py", "validate"),
     ),
     ("docs/rewards.md", "python experiments/data/make_unseen_prompts.py"): UNSEEN,
     ("docs/rewards.md", "ar-unified run --config experiments/apart.py"): UNSEEN,
     ("docs/rewards.md", "ar-unified export --workdir workdirs/apart"): UNSEEN,
     ("docs/rewards.md", "ar-unified run --config experiments/grpo.py:from=apart"): UNSEEN,
-    ("docs/instruction_tuning.md", "ar-unified"): NotRun(
-        "20 minutes of data and training", ("tests/evaluation/test_conversations.py", "conversation")
-    ),
-    ("docs/lora.md", "ar-unified run --config experiments/folder.py"): EXTENDED_LORA,
-    ("docs/lora.md", "ar-unified export --workdir workdirs/eyes"): EXTENDED_LORA,
-    ("docs/preference_tuning.md", "ar-unified"): NotRun(
-        "a model that draws: a tiny one is trained on pairs", ("tests/cli/test_preference.py", '"train"')
-    ),
-    ("docs/preference_tuning.md", "python"): NotRun(
-        "13 MB of pairs: fewer are made", ("tests/test_experiment_data.py", "make_shape_pairs")
-    ),
-    ("docs/image_editing.md", "ar-unified"): NotRun(
-        "18 minutes; the data of its edits are looked at", ("tests/data/test_edits.py", "edits")
-    ),
     ("docs/published_weights.md", "ar-unified"): NotRun(
-        "published files: files of the same form are tuned and exported", ("tests/cli/test_published.py", '"export"')
+        "more than a minute of CPU: files of the same form are tuned and exported",
+        ("tests/cli/test_published.py", '"export"'),
     ),
     ("docs/workdirs.md", "ar-unified VERB"): NotRun("a pattern of commands", ("tests/test_wheel.py", '"--help"')),
 }
@@ -238,9 +247,8 @@ def small(words: list[str], of: Page, trained: int = 0) -> list[str]:
         config = "shapes"
     keys: dict[str, Any] = {}
     if config and "--from" not in told:  # evaluation of a bundle uses the bundle's sizes
-        experiment = Path(config.partition(":")[0]).stem
-        begun = f"{experiment}:init" if re.search("[:,](init|from)=", config) else experiment
-        keys |= SMALL[begun] | of.keys
+        kinds = [kind for kind, given in KINDS.items() if any(re.search(given, word) for word in words)]
+        keys |= SMALL[":".join([Path(config.partition(":")[0]).stem, *kinds[:1]])] | of.keys
         if of.longer:
             keys["training.steps"] = of.longer * (1 + trained)
     # A page's own keys stay, but for its numbers of steps.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,14 +16,25 @@ from ar_tokenizers.image import autoencoder, movq_weights
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.published import settings_of
 from ar_tokenizers.image.tokenizer import ImageTokenizer
+from ar_tokenizers.text import TextTokenizer
 from safetensors.numpy import save_file
 
 from tests.bundles import fresh
-from tests.cli import test_mixture, test_text_alone
+from tests.cli import test_from_llm, test_mixture, test_text_alone
 from tests.cli.conftest import ROOT
 from tests.interop import formats, tables
 from tests.interop.weights import Sizes, drawn, transformer_shapes
 from tests.tokenizers import test_movq
+
+
+def pairs(here: Path) -> None:
+    """pairs.jsonl: pairs of pictures and of texts. Its images are those of `mine`."""
+    rows: list[dict[str, Any]] = []
+    for i in range(0, 38, 2):
+        right, wrong = ([{"type": "image", "image": f"mine/{j}.png"}] for j in (i, i + 1))
+        rows.append({"prompt": f"Draw number {i}.", "chosen": right, "rejected": wrong})
+        rows.append({"prompt": [*right, {"type": "text", "text": "What is it?"}], "chosen": "A.", "rejected": "B."})
+    (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def sets(here: Path) -> None:
@@ -51,6 +64,17 @@ def tokenizer(here: Path) -> None:
     """The folder of an image tokenizer that was never trained."""
     config = AutoencoderConfig(width=8, blocks=(0, 0, 1))
     ImageTokenizer(config, fresh(autoencoder.init, config, 0)).save(here / "tokenizer")
+
+
+def llm(here: Path) -> None:
+    """The bundle of a text model."""
+    lines = [
+        f"a {size} {colour} circle is in the top left {i}"
+        for size in ("big", "small")
+        for colour in "rgb"
+        for i in range(9)
+    ]
+    test_from_llm.write(here / "llm", TextTokenizer.train(lines, 300))
 
 
 def qwen(here: Path) -> None:
@@ -94,7 +118,9 @@ def emu3(here: Path) -> None:
     )
 
 
-HAS: dict[str, Callable[[Path], None]] = {each.__name__: each for each in (sets, words, results, tokenizer, qwen, emu3)}
+HAS: dict[str, Callable[[Path], None]] = {
+    each.__name__: each for each in (pairs, emu3, sets, words, results, tokenizer, llm, qwen)
+}
 
 
 @contextlib.contextmanager

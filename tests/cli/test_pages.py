@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tensorflow_datasets as tfds
 
 from ar_unified.cli.main import main
 from ar_unified.data.shapes import Shapes
@@ -79,6 +80,8 @@ def test_the_commands_of_a_page(
 ) -> None:
     """Each command, in the order of the page, ends with status 0."""
     monkeypatch.chdir(tmp_path)
+    # Not the reader's own folder of TFDS.
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tensorflow_datasets"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")]))
     # A copy: experiments/benchmarks/gallery.py writes into the docs beside it.
     shutil.copytree(ROOT / "experiments", "experiments", ignore=shutil.ignore_patterns("results", "__pycache__"))

@@ -17,6 +17,8 @@ DOCUMENTS = 1_000_000
 @pytest.mark.slow
 def test_the_loader_has_little_in_memory(tmp_path: Path) -> None:
     script = ROOT / "experiments" / "benchmarks" / "loader_scale.py"
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "mine.txt").touch()
     command = [sys.executable, str(script), "--folder", str(tmp_path / "d"), "--documents", str(DOCUMENTS)]
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}"}
     ran = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
@@ -25,3 +27,4 @@ def test_the_loader_has_little_in_memory(tmp_path: Path) -> None:
     found = json.loads(line.removeprefix(f"{DOCUMENTS} "))
     assert planned.startswith("plan: ") and found["fill"] > 0.99
     assert found["mapped"] == 0 and found["own"] < 28, "MB: 16 and, were it held, an index of 14 bytes a document"
+    assert [file.name for file in (tmp_path / "d").iterdir()] == ["mine.txt"], "its own files are removed, no others"
