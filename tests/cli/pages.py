@@ -248,7 +248,7 @@ def small(words: list[str], of: Page, trained: int = 0) -> list[str]:
     keys: dict[str, Any] = {}
     if config and "--from" not in told:  # evaluation of a bundle uses the bundle's sizes
         kinds = [kind for kind, given in KINDS.items() if any(re.search(given, word) for word in words)]
-        keys |= SMALL[":".join([Path(config.partition(":")[0]).stem, *kinds[:1]])] | of.keys
+        keys |= {**SMALL[":".join([Path(config.partition(":")[0]).stem, *kinds[:1]])], **of.keys}
         if of.longer:
             keys["training.steps"] = of.longer * (1 + trained)
     # A page's own keys stay, but for its numbers of steps.
