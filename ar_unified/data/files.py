@@ -250,7 +250,7 @@ class Bucket:
             raise FileError("missing_image", f"no such object: {path}") from error
 
     def path(self, name: str) -> Remote:
-        """The object that a row means by `name`; a missing one is noticed when it is read. Raises FileError."""
+        """The object that a row means by `name`. A missing object is noticed only when it is read. Raises FileError."""
         if "\0" in name:
             raise FileError("missing_image", "a name cannot have a zero byte")
         below = posixpath.normpath(name)

@@ -49,8 +49,8 @@ class SourceReport:
     preferences: int = 0  # items that are preference pairs, of two documents each
     shards: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)  # by kind: number of items (too_long_part: of pieces)
-    first: dict[str, str] = field(default_factory=dict)  # by kind: the first item, and what is wrong
+    skipped: dict[str, int] = field(default_factory=dict)  # number of items of each kind; of pieces for too_long_part
+    first: dict[str, str] = field(default_factory=dict)  # the first item of each kind, and what is wrong
 
     @property
     def lost(self) -> str:

@@ -99,7 +99,9 @@ class Tars(RecordSource):
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each open packed tar uses 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
-        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # reading it again goes back in a packed tar
+        self._name = functools.lru_cache(maxsize=1 << 12)(
+            self._name_of
+        )  # reading a name again goes back in a packed tar
         self.fingerprint: dict[str, object] = {
             "kind": "webdataset",
             "items": len(self),
@@ -123,7 +125,8 @@ class Tars(RecordSource):
         return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
 
     def _name_of(self, sample: int) -> str:
-        """The name that a sample's members share up to the dot, from the headers of the first; "" if it has none."""
+        """The name that a sample's members share up to the dot, from the headers of the first member; "" if there is
+        none."""
         if self._member[sample] == self._member[sample + 1]:
             return ""
         at, size = self._at[self._member[sample]], self._headers[sample]
