@@ -73,7 +73,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 continue
             if between:  # slices are the outermost mesh axis
                 groups = np.arange(devices).reshape(between.group(1).count(",") + 1, -1).T
-                size = bytes_of(each.type.partition("]")[0] + "]")  # the first of (what is sent, context, token)
+                size = bytes_of(each.type.partition("]")[0] + "]")  # the type is (what is sent, context, token)
             else:
                 groups = _groups(each.rest, devices, kind)
                 size = bytes_of(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")

@@ -30,7 +30,7 @@ from ar_unified.planning.collectives import Collective
 from ar_unified.planning.programs import Program, Run, gradient_bytes, local_bytes, make_task
 from ar_unified.sampling.pace import Pace
 
-ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published for v5p reach 65 to 69% MFU
+ATTAINABLE = 0.7  # share of the peak in large matmuls; the best training runs published for v5p reach 65 to 69% MFU
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
 ASSUMPTIONS = (
     "rates are from data sheets, in one direction; nothing was timed",
@@ -203,7 +203,7 @@ def _train(run: Run, program: Program) -> _Work:
     passes = 1 + back + again / layers  # forward, backward, perhaps forward again
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tensor = mesh.shape["tensor"]
-    width = jnp.dtype(c.dtype).itemsize  # gathered weights: the gather writes them, matmuls read them
+    width = jnp.dtype(c.dtype).itemsize  # bytes of a gathered weight; the gather writes it, matmuls read it
     weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
     chunks = run.accumulation * math.ceil(tokens / ways / run.accumulation / run.loss_chunk)
     if task.trains("head", "embedding"):
@@ -237,8 +237,8 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token, or one or
-    more with a window.
+    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token; with a
+    window, one or more.
     """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)
