@@ -227,7 +227,8 @@ def parted(
     """The question and the two answers of a pair, whose answers are conversations that differ only in the last message.
 
     If the conversations have more than one message, the messages before the last are the question. The row may then
-    repeat it: as a prompt that is one of their texts, or as messages that equal the question or one of the two.
+    repeat the question: as a prompt that is the text of one of these messages, or as messages that equal the question
+    or one of the two conversations.
 
     Args:
         asked: the row's "prompt" and "messages", as far as it has them.
