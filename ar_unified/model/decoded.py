@@ -17,7 +17,7 @@ from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dtypes import MATRICES, cast
 from ar_unified.model.quantized import quantized
 
-_LANES = 128  # of a TPU's matrix unit
+_LANES = 128  # lanes of a TPU's matrix unit
 
 
 def unstacked(config: TransformerConfig, params: dict[str, Any], weights_dtype: str | None = None) -> dict[str, Any]:
