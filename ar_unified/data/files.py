@@ -150,7 +150,7 @@ class Folder:
         if self.links or self._is_inside(self.root / name):
             return ""
         link = name
-        for part in reversed(Path(name).parents):  # the first link that leads out
+        for part in reversed(Path(name).parents):  # finds the first link that leads out
             if (self.root / part).is_symlink() and not self._is_inside(self.root / part):
                 link = str(part)
                 break

@@ -90,7 +90,7 @@ class Comparison:
         for source, item, _ in (self._where[i], self._where[j]):
             try:
                 documents.append(source[item])
-            except BadItem:  # it was good before: somebody is changing the data
+            except BadItem:  # the item was good before, so somebody is changing the data
                 return None
         one, other = ((document.origin, _content(document)) for document in documents)
         return Pair((one[0], other[0]), (one[1], other[1]))

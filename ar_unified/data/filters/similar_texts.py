@@ -22,7 +22,7 @@ BINS = 64
 _LEAST, _RUN, _BAND = 32, 5, 4
 _ALIKE = 0.7  # minimum share of bins in which two texts agree if they are nearly the same
 _EMPTY = np.uint32(0xFFFFFFFF)
-_NEIGHBOURS = 12  # maximum number of texts, equal in a group of bins, that a text is compared with
+_NEIGHBOURS = 12  # a text is compared with at most this many texts that equal it in a group of bins
 
 
 def words(text: str) -> list[str]:

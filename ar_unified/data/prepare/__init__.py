@@ -31,8 +31,8 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import Json, ManifestMismatch, differences, require_same
 
 VERSION = 3
-CLAIMS = ".claims"  # in the folder, while many processes work in it
-SKIPPED = "skipped.jsonl"  # in the folder: a line for each item that was left out
+CLAIMS = ".claims"  # a folder in the folder, while many processes work in it
+SKIPPED = "skipped.jsonl"  # a file in the folder: a line for each item that was left out
 
 
 @dataclass

@@ -27,7 +27,7 @@ from ar_unified.storage import AnyPath
 
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
 _KINDS = 1 << 15
-_TOGETHER = 16  # samples
+_TOGETHER = 16  # the most samples that are read at once
 _LONGEST_HEADER = 1 << 20  # bytes; a longer header of a member is refused
 
 
@@ -36,8 +36,8 @@ class Tars(RecordSource):
 
     000.jpg and 000.txt are a captioned image. 001.0.jpg, 001.1.jpg and 001.txt are a text with two images, in the order
     of the members. A .json member is an object. Its keys count as members (caption, question, messages, ...), and
-    the argument `keys` may name them below `json` ("json/caption"). The name of a member is the part after that dot, in
-    lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
+    the argument `keys` may name them below `json` ("json/caption"). A member's name is the part of its path after this
+    first dot, in lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
     Opening reads all headers once. Nothing is written to disk, so a member's name can do no harm. An index in memory,
     18 bytes for each member and 16 for each sample, lets any sample be read directly. Tars may be compressed (.tar.gz,
@@ -99,9 +99,8 @@ class Tars(RecordSource):
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each open packed tar uses 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
-        self._name = functools.lru_cache(maxsize=1 << 12)(
-            self._name_of
-        )  # reading a name again goes back in a packed tar
+        # Names are kept, because reading a name again goes back in a packed tar.
+        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)
         self.fingerprint: dict[str, object] = {
             "kind": "webdataset",
             "items": len(self),
