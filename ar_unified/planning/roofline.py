@@ -31,7 +31,7 @@ from ar_unified.planning.programs import Program, Run, gradient_bytes, local_byt
 from ar_unified.sampling.pace import Pace
 
 ATTAINABLE = 0.7  # share of the peak in large matmuls; the best training runs published for v5p reach 65 to 69% MFU
-_NEWTON_SCHULZ = 5  # optax's muon, ns_steps
+_NEWTON_SCHULZ = 5  # the default `ns_steps` of optax's muon
 ASSUMPTIONS = (
     "rates are from data sheets, in one direction; nothing was timed",
     "in the fastest case, matmuls run at peak, and memory traffic and the collectives that the compiled program "
@@ -188,7 +188,7 @@ def _train(run: Run, program: Program) -> _Work:
     layers, head = matmul_parameters(run.model)
     task = make_task(run)
     model = task.flops({"tokens": tokens, "attended": attended})
-    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one attention matmul: scores, or values
+    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # FLOPs of one attention matmul (scores or values)
     deep = task.through_layers
     sizes = layer_matrices(c)
     again = deep * c.n_layers * sum(math.prod(sizes[name]) for name in made_again(c.remat, c.norm_placement == "swin"))
@@ -207,7 +207,7 @@ def _train(run: Run, program: Program) -> _Work:
     weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
     chunks = run.accumulation * math.ceil(tokens / ways / run.accumulation / run.loss_chunk)
     if task.trains("head", "embedding"):
-        weights += 8.0 * head / tensor * chunks  # its float32 gradient: each chunk of the loss reads and writes it
+        weights += 8.0 * head / tensor * chunks  # the head's float32 gradient: each chunk reads and writes it
     held = program.local_bytes()
     # The trained parameters, their gradients (of the same size) and their moments are read and written.
     state = 4.0 * gradient_bytes(run, mesh) + 2.0 * held["optimizer"]
