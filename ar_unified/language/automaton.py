@@ -300,8 +300,8 @@ class Automaton:
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:
-        """For the phase PARTS: how a half-written `open` changes the number of tokens needed. If an image must still be
-        made, it needs fewer tokens. If none must be made in mode IMAGE, the rest of the begun image is needed.
+        """How a half-written `open` changes the number of tokens needed in the phase PARTS. If an image must still be
+        made, that image needs fewer tokens. Otherwise, in mode IMAGE, the rest of the begun image is needed.
         """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)
@@ -365,7 +365,7 @@ class Automaton:
         """What each row may write next, as ranges of ids and flags."""
         syntax, v = self.syntax, self.syntax.vocabulary
         later = self._later(state)
-        free = state.remaining - later  # for the current image, or for words
+        free = state.remaining - later  # tokens for the current image, or for words
         parts = state.phase == PARTS
 
         owed = state.images < state.min_images

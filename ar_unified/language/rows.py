@@ -100,8 +100,8 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
 def read_messages(
     messages: object, image: Callable[[str, str], Image], where: str = "messages", tokens: bool = False
 ) -> list[tuple[Speaker, list[Any], bool | None]]:
-    """(speaker, parts, trained) for each turn of a conversation. trained: whether it is learned; None: decided by its
-    speaker.
+    """(speaker, parts, trained) for each turn of a conversation. trained: whether the turn is learned; None means that
+    its speaker decides.
 
     Successive messages of one role become one turn. If the assistant speaks first, an empty user turn is put before it.
 
