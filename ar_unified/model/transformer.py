@@ -62,7 +62,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/attention/query_bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_bias": ("layers", "kv_heads", "head_dim"),
     "layers/attention/value_bias": ("layers", "kv_heads", "head_dim"),
-    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # no axis of heads if shared
+    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # no "heads" if all heads share it
     "layers/attention/query_norm/bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_norm/scale": ("layers", "kv_heads", "head_dim"),
     "layers/attention/key_norm/bias": ("layers", "kv_heads", "head_dim"),
@@ -306,7 +306,7 @@ class Transformer(nnx.Module):
         """
         config = self.config
         tokens, positions, doc_start, columns, rope = self._begin(tokens, positions, doc_start)
-        if dropout_keys is not None:  # one for each token
+        if dropout_keys is not None:  # one key for each token
             dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
         x = dropout(
             self._look_up(tokens, "sequence", adapter),
