@@ -24,7 +24,7 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way in which documents are alike: a phrase for it, how many documents (`count` of `of`), and examples."""
+    """One way in which documents are alike: a phrase for it, how many documents (`count` out of `of`), and examples."""
 
     says: str
     count: int = 0

@@ -304,7 +304,7 @@ def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
 
 
 def _parted(name: str) -> tuple[str, str]:
-    """Splits a path into the name of the sample and that of the member: "a/001.0.JPG" into "a/001" and "0.jpg"."""
+    """Splits a path into the sample's name and the member's name: "a/001.0.JPG" into "a/001" and "0.jpg"."""
     folder, _, file = name.rpartition("/")
     stem, _, kind = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), kind.lower()
