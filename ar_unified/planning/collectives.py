@@ -27,7 +27,7 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of KINDS.
-      bytes: the size of the whole array: the input of reduce-scatter, the output of all others.
+      bytes: the size of the whole array, which is the input of reduce-scatter and the output of all others.
       groups: int [groups, size], the mesh positions of the devices that exchange data; for a permute, the pairs.
       times: how often a step runs it.
       known: False if it is in a loop whose length depends on data; such a loop counts as one iteration.

@@ -344,7 +344,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 
 @lru_cache(maxsize=256)  # cached, because a search needs it for every mesh
 def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
-    """The same bytes, for all devices together. of_task: the other arguments of `_task`."""
+    """The bytes of `saved_for_backward`, for all devices together. of_task: the other arguments of `_task`."""
     task = _task(model, *of_task)
     batch = _batch(of)
     params = jax.eval_shape(task.init, jax.random.key(0))
