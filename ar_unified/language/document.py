@@ -157,7 +157,7 @@ class Document:
 
     @property
     def asks(self) -> bool:
-        """Whether it has turns. If so, the last turn is the answer to the turns before it."""
+        """Whether the document has turns. If so, the last turn is the answer to the turns before it."""
         return self.turns[-1].speaker != "document"
 
     @property
