@@ -41,7 +41,8 @@ def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, b
     """A layer's cache with T more positions in each row, from start[b] on. Positions beyond its end are not written.
 
     Args:
-      key, value: [B, T, K, H].  start: int32 [B].
+      key, value: [B, T, K, H].
+      start: int32 [B].
       backend: one of kernels.backend.BACKENDS.
     """
 

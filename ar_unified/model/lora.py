@@ -200,7 +200,7 @@ def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Ada
 def _trained(
     lora: LoraConfig, x: jax.Array, pair: Mapping[str, jax.Array], path: str, keys: jax.Array | None
 ) -> jax.Array:
-    """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: one per token, [B, T]; None: no dropout."""
+    """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: one per token, [B, T]; None means no dropout."""
     if lora.dropout:
         x = dropout(x, lora.dropout, fold(keys, _FIRST_KEY + MATRICES.index(path)))
     return linear(linear(x, pair["a"]), pair["b"]) * lora.scale_of(path)

@@ -298,8 +298,8 @@ class Transformer(nnx.Module):
         Args:
           tokens, positions: int32 [B, T]; positions count from the beginning of each document.
           doc_start: int32 [B, T], where in the row the document of each position begins; T on padding.
-          dropout_keys: keys [B], one per row; None: no dropout.
-          adapter: int32 [B], the number of each row's adapter in params["adapters"]; None: no adapter.
+          dropout_keys: keys [B], one per row; None means no dropout.
+          adapter: int32 [B], the number of each row's adapter in params["adapters"]; None means no adapter.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype. `token_losses` or `logits` take them.
@@ -369,7 +369,9 @@ class Transformer(nnx.Module):
         overwrite it before anything reads it. Positions beyond the cache's length are not written.
 
         Args:
-          tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].
+          tokens: int32 [B, T].
+          cache: from `init_cache` or an earlier call.
+          start: int32 [B].
           adapter: as in `__call__`. Parameters may be stacked or unstacked.
 
         Returns:
