@@ -102,7 +102,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """The number of loops that run, but with a number of iterations that the module does not state."""
+    """The number of loops that run, but whose number of iterations the module does not state."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(
