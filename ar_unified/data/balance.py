@@ -46,7 +46,8 @@ def text_bytes(source: Source) -> float:
 
 
 def indices(items: int, times: float, name: str) -> Iterator[int]:
-    """The indices to read, in order, if `items` items are read `times` times: whole passes, then an even part.
+    """Yields the indices to read, in order, so that `items` items are read `times` times: whole passes, then an even
+    part.
 
     An even tenth, for example, is one random item from every ten successive items; `name` is the seed. So the part is
     spread over the whole source, has no item twice, and needs no memory.

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-_SIGNED = 2  # a sample format
+_SIGNED = 2  # the sample format of signed integers
 _WHITES = (1, 255, 65535)  # the values that white may have if the file does not say it
 
 
@@ -136,7 +136,7 @@ def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
     clear = image.info.get("transparency")
     if image.format != "PNG" or image.mode == "P" or not isinstance(clear, int | tuple):
         return None
-    tiles = getattr(image, "tile", None)  # gone once the pixels are loaded
+    tiles = getattr(image, "tile", None)  # read first: it is gone once the pixels are loaded
     raw = tiles[0].args if tiles else ""
     if isinstance(clear, tuple):
         return tuple(value >> 8 for value in clear) if raw == "RGB;16B" else clear

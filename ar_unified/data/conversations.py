@@ -68,7 +68,7 @@ class _State:
     Attributes:
         scene: what the last picture shows.
         it: the object that "it" means.
-        told: those of its attributes that were mentioned.
+        told: the attributes of `it` that were mentioned.
         attribute: the attribute that was asked for last.
         edited: the last edit, as (kind, object before, object after).
         asked: all questions about the last picture.

@@ -14,7 +14,7 @@ from typing import BinaryIO
 HEAD = 1024  # bytes of a file that are looked at
 
 _MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32 (little endian)",  # first, because it begins with the mark of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32 (little endian)",  # tested before UTF-16, because this mark begins with UTF-16's
     codecs.BOM_UTF32_BE: "UTF-32 (big endian)",
     codecs.BOM_UTF16_LE: "UTF-16 (little endian)",
     codecs.BOM_UTF16_BE: "UTF-16 (big endian)",

@@ -150,7 +150,7 @@ class Folder:
         if self.links or self._is_inside(self.root / name):
             return ""
         link = name
-        for part in reversed(Path(name).parents):  # the first link that leads out
+        for part in reversed(Path(name).parents):  # finds the first link that leads out
             if (self.root / part).is_symlink() and not self._is_inside(self.root / part):
                 link = str(part)
                 break
@@ -250,7 +250,7 @@ class Bucket:
             raise FileError("missing_image", f"no such object: {path}") from error
 
     def path(self, name: str) -> Remote:
-        """The object that a row means by `name`; a missing one is noticed when it is read. Raises FileError."""
+        """The object that a row means by `name`. A missing object is noticed only when it is read. Raises FileError."""
         if "\0" in name:
             raise FileError("missing_image", "a name cannot have a zero byte")
         below = posixpath.normpath(name)

@@ -85,7 +85,7 @@ def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
         count = getattr(image, "n_frames", 1)
         if count > _MOST_FRAMES:
             raise ImageError("image_shape", f"expected at most {_MOST_FRAMES} frames, found {count}")
-        if image.format == "GIF" and not data.rstrip(b"\0\r\n").endswith(b";"):  # Pillow would not notice
+        if image.format == "GIF" and not data.rstrip(b"\0\r\n").endswith(b";"):  # cut short; Pillow would not notice
             raise ImageError("unreadable_image", "the animation is cut short: a GIF ends with ';'")
         shown = []
         for number in evenly(count, most):
@@ -241,7 +241,7 @@ RESIZES = ("crop", "aspect")
 Decoding = Literal["full", "reduced"]
 WAY = ("resample", "decoding")  # these say how an image is resized; the other fields say to which size
 _GAP = {"full": 3.0, "reduced": 2.0}  # shrinking by whole factors leaves at least this multiple of the target's sides
-_SCALES = (8, 4, 2)  # by which a JPEG's decoder can divide the sides
+_SCALES = (8, 4, 2)  # the numbers by which a JPEG's decoder can divide the sides
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class LeftOut:
         return "; ".join(f"{found['count']} {kind}, first {found['first']}" for kind, found in self.kinds.items())
 
 
-TOGETHER = 64  # items read at once if the source does not say it; only their bytes are in memory, not their pixels
+TOGETHER = 64  # items read at once if the source has no `together`; only their bytes are in memory, not their pixels
 
 
 def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], Document]]]:

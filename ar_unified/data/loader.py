@@ -95,7 +95,7 @@ class PackedBatches:
             (`preferences`).
     """
 
-    answers = 1  # documents of an item; they always share a row
+    answers = 1  # number of documents in an item; they always share a row
 
     def __init__(
         self,

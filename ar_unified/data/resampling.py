@@ -24,7 +24,7 @@ from PIL import Image
 from ar_unified.errors import UserError
 
 Resample = Literal["lanczos", "bicubic", "bilinear", "lanczos_simd", "bilinear_simd"]
-# The crate's name of a filter, and how far it reaches beyond the box, in output pixels, as Pillow counts it
+# The crate's name of a filter, and how far the filter reaches beyond the box, in output pixels, as Pillow counts
 _VECTORS = {"lanczos_simd": ("lanczos3", 2.5), "bilinear_simd": ("bilinear", 0.5)}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 

@@ -45,7 +45,7 @@ INDEX = np.dtype(
 CHOSEN, REJECTED = -1, -2
 _INDEX, _STARTS = "index.npy", "starts.npy"
 _OPEN, _THREADS = 128, 16  # how many shards of a source are open, and are read at the same time
-_QUICKLY = 0.05  # seconds; after that, a batch reads several shards at the same time
+_QUICKLY = 0.05  # seconds; a batch that takes longer reads several shards at the same time
 _HEADER = struct.Struct("<Q")  # the item of the source from which the document was made
 
 

@@ -23,7 +23,7 @@ from ar_unified.language.syntax import Syntax
 TEXT, IMAGE, FREE = range(3)
 # Phases: text, an image or the end is next; an image's height; its width; the image after its size; after the end.
 PARTS, HEIGHT, WIDTH, BODY, DONE = range(5)
-_DIGITS = 5  # maximum for a side
+_DIGITS = 5  # the most digits of a side
 
 
 class Opened(NamedTuple):
@@ -50,7 +50,7 @@ class Wanted(NamedTuple):
         mode: TEXT, IMAGE or FREE.
         min_images, max_images: how many images to generate, including one that the prompt has begun. IMAGE mode makes
             at least one if max_images allows it; TEXT mode makes none.
-        height, width: sides of every new image; 0: the sampler chooses. Ignored if images do not state their size.
+        height, width: sides of every new image; 0 lets the sampler choose. Ignored if images do not state their size.
     """
 
     remaining: Any = 0
@@ -70,7 +70,7 @@ class State(NamedTuple):
         images: number of images that the sampler began, or that a prompt began and did not finish.
         mode: TEXT, IMAGE or FREE.
         min_images, max_images: bounds of `images` at the end; the budget is always enough for `min_images`.
-        want_height, want_width: sides that every new image must have; 0: the sampler chooses.
+        want_height, want_width: sides that every new image must have; 0 lets the sampler choose.
     """
 
     phase: jax.Array
@@ -95,8 +95,8 @@ class Event(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What may come next: ids low..high-1 except `never`; `also` if `has_also` (an image's first id, or the id after a
-    number); the document's end if `end`; the decimal `digits`. Each is [B], digits [B, 10]."""
+    """What may come next: the ids low..high-1 except `never`; the id `also` if `has_also` (it begins an image or
+    follows a number); the document's end if `end`; and the decimal `digits`. Each field is [B], but digits [B, 10]."""
 
     low: jax.Array
     high: jax.Array
@@ -300,8 +300,8 @@ class Automaton:
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:
-        """For the phase PARTS: how a half-written `open` changes the number of tokens needed. If an image must still be
-        made, it needs fewer tokens. If none must be made in mode IMAGE, the rest of the begun image is needed.
+        """How a half-written `open` changes the number of tokens needed in the phase PARTS. If an image must still be
+        made, that image needs fewer tokens. Otherwise, in mode IMAGE, the rest of the begun image is needed.
         """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)
@@ -365,7 +365,7 @@ class Automaton:
         """What each row may write next, as ranges of ids and flags."""
         syntax, v = self.syntax, self.syntax.vocabulary
         later = self._later(state)
-        free = state.remaining - later  # for the current image, or for words
+        free = state.remaining - later  # tokens for the current image, or for words
         parts = state.phase == PARTS
 
         owed = state.images < state.min_images

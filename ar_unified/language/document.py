@@ -80,8 +80,8 @@ class TokensPart:
 class Turn:
     """What one speaker says. The speaker "document" means that nobody speaks: plain or interleaved text without turns.
 
-    `trained`: whether the model learns to generate it. None: yes for documents and assistants, no for system and user.
-    Comparing turns ignores it, because ids cannot store it.
+    `trained`: whether the model learns to generate it. None means yes for documents and assistants, no for system and
+    user. Comparing turns ignores it, because ids cannot store it.
     """
 
     speaker: Speaker
@@ -157,7 +157,7 @@ class Document:
 
     @property
     def asks(self) -> bool:
-        """Whether it has turns. If so, the last turn is the answer to the turns before it."""
+        """Whether the document has turns. If so, the last turn is the answer to the turns before it."""
         return self.turns[-1].speaker != "document"
 
     @property

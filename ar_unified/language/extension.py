@@ -2,8 +2,8 @@
 
     [ text | its controls | rest ]   becomes   [ text | controls of the layout | sizes | image codes | rest ]
 
-Controls of the same name become one. The rest contains the model's ids that the layout does not need, and those that
-its tokenizer never wrote. They keep their rows and still take part in the softmax.
+Controls of the same name become one. The rest contains the model's ids that the layout does not need, and the ids that
+its tokenizer never wrote. All these ids keep their rows and still take part in the softmax.
 """
 
 from __future__ import annotations

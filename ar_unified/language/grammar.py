@@ -45,7 +45,7 @@ class TextCodec(Protocol):
 
 class Break(NamedTuple):
     """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
-    position where that begins; else the prompt's length. `opened`: the automaton's state there.
+    position where that image or `open` begins; else the prompt's length. `opened`: the automaton's state there.
     """
 
     begin: int
@@ -307,7 +307,7 @@ class Grammar:
             turns = [Turn("document", joined_texts(parts))]
         elif closed and asks == ends:
             turns = counted(asked)
-        ended = closed and asks != ends and ids[0] not in self._around.open  # here `end` may also end a question
+        ended = closed and asks != ends and ids[0] not in self._around.open  # else `end` may also end a question
         opened = Opened(DONE) if ended else Opened(PARTS, half)
         return tuple(turns) if closed else None, at, Break(len(ids) - half, opened)
 

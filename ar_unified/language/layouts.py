@@ -83,7 +83,7 @@ class TurnFrames:
         open: the control at the start.
         name: the text after it, in which the speaker replaces {}.
         between: the text between two frames.
-        system: the system's turn if the document has none; "": no system turn.
+        system: the system's turn if the document has none; "" for no system turn.
     """
 
     open: str = "turn"
@@ -101,7 +101,7 @@ class Layout:
         image_side: if text and images have separate softmaxes, the first control on the image side; "" if all are on
             the text side.
         open: begins an image.
-        size: how an image states its size; None: all images have the same size.
+        size: how an image states its size; None means that all images have the same size.
         start: follows the size.
         rows: whether `row_end` follows no row, every row, or every row except the last.
         close: ends an image.

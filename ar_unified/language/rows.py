@@ -100,8 +100,8 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
 def read_messages(
     messages: object, image: Callable[[str, str], Image], where: str = "messages", tokens: bool = False
 ) -> list[tuple[Speaker, list[Any], bool | None]]:
-    """(speaker, parts, trained) for each turn of a conversation. trained: whether it is learned; None: decided by its
-    speaker.
+    """(speaker, parts, trained) for each turn of a conversation. trained: whether the turn is learned; None means that
+    its speaker decides.
 
     Successive messages of one role become one turn. If the assistant speaks first, an empty user turn is put before it.
 
@@ -227,7 +227,8 @@ def parted(
     """The question and the two answers of a pair, whose answers are conversations that differ only in the last message.
 
     If the conversations have more than one message, the messages before the last are the question. The row may then
-    repeat it: as a prompt that is one of their texts, or as messages that equal the question or one of the two.
+    repeat the question: as a prompt that is the text of one of these messages, or as messages that equal the question
+    or one of the two conversations.
 
     Args:
         asked: the row's "prompt" and "messages", as far as it has them.

@@ -78,8 +78,8 @@ class ImageLayout:
         return int(self.record.rows != "none"), int(self.record.rows == "between")
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
-        """The first id on the image side, if text and images have separate softmaxes; None: one softmax over all ids. A
-        mean of the loss per side (`TransformerTask.mean_split`) uses the same sides.
+        """The first id on the image side, if text and images have separate softmaxes; None means one softmax over all
+        ids. A mean of the loss per side (`TransformerTask.mean_split`) uses the same sides.
 
         The image side has the image codes, the ids after them, and the controls from the record's `image_side` on.
         Text, all other controls and size tokens are on the text side. Raises ValueError for an unknown softmax.

@@ -37,13 +37,13 @@ class Vocabulary:
 
     Attributes:
         text_size: number of text pieces; they keep the ids of the text tokenizer, 0..text_size-1.
-        codebook_size: number of image codes; 0: only text.
+        codebook_size: number of image codes; 0 means only text.
         size_tokens: number of size tokens; token n means a side of n units (`layouts.SizeTokens`). 0 if the layout has
             none.
         text_hash, image_hash: hashes of the tokenizers ("" if there is none yet).
         controls: names of the control tokens, in order; "pad", "bos" and "eos" among them.
         rest: how many ids after the image codes are never written but take part in the softmax, such as ids of a
-            published table that its tokenizer never produces. None: as many as fill the padded width.
+            published table that its tokenizer never produces. None means as many as fill the padded width.
 
     Raises:
         ValueError: if a size is out of range, a control occurs twice, or "pad", "bos" or "eos" is missing.

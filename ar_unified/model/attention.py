@@ -34,7 +34,8 @@ def attend_to_documents(
     """Attention in packed rows, [B, T, N, H]. Each position sees the positions of its own document up to itself.
 
     Args:
-      query: [B, T, N, H], rotated.  key, value: [B, T, K, H].
+      query: [B, T, N, H], rotated.
+      key, value: [B, T, K, H].
       doc_start: int32 [B, T], where the document of each position begins; T on padding. If the mesh splits sequences,
         all arrays are in the order of parallel/zigzag.py, but the values of doc_start count in sequence order.
       backend: one of kernels.backend.BACKENDS.

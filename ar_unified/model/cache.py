@@ -17,7 +17,7 @@ from ar_unified.parallel.rules import spec
 
 # Keys and values [B, K, S, H]; an int8 cache also has the scale of each, float32 [B, K, 1, S].
 Layer = tuple[jax.Array, ...]
-Cache = tuple[Layer, ...]  # per layer
+Cache = tuple[Layer, ...]  # one entry per layer
 AXES = ("batch", "kv_heads", None, None)  # the logical axes of every array
 
 
@@ -41,7 +41,8 @@ def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, b
     """A layer's cache with T more positions in each row, from start[b] on. Positions beyond its end are not written.
 
     Args:
-      key, value: [B, T, K, H].  start: int32 [B].
+      key, value: [B, T, K, H].
+      start: int32 [B].
       backend: one of kernels.backend.BACKENDS.
     """
 

@@ -150,7 +150,7 @@ def _sizes(
 
 _BIG: dict[str, Any] = dict(dtype="bfloat16", scan_layers=True, remat="full")
 _CHAMELEON: dict[str, Any] = dict(vocab_size=65536, qk_norm="layernorm", qk_norm_per_head=True, **_BIG)
-_7B, _34B = (4096, 32, 32, 32, 128, 11008), (8192, 48, 64, 8, 128, 22016)  # of Chameleon; _7B is Llama's too
+_7B, _34B = (4096, 32, 32, 32, 128, 11008), (8192, 48, 64, 8, 128, 22016)  # Chameleon's sizes; _7B is Llama's too
 _QWEN: dict[str, Json] = dict(rope_theta=1e6, norm_eps=1e-6, **_BIG)
 _QWEN2_5_1_5B = _sizes(1536, 28, 12, 2, 128, 8960, qkv_bias=True, tie_embeddings=True, **_QWEN)
 _QWEN2_5_7B = _sizes(3584, 28, 28, 4, 128, 18944, qkv_bias=True, **_QWEN)

@@ -104,8 +104,9 @@ ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, jax.Array]]]:
-    """Yields each pair of an own piece of queries and a visiting piece of keys after `step` turns: (own, visiting, if a
-    query of `own` may see a key of `visiting`, the arguments of `attention` for them). Piece 0 is early, 1 is late.
+    """Yields each pair of an own piece of queries and a visiting piece of keys after `step` turns, as (own, visiting,
+    whether a query of `own` may see a key of `visiting`, the arguments of `attention` for them). Piece 0 is early,
+    piece 1 is late.
     """
     ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     first = _halves(doc_start)

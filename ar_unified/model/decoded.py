@@ -17,13 +17,13 @@ from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dtypes import MATRICES, cast
 from ar_unified.model.quantized import quantized
 
-_LANES = 128  # of a TPU's matrix unit
+_LANES = 128  # lanes of a TPU's matrix unit
 
 
 def unstacked(config: TransformerConfig, params: dict[str, Any], weights_dtype: str | None = None) -> dict[str, Any]:
     """Converts stacked parameters to the form for decoding, for the mesh in scope.
 
-    weights_dtype: the dtype of the layers' matrices, one of model.quantized.LARGEST; None: the compute dtype.
+    weights_dtype: the dtype of the layers' matrices, one of model.quantized.LARGEST; None means the compute dtype.
     """
     width = mlp_width(config)
     outside = {name: leaf for name, leaf in params.items() if name not in ("layers", "adapters", "rows")}
@@ -76,7 +76,7 @@ def _filled(array: Any, axis: int, size: int) -> Any:
 def mlp_width(config: TransformerConfig) -> int:
     """F of the matrices that decoding reads, for the mesh in scope.
 
-    A TPU's part of them is padded to whole lanes of the matrix unit. A product that sums over 2,752 channels, a quarter
+    A TPU's part of F is padded to whole lanes of the matrix unit. A product that sums over 2,752 channels, a quarter
     of Llama-7B's, costs 2.6 times the cycles of one over 2,816 (docs/tpu_programs.md).
     """
     mesh = jax.sharding.get_abstract_mesh()

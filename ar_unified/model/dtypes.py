@@ -11,7 +11,7 @@ from jax.tree_util import KeyPath
 from ar_unified.model.config import summed
 from ar_unified.model.quantized import Quantized, quantized
 
-MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # a layer's matrices
 
 
 def cast(params: Any, dtype: str) -> Any:

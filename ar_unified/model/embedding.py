@@ -21,7 +21,8 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: str, sequence: str | Non
     """table[tokens], [B, T, D] in `dtype`; gradients are summed in the table's dtype.
 
     Args:
-      table: [V, D].  tokens: int32 [B, T].
+      table: [V, D].
+      tokens: int32 [B, T].
       sequence: the logical axis of T: "sequence" if the mesh may split it, None if it is not split.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -38,7 +38,7 @@ _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
 ADAPTING = ("lora", "adapters")  # top-level keys: one adapter in training, several in serving
 BASE_DTYPES = ("float32", "bfloat16", "int8")
-_FIRST_KEY = 2  # number of the first dropout key in a layer; the residual branches use those before
+_FIRST_KEY = 2  # number of the first dropout key in a layer; the residual branches use the keys before it
 Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # (x, A and B, their path, dropout keys) -> what is added
 
 
@@ -200,7 +200,7 @@ def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Ada
 def _trained(
     lora: LoraConfig, x: jax.Array, pair: Mapping[str, jax.Array], path: str, keys: jax.Array | None
 ) -> jax.Array:
-    """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: one per token, [B, T]; None: no dropout."""
+    """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: one per token, [B, T]; None means no dropout."""
     if lora.dropout:
         x = dropout(x, lora.dropout, fold(keys, _FIRST_KEY + MATRICES.index(path)))
     return linear(linear(x, pair["a"]), pair["b"]) * lora.scale_of(path)

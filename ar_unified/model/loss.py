@@ -41,11 +41,11 @@ def token_losses(
       head: [V, D]; cast to the dtype of `hidden`; products accumulate in float32.
       targets: int32 [B, T], in 0 .. used - 1. Padding may have any of these ids; the caller gives it weight 0.
       chunk: how many of a device's tokens have logits at the same time; a chunk has the same positions of each row.
-      used: rows of the head from this index on have no probability and no gradient; None: all V rows are used.
+      used: rows of the head from this index on have no probability and no gradient; None means V.
       split: ids below it have one softmax and ids from it on another, and each target uses the softmax of its side;
         None means one softmax for all.
       spans: int32 [B, T, K, 2], K ranges [first id, one past the last] of the ids in a position's softmax; ranges may
-        be empty. None: all ids that `used` and `split` allow.
+        be empty. None means all ids that `used` and `split` allow.
 
     Returns:
       nll and lse, float32 [B, T]; nll = lse - logit of the target.
@@ -71,13 +71,15 @@ def weighted_loss(
     Its gradient is computed while a chunk's logits are in memory, so training multiplies with the head three times and
     not four times. Without differentiation, only the loss is computed.
 
-    Args: as for `token_losses`, and
+    All arguments not listed here are as for `token_losses`.
+
+    Args:
       weights: f32 [B, T], the weight of each position. It has no gradient.
 
     Returns:
       The loss, float32 []; nll and lse, float32 [B, T], through which no gradient flows.
 
-    Raises: as `token_losses`.
+    Raises ValueError like `token_losses`.
     """
     loss, nll, lse = _weighted(chunk, _checked(head, used, split), split, z_loss, hidden, head, targets, weights)
     return loss, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(lse)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 TABLES = ("embedding", "head")  # tables with one row per id
-PARTS = ("text", "image", "rest")  # of the head: ids before image codes, image codes, ids after them
+PARTS = ("text", "image", "rest")  # parts of the head: ids before image codes, image codes, ids after them
 
 
 def looked_up(x: jax.Array, tokens: jax.Array, rows: Mapping[str, jax.Array], adapter: jax.Array) -> jax.Array:

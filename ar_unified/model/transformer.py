@@ -62,7 +62,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/attention/query_bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_bias": ("layers", "kv_heads", "head_dim"),
     "layers/attention/value_bias": ("layers", "kv_heads", "head_dim"),
-    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # no axis of heads if shared
+    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # no "heads" if all heads share it
     "layers/attention/query_norm/bias": ("layers", "heads", "head_dim"),
     "layers/attention/key_norm/scale": ("layers", "kv_heads", "head_dim"),
     "layers/attention/key_norm/bias": ("layers", "kv_heads", "head_dim"),
@@ -298,15 +298,15 @@ class Transformer(nnx.Module):
         Args:
           tokens, positions: int32 [B, T]; positions count from the beginning of each document.
           doc_start: int32 [B, T], where in the row the document of each position begins; T on padding.
-          dropout_keys: keys [B], one per row; None: no dropout.
-          adapter: int32 [B], the number of each row's adapter in params["adapters"]; None: no adapter.
+          dropout_keys: keys [B], one per row; None means no dropout.
+          adapter: int32 [B], the number of each row's adapter in params["adapters"]; None means no adapter.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype. `token_losses` or `logits` take them.
         """
         config = self.config
         tokens, positions, doc_start, columns, rope = self._begin(tokens, positions, doc_start)
-        if dropout_keys is not None:  # one for each token
+        if dropout_keys is not None:  # one key for each token
             dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
         x = dropout(
             self._look_up(tokens, "sequence", adapter),
@@ -369,7 +369,9 @@ class Transformer(nnx.Module):
         overwrite it before anything reads it. Positions beyond the cache's length are not written.
 
         Args:
-          tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].
+          tokens: int32 [B, T].
+          cache: from `init_cache` or an earlier call.
+          start: int32 [B].
           adapter: as in `__call__`. Parameters may be stacked or unstacked.
 
         Returns:

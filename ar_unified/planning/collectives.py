@@ -27,7 +27,7 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of KINDS.
-      bytes: the size of the whole array: the input of reduce-scatter, the output of all others.
+      bytes: the size of the whole array, which is the input of reduce-scatter and the output of all others.
       groups: int [groups, size], the mesh positions of the devices that exchange data; for a permute, the pairs.
       times: how often a step runs it.
       known: False if it is in a loop whose length depends on data; such a loop counts as one iteration.
@@ -73,7 +73,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 continue
             if between:  # slices are the outermost mesh axis
                 groups = np.arange(devices).reshape(between.group(1).count(",") + 1, -1).T
-                size = bytes_of(each.type.partition("]")[0] + "]")  # the first of (what is sent, context, token)
+                size = bytes_of(each.type.partition("]")[0] + "]")  # the type is (what is sent, context, token)
             else:
                 groups = _groups(each.rest, devices, kind)
                 size = bytes_of(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
@@ -102,7 +102,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """The number of loops that run, but with a number of iterations that the module does not state."""
+    """The number of loops that run, but whose number of iterations the module does not state."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(

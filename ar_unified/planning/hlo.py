@@ -59,8 +59,8 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def bytes_of(kind: str, last: bool = False) -> int:
-    """Bytes of a type. All arrays of a tuple count. last: whether only the results count, because the type is that of a
-    start instruction, which includes its operands.
+    """Bytes of a type. All arrays of a tuple count. last: whether only the results count. This is for start
+    instructions, whose type also includes the operands.
     """
     arrays = []
     for letters, bits, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", kind)):

@@ -30,7 +30,7 @@ class Turn(NamedTuple):
     Attributes:
       copies: the copies of arrays from one place in the device's memory to another, largest first.
       cycles: the compiler's estimate for everything except the kernels and the branches that are left out. 0 if the
-        compiler makes no estimate; only the TPU's does.
+        compiler makes no estimate; only the TPU compiler does.
       kernels: calls of Pallas kernels, by name.
     """
 

@@ -36,7 +36,7 @@ def make_plan(
     Returns:
       {"target", "chips", "mesh", "job", "model", "lora", "stand_in", "warnings", "fits",
        "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
-       "refused": if a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
+       "refused": {"program", "message", "used", "capacity", "at_least", "trials"}, only if a program does not fit}.
       Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
       program over all chips. For sampling, one process is planned, and "processes" says how many there are. Decode also
       has "memory_share" (the time that only reading weights and cache would take, as a share of the step's time) and

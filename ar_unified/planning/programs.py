@@ -344,7 +344,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 
 @lru_cache(maxsize=256)  # cached, because a search needs it for every mesh
 def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
-    """The same bytes, for all devices together. of_task: the other arguments of `_task`."""
+    """The bytes of `saved_for_backward`, for all devices together. of_task: the other arguments of `_task`."""
     task = _task(model, *of_task)
     batch = _batch(of)
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -388,8 +388,8 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Returns two programs: prefill of as many prompts as the engine reads at once, each half as long as the cache, and
     decode with a full pool.
 
-    Besides the weights that it reads, the engine keeps the whole head (for scores) and the prompts that it has read in
-    memory. The pool waits while prompts are read (sampling/engine.py).
+    Besides the weights that it reads, the engine keeps in memory the whole head (for scores) and the prompts that it
+    has read. The pool waits while prompts are read (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:

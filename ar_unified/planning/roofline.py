@@ -30,8 +30,8 @@ from ar_unified.planning.collectives import Collective
 from ar_unified.planning.programs import Program, Run, gradient_bytes, local_bytes, make_task
 from ar_unified.sampling.pace import Pace
 
-ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published for v5p reach 65 to 69% MFU
-_NEWTON_SCHULZ = 5  # optax's muon, ns_steps
+ATTAINABLE = 0.7  # share of the peak in large matmuls; the best training runs published for v5p reach 65 to 69% MFU
+_NEWTON_SCHULZ = 5  # the default `ns_steps` of optax's muon
 ASSUMPTIONS = (
     "rates are from data sheets, in one direction; nothing was timed",
     "in the fastest case, matmuls run at peak, and memory traffic and the collectives that the compiled program "
@@ -188,7 +188,7 @@ def _train(run: Run, program: Program) -> _Work:
     layers, head = matmul_parameters(run.model)
     task = make_task(run)
     model = task.flops({"tokens": tokens, "attended": attended})
-    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one attention matmul: scores, or values
+    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # FLOPs of one attention matmul (scores or values)
     deep = task.through_layers
     sizes = layer_matrices(c)
     again = deep * c.n_layers * sum(math.prod(sizes[name]) for name in made_again(c.remat, c.norm_placement == "swin"))
@@ -203,11 +203,11 @@ def _train(run: Run, program: Program) -> _Work:
     passes = 1 + back + again / layers  # forward, backward, perhaps forward again
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tensor = mesh.shape["tensor"]
-    width = jnp.dtype(c.dtype).itemsize  # gathered weights: the gather writes them, matmuls read them
+    width = jnp.dtype(c.dtype).itemsize  # bytes of a gathered weight; the gather writes it, matmuls read it
     weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
     chunks = run.accumulation * math.ceil(tokens / ways / run.accumulation / run.loss_chunk)
     if task.trains("head", "embedding"):
-        weights += 8.0 * head / tensor * chunks  # its float32 gradient: each chunk of the loss reads and writes it
+        weights += 8.0 * head / tensor * chunks  # the head's float32 gradient: each chunk reads and writes it
     held = program.local_bytes()
     # The trained parameters, their gradients (of the same size) and their moments are read and written.
     state = 4.0 * gradient_bytes(run, mesh) + 2.0 * held["optimizer"]
@@ -237,8 +237,8 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token, or one or
-    more with a window.
+    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token; with a
+    window, one or more.
     """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)

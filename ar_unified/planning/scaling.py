@@ -21,8 +21,8 @@ CRITICAL_TOKENS = 16e6  # tokens per step in the largest batch of a published de
 class Scaling(NamedTuple):
     """
     Attributes:
-      largest: the most chips at which matmuls bound the step; 0 if they do not bound it even at this size; None if
-        there is no limit.
+      largest: the most chips at which matmuls bound the step; 0 if they do not bound it even at the planned size; None
+        if there is no limit.
       per_slice: chips in the largest slice that exists.
       breaks: what limits growth first, in words. This limit may be reached at a smaller size than `largest`.
       tokens_needed: tokens per chip at which matmuls would take as long as the slowest other resource takes now.

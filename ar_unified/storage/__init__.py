@@ -32,7 +32,7 @@ __all__ = [
     "refresh", "refuse", "remove", "remove_tree", "size_of", "tell", "write",
 ]  # fmt: skip
 
-_mirrors: list[Mirror] = []  # of this process
+_mirrors: list[Mirror] = []  # the mirrors of this process
 _locks: dict[Path, Lock] = {}
 
 

@@ -34,7 +34,7 @@ class Held(Exception):
 
 
 class Lock:
-    """A lock that this process has, until `release` or its end.
+    """A lock that this process has until it calls `release` or ends.
 
     Args:
         url: the URL of the series of objects, without the number.

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from ar_unified.storage import stores
 
-_BLOCK = 1 << 19  # bytes of a block; a request reads one, or several if reads are sequential
+_BLOCK = 1 << 19  # bytes of a block; a request reads one block, or several if reads are sequential
 _KEPT = 8  # blocks that an open file keeps
 _AHEAD = 8  # the most blocks that one request reads
 

@@ -65,7 +65,7 @@ class Steps:
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint here and in the store."""
-        stores.delete(self._at(step, self._mark))  # first, so that a half deleted folder is not complete
+        stores.delete(self._at(step, self._mark))  # the mark first, so that a half deleted folder is not complete
         self._clear(step)
         shutil.rmtree(self.here / str(step), ignore_errors=True)
 

@@ -24,7 +24,7 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way in which documents are alike: a phrase for it, how many documents (`count` of `of`), and examples."""
+    """One way in which documents are alike: a phrase for it, how many documents (`count` out of `of`), and examples."""
 
     says: str
     count: int = 0
@@ -90,7 +90,7 @@ class Comparison:
         for source, item, _ in (self._where[i], self._where[j]):
             try:
                 documents.append(source[item])
-            except BadItem:  # it was good before: somebody is changing the data
+            except BadItem:  # the item was good before, so somebody is changing the data
                 return None
         one, other = ((document.origin, _content(document)) for document in documents)
         return Pair((one[0], other[0]), (one[1], other[1]))

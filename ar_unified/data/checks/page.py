@@ -45,7 +45,7 @@ def write(path: str | Path, validation: Validation, title: str) -> None:
     )
     here = files("ar_unified.data.checks")
     page, style = (here.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
-    filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one pass, as data may contain "@BODY@"
+    filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # one pass, because data may contain "@BODY@"
     text = re.sub(r"@(TITLE|STYLE|BODY)@", lambda name: filled[name[1]], page)
     write_text(path, text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
 

@@ -18,7 +18,8 @@ _AT_ONCE = 1000
 
 
 def parts(folder: Path) -> dict[str, Path]:
-    """Prepared folders by name: `folder` itself, or those inside it ("train", "validation"); {} if there are none."""
+    """Returns the prepared folders by name: `folder` itself, or the folders inside it ("train", "validation"); {} if
+    there are none."""
     if (folder / "manifest.json").exists() and (folder / "plan.json").exists():
         return {folder.name: folder}
     inner = sorted(path.parent for path in folder.glob("*/plan.json") if (path.parent / "manifest.json").exists())

@@ -39,9 +39,10 @@ class Found:
     """What one source contains.
 
     Attributes:
-        part: the set of an experiment that it belongs to: "train", "validation", the name of a test; "" otherwise.
-        items: how many it has.
-        looked: how many of them were looked at.
+        part: the set of an experiment that the source belongs to: "train", "validation" or the name of a test; "" if
+            none.
+        items: how many items the source has.
+        looked: how many items were looked at.
         tasks: number of good documents of each task.
         bad: the bad items, in order.
         text_bytes, images: bytes of text and number of images of each document.
@@ -81,8 +82,8 @@ class Found:
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
-        """Counts a good document. found: its ids, if there are tokenizers; lengths: the number of tokens of each piece
-        into which it is cut.
+        """Counts a good document. found: the document's ids, if there are tokenizers. lengths: the number of tokens of
+        each piece into which it is cut.
         """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]

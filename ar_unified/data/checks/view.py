@@ -23,10 +23,10 @@ from ar_unified.language.vocabulary import Role
 
 @dataclass(frozen=True)
 class Token:
-    """An id, or all codes of an image as one token: its text, its Role, and whether it is learned.
+    """One id, or all codes of an image as one token, with its text, its Role, and whether it is learned.
 
-    original, image: only for an image token, uint8 [H, W, 3]: the image as it was encoded, and the image that its codes
-        decode to. None if it is not known or not possible, and for other tokens.
+    original, image: uint8 [H, W, 3], only for an image token. `original` is the image that was encoded, and `image` is
+        what its codes decode to. Each is None for other tokens, and if it is not known or cannot be made.
     """
 
     text: str
@@ -184,7 +184,7 @@ class View:
         tokenizer, resize = self.tokenizer, self.resize
         if self.grammar is None or tokenizer is None or resize is None:
             return None
-        if self._known is None or self._known[0] is not document:  # `words` and `shown` ask for the same one
+        if self._known is None or self._known[0] is not document:  # `words` and `shown` both need the result
             codes = _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
             self._known = document, codes
         return self._known[1]

@@ -53,7 +53,7 @@ class Search:
 
     def __init__(self) -> None:
         self._held_out: list[bool] = []
-        self._words, self._images = array("Q"), array("q", [0])  # at i: how many images documents 0 to i - 1 have
+        self._words, self._images = array("Q"), array("q", [0])  # at i: images in documents 0 to i - 1
         self._alone: list[int] = []  # documents that are one text, long enough to be compared
         self._signatures: list[np.ndarray] = []
         self._pixels = array("Q")

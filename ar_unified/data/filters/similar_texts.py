@@ -22,7 +22,7 @@ BINS = 64
 _LEAST, _RUN, _BAND = 32, 5, 4
 _ALIKE = 0.7  # minimum share of bins in which two texts agree if they are nearly the same
 _EMPTY = np.uint32(0xFFFFFFFF)
-_NEIGHBOURS = 12  # maximum number of texts, equal in a group of bins, that a text is compared with
+_NEIGHBOURS = 12  # a text is compared with at most this many texts that equal it in a group of bins
 
 
 def words(text: str) -> list[str]:
@@ -41,7 +41,7 @@ def signature(found: list[str]) -> np.ndarray | None:
         return None
     hashes = np.array([zlib.crc32(word.encode()) for word in found], np.uint64)
     runs = np.zeros(len(found) - _RUN + 1, np.uint64)
-    for i in range(_RUN):  # each word is multiplied by another number, so order counts
+    for i in range(_RUN):  # the words of a run get different factors, so order counts
         runs = (runs + hashes[i : len(found) - _RUN + 1 + i]) * np.uint64(0x9E3779B97F4A7C15)
         runs ^= runs >> np.uint64(29)
     least = np.full(BINS, _EMPTY, np.uint32)

@@ -194,7 +194,8 @@ class Plans:
 
 
 def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str = "", leave_out: bool = False) -> None:
-    """Plans the rows of a source and stores the plan next to its shards, unless it exists. Args: see `Plans`."""
+    """Plans the rows of a source and stores the plan next to its shards, unless it exists. For the args, see
+    `Plans`."""
     plan, table = _paths(folder, sequence_length)
     if storage.exists(table) or not len(lengths):
         return

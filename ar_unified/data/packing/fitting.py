@@ -14,7 +14,7 @@ import numpy as np
 
 from ar_unified.data.counter_rng import key, permute
 
-_FULL = 0.99  # if this share of the positions is filled, the second way is not tried
+_FULL = 0.99  # if best-fit-decreasing fills this share of the positions, the second way is not tried
 _TRIES = 64  # maximum number of tokens that a pair may leave free
 
 
@@ -40,7 +40,7 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
     rows as `rows_of` does.
     """
     rows = []
-    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # for each number of free tokens, the rows
+    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # rows by their number of free tokens
     some = opened = 0  # bit i of `some`: whether a row has i free tokens
     for length in lengths.tolist():
         if fitting := some >> length:
@@ -79,7 +79,7 @@ def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
             single = pool.longest(room)
             chosen = (single,)
             if single and room * pool.count >= 2.5 * pool.tokens and (next_one := pool.next()) <= room:
-                chosen = (next_one,)  # then there is room for two more
+                chosen = (next_one,)  # there is room for two more documents
             elif single:
                 chosen = pool.pair(room, single) or chosen
     order = np.argsort(-np.array(packed), kind="stable")  # documents of the same length are interchangeable
@@ -95,7 +95,7 @@ class _Pool:
         self._there = sum(1 << length for length, left in enumerate(self._left) if left)
         self._turned = sum(1 << sequence_length - length for length, left in enumerate(self._left) if left)
         self._line = lengths[permute(np.arange(len(lengths)), len(lengths), key("line"))].tolist()
-        self._gone = [0] * (sequence_length + 1)  # of each length: how many are taken but still in `_line`
+        self._gone = [0] * (sequence_length + 1)  # for each length: how many are taken but still in `_line`
 
     def longest(self, room: int) -> int:
         """The greatest length that fits; 0 if none does."""

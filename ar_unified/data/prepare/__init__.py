@@ -31,8 +31,8 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import Json, ManifestMismatch, differences, require_same
 
 VERSION = 3
-CLAIMS = ".claims"  # in the folder, while many processes work in it
-SKIPPED = "skipped.jsonl"  # in the folder: a line for each item that was left out
+CLAIMS = ".claims"  # a folder in the folder, while many processes work in it
+SKIPPED = "skipped.jsonl"  # a file in the folder: a line for each item that was left out
 
 
 @dataclass
@@ -49,8 +49,8 @@ class SourceReport:
     preferences: int = 0  # items that are preference pairs, of two documents each
     shards: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)  # by kind: number of items (too_long_part: of pieces)
-    first: dict[str, str] = field(default_factory=dict)  # by kind: the first item, and what is wrong
+    skipped: dict[str, int] = field(default_factory=dict)  # number of items of each kind; of pieces for too_long_part
+    first: dict[str, str] = field(default_factory=dict)  # the first item of each kind, and what is wrong
 
     @property
     def lost(self) -> str:

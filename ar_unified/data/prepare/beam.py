@@ -17,7 +17,7 @@ from typing import Any
 from ar_unified.errors import RunError, UserError
 
 Opener = Callable[[], Callable[[str], object]]
-_one_at_a_time = threading.Lock()  # in this process, because its shards share one image tokenizer
+_one_at_a_time = threading.Lock()  # one shard at a time in this process, because its shards share one image tokenizer
 
 
 def run(names: Sequence[str], opener: Opener, options: str) -> None:

@@ -12,9 +12,9 @@ from ar_unified.language.document import Document, Part, TextPart, Turn
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 
-_WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # with the spaces before it, because most tokenizers join them
+_WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # a word with the spaces before it, because most tokenizers join them
 Unit = TypeVar("Unit")
-_SPARE = 8  # tokens of a document that are not text
+_SPARE = 8  # room for the tokens of a document that are not text
 _JOINER = "\u200d"
 _SKIN = range(0x1F3FB, 0x1F400)  # skin tones, which change the emoji before them
 

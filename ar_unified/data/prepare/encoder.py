@@ -82,10 +82,10 @@ class Encoder:
 
     def __init__(self, tokenizers: Tokenizers, batch_size: int):
         self._tokenizers, self._batch_size = tokenizers, batch_size
-        self._last: tuple[np.ndarray | None, bytes] = None, b""  # questions about an image share its array
+        self._last: tuple[np.ndarray | None, bytes] = None, b""  # the last image and its digest: it often comes again
         self._codes: dict[bytes, CodesPart | None] = {}  # None while an image is being encoded
         self._new: list[bytes] = []
-        self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
+        self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # images by size
         self._going: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
         self._items: deque[Item] = deque()
 
@@ -155,7 +155,8 @@ class Encoder:
         """Takes finished batches, and waits while more than `most` are being encoded."""
         while self._going and (len(self._going) > most or self._going[0][1].done()):
             digests, future = self._going.popleft()
-            self._codes.update(zip(digests, map(CodesPart, future.result()), strict=False))  # a batch is padded
+            # Not strict, because a batch is padded.
+            self._codes.update(zip(digests, map(CodesPart, future.result()), strict=False))
             self._new += digests
             self._tokenizers.encoded += len(digests)
 

@@ -43,7 +43,7 @@ class Augmented:
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)  # another word would give other versions
+        self._stream = key("views", source.name)  # with another word, the versions would change
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:

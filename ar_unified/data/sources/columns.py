@@ -195,7 +195,7 @@ class Columns:
         """
         places = self.places(names)
         there = {*places, *(() if pictures else PICTURES)}
-        alone = "" if pictures else "image"  # an image that was not read may be all there is
+        alone = "" if pictures else "image"  # the record may have only an image, which was not read
         whole = next((whole[0] for whole in _WHOLES if whole[0] in places and there.issuperset(whole)), alone)
         return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *ways(place, names))}
 
@@ -206,8 +206,8 @@ _WORDS = {
 
 
 def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
-    """Raises DocumentError if an unused value of an image's record is an object, or a list of objects, and has a text
-    under a known name."""
+    """Raises DocumentError if a record has an image, and one of its unused values is an object, or a list of objects,
+    that has a text under a known name."""
     left = [*unused.items()]
     for _ in range(_DEEPEST):
         left = [(f"{at}/0", value[0]) if isinstance(value, list) and value else (at, value) for at, value in left]

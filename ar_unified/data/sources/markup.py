@@ -91,7 +91,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag in _UNREAD:
             self._unread += 1
-        elif tag == "body":  # tags before it that were not closed no longer count
+        elif tag == "body":  # tags that were opened before it no longer count
             self._unread = 0
         elif tag == "img" and not self._unread:
             self._block()

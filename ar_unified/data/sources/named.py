@@ -150,7 +150,7 @@ def _values(feature: Any) -> Callable[[Any], object]:
     if isinstance(inner, tfds.features.FeaturesDict):  # TFDS turns a list of objects into an object of lists
         return lambda value: _rows(_plain(value))
     if isinstance(feature, tfds.features.ClassLabel):
-        return lambda value: feature.int2str(int(value)) if value >= 0 else None  # -1: a secret label
+        return lambda value: feature.int2str(int(value)) if value >= 0 else None  # -1 is a secret label
     return _plain
 
 

@@ -115,7 +115,7 @@ class _Gzip(_Forward):
         # state.
         self._places = [(0, 0, self._state.copy())]
         self._apart = 1 << 22
-        self._unpacked = 0  # where the ready bytes end
+        self._unpacked = 0  # the place where `_ready` ends
 
     def _back(self, at: int) -> int:
         self._unpacked, packed, state = next(place for place in reversed(self._places) if place[0] <= at)

@@ -14,7 +14,7 @@ from ar_unified.data.files import Bucket, Found, folder_at, require_file
 from ar_unified.errors import UserError
 from ar_unified.storage import AnyPath, Remote
 
-TABLES, TARS = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz", ".tar.zst")  # the endings of such files
+TABLES, TARS = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz", ".tar.zst")  # endings of tables and tars
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST = 1_000_000  # the most names that braces may stand for
 

@@ -27,7 +27,7 @@ from ar_unified.storage import AnyPath
 
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
 _KINDS = 1 << 15
-_TOGETHER = 16  # samples
+_TOGETHER = 16  # the most samples that are read at once
 _LONGEST_HEADER = 1 << 20  # bytes; a longer header of a member is refused
 
 
@@ -36,8 +36,8 @@ class Tars(RecordSource):
 
     000.jpg and 000.txt are a captioned image. 001.0.jpg, 001.1.jpg and 001.txt are a text with two images, in the order
     of the members. A .json member is an object. Its keys count as members (caption, question, messages, ...), and
-    the argument `keys` may name them below `json` ("json/caption"). The name of a member is the part after that dot, in
-    lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
+    the argument `keys` may name them below `json` ("json/caption"). A member's name is the part of its path after this
+    first dot, in lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
     Opening reads all headers once. Nothing is written to disk, so a member's name can do no harm. An index in memory,
     18 bytes for each member and 16 for each sample, lets any sample be read directly. Tars may be compressed (.tar.gz,
@@ -99,7 +99,8 @@ class Tars(RecordSource):
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each open packed tar uses 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
-        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # reading it again goes back in a packed tar
+        # Names are kept, because reading a name again goes back in a packed tar.
+        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)
         self.fingerprint: dict[str, object] = {
             "kind": "webdataset",
             "items": len(self),
@@ -123,7 +124,8 @@ class Tars(RecordSource):
         return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
 
     def _name_of(self, sample: int) -> str:
-        """The name that a sample's members share up to the dot, from the headers of the first; "" if it has none."""
+        """The name that a sample's members share up to the dot, from the headers of the first member; "" if there is
+        none."""
         if self._member[sample] == self._member[sample + 1]:
             return ""
         at, size = self._at[self._member[sample]], self._headers[sample]
@@ -302,7 +304,7 @@ def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
 
 
 def _parted(name: str) -> tuple[str, str]:
-    """Splits a path into the name of the sample and that of the member: "a/001.0.JPG" into "a/001" and "0.jpg"."""
+    """Splits a path into the sample's name and the member's name: "a/001.0.JPG" into "a/001" and "0.jpg"."""
     folder, _, file = name.rpartition("/")
     stem, _, kind = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), kind.lower()

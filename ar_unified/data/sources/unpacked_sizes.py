@@ -16,7 +16,7 @@ _RECORD_BATCH = 3  # the number of this type of message
 
 
 def excess(packed: int, unpacked: int) -> str:
-    """Returns the reason why so many packed bytes may not be unpacked, or "" if they may. Sizes are in bytes."""
+    """Returns the reason why data of these sizes may not be unpacked, or "" if it may. Sizes are in bytes."""
     if unpacked <= LARGEST or unpacked <= _RATIO * packed:
         return ""
     return f"expected {packed} packed bytes to become at most {LARGEST >> 20} MiB, found {unpacked >> 20} MiB"
