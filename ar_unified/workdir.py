@@ -262,7 +262,7 @@ class Workdir:
             self._await_record(stage, may)
         elif not done.exists() and started.exists() and stage.made_nothing():
             own(stage.folder)
-            storage.remove(started)  # it was killed before it made anything, so its record is ignored
+            storage.remove(started)  # the stage was killed before it made anything, so its record is ignored
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)

@@ -23,7 +23,7 @@ def module(package: str, backend: str) -> ModuleType:
 
 def choose(package: str, backend: str, *args: Any) -> str:
     """Returns the backend that computes the op in `package` for `args`. `unsupported(*args)` of a backend's module says
-    whether it can.
+    whether that backend can.
 
     "auto" is the kernel of the current device. On CPUs it is xla. If there is no kernel, or the kernel cannot compute
     `args`, it is xla with a warning. A backend asked for by name is used or refused with ValueError, never replaced.

@@ -63,7 +63,7 @@ def main() -> None:
     ended."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the process handles them; its last lines must still be read
+        signal.signal(number, signal.SIG_IGN)  # the process handles these signals; its last lines must still be read
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def say(line: str) -> None:

@@ -68,7 +68,7 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
     runs = grammar.texts(np.append(prompt[:1], tokens)) if len(before) else []
     if runs and runs[0][0] == 1:  # else the tokens begin with a control token, or with text that opens an image
-        # Decoded again, after the prompt's text, because the meaning of ids may depend on the text before them.
+        # The ids are decoded again, after the prompt's text, because their meaning may depend on the text before them.
         first = tokens[: runs[0][1] - 1]
         whole, known = (grammar.text_codec.decode([int(i) for i in ids])
                         for ids in (np.concatenate([before, first]), before))  # fmt: skip

@@ -43,7 +43,7 @@ class Request:
 
     Attributes:
         id: names the request in samples and messages.
-        parts: the prompt: text, images as codes of the image tokenizer, and token ids, in reading order.
+        parts: the prompt, which is text, images as codes of the image tokenizer, and token ids, in reading order.
         turn: whether to answer the prompt (True) or to continue the document that it begins (False).
         history: the turns before the prompt: a system turn, and questions with their answers.
         mode: "text": no images; "image": only images; "interleaved": text and at least one image; "free": the model
@@ -207,7 +207,8 @@ class Sample:
         tokens: int32 [n], the generated tokens, with <eos> unless a stop ended the sample.
         document: the document of these tokens: the parts after the prompt, with images as codes. None if there was an
             error.
-        finish_reason: "eos": the model ended it; "length": the budget did; "stop": one of `request.stop` did; "error".
+        finish_reason: "eos": the model ended it; "length": the budget ended it; "stop": one of `request.stop`
+            ended it; "error": see `error`.
         error: what went wrong, in words; "" if nothing.
         logprobs: float32 [n], the log-probability with which each token was drawn (`logprobs.py`), 0 where it was given
             or forced; None if the engine was not asked for them.

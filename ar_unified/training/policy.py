@@ -93,7 +93,7 @@ class PolicyBatch(Generic[A]):
     shapes.
     """
 
-    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images are in the same columns in all
+    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images are in the same columns of all contexts
     positions: A  # i32 [B, C, T], positions in the context; 0 on padding
     doc_start: A  # i32 [B, C, T], where the context begins in the row; T on padding
     mix: A  # f32 [B, C, T], factor on a context's logits, divided by the temperature
@@ -107,7 +107,7 @@ class PolicyBatch(Generic[A]):
     scored: A  # bool [B], whether every sample of its group has a reward
     flat: A  # bool [B], whether all rewards of its group are equal
     cut: A  # bool [B], whether the token budget ended the sample
-    old: A | None = None  # f32 [B, T], the policy's log-probabilities when it drew the targets; None: as now
+    old: A | None = None  # f32 [B, T], the policy's log-probabilities when it drew the targets; None: the same as now
 
     @classmethod
     def shapes(cls, rows: int, length: int, contexts: int, ranges: int, old: bool) -> PolicyBatch[jax.ShapeDtypeStruct]:

@@ -59,7 +59,8 @@ def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
 
     Args:
       before: for each process, the mean seconds that its devices waited for the batch of a step.
-      step_seconds: the mean seconds of a step. A wait that exceeds the median by more than a tenth of it is reported.
+      step_seconds: the mean seconds of a step. A wait is reported if it exceeds the median wait by more than a tenth
+        of a step.
     """
     slowest = int(np.argmax(before))
     usual = float(np.median(before))

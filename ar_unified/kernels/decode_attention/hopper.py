@@ -2,8 +2,8 @@
 
 A thread block computes one KV head of one row, over a share of the row's live slots. Rows are split into equal parts
 until there are enough thread blocks for every SM. The parts are merged by their log-sum-exps. A thread block goes
-through its share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of the next
-begins. While one thread block computes, others on the SM wait for memory.
+through its share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of another
+block begins. While one thread block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
 bytes per clock from HBM, which are 7.5 bfloat16 numbers. With 64 multiply-adds for each of them, it uses a quarter of
