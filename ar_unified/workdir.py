@@ -247,7 +247,7 @@ class Workdir:
             name: the name of its folder, such as "data".
             fingerprint: JSON values of everything that determines the result (part of the config, hashes of inputs),
                 and of those settings that affect only the cost but are worth recording.
-            may: the fields that may differ from the folder's record. The stage's `changed` lists those that do.
+            may: the fields that may differ from the folder's record. The stage's `changed` lists the fields that do.
 
         Raises:
             StageMismatch: if the folder was begun or finished with other settings that may not change.

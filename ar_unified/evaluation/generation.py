@@ -58,8 +58,8 @@ def evaluate(
 
     Args:
         engine: samples from the model.
-        image_tokenizer, grammar: those of the model's training. If the tokenizer cannot decode images, only questions
-            with answers in words are asked.
+        image_tokenizer, grammar: the ones that the model was trained with. If the tokenizer cannot decode images,
+            only questions with answers in words are asked.
         protocol: what counts as right.
         sources: sources of documents that the model has not seen; bad items are skipped and counted.
         limit: maximum number of documents of each kind, drawn from all sources by `seed`.

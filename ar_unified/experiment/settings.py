@@ -197,8 +197,8 @@ def drawing(config: ConfigDict) -> DrawingConfig:
 def selected(
     config: ConfigDict, key: str, vocabulary: Vocabulary | None = None, new: Collection[int] = ()
 ) -> Selection:
-    """The parameters that `training.only` or `training.fresh` names. An adapter, if there is one, is added to those of
-    `only`.
+    """The parameters that `training.only` or `training.fresh` names. An adapter, if there is one, is added to the
+    parameters of `only`.
 
     Args:
         vocabulary: None if there is none yet, in which case any kind of ids may be named.

@@ -27,7 +27,7 @@ def choose(package: str, backend: str, *args: Any) -> str:
 
     "auto" is the kernel of the current device. On CPUs it is xla. If there is no kernel, or the kernel cannot compute
     `args`, it is xla with a warning. A backend asked for by name is used or refused with ValueError, never replaced.
-    tpu_interpret and hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
+    tpu_interpret and hopper_interpret emulate the kernels on a CPU, hopper_interpret with jax 0.12 and later.
     """
     op = package.rpartition(".")[2]
     if backend != "auto":

@@ -1,7 +1,7 @@
 """Writes the log of one process of a job, and its last message, even if the process itself cannot write it any more.
 
 If another process is gone, JAX ends this one with abort(); a killed process ends at once. In both cases our Python code
-cannot run. So each process sends its stderr to a small reader, this file run as a script, which lives longer:
+cannot run. So each process sends its stderr to a small reader that lives longer, which is this file run as a script:
 
     python last_words.py LOG PROCESS PROCESSES COORDINATOR < the stderr of the process
 

@@ -109,7 +109,7 @@ class TrainingTask(Protocol[Batch]):
         """
 
     def of_whole(self, batch: Batch) -> TrainingTask[Batch]:
-        """This task with the facts about the whole global batch that its loss needs if it gets only a part of the
+        """This task with facts about the whole global batch, which its loss needs if it gets only a part of the
         batch. For a whole batch, `loss` finds them itself.
         """
 

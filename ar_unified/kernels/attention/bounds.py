@@ -2,7 +2,7 @@
 
 In a packed row documents lie one after another, so a causal query sees one run of keys: from the first key of its
 document (or of its window) to itself. The two ends of the run are the mask. Their minimum and maximum over a block of
-queries say which blocks of keys must be read. Every kernel uses only this.
+queries say which blocks of keys must be read. The kernels use nothing else.
 
 B batch, T query position, S key position, I blocks of queries, J blocks of keys.
 """
