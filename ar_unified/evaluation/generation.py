@@ -37,7 +37,7 @@ from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
-_SCAN = 16  # maximum number of items of a source that are tried per document that is needed
+_SCAN = 16  # the most items of a source that are tried for each needed document
 
 
 def evaluate(

@@ -35,7 +35,7 @@ class Dialect:
         name: the name in messages.
         names: for each of our leaves (`leaves.named`), the name of its tensor; {} stands for the number of the layer.
             "embedding" and "head" may have several tensors, the parts of one table in order.
-        out_first: whether matrices are [out, in], as in torch. Otherwise [in, out], and tables of the head are [D, V].
+        out_first: whether matrices are [out, in], as in torch. Otherwise they are [in, out], and heads are [D, V].
         interleaved: whether RoPE rotates neighbours as pairs (0 and 1). Our code and transformers pair 0 with H/2.
         ignored: endings of the names of tensors that are not parameters, such as buffers.
     """

@@ -44,7 +44,9 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
     if found is None:
         return None
     end, stop = found
-    said = tokens[: end if isinstance(stop, str) else end - len(stop)]  # a text may begin within a piece
+    said = tokens[
+        : end if isinstance(stop, str) else end - len(stop)
+    ]  # a stop text may begin inside a piece; its tokens are kept here
     sample = finished(grammar, plan, index, np.append(said, grammar.syntax.end).astype(np.int32))
     if sample.document is None:
         return replace(sample, tokens=tokens[:end])

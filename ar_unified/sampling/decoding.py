@@ -20,7 +20,7 @@ from jax import Array
 
 from ar_unified.kernels.row_max import row_max
 
-_FLOOR = -1e30  # stands for NaN and -inf of an allowed token: below every finite logit, above every forbidden one
+_FLOOR = -1e30  # replaces NaN and -inf of allowed tokens: below every finite logit, above every forbidden one
 
 
 @dataclass(frozen=True)

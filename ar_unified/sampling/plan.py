@@ -39,7 +39,7 @@ class Plan:
         starts: where each context's images begin; 0 for the first context.
         resets: whether each new <boi> goes back to this start.
         budget: the most tokens of a sample, including `given`.
-        smallest: the tokens of its smallest possible image.
+        smallest: the number of tokens of its smallest possible image.
         steps: how many steps a sample takes, if that is known; else None.
         start: the state from which the automaton resumes.
         shape: the shape of the pool that serves it.

@@ -25,8 +25,8 @@ class Bounds(NamedTuple):
 
 
 class BlockRanges(NamedTuple):
-    """For each block of one kind (queries or keys), the blocks begin <= j < end of the other kind that it needs; int32
-    [B, blocks].
+    """For each block of one kind (queries or keys): the range begin <= j < end of the blocks of the other kind that it
+    needs, int32 [B, blocks].
 
     All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. They lie
     between the left edge of a document and the diagonal.
