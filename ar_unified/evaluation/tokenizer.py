@@ -301,7 +301,7 @@ def _usage(ids: np.ndarray, codebook_size: int) -> dict[str, float]:
 
 
 def _corrupted(ids: np.ndarray, share: float, codebook_size: int, seed: tuple[int, int]) -> np.ndarray:
-    """int32 [h, w], in which each id is replaced by a random other id with probability `share`.
+    """Replaces each id of an image, int32 [h, w], by a random other id with probability `share`.
 
     All shares use the same random numbers, so an id that changes at 1 % also changes at 10 %.
     """

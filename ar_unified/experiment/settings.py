@@ -311,8 +311,8 @@ def _first_step(settings: ConfigDict, begin: float) -> int:
 
 
 def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """(step, places) of each phase: from this step on, only the parameters at these places are trained. It is made from
-    `training.only` and the `only` of phases, and is () if no phase has `only`.
+    """Returns (step, places) of each phase: from this step on, only the parameters at these places are trained. It is
+    made from `training.only` and the `only` of phases, and is () if no phase has `only`.
 
     Call it after `phases`, which checks the settings.
     """

@@ -72,8 +72,8 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
 
 
 def _refused(mesh: Mesh, options: Mapping[str, str]) -> tuple[str, str] | None:
-    """(option, message) for the first option that the compiler refuses; the option is "" if the message does not name
-    it. Returns None if the compiler accepts all.
+    """Returns (option, message) for the first option that the compiler refuses; the option is "" if the message does
+    not name it. Returns None if the compiler accepts all.
 
     This compiles an empty program, because the real one takes minutes.
     """

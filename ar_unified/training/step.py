@@ -232,7 +232,7 @@ def abstract_state(task: TrainingTask[Batch], tx: optax.GradientTransformation, 
 
 
 def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
-    """[B, ...] -> [count, B / count, ...]; microbatch i has rows i, i + count, ...
+    """Reshapes [B, ...] to [count, B / count, ...]; microbatch i has rows i, i + count, ...
 
     A device holds consecutive rows, so with this stride each microbatch is on all devices and no row is moved.
     """
@@ -259,8 +259,8 @@ def gradients(
     accumulation: int,
     mesh: Mesh,
 ) -> tuple[Losses, Params, Metrics]:
-    """(loss or losses, gradients of the trained part, metric sums) of one global batch, computed in `accumulation`
-    sequential parts.
+    """Returns (loss or losses, gradients of the trained part, metric sums) of one global batch, computed in
+    `accumulation` sequential parts.
 
     Each row has its own random key, fold_in(key, row of the global batch), so the numbers do not depend on the parts.
     """

@@ -24,7 +24,8 @@ from ar_unified.parallel.hardware import of_kind
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of all devices together, the source of the number). On a CPU or unknown hardware, it is measured once.
+    """Returns (FLOP/s of all devices together, the source of the number). On a CPU or unknown hardware, it is measured
+    once.
 
     The measured peak is the best of a few fp32 products of 1024 x 1024 matrices on one device. Simulated CPU devices
     share one processor, so for them it is not multiplied by their number.

@@ -220,8 +220,8 @@ def _visit(outer, inner, cuts):
 
 
 def _entry(core, step, cuts):
-    """(entry, active): the entry of a core at this step, and whether it is a visit. After its last visit a core stays
-    at the last entry.
+    """Returns (entry, active): the entry of a core at this step, and whether it is a visit. After its last visit a core
+    stays at the last entry.
     """
     at, end = cuts[core] + step, cuts[core + 1]
     return jnp.minimum(at, end - 1), at < end
@@ -417,8 +417,9 @@ def _like(x: jax.Array, dtype) -> jax.ShapeDtypeStruct:
 
 
 def _lay(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, N, H] -> [B, N, length, H], padded with zeros after T, because a weight of zero times an arbitrary value
-    may be NaN."""
+    """Changes [B, T, N, H] to [B, N, length, H], with zeros after T, because a weight of zero times an arbitrary value
+    may be NaN.
+    """
     x = jnp.moveaxis(x, 1, 2)
     return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)]) if length > x.shape[2] else x
 
