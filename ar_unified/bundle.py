@@ -304,7 +304,7 @@ class Bundle:
         return jax.tree_util.tree_map_with_path(make, shapes)
 
     def reader(self) -> tuple[dict[str, str], Callable[[str, int | None], np.ndarray]]:
-        """(dtypes, read): the dtype of every parameter by its path, and a function. read(path, None) returns a
+        """Returns (dtypes, read): the dtype of every parameter by its path, and a function. read(path, None) returns a
         parameter, and read(path, layer) returns its part at index `layer` of the first axis. The files are checked
         once, in this call.
         """

@@ -92,8 +92,8 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> tuple[int, float] | None:
-        """(step, validation loss) of the complete checkpoint with the lowest loss (the first if several are equal), or
-        None.
+        """Returns (step, validation loss) of the complete checkpoint with the lowest loss (the first if several are
+        equal), or None.
 
         The loss is part of each checkpoint's metadata, so a later process knows it too.
         """

@@ -247,7 +247,7 @@ class Workdir:
             name: the name of its folder, such as "data".
             fingerprint: JSON values of everything that determines the result (part of the config, hashes of inputs),
                 and of those settings that affect only the cost but are worth recording.
-            may: the fields that may differ from the folder's record. The stage's `changed` lists those that do.
+            may: the fields that may differ from the folder's record. The stage's `changed` lists the fields that do.
 
         Raises:
             StageMismatch: if the folder was begun or finished with other settings that may not change.
@@ -262,7 +262,7 @@ class Workdir:
             self._await_record(stage, may)
         elif not done.exists() and started.exists() and stage.made_nothing():
             own(stage.folder)
-            storage.remove(started)  # it was killed before it made anything, so its record is ignored
+            storage.remove(started)  # the stage was killed before it made anything, so its record is ignored
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)

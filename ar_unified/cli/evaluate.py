@@ -82,8 +82,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 @by_first_process
 def evaluate(experiment: Experiment) -> None:
-    """Runs the stage `evaluation`, after `tokenizer_evaluation`. It is done if both files exist and nothing has
-    changed."""
+    """Runs the stage `evaluation`, after `tokenizer_evaluation`. The stage is done if both files exist and nothing
+    has changed."""
     workdir = experiment.workdir
     stage = experiment.stage(
         "evaluation",
@@ -233,6 +233,6 @@ def _validation(experiment: Experiment) -> dict[str, float]:
 
 
 def _show(bar: tqdm, kind: str, done: int, of: int) -> None:
-    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # one kind after the other
+    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # a kind's first call adds its questions to the total
     bar.set_postfix_str(kind, refresh=False)
     bar.update()

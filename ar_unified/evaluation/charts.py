@@ -91,7 +91,7 @@ def _scale(
     x_ticks: Sequence[float],
     transform: Callable[[float], float],
 ) -> str:
-    """Grid, labels and lines of one y axis; `y` has its ends after the transform."""
+    """Grid, labels and lines of one y axis. `y` has the two ends of the axis, after the transform."""
     ticks = [t for t in ticks if y[0] <= transform(t) <= y[1]]
     labels = "".join(f'<i style="bottom:{_percent(transform(t), *y)}">{number(t)}</i>' for t in ticks)
     grid = "".join(f"M0 {_along(transform(t), y[1], y[0])}H1000" for t in ticks)

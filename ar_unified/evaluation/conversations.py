@@ -63,7 +63,7 @@ def converse(
 
     Args:
         codec: a codec that has learnt the documents' pixels.
-        documents: those in which every answer is one part are used.
+        documents: only documents in which every answer is one part are used.
         scores: `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact` and `parse_rate` are
             added.
         skipped: counts documents that are longer than the engine's max_length, as `does_not_fit`.

@@ -17,7 +17,7 @@ from ar_tokenizers.image.metrics import psnr
 from ar_unified.data.images import ImageCodec, by_size, draws_none
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part
 
-KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")  # of questions
+KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")  # kinds of questions
 ANSWERED_IN_WORDS = ("image_to_text", "caption", "next_text")
 
 

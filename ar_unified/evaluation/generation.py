@@ -37,7 +37,7 @@ from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
-_SCAN = 16  # maximum number of items of a source that are tried per document that is needed
+_SCAN = 16  # the most items of a source that are tried for each needed document
 
 
 def evaluate(
@@ -58,8 +58,8 @@ def evaluate(
 
     Args:
         engine: samples from the model.
-        image_tokenizer, grammar: those of the model's training. If the tokenizer cannot decode images, only questions
-            with answers in words are asked.
+        image_tokenizer, grammar: the ones that the model was trained with. If the tokenizer cannot decode images,
+            only questions with answers in words are asked.
         protocol: what counts as right.
         sources: sources of documents that the model has not seen; bad items are skipped and counted.
         limit: maximum number of documents of each kind, drawn from all sources by `seed`.

@@ -185,8 +185,8 @@ def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, fl
 
 
 def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
-    """Every number of every set. Those of NAMES are first, in its order; the numbers of groups follow the number that
-    they belong to.
+    """Every number of every set. The numbers in NAMES are first, in the order of NAMES; the numbers of groups follow
+    the number that they belong to.
     """
     keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
     if not keys:

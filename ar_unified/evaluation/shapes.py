@@ -31,7 +31,7 @@ def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
     masks = []
     for shape, size in names:
         sharp = sprite(shape, size, cell)
-        soft = sharp  # blurred below, as by an autoencoder: a blurred square is more like a circle than like a square
+        soft = sharp  # blurred below, as by an autoencoder: a blurred square is closer to a circle than to a square
         for axis in (0, 1):
             soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
         masks += [np.roll(m, (dy, dx), (0, 1)).ravel() for m in (sharp, soft) for dy in steps for dx in steps]

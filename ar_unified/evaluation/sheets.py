@@ -18,7 +18,7 @@ SHOWN = 256  # maximum pixels of a side on the page; the PNG has all pixels
 
 
 def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """uint8 [n, H, W, 3] twice -> uint8 [n * H, 3 * W, 3]: a row for each image.
+    """Makes a sheet, uint8 [n * H, 3 * W, 3], from two arrays uint8 [n, H, W, 3], with a row for each image.
 
     A row is: original | reconstruction | their absolute difference times AMPLIFIED.
     """

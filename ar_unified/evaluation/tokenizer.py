@@ -36,7 +36,7 @@ PROTOCOL = {
 }
 CORRUPTION = (0.01, 0.05, 0.10)  # shares of the ids that are replaced
 FIRST, WORST = 6, 2  # how many images are shown: the first ones, and the worst of the others
-_SCAN = 16  # maximum number of items of a source that are tried per image that is needed
+_SCAN = 16  # the most items of a source that are tried for each needed image
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
@@ -301,7 +301,7 @@ def _usage(ids: np.ndarray, codebook_size: int) -> dict[str, float]:
 
 
 def _corrupted(ids: np.ndarray, share: float, codebook_size: int, seed: tuple[int, int]) -> np.ndarray:
-    """int32 [h, w], in which each id is replaced by a random other id with probability `share`.
+    """Replaces each id of an image, int32 [h, w], by a random other id with probability `share`.
 
     All shares use the same random numbers, so an id that changes at 1 % also changes at 10 %.
     """

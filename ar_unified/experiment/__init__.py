@@ -9,5 +9,5 @@ start.py       opens and checks the experiment of a verb, together with the othe
 branch.py      makes a workdir that begins with a checkpoint of another workdir
 text_tokenizer.py, tokenizer_evaluation.py   two stages that several verbs share
 
-It may import all packages except planning; only cli imports it.
+This package may import all packages except planning; only cli imports it.
 """

@@ -60,7 +60,7 @@ def branch(
     differs = {field: pair for part in changed.values() for field, pair in part.items()}
     now = history.entry("branched", step, differs, **{"from": str(origin)})
     with about(f"--branch {origin}:{step}"):
-        if (origin / "model" / "metrics.jsonl").exists():  # copies the whole curve; the training cuts it
+        if (origin / "model" / "metrics.jsonl").exists():  # copies the whole curve; the training removes later steps
             write_bytes(stage.folder / "metrics.jsonl", (origin / "model" / "metrics.jsonl").read_bytes())
         write_json(stage.folder / "history.json", [*before, now])
         adopt(there, step, experiment.checkpoint_folder)

@@ -1,7 +1,7 @@
 """Checks whether a config can be run, before the first stage, and names every problem that can be known then.
 
 The rules themselves are elsewhere: allowed choices in the module that defines them, allowed numbers in the dataclass
-that has them. This module collects all problems, and puts before each the key to change.
+that has them. This module collects all problems, and names the key to change at the beginning of each.
 """
 
 from __future__ import annotations

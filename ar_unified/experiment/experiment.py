@@ -104,7 +104,7 @@ class Experiment:
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
         """The error with advice on what to do if the change was not intended, or if the data have changed."""
         section = error.field.partition(".")[0]
-        if section in keys and error.old != manifests.ABSENT:  # a key that the older version lacked cannot be repeated
+        if section in keys and error.old != manifests.ABSENT:  # ABSENT: no old value to repeat
             return StageMismatch(
                 error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
             )

@@ -139,8 +139,8 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         )
 
     def __call__(self, step: int, params: Params) -> PolicyBatch[jax.Array]:
-        """Returns the batch of a step. Raises RewardFailed if a reward fails and `rewarding` says "stop", or if no
-        group of several rounds of sampling in a row has all its rewards."""
+        """Returns the batch of a step. Raises RewardFailed if a reward fails and `rewarding` says "stop", or if
+        several consecutive rounds of sampling have no group with all its rewards."""
         drawing, at = divmod(step, self.every)
         if self._held[0] != drawing:
             self._held = drawing, self._drawn(drawing, params)

@@ -197,8 +197,8 @@ def drawing(config: ConfigDict) -> DrawingConfig:
 def selected(
     config: ConfigDict, key: str, vocabulary: Vocabulary | None = None, new: Collection[int] = ()
 ) -> Selection:
-    """The parameters that `training.only` or `training.fresh` names. An adapter, if there is one, is added to those of
-    `only`.
+    """The parameters that `training.only` or `training.fresh` names. An adapter, if there is one, is added to the
+    parameters of `only`.
 
     Args:
         vocabulary: None if there is none yet, in which case any kind of ids may be named.
@@ -311,8 +311,8 @@ def _first_step(settings: ConfigDict, begin: float) -> int:
 
 
 def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """(step, places) of each phase: from this step on, only the parameters at these places are trained. It is made from
-    `training.only` and the `only` of phases, and is () if no phase has `only`.
+    """Returns (step, places) of each phase: from this step on, only the parameters at these places are trained. It is
+    made from `training.only` and the `only` of phases, and is () if no phase has `only`.
 
     Call it after `phases`, which checks the settings.
     """

@@ -3,8 +3,8 @@
 Sizes are written in decimal digits as text. <|extra_200|> is between rows, not after the last, and there is no
 <|extra_201|>. An answer is between <|extra_100|> and <|extra_101|>.
 
-Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Its own
-class leaves out the QK-norm under attn_implementation="sdpa", but the weights need it.
+Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Emu3.5's
+own class leaves out the QK-norm under attn_implementation="sdpa", but the weights need it.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
 
 
 def _with(tokenizer: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """A tokenizer.json with special tokens for these ids. Ids between its last token and the first of these get
-    placeholders."""
+    """A tokenizer.json with special tokens for these ids. Ids between the file's last token and the first of
+    these ids get placeholders."""
     added = tokenizer.get("added_tokens") or []
     pieces = tokenizer["model"]["vocab"]
     known = set(pieces) if isinstance(pieces, dict) else {piece[0] for piece in pieces}

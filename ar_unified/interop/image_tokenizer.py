@@ -31,7 +31,7 @@ _RECORD = {"image_dialect": str, "image_prefix": str, "image_dtypes": dict, "fil
 
 
 def is_one(folder: Path) -> bool:
-    """Whether this is such a folder, and not a bundle."""
+    """Whether this is the folder of an image tokenizer, and not a bundle."""
     return (folder / WEIGHTS).exists()
 
 

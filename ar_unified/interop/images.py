@@ -127,7 +127,7 @@ def _settings() -> Iterator[None]:
 
 
 def _resolution(settings: Mapping[str, Json]) -> int:
-    """The side of the images that it was made for, from its settings; 0 if they do not say it."""
+    """The side of the images that a tokenizer was made for, from its settings; 0 if they do not say it."""
     found = settings.get("resolution")
     if type(found) is int and found > 0:
         return found

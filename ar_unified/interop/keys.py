@@ -35,7 +35,7 @@ class Dialect:
         name: the name in messages.
         names: for each of our leaves (`leaves.named`), the name of its tensor; {} stands for the number of the layer.
             "embedding" and "head" may have several tensors, the parts of one table in order.
-        out_first: whether matrices are [out, in], as in torch. Otherwise [in, out], and tables of the head are [D, V].
+        out_first: whether matrices are [out, in], as in torch. Otherwise they are [in, out], and the head is [D, V].
         interleaved: whether RoPE rotates neighbours as pairs (0 and 1). Our code and transformers pair 0 with H/2.
         ignored: endings of the names of tensors that are not parameters, such as buffers.
     """
@@ -278,7 +278,9 @@ class Keys:
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
-    """[A, B] -> [B, A], contiguous. It copies block by block, because numpy's copy of `.T` takes four times as long."""
+    """Turns [A, B] into a contiguous [B, A]. It copies block by block, because numpy's copy of `.T` takes four times as
+    long.
+    """
     out = np.empty(matrix.shape[::-1], matrix.dtype)
     for begin in range(0, len(matrix), _BLOCK):
         out[:, begin : begin + _BLOCK] = matrix[begin : begin + _BLOCK].T

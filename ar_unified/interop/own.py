@@ -1,7 +1,7 @@
-"""Writes a model of our own in a form that others read: as a Llama or Qwen3, which have the same blocks, with a
-tokenizer.json.
+"""Writes a model of our own in a form that other programs read: a Llama or Qwen3, which have the same blocks,
+and a tokenizer.json.
 
-For other programs it is a language model whose last ids are image codes. The card says how to read them.
+For other programs the model is a language model whose last ids are image codes. The card says how to read them.
 """
 
 from __future__ import annotations

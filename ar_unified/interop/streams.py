@@ -234,7 +234,7 @@ def _stored(reader: _Reader, value: Any) -> _Stored:
 
 
 def _listed(found: dict[str, Json]) -> list[Any]:
-    """{"0": a, "1": b} -> [a, b]"""
+    """Turns {"0": a, "1": b} into [a, b]."""
     return [found[str(i)] for i in range(len(found))]
 
 

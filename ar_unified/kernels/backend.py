@@ -23,11 +23,11 @@ def module(package: str, backend: str) -> ModuleType:
 
 def choose(package: str, backend: str, *args: Any) -> str:
     """Returns the backend that computes the op in `package` for `args`. `unsupported(*args)` of a backend's module says
-    whether it can.
+    whether that backend can.
 
     "auto" is the kernel of the current device. On CPUs it is xla. If there is no kernel, or the kernel cannot compute
     `args`, it is xla with a warning. A backend asked for by name is used or refused with ValueError, never replaced.
-    tpu_interpret and hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
+    tpu_interpret and hopper_interpret emulate the kernels on a CPU, hopper_interpret with jax 0.12 and later.
     """
     op = package.rpartition(".")[2]
     if backend != "auto":

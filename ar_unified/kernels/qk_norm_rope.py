@@ -1,9 +1,10 @@
 """QK-norm and RoPE of queries or keys, in one pass forward and one pass backward.
 
-JAX's own derivative of these operations keeps several float32 copies of the input. This one keeps only the input and
-one reciprocal norm per head, and computes the rest again. Everything between the projection and the product q k is
-elementwise, except for sums over H. XLA fuses it on every platform, so that only the input is read and the output
-written. This is not a part of the attention kernel, because keys would be normalised again for each block of queries.
+JAX's own derivative of these operations keeps several float32 copies of the input. The derivative here keeps only
+the input and one reciprocal norm per head, and computes the rest again. Everything between the projection and the
+product q k is elementwise, except for sums over H. XLA fuses it on every platform, so that only the input is read and
+the output written. This is not a part of the attention kernel, because keys would be normalised again for each block of
+queries.
 
 The rotation of pairs (i, i + H/2) is x * cos + (x with its halves swapped) * sin.
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos for both of a pair; -sin for one, sin for the other
+Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos for both of a pair; -sin for one and sin for the other
 
 
 def qk_norm_rope(

@@ -8,8 +8,8 @@ import numpy as np
 
 
 def row_max(x: jax.Array) -> jax.Array:
-    """x.max(-1, keepdims=True). On a CPU, XLA does not vectorise a maximum that propagates NaN. This one does not
-    propagate NaN, and is 4x faster.
+    """x.max(-1, keepdims=True). On a CPU, XLA does not vectorise a maximum that propagates NaN. This
+    function does not propagate NaN, and is 4x faster.
     """
 
     def greater(x):

@@ -8,7 +8,8 @@ checkpoint records the options that were really used. The purpose of each:
   minor_sharding_for_major_trivial_input, relayout_group_size_threshold, assign_all_reduce_scatter_layout
       gradients get a layout for which one reduce-scatter replaces an all-reduce of the whole gradient and a slice
 
-Names and values: MaxText's benchmarks/xla_flags_library.py. Their effect on our programs: docs/tpu_training.md.
+Names and values come from MaxText's benchmarks/xla_flags_library.py. docs/tpu_training.md says how they affect our
+programs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
     device = mesh.devices.flat[0]
     hardware = of_kind(device.device_kind)
     chosen = dict(each.removeprefix("--").split("=", 1) for each in own)
-    if device.platform != "tpu":  # unlike flags, compile options take only these booleans
+    if device.platform != "tpu":  # compile options, unlike flags, take only the booleans of _BOOLEANS
         chosen = {name: _BOOLEANS.get(value, value) for name, value in chosen.items()}
     set_already = re.findall(r"--([^\s=]+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
     ours = dict(OPTIONS.get(hardware.name, {}) if hardware else {})
@@ -71,8 +72,8 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
 
 
 def _refused(mesh: Mesh, options: Mapping[str, str]) -> tuple[str, str] | None:
-    """(option, message) for the first option that the compiler refuses; the option is "" if the message does not name
-    it. Returns None if the compiler accepts all.
+    """Returns (option, message) for the first option that the compiler refuses; the option is "" if the message does
+    not name it. Returns None if the compiler accepts all.
 
     This compiles an empty program, because the real one takes minutes.
     """

@@ -1,7 +1,7 @@
 """Writes the log of one process of a job, and its last message, even if the process itself cannot write it any more.
 
 If another process is gone, JAX ends this one with abort(); a killed process ends at once. In both cases our Python code
-cannot run. So each process sends its stderr to a small reader, this file run as a script, which lives longer:
+cannot run. So each process sends its stderr to a small reader that lives longer, which is this file run as a script:
 
     python last_words.py LOG PROCESS PROCESSES COORDINATOR < the stderr of the process
 
@@ -63,7 +63,7 @@ def main() -> None:
     ended."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the process handles them; its last lines must still be read
+        signal.signal(number, signal.SIG_IGN)  # the process handles these signals; its last lines must still be read
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def say(line: str) -> None:

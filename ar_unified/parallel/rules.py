@@ -94,8 +94,8 @@ def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:
 
 
 def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): if a batch is cut into `count` equal parts, all rows on this process's devices are in part
-    `index`.
+    """Returns (index, count): if a batch is cut into `count` equal parts, all rows on this process's devices are in
+    part `index`.
 
     It is (0, 1), the whole batch, for a single process, or if the mesh spreads a process's rows over several parts.
     """

@@ -27,8 +27,8 @@ import jax
 import numpy as np
 from absl import flags
 
-# These are private, because no public API can do three things. It cannot find the cluster before anything starts
-# (jax.distributed.initialize tells only after the start). It cannot set the time-out of the service, which names
+# These imports are private, because no public API can do three things. It cannot find the cluster before anything
+# starts (jax.distributed.initialize tells only after the start). It cannot set the time-out of the service, which names
 # missing processes (initialize does not pass its own on). It cannot send a message to all processes without a device.
 from jax._src import clusters, distributed
 from jax._src.lib import _jax

@@ -17,7 +17,7 @@ from ar_unified.parallel.rules import spec
 
 
 def zigzag(x: jax.Array) -> jax.Array:
-    """[B, T, ...] from sequence order to zigzag order; unchanged if the mesh in scope does not split sequences.
+    """Changes [B, T, ...] from sequence order to zigzag order; unchanged if the mesh in scope does not split sequences.
 
     Raises ValueError if T is not a multiple of 2C.
     """
@@ -25,7 +25,7 @@ def zigzag(x: jax.Array) -> jax.Array:
 
 
 def unzigzag(x: jax.Array) -> jax.Array:
-    """[B, T, ...] back to sequence order."""
+    """Changes [B, T, ...] back to sequence order."""
     return _exchange(x, _to_sequence)
 
 

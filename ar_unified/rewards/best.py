@@ -38,7 +38,7 @@ class BestReport:
         requests: the number of requests with a chosen sample.
         pairs: the number of preference pairs.
         unrewarded: the number of samples without a reward.
-        first: the first of these and the reason, or "".
+        first: the first sample without a reward, and the reason; "" if there is none.
         best: the mean reward of the chosen samples.
         mean: the mean reward of all samples that have a reward.
     """

@@ -25,8 +25,8 @@ class RewardFailed(RunError):
 class RewardConfig:
     """
     Attributes:
-        function: the reward: the name of a shipped reward, "module:function" for Python, "command:PROGRAM ..." for
-            another language, or "scores:FILE" for existing samples.
+        function: the name of a shipped reward, "module:function" for Python, "command:PROGRAM ..." for another
+            language, or "scores:FILE" for existing samples.
         timeout: seconds that a reward may take for one answer. A command that gets n answers at once may take n times
             as long.
         on_error: what happens if a reward raises, hangs or is not a finite number. "skip": the group of this answer is

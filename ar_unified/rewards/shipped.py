@@ -4,8 +4,8 @@ exact_answer  1 if the answer's text is right; white space at its ends does not 
 shapes        1 if the image shows the scene in the prompt's `meta` (evaluation/shapes.py)
 shapes_objects  intersection over union of the objects in that scene and the objects in the image; 1 if `shapes` is 1
 shapes_closeness  the mean over all places where that scene or the image has an object. Half of a place's value is for
-              the right object, and half for how close its pixels are. Finer than `shapes`, for scenes that are rarely
-              drawn right
+              the right object, and half for how close its pixels are. It is finer than `shapes`, for scenes that are
+              rarely drawn right
 easy_vqa      1 if the image shows the figure that the prompt names (evaluation/easy_vqa.py)
 brevity       -1 for each character of the answer's text: shorter is better
 length        the number of characters of the answer's text
@@ -22,8 +22,8 @@ from ar_unified.language.document import Document, ImagePart
 
 
 def exact_answer(prompt: Document, answer: Document) -> float:
-    """1 if the answer's text is the right one, else 0. The right one is the prompt's own or, for a request, its column
-    "expected". Raises ValueError if a prompt has neither.
+    """1 if the answer's text is the right one, else 0. The right text is the prompt's own answer or, for a request,
+    its column "expected". Raises ValueError if a prompt has neither.
     """
     expected = (text_of(prompt, answer=True) if prompt.asks else "") or str(prompt.meta.get("expected", ""))
     if not expected:

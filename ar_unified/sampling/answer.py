@@ -44,7 +44,9 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
     if found is None:
         return None
     end, stop = found
-    said = tokens[: end if isinstance(stop, str) else end - len(stop)]  # a text may begin within a piece
+    said = tokens[
+        : end if isinstance(stop, str) else end - len(stop)
+    ]  # a stop text may begin inside a piece; its tokens are kept here
     sample = finished(grammar, plan, index, np.append(said, grammar.syntax.end).astype(np.int32))
     if sample.document is None:
         return replace(sample, tokens=tokens[:end])
@@ -68,7 +70,7 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
     runs = grammar.texts(np.append(prompt[:1], tokens)) if len(before) else []
     if runs and runs[0][0] == 1:  # else the tokens begin with a control token, or with text that opens an image
-        # Decoded again, after the prompt's text, because the meaning of ids may depend on the text before them.
+        # The ids are decoded again, after the prompt's text, because their meaning may depend on the text before them.
         first = tokens[: runs[0][1] - 1]
         whole, known = (grammar.text_codec.decode([int(i) for i in ids])
                         for ids in (np.concatenate([before, first]), before))  # fmt: skip

@@ -4,7 +4,7 @@
     batch_errors.jsonl   the same, but with status_code 400 (the line cannot be served) or 500 (drawing failed), and a
                          body that says why: {"error": {"message", "type", "param", "code"}}
 
-Every line of the batch is in one of them, in the batch's order. The body is a chat completion, or an answer of
+Every line of the batch is in one of the two files, in the batch's order. The body is a chat completion, or an answer of
 /v1/images/generations. The content of a chat answer with images is a list of parts in reading order, {"type": "text"}
 and {"type": "image_url"}, with the images as PNG in data: URLs. So this list can be copied into a later conversation.
 Both files depend only on the requests and samples.jsonl, because ids are hashes and "created" is always 0.

@@ -50,7 +50,12 @@ class _Asked:
 
 @dataclass
 class ExportReport:
-    """images: how many were written to `folder`. left_out: for each request that was left out, by id, the reason."""
+    """What was exported.
+
+    Attributes:
+        images: how many images were written to `folder`.
+        left_out: by id, the reason why a request was left out.
+    """
 
     folder: Path
     images: int = 0
@@ -130,7 +135,7 @@ def _geneval(job: Path, report: ExportReport) -> None:
 
 
 def _dpg(job: Path, report: ExportReport) -> None:
-    """Writes a grid for each complete request, two images in a row, all of one size (the evaluator's --resolution)."""
+    """Writes a grid for each complete request, two images per row, all of one size (the evaluator's --resolution)."""
     for asked in _asked(job, report):
         if len(asked.images) < asked.n:
             report.left_out[asked.id] = f"{len(asked.images)} of {asked.n} samples have an image so far"
@@ -146,7 +151,7 @@ def _dpg(job: Path, report: ExportReport) -> None:
         grid = Image.new("RGB", (side * min(asked.n, 2), side * (1 + (asked.n > 2))))
         for i, image in enumerate(images):
             grid.paste(image, (i % 2 * side, i // 2 * side))
-        # It is written outside the folder, which may contain only complete images.
+        # The grid is first written outside the folder, because the folder may contain only complete images.
         unfinished = report.folder.with_name(f".{report.folder.name}.{asked.id}.png")
         grid.save(unfinished)
         os.replace(unfinished, report.folder / f"{asked.id}.png")

@@ -127,7 +127,7 @@ def _plain(key: str) -> str:
 
 
 def _swapped(a: str, b: str) -> bool:
-    """Whether the two differ by one swap of adjacent letters, as in "mdoe" and "mode"."""
+    """Whether the two words differ by one swap of adjacent letters, as in "mdoe" and "mode"."""
     return len(a) == len(b) and any(a[:i] + a[i + 1] + a[i] + a[i + 2 :] == b for i in range(len(a) - 1))
 
 

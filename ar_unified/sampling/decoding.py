@@ -20,13 +20,13 @@ from jax import Array
 
 from ar_unified.kernels.row_max import row_max
 
-_FLOOR = -1e30  # stands for NaN and -inf of an allowed token: below every finite logit, above every forbidden one
+_FLOOR = -1e30  # replaces NaN and -inf of allowed tokens: below every finite logit, above every forbidden one
 
 
 @dataclass(frozen=True)
 class Filter:
-    """How to draw a token. Temperature 0 takes the most likely one. top_k is applied before top_p. top_k 0 and top_p 1
-    are off.
+    """How to draw a token. Temperature 0 takes the most likely token. top_k is applied before top_p. top_k 0 and
+    top_p 1 mean no filter.
     """
 
     temperature: float = 1.0
@@ -118,8 +118,8 @@ def log_probability(logits: Array, allowed: Array | None, filters: Filters, toke
 
 
 def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
-    """f32 [B, V]: the logits with a penalty on tokens `seen`, bool [B, V]: logits above 0 are divided by `penalty` [B],
-    others are multiplied by it."""
+    """Returns the logits, f32 [B, V], with a penalty on the tokens in `seen`, bool [B, V]. Their logits are divided by
+    `penalty` [B] if they are above 0, and multiplied by it otherwise."""
 
     def penalized(logits: Array) -> Array:
         factor = penalty[:, None]
@@ -139,8 +139,8 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
     least = jnp.where(used, jnp.stack([top_k.astype(jnp.float32), top_p]), 0)
 
     def cut(i: Array, floor: Array) -> Array:
-        """The threshold of a row's top_k (i = 0), where each token weighs 1, or of its top_p (i = 1), where a token
-        weighs its p."""
+        """The threshold of a row's top_k (i = 0), where each token has weight 1, or of its top_p (i = 1), where
+        the weight of a token is its probability."""
         kept = jnp.where(ranks >= floor[:, None], logits, -jnp.inf)
         p = jnp.exp(kept - row_max(kept))
         weight = jnp.where(i == 0, 1.0, p / jnp.sum(p, axis=-1, keepdims=True))

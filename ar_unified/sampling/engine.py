@@ -1,7 +1,7 @@
 """Turns many requests into many samples by continuous batching.
 
-Requests are served in pools (`steps.Shape`). The pool depends on how many contexts a request is guided with and which
-length of cache it needs. Both follow from the request alone, and no row depends on another, so a sample does not depend
+Requests are served in pools (`steps.Shape`). The pool depends on the number of contexts of a request and on the cache
+length that it needs. Both follow from the request alone, and no row depends on another, so a sample does not depend
 on the rest of its batch, on its slot, or on the time when it is drawn. For each pool, three programs are compiled.
 Temperature, guidance, size, seed and budget are arrays, so no request makes the engine compile another program.
 
@@ -86,8 +86,8 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
 
 
 def ways_of(batch_size: int, mesh: Mesh | None) -> int:
-    """The number of devices over which the mesh splits an engine's rows. Raises ValueError unless it divides the
-    rows."""
+    """The number of devices over which the mesh splits an engine's rows. Raises ValueError unless this number
+    divides the rows."""
     ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
         raise ValueError(f"batch_size: expected a multiple of the mesh's {ways} data devices, found {batch_size}")
@@ -347,7 +347,7 @@ class Engine:
         drafts = state.drafts
         if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):
             drafts = self.call(self._programs.drafts, self.batch_size, shape.contexts, width)
-            if state.position.committed and self.mesh is None:  # like the state; else its program is compiled twice
+            if state.position.committed and self.mesh is None:  # as the state is; else the program is compiled twice
                 drafts = jax.device_put(drafts, state.position.sharding)
             state = state._replace(drafts=drafts)
         program, learned = self._programs.told if self._logprobs else self._programs.decode, list[np.ndarray]()
@@ -438,7 +438,7 @@ def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> 
     if not waiting:
         return CHUNK
     if len(slots) == 1:
-        tokens_a_step = 1.0  # the chunk stops by itself when its only sample ends
+        tokens_a_step = 1.0  # the only slot: when its sample ends, the chunk stops by itself
     left = [None if slot.left is None else math.ceil(slot.left / tokens_a_step) for slot in slots if slot is not None]
     ends = [n for n in left if n is not None] + [CHUNK if None not in left else _SHORT]
     return max(min(ends), min(_SHORTEST, max(ends)))

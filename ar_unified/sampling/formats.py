@@ -79,7 +79,7 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = F
     if path.is_dir():
         return _rows(folder, _folder(folder, leave))
     if path.exists():
-        require_file(path)  # a pipe can be read only once
+        require_file(path)  # refuses a pipe, because it can be read only once
     if suffix in _PACKED:
         raise RequestError(f"{path}: expected a file that is not compressed: unpack it first")
     if suffix == ".tar":

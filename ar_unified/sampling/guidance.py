@@ -37,7 +37,7 @@ def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
 
 
 def mix(logits: Array, weights: Array) -> Array:
-    """f32 [R, V] from logits f32 [R, C, V] and weights f32 [R, C].
+    """Mixes logits f32 [R, C, V] with weights f32 [R, C]; returns f32 [R, V].
 
     Rows that give their unconditional contexts weight 0 keep their own logits bit for bit.
     """

@@ -1,10 +1,10 @@
 """Turns requests into a folder of samples. A job that was killed at any moment can continue where it stopped.
 
     manifest.json   what determines the samples: vocabulary, weights, requests, defaults, engine shape
-    samples*.jsonl  one line per sample, appended after its images are written; a bad request is a line, too
+    samples*.jsonl  one line per sample, appended after its images are written; a bad request has a line, too
     images/NAME/    the images of a request: 00_00.png is image 00 of sample 00, and prompt_00.png is an image of the
                     prompt as the model saw it. If a side has more than 256 pixels, 00_00.jpg is the thumbnail. NAME is
-                    the request's id; if that cannot name a folder, its lines have another "name"
+                    the request's id, or the "name" in its lines if the id cannot be a folder's name
     index.html      the gallery, when all is done
     batch_output.jsonl, batch_errors.jsonl   the output files of an OpenAI batch, when all is done; only if the requests
                                              are such a batch
@@ -57,10 +57,11 @@ class JobReport:
     """What a process did.
 
     Attributes:
-        samples, errors, tokens: how many there were in this run. seconds: how long it took. found: how many samples
-            were done before.
-        complete: whether no process has anything left to do. first_error: the first error of this run, with its line,
-            or "".
+        samples, errors, tokens: how many there were in this run.
+        seconds: how long the run took.
+        found: how many samples were done before.
+        complete: whether no process has anything left to do.
+        first_error: the first error of this run, with its line, or "".
         tokens_a_step: the mean number of tokens that a sample got from one step of the engine; 1 without a window.
     """
 
@@ -99,10 +100,10 @@ def run_job(
 
     Args:
         engine: its grammar must fit `image_tokenizer`.
-        requests: the file, or several. output: the folder, made if it is missing.
+        requests: the file, or several files.
+        output: the folder, made if it is missing.
         defaults: values for settings that a request does not give, with the keys of a request.
-        weights: a name of the weights (a hash, or checkpoint and step), so that samples of other weights are not mixed
-            in.
+        weights: a name of the weights (a hash, or checkpoint and step), so that a job never mixes weights.
         resize: resizes an image as data preparation did, from uint8 [H, W, 3] to uint8; None: as the layout implies.
         links: whether to follow links that lead out of the requests' folder (`data.files`).
         process: (k, n): this is process k of n that share the job; it serves every n-th request. Each process has its
@@ -115,8 +116,8 @@ def run_job(
             size may differ).
         JobBusy: if another process writes to the same files.
         RequestError: if `defaults` are wrong, or a file of requests is broken or empty.
-        OSError: if the requests cannot be read, or the output cannot be written (a full disk). Finished samples stay,
-            and the same call continues from them. ValueError: if samples.jsonl contains a line that no job wrote.
+        OSError: if reading or writing fails (a full disk). Finished samples stay; the same call continues from them.
+        ValueError: if samples.jsonl contains a line that no job wrote.
     """
     rank, count = process
     if not 0 <= rank < count:
@@ -127,7 +128,7 @@ def run_job(
     _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
     resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
-    if storage.is_mirrored(output):  # other machines cannot see a lock on the file here
+    if storage.is_mirrored(output):  # other machines cannot see a lock on the local file
         own(output / shard_name(rank, count))
     with open_shard(output, rank, count) as file:
         done = Done.read(output)
@@ -156,7 +157,7 @@ def run_job(
         storage.refresh()
         found = Done.read(output)
     complete = not any(_undone(line, found) and line.number not in found.failed for line in lines)
-    if complete:  # true for the last process to end
+    if complete:  # only the last process of a job finds everything done
         gallery.write(output)
         batch_output.write(output, lines, weights)
     counted = tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds

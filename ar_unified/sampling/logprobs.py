@@ -25,7 +25,7 @@ from ar_unified.sampling.steps import CHUNK, State
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, count: Array
 ) -> tuple[State, Array]:
-    """`steps.decode_chunk`, with the bits of the log-probabilities, float32 [R, CHUNK], packed in front of its
+    """Like `steps.decode_chunk`, but the bits of the log-probabilities, float32 [R, CHUNK], are packed in front of the
     result.
     """
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))

@@ -8,7 +8,7 @@ Images are data: URLs or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
     temperature, top_p, top_k       how text is drawn; our key "image": {"temperature": ...} says how images are drawn
-    modalities                      ["text"] or ["image"]: that mode; both, or without this key: mode "free"
+    modalities                      ["text"]: mode "text"; ["image"]: mode "image"; both, or no such key: mode "free"
     size                            image_size; "auto": the same as no image_size
     metadata                        meta
     keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
@@ -38,7 +38,7 @@ _UNREAD = {
 _NO_TOOLS = "there are no tools here: leave it out"
 _NO_LOGPROBS = "an answer has no log-probabilities: leave it out"
 _PENALTY = 'leave it out, or set "repetition_penalty", a key of ours'
-# key -> the values that change nothing, and advice for any other value
+# Maps a key to the values that change nothing, and to advice for any other value
 _NEUTRAL: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     "chat": {
         "frequency_penalty": ((0,), _PENALTY),
@@ -80,7 +80,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What the answer to a line repeats from it: its id, the kind of answer, and the model's name."""
+    """What the answer to a line repeats from the line: its id, the kind of answer, and the model's name."""
 
     custom_id: Any
     endpoint: Literal["chat", "images"]

@@ -6,10 +6,10 @@ draws. The cost of a step depends on the device and the batch.
 The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
 also guesses from its own draws after wrong guesses. How much more is known once a window was used. The cost of a step
-is measured on a few steps alone. If these say that a window is faster, it is compared with drawing one by one in real
-work: the pool takes some chunks with each in turns, and the clock decides, because a step alone does not show
-everything that a window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a
-small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one process.
+is measured on a few steps alone. If these steps say that a window is faster, the window is compared in real work with
+drawing one by one. The pool takes some chunks with each in turns, and the clock decides, because a step alone does not
+show everything that a window costs. A trial therefore costs these steps and the compile time, and a pool may spend only
+a small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one process.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _PROMISING = 1.3  # if at least this many tokens a step are expected, the greate
 _BETTER = 1.1  # a window must be this many times faster than drawing one by one
 # Without a window, saw() gets the first 32 samples, then every 64th: each takes as long as a fifth of a small image.
 _FIRST, _EACH = 32, 64
-_DECIDING = 4 * CHUNK  # steps between two decisions: for small images, each would take 1 % of a sample's time
-_KEEP = 0.97, 0.9  # decay of earlier counts, by each sample and by each chunk
+_DECIDING = 4 * CHUNK  # steps between two decisions; a decision takes as long as 1 % of a small image's sample
+_KEEP = 0.97, 0.9  # factors on earlier counts, at each sample and at each chunk
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Costs:
 
     def of(self, width: int) -> float:
         """Seconds of a step: as measured, else interpolated between a narrower and a wider one. If only width 1 was
-        measured, it is `width` times as long."""
+        measured, a step is assumed to take `width` times as long."""
         if width in self.step or len(self.step) < 2:
             return self.step.get(width, width * self.step.get(1, 0.0))
         return float(np.interp(width, sorted(self.step), [self.step[each] for each in sorted(self.step)]))
@@ -187,13 +187,13 @@ class _Pool:
         self.found = {}
 
     def compared(self, comparison: _Comparison) -> None:
-        """Takes the result of a comparison: the width's cost becomes the one that explains its speed."""
+        """Takes the result of a comparison: sets the cost of the width's steps so that it gives the measured speed."""
         width = comparison.width
         self.costs.step[width] = self.tokens(width) * self.costs.step[1] / comparison.speed
         self.costs.used.add(width)
         self.lost += comparison.lost
         self.comparison, self.decision = None, 0
-        self.again = self.steps + _AGAIN  # if the width stays in use
+        self.again = self.steps + _AGAIN  # when to compare again, if the width stays in use
 
     def _worth(self, width: int) -> float:
         """The speed, with a bonus for the present width, so that only a clearly faster width replaces it."""

@@ -1,9 +1,9 @@
-"""A table from which `window.py` guesses codes. For a pair of codes, the code before and the code above, it has the
-code that last followed them.
+"""A table from which `window.py` guesses codes. A pair is the code before a position and the code above it. For each
+pair, the table has the code that last followed the pair.
 
-The host learns it from images as they are drawn, and passes it to the device with the weights. If the code above has
-been right more often for a pair, the table has no entry, and the code above is the guess. A wrong entry only costs a
-step that could have been saved, so several pairs may share an entry.
+The host learns the table from images as they are drawn, and passes it to the device with the weights. If the code above
+has been right more often for a pair, the table has no entry, and the code above is the guess. A wrong entry only costs
+a step that could have been saved, so several pairs may share an entry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 SIZE = 1 << 15
-_STEP = 257  # pairs of codes below it have their own entries, as far as SIZE allows
+_STEP = 257  # pairs of codes below this number have their own entries, as far as SIZE allows
 _SURE = 4  # limit of an entry's count, so that the table follows when other images are drawn
 
 

@@ -37,9 +37,9 @@ class Plan:
         given: int32 [m], the first tokens of every sample, which are known in advance.
         prefixes: the tokens that each context reads first, int32 [...]; the first context reads prompt and given.
         starts: where each context's images begin; 0 for the first context.
-        resets: whether each new <boi> goes back there.
+        resets: whether each new <boi> goes back to this start.
         budget: the most tokens of a sample, including `given`.
-        smallest: the tokens of its smallest possible image.
+        smallest: the number of tokens of its smallest possible image.
         steps: how many steps a sample takes, if that is known; else None.
         start: the state from which the automaton resumes.
         shape: the shape of the pool that serves it.
@@ -98,7 +98,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         starts.append(len(base))
         resets.append(context != "image_only")
     if len(prefixes) == 3 and most == 1 and np.array_equal(prefixes[1], prefixes[2]):
-        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # they are equal if the prompt has no image
+        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # equal if the prompt has no image
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
     wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape

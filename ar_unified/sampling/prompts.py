@@ -22,7 +22,7 @@ class Prompts:
     """Reads each prompt once, no matter how many samples begin with it, and keeps the last batches.
 
     Args:
-        prefill: reads a batch: tokens [rows, size], lengths [rows], adapter [rows], int32 each.
+        prefill: reads a batch, given as tokens [rows, size], lengths [rows], adapter [rows], int32 each.
         rows: the number of rows of a batch.
         pad: the id that fills the places after a prompt.
     """

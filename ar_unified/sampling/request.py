@@ -43,9 +43,9 @@ class Request:
 
     Attributes:
         id: names the request in samples and messages.
-        parts: the prompt: text, images as codes of the image tokenizer, and token ids, in reading order.
+        parts: the prompt, which is text, images as codes of the image tokenizer, and token ids, in reading order.
         turn: whether to answer the prompt (True) or to continue the document that it begins (False).
-        history: the turns before the prompt: a system turn, and questions with their answers.
+        history: the turns before the prompt, such as a system turn, and questions with their answers.
         mode: "text": no images; "image": only images; "interleaved": text and at least one image; "free": the model
             chooses. In every mode, the grammar can parse the answer.
         n: how many samples.
@@ -62,7 +62,7 @@ class Request:
         guidance: scale of classifier-free guidance on image codes; 1: no guidance, at no cost.
         image_guidance: a second scale, for the effect of the prompt's images alone (InstructPix2Pix, arXiv
             2211.09800; Chameleon's 3.0 and 1.2). The logits become u + image_guidance (i - u) + guidance (c - i), where
-            c are those of the request, u those of `context` and i those of the images alone. 0: only one scale.
+            c are the logits of the request, u of `context` and i of the images alone. 0: only one scale.
         context: the unconditional context of guidance, one of CONTEXTS. The current image follows it.
             "empty_prompt": <bos> <eot>, as trained by condition dropout. "bos_boi": <bos> (Chameleon, LWM).
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
@@ -205,9 +205,10 @@ class Sample:
     Attributes:
         request, index: sample `index` of `request`.
         tokens: int32 [n], the generated tokens, with <eos> unless a stop ended the sample.
-        document: the document of these tokens: the parts after the prompt, with images as codes. None if there was an
-            error.
-        finish_reason: "eos": the model ended it; "length": the budget did; "stop": one of `request.stop` did; "error".
+        document: the document of these tokens, which has the parts after the prompt, with images as codes. None if
+            there was an error.
+        finish_reason: "eos": the model ended it; "length": the budget ended it; "stop": one of `request.stop`
+            ended it; "error": see `error`.
         error: what went wrong, in words; "" if nothing.
         logprobs: float32 [n], the log-probability with which each token was drawn (`logprobs.py`), 0 where it was given
             or forced; None if the engine was not asked for them.

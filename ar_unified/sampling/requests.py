@@ -131,7 +131,8 @@ def read_requests(
 
     Raises:
         RequestError: if a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file contains no
-            request. OSError: if a file cannot be read.
+            request.
+        OSError: if a file cannot be read.
     """
     settings = dict(defaults or {})
     _settings(settings, cells, "defaults")

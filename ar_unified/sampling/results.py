@@ -74,7 +74,7 @@ class Done:
 
     Attributes:
         samples: pairs (line of the requests, sample); sample is None for a bad request.
-        failed: by line, the errors of requests that may succeed on another try.
+        failed: maps a line to the error of its request, if the request may succeed on another try.
     """
 
     samples: set[tuple[int, int | None]] = field(default_factory=set)

@@ -336,7 +336,7 @@ def step(
     # A row that has ended reads only its first slot, so a free slot costs almost nothing.
     fed = jnp.repeat(token, position.shape[1])[:, None]
     hidden, cache = model.extend(fed, state.cache, jnp.where(done, 0, writes).reshape(-1), rows.adapters)
-    piece = jnp.where(token < grammar.vocabulary.text_size, token, state.seen.shape[1])  # others are dropped
+    piece = jnp.where(token < grammar.vocabulary.text_size, token, state.seen.shape[1])  # past the end: ignored
     return token, State(
         rows=rows,
         automaton=after,
@@ -350,9 +350,9 @@ def step(
 
 
 def known(grammar: Grammar, state: automaton.State, canvas: Array) -> Array:
-    """The next token of every row if it is known, else -1 because it must be drawn: int32 [R].
+    """Returns the next token of every row, int32 [R], or -1 if the token must be drawn.
 
-    It is known if the grammar leaves one choice, or the row's canvas, int32 [R, codes], has the code.
+    A token is known if the grammar leaves one choice, or the row's canvas, int32 [R, codes], has the code.
     """
     machine = grammar.automaton
     given = jnp.take_along_axis(canvas, machine.code(state)[:, None], axis=1, mode="clip")[:, 0]

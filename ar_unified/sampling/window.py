@@ -8,8 +8,8 @@ Decoding", arXiv 2410.01699; here both draws have the same noise, so a guess is 
 distribution changes.) So a step gives between 1 and w tokens. In exact arithmetic, they equal the tokens of
 `steps.step`.
 
-The last step has also drawn tokens after its first wrong guess; these draws are the guesses at their positions. For
-other positions, `pairs.py` looks up the code before and the code above: the guess is the code that last followed the
+The last step also drew tokens after its first wrong guess; the next step uses these draws as guesses. For other
+positions, `pairs.py` looks up the code before and the code above: the guess is the code that last followed the
 same pair in earlier images. If there is none, the guess is the code above. Tokens that the grammar forces or a canvas
 gives are known, so they need no guess. Text is not guessed: if all rows are in text, `steps.step` takes the step.
 Guesses end where the contexts of a row would no longer write to consecutive places, such as after an image.
@@ -200,8 +200,8 @@ def draw(
         token, broken = decoding.choose(logits, None, active, filters, repeated(keys), at)
         return vocabulary.image_offset + token.reshape(R, width), broken.reshape(R, width)
 
-    # Text is not guessed, so a row draws at most one text piece in the window. The guesses before it may be text
-    # pieces.
+    # A row draws at most one text piece in the window, because text is not guessed. The known tokens before it may be
+    # text pieces, too.
     word_at = jnp.argmax(drawn & ~image, axis=1)
     at_word = jnp.arange(R), word_at
 

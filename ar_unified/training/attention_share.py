@@ -83,7 +83,7 @@ def layer_shares(
     columns = jnp.arange(T)
 
     def pieces(x: jax.Array, fill: int = 0) -> jax.Array:
-        """[B, T, ...] -> [chunks, B, width, ...]"""
+        """Cuts [B, T, ...] into chunks of queries, [chunks, B, width, ...]"""
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
         return jnp.moveaxis(x.reshape(B, -1, width, *x.shape[2:]), 1, 0)
 

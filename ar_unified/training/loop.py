@@ -86,7 +86,7 @@ class TrainingConfig:
     preview_every: int = 0
     checkpoint_every: int = 200
     keep: int = 3  # how many of the newest checkpoints are kept
-    keep_every: int = 0  # also keep those at multiples of this, which is a multiple of checkpoint_every; 0: none
+    keep_every: int = 0  # steps, a multiple of checkpoint_every; checkpoints at its multiples are also kept; 0: none
     keep_best: bool = True  # also keep the one with the lowest validation loss; it is saved at once
 
     def __post_init__(self) -> None:

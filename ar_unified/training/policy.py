@@ -93,7 +93,7 @@ class PolicyBatch(Generic[A]):
     shapes.
     """
 
-    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images are in the same columns in all
+    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images are in the same columns of all contexts
     positions: A  # i32 [B, C, T], positions in the context; 0 on padding
     doc_start: A  # i32 [B, C, T], where the context begins in the row; T on padding
     mix: A  # f32 [B, C, T], factor on a context's logits, divided by the temperature
@@ -107,7 +107,7 @@ class PolicyBatch(Generic[A]):
     scored: A  # bool [B], whether every sample of its group has a reward
     flat: A  # bool [B], whether all rewards of its group are equal
     cut: A  # bool [B], whether the token budget ended the sample
-    old: A | None = None  # f32 [B, T], the policy's log-probabilities when it drew the targets; None: as now
+    old: A | None = None  # f32 [B, T], the policy's log-probabilities when it drew the targets; None: the same as now
 
     @classmethod
     def shapes(cls, rows: int, length: int, contexts: int, ranges: int, old: bool) -> PolicyBatch[jax.ShapeDtypeStruct]:
@@ -132,7 +132,8 @@ class PolicyBatch(Generic[A]):
 
 
 def group_advantages(rewards: np.ndarray, scale: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(advantages, standard deviations, whether all rewards are equal), float64 and bool [P, G], from rewards [P, G].
+    """Returns (advantages, standard deviations, whether all rewards are equal), float64 and bool [P, G], from rewards
+    [P, G].
 
     The standard deviation divides by G. A group with equal rewards has advantages of exactly 0.
     """
@@ -153,7 +154,7 @@ def divergence(logp: jax.Array, reference: jax.Array) -> jax.Array:
 def token_objective(
     config: PolicyConfig, logp: jax.Array, old: jax.Array, advantage: jax.Array, reference: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(the objective to minimise at each token, whether it is clipped), [B, T] each.
+    """Returns (the objective to minimise at each token, whether it is clipped), [B, T] each.
 
     Args:
       logp, old, reference: log-probabilities [B, T] of the policy, of the policy that drew the samples, and of the
@@ -170,7 +171,7 @@ def token_objective(
 
 
 def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the weight of each token [B, T], the divisor of the weighted sum []).
+    """Returns (the weight of each token [B, T], the divisor of the weighted sum []).
 
     Args:
       drawn: bool [B, T], whether a token was drawn.

@@ -69,7 +69,8 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
     """Trains on ids int32 [N, h, w] for `steps` steps of about TOKENS ids. The result is deterministic for a `seed`.
 
     Raises:
-        ValueError: if there are no ids, or fewer than 1 step. RuntimeError: if the loss became infinite or NaN.
+        ValueError: if there are no ids, or fewer than 1 step.
+        RuntimeError: if the loss became infinite or NaN.
     """
     if not ids.size or steps < 1:
         raise ValueError(f"probe: expected at least 1 step and 1 image; found {steps} steps and ids {ids.shape}")

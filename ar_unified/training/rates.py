@@ -148,7 +148,7 @@ def make_rates(
 
 
 def _taken(factor: np.ndarray, runs: Rows) -> np.ndarray:
-    """[P, V] or [P, 1] -> [P, trained rows], or [P] if all rows are equal."""
+    """Takes the factors of the trained rows, [P, trained rows], from [P, V] or [P, 1]; [P] if all rows are equal."""
     if factor.shape[1] > 1 and runs:
         factor = np.concatenate([factor[:, begin:end] for begin, end in runs], axis=1)
     return factor[:, 0] if (factor == factor[:, :1]).all() else factor

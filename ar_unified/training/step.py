@@ -109,7 +109,7 @@ class TrainingTask(Protocol[Batch]):
         """
 
     def of_whole(self, batch: Batch) -> TrainingTask[Batch]:
-        """This task with the facts about the whole global batch that its loss needs if it gets only a part of the
+        """This task with facts about the whole global batch, which its loss needs if it gets only a part of the
         batch. For a whole batch, `loss` finds them itself.
         """
 
@@ -232,7 +232,7 @@ def abstract_state(task: TrainingTask[Batch], tx: optax.GradientTransformation, 
 
 
 def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
-    """[B, ...] -> [count, B / count, ...]; microbatch i has rows i, i + count, ...
+    """Reshapes [B, ...] to [count, B / count, ...]; microbatch i has rows i, i + count, ...
 
     A device holds consecutive rows, so with this stride each microbatch is on all devices and no row is moved.
     """
@@ -259,8 +259,8 @@ def gradients(
     accumulation: int,
     mesh: Mesh,
 ) -> tuple[Losses, Params, Metrics]:
-    """(loss or losses, gradients of the trained part, metric sums) of one global batch, computed in `accumulation`
-    sequential parts.
+    """Returns (loss or losses, gradients of the trained part, metric sums) of one global batch, computed in
+    `accumulation` sequential parts.
 
     Each row has its own random key, fold_in(key, row of the global batch), so the numbers do not depend on the parts.
     """

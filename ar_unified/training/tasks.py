@@ -217,7 +217,7 @@ class TransformerTask(Stateless[Batch]):
 
     @property
     def _softmax(self) -> tuple[int, int, int | None]:
-        """`chunk`, `used` and `split` of the losses."""
+        """The arguments `chunk`, `used` and `split` of the loss functions."""
         return self.chunk, self.vocabulary.used, self.split
 
     def of_whole(self, batch: Batch) -> Self:

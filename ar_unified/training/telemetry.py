@@ -24,7 +24,8 @@ from ar_unified.parallel.hardware import of_kind
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of all devices together, the source of the number). On a CPU or unknown hardware, it is measured once.
+    """Returns (FLOP/s of all devices together, the source of the number). On a CPU or unknown hardware, it is measured
+    once.
 
     The measured peak is the best of a few fp32 products of 1024 x 1024 matrices on one device. Simulated CPU devices
     share one processor, so for them it is not multiplied by their number.
@@ -59,7 +60,8 @@ def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
 
     Args:
       before: for each process, the mean seconds that its devices waited for the batch of a step.
-      step_seconds: the mean seconds of a step. A wait that exceeds the median by more than a tenth of it is reported.
+      step_seconds: the mean seconds of a step. A wait is reported if it exceeds the median wait by more than a tenth
+        of a step.
     """
     slowest = int(np.argmax(before))
     usual = float(np.median(before))

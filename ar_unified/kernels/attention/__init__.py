@@ -45,7 +45,7 @@ def attention(
 
     The query at position p = q_offset + t sees the keys at positions max(doc_start[t], p - window + 1) .. p. A query
     that sees no key (padding has doc_start = T, the length of the whole row) gets exact zeros, forward and backward,
-    and a log-sum-exp of -inf. Differentiable in q, k and v, through the log-sum-exp too.
+    and a log-sum-exp of -inf. The result is differentiable in q, k and v, also through the log-sum-exp.
 
     Args:
       q: [B, T, N, H], rotated, not scaled.

@@ -34,7 +34,7 @@ class Row:
       kernel: "forward", "dq" or "dkv"; None: all.
       head_dim: H; None: any.
       tile: the choice.
-      origin: the run that produced it, or another reason.
+      origin: the run that led to this choice, or another reason for it.
       length: the largest T or S for which the row may be used; None: any.
       group: the number of query heads per KV head; None: any.
       dtype_bytes: the bytes of an element of q; None: any.

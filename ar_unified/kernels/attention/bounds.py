@@ -2,7 +2,7 @@
 
 In a packed row documents lie one after another, so a causal query sees one run of keys: from the first key of its
 document (or of its window) to itself. The two ends of the run are the mask. Their minimum and maximum over a block of
-queries say which blocks of keys must be read. Every kernel uses only this.
+queries say which blocks of keys must be read. The kernels use nothing else.
 
 B batch, T query position, S key position, I blocks of queries, J blocks of keys.
 """
@@ -25,8 +25,8 @@ class Bounds(NamedTuple):
 
 
 class BlockRanges(NamedTuple):
-    """For each block of one kind (queries or keys), the blocks begin <= j < end of the other kind that it needs; int32
-    [B, blocks].
+    """For each block of one kind (queries or keys): the range begin <= j < end of the blocks of the other kind that it
+    needs, int32 [B, blocks].
 
     All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. They lie
     between the left edge of a document and the diagonal.

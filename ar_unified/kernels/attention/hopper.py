@@ -388,8 +388,8 @@ def _launch(
 
 
 def _place(backwards: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(head, block, row of the batch, warpgroup) of this thread. Thread blocks start in order, and those with most work
-    should start first. In long documents, these are the last queries and the first keys.
+    """Returns (head, block, row of the batch, warpgroup) of this thread. Thread blocks start in order, and those with
+    most work should start first. In long documents, these are the last queries and the first keys.
     """
     block = lax.axis_index("block")
     if backwards:
@@ -407,6 +407,6 @@ def _tile(kernel: str, q: jax.Array, k: jax.Array) -> Tile:
 
 
 def _pad(x: jax.Array, block: int) -> jax.Array:
-    """[B, T, N, H], padded with zeros to a multiple of `block` positions."""
+    """Pads [B, T, N, H] with zeros to a multiple of `block` positions."""
     missing = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else x

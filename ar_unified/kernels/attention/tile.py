@@ -49,13 +49,13 @@ def log_sum_exp(highest: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def weights(spec: Spec, scores: jax.Array, lse: jax.Array) -> jax.Array:
-    """The weights of a tile, computed again from the base-2 log-sum-exp in the tile's shape; 0 in a row where it is
-    +inf."""
+    """The weights of a tile, computed again from the base-2 log-sum-exp in the tile's shape; 0 in rows with a
+    log-sum-exp of +inf."""
     return jnp.exp2(scores * factor(spec) - lse)
 
 
 def slopes(spec: Spec, scores: jax.Array, weights: jax.Array) -> jax.Array:
-    """The gradient of the products q k is the result * (dweights - delta) * spec.scale. The caller multiplies by
-    spec.scale only once, after the sum over tiles.
+    """Returns x such that x * (dweights - delta) * spec.scale is the gradient of the products q k. The caller
+    multiplies by spec.scale only once, after the sum over tiles.
     """
     return weights if spec.soft_cap is None else weights * (1 - scores * scores)

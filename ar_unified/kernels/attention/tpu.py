@@ -1,11 +1,12 @@
 """Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, without steps in which no query sees a key.
 
-The grid of a kernel is a list (visits.py). For each block of queries, it has an entry for each block of keys that it
-sees. Entries that add to the same sum are adjacent. Scalar prefetch passes the list to the index maps, so blocks of
-other documents are neither fetched nor computed, and the pipeline never runs empty between two documents. Two other
-ways are worse. A dense grid with clamped index maps pays for each empty step, and most steps are empty for documents of
-1k in a row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for each block of queries.
-The list costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are computed in groups.
+The grid of a kernel is a list (visits.py). For each block of queries, the list has an entry for each block of keys
+that these queries see. Entries that add to the same sum are adjacent. Scalar prefetch passes the list to the index
+maps, so blocks of other documents are neither fetched nor computed, and the pipeline never runs empty between two
+documents. Two other ways are worse. A dense grid with clamped index maps pays for each empty step, and most steps are
+empty for documents of 1k in a row of 8k. A loop inside the kernel with its own copies must fill its pipeline again for
+each block of queries. The list costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are
+computed in groups.
 
 A step computes several query heads, if possible all of one KV head. So keys are fetched and masks computed once for all
 of them, and a step is long enough to hide its fixed cost even with the short blocks that documents need.
@@ -219,8 +220,8 @@ def _visit(outer, inner, cuts):
 
 
 def _entry(core, step, cuts):
-    """(entry, active): the entry of a core at this step, and whether it is a visit. After its last visit a core stays
-    at the last entry.
+    """Returns (entry, active): the entry of a core at this step, and whether it is a visit. After its last visit a core
+    stays at the last entry.
     """
     at, end = cuts[core] + step, cuts[core + 1]
     return jnp.minimum(at, end - 1), at < end
@@ -357,7 +358,8 @@ def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, list
     rows = bounds.first.shape[0]
 
     def listed(outer, heads, outer_is_keys):
-        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if cores shared only heads
+        # Whether a core would be idle if cores shared only heads.
+        idle = heads % tile.cores and outer.begin.size >= tile.cores
         return lists.visits(
             outer,
             by_query,
@@ -415,8 +417,9 @@ def _like(x: jax.Array, dtype) -> jax.ShapeDtypeStruct:
 
 
 def _lay(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, N, H] -> [B, N, length, H], padded with zeros after T, because a weight of zero times an arbitrary value
-    may be NaN."""
+    """Changes [B, T, N, H] to [B, N, length, H], with zeros after T, because a weight of zero times an arbitrary value
+    may be NaN.
+    """
     x = jnp.moveaxis(x, 1, 2)
     return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)]) if length > x.shape[2] else x
 

@@ -142,7 +142,7 @@ def _backward(spec, piece, key, value):
 
 
 def _over_group(x: jax.Array) -> jax.Array:
-    """[B, K, G, T, ...] -> [B, K, G T, ...], one axis to sum over."""
+    """Reshapes [B, K, G, T, ...] to [B, K, G T, ...], which has one axis to sum over."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
@@ -150,14 +150,14 @@ def _over_group(x: jax.Array) -> jax.Array:
 
 
 def _grouped(x: jax.Array, k: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, N, H] -> [B, K, G, T', H], T' the next multiple of `chunk`."""
+    """Changes [B, T, N, H] to [B, K, G, T', H], where T' is the next multiple of `chunk`."""
     B, T, N, H = x.shape
     x = jnp.moveaxis(x.reshape(B, T, k.shape[2], -1, H), 1, 3)
     return jnp.pad(x, [(0, 0)] * 3 + [(0, -T % chunk), (0, 0)]) if T % chunk else x
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    """[B, K, G, T, H] -> [B, T, N, H]."""
+    """Changes [B, K, G, T, H] back to [B, T, N, H]."""
     B, _, _, T, H = x.shape
     return jnp.moveaxis(x, 3, 1).reshape(B, T, -1, H)
 

@@ -2,8 +2,8 @@
 
 A thread block computes one KV head of one row, over a share of the row's live slots. Rows are split into equal parts
 until there are enough thread blocks for every SM. The parts are merged by their log-sum-exps. A thread block goes
-through its share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of the next
-begins. While one thread block computes, others on the SM wait for memory.
+through its share in blocks that TMA copies into a ring of shared memory. After a block is used, the copy of another
+block begins. While one thread block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
 bytes per clock from HBM, which are 7.5 bfloat16 numbers. With 64 multiply-adds for each of them, it uses a quarter of
@@ -35,7 +35,7 @@ HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # rows of a wgmma
 BLOCK = 64  # slots per block
 RING_BYTES = 64 * 1024  # the ring of keys and values of a thread block; an SM has room for more than two rings
-THREAD_BLOCKS = 4 * 132  # wanted number: two at once on each of the 132 SMs of an H100 or H200, then two more
+THREAD_BLOCKS = 4 * 132  # wanted number: each of the 132 SMs of an H100 or H200 gets two at once, then two more
 SHORTEST_PART = 4 * BLOCK  # the smallest number of slots that is worth a thread block
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # the maximum before any score; finite, because -inf - -inf is NaN

@@ -1,3 +1,3 @@
-"""Adapters that let evaluation harnesses call a model: one module for each harness, which imports that harness, and the
-common part (harness.py).
+"""Adapters that let evaluation harnesses call a model. Each harness has a module, which imports that harness.
+harness.py is the part that they share.
 """

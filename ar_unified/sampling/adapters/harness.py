@@ -54,8 +54,8 @@ class Harness:
         return answers
 
     def likelihoods(self, asked: Sequence[tuple[Prompt, str | TokensPart]]) -> list[tuple[float, bool]]:
-        """For each (prompt, continuation): the log-likelihood of the continuation in nats, and whether a greedy model
-        would write it."""
+        """Returns, for each (prompt, continuation), the log-likelihood of the continuation in nats, and whether greedy
+        decoding would give the continuation."""
         found = [(-math.inf, False)] * len(asked)
         pairs: dict[int, tuple[Request, tuple[Part | TokensPart, ...]]] = {}
         for i, (content, text) in enumerate(asked):

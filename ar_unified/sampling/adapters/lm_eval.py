@@ -32,10 +32,13 @@ class EngineLM(LM):
         self._room = model.engine.max_length - 2 - turn  # tokens of text, besides <bos>, <eos> and <eot>
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log-likelihood in nats, and whether it is the greedy continuation."""
+        """For each (context, continuation): the continuation's log-likelihood in nats, and whether it is the greedy
+        one.
+        """
         pairs = []
         for context, continuation in (request.args for request in requests):
-            # A space between the two belongs to the continuation, because tokenizers put spaces at the start of pieces.
+            # A space between context and continuation belongs to the continuation, because tokenizers put spaces at the
+            # start of pieces.
             bare = context if self._model.turn else context.rstrip()
             given = self._encode(bare) if bare else []
             if self._model.turn:

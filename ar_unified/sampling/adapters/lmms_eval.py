@@ -50,7 +50,7 @@ class EngineLMM(lmms):
         that the rounds are over. The task decides whether a prompt repeats earlier rounds.
         """
         answers: list[Any] = [[] for _ in requests]
-        asked = {}  # by request: the prompt of this round, and what the task remembers
+        asked = {}  # maps a request to the prompt of this round, and to what the task remembers
         for i, request in enumerate(requests):
             context, _, doc_to_visual, _, id, task, split = request.args
             asked[i] = _content(context, doc_to_visual(self.task_dict[task][split][id])), None
