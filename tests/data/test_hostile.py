@@ -101,7 +101,7 @@ def test_what_is_told_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     source = open_source(dict(kind="text", path=tmp_path))
     bad = next(item for _, item in read(source, range(2)) if isinstance(item, BadItem))
     assert bad.origin == str(tmp_path / name) and str(bad).isprintable() and "caf\\udce9\\x1b[2J.txt" in str(bad)
-    (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"a text")  # a good one, and the same one twice
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"a text")  # a good file, with the text of a.txt
     output = tmp_path / "page.html"
     assert main(["validate", str(tmp_path), "--output", str(output)]) == 1
     said = capsys.readouterr().out

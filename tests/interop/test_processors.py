@@ -198,7 +198,7 @@ def emu3(folder: Path, here: Path) -> Side:
             )
 
     model = imported(folder, "emu3", here / "bundle")
-    model.resize = Resize("aspect", 64, 64, 8)  # the import has 720 x 720
+    model.resize = Resize("aspect", 64, 64, 8)  # the bundle's default is 720 x 720
     codes, end = table.ids("<|visual token"), [table.id("<|extra_200|>")]
     opening = [table.id(name) for name in ("<|image start|>", "8", "*", "8", "<|image token|>")]
     return Side(

@@ -42,7 +42,7 @@ def exact(case: Case, dtype) -> dict[str, np.ndarray]:
 
 
 def rounded(case: Case, backend: str) -> dict[str, np.ndarray]:
-    """The same in bfloat16."""
+    """Outputs and gradients of a backend in bfloat16."""
     *qkv, bar = case.arrays(jnp.bfloat16)
 
     @functools.partial(jax.jit, compiler_options=HASTILY)

@@ -202,7 +202,7 @@ def test_the_cache_is_read_alike_on_any_mesh(shape):
     ids=str,
 )
 def test_options_of_cost_change_neither_values_nor_gradients(change):
-    base = dataclasses.replace(CONFIG, dropout=0.2)  # dropout draws the same masks as well
+    base = dataclasses.replace(CONFIG, dropout=0.2)  # dropout must draw the same masks
     params = make_params(base)
     tokens, positions, doc_start, _ = packed_rows()
 

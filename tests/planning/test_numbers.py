@@ -107,7 +107,7 @@ DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
         ("dots", "pre", 0),
         ("dots", "swin", 0),
         ("attention", "pre", MLP - DOWN),  # the last matrix' result is only added to the stream, so it is not kept
-        ("offload_attention", "swin", MLP),  # but here a norm needs it
+        ("offload_attention", "swin", MLP),  # a norm needs the last result, so it is kept
         ("full", "pre", LAYERS - DOWN),
         ("offload", "swin", LAYERS),
     ],
@@ -154,7 +154,7 @@ def test_matmuls_of_prefill_and_decode():
 def test_memory_traffic_of_a_training_step():
     _, estimate = planned(RUN, "train")
     gathered = 3 * 2 * 2 * (LAYERS + HEAD)  # three passes write and read every weight in bfloat16
-    gathered += 8 * HEAD  # and the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
+    gathered += 8 * HEAD  # the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
     # Operands of a layer per token: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
     operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
     # A quarter of all parameters in float32: each weight, its two moments and its gradient are read and written once.
@@ -171,7 +171,8 @@ def test_memory_traffic_of_a_training_step():
     [("bfloat16", None, 32), ("bfloat16", "int8", 16 + 4), ("float32", None, 64), ("float32", "bfloat16", 32)],
 )
 def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtype, kv_dtype, vector):
-    """On data 2 x tensor 2. vector: bytes of a key or value of 16 numbers; int8 has a float32 scale for each."""
+    """The mesh is data 2 x tensor 2. vector: bytes of a key or value of 16 numbers; int8 has a float32 scale for
+    each."""
     run = replace(RUN, model=replace(MODEL, dtype=dtype), mesh=dict(data=2, tensor=2), kv_dtype=kv_dtype)
     program, estimate = planned(run, "decode")
     width = 2 if dtype == "bfloat16" else 4
@@ -194,10 +195,11 @@ def test_the_parts_of_memory_have_what_the_engine_keeps():
 
 @pytest.mark.parametrize("weights_dtype", [None, "int8"])
 def test_the_engine_holds_what_the_plan_says(weights_dtype):
-    """The sizes of real arrays, for a bfloat16 and an int8 model: each is read once, plus the head for scores."""
+    """The plan equals the sizes of real arrays, for a bfloat16 and an int8 model. Each array counts once, and the head
+    for scores is added."""
     run = replace(RUN, mesh={}, requests=2, max_length=64, weights_dtype=weights_dtype)
     (program,) = [each for each in programs(run, make_mesh({}, jax.devices()[:1]), "sample") if each.name == "decode"]
-    grammar = Grammar(VOCABULARY, run.layout, None)  # there is no text here
+    grammar = Grammar(VOCABULARY, run.layout, None)  # the test has no text
     trained = transformer.init(MODEL, jax.random.key(0))
     read = jax.tree.map(lambda x, like: x.astype(like.dtype), trained, read_as(MODEL, None))
     engine = Engine(MODEL, settled(MODEL, read, None, weights_dtype), grammar, batch_size=2, max_length=64)

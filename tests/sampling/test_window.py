@@ -63,7 +63,8 @@ def same(one, other):
     ],
 )
 def test_tokens_are_those_drawn_one_by_one(params, width, kind):
-    """Ragged prompts, texts together with images, canvases, one to three contexts, filters, a penalty of repetition."""
+    """The requests have ragged prompts, texts and images, canvases, one to three contexts, filters, and a penalty of
+    repetition."""
     grammar = GRAMMARS[kind]
     asked, wide = requests(grammar), engine(grammar, params, window=width)
     same(collect(wide.generate(asked)), collect(engine(grammar, params).generate(asked)))
@@ -87,7 +88,7 @@ def test_so_they_are_in_every_layout(kind):
 
 
 class Restless(Pace):
-    """Another window for each chunk, and short chunks, whatever they cost."""
+    """A pace that takes another window for each chunk, and short chunks, whatever they cost."""
 
     def next(self, shape, steps):
         self.turn = getattr(self, "turn", 0) + 1
@@ -96,8 +97,8 @@ class Restless(Pace):
 
 @pytest.mark.slow
 def test_mixed_requests_and_windows_that_change_give_the_same_tokens(params):
-    """Many more requests than slots, each with its own settings. Guesses from before a change of requests are not
-    used."""
+    """There are many more requests than slots, each with its own settings. Guesses from before a change of requests are
+    not used."""
     grammar, rng = GRAMMARS["rows"], np.random.default_rng(0)
     asked = [
         dataclasses.replace(
@@ -129,7 +130,7 @@ def test_a_conversation_has_the_same_turns(params):
 
 
 def test_what_is_certain_comes_in_whole_windows():
-    """A model that always gives the same code. Tokens that the grammar forces are not taken from the model."""
+    """The model always gives the same code. Tokens that the grammar forces are not taken from the model."""
     grammar, params = GRAMMARS["rows"], random_params()
     # All ids have the same vector, and no layer adds to it, so every step has the same logits.
     flat = jax.tree.map(jnp.zeros_like, params) | {"embedding": jnp.ones_like(params["embedding"])}
@@ -154,7 +155,7 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_BETTER", 0.0)  # the wider one wins
     grammar = GRAMMARS["rows"]
     asked = images(40, (3, 4))
-    params = jax.device_put(params, jax.devices()[0])  # as a bundle's are
+    params = jax.device_put(params, jax.devices()[0])  # as the parameters of a loaded bundle are
     auto = engine(grammar, params, window="auto")
     programs = auto._programs.several._cache_size()
     same(collect(auto.generate(asked)), collect(engine(grammar, params).generate(asked)))
@@ -264,7 +265,7 @@ def test_a_window_that_takes_longer_in_use_is_left_out_for_good():
 
 
 def test_nor_where_its_own_program_came_from_a_cache():
-    """Steps take a millisecond and compiling takes seconds, which is not known before."""
+    """A step takes a millisecond and compiling a wider program takes seconds, which is not known in advance."""
     cost = {width: seconds / 1000 for width, seconds in COMPUTING.items()}
     for images in (100, 1000, 6000):
         tokens, seconds, _ = driven(cost, 0.6, images, compiling=5.0, cached=(1,))
@@ -283,7 +284,7 @@ def test_what_was_measured_in_this_process_is_not_measured_again():
 
 
 def test_auto_gives_up_a_window_that_does_not_bring_what_was_foreseen():
-    """Its steps become more expensive, or its guesses worse, than when it was chosen."""
+    """The window's steps become more expensive, or its guesses worse, than when it was chosen."""
     first, shape = Pace("auto", None), Shape(1, 64)
     for _ in range(3000):
         width, count, timed = first.next(shape, CHUNK)

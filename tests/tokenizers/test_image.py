@@ -239,7 +239,7 @@ def test_tokenizers_of_one_config_share_their_programs(monkeypatch):
 
     for method in (Autoencoder.encode, Autoencoder.decode):
         monkeypatch.setattr(Autoencoder, method.__name__, counted(method))
-    config = dataclasses.replace(SMALL, levels=(3, 5, 4))  # sizes that no other test has
+    config = dataclasses.replace(SMALL, levels=(3, 5, 4))  # sizes that no other test has compiled
     other = jax.tree.map(lambda leaf: leaf + 0.1, trained(config))
     images = random_images(2)
     decoded = [

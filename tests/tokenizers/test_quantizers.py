@@ -372,13 +372,13 @@ def blend(key: jax.Array, rows: int) -> jax.Array:
 @pytest.mark.slow
 @EVERY
 def test_a_short_fit_uses_the_codes(name):
-    """With latents in bfloat16."""
+    """The latents are bfloat16."""
     assert usage(make(name), blend, steps=150) > 0.9
 
 
 @pytest.mark.parametrize("name", ["vq", "vq-ema"])
 def test_restart_revives_codes_that_nothing_chooses(name):
-    """Twice as many codes as latents in a batch, and all latents in one corner of the sphere."""
+    """There are twice as many codes as latents in a batch, and all latents are in one corner of the sphere."""
 
     def share(restart: float) -> float:
         vq = make(name, codes=256, restart=restart, entropy=0.0)

@@ -68,7 +68,7 @@ def test_blending_leaves_no_seam_where_norms_differ_between_windows():
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 21), (16, 8)])
 def test_any_size_is_covered(size):
-    """Encoding with a repeating pattern: every code is right, wherever the windows are."""
+    """A repeating pattern is encoded. Every code is right, wherever the windows are."""
     x = np.arange(2 * size[0] * size[1]).reshape(2, *size)
     out = map_windows(lambda part: part, x, scales=(1, 1), tile=8, overlap=3, blend=False)
     np.testing.assert_array_equal(out, x)

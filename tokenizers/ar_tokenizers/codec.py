@@ -26,7 +26,7 @@ class Codec(Protocol):
       size: the number of ids, including ids that encoding never produces.
       hash: sha256 of everything that determines the ids of a text.
       losses: the ways in which the tokenizer loses text. If empty, decode(encode(text)) == text for every text without
-          surrogates.
+        surrogates.
       file, data: the name of its file, one of FILES, and the file's content.
       symbols: special-looking pieces that text can spell. A language model may have learned to treat them as commands.
       piece_bytes: int32 [size], the number of UTF-8 bytes of text that each id stands for; 0 for ids that stand for no

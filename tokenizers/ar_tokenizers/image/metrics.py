@@ -105,7 +105,7 @@ def usage(counts: np.ndarray) -> dict[str, float]:
         normalised_entropy: entropy_bits / log2(K), in [0, 1].
         perplexity: 2 ** entropy_bits, the number of equally used codes with that entropy.
         top_percent: the share of the count that belongs to the most used 1 % of the K codes (rounded up). It is 0.01 if
-            all codes are used equally, and 1 if only few are used.
+          all codes are used equally, and 1 if only few are used.
         counted: how many codes were counted.
     """
     counts = np.asarray(counts, np.float64).ravel()
