@@ -134,9 +134,8 @@ def test_what_does_not_go_together_is_told():
     rows = plain | {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
     check(load(**rows))  # because the codes of a position are side by side
     check(load(**{"data.layout": "rows", "data.resize": "aspect"}))
-    check(
-        load(**{"training.schedule": "wsd", "training.decay_fraction": 0})
-    )  # no decay, because branches of this training decay
+    # Without a decay, because branches of this training decay.
+    check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
     says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
     check(load(**kept), ["samples"])  # an earlier training may have kept the best step
