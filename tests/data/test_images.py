@@ -108,7 +108,7 @@ def test_floats_may_overshoot_and_a_dark_image_stays_dark() -> None:
         (tiff([0, 2**30], "<i4"), "found 0 to 1.07374e"),
         (tiff([0, 2**31 + 5], "<u4"), "the value of white is unknown"),
         (tiff([-5, 200], "<i2"), "found -5 to 200"),
-        (tiff([0, 20000], "<i2"), "expected values of 0 to 255, found"),  # is the maximum 32767 or 65535?
+        (tiff([0, 20000], "<i2"), "expected values of 0 to 255, found"),  # the maximum is unknown, 32767 or 65535
         (tiff([-5, 100], "i1"), "signed 8 bit"),
         (tiff([0.0, 1.0], "<f8"), "of a kind that Pillow reads"),
     ],

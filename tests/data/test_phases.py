@@ -93,7 +93,7 @@ def test_a_phase_in_whose_rows_nothing_fits_is_refused(prepared: Path, grammar: 
     named = Phase(sequence_length=SHORT, weights=dict(docs=1, vqa=1))
     with pytest.raises(UserError, match="'docs': no document fits into the rows of 48 tokens that begin at step 0"):
         loader(prepared, grammar, named, Phase(5))
-    found = loader(prepared, grammar, Phase(sequence_length=SHORT), Phase(5))  # nothing is asked for, so no share
+    found = loader(prepared, grammar, Phase(sequence_length=SHORT), Phase(5))  # without weights, docs has no share
     assert found.shares[0]["docs"] == 0 < found.shares[1]["docs"]
     with pytest.raises(UserError, match="make rows longer"):
         loader(prepared, grammar, Phase(sequence_length=SHORT))

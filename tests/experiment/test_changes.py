@@ -302,7 +302,7 @@ def test_a_branch_has_all_that_a_training_needs_and_leaves_its_origin_alone(orig
     before = {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()}
     folder = tmp_path / "new"
     (folder / ".data.branch~").mkdir(parents=True)  # a killed attempt
-    for _ in range(2):  # the same command again
+    for _ in range(2):  # the second time, the same command changes nothing
         branched(origin, folder, 6, training__schedule="wsd")
     assert {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in folder.glob("[!.]*")) == ["data", "model", "text_tokenizer"]

@@ -98,7 +98,7 @@ def test_a_base_in_8_bits_has_a_byte_a_weight_and_a_scale_a_channel():
     assert held["optimizer"] == float32["optimizer"]
 
 
-DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
+DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # weights in two layers
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_memory_traffic_of_a_training_step():
     _, estimate = planned(RUN, "train")
     gathered = 3 * 2 * 2 * (LAYERS + HEAD)  # three passes write and read every weight in bfloat16
     gathered += 8 * HEAD  # the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
-    # Operands of a layer per token: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
+    # Three passes move a layer's operands: per token 7 x 64 in and out of projections and MLP, the heads, and 4 x 128.
     operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
     # A quarter of all parameters in float32: each weight, its two moments and its gradient are read and written once.
     state = 32 * (LAYERS + 2 * HEAD + NORMS) / 4
@@ -186,7 +186,8 @@ def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtyp
 def test_the_parts_of_memory_have_what_the_engine_keeps():
     program, _ = planned(replace(RUN, mesh=dict(tensor=2)), "decode")
     head = 2 * HEAD / 2  # half of the vocabulary
-    prefix = 8 * 32 * (4 + 2 * 2 * 2 * 16 * 2 / 2) / 2 + 8 * 64 * 2 / 2  # tokens and cache; last hidden states; 2 ways
+    # Tokens and cache, then the last hidden states, divided over two devices.
+    prefix = 8 * 32 * (4 + 2 * 2 * 2 * 16 * 2 / 2) / 2 + 8 * 64 * 2 / 2
     where = memory(program, Compiled("", 1 << 20, 0, 0, 5, 7, 0, 0.0), RUN, 1e9)
     assert where.parts["held"] == head + 4 * prefix
     assert where.peak == (1 << 20) + 5 + 7 + where.parts["held"] == sum(where.parts.values())
@@ -285,7 +286,7 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
     seconds = estimate.seconds
     assert seconds["ICI"] == pytest.approx(3e6 / 450e9, rel=1e-9)
     assert seconds["matmuls"] == pytest.approx(148_144_128 / (4 * 989e12), rel=1e-9)
-    # If nothing overlaps with it, it counts fully. Otherwise the longer of the two counts.
+    # An exchange that overlaps with nothing counts fully. Of matmuls and memory, only the longer time counts.
     assert estimate.fastest == seconds["ICI"] + max(seconds["matmuls"], seconds["memory"]) and estimate.bound == "ICI"
     assert estimate.exposed == seconds["ICI"] == max(seconds.values())
     beside = Collective("collective-permute", 10**6, pairs, 3, True, True, "")

@@ -203,12 +203,8 @@ def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, c
     return tokens, seconds, first
 
 
-WAITING = {
-    1: 1.0,
-    2: 1.1,
-    4: 1.4,
-    8: 2.0,
-}  # step costs on a device limited by memory, and on one limited by computation
+# Costs of a step by width, on a device limited by memory and on one limited by computation.
+WAITING = {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0}
 COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
 
 
@@ -218,7 +214,7 @@ COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
     [
         (WAITING, 0.9, 1.0, 8),
         ({1: 1.0, 2: 1.3, 4: 1.8, 8: 3.4}, 0.75, 1.0, 4),
-        (WAITING, 0.3, 3.0, 2),  # only a trial shows the guesses that its own draws give
+        (WAITING, 0.3, 3.0, 2),  # good only through guesses from its own draws
         (WAITING, 0.05, 1.0, 1),
         (COMPUTING, 0.6, 1.0, 1),
     ],
@@ -260,7 +256,7 @@ def test_time_without_requests_is_nobodys():
 def test_a_window_that_takes_longer_in_use_is_left_out_for_good():
     tokens, *_ = driven(WAITING, 0.6, 3000, unseen=2.5)
     assert tokens[1] > 0.95 * sum(tokens.values())
-    tokens, *_ = driven(WAITING, 0.9, 3000, unseen=1.5)  # still twice as fast
+    tokens, *_ = driven(WAITING, 0.9, 3000, unseen=1.5)  # the window is still twice as fast
     assert tokens[8] > 0.8 * sum(tokens.values())
 
 

@@ -195,7 +195,7 @@ def test_either_of_two_processes_killed_in_training_goes_on_bit_for_bit(url: str
         kills.append(codes[killed])
         assert codes[1 - killed] != 0 or codes == [0, 0], said
         assert "Traceback" not in said[1 - killed], said
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # both go on from other machines
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # as if both continued on other machines
     assert -9 in kills
     codes, said = end(start("train", command))
     assert codes == [0, 0], said

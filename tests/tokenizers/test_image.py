@@ -276,7 +276,7 @@ def test_save_and_load(tmp_path):
     mixed = (tmp_path / "config.json").read_bytes()
     record = json.loads(mixed)
     record["config"]["update"] = record["config"].pop("codebook_update")  # the key's former name
-    record["config"]["backbone"] = "folded"  # and this value's former name
+    record["config"]["backbone"] = "folded"  # the value's former name
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert ImageTokenizer.load(tmp_path).config == SMALL
     other.save(tmp_path)  # over an existing one
