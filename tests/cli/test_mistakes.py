@@ -80,7 +80,7 @@ def read_only(place: Place) -> None:
     place.undo.setattr(workdirs, "write_bytes", fail)
 
 
-# ---- in a fresh workdir, in which nothing was made --------------------------------------------------------------------
+# ---- in a fresh workdir, in which nothing was made -------------------------------------------------------------------
 
 
 def unreadable(p: Place) -> list[str]:
