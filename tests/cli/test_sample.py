@@ -27,7 +27,7 @@ def experiment(folder, **changes):
     config.sampling.update(dict(batch_size=4, max_length=64) | changes.pop("sampling", {}))
     config.mesh.update(changes)
     opened = Experiment(config, Workdir(folder))
-    opened.__dict__ |= {"grammar": GRAMMARS["grid"], "model": CONFIG}  # without tokenizers to decide these
+    opened.__dict__ |= {"grammar": GRAMMARS["grid"], "model": CONFIG}  # usually made from the tokenizers
     return opened
 
 

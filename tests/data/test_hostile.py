@@ -178,7 +178,7 @@ def test_tars_that_are_not_whole(tmp_path: Path) -> None:
     (tmp_path / "5.tar").write_bytes(b"")
     (tmp_path / "6.tar").symlink_to("/etc/passwd")
     name = member("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=64 << 20)
-    with open(tmp_path / "7.tar", "wb") as file:  # a name of 64 MiB
+    with open(tmp_path / "7.tar", "wb") as file:  # a member's name has 64 MiB
         file.write(name.tobuf(tarfile.GNU_FORMAT))
         file.truncate(65 << 20)
     good = ["", "", ""]

@@ -118,7 +118,7 @@ def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
     compiled, keys = loop(kv_dtype)
     step = turn(compiled.as_text())
     assert step.kernels == {"cache_write": 1, "decode_attention": 1} and step.cycles > 0
-    assert not [copy for copy in step.copies if copy.bytes >= keys / 40]  # no scales either
+    assert not [copy for copy in step.copies if copy.bytes >= keys / 40]  # nor are scales copied
     assert compiled.memory_analysis().temp_size_in_bytes < keys / 10
 
 

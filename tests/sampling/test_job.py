@@ -318,7 +318,7 @@ def test_a_full_disk_ends_the_job_and_it_goes_on_from_there(engine, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = (tmp_path / "out/samples.jsonl").read_bytes()
-    assert len(left) == most and not left.endswith(b"\n")  # torn
+    assert len(left) == most and not left.endswith(b"\n")  # the last line is torn
     report = run(engine, requests, tmp_path / "out")
     assert 0 < report.found < 12 and tree(tmp_path / "out") == tree(tmp_path / "whole")
 

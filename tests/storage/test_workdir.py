@@ -70,7 +70,7 @@ def test_a_run_in_a_store_is_that_on_disk_and_goes_on_from_any_machine(
     missing = {str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file()} - there.keys()
     assert not [name for name in missing if not re.match(r"\.locks|model/(checkpoints|tensorboard)", name)]
 
-    shutil.rmtree(tmp_path / "cache")  # another machine
+    shutil.rmtree(tmp_path / "cache")  # as on another machine
     capfd.readouterr()
     assert main(["run", *config, url]) == 0
     assert capfd.readouterr().out.count("done already") == 5

@@ -96,7 +96,7 @@ def test_sizes_are_those_of_the_papers():
         return params, *jax.eval_shape(lambda p, x: adversary.logits(config, p, x), params, pixels)
 
     params, logits, _ = look(patch, 256)
-    assert logits.shape == (1, 30, 30)  # pix2pix
+    assert logits.shape == (1, 30, 30)  # as in pix2pix
     batch_norms = 2 * (128 + 256 + 512)  # our group norms have as many scales and biases
     expected = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 1 + batch_norms
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected == 2_765_633

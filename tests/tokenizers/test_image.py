@@ -247,7 +247,7 @@ def test_tokenizers_of_one_config_share_their_programs(monkeypatch):
         for tokenizer in (ImageTokenizer(config, params, batch_size=2) for params in (trained(config), other))
     ]
     assert traced == ["encode", "decode"]
-    assert not np.array_equal(*decoded)  # each with its own weights
+    assert not np.array_equal(*decoded)  # each decodes with its own weights
 
 
 def test_wrong_input_is_named():

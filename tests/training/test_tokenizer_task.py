@@ -146,7 +146,7 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     """
     adversary, batch, changes = ADVERSARY, flat, QUANTIZERS[name]
     if name == "ibq":
-        adversary = dataclasses.replace(adversary, layers=1)  # two layers need 12 pixels
+        adversary = dataclasses.replace(adversary, layers=1)  # two would need images of 12 pixels
         batch, changes = functools.partial(flat, side=8), changes | dict(code_dim=4)
     made = task(adversary if judged else None, batch, **changes)
     expected, params = train(tmp_path / "one", made, dict(data=1), 200)
