@@ -27,7 +27,7 @@ from tests.interop import formats, tables
 from tests.language import transcriptions
 
 QUALITY = "lowres, bad anatomy, "  # how Emu3's negative prompt begins
-PRAISE = " masterpiece, film grained, best quality."  # and the text after each of Emu3-Gen's prompts
+PRAISE = " masterpiece, film grained, best quality."  # the text after each of Emu3-Gen's prompts
 DEFAULTS: dict[str, dict[str, Any]] = {
     "chameleon": {
         "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi", "repetition_penalty": 1.2,

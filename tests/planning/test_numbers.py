@@ -41,7 +41,7 @@ V5E = next(each for each in HARDWARE if each.name == "v5e")
 # Two layers: query, key, value, output 64 x 16 x (4 + 2 + 2 + 4) = 12,288; gate, up, down 3 x 64 x 128 = 24,576.
 LAYERS, HEAD = 2 * (12_288 + 24_576), 256 * 64
 NORMS = 2 * 2 * 64 + 64
-VOCABULARY = Vocabulary(100, 100)  # and 7 controls, rounded up: 256
+VOCABULARY = Vocabulary(100, 100)  # with 7 controls, rounded up to 256
 MODEL = TransformerConfig(
     vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_mlp=128, dtype="bfloat16"
 )
@@ -67,7 +67,7 @@ def test_matmuls_of_a_training_step():
     _, estimate = planned(RUN, "train")
     # The forward pass has 1 matmul with each weight and the backward pass 2, of 2 FLOPs each. The same is true for
     # scores and values of each pair.
-    attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one matmul
+    attention = 2 * 2 * 4 * 16 * PAIRS  # one matmul in 2 layers with 4 heads of 16
     model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
     assert estimate.model_flops == model == 144_900_096
     # The two backward kernels (dQ; dK and dV) both compute scores and dP.

@@ -70,7 +70,7 @@ def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(kind):
     first = talking(grammar, params)
     seen, reads = watch(first), watch_reads(first)
     talk, checked = Conversation(first), {1: 0, 2: 0}
-    images_read = 0  # by the context that has only images
+    images_read = 0  # tokens read by the context that has only images
     for parts, settings in script(grammar):
         plan, before, begin = talk.plan(Request("a", parts, **settings)), len(talk.tokens), len(seen)
         reads.clear()

@@ -155,7 +155,7 @@ def test_unconditional_contexts_read_images_alone_and_begin_each_anew_if_they_re
     # Four events: a word, an image's first id, a code, and an image's last id.
     event = Event(*jnp.array([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]], bool))
     position, start = (jnp.tile(jnp.array(row), (4, 1)) for row in ([5, 3, 4], [0, 2, 1]))
-    resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # its own | one that resets | images only
+    resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # contexts: its own | one that resets | images only
     writes, after = guidance.advance(event, position, start, resets)
     assert writes.tolist() == [[5, 3, 4], [5, 2, 4], [5, 3, 4], [5, 3, 4]]
     assert after.tolist() == [[6, 2, 4], [6, 3, 5], [6, 4, 5], [6, 2, 5]]
