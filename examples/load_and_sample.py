@@ -15,7 +15,7 @@ import ar_unified
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws, saves, asks, and prints the answer."""
+    """Draws and saves the images, asks the question, and prints the answer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("prompt")

@@ -21,7 +21,7 @@ TUNED = {
     "edits": 0.7,
     "captions": 0.15,
     "stories": 0.15,
-}  # if it starts from a bundle, so that the model keeps its skills
+}  # shares if training starts from a bundle, so that the model keeps its skills
 
 
 def sources(split: str, weights: Mapping[str, float]) -> tuple[ConfigDict, ...]:

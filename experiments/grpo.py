@@ -13,9 +13,9 @@ also has the curve of the demo with its former image tokenizer, which rose from 
     python experiments/data/make_unseen_prompts.py --output datasets/unseen-prompts
     ar-unified run --config experiments/grpo.py:from=BUNDLE,unseen=datasets/unseen-prompts --workdir workdirs/unseen
 
-asks for shapes in colours that no training image has. Here BUNDLE is a model of experiments/apart.py. The share of 400
-captions that are drawn right rises from 0.008 to 0.765, and for held-out scenes from 0.863 to 0.905 (30 Nov 2026, 720
-steps, 29 min on 2 cores that tests also used).
+The second command trains on prompts for shapes in colours that no training image has. Here BUNDLE is a model of
+experiments/apart.py. The share of 400 captions that are drawn right rises from 0.008 to 0.765, and for held-out scenes
+from 0.863 to 0.905 (30 Nov 2026, 720 steps, 29 min on 2 cores that tests also used).
 """
 
 from ml_collections import ConfigDict

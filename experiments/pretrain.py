@@ -28,10 +28,13 @@ from ar_unified.model.config import PRESETS
 class Recipe:
     """The sizes of one published system, and how it is divided over devices.
 
-    side, factor, codes: pixels along the side of an image and of a code, size of the codebook. layout: a name of
-    language.layouts. sequence_length: tokens in a packed row. rows: packed rows per chip, or per group of chips that
-    share rows under context parallelism.
-    remat: chosen to fit into the memory of the chips in docs/planning.md's table.
+    Attributes:
+      side, factor: pixels along the side of an image and of a code.
+      codes: the size of the codebook.
+      layout: a name of language.layouts.
+      sequence_length: tokens in a packed row.
+      rows: packed rows per chip, or per group of chips that share rows under context parallelism.
+      remat: chosen to fit into the memory of the chips in docs/planning.md's table.
     """
 
     side: int
@@ -81,7 +84,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.resize = "aspect" if recipe.layout == "rows" else "crop"
     config.data.max_tokens = recipe.document
 
-    levels = (recipe.factor // 4).bit_length()  # one for patches of 4 x 4, and one more for each halving
+    levels = (recipe.factor // 4).bit_length()  # one level for patches of 4 x 4, and one more for each halving
     config.image_tokenizer.factor = recipe.factor
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 128

@@ -15,14 +15,14 @@ from ar_unified.model.lora import LoraConfig, init
 
 
 def drawn(config: TransformerConfig, lora: LoraConfig, seed: int = 0, spread: float = 0.3) -> Any:
-    """params["lora"] whose B is not zero; numpy."""
+    """Random params["lora"] as numpy arrays. B is not zero."""
     fresh = jax.device_get(init(config, lora, jax.random.key(seed)))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + rng.normal(0, spread, x.shape).astype(np.float32) * (not x.any()), fresh)
 
 
 def write(folder: Path, bundle: Bundle, lora: LoraConfig, seed: int = 0, spread: float = 0.3) -> Any:
-    """Writes an adapter's folder; returns what is in it."""
+    """Writes the folder of a random adapter; returns the adapter's arrays."""
     made = drawn(bundle.config, lora, seed, spread)
     peft.write(folder, bundle, lora, made)
     return made

@@ -44,7 +44,7 @@ keep_memory()
 
 import jax  # noqa: E402
 
-jax.devices()  # fixes their number; else a verb that plans for more devices would change it for all later tests
+jax.devices()  # fixes the number of devices; else a verb that plans for more would change it for later tests
 
 
 # Files whose slow tests take longest, the longest first (docs/tests_time.md). All tests of a file run on one worker, so
@@ -73,7 +73,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(items):
     """Quick tests keep their order, so that the tests of a folder reuse its compiled programs."""
-    for item in items:  # pytest_ignore_collect relies on what this checks
+    for item in items:  # pytest_ignore_collect works only if a file's source contains its marks
         unsaid = [
             mark.name for mark in item.iter_markers() if mark.name in MARKS and mark.name not in source(item.path)
         ]

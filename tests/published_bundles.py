@@ -20,7 +20,7 @@ from ar_unified.model.transformer import init
 from tests import tokenizer_files as files
 from tests.bundles import DATA, IMAGE, SAMPLING, fresh
 
-TABLES: dict[str, Any] = {  # file, text ids, controls, image code 0, V
+TABLES: dict[str, Any] = {  # name and content of the text tokenizer's file, text ids, controls, image code 0, V
     "chameleon": (
         "tokenizer.json",
         files.byte_level,
@@ -42,7 +42,7 @@ TABLES: dict[str, Any] = {  # file, text ids, controls, image code 0, V
 
 
 def border_of(kind: str) -> Border:
-    """Text, controls, codes, the rest."""
+    """The border of a kind's table: text, then controls, codes, and all other ids."""
     _, _, text, controls, code, V = TABLES[kind]
     known = [*text, *controls.values(), *(range(code, code + 24) if kind != "llama" else ())]
     return Border.from_ids([*known, *sorted(set(range(V)) - set(known))])

@@ -79,7 +79,7 @@ class Disturbed:
 
     Attributes:
         asked: (method, path) of every request.
-        faults: how many were disturbed.
+        faults: how many requests were disturbed.
     """
 
     def __init__(self, store: Store, fault: Callable[[str, str, int], int | str | None]):

@@ -98,12 +98,12 @@ def test_it_is_whole_or_not_at_all_and_never_written_over_something(tmp_path, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundles, "write_text", full)  # writing the card, after the weights
+        patch.setattr(bundles, "write_text", full)  # fails when the card is written, after the weights
         with pytest.raises(OSError, match="No space"):
             write(tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "b").mkdir()
-    write(tmp_path / "b")  # an empty folder counts as nothing
+    write(tmp_path / "b")  # an empty folder may be there already
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "file").write_text("mine")
     for there in ("b", "file"):

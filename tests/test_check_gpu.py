@@ -73,7 +73,7 @@ def test_it_runs_to_its_end_with_what_a_gpu_machine_has(tmp_path: Path) -> None:
     status, rows = check_gpu(tmp_path, FEW_PACKAGES, "--seconds", "3000")
     assert status == 0, rows
     counts = {stage: sum(row["stage"] == stage for row in rows) for stage in {row["stage"] for row in rows}}
-    assert counts.pop("parity") > len(CASES)  # all of attention, and some of decoding
+    assert counts.pop("parity") > len(CASES)  # all cases of attention, and some of decoding
     assert counts == {"attention": 14, "decode": 2, "training": 2, "sampling": 2, "rings": 2}
     assert not any({"ours", "process"} & row.get("failed", {}).keys() for row in rows)
     assert all(row["milliseconds"]["ours"] for row in rows if row["stage"] in ("attention", "decode"))

@@ -70,7 +70,7 @@ def test_only_large_arrays_are_shared_out_among_their_copies(tmp_path, monkeypat
 
 def test_params_alone_without_knowing_the_model(tmp_path):
     save(tmp_path, 3).close()
-    shutil.rmtree(tmp_path / "3" / "optimizer")  # not read, so not needed
+    shutil.rmtree(tmp_path / "3" / "optimizer")  # restore_params does not read it
     found = restore_params(tmp_path)
     np.testing.assert_array_equal(found["w"], 3 * PARAMS["w"])
     assert found["w"].devices() == {jax.devices()[0]}
@@ -157,13 +157,13 @@ def test_a_failed_save_is_raised_without_waiting_for_the_next(tmp_path):
                 time.sleep(0.02)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    checkpoints.close()  # said once
+    checkpoints.close()  # does not raise the error again
     assert Checkpoints(tmp_path, readonly=True).steps() == [1]
 
 
 @pytest.mark.parametrize("readonly", [False, True])
 def test_a_url_reaches_orbax_as_it_is(monkeypatch, readonly):
-    """There is no bucket here, because Orbax and TensorStore write to buckets."""
+    """The test needs no bucket, because writing to buckets is left to Orbax and TensorStore."""
     seen = []
     monkeypatch.setattr(ocp.training, "Checkpointer", lambda folder, **_: seen.append(folder))
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "is_dir", lambda path: seen.append(path) or True)
@@ -190,7 +190,7 @@ def test_a_checkpoint_is_adopted_whole_and_outlives_its_origin(tmp_path):
     save(origin, 1, 2, 3).close()
     shutil.copytree(origin / "1", folder / "2.new.orbax-checkpoint-tmp")  # the files of a killed attempt
     adopt(origin, 2, folder)
-    adopt(origin, 2, folder)  # again, as after a kill later on
+    adopt(origin, 2, folder)  # a second time, as after a kill during a later step
     assert steps_in(folder) == [2] and steps_in(origin) == [1, 2, 3] and steps_in(tmp_path / "none") == []
     assert [path.name for path in folder.iterdir()] == ["2"]
     shutil.rmtree(origin)

@@ -57,7 +57,7 @@ def test_a_run_becomes_a_row_and_a_picture(workdir, docs):
 
 
 def test_commit_and_machine_are_those_of_the_run(workdir, docs, monkeypatch):
-    """They come from its report, because the record may be made later, from another commit."""
+    """Commit and machine come from the run's report, because the record may be made later, from another commit."""
     ran = {"devices": "8 x TPU v5p, 2 process", "jax": "0.1", "written": "2026-01-02 03:04 UTC", "revision": "abc<1>"}
     with monkeypatch.context() as then:
         then.setattr(report, "environment", lambda: ran)

@@ -66,7 +66,7 @@ def test_an_import_costs_little_and_names_come_when_they_are_used():
 
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path):
-    """With a bundle of untrained networks."""
+    """The example uses a bundle of untrained networks."""
     text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert example, "docs/library.md has no example"

@@ -32,9 +32,9 @@ def test_one_rise_may_be_a_chance_but_not_at_the_end():
 @pytest.mark.parametrize(
     "losses",
     [
-        ([6.5, 6.1, 6.6, 6.0],),  # it fell again
-        ([6.5, 6.1, 6.12, 6.13],),  # less than one per cent
-        ([6.5, 6.1, 7.0, 8.0], [4.0, 3.0, 5.0, 6.0]),  # both rise, which is something else
+        ([6.5, 6.1, 6.6, 6.0],),  # the validation loss fell again
+        ([6.5, 6.1, 6.12, 6.13],),  # the loss rose by less than one per cent
+        ([6.5, 6.1, 7.0, 8.0], [4.0, 3.0, 5.0, 6.0]),  # both losses rise, which is not overfitting
         ([6.5],),
         ([],),
         ([6.5, None, None, None],),

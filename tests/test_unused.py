@@ -39,7 +39,7 @@ def uses() -> Iterator[tuple[str, str]]:
                 taken[called] = (module, name)
             else:
                 opened[called] = module
-        handed, reached = set[str](), set[str]()  # modules used as values; attributes of any value
+        handed, reached = set[str](), set[str]()  # the modules used as values, and the attributes of any value
         for statement in tree(path).body:
             mine, parts = defined(statement), list(ast.walk(statement))
             asked = {id(node.value) for node in parts if isinstance(node, ast.Attribute)}

@@ -85,11 +85,11 @@ def test_every_experiment_is_in_the_wheel():
 
 
 def test_every_package_that_is_imported_is_asked_for():
-    """pyproject.toml itself asks for it, not only another dependency."""
+    """pyproject.toml itself names each package. It is not enough that another dependency does."""
     groups = PROJECT["project"]["optional-dependencies"]
     told = [*PROJECT["project"]["dependencies"], *itertools.chain(*groups.values())]
     asked = {re.findall(r"^[\w.-]+", each)[0].lower().replace("_", "-") for each in told}
-    harnesses = {"lm_eval", "lmms_eval", "vlmeval"}  # they call us, and their users import our adapter
+    harnesses = {"lm_eval", "lmms_eval", "vlmeval"}  # they call us, and users of our adapters have them
     known = importlib.metadata.packages_distributions()
     missing = {
         name
@@ -103,8 +103,8 @@ def test_every_package_that_is_imported_is_asked_for():
 
 
 def test_what_the_dockerfile_names_is_there():
-    """No image is built here. Each file that it copies is in the context, each backend is an extra, and each Python is
-    pinned."""
+    """No image is built here. Each file that the Dockerfile copies is in the context, each backend is an extra, and
+    each Python is pinned."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     let_through = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
     copied = {word for words in re.findall(r"^COPY (?:--\S+ )*(.*) \S+$", text, re.MULTILINE) for word in words.split()}
@@ -149,7 +149,7 @@ def test_an_experiment_goes_by_its_name(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
-    """In an environment with only the wheel and its dependencies, in an empty folder."""
+    """Everything runs in an environment with only the wheel and its dependencies, in an empty folder."""
     alone = wheel_alone.environment(tmp_path)
     assert not [name for name in alone.names if "benchmarks" in name or "__pycache__" in name]
     (tmp_path / "empty").mkdir()
@@ -179,7 +179,7 @@ def every_verb(here: Path, keys: list[str]) -> list[list[str]]:
     of_run = ["--config", "shapes", "--workdir", "workdirs/shapes", *keys]
     beside = ["--text", "download/tokenizer", "--image", "download/tokenizer/vqgan.safetensors"]
     return [
-        *([verb, *of_run] for verb in ("run", "tokenizer", "prepare", "train", "evaluate")),  # all of it is done
+        *([verb, *of_run] for verb in ("run", "tokenizer", "prepare", "train", "evaluate")),  # all done already
         ["sample", *of_run, "--requests", "prompts.jsonl", "--output", "drawn"],
         ["export", "--workdir", "workdirs/shapes", "--output", "bundle"],
         ["sample", "--from", "bundle", "--requests", "prompts.jsonl", "--output", "again"],
@@ -187,5 +187,5 @@ def every_verb(here: Path, keys: list[str]) -> list[list[str]]:
         ["validate", "texts.jsonl"],
         ["convert-pickle", "--from", "np.ckpt", "--output", "np"],
         ["import", "--from", "download/models/30b", "--as", "chameleon", "--output", "chameleon", *beside],
-        ["plan", "--config", "shapes", "--target", "h200:1", "--no-advice"],  # this CPU stands in for it
+        ["plan", "--config", "shapes", "--target", "h200:1", "--no-advice"],  # a CPU device stands in for the H200
     ]

@@ -101,7 +101,7 @@ def test_leftovers_of_a_killed_writer_go_when_the_stage_is_opened_again(tmp_path
 
 
 def test_processes_of_two_hosts_never_write_to_one_unfinished_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.getpid", lambda: 1)  # as in containers
+    monkeypatch.setattr("os.getpid", lambda: 1)  # as in containers, which number their own processes
     names = set()
     for host in ("a", "b"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
@@ -142,7 +142,7 @@ def test_a_stage_that_another_process_makes_is_refused_until_that_process_ends(t
             StageBusy, match=f"model is being made by process {other.pid} on .*: wait for it, or end it"
         ):
             Workdir(tmp_path).stage("model", {"a": 1})
-        assert not Workdir(tmp_path).stage("data", {"a": 1}).done  # another stage is free
+        assert not Workdir(tmp_path).stage("data", {"a": 1}).done  # another stage is not locked
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()

@@ -51,7 +51,7 @@ def strings(count: int, seed: int = 0) -> list[str]:
 
 @functools.cache
 def byte_level(normalizer: str = "", size: int = 420) -> bytes:
-    """Like Chameleon's, with special tokens first; with normalizer "NFC" like Qwen's."""
+    """A byte-level tokenizer.json like Chameleon's, with special tokens first; with normalizer "NFC" like Qwen's."""
     made = Tokenizer(models.BPE())
     if normalizer:
         made.normalizer = getattr(normalizers, normalizer)()

@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def clothing(source: Path, folder: Path, per_class: int = 100) -> int:
-    """Copies photographs of each class, the first by a hash of their names, short side 128. Raises UserError,
-    OSError."""
+    """Copies photographs of each class, with a short side of 128 pixels. A hash of the names decides which are copied.
+    Raises UserError, OSError."""
     classes = sorted(path for path in _inside(source, "train").iterdir() if path.is_dir())
     rows = []
     for kind in classes:

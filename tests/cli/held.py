@@ -19,7 +19,7 @@ _make = ShardMaker.make
 
 def _held(self: ShardMaker, piece: Piece, claims: Claims, shown: Progress) -> None:
     while piece.number and Path(os.environ[HOLD]).exists():
-        claims.renew()  # also ends a process that was told to stop
+        claims.renew()  # raises an error in a process that was told to stop
         time.sleep(0.02)
     _make(self, piece, claims, shown)
 

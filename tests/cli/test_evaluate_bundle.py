@@ -78,7 +78,7 @@ def test_a_bundle_is_evaluated_on_a_folder(
 def test_its_losses_are_what_the_model_says_of_the_documents(
     kind: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One document, so that rows and epochs do not matter; other code computes the same number."""
+    """There is one document, so rows and epochs do not matter. Other code computes the same number."""
     source = own if kind == "own" else bundle.write(tmp_path / kind, **published_bundles.parts(kind)).folder
     text, image = {"type": "text", "text": "A small red star."}, {"type": "image", "image": "grey.png"}
     folder = write(tmp_path / "data", [{"segments": [text, image]}], "docs.jsonl")

@@ -64,7 +64,7 @@ def test_a_folder_of_plain_images(workdir, folder, tmp_path_factory, capsys):
     numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][images.name]
     assert numbers["images"] == 4 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
     assert (left / f"{images.name}.png").exists() and (left / "report.html").exists()
-    assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are separate
+    assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # only for held-out sets
     only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
     refused([*only, "--images", str(images), "--crop", "40"], "--crop: .*multiples of 16")
     refused([*only, "--images", str(images / "nothing")], "--images: .*nothing: no such file or folder")

@@ -186,7 +186,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     refused(export(workdir, output), "config.json, which another .*--config.*: config.modle: there is no such key")
     write_json(workdir.config, [])
     refused(export(workdir, output), "config.json: expected the config of an experiment")
-    write_json(workdir.config, {name: value for name, value in record.items() if name != "init"})  # an old config
+    write_json(workdir.config, {name: value for name, value in record.items() if name != "init"})  # as in an old config
     (workdir.model / "done.json").unlink()
     refused(export(workdir, output), "done.json is not there yet; run `ar-unified train`")
     assert not output.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -21,7 +21,7 @@ from ar_unified.language.vocabulary import Role
 from tests.cli import test_from_llm as llms
 from tests.cli.conftest import command, refused
 
-text, images = llms.text, llms.images  # fixtures
+text, images = llms.text, llms.images  # fixtures of that module
 LORA = dict(lora__rank=2, lora__alpha=4.0, training__steps=6, training__learning_rate=0.02, training__warmup_steps=1)
 
 
@@ -81,7 +81,7 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
         assert main(llms.extending(verb, folder, tmp_path / "w2", llm, images, **more | slow)) == 0, (
             capsys.readouterr().err
         )
-    images_of = dict(steps=0, width=8, blocks="(0,0,1)", levels="(8,5,5,5)")  # as in the bundle
+    images_of = dict(steps=0, width=8, blocks="(0,0,1)", levels="(8,5,5,5)")  # of the bundle's image tokenizer
     described = {f"image_tokenizer__{key}": value for key, value in images_of.items()}
     argv = command("train", folder, tmp_path / "w3", init=base.folder, **more | slow | described)
     kinds = [f"{table}[{kind}]" for table in tables for kind in ("size", "image")]

@@ -89,7 +89,7 @@ def extending(verb: str, folder: Path, workdir: Path, llm: Path, images: Path, *
 
 
 def text_logits(found: Bundle, ids: list[int]) -> np.ndarray:
-    """f32 [T, text_size]."""
+    """The logits of text ids, f32 [T, text_size]."""
     tokens = jnp.asarray([[found.grammar.vocabulary.bos, *ids]], jnp.int32)
     positions = jnp.arange(tokens.shape[1])[None]
     net = transformer.Transformer.bind(found.config, found.params(dtype="float32"))

@@ -96,7 +96,7 @@ def test_a_fault_of_ours_has_a_traceback_and_a_status_of_its_own(monkeypatch, ca
 
 
 def test_a_reader_that_goes_ends_the_verb_quietly(tmp_path):
-    """`ar-unified validate DIR | head -1`"""
+    """The test runs `ar-unified validate DIR | head -1`."""
     (tmp_path / "captions.jsonl").write_text("".join(f'{{"image": "{i}.png", "text": "a"}}\n' for i in range(3000)))
     command = f"{sys.executable} -m ar_unified.cli.main validate {tmp_path} | head -1; echo ${{PIPESTATUS[0]}}"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])

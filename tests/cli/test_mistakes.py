@@ -80,7 +80,7 @@ def read_only(place: Place) -> None:
     place.undo.setattr(workdirs, "write_bytes", fail)
 
 
-# ---- by themselves: nothing has been made yet ------------------------------------------------------------------------
+# ---- in a fresh workdir, in which nothing was made -------------------------------------------------------------------
 
 
 def unreadable(p: Place) -> list[str]:

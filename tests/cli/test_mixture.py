@@ -21,7 +21,7 @@ from experiments.mixture import SOURCES, weights
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 SHARES = {name.rpartition("/")[2]: share for name, share in weights(SOURCES).items()}
-ROWS, LINES = 40, 8  # of each JSONL file, and of each text file
+ROWS, LINES = 40, 8  # how much is taken of each JSONL file, and of each text file
 TINY = {
     "image_tokenizer.steps": 2,
     "image_tokenizer.batch_size": 8,
@@ -58,7 +58,7 @@ def cut(folder: Path) -> int:
         for file in (DATA / name).glob("*.txt"):
             lines = itertools.islice(file.open(encoding="utf-8"), LINES)
             (folder / name / file.name).write_text("".join(lines), encoding="utf-8")
-    return 2300  # 29 languages
+    return 2300  # large enough for 29 languages
 
 
 def make(folder: Path) -> int:

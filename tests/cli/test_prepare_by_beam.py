@@ -47,7 +47,7 @@ def test_two_workers_in_processes_of_their_own_make_the_same_shards(
     assert main(["tokenizer", *text, str(alone)]) == 0
     shutil.copytree(alone, beam)
     assert main(["prepare", *text, str(alone)]) == 0
-    monkeypatch.setattr(ShardMaker, "make", None)  # this process makes none
+    monkeypatch.setattr(ShardMaker, "make", None)  # this process makes no shard
     assert main(["prepare", f"--beam={TWO}", *text, str(beam)]) == 0
     assert shards(beam) == shards(alone)
     assert len(list((beam / "data" / "train").rglob("*.array_record"))) == 3

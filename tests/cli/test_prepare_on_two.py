@@ -20,7 +20,7 @@ from tests.cli.test_text_alone import CONFIG
 from tests.parallel.job import environment, free_port
 
 pytestmark = pytest.mark.slow
-LINES = 26_000  # four shards
+LINES = 26_000  # enough for four shards
 
 
 def start(verb: str, arguments: list[str], hold: Path | None = None) -> list[subprocess.Popen[str]]:

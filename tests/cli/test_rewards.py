@@ -38,7 +38,7 @@ def test_a_training_by_rewards_and_the_best_of_its_samples(folder, tmp_path):
     rows = read_metrics(tmp_path / "run" / "model" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["sampler_trainer/max"] < 1e-4 and row["groups/failed"] == 0 for row in rows)
-    assert not (tmp_path / "run" / "data").exists()  # the documents are used as prompts, not learned
+    assert not (tmp_path / "run" / "data").exists()  # documents are only prompts here, so none are prepared
 
     requests = tmp_path / "requests.jsonl"
     requests.write_text("".join(json.dumps({"prompt": f"a {c} circle", "id": c}) + "\n" for c in ("red", "blue")))

@@ -27,7 +27,7 @@ def experiment(folder, **changes):
     config.sampling.update(dict(batch_size=4, max_length=64) | changes.pop("sampling", {}))
     config.mesh.update(changes)
     opened = Experiment(config, Workdir(folder))
-    opened.__dict__ |= {"grammar": GRAMMARS["grid"], "model": CONFIG}  # the tokenizers would decide this
+    opened.__dict__ |= {"grammar": GRAMMARS["grid"], "model": CONFIG}  # usually made from the tokenizers
     return opened
 
 
@@ -106,7 +106,7 @@ def test_the_best_checkpoint_is_sampled_from_when_asked(tmp_path):
     for opened, step in ((last, 2), (best, 1)):
         assert opened.checkpoint == step
         np.testing.assert_array_equal(opened.params["embedding"], params["embedding"] * step)
-    assert weights_hash(last) != weights_hash(best)  # samples of the two never mix
+    assert weights_hash(last) != weights_hash(best)  # samples of the two checkpoints never mix
     with pytest.raises(UserError, match="sampling.checkpoint: expected 'last' or 'best', found 'first'"):
         experiment(tmp_path, sampling=dict(checkpoint="first")).checkpoint  # noqa: B018
     write_json(done, {"fingerprint": {}, "summary": {"steps": 2}})

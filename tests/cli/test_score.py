@@ -76,7 +76,7 @@ def test_numbers_are_those_of_the_model(folder: Path, lines: list[dict[str, Any]
     assert pair["chosen"] == {key: lines[0][key] for key in pair["chosen"]}
     assert pair["rejected"]["log_likelihood"] == pytest.approx(image.log_likelihood, rel=1e-5)
     assert pair["margin"] == pytest.approx(text.log_likelihood - image.log_likelihood, rel=1e-4)
-    assert lines[3]["tokens"] == lines[3]["text"]["tokens"] > 5  # no turns, so all of it counts
+    assert lines[3]["tokens"] == lines[3]["text"]["tokens"] > 5  # the document has no turns, so all its tokens count
 
 
 def test_nothing_is_written_over_and_nothing_half(folder: Path, lines: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def _held(data: bytes | None, path: str | None = None) -> dict[str, Any]:
 
 def _table(rows: Sequence[tuple[Any, Any]]) -> pa.Table:
     images, words = zip(*rows, strict=True)
-    texts = [text.encode() if isinstance(text, str) else text for text in words]  # including what is not UTF-8
+    texts = [text.encode() if isinstance(text, str) else text for text in words]  # may be invalid UTF-8
     return pa.table([pa.array(images, _IMAGE), pa.array(texts, pa.binary()).view(pa.string())], schema=_SCHEMA)
 
 
@@ -74,7 +74,7 @@ def tables(root: Path, count: int, each: int) -> Part:
         put(f"b{i}-1 integers for images.parquet", pa.table(dict(image=[7], text=["x"])), ["bad_row"])
         put(f"b{i}-2 integers for texts.parquet", pa.table(dict(image=[_held(GOOD)], text=[7])), ["bad_text"])
         put(f"b{i}-3 other columns.parquet", pa.table(dict(other=[1])), ["bad_row"])
-        if i == 0:  # each takes a second to make
+        if i == 0:  # only once, because each takes a second to make
             bomb = pa.table([pa.array([_held(bytes(_BOMB))], _IMAGE), pa.array(["x"])], schema=_SCHEMA)
             put(f"b{i}-4 bomb.arrow", bomb, ["too_large"], compression="zstd")
             put(f"b{i}-5 bomb.parquet", bomb, ["too_large"], compression="zstd", use_dictionary=False)

@@ -34,13 +34,13 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _zeros(size: int) -> bytes:
-    """This many MiB of them, compressed."""
+    """`size` MiB of zeros, compressed."""
     packer = zlib.compressobj(9)
     return b"".join(packer.compress(bytes(1 << 20)) for _ in range(size)) + packer.flush()
 
 
 def _png_bomb(side: int) -> bytes:
-    """Black and white, of side x side pixels."""
+    """A PNG of side x side black and white pixels."""
     head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
     data = png_chunk(b"IDAT", _zeros(side * (side // 8 + 1) // (1 << 20) + 1))
     return GOOD[:8] + head + data + png_chunk(b"IEND", b"")
@@ -148,8 +148,8 @@ def odd(number: int, format: str = "") -> tuple[bytes, tuple[int, int]]:
 
 # ---- what a set holds -------------------------------------------------------------------------------------------
 
-Said = tuple[str, tuple[tuple[int, int], ...]]  # the text of a document without blanks, and the two greys of each image
-Bad = tuple[str, str]  # where a bad item is, below the set, and its kind
+Said = tuple[str, tuple[tuple[int, int], ...]]  # a document's text without blanks, and the two greys of each image
+Bad = tuple[str, str]  # a bad item's place below the set, and the kind of its fault
 LONG = "a long caption " * 70_000  # 1 MB
 
 

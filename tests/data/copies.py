@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-Examples = Sequence[Mapping[str, Any]]  # of one kind; images are bytes of files
+Examples = Sequence[Mapping[str, Any]]  # examples of one kind; images are bytes of files
 
 
 def folder(root: Path, file: str, examples: Examples) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def jsonl(path: Path, examples: Examples) -> dict[str, Any]:
 
 
 def table(examples: Examples) -> pa.Table:
-    """As in Hugging Face `datasets`: images are structs of bytes and a path."""
+    """A table as Hugging Face `datasets` has it: images are structs of bytes and a path."""
 
     def held(value: Any) -> Any:
         if isinstance(value, bytes):

@@ -67,7 +67,7 @@ def test_version_0_is_the_item_and_the_others_say_the_same_of_moved_images(folde
 def test_a_whole_figure_goes_anywhere_on_its_ground_and_is_never_cut(tmp_path: Path) -> None:
     figure = np.arange(1, 19, dtype=np.uint8).reshape(2, 3, 3)
     pixels = np.full((8, 10, 3), 200, np.uint8)
-    pixels[5:7, :3] = figure  # it touches the left edge
+    pixels[5:7, :3] = figure  # the figure touches the left edge
     Image.fromarray(pixels).save(tmp_path / "0.png")
     (tmp_path / "captions.jsonl").write_text('{"image": "0.png", "text": "a thing"}')
     source = augmented(tmp_path, count=400, shift=0.99, mirror=False, whole=True)
@@ -102,7 +102,7 @@ def test_each_version_is_coded_and_is_trained_on(
     report = prepare([source], grammar, tokenizer, tmp_path, max_tokens=512, show_progress=False).sources["set"]
     assert report.documents == report.items == 3 * 35
     stored = Shards(tmp_path / "set", load_manifest(tmp_path)["report"]["set"]["shards"])
-    codes = [grammar.parse(found.tokens).parts[1] for found in stored.read(range(3))]  # of the first caption
+    codes = [grammar.parse(found.tokens).parts[1] for found in stored.read(range(3))]  # all of the first caption
     assert codes == [CodesPart(tokenizer.encode(images(source, i)[0][None])[0]) for i in range(3)]
     assert len({part.codes.tobytes() for part in codes}) == 3
     seen = ImageBatches([source], size=(16, 16), batch_size=len(source)).batch(0)["pixels"]

@@ -61,7 +61,7 @@ def test_an_instruction_determines_the_scene_that_comes_of_it(split: str) -> Non
         assert edits.kind_of(edit.before, edit.after) == edit.kind
         assert scenes.split_of(edit.before) == scenes.split_of(edit.after) == split
     assert {edit.kind for edit in found} == set(edits.KINDS_OF_EDITS)
-    assert len({edit.instruction.split()[0] for edit in found}) >= 8  # there is variety
+    assert len({edit.instruction.split()[0] for edit in found}) >= 8  # the wording varies
 
 
 def actions(found: list[edits.Edit]) -> set[str]:

@@ -151,7 +151,7 @@ LITTER = [
 
 
 def test_hidden_files_are_no_part_of_a_dataset(tmp_path: Path, kit: Any) -> None:
-    root = tmp_path / ".cache" / "set"  # a hidden file
+    root = tmp_path / ".cache" / "set"  # below a hidden folder
     for name in [*LITTER, "b.JPG", "deep/a.png", "c.jfif", "d.Tiff", "e.pgm"]:
         for path in (root / name, (root / name).with_suffix(".txt")):
             path.parent.mkdir(parents=True, exist_ok=True)

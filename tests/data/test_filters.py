@@ -19,8 +19,8 @@ from tests.data.pictures import picture
 
 @pytest.fixture
 def root(tmp_path: Path, kit: Any) -> Path:
-    """Captions of images. 3 is also there scaled, 4 cropped, 5 twice, 6 often; 7 is held out, 8 has much text, 9 is
-    German."""
+    """Captions of numbered images. Image 3 is also there scaled, 4 cropped, 5 twice, 6 often; 7 is held out, 8 has much
+    text, and 9 a German text."""
     images, rows = {f"{i}.png": picture(i) for i in range(12)}, []
     images |= {"3 small.png": resize(images["3.png"], 48, 48), "4 cut.png": images["4.png"][2:-2, 1:-2]}
     images |= {"wide.png": picture(20, 24, 96), "tiny.png": picture(21, 16, 16)}

@@ -101,7 +101,7 @@ def test_what_is_told_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     source = open_source(dict(kind="text", path=tmp_path))
     bad = next(item for _, item in read(source, range(2)) if isinstance(item, BadItem))
     assert bad.origin == str(tmp_path / name) and str(bad).isprintable() and "caf\\udce9\\x1b[2J.txt" in str(bad)
-    (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"a text")  # a good one, and the same one twice
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"a text")  # a good file, with the text of a.txt
     output = tmp_path / "page.html"
     assert main(["validate", str(tmp_path), "--output", str(output)]) == 1
     said = capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_tars_that_are_not_whole(tmp_path: Path) -> None:
     (tmp_path / "5.tar").write_bytes(b"")
     (tmp_path / "6.tar").symlink_to("/etc/passwd")
     name = member("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=64 << 20)
-    with open(tmp_path / "7.tar", "wb") as file:  # a name of 64 MiB
+    with open(tmp_path / "7.tar", "wb") as file:  # a member's name has 64 MiB
         file.write(name.tobuf(tarfile.GNU_FORMAT))
         file.truncate(65 << 20)
     good = ["", "", ""]

@@ -31,7 +31,7 @@ def test_what_was_put_is_found_by_the_next(tmp_path: Path) -> None:
     assert not any(first.get(digest) is not None for digest in known)
     first.put(known)
     second = ImageCodes(tmp_path, "a", 70_000)
-    second.put(more := images(40, 60))  # ten of them again
+    second.put(more := images(40, 60))  # ten of these are known already
     third = ImageCodes(tmp_path, "a", 70_000)
     for digest, codes in (known | more).items():
         found = third.get(digest)

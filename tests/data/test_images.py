@@ -108,7 +108,7 @@ def test_floats_may_overshoot_and_a_dark_image_stays_dark() -> None:
         (tiff([0, 2**30], "<i4"), "found 0 to 1.07374e"),
         (tiff([0, 2**31 + 5], "<u4"), "the value of white is unknown"),
         (tiff([-5, 200], "<i2"), "found -5 to 200"),
-        (tiff([0, 20000], "<i2"), "expected values of 0 to 255, found"),  # is the maximum 32767 or 65535?
+        (tiff([0, 20000], "<i2"), "expected values of 0 to 255, found"),  # the maximum is unknown, 32767 or 65535
         (tiff([-5, 100], "i1"), "signed 8 bit"),
         (tiff([0.0, 1.0], "<f8"), "of a kind that Pillow reads"),
     ],
@@ -253,7 +253,7 @@ def test_a_grey_profile_and_one_that_fits_nothing() -> None:
 def test_bombs_are_refused_by_their_header() -> None:
     whole = encoded(Image.new("1", (4000, 4000)))
     with pytest.raises(ImageError, match="4000 x 4000") as bomb:
-        decode(whole[:100], Limits(pixels=10**6))  # the file does not even have pixels
+        decode(whole[:100], Limits(pixels=10**6))  # these bytes contain the header and no pixels
     assert bomb.value.kind == "image_shape"
 
 
@@ -306,7 +306,8 @@ def test_a_window_whose_edge_rounds_below_zero_is_inside(side: tuple[int, int]) 
 def test_recoloured_changes_colours_and_no_shape() -> None:
     pixels = np.array([[[0, 100, 200], [255, 255, 255], [0, 0, 0], [0, 100, 200]]], np.uint8)
     assert np.array_equal(recoloured(pixels, (0.0, 0.5, 0.5, 0.5)), pixels)
-    turned = recoloured(pixels, (0.99, 0.5, 0.5, 0.0))  # the last order of channels; the last one to the power of 1/2
+    # The first number gives the last order of channels, the last one raises the last channel to the power of 1/2.
+    turned = recoloured(pixels, (0.99, 0.5, 0.5, 0.0))
     assert turned[0, 0].tolist() == [200, 100, 0] and turned[0, :3].max() == 255 and not turned[0, 2].any()
     assert recoloured(pixels, (0.2, 0.5, 0.0, 0.9999))[0, 0].tolist() == [0, round(255 * (200 / 255) ** 0.5), 39]
     seen = {recoloured(pixels, draw)[0, 0].tobytes() for draw in np.random.default_rng(0).random((50, 4))}
@@ -329,7 +330,7 @@ def jpeg(pixels: np.ndarray, orientation: int = 1) -> bytes:
 
 
 def near(a: np.ndarray, b: np.ndarray) -> float:
-    """PSNR in dB."""
+    """The PSNR of two images, in dB."""
     return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2) / 255**2 + 1e-12))
 
 
@@ -345,7 +346,7 @@ def test_a_jpeg_that_its_decoder_made_smaller_shows_the_same(shape: tuple[int, i
 
 
 def test_only_a_jpeg_of_four_times_the_size_is_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []  # pixels per pixel that remains
+    asked: list[float] = []  # for each call, by what factor the decoder reduced the side
     draft = JpegImagePlugin.JpegImageFile.draft
 
     def told(image: Any, *arguments: Any) -> Any:

@@ -124,7 +124,7 @@ def test_rows_say_of_every_token_what_the_model_needs(prepared: Path, grammar: G
             document = grammar.parse(d["tokens"])
             assert (d["positions"] == np.arange(n)).all() and (d["doc_start"] == d["start"]).all()
             assert d["targets"].tolist() == [*d["tokens"][1:], v.pad]
-            assert d["roles"].tolist() == [*grammar.encode(document).roles[1:], 0]  # of the targets
+            assert d["roles"].tolist() == [*grammar.encode(document).roles[1:], 0]  # the roles of the targets
             task = TASKS[d["tasks"][0]]
             tasks[task] += 1
             assert len(set(d["tasks"])) == 1 and task in (document.task, "interleaved")

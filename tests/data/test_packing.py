@@ -81,7 +81,7 @@ def test_the_order_of_large_data_never_changes() -> None:
     "spread, documents, expected", [("wide", 330_000, "b34e52b9e914c390"), ("near", 70_000, "924a9b4ab98636c5")]
 )
 def test_the_order_of_blocks_of_full_size_never_changes(spread: str, documents: int, expected: str) -> None:
-    """As above, for random rows of several windows, and for a window in which nearly all lengths are equal."""
+    """The test above for random rows of several windows, and for a window in which nearly all lengths are equal."""
     seed = {"wide": 1, "near": 2}[spread]
     draw = np.random.default_rng(seed)
     wide = draw.lognormal(5.5, 1.0, documents)
@@ -112,7 +112,7 @@ def test_rows_that_are_planned_beforehand_are_read_a_block_at_a_time(
         times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         store(lengths, T, tmp_path)
         assert times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(times) == 2
-        monkeypatch.delattr(blocks, "rows_of")  # nothing is planned again
+        monkeypatch.delattr(blocks, "rows_of")  # the stored plan is used, so this is not called
         stored = Packing(lengths, T, seed=0, folder=tmp_path)
         assert (stored.rows, stored.fill) == (made.rows, made.fill)
         found = stored.documents(1, np.arange(made.rows))

@@ -93,7 +93,7 @@ def test_a_phase_in_whose_rows_nothing_fits_is_refused(prepared: Path, grammar: 
     named = Phase(sequence_length=SHORT, weights=dict(docs=1, vqa=1))
     with pytest.raises(UserError, match="'docs': no document fits into the rows of 48 tokens that begin at step 0"):
         loader(prepared, grammar, named, Phase(5))
-    found = loader(prepared, grammar, Phase(sequence_length=SHORT), Phase(5))  # without a weight it has no share
+    found = loader(prepared, grammar, Phase(sequence_length=SHORT), Phase(5))  # without weights, docs has no share
     assert found.shares[0]["docs"] == 0 < found.shares[1]["docs"]
     with pytest.raises(UserError, match="make rows longer"):
         loader(prepared, grammar, Phase(sequence_length=SHORT))
@@ -126,7 +126,7 @@ def test_a_source_goes_on_with_its_next_window_where_rows_get_longer() -> None:
     with small_blocks():
         short, long = Packing(lengths, T // 2, seed=1), Packing(lengths, T, seed=1)
         starts = short._epochs(0)[2]
-        read = int(starts[4]) + 1  # four windows and a row
+        read = int(starts[4]) + 1  # reads four windows and one more row
         taken = long.after(short, read)
         first = np.concatenate(short.documents(0, np.arange(read)))
         rest = np.concatenate(long.documents(0, np.arange(taken, long.rows)))

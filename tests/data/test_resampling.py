@@ -52,7 +52,8 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch: pytes
 
 @pytest.mark.interop
 def test_the_same_filter_with_vector_instructions() -> None:
-    """The PSNR between them is at least 50 dB; other filters, or a window that is off by half a pixel, are worse."""
+    """The PSNR between both results is at least 50 dB. Other filters, or a window that is off by half a pixel, give
+    less."""
     whole = smooth(480, 640)
     for sides, box in [((256, 256), (80.0, 0.0, 560.0, 480.0)), ((64, 96), (0.0, 20.5, 640.0, 447.1))]:
         image = Image.fromarray(whole)
@@ -88,7 +89,7 @@ shares = st.floats(0, 1)
 
 @pytest.mark.interop
 def test_a_first_result_on_the_centre_of_a_pixel() -> None:
-    """Weights of 0 next to it are dropped. With a bicubic filter, this window used to end the process."""
+    """Weights of 0 next to that pixel are dropped. With a bicubic filter, this window used to end the process."""
     for name in SIMD:
         for _ in range(50):
             image = Image.fromarray(smooth(14, 211))

@@ -35,7 +35,7 @@ def test_a_caption_determines_the_scene(split: str) -> None:
         text = scenes.caption(rng, scene)
         assert scenes.read_caption(text) == scene, text
         captions[text] = scene
-    assert len({text.split()[0] for text in captions}) >= 4  # there is variety
+    assert len({text.split()[0] for text in captions}) >= 4  # the wording varies
 
 
 @pytest.mark.parametrize("text", ["", "a red circle", "a red blue circle in the top left", "red " * 4])
@@ -95,7 +95,7 @@ def test_a_story_text_leads_from_one_scene_to_the_next() -> None:
         assert change is not None and change.before == scene and scenes.split_of(change.after) == "train"
         gone, new = set(scene) - set(change.after), set(change.after) - set(scene)
         assert (len(gone), len(new)) in {(1, 1), (0, 1), (1, 0)}
-        for o in new:  # the text says what is new about it
+        for o in new:  # the text says what is new about the object
             fresh = {o.place, o.colour} - ({gone_o.place for gone_o in gone} | {x.colour for x in gone})
             assert all(word in change.text for word in fresh), (change.text, o)
         verbs.add((len(gone), len(new)))
@@ -129,7 +129,7 @@ def test_an_image_is_its_colours_laid_over_the_ground_as_far_as_shapes_cover_it(
         found = scenes.render(scene, side)
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, np.rint(wanted))
-        found[:] = 0  # the caller owns it
+        found[:] = 0  # the caller may change the array
 
 
 def test_splits_are_apart() -> None:

@@ -38,7 +38,7 @@ def held_open(folder: Path) -> set[str]:
 
 
 def test_the_index_is_one_file_that_processes_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Shards(folder, 4)  # as earlier versions wrote it
+    plain = Shards(folder, 4)  # without a joined index, as in earlier versions
     joined = join_indexes(folder, 4)
     assert np.array_equal(joined, np.concatenate([read_index(shard_path(folder, n)) for n in range(4)]))
     stamp = (folder / "index.npy").stat().st_mtime_ns
@@ -46,7 +46,7 @@ def test_the_index_is_one_file_that_processes_share(folder: Path, monkeypatch: p
     mapped = Shards(folder, 4)
     assert isinstance(mapped.index.base, np.memmap) and not mapped.index.flags.writeable
     assert mapped.index.dtype == INDEX and np.array_equal(mapped.index, plain.index)
-    for found, seconds in ((plain, 60.0), (mapped, 60.0), (mapped, 0.0)):  # one by one; all at once
+    for found, seconds in ((plain, 60.0), (mapped, 60.0), (mapped, 0.0)):  # read one by one, or all at once
         monkeypatch.setattr(shards, "_QUICKLY", seconds)
         order = [7, 0, 2, 3, 6, 2]
         assert [d.tokens.tolist() for d in found.read(order)] == [[256 * n] * (5 + i) for n, i in map(place, order)]

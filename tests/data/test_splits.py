@@ -46,7 +46,7 @@ def test_a_twentieth_is_held_out_by_count_and_never_nothing(tmp_path: Path, kind
         spec = dict(kind=kind, path=path)
     train, held_out, whole = (texts(spec, split) for split in ("[:95%]", "[95%:]", None))
     assert sorted(train + held_out) == sorted(whole) and not set(train) & set(held_out)
-    each = 2 if kind in ("folder", "jsonl") else 1  # rows of a group
+    each = 2 if kind in ("folder", "jsonl") else 1  # the number of rows in a group
     assert len(held_out) == each * max(1, count - int(0.95 * count + 0.5))
     assert held_out == texts(spec, "[95%:]") and held_out == texts(spec, "train[95%:]")
 

@@ -122,7 +122,7 @@ def test_the_parts_of_a_split_make_the_whole(tmp_path: Path, by: str) -> None:
 
 
 def test_a_corpus_is_read_at_any_place_and_never_held(tmp_path: Path) -> None:
-    """3 MB in lines of about 100 bytes. The index has 40 bytes per 16 KiB of them."""
+    """The text has 3 MB in lines of about 100 bytes. The index has 40 bytes per 16 KiB of text."""
     draw = random.Random(0)
     lines = [f"{i:07d} {'x' * draw.randrange(180)}" for i in range(30_000)]
     (tmp_path / "corpus.txt").write_text("\n".join(lines) + "\n")

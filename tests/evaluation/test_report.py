@@ -113,7 +113,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert not re.search(r"@import|url\(|fetch\(|https?:", html)
     for said in ("Loss", "PSNR", "1 min 06 s", "10 steps of 4 rows of 8 tokens: 320 in all", "2.2 M"):
         assert said in words, said
-    assert "MFU" not in words  # no series, no chart
+    assert "MFU" not in words  # without a series there is no chart
 
 
 def test_text_of_data_and_models_is_only_text(tmp_path):
@@ -203,7 +203,7 @@ def test_a_tokenizer_alone_has_a_report(tmp_path):
         "2.1250",
         "steps: 77",
         "Lanczos",
-        "images of <b>emoji</b>, crops of 48 x 64",  # as text
+        "images of <b>emoji</b>, crops of 48 x 64",  # shown as text, not as markup
         "unseen things: a",
         "difference x 4",
         "An image tokenizer",

@@ -89,7 +89,7 @@ def test_a_perfect_tokenizer_and_every_number_of_its_ids():
     assert found["bits_per_pixel"] == 3 / 16 and found["by_source"]["all"]["images"] == 4
     assert found["entropy_bits_per_pixel"] == pytest.approx(found["entropy_bits"] / 16)
     assert found["by_source"]["two codes"]["dead"] == 6 and found["by_source"]["two codes"]["entropy_bits"] < 1.01
-    assert 2 < found["entropy_bits"] < 3  # two greys in half
+    assert 2 < found["entropy_bits"] < 3  # half of the images have only two greys
     noise = list(found["psnr_corrupted"].items())
     assert [share for share, _ in noise] == ["1%", "5%", "10%"]
     assert 100 > noise[0][1] > noise[1][1] > noise[2][1] > 10
@@ -123,7 +123,7 @@ def test_ids_that_do_not_survive_are_counted():
     stable, _ = evaluate_tokenizer(Greys(drift=15), [Album("a", exact(3))], size=SIZE)
     unstable, _ = evaluate_tokenizer(
         Greys(drift=17), [Album("a", exact(3))], size=SIZE
-    )  # one grey lighter, except the last
+    )  # each grey but the last becomes the next lighter one
     last = np.mean(Greys().encode(np.stack(exact(3))) == K - 1)
     assert stable["id_stability"] == 1 and unstable["id_stability"] == pytest.approx(last)
 
@@ -142,7 +142,7 @@ def test_what_is_left_out_is_said():
 def test_corruption_replaces_its_share_by_other_ids():
     ids = np.random.default_rng(0).integers(0, K, (100, 100)).astype(np.int32)
     changed = {share: _corrupted(ids, share, K, (0, 7)) != ids for share in (0.0, 0.05, 0.1, 1.0)}
-    assert not changed[0.0].any() and changed[1.0].all()  # never alone
+    assert not changed[0.0].any() and changed[1.0].all()  # no id is replaced by itself
     assert changed[0.05].mean() == pytest.approx(0.05, abs=0.01) and changed[0.1].mean() == pytest.approx(0.1, abs=0.01)
     assert np.all(changed[0.1][changed[0.05]])
     assert _corrupted(ids, 1.0, K, (0, 7)).dtype == np.int32 and _corrupted(ids, 1.0, K, (0, 7)).max() < K

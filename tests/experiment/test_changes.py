@@ -132,7 +132,7 @@ def test_the_story_of_an_interrupted_run_and_of_one_that_is_made_longer(tmp_path
     changes: dict[str, Any] = dict(model__remat="full", training__accumulation=4, loss__chunk=256, mesh__fsdp=2)
     cheap = {"mesh.fsdp": [1, 2], "model.remat": ["none", "full"], "loss.chunk": [1024, 256]}
     cheap |= {"training.accumulation": [1, 4]}
-    for _ in range(2):  # killed and started again: told once
+    for _ in range(2):  # the second time is a restart after a kill, and records nothing new
         stage = open_stage(tmp_path, taken=400, **changes)
         assert not stage.done and history(tmp_path) == [("cost", 400, cheap)]
     assert not [key for key in dict(flat(stage.fingerprint)) if key in (*cheap, "training.log_every")]
@@ -144,17 +144,17 @@ def test_the_story_of_an_interrupted_run_and_of_one_that_is_made_longer(tmp_path
     weights = weights_hash(Experiment(config(), Workdir(tmp_path)))
 
     cheaper = changes | dict(training__log_every=50, model__remat="none")
-    assert open_stage(tmp_path, taken=1000, **cheaper).done  # no work uses it any more, so there is no message
+    assert open_stage(tmp_path, taken=1000, **cheaper).done  # the training is finished, so cost settings do not matter
     assert len(history(tmp_path)) == 3 and weights_hash(Experiment(config(), Workdir(tmp_path))) == weights
     with pytest.raises(StageMismatch, match="is finished with 1000 steps.*config.training.steps of at least 1001"):
         open_stage(tmp_path, taken=1000, **changes | dict(training__decay_fraction=0.1))
     stage = open_stage(tmp_path, taken=1000, **changes | dict(training__steps=1500))
     assert not stage.done and history(tmp_path)[3:] == [("extended", 1000, {"training.steps": [1000, 1500]})]
     with pytest.raises(UserError, match="train"):
-        Experiment(config(), Workdir(tmp_path)).trained()  # stages that use it wait for its end
+        Experiment(config(), Workdir(tmp_path)).trained()  # stages that use the model need the end of its training
     with pytest.raises(StageMismatch, match="has taken 1200 steps.*at least 1200 .*found 1100.*--branch"):
         open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1100))
-    assert not open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1250)).done  # shorter, not yet reached
+    assert not open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1250)).done  # shorter, but not reached
     stage.finish({})
     assert weights_hash(Experiment(config(), Workdir(tmp_path))) != weights
 
@@ -302,7 +302,7 @@ def test_a_branch_has_all_that_a_training_needs_and_leaves_its_origin_alone(orig
     before = {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()}
     folder = tmp_path / "new"
     (folder / ".data.branch~").mkdir(parents=True)  # a killed attempt
-    for _ in range(2):  # the same command again
+    for _ in range(2):  # the second time, the same command changes nothing
         branched(origin, folder, 6, training__schedule="wsd")
     assert {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in folder.glob("[!.]*")) == ["data", "model", "text_tokenizer"]

@@ -132,12 +132,13 @@ def test_what_does_not_go_together_is_told():
     says(r"config.data.layout: expected 'rows' or .* with resize 'aspect'", {"data.resize": "aspect"})
     plain = {"image_tokenizer.activation": "tanh"}  # the demo's value is for its quantizer
     rows = plain | {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
-    check(load(**rows))  # the codes of a position are side by side
+    check(load(**rows))  # because the codes of a position are side by side
     check(load(**{"data.layout": "rows", "data.resize": "aspect"}))
-    check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))  # a training from which decays branch
+    # Without a decay, because branches of this training decay.
+    check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
     says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
-    check(load(**kept), ["samples"])  # the training may have kept that step
+    check(load(**kept), ["samples"])  # an earlier training may have kept the best step
     averaged = plain | {"image_tokenizer.quantizer": "vq", "image_tokenizer.codebook_update": "ema"}
     check(load(**averaged))
     assert autoencoder(load(**averaged)).codebook_update == "ema"
@@ -155,7 +156,7 @@ def test_stages_that_do_not_run_are_not_asked_how_they_go_together():
     check(load(sampling__context="negative_prompt"), ["requests"])
     check(load(sampling__context="negative_prompt", sampling__negative_prompt="blurry"))
     check(load(text_tokenizer__model="gone.model"), ["model"])
-    says("optimizer", {"training.optimizer": "adam"}, ["text_tokenizer"])  # always valid by itself
+    says("optimizer", {"training.optimizer": "adam"}, ["text_tokenizer"])  # checked for every stage
 
 
 def phases(*changes: dict[str, Any]) -> ConfigDict:
@@ -384,7 +385,7 @@ def test_the_sources_of_a_phase_are_those_of_the_training(tmp_path):
 
 def test_a_image_has_room_in_a_document_and_in_a_sample(tmp_path):
     made = with_sources(tmp_path, dict(path="a"), data__max_tokens=17, sampling__max_length=18)
-    check_sources(made)  # text alone
+    check_sources(made)  # no source has images yet
     vars(made)["train"] = [SimpleNamespace(name="images", fingerprint={})]
     with pytest.raises(
         UserError, match="2 problems:\n.*data.max_tokens: .*at least 20.*\n.*sampling.max_length: .*at least 21"
@@ -415,5 +416,5 @@ def test_the_package_of_a_filter_must_be_there_before_images_are_read(monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cykooz_resizer" else known(name))
     for stage in ("image_tokenizer", "data"):
         says(r"config\.data\.resample: 'bilinear_simd' needs the package", {"data__resample": "bilinear_simd"}, [stage])
-    check(load(data__resample="bilinear_simd"), ["samples"])  # which reads no images
+    check(load(data__resample="bilinear_simd"), ["samples"])  # this stage reads no images
     check(load(data__resample="bilinear"), STAGES)

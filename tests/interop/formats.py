@@ -20,7 +20,7 @@ from tests.interop.weights import Sizes, Tensors, draw, drawn, interleaved, shar
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 VQ = {"base": 32, "multipliers": (1, 2), "blocks": 1, "z": 16, "codes": 64, "embed": 16}
-LWM_THETA = 1e4  # not in its files, so an import must be told
+LWM_THETA = 1e4  # RoPE's theta is not in LWM's files, so an import needs it as an argument
 LWM_VISION = 64 + 16  # ids of its second table: 64 codes, end of frame 64, end of clip 65, unused ids
 
 
@@ -264,7 +264,7 @@ def liquid(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
     more = {"head_dim": 24, "hidden_act": "gelu", "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True}
     more |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     config = _config("GemmaForCausalLM", "gemma", table, sizes, dtype, **more)
-    del config["tie_word_embeddings"]  # not in the published file, but the class's default
+    del config["tie_word_embeddings"]  # the published file lacks this key; the class has it as default
     marks = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     write_json(folder, config=config, tokenizer=table.byte_fallback(), tokenizer_config=marks)
     return folder

@@ -143,7 +143,7 @@ def _emu3_vision(levels: int) -> dict[str, Any]:
 
 
 def _emu3_text(table: Table, longest: int) -> dict[str, Any]:
-    """longest: the number of positions, which differs between Chat and Gen."""
+    """The text part of config.json. longest: the number of positions, which differs between Chat and Gen."""
     ids = {"pad_token_id": "<|endoftext|>", "bos_token_id": "<|extra_203|>", "eos_token_id": "<|extra_204|>"}
     return (
         _SIZES

@@ -27,7 +27,7 @@ from tests.interop import formats, tables
 from tests.language import transcriptions
 
 QUALITY = "lowres, bad anatomy, "  # how Emu3's negative prompt begins
-PRAISE = " masterpiece, film grained, best quality."  # and the text after each of Emu3-Gen's prompts
+PRAISE = " masterpiece, film grained, best quality."  # the text after each of Emu3-Gen's prompts
 DEFAULTS: dict[str, dict[str, Any]] = {
     "chameleon": {
         "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi", "repetition_penalty": 1.2,
@@ -87,7 +87,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if system not in made:
             folder = tmp_path_factory.mktemp(system)
             files = list(map(str, files_of(system, folder / "download")))
-            named = "emu3" if system == "emu3_gen" else system  # config.json says which
+            named = "emu3" if system == "emu3_gen" else system  # config.json tells Gen from Chat
             assert main(["import", *files, "--as", named, "--output", str(folder / "bundle")]) == 0
             made[system] = folder / "bundle"
         return made[system]
@@ -234,7 +234,7 @@ def test_a_choice_goes_before_what_the_config_says(
 def test_they_draw_what_the_same_said_by_hand_draws(
     system: str, by_hand: dict[str, Any], without: dict[str, Any], bundle: Callable[[str], Path]
 ) -> None:
-    """Greedy codes, so that only the logits can differ."""
+    """Codes are chosen greedily, so that only the logits can differ."""
     model = model_of(bundle(system))
     if system == "emu3":
         by_hand = by_hand | {"negative_prompt": Bundle(bundle(system)).sections["sampling"]["negative_prompt"]}

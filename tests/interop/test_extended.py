@@ -119,7 +119,7 @@ def test_an_adapter_beside_it_has_its_new_rows_with_it_and_peft_reads_both(publi
     oracle = reference.load(tmp_path / "hf")
     size = oracle.model.config.vocab_size
     old = reference.load(theirs).model
-    old.resize_token_embeddings(size)  # as a user of only the language model adds rows
+    old.resize_token_embeddings(size)  # adds rows as a user who has only the language model does
     merged = ar_unified.load(tmp_path / "merged", dtype="float32")
     served = ar_unified.load(tmp_path / "base", dtype="float32", adapters={"mine": tmp_path / "adapter"})
     ids = np.stack([ids_for(size, 1, 6)[0], np.arange(size - 6, size)])

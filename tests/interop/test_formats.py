@@ -36,7 +36,7 @@ def test_ids_are_in_the_published_order():
     assert max(chameleon.ids("")) < min(chameleon.text)
     first = emu3.id("<|endoftext|>")
     marks = ("<|extra_200|>", "<|extra_203|>", "<|image token|>", "<|visual token 000000|>")
-    real = (151846, 151849, 151851, 151854)  # after 151643 text pieces
+    real = (151846, 151849, 151851, 151854)  # published ids, which follow 151643 text pieces
     assert [emu3.id(name) - first for name in marks] == [id_ - 151643 for id_ in real]
     assert emu3.text == list(range(first)) and emu3.names[9] == "*" and emu3.names[15] == "0"
     assert lumina.ids("IMGIMG")[-1] == lumina.size - 1

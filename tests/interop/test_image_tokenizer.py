@@ -207,7 +207,7 @@ def test_what_is_wrong_is_said_and_nothing_written(
 def test_a_pickled_file_is_sent_to_the_verb_that_reads_it(
     begin: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "vqgan").write_bytes(begin)  # LWM's has no ending
+    (tmp_path / "vqgan").write_bytes(begin)  # the name of LWM's file has no ending
     assert run("import", "--from", tmp_path / "vqgan", "--as", "lwm_vq", "--output", tmp_path / "made") == 2
     assert (
         "vqgan: it is pickled: convert it to .safetensors with `ar-unified convert-pickle`" in capsys.readouterr().err

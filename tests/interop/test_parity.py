@@ -290,7 +290,7 @@ def picture(case: Case) -> tuple[list[int], Callable[[int], Sequence[int]], int]
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_greedy_picture_is_the_references(name, guidance, models, oracles):
-    """Sixty-four codes and the ends of their rows, with guidance compared to a loop over both contexts."""
+    """Draws 64 codes and the ends of their rows. Guidance is compared with a loop over both contexts."""
     case = CASES[name]
     (model, ours), oracle, table = models(case), oracles(case), case.table()
     begun, allowed, steps = picture(case)
@@ -370,7 +370,8 @@ def test_twenty_steps_of_fine_tuning_are_torchs(name, models, published):
     case = CASES[name]
     model, ours = models(case)
     folder = published(case.make, *case.args, twin=case.oracle == "twin", **case.settings)
-    oracle = reference.load(folder, None if case.oracle in ("", "twin") else case.oracle)  # its own folder
+    # A fresh model, because fine-tuning changes it.
+    oracle = reference.load(folder, None if case.oracle in ("", "twin") else case.oracle)
     table = case.table()
     learned = [*table.text, *(table.ids(case.codes) if case.codes else ())]
     batches = np.random.default_rng(6).choice(learned, (reference.STEPS, 4, 32))
@@ -380,8 +381,8 @@ def test_twenty_steps_of_fine_tuning_are_torchs(name, models, published):
 
 
 def test_images_become_the_references_codes(models, oracles):
-    """Only Chameleon's encoder, because the published file has no decoder. Codes may differ only where two are equally
-    near."""
+    """Only Chameleon's encoder is tested, because the published file has no decoder. Codes may differ only where two
+    are equally near."""
     (model, _), oracle = models(CASES["chameleon"]), oracles(CASES["chameleon"])
     pixels = np.round((make.pictures(count=4) + 1) * 127.5).astype(np.uint8)
     with torch.inference_mode():
@@ -434,7 +435,7 @@ def heads_as_neighbours(folder: Path) -> None:
 
 @pytest.mark.parametrize("edit", [swin_flipped, first_rows, norms_as_neighbours, heads_as_neighbours])
 def test_a_wrong_layout_is_a_thousand_tolerances_off(edit, bundles, models, oracles):
-    """Mistakes that do not change shapes. With any of them, the tests above would fail."""
+    """Makes mistakes that do not change shapes. With any of them, the tests above would fail."""
     case = CASES["chameleon"]
     _, ours = models(case)
     wrong = ar_unified.load(bundles(case, edit), dtype="float32")

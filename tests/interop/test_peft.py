@@ -91,8 +91,8 @@ def test_an_adapter_is_the_same_there_and_here(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind, system, tied", [("llama", "llama", False), ("gemma", "gemma", True)])
 def test_rows_of_ids_are_the_same_there_and_here(kind: str, system: str, tied: bool, tmp_path: Path) -> None:
-    """New values for some rows of the embedding and of the head. They belong to existing ids, which PEFT treats like
-    new ones."""
+    """The adapter has new values for some rows of the embedding and of the head. The rows belong to existing ids, which
+    PEFT treats like new ones."""
     published, size = make.causal(tmp_path / "published", kind), CASES[kind][2]().size
     import_as(system, published, tmp_path / "bundle")
     bundle = Bundle(tmp_path / "bundle")

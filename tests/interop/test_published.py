@@ -54,7 +54,7 @@ def test_it_loads_whole_and_answers(published, maker, args, settings, kind):
     ids = ids_for(size)
     logits = model.logits(ids)
     assert logits.shape == (*ids.shape, size) and np.isfinite(logits).all() and logits.std() > 0.2
-    assert np.abs(logits).max() < 100  # no column is masked
+    assert np.abs(logits).max() < 100  # a masked column would have a huge negative logit
     expected = np.mean([math.log(np.exp(row.astype(np.float64)).sum()) - row[id_] for row, id_ in pairs(logits, ids)])
     assert model.loss(ids) == pytest.approx(expected, abs=1e-5)
 
@@ -107,7 +107,7 @@ def test_no_two_heads_have_the_same_norm(published):
 
 
 def test_greedy_is_decided_at_every_step(published):
-    """Only text ids, then only codes: the two modes of a sampler."""
+    """First only text ids are allowed, then only codes. These are the two modes of a sampler."""
     table, model = tables.chameleon(), reference.load(published(make.chameleon))
     prompts = [[0, *ids] for ids in np.random.default_rng(0).choice(table.text, (8, 6)).tolist()]
     for ids in (table.text, table.ids("IMGIMG")):
@@ -207,7 +207,7 @@ def test_metas_ranks_and_transformers_agree(published, swin):
     expected = reference.load(published(formats.meta, twin=True, swin=swin)).logits(ids)
     np.testing.assert_allclose(interleaved.meta_logits(parts, params, ids), expected, atol=5e-5)
     other = interleaved.meta_logits(parts, {"model": params["model"] | {"swin_norm": not swin}}, ids)
-    assert np.abs(other - expected).max() > 0.05  # only the flag differs
+    assert np.abs(other - expected).max() > 0.05  # the flag alone makes a difference
 
 
 def test_lwms_transcription_and_llama_agree_on_text():

@@ -75,7 +75,7 @@ def lwm_model(lwm_bundle: Path) -> ar_unified.Model:
 
 
 def test_lwm_answers_with_both_tables_as_its_transcription(lwm_model: ar_unified.Model) -> None:
-    """Text and images in one row, which the original had in training but not in its sampler."""
+    """Text and images are in one row. The original had such rows in training, but not in its sampler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "LWM_VISION", 8448)
         original = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA)
@@ -120,7 +120,7 @@ def test_sixty_four_greedy_ids_of_lwm_are_its_transcriptions(
     shown = CodesPart(np.zeros((16, 16), np.int32))
     end = int(ids.theirs([vocabulary.control(grammar.layout.record.end)])[0])
     of = ids.theirs(np.array(vocabulary.ids(Role.TEXT if mode == "text" else Role.IMAGE)))
-    for text in ("the red", "a circle", "blue", "square and green"):  # until no id ends the answer
+    for text in ("the red", "a circle", "blue", "square and green"):  # until no id ends the expected answer
         ours = grammar.encode(Document((Turn("document", (TextPart(text), shown)),))).tokens
         said, begun = 1 + len(grammar.text_codec.encode(text)), int(np.argmax(vocabulary.role(ours) == Role.IMAGE))
         asked = ours[: said if mode == "text" else begun]
@@ -158,7 +158,8 @@ def test_lwms_ids_are_its_own(lwm_model: ar_unified.Model) -> None:
 def test_lwms_likelihoods_are_of_two_softmaxes_when_scored_and_when_trained(
     lwm_bundle: Path, lwm_model: ar_unified.Model
 ) -> None:
-    """Compared with the tables of its transcription: ends of frames and clips are image ids, "</vision>" is text."""
+    """The expected numbers are from the two tables of LWM's transcription. Ends of frames and clips are image ids,
+    "</vision>" is text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "LWM_VISION", 8448)
         original = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA)
@@ -309,7 +310,8 @@ def oracle_of(lumina_2: tuple[Path, Path, ar_unified.Model]) -> Any:
 def test_sixty_four_greedy_ids_of_lumina_2_are_its_twins(
     mode: str, guidance: float, lumina_2: tuple[Path, Path, ar_unified.Model]
 ) -> None:
-    """Words, and an image of 8 x 8 codes with the ends of its rows. Its size is given in units of four codes."""
+    """The ids are words, or an image of 8 x 8 codes with the ends of its rows. The image's size is given in units of
+    four codes."""
     oracle, model, table = oracle_of(lumina_2), lumina_2[2], tables.lumina_2()
     from tests.interop import reference
 

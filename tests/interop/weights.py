@@ -77,7 +77,7 @@ def transformer_shapes(
 
 
 def drawn(shapes: Mapping[str, tuple[int, ...]], seed: int = 0, *, centre: float = 1.0, spread: float = 3.0) -> Tensors:
-    """Draws all of them with `draw`."""
+    """Draws every tensor of `shapes` with `draw`."""
     return {name: draw(name, shape, seed, centre=centre, spread=spread) for name, shape in shapes.items()}
 
 

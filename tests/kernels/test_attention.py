@@ -78,8 +78,8 @@ def test_parts_of_a_row_with_offsets_are_the_parts_of_the_whole(backend):
         return jax.jit(functools.partial(attention, backend=backend, **known), compiler_options=HASTILY)
 
     part = dict(q=q[:, 128:256], k=k, v=v, doc_start=doc_start[:, 128:256])
-    np.testing.assert_allclose(compiled(q_offset=128)(**part), whole[:, 128:256], atol=1e-5)  # known when tracing
-    for offset in (jnp.int32(128), jnp.array([128, 128])):  # when running; one per row
+    np.testing.assert_allclose(compiled(q_offset=128)(**part), whole[:, 128:256], atol=1e-5)  # a static offset
+    for offset in (jnp.int32(128), jnp.array([128, 128])):  # dynamic, and one for each row
         np.testing.assert_allclose(compiled()(**part, q_offset=offset), whole[:, 128:256], atol=1e-5)
     # Keys are divided too: their two halves are merged with their log-sum-exps.
     half = compiled(return_lse=True)

@@ -45,7 +45,7 @@ def test_what_counts_as_clean_is_clean_even_where_documents_go_back():
     """The result does not depend on whether doc_start is non-decreasing; only the amount of skipped work does."""
     T, block = 256, 16
     doc_start = np.zeros((1, T), np.int32)
-    doc_start[:, 96:160] = 64  # these see less of the row than their neighbours
+    doc_start[:, 96:160] = 64  # these queries see fewer keys than their neighbours
     bounds = make_bounds(jnp.asarray(doc_start), T)
     by_query = key_ranges(bounds, T, block, block)
     s = np.arange(T)

@@ -41,7 +41,8 @@ def arguments(request):
 @pytest.mark.parametrize("way", ["default", "tpu"])
 def test_values_and_gradients_are_those_of_the_plain_formula(arguments, way, monkeypatch):
     x, rope, weights = arguments
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, **ways: ways[way](x))  # this CPU computes either way
+    # A CPU can compute both ways, so the test chooses one.
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, **ways: ways[way](x))
     bar = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 
     def run(function):

@@ -42,7 +42,7 @@ def exact(case: Case, dtype) -> dict[str, np.ndarray]:
 
 
 def rounded(case: Case, backend: str) -> dict[str, np.ndarray]:
-    """The same in bfloat16."""
+    """Outputs and gradients of a backend in bfloat16."""
     *qkv, bar = case.arrays(jnp.bfloat16)
 
     @functools.partial(jax.jit, compiler_options=HASTILY)
@@ -113,7 +113,7 @@ def test_steps_are_the_pairs_of_blocks_that_meet_in_both_directions(monkeypatch,
         np.testing.assert_array_equal(blocks[flags & visits.FIRST != 0], np.arange(turn(some)[..., 0].size))
         np.testing.assert_array_equal(flags & visits.FIRST != 0, np.diff(blocks, prepend=-1) != 0)
         np.testing.assert_array_equal(flags & visits.LAST != 0, np.diff(blocks, append=blocks[-1] + 1) != 0)
-        if case is not HOLE:  # only these steps, and one for each block that is all padding
+        if case is not HOLE:  # one step per visited pair of blocks, and one for a block of padding
             assert len(flags) == np.maximum(turn(some).sum(2), 1).sum()
 
 
@@ -130,7 +130,7 @@ def test_copies_race_with_nothing(name):
     assert relative(np.asarray(out), expected["out"]) < 1e-5
     delta = jnp.einsum("BTNH,BTNH->BNT", out, bar)
     assert all(np.isfinite(x).all() for x in tpu.backward(spec, q, k, v, work, lse, delta, bar))
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # the result has no public name
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # `races` has no public name
 
     assert not interpreter.races.races_found
 

@@ -66,12 +66,13 @@ def grammar_of(kind, height=None, width=None, depth=1, codec=LETTERS, text_size=
 
 
 def marked(kind):
-    """Whether ids tell its turns apart."""
+    """Whether the ids of a layout tell its turns apart."""
     return isinstance(LAYOUTS[kind].turns, TurnMarks)
 
 
 def counted(kind):
-    """Whether all its turns end with the same id, so that an end does not say whether a question or an answer ended."""
+    """Whether a layout ends all turns with the same id, so that the id does not say whether a question or an answer
+    ended."""
     return marked(kind) and LAYOUTS[kind].turns.ask == LAYOUTS[kind].end
 
 

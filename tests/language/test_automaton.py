@@ -157,7 +157,8 @@ def test_allowed_is_exactly_what_can_still_be_finished(case):
     np.testing.assert_array_equal(forced[inside], only[inside])
     assert not (allowed & ~want)[inside].any()
     missing = (want & ~allowed) & inside[..., None]
-    if len(syntax.open) > 1:  # the id that begins an image's spelling once more, if no other word fits, may be missing
+    # Inside the spelled beginning of an image, the spelling's first id may be missing if no other word fits.
+    if len(syntax.open) > 1:
         missing[..., syntax.open[0]] &= ~np.isin(np.roll(tokens, 1, axis=1), syntax.open[:-1])
     assert not missing.any(), [(requests[row], rows[row][:i], id) for row, i, id in np.argwhere(missing)[:3]]
 
@@ -352,7 +353,7 @@ def test_what_does_not_fit_is_told_before_it_starts():
     assert not fits(GRID, start, min_images=2, max_images=1)
     assert not fits(GRID, start, min_images=1, mode=TEXT)
     start, boi = ROWS.unconditional.tokens, ROWS.vocabulary.control("boi")
-    half = [*start, boi, ROWS.vocabulary.size_offset + 1]  # of height 2
+    half = [*start, boi, ROWS.vocabulary.size_offset + 1]  # an image of height 2
     assert fits(ROWS, half, min_images=1, remaining=7)
     assert not fits(ROWS, half, min_images=1, remaining=6)
     assert not fits(ROWS, start, min_images=1, height=3)

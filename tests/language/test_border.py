@@ -173,7 +173,7 @@ def check(vocabulary, border, named):
     assert Border.from_manifest(json.loads(json.dumps(border.manifest()))) == border
     for ours, theirs in named.items():
         assert border.theirs[ours] == theirs and border.ours[theirs] == ours
-    roles = vocabulary.role(border.ours)  # for each published id
+    roles = vocabulary.role(border.ours)  # the role of each published id
     codes = np.flatnonzero(roles == Role.IMAGE)
     assert len(codes) == vocabulary.codebook_size and np.all(np.diff(codes) == 1)
 

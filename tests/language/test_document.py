@@ -30,7 +30,7 @@ def test_equality_is_by_content_and_ignores_where_a_document_came_from():
         ((R, A), 1, "image_to_text"),
         ((R, A, B), 2, "image_to_text"),
         ((A, B), 1, "text"),
-        ((A, B, R), 1, "text"),  # the answer's beginning decides
+        ((A, B, R), 1, "text"),  # the answer's beginning decides the task
         ((R, B, S), 1, "image_to_text"),
         ((A,), 0, "text"),
         ((R,), 1, "image_to_text"),

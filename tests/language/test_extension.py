@@ -86,7 +86,7 @@ def test_controls_that_a_layout_does_not_need_are_kept_in_the_rest():
     before = Grammar(Vocabulary(16, 0, rest=0), TEXT_ALONE, Letters())
     after = extended(before, ImageLayout("simplear", 2, 2), 8)
     rows = rows_of(before.vocabulary, after.vocabulary)[: after.vocabulary.used]
-    assert sorted(rows[rows >= 0]) == list(range(23)) and after.vocabulary.rest == 3  # eot, eoi, eol
+    assert sorted(rows[rows >= 0]) == list(range(23)) and after.vocabulary.rest == 3  # the rest has eot, eoi, eol
 
 
 def test_a_model_with_images_is_refused():

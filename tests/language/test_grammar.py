@@ -356,7 +356,7 @@ def test_manifest_there_and_back(kind):
         other = manifest | {"layout": manifest["layout"] | {field: value}}
         with pytest.raises(ManifestMismatch, match=says):
             Grammar.from_manifest(other, Utf8())
-    manifest["layout"]["record"]["close"] = ["eos"]  # a layout that has changed meanwhile
+    manifest["layout"]["record"]["close"] = ["eos"]  # as if the layout had changed since
     with pytest.raises(ManifestMismatch, match="layout.record.close"):
         Grammar.from_manifest(manifest, Utf8())
     with pytest.raises(ManifestMismatch, match="no layout"):

@@ -71,7 +71,7 @@ class System:
 
 
 LWM = published.LWM
-QWEN = {"bos": 151643, "eot": 150001, "size": 151671}  # of Lumina-mGPT 2.0; any `eot` will do
+QWEN = {"bos": 151643, "eot": 150001, "size": 151671}  # ids of Lumina-mGPT 2.0, with an arbitrary `eot`
 SYSTEMS = {
     "chameleon": System(published.CHAMELEON, StandIn(16384), 4, 4, 8192),
     "lumina_mgpt": System(published.LUMINA, StandIn(16384), 8, 8, 8192),

@@ -228,7 +228,7 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ([USER], "bad_turns", "found user"),
         ([ANSWER, USER], "bad_turns", "found user, assistant, user"),
         ([USER, ANSWER, {"role": "system", "content": "a"}, USER, ANSWER], "bad_turns", "turns that alternate"),
-        ([USER, {**ANSWER, "weight": 0}, ANSWER], "bad_turns", "turns that alternate"),  # of two kinds
+        ([USER, {**ANSWER, "weight": 0}, ANSWER], "bad_turns", "turns that alternate"),  # two answers in a row
     ],
 )
 def test_bad_messages_are_refused_by_kind(messages, kind, says):

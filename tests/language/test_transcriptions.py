@@ -140,7 +140,7 @@ def tokenizer(specials: Mapping[str, int], merges: Iterable[tuple[str, str]], fi
 
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     vocabulary = {chr(byte): first + i for i, byte in enumerate(printed)}
-    vocabulary |= {chr(256 + i): first + 188 + i for i in range(256 - 188)}  # the others, in order
+    vocabulary |= {chr(256 + i): first + 188 + i for i in range(256 - 188)}  # the other bytes, in order
     vocabulary |= {"".join(pair): first + 256 + i for i, pair in enumerate(merges)}
     made = Tokenizer(models.BPE(vocab=vocabulary | dict(specials), merges=list(merges)))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

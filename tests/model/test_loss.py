@@ -70,12 +70,12 @@ USED, PADDED = 1006, 1024  # 18 rows without probability, all on the last device
 @pytest.mark.parametrize("split", [None, 1, 333, PADDED // 2, USED - 1])
 @pytest.mark.parametrize("shape", [None, dict(tensor=2), dict(fsdp=2, tensor=2, context=2)], ids=str)
 def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape, split):
-    """With one softmax over all used ids, or one for each side of `split`. A device may have no id of a side."""
+    """There is one softmax over all used ids, or one for each side of `split`. A device may have no id of a side."""
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, targets = jax.random.normal(keys[0], (4, 12, D)), jax.random.randint(keys[2], (4, 12), 0, USED)
     edges = [USED - 1, 0, PADDED // 2, (split or 1) - 1, split or 1]  # borders of devices, of used ids, and of sides
     targets = targets.at[0, : len(edges)].set(jnp.array(edges))
-    head = jax.random.normal(keys[1], (PADDED, D)).at[USED:].multiply(9)  # they would have the largest logits
+    head = jax.random.normal(keys[1], (PADDED, D)).at[USED:].multiply(9)  # unused rows would have the largest logits
     weights = jax.random.uniform(keys[3], (4, 12))
 
     def objective(losses: Callable, head):

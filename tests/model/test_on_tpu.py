@@ -64,7 +64,7 @@ def test_the_train_step_runs_the_kernels(shape, rows, options, calls):
     assert kernels(compiled).total() == 3 * calls * (2 if offloaded else 1)
     assert_nothing_travels_whole(compiled.as_text(), config, mesh, rows, LENGTH, 1024)
     there, found = rows * LENGTH * offloaded_bytes(config) // 4, compiled.memory_analysis().host_temp_size_in_bytes
-    assert (there > 0) == offloaded  # on one of four devices
+    assert (there > 0) == offloaded  # `there` is for one of four devices
     if config.remat == "offload_attention":  # keys and values too, for two heads stored as eight
         assert there <= found <= 1.5 * there
     else:

@@ -178,7 +178,7 @@ def test_the_cache_is_read_alike_on_any_mesh(shape):
     model, tokens = Transformer.bind(CONFIG, make_params(CONFIG)), make_tokens(4, 6)
 
     def read(tokens):
-        start = jnp.array([0, 3, 1, 0], jnp.int32)  # the zeros before them are read too
+        start = jnp.array([0, 3, 1, 0], jnp.int32)  # the zeros in the cache before a start are read too
         hidden, cache = model.extend(tokens[:, :5], init_cache(CONFIG, 4, 12), start)
         return hidden, model.extend(tokens[:, 5:], cache, start + 5)[0]
 
@@ -202,7 +202,7 @@ def test_the_cache_is_read_alike_on_any_mesh(shape):
     ids=str,
 )
 def test_options_of_cost_change_neither_values_nor_gradients(change):
-    base = dataclasses.replace(CONFIG, dropout=0.2)  # dropout draws the same masks as well
+    base = dataclasses.replace(CONFIG, dropout=0.2)  # dropout must draw the same masks
     params = make_params(base)
     tokens, positions, doc_start, _ = packed_rows()
 

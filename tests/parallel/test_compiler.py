@@ -14,7 +14,7 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.planning.targets import parse_target
 from tests.kernels.topologies import TPUS, needs_libtpu
 
-LEVEL = "xla_backend_optimization_level"  # XLA's CPU compiler knows it too
+LEVEL = "xla_backend_optimization_level"  # an option that XLA's CPU compiler has too
 
 
 @pytest.fixture

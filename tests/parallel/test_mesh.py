@@ -85,7 +85,7 @@ def test_batches_are_split_over_data_and_fsdp():
 @pytest.mark.parametrize("ways", [2, 3, 8])
 def test_devices_hold_an_early_and_a_late_piece(ways):
     mesh = make_mesh(dict(context=ways), jax.devices()[:ways])
-    row = np.arange(4 * ways)[None]  # in 2 x `ways` pieces of two
+    row = np.arange(4 * ways)[None]  # becomes 2 x `ways` pieces of two numbers
     with jax.set_mesh(mesh):
         turned = jax.jit(zigzag)(row)
         assert jax.jit(unzigzag)(turned).tolist() == row.tolist()

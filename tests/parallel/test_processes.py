@@ -59,7 +59,7 @@ def test_the_losses_are_those_of_one_process(whole):
 
 @pytest.mark.parametrize("number, others", [(signal.SIGTERM, 4), (signal.SIGINT, 1)])
 def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path, number, others):
-    """Another number of processes continues from there."""
+    """Another number of processes continues from that checkpoint."""
     job = Job(tmp_path, 2, pause=0.1, **SETTINGS)
     job.until(step=2)
     job.send(1, number)

@@ -144,7 +144,7 @@ def test_a_softmax_for_each_side_is_another_program():
 def test_every_published_shape_makes_a_plan_at_its_true_size(preset, job):
     config = small()
     config.model = configs.model(preset)
-    config.text_tokenizer.vocab_size = PRESETS[preset]["vocab_size"]  # and some more ids for images
+    config.text_tokenizer.vocab_size = PRESETS[preset]["vocab_size"]  # image ids come in addition
     run = run_of(config)
     assert run.model == replace(config_from(preset), vocab_size=run.vocabulary.size)
     assert all(lowered for _, lowered in tried(config, job))

@@ -118,7 +118,7 @@ def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
     compiled, keys = loop(kv_dtype)
     step = turn(compiled.as_text())
     assert step.kernels == {"cache_write": 1, "decode_attention": 1} and step.cycles > 0
-    assert not [copy for copy in step.copies if copy.bytes >= keys / 40]  # no scales either
+    assert not [copy for copy in step.copies if copy.bytes >= keys / 40]  # nor are scales copied
     assert compiled.memory_analysis().temp_size_in_bytes < keys / 10
 
 
@@ -131,7 +131,7 @@ def test_rounded_weights_are_read_as_they_are(weights_dtype):
     fused = {name for part in computations.values() for x in part if x.opcode == "fusion" for name in called_by(x)}
     made = [x.type for name, part in computations.items() if name not in fused for x in part]
     for letters, there in (("bf16", not weights_dtype), ("s8", bool(weights_dtype))):
-        matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # of MLP and attention, divided by two
+        matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # MLP and attention, divided by two
         assert any(map(matrices.match, made)) == there, letters
 
 

@@ -41,7 +41,7 @@ V5E = next(each for each in HARDWARE if each.name == "v5e")
 # Two layers: query, key, value, output 64 x 16 x (4 + 2 + 2 + 4) = 12,288; gate, up, down 3 x 64 x 128 = 24,576.
 LAYERS, HEAD = 2 * (12_288 + 24_576), 256 * 64
 NORMS = 2 * 2 * 64 + 64
-VOCABULARY = Vocabulary(100, 100)  # and 7 controls, rounded up: 256
+VOCABULARY = Vocabulary(100, 100)  # with 7 controls, rounded up to 256
 MODEL = TransformerConfig(
     vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_mlp=128, dtype="bfloat16"
 )
@@ -67,7 +67,7 @@ def test_matmuls_of_a_training_step():
     _, estimate = planned(RUN, "train")
     # The forward pass has 1 matmul with each weight and the backward pass 2, of 2 FLOPs each. The same is true for
     # scores and values of each pair.
-    attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one matmul
+    attention = 2 * 2 * 4 * 16 * PAIRS  # one matmul in 2 layers with 4 heads of 16
     model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
     assert estimate.model_flops == model == 144_900_096
     # The two backward kernels (dQ; dK and dV) both compute scores and dP.
@@ -98,7 +98,7 @@ def test_a_base_in_8_bits_has_a_byte_a_weight_and_a_scale_a_channel():
     assert held["optimizer"] == float32["optimizer"]
 
 
-DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
+DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # weights in two layers
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
         ("dots", "pre", 0),
         ("dots", "swin", 0),
         ("attention", "pre", MLP - DOWN),  # the last matrix' result is only added to the stream, so it is not kept
-        ("offload_attention", "swin", MLP),  # but here a norm needs it
+        ("offload_attention", "swin", MLP),  # a norm needs the last result, so it is kept
         ("full", "pre", LAYERS - DOWN),
         ("offload", "swin", LAYERS),
     ],
@@ -154,8 +154,8 @@ def test_matmuls_of_prefill_and_decode():
 def test_memory_traffic_of_a_training_step():
     _, estimate = planned(RUN, "train")
     gathered = 3 * 2 * 2 * (LAYERS + HEAD)  # three passes write and read every weight in bfloat16
-    gathered += 8 * HEAD  # and the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
-    # Operands of a layer per token: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
+    gathered += 8 * HEAD  # the head's gradient in float32, once per chunk; a device's 64 tokens are one chunk
+    # Three passes move a layer's operands: per token 7 x 64 in and out of projections and MLP, the heads, and 4 x 128.
     operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
     # A quarter of all parameters in float32: each weight, its two moments and its gradient are read and written once.
     state = 32 * (LAYERS + 2 * HEAD + NORMS) / 4
@@ -171,7 +171,8 @@ def test_memory_traffic_of_a_training_step():
     [("bfloat16", None, 32), ("bfloat16", "int8", 16 + 4), ("float32", None, 64), ("float32", "bfloat16", 32)],
 )
 def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtype, kv_dtype, vector):
-    """On data 2 x tensor 2. vector: bytes of a key or value of 16 numbers; int8 has a float32 scale for each."""
+    """The mesh is data 2 x tensor 2. vector: bytes of a key or value of 16 numbers; int8 has a float32 scale for
+    each."""
     run = replace(RUN, model=replace(MODEL, dtype=dtype), mesh=dict(data=2, tensor=2), kv_dtype=kv_dtype)
     program, estimate = planned(run, "decode")
     width = 2 if dtype == "bfloat16" else 4
@@ -185,7 +186,8 @@ def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtyp
 def test_the_parts_of_memory_have_what_the_engine_keeps():
     program, _ = planned(replace(RUN, mesh=dict(tensor=2)), "decode")
     head = 2 * HEAD / 2  # half of the vocabulary
-    prefix = 8 * 32 * (4 + 2 * 2 * 2 * 16 * 2 / 2) / 2 + 8 * 64 * 2 / 2  # tokens and cache; last hidden states; 2 ways
+    # Tokens and cache, then the last hidden states, divided over two devices.
+    prefix = 8 * 32 * (4 + 2 * 2 * 2 * 16 * 2 / 2) / 2 + 8 * 64 * 2 / 2
     where = memory(program, Compiled("", 1 << 20, 0, 0, 5, 7, 0, 0.0), RUN, 1e9)
     assert where.parts["held"] == head + 4 * prefix
     assert where.peak == (1 << 20) + 5 + 7 + where.parts["held"] == sum(where.parts.values())
@@ -194,10 +196,11 @@ def test_the_parts_of_memory_have_what_the_engine_keeps():
 
 @pytest.mark.parametrize("weights_dtype", [None, "int8"])
 def test_the_engine_holds_what_the_plan_says(weights_dtype):
-    """The sizes of real arrays, for a bfloat16 and an int8 model: each is read once, plus the head for scores."""
+    """The plan equals the sizes of real arrays, for a bfloat16 and an int8 model. Each array counts once, and the head
+    for scores is added."""
     run = replace(RUN, mesh={}, requests=2, max_length=64, weights_dtype=weights_dtype)
     (program,) = [each for each in programs(run, make_mesh({}, jax.devices()[:1]), "sample") if each.name == "decode"]
-    grammar = Grammar(VOCABULARY, run.layout, None)  # there is no text here
+    grammar = Grammar(VOCABULARY, run.layout, None)  # the test has no text
     trained = transformer.init(MODEL, jax.random.key(0))
     read = jax.tree.map(lambda x, like: x.astype(like.dtype), trained, read_as(MODEL, None))
     engine = Engine(MODEL, settled(MODEL, read, None, weights_dtype), grammar, batch_size=2, max_length=64)
@@ -283,7 +286,7 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
     seconds = estimate.seconds
     assert seconds["ICI"] == pytest.approx(3e6 / 450e9, rel=1e-9)
     assert seconds["matmuls"] == pytest.approx(148_144_128 / (4 * 989e12), rel=1e-9)
-    # If nothing overlaps with it, it counts fully. Otherwise the longer of the two counts.
+    # An exchange that overlaps with nothing counts fully. Of matmuls and memory, only the longer time counts.
     assert estimate.fastest == seconds["ICI"] + max(seconds["matmuls"], seconds["memory"]) and estimate.bound == "ICI"
     assert estimate.exposed == seconds["ICI"] == max(seconds.values())
     beside = Collective("collective-permute", 10**6, pairs, 3, True, True, "")

@@ -62,7 +62,7 @@ def test_the_best_is_chosen_and_pairs_are_of_best_and_worst(tmp_path):
 
     assert [(row["id"], row["sample"], row["reward"]) for row in best] == [("r1", 1, 200), ("r2", 0, 2), ("r3", 1, 3)]
     assert best[0]["rewards"] == {"0": 10, "1": 200, "2": 90} and best[0]["segments"][0]["image"].endswith("01_00.png")
-    assert [row["id"] for row in pairs] == ["r1", "r3"]  # both samples of r2 with a reward have the same
+    assert [row["id"] for row in pairs] == ["r1", "r3"]  # both samples of r2 that have a reward have the same one
     assert pairs[0]["prompt"] == "prompt 1"
     assert pairs[1]["messages"] == [{"role": "system", "content": "Be short"}, {"role": "user", "content": "Hi"}]
     assert (pairs[1]["chosen"], pairs[1]["rejected"]) == ("abc", "a")

@@ -103,7 +103,7 @@ def test_lmms_eval(engine):
     assert likely == plain.likelihoods([([GREY, "h"], "ab")])[0]
 
     def rounds(doc, previous_output, round_idx, previous_round_info):
-        """As many further rounds as the wanted answer has letters, each about the answer before."""
+        """As many further rounds as the wanted answer has letters, each about the previous answer."""
         if round_idx > len(doc["answer"]):
             return None, None, True, previous_output, None
         assert previous_round_info == (None if round_idx == 1 else round_idx - 1)

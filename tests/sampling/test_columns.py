@@ -61,7 +61,7 @@ def test_what_may_have_been_meant_as_a_setting_is_an_error(key, meant):
 
 
 def test_slips_are_found_wherever_a_letter_went_wrong():
-    """Every key with a missing, doubled or swapped letter, unless that gives another word ("mod", "nn")."""
+    """Tries every key with a missing, doubled or swapped letter, unless that gives another word ("mod", "nn")."""
     generator = random.Random(5)
     for key in (key for key in ROW if len(key) > 5):
         for _ in range(5):
@@ -98,7 +98,7 @@ def test_slips_inside_a_setting_are_errors_too(tmp_path):
 
 
 def test_tables_of_prompts(tmp_path):
-    """Like PartiPrompts.tsv and exports of pandas and of spreadsheets: the header is not a prompt."""
+    """The tables are like PartiPrompts.tsv and exports of pandas and of spreadsheets. The header is not a prompt."""
     rows = [("a green bench", "Colour"), ('"G I G" on a wall', "Writing, Symbols"), ("bond", "Abstract")]
     (tmp_path / "a.tsv").write_text("Prompt\tCategory\n" + "".join(f"{p}\t{c}\n" for p, c in rows))
     quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]

@@ -70,7 +70,7 @@ def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(kind):
     first = talking(grammar, params)
     seen, reads = watch(first), watch_reads(first)
     talk, checked = Conversation(first), {1: 0, 2: 0}
-    images_read = 0  # by the context that has only images
+    images_read = 0  # tokens read by the context that has only images
     for parts, settings in script(grammar):
         plan, before, begin = talk.plan(Request("a", parts, **settings)), len(talk.tokens), len(seen)
         reads.clear()
@@ -78,7 +78,7 @@ def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(kind):
 
         # The new tokens: the end of the last answer, the turn with its end, and the known beginning of the answer.
         turn = len(grammar.parts(parts)) + 1
-        new = [turn + len(plan.given) + 1]  # the <eos> before, or <bos>
+        new = [turn + len(plan.given) + 1]  # 1 for the <eos> of the last answer, or for <bos>
         if len(plan.prefixes) > 1:
             whole = len(plan.prefixes[1])
             new.append(whole - images_read if settings.get("context") == "image_only" else whole)
@@ -123,7 +123,7 @@ def test_alone_is_in_a_batch(params, kv_dtype):
     together."""
     first = talking(GRAMMARS["rows"], params, kv_dtype=kv_dtype)
     scripts = {seed: script(first.grammar, seed)[seed % 2 * 2 :] for seed in range(5)}
-    if kv_dtype:  # in one pool
+    if kv_dtype:  # without guidance, all are in one pool
         scripts = {seed: [(parts, each | dict(guidance=1.0)) for parts, each in scripts[seed][:3]] for seed in scripts}
     alone, batch = (talk_through(first, scripts, together) for together in (False, True))
     for seed, talk in alone.items():

@@ -83,8 +83,8 @@ def test_what_is_drawn_stays_within_top_k_and_top_p():
     cases = [
         (Filter(top_k=2), {1: 4 / 7, 3: 3 / 7}),
         (Filter(top_p=0.75), {1: 4 / 9, 3: 3 / 9, 0: 2 / 9}),
-        (Filter(top_k=3, top_p=0.7), {1: 4 / 7, 3: 3 / 7}),  # of the three that top_k keeps, two have 0.78
-        (Filter(0.5, top_p=0.5), {1: 1.0}),  # the temperature makes 0.53 from 0.4
+        (Filter(top_k=3, top_p=0.7), {1: 4 / 7, 3: 3 / 7}),  # of the three that top_k keeps, the best two have 0.78
+        (Filter(0.5, top_p=0.5), {1: 1.0}),  # the temperature changes 0.4 to 0.53
     ]
     draw = jax.jit(lambda filters: choose_tokens(logits, filters=filters))
     for text, expected in cases:
@@ -137,7 +137,7 @@ def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
     for a, b, c, t in zip(seeds, samples, position, token, strict=True):
         same[int(a), int(b), int(c)].add(int(t))
     assert all(len(tokens) == 1 for tokens in same.values()) and len(set(token.tolist())) > 20
-    for varied in range(3):  # and each of the three has an effect alone
+    for varied in range(3):  # seed, sample and position each have an effect alone
         seed, sample, at = (jnp.arange(B) if i == varied else jnp.zeros(B, jnp.int32) for i in range(3))
         alone = choose(logits, keys=decoding.row_keys(seed.astype(jnp.uint32), sample), position=at)
         assert len(set(alone.tolist())) > 20, varied
@@ -155,7 +155,7 @@ def test_unconditional_contexts_read_images_alone_and_begin_each_anew_if_they_re
     # Four events: a word, an image's first id, a code, and an image's last id.
     event = Event(*jnp.array([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]], bool))
     position, start = (jnp.tile(jnp.array(row), (4, 1)) for row in ([5, 3, 4], [0, 2, 1]))
-    resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # its own | one that resets | images only
+    resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # contexts: its own | one that resets | images only
     writes, after = guidance.advance(event, position, start, resets)
     assert writes.tolist() == [[5, 3, 4], [5, 2, 4], [5, 3, 4], [5, 3, 4]]
     assert after.tolist() == [[6, 2, 4], [6, 3, 5], [6, 4, 5], [6, 2, 5]]

@@ -295,12 +295,12 @@ def test_ids_behind_the_used_ones_are_neither_drawn_nor_counted(params):
     jax.tree.map(np.testing.assert_array_equal, tokens, found["loud"][0])
     assert found["loud"][1] == [score]
     ids = grammar.encode(pair).tokens
-    log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, ids)[:, :used]))  # unused ids have probability
+    log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, ids)[:, :used]))  # here unused ids have probability
     np.testing.assert_allclose(score.eos.log_likelihood, log_p[-2, ids[-1]], rtol=1e-5, atol=1e-5)
 
 
 def test_a_score_by_side_is_of_the_softmax_of_each_tokens_own_side(params):
-    """The likeliest image code, and the likeliest other id. Neither need be the likeliest of all."""
+    """An answer is greedy if its id is the likeliest of its side, although here an image code is likelier."""
     grammar = GRAMMARS["grid"]
     first = grammar.vocabulary.image_offset
     pair = Document.of((TextPart("abc"), image(grammar)), prompt=1)

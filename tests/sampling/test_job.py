@@ -152,7 +152,7 @@ def test_the_gallery_loads_thumbnails_of_large_images(engine, tmp_path):
             near = np.asarray(small, float) - np.asarray(large.resize(small.size), float)
             assert np.abs(near).mean() < 3
 
-    # Killed between a thumbnail and its image, and in a thumbnail.
+    # As after a kill between a thumbnail and its image, and inside a thumbnail.
     (output / "images/dog/00_00.png").unlink()
     (output / "images/ask/prompt_00.png").unlink()
     (output / "images/ask/prompt_00.jpg").rename(output / "images/ask/.prompt_00.jpg.host.1.unfinished~")
@@ -318,7 +318,7 @@ def test_a_full_disk_ends_the_job_and_it_goes_on_from_there(engine, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = (tmp_path / "out/samples.jsonl").read_bytes()
-    assert len(left) == most and not left.endswith(b"\n")  # torn
+    assert len(left) == most and not left.endswith(b"\n")  # the last line is torn
     report = run(engine, requests, tmp_path / "out")
     assert 0 < report.found < 12 and tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -409,7 +409,7 @@ def test_killed_again_and_again_nothing_is_lost(tmp_path, kills=2, count=40):
 def test_the_least_time_is_weights_and_cache_over_bandwidth(engine):
     least = MemoryTime(engine, rate=1e9)
     least.add(tokens=10, contexts=2)
-    weights = sum(leaf.size for leaf in jax.tree.leaves(engine.params)) * 4 * 10 / 3  # three samples at once
+    weights = sum(leaf.size for leaf in jax.tree.leaves(engine.params)) * 4 * 10 / 3  # three samples share each read
     cache = 2 * 55 * (2 * 2 * 2 * 8 * 4)  # positions seen, times keys and values of 2 layers, 2 heads, 8 float32
     np.testing.assert_allclose(least.seconds, (weights + cache) / 1e9)
 

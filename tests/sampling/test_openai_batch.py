@@ -220,7 +220,7 @@ def test_the_answers_are_the_same_after_a_kill_and_on_more_processes(engine, tmp
     whole = [(tmp_path / "whole" / name).read_bytes() for name in names]
     out = tmp_path / "out"
     run(engine, requests, out, process=(1, 2))
-    assert not any((out / name).exists() for name in names)  # the first half is missing
+    assert not any((out / name).exists() for name in names)  # process 0 has not done its half
     run(engine, requests, out, process=(0, 2))
     assert [(out / name).read_bytes() for name in names] == whole
     (out / names[0]).unlink()  # killed between the last sample and the answers

@@ -21,7 +21,7 @@ def weights():
 @pytest.mark.parametrize("shape", [None, dict(data=4, tensor=2)], ids=str)
 def test_pieces_give_what_the_whole_prompt_gives(shape, monkeypatch):
     tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 16)
-    lengths = jnp.array([64, 17, 16, 0])  # to the end, across a border, up to one, none
+    lengths = jnp.array([64, 17, 16, 0])  # all tokens, one beyond a piece, exactly one piece, none
     read = functools.partial(steps.prefill, CONFIG)
     whole = jax.jit(read)(weights(), tokens, lengths)
     monkeypatch.setattr(steps, "PIECE", 16)
@@ -30,7 +30,7 @@ def test_pieces_give_what_the_whole_prompt_gives(shape, monkeypatch):
     else:
         with jax.set_mesh(make_mesh(shape)):
             pieces = jax.jit(functools.partial(read))(weights(), tokens, lengths)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-3)  # values are as large as 50
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-3)  # hidden states are as large as 50
     close(pieces.hidden[:3], whole.hidden[:3])
     for ours, theirs in zip(jax.tree.leaves(pieces.cache), jax.tree.leaves(whole.cache), strict=True):
         for row, length in enumerate(lengths):

@@ -67,7 +67,7 @@ def test_a_mark_is_no_part_of_a_prompt(tmp_path, suffix):
 def test_another_encoding_is_refused_by_name_and_nothing_is_drawn(tmp_path, suffix, codec):
     path = written(tmp_path / f"a{suffix}", lambda text: text.encode(codec))
     name = "UTF-32 .big endian" if "32" in codec else "UTF-16 .little endian"
-    if suffix in (".tar", ""):  # a file each
+    if suffix in (".tar", ""):  # each prompt is a file
         found = lines(path)
         assert len(found) == 2 and all(line.error and line.request is None for line in found)
         # In a short text without a mark, only the zero bytes show the encoding.

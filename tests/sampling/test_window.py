@@ -63,7 +63,8 @@ def same(one, other):
     ],
 )
 def test_tokens_are_those_drawn_one_by_one(params, width, kind):
-    """Ragged prompts, texts together with images, canvases, one to three contexts, filters, a penalty of repetition."""
+    """The requests have ragged prompts, texts and images, canvases, one to three contexts, filters, and a penalty of
+    repetition."""
     grammar = GRAMMARS[kind]
     asked, wide = requests(grammar), engine(grammar, params, window=width)
     same(collect(wide.generate(asked)), collect(engine(grammar, params).generate(asked)))
@@ -87,7 +88,7 @@ def test_so_they_are_in_every_layout(kind):
 
 
 class Restless(Pace):
-    """Another window for each chunk, and short chunks, whatever they cost."""
+    """A pace that takes another window for each chunk, and short chunks, whatever they cost."""
 
     def next(self, shape, steps):
         self.turn = getattr(self, "turn", 0) + 1
@@ -96,8 +97,8 @@ class Restless(Pace):
 
 @pytest.mark.slow
 def test_mixed_requests_and_windows_that_change_give_the_same_tokens(params):
-    """Many more requests than slots, each with its own settings. Guesses from before a change of requests are not
-    used."""
+    """There are many more requests than slots, each with its own settings. Guesses from before a change of requests are
+    not used."""
     grammar, rng = GRAMMARS["rows"], np.random.default_rng(0)
     asked = [
         dataclasses.replace(
@@ -129,7 +130,7 @@ def test_a_conversation_has_the_same_turns(params):
 
 
 def test_what_is_certain_comes_in_whole_windows():
-    """A model that always gives the same code. Tokens that the grammar forces are not taken from the model."""
+    """The model always gives the same code. Tokens that the grammar forces are not taken from the model."""
     grammar, params = GRAMMARS["rows"], random_params()
     # All ids have the same vector, and no layer adds to it, so every step has the same logits.
     flat = jax.tree.map(jnp.zeros_like, params) | {"embedding": jnp.ones_like(params["embedding"])}
@@ -154,7 +155,7 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_BETTER", 0.0)  # the wider one wins
     grammar = GRAMMARS["rows"]
     asked = images(40, (3, 4))
-    params = jax.device_put(params, jax.devices()[0])  # as a bundle's are
+    params = jax.device_put(params, jax.devices()[0])  # as the parameters of a loaded bundle are
     auto = engine(grammar, params, window="auto")
     programs = auto._programs.several._cache_size()
     same(collect(auto.generate(asked)), collect(engine(grammar, params).generate(asked)))
@@ -202,12 +203,8 @@ def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, c
     return tokens, seconds, first
 
 
-WAITING = {
-    1: 1.0,
-    2: 1.1,
-    4: 1.4,
-    8: 2.0,
-}  # step costs on a device limited by memory, and on one limited by computation
+# Costs of a step by width, on a device limited by memory and on one limited by computation.
+WAITING = {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0}
 COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
 
 
@@ -217,7 +214,7 @@ COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
     [
         (WAITING, 0.9, 1.0, 8),
         ({1: 1.0, 2: 1.3, 4: 1.8, 8: 3.4}, 0.75, 1.0, 4),
-        (WAITING, 0.3, 3.0, 2),  # only a trial shows the guesses that its own draws give
+        (WAITING, 0.3, 3.0, 2),  # good only through guesses from its own draws
         (WAITING, 0.05, 1.0, 1),
         (COMPUTING, 0.6, 1.0, 1),
     ],
@@ -259,12 +256,12 @@ def test_time_without_requests_is_nobodys():
 def test_a_window_that_takes_longer_in_use_is_left_out_for_good():
     tokens, *_ = driven(WAITING, 0.6, 3000, unseen=2.5)
     assert tokens[1] > 0.95 * sum(tokens.values())
-    tokens, *_ = driven(WAITING, 0.9, 3000, unseen=1.5)  # still twice as fast
+    tokens, *_ = driven(WAITING, 0.9, 3000, unseen=1.5)  # the window is still twice as fast
     assert tokens[8] > 0.8 * sum(tokens.values())
 
 
 def test_nor_where_its_own_program_came_from_a_cache():
-    """Steps take a millisecond and compiling takes seconds, which is not known before."""
+    """A step takes a millisecond and compiling a wider program takes seconds, which is not known in advance."""
     cost = {width: seconds / 1000 for width, seconds in COMPUTING.items()}
     for images in (100, 1000, 6000):
         tokens, seconds, _ = driven(cost, 0.6, images, compiling=5.0, cached=(1,))
@@ -283,7 +280,7 @@ def test_what_was_measured_in_this_process_is_not_measured_again():
 
 
 def test_auto_gives_up_a_window_that_does_not_bring_what_was_foreseen():
-    """Its steps become more expensive, or its guesses worse, than when it was chosen."""
+    """The window's steps become more expensive, or its guesses worse, than when it was chosen."""
     first, shape = Pace("auto", None), Shape(1, 64)
     for _ in range(3000):
         width, count, timed = first.next(shape, CHUNK)

@@ -48,7 +48,7 @@ def test_a_training_in_googles_store_is_that_on_disk_and_goes_on_from_any_machin
     there = [word.replace(str(tmp_path / "corpus"), "gs://bucket/corpus") for word in config]
     for verb in ("tokenizer", "prepare", "train"):
         assert main([verb, *config, str(disk)]) == main([verb, *there, url]) == 0
-        shutil.rmtree(tmp_path / "cache")  # another machine
+        shutil.rmtree(tmp_path / "cache")  # as on another machine
     assert in_store(url) == shards(disk)
     longer = [[word.replace("steps=6", "steps=9") for word in each] for each in (config, there)]
     assert main(["train", *longer[0], str(disk)]) == main(["train", *longer[1], url]) == 0

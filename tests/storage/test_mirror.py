@@ -45,7 +45,7 @@ def test_what_becomes_whole_is_there_at_once_and_nothing_else(url: str) -> None:
 
 
 def test_the_store_has_the_truth(url: str) -> None:
-    """A mirror of a killed process, and one of a process on another machine."""
+    """One mirror is of a killed process, the other of a process on another machine."""
     first = mirror(url)
     write_bytes(first.root / "a", b"1")
     first.push(first.root / "a")
@@ -90,12 +90,12 @@ def test_a_stage_has_one_maker_among_all_machines(url: str, monkeypatch: pytest.
         lock = next(iter(storage._locks.values()))
         with pytest.raises(locks.Held, match=f"process {os.getpid()} on "):
             locks.Lock(f"{url}/.locks/data")
-        lock._stop.set()  # it hangs
+        lock._stop.set()  # the lock's owner hangs
         lock._thread.join()
         other = locks.Lock(f"{url}/.locks/data")
         assert other.waited and other.number == lock.number + 1
         lock._stop.clear()
-        lock._beat()  # and comes back
+        lock._beat()  # the owner continues
         with pytest.raises(locks.LockLost, match="another process has taken over"):
             stage.finish({})
         assert "data/done.json" not in objects(url)
@@ -162,7 +162,7 @@ def test_claims_are_the_stores(url: str) -> None:
 
 
 def test_a_step_is_seen_when_all_of_it_is_there(url: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints of a store that Orbax does not write to."""
+    """The checkpoints are in a store that Orbax does not write to."""
     steps = storage.Steps(url, "whole.txt")
     for name in ("a", "sub/b", "whole.txt"):
         write_bytes(steps.here / "5" / name, name.encode())

@@ -41,7 +41,7 @@ def test_objects_are_written_listed_read_and_removed(url: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_listings_go_on_behind_their_first_page(url: str) -> None:
-    names = [f"{i:04d}" for i in range(1010)]  # a page has 1,000
+    names = [f"{i:04d}" for i in range(1010)]  # a page of a listing has 1,000 names
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: stores.write(f"{url}/{name}", b"1"), names))
     assert list(stores.found_under(url)) == names == sorted(stores.listed(url)[0])

@@ -70,7 +70,7 @@ def test_a_run_in_a_store_is_that_on_disk_and_goes_on_from_any_machine(
     missing = {str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file()} - there.keys()
     assert not [name for name in missing if not re.match(r"\.locks|model/(checkpoints|tensorboard)", name)]
 
-    shutil.rmtree(tmp_path / "cache")  # another machine
+    shutil.rmtree(tmp_path / "cache")  # as on another machine
     capfd.readouterr()
     assert main(["run", *config, url]) == 0
     assert capfd.readouterr().out.count("done already") == 5
@@ -152,7 +152,7 @@ def test_a_store_that_is_gone_is_named(
 
 
 def test_two_processes_prepare_and_train_under_a_store(url: str, tmp_path: Path) -> None:
-    config, disk = set_up(tmp_path, 26_000), tmp_path / "disk"  # four shards
+    config, disk = set_up(tmp_path, 26_000), tmp_path / "disk"  # enough text for four shards
     assert main(["tokenizer", *config, str(disk)]) == 0
     put_folder(disk, url)
 
@@ -187,7 +187,7 @@ def test_either_of_two_processes_killed_in_training_goes_on_bit_for_bit(url: str
     command = [*config, url]
     kills = []
     for killed, step in enumerate((5, 15)):
-        job = start("train", [*command, "--heartbeat-timeout", "10"])  # the other one ends by itself
+        job = start("train", [*command, "--heartbeat-timeout", "10"])  # the process that is not killed ends by itself
         while f"model/checkpoints/{step}/commit_success.txt" not in objects_named(url) and job[0].poll() is None:
             time.sleep(0.05)
         job[killed].kill()
@@ -195,7 +195,7 @@ def test_either_of_two_processes_killed_in_training_goes_on_bit_for_bit(url: str
         kills.append(codes[killed])
         assert codes[1 - killed] != 0 or codes == [0, 0], said
         assert "Traceback" not in said[1 - killed], said
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # both go on from other machines
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # as if both continued on other machines
     assert -9 in kills
     codes, said = end(start("train", command))
     assert codes == [0, 0], said

@@ -162,7 +162,7 @@ def frames(x, count):
 
 
 def flat(x):
-    """The inverse."""
+    """The inverse of `frames`."""
     return x.transpose(0, 2, 1, 3, 4).reshape(-1, x.shape[1], *x.shape[3:])
 
 

@@ -53,7 +53,7 @@ def test_two_pull_backs_of_one_pass_are_the_two_textbook_gradients(config, loss)
         fake = paint(painter)
         real_logits, fake_logits = (adversary.logits(config, judge, pixels)[0] for pixels in (real, fake))
         d = adversary.discriminator_loss(config, real_logits, fake_logits)
-        if config.kind == "patch" and loss == "hinge":  # one is enough, because it takes long to compile
+        if config.kind == "patch" and loss == "hinge":  # one case is enough, because the penalty takes long to compile
             d += adversary.r1_penalty(config, judge, real)
         g = jnp.square(fake - real).mean((1, 2, 3)) + adversary.generator_loss(config, fake_logits)
         return d.sum(), g.sum()
@@ -96,7 +96,7 @@ def test_sizes_are_those_of_the_papers():
         return params, *jax.eval_shape(lambda p, x: adversary.logits(config, p, x), params, pixels)
 
     params, logits, _ = look(patch, 256)
-    assert logits.shape == (1, 30, 30)  # pix2pix
+    assert logits.shape == (1, 30, 30)  # as in pix2pix
     batch_norms = 2 * (128 + 256 + 512)  # our group norms have as many scales and biases
     expected = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 1 + batch_norms
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected == 2_765_633
@@ -119,7 +119,7 @@ def test_blur_passes_the_constant_and_stops_the_checkerboard():
     blurred = jax.jit(blur_and_halve)
     np.testing.assert_allclose(blurred(flat), jnp.full((1, 3, 2, 1), 0.7), rtol=1e-6)
     checkered = (-1.0) ** jnp.add.outer(jnp.arange(8), jnp.arange(8))[None, ..., None]
-    np.testing.assert_allclose(blurred(checkered)[:, 1:-1, 1:-1], 0, atol=1e-6)  # subsampling would see +1
+    np.testing.assert_allclose(blurred(checkered)[:, 1:-1, 1:-1], 0, atol=1e-6)  # plain subsampling would give +1
 
 
 def test_averages_cover_the_image():
@@ -142,7 +142,7 @@ def test_losses_are_cross_entropy_of_the_logit_and_not_of_the_label():
     np.testing.assert_allclose(adversary.discriminator_loss(config, real, fake), expected, rtol=1e-5)
     np.testing.assert_allclose(adversary.generator_loss(config, fake), -np.log(p(fake)).mean(1), rtol=1e-5)
     slope = jax.vmap(jax.grad(lambda x: adversary.generator_loss(config, x[None])[0]))(jnp.array([-20.0, 20.0]))
-    np.testing.assert_allclose(slope, [-1, 0], atol=1e-6)  # the gradient is largest if it loses, and zero if it wins
+    np.testing.assert_allclose(slope, [-1, 0], atol=1e-6)  # largest if the generator loses, and zero if it wins
 
 
 def test_hinge_asks_for_a_margin():

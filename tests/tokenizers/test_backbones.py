@@ -121,7 +121,7 @@ def test_vqgan_starts_without_its_residual_branches():
 
 
 def test_fresh_keys_are_those_of_flax():
-    """So that a seed means the same parameters as before."""
+    """Other keys would change the parameters that a seed gives."""
     theirs, ours = nnx.Rngs(params=jax.random.key(7)), layers.fresh(jax.random.key(7))
     drawn = [[jax.random.key_data(rngs.params()) for _ in range(3)] for rngs in (theirs, ours)]
     np.testing.assert_array_equal(*drawn)

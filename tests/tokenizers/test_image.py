@@ -239,7 +239,7 @@ def test_tokenizers_of_one_config_share_their_programs(monkeypatch):
 
     for method in (Autoencoder.encode, Autoencoder.decode):
         monkeypatch.setattr(Autoencoder, method.__name__, counted(method))
-    config = dataclasses.replace(SMALL, levels=(3, 5, 4))  # sizes that no other test has
+    config = dataclasses.replace(SMALL, levels=(3, 5, 4))  # sizes that no other test has compiled
     other = jax.tree.map(lambda leaf: leaf + 0.1, trained(config))
     images = random_images(2)
     decoded = [
@@ -247,7 +247,7 @@ def test_tokenizers_of_one_config_share_their_programs(monkeypatch):
         for tokenizer in (ImageTokenizer(config, params, batch_size=2) for params in (trained(config), other))
     ]
     assert traced == ["encode", "decode"]
-    assert not np.array_equal(*decoded)  # each with its own weights
+    assert not np.array_equal(*decoded)  # each decodes with its own weights
 
 
 def test_wrong_input_is_named():
@@ -276,7 +276,7 @@ def test_save_and_load(tmp_path):
     mixed = (tmp_path / "config.json").read_bytes()
     record = json.loads(mixed)
     record["config"]["update"] = record["config"].pop("codebook_update")  # the key's former name
-    record["config"]["backbone"] = "folded"  # and this value's former name
+    record["config"]["backbone"] = "folded"  # the value's former name
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert ImageTokenizer.load(tmp_path).config == SMALL
     other.save(tmp_path)  # over an existing one

@@ -31,7 +31,7 @@ PICTURES = np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 3)).astype(np.floa
 
 
 def published(config: AutoencoderConfig, seed: int = 0) -> tuple[original.Weights, dict]:
-    """A file of the tokenizer, with codes near its latents; and its shape for the transcription."""
+    """A tokenizer's file, with codes near its latents; and the shape arguments for the transcription."""
     lowest = len(config.multipliers) - 1
     shape = dict(ch=config.width, ch_mult=config.multipliers, blocks=config.blocks[0], z=config.z_channels,
                  attended=[lowest] * (config.attention == "lowest"), in_time=config.temporal_blocks > 0)  # fmt: skip
@@ -63,7 +63,7 @@ def bits(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple]:
 
 @pytest.mark.parametrize(("config", "dialect"), [(MOVQGAN, "movqgan"), (EMU3, "emu3")], ids=["movqgan", "emu3"])
 def test_a_picture_is_what_the_original_makes_of_it(config, dialect):
-    """Emu3's runs with four frames and three dimensions there, with two dimensions here."""
+    """The original of Emu3 computes in three dimensions on four frames, ours in two dimensions."""
     weights, shape = published(config)
     assert movq_weights.dialect_of(weights) == dialect
     params, kept = movq_weights.from_published(config, weights, dialect)

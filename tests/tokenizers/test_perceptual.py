@@ -92,7 +92,7 @@ def test_ms_ssim_teaches_from_the_first_step_and_refuses_what_is_too_small():
     for start in (np.zeros_like(x), -x):  # a flat reconstruction, and an inverted one
         slope = jax.jit(jax.grad(lambda y: perceptual.distance(jnp.asarray(x), y).sum()))(jnp.asarray(start))
         assert np.isfinite(slope).all()
-        assert start.any() or float(jnp.vdot(slope, x)) < 0  # towards the image
+        assert start.any() or float(jnp.vdot(slope, x)) < 0  # the gradient leads towards the image
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 10 x 32"):
         ms_ssim(x[:, :10], x[:, :10])
 
@@ -152,7 +152,7 @@ def test_weights_are_arguments_and_features_that_vanish_have_a_gradient(lpips_fi
     assert perceptual.name == f"LPIPS-VGG16 ({perceptual.hash[:12]})"
     white = jnp.ones((1, 16, 16, 3))
     lowered = jax.jit(lambda p, a, b: p.distance(a, b)).lower(perceptual, white, white).as_text()
-    assert len(lowered) < 1_000_000  # the 59 MB of weights are not constants in it
+    assert len(lowered) < 1_000_000  # the 59 MB of weights are not constants of the program
     faint = jnp.array([0.0, 1e-30])  # their squares are 0
     assert np.isfinite(jax.jacobian(lpips._unit)(faint)).all()
     with pytest.raises(ValueError, match="at least 16 x 16 pixels, got 15 x 16"):

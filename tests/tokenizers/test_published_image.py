@@ -76,7 +76,7 @@ def _codebook(weights: dict, name: str, latents: np.ndarray, codes: int, seed: i
     where = latents.reshape(-1, latents.shape[-1])
     drawn = np.random.default_rng(seed).normal(where.mean(0), where.std(0), (codes, where.shape[1]))
     weights[name] = drawn.astype(np.float32)
-    return weights[name]  # the array itself
+    return weights[name]  # the stored float32 array
 
 
 def _showo() -> Reference:

@@ -277,7 +277,8 @@ def test_a_restarted_code_is_nearly_one_latent():
     mean = np.linalg.norm(np.asarray(vq.bound(z)).mean((0, 1)) - np.asarray(updated["codebook"][1]))
     assert nearest < 0.35 < 0.8 < mean
     np.testing.assert_array_equal(updated["codebook"][0], params["codebook"][0])
-    np.testing.assert_allclose(state["count"], [20.0, 10.0], rtol=1e-5)  # a hundredth of 2000, and the mean of 20 and 0
+    # The used code has a hundredth of its 2000 uses. The restarted code gets the mean over codes, of 20 and 0.
+    np.testing.assert_allclose(state["count"], [20.0, 10.0], rtol=1e-5)
 
 
 def test_settle_is_the_moving_average_of_the_latents_of_a_code():
@@ -372,13 +373,13 @@ def blend(key: jax.Array, rows: int) -> jax.Array:
 @pytest.mark.slow
 @EVERY
 def test_a_short_fit_uses_the_codes(name):
-    """With latents in bfloat16."""
+    """The latents are bfloat16."""
     assert usage(make(name), blend, steps=150) > 0.9
 
 
 @pytest.mark.parametrize("name", ["vq", "vq-ema"])
 def test_restart_revives_codes_that_nothing_chooses(name):
-    """Twice as many codes as latents in a batch, and all latents in one corner of the sphere."""
+    """There are twice as many codes as latents in a batch, and all latents are in one corner of the sphere."""
 
     def share(restart: float) -> float:
         vq = make(name, codes=256, restart=restart, entropy=0.0)

@@ -89,7 +89,7 @@ def thirty_scripts() -> dict[str, str]:
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_thirty_languages_and_source_code_come_back(model_type):
-    """The declaration of human rights and Shakespeare if they are beside the repository, otherwise similar texts."""
+    """Uses the declaration of human rights and Shakespeare if they are beside the repository, else similar texts."""
     files = sorted((TEXTS / "udhr").glob("*.txt"))
     languages = {file.stem: file.read_text(encoding="utf-8") for file in files} or thirty_scripts()
     others = sorted(Path(__file__).parents[2].rglob("ar_unified/**/*.py"))

@@ -41,7 +41,7 @@ def test_windows_change_nothing_where_they_overlap_as_far_as_the_network_reaches
     np.testing.assert_array_equal(codec.encode(images, tile=64, overlap=28), codec.encode(images))
     codes = np.random.default_rng(2).integers(0, codec.codebook_size, (2, 16, 42))
     whole, tiled = codec.decode(codes), codec.decode(codes, tile=112, overlap=56)
-    assert np.abs(whole.astype(int) - tiled).max() <= 1 and (whole == tiled).mean() > 0.999  # sums in another order
+    assert np.abs(whole.astype(int) - tiled).max() <= 1 and (whole == tiled).mean() > 0.999  # other order of sums
 
 
 def test_windows_change_something_where_they_overlap_less():
@@ -68,7 +68,7 @@ def test_blending_leaves_no_seam_where_norms_differ_between_windows():
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 21), (16, 8)])
 def test_any_size_is_covered(size):
-    """Encoding with a repeating pattern: every code is right, wherever the windows are."""
+    """A repeating pattern is encoded. Every code is right, wherever the windows are."""
     x = np.arange(2 * size[0] * size[1]).reshape(2, *size)
     out = map_windows(lambda part: part, x, scales=(1, 1), tile=8, overlap=3, blend=False)
     np.testing.assert_array_equal(out, x)

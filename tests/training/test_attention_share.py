@@ -104,7 +104,8 @@ def sharp(params):
 
 @pytest.mark.parametrize("columns", [1, 5, 24])
 def test_the_shares_are_those_of_weights_written_out(params, written_out, columns, monkeypatch):
-    """With packing and padding; in chunks of one column, of some (the last not full), and all at once."""
+    """Rows have packing and padding. Columns are computed one by one, in chunks (the last is not full), and all at
+    once."""
     monkeypatch.setattr(layer_shares, "__defaults__", (columns * tiny.ROWS * tiny.MODEL.n_heads * tiny.LENGTH,))
     found = computed(sharp(params), tiny.packed(3))
     assert set(found) == set(written_out) and len(found) == 4 * 3

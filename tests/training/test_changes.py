@@ -70,7 +70,7 @@ def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path):
 
 
 def test_a_decay_is_branched_from_the_middle(tmp_path):
-    """A run at a constant rate to step 12, and from its step 6 a run that equals one of 8 steps."""
+    """One run has a constant rate up to step 12. A branch from its step 6 with a decay equals a run of 8 steps."""
     constant = dataclasses.replace(WSD, decay_fraction=0.0)
     tiny.run(tmp_path / "constant", task=BIGRAM, optimizer=constant, steps=12, keep=1, keep_every=6)
     kept = Checkpoints(tmp_path / "constant/checkpoints", readonly=True)

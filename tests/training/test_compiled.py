@@ -26,7 +26,7 @@ MODEL = replace(
 )  # fmt: skip
 
 
-VOCABULARY = replace(tiny.VOCABULARY, text_size=V - 100)  # padded: V
+VOCABULARY = replace(tiny.VOCABULARY, text_size=V - 100)  # V with padding
 
 
 def batch_on(mesh, rows=B, length=T):

@@ -62,8 +62,8 @@ def whole(tmp_path_factory):
 
 
 def test_each_line_has_the_time_of_its_steps(tmp_path):
-    """Also the last step, and steps with a validation: on a CPU, such a step is over when the step before it is
-    read."""
+    """This includes the last step, and steps with a validation. On a CPU, such a step is over when the step before it
+    is read."""
 
     @dataclasses.dataclass(frozen=True, eq=False)
     class Slow(TransformerTask):

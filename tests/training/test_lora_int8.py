@@ -32,7 +32,7 @@ def is_rounded(leaf: Any) -> bool:
 
 
 def wide(params: Any) -> Any:
-    """The same weights, float32."""
+    """The parameters with 8-bit weights converted to float32."""
 
     def one(path: Any, leaf: Any) -> Any:
         found = widened(leaf, summed(path[-1].key)) if is_rounded(leaf) else leaf

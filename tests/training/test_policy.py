@@ -75,7 +75,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(normalisation):
 
 
 def transcribed(config, logp, old, advantage, reference, drawn, kept):
-    """The same number, computed token by token."""
+    """The policy loss, computed token by token."""
     sums, total, rows = [], 0, 0
     for i in range(B):
         terms = []

@@ -162,7 +162,7 @@ def test_parts_by_modality_add_up(said):
     params = {"nll": jnp.asarray(nll, jnp.float32), "lse": jnp.asarray(lse, jnp.float32)}
     metrics = jax.device_get(jax.jit(lambda params: task.loss(params, {}, batch, None)[2])(params))
     for key in (f"{LOGPS}chosen", f"{LOGPS}rejected", f"{REWARDS}chosen", f"{REWARDS}rejected", f"{REWARDS}margins"):
-        parts = [metrics[f"{key}/{part}"][0] for part in ("text", "image")]  # there are no other roles here
+        parts = [metrics[f"{key}/{part}"][0] for part in ("text", "image")]  # the answers have no other roles
         assert metrics[key][0] == pytest.approx(sum(parts), rel=1e-5)
     assert 0 < metrics[f"{REWARDS}margins/image"][1] < metrics[f"{REWARDS}margins"][1]
 

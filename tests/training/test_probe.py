@@ -24,7 +24,7 @@ def ids(count: int, seed: int) -> np.ndarray:
 def test_it_finds_the_order_in_ids_whose_entropy_is_that_of_noise(tiny: None) -> None:
     noise = np.random.default_rng(2).integers(0, 16, (40, 4, 4), np.int32)
     ordered = probe.train_probe(ids(100, 0), 16, steps=60)
-    found = ordered(ids(21, 1))  # one row more than a batch has
+    found = ordered(ids(21, 1))  # does not fill its last batch
     assert 4 / 16 - 0.02 < found["bits_per_id"] < 1  # only the first id of an image has 4 bits
     assert found["budget"]["epochs"] == 60 * 16 / 100 and found["budget"]["images"] == 100
     assert ordered(noise)["bits_per_id"] > 4

@@ -156,7 +156,8 @@ def test_phases_of_a_config_say_what_moves_from_which_step():
 
 
 def test_what_has_optimizer_state_is_said_where_phases_make_it_more():
-    """It is in the stage's fingerprint: a training may continue with other phases, but not with another state."""
+    """The stage's fingerprint names the trained parts, because a training may continue with other phases, but not with
+    another state."""
     config = defaults().training
     assert state_of(config) == {}
     config.only = ("head",)

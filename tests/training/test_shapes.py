@@ -15,7 +15,7 @@ from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
 from tests.training import tiny
 
-SHAPES = [(16, 12)] * 3 + [(8, 24)] * 3 + [(16, 12)] * 2  # of the steps: (rows, tokens)
+SHAPES = [(16, 12)] * 3 + [(8, 24)] * 3 + [(16, 12)] * 2  # (rows, tokens) of each step
 
 
 class Killed(Exception):

@@ -136,7 +136,7 @@ def test_microbatches_are_strided_and_keep_every_row():
     rows = np.arange(8)[:, None] * np.ones((1, 3), np.int32)
     parts = jax.jit(lambda b: split_microbatches(b, 2, mesh))(place_batch(mesh, {"x": rows}))["x"]
     assert np.asarray(parts)[..., 0].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert parts.addressable_shards[0].data.shape == (2, 1, 3)  # both microbatches on every device
+    assert parts.addressable_shards[0].data.shape == (2, 1, 3)  # every device has rows of both microbatches
     with pytest.raises(ValueError, match="8 rows does not split into 3"):
         split_microbatches({"x": rows}, 3, mesh)
 

@@ -83,7 +83,7 @@ def test_a_warning_is_said_when_it_begins_and_when_it_comes_again():
     said = []
     warnings = Warnings(said.append)
     for line in range(6):
-        warnings.update({"a": f"a{line}", "b": "b"} if line != 3 else {"b": "b"})  # one line without "a" is not its end
+        warnings.update({"a": f"a{line}", "b": "b"} if line != 3 else {"b": "b"})  # does not end "a"
     assert said == ["a0", "b"]
     for _ in range(3):
         warnings.update({"b": "b"})

@@ -146,7 +146,7 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     """
     adversary, batch, changes = ADVERSARY, flat, QUANTIZERS[name]
     if name == "ibq":
-        adversary = dataclasses.replace(adversary, layers=1)  # two layers need 12 pixels
+        adversary = dataclasses.replace(adversary, layers=1)  # two would need images of 12 pixels
         batch, changes = functools.partial(flat, side=8), changes | dict(code_dim=4)
     made = task(adversary if judged else None, batch, **changes)
     expected, params = train(tmp_path / "one", made, dict(data=1), 200)
@@ -167,7 +167,7 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     ],
 )
 def test_killed_and_resumed_bit_for_bit(tmp_path, name):
-    """The discriminator, its optimizer, the averages and the statistics of the codebook included."""
+    """This includes the discriminator, its optimizer, the averages, and the statistics of the codebook."""
 
     class Killed(Exception):
         pass
@@ -224,7 +224,7 @@ def test_images_of_one_colour_are_called_a_collapse(tmp_path):
 def test_healthy_codebooks_are_not_called_collapsed():
     assert not collapse(usage(np.ones(1000)), 1000)
     assert not collapse(usage(np.r_[np.ones(300), np.zeros(64000 - 300)]), 64000)
-    assert not collapse(usage(np.r_[np.full(15, 5), np.zeros(2545)]), 2560)  # not more can be expected of 75 codes
+    assert not collapse(usage(np.r_[np.full(15, 5), np.zeros(2545)]), 2560)  # 75 counted codes cannot show more
     told = collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "vq")
     assert "2 of 1000 codes" in told and "quantizer=fsq" in told
     told = collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "fsq")

@@ -64,10 +64,10 @@ def test_backward_runs_no_attention_of_forward(step):
 
 
 def test_lists_of_visits_are_made_once_a_step(step):
-    """Sums and look-ups over blocks: a hundred small operations that every layer's backward pass would repeat."""
+    """Making them takes a hundred small operations, which every layer's backward pass would otherwise repeat."""
     made = re.compile(r"op_name=\"[^\"]*while/body/[^\"]*shard_map/[^\"]*(gather|scatter|floor_divide)")
     assert not [line for line in step[1].hlo.splitlines() if made.search(line)]
-    assert "floor_divide" in step[1].hlo  # but they are made, outside the loop
+    assert "floor_divide" in step[1].hlo  # the lists are made, but outside the loop
 
 
 def test_options_are_those_of_the_kind(step):

@@ -37,6 +37,6 @@ def assert_nothing_travels_whole(text: str, config: TransformerConfig, mesh: Mes
     found = list(collectives(text))
     gathered = {(elements, looped) for kind, elements, looped in found if kind == "all-gather"}
     assert gathered and max(elements for elements, looped in gathered if looped) <= max(matrix, keys)
-    assert max(elements for elements, looped in gathered if not looped) <= head  # over fsdp, once, and not over tensor
+    assert max(elements for elements, looped in gathered if not looped) <= head  # once, over fsdp, not over tensor
     assert max(elements for _, elements, looped in found if looped) <= max(matrix, keys, activations)
     assert max(elements for _, elements, _ in found) < logits

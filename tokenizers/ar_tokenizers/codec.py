@@ -25,7 +25,8 @@ class Codec(Protocol):
     Attributes:
       size: the number of ids, including ids that encoding never produces.
       hash: sha256 of everything that determines the ids of a text.
-      losses: the ways in which it loses text. If empty, decode(encode(text)) == text for every text without surrogates.
+      losses: the ways in which the tokenizer loses text. If empty, decode(encode(text)) == text for every text without
+        surrogates.
       file, data: the name of its file, one of FILES, and the file's content.
       symbols: special-looking pieces that text can spell. A language model may have learned to treat them as commands.
       piece_bytes: int32 [size], the number of UTF-8 bytes of text that each id stands for; 0 for ids that stand for no
@@ -42,11 +43,11 @@ class Codec(Protocol):
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """The ways in which it loses text; empty if there are none."""
+        """The ways in which the tokenizer loses text; empty if there are none."""
 
     @property
     def file(self) -> str:
-        """The name of its file, one of FILES."""
+        """The name of the tokenizer's file, one of FILES."""
 
     @property
     def data(self) -> bytes:
@@ -61,10 +62,10 @@ class Codec(Protocol):
         """int32 [size], UTF-8 bytes that each id stands for."""
 
     def encode(self, text: str, /) -> list[int]:
-        """Raises ValueError for a text with a surrogate."""
+        """The ids of a text. Raises ValueError for a text with a surrogate."""
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """Bytes that are not UTF-8 become U+FFFD. Raises ValueError for an invalid id."""
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD. Raises ValueError for an invalid id."""
 
     def is_byte(self, id: int, /) -> bool:
         """Whether an id stands for one byte of a character that has no piece."""

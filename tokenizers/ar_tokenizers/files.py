@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
-when_whole: list[Callable[[Path], object]] = []  # each is called with the path of every file that `whole` has finished
+UNFINISHED = ".unfinished~"  # suffix of the name of a file that is being written
+# Each of these functions is called with the path of every file that `whole` has finished.
+when_whole: list[Callable[[Path], object]] = []
 
 
 def unfinished(path: Path) -> Path:
@@ -75,7 +76,7 @@ def _new_folder(path: Path) -> tuple[Path, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         path.mkdir()
-        # Before it is locked, another process may take it for the folder of a killed process and remove it. Then it
+        # Before the folder is locked, another process may take it for that of a killed process and remove it. Then it
         # is made again.
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(path, os.O_RDONLY)

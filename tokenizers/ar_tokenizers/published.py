@@ -137,7 +137,7 @@ class PublishedTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not self._unspelled.isdisjoint(ids):  # a merge in the file makes one
+        if not self._unspelled.isdisjoint(ids):  # a merge in the file makes a special token
             name = next(self._names[id] for id in ids if id in self._unspelled)
             raise ValueError(f"{text!r:.80}: the file makes the special token {name!r} from text")
         return ids

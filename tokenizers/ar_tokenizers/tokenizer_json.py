@@ -1,4 +1,4 @@
-"""Converts a SentencePiece model to a tokenizer.json, which the `tokenizers` package reads, and with it transformers.
+"""Converts a SentencePiece model to a tokenizer.json, which the `tokenizers` package and transformers read.
 
 Both tokenizers encode every text with the same ids, with two exceptions. The `tokenizers` package reads a U+2581 in a
 text as a space (here it is encoded as bytes). And it turns text that spells one of `added` into that token, unless it

@@ -1,4 +1,4 @@
-"""Types of nested dicts of arrays that both packages pass on. Importing it does not import JAX."""
+"""Types of nested dicts of arrays that both packages pass on. Importing this module does not import JAX."""
 
 from __future__ import annotations
 

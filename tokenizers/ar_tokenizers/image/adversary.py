@@ -55,7 +55,7 @@ class AdversaryConfig:
     r1_every: int = 16  # steps from one R1 penalty to the next, which is multiplied by this number (lazy, StyleGAN2)
     lecam: float = 0.0  # weight of the LeCAM regulariser (0.05 in Open-MAGVIT2); 0: none
     learning_rate: float = 0.0  # learning rate of the discriminator; 0: the same as the autoencoder's
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of its activations; parameters, logits and losses are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, logits and losses are float32
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

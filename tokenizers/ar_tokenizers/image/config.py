@@ -51,7 +51,7 @@ class AutoencoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' activations; parameters and codes are float32
 
     def __post_init__(self) -> None:
-        for name in (*PER_LEVEL, "levels"):  # JSON and ml_collections bring lists
+        for name in (*PER_LEVEL, "levels"):  # JSON and ml_collections give lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         depth = (self.factor // max(self.patch, 1)).bit_length()
         if self.patch < 1 or depth < 1 or self.factor != self.patch << (depth - 1):
@@ -192,8 +192,8 @@ PRESETS: dict[str, dict[str, object]] = {
     # taming-transformers' f16 (configs/imagenet_vqgan.yaml) is LlamaGen's VQ-16, and its f8 is LlamaGen's VQ-8.
     "taming_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="lowest"),
     "taming_f8": _vqgan(128, (1, 2, 2, 4), 2, attention="lowest"),
-    # google-research/maskgit (vqgan_config.py), and MAGVIT's 2-D tokenizers. They downsample by averages, this one by
-    # convolutions.
+    # google-research/maskgit (vqgan_config.py), and MAGVIT's 2-D tokenizers. They downsample by averages, but our
+    # network does it by convolutions.
     "maskgit_f16": _vqgan(128, (1, 1, 2, 2, 4), 2),
     # transformers' configuration_chameleon.py (arXiv:2405.09818).
     "chameleon_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="middle"),

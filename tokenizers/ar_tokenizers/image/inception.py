@@ -180,7 +180,7 @@ def pool3(params: Params, pixels: jax.Array) -> jax.Array:
     rounding.
 
     Raises:
-      ValueError: the images are not uint8. Others could not reproduce the FID of images that are not rounded to
+      ValueError: the images are not uint8. Other people could not reproduce the FID of images that are not rounded to
         8 bits.
     """
     if pixels.dtype != jnp.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:

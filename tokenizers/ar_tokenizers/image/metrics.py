@@ -98,11 +98,15 @@ def usage(counts: np.ndarray) -> dict[str, float]:
     All numbers depend on how many codes were counted, so count a whole evaluation set, not one batch.
 
     Returns:
-      usage: the share of codes that were used; dead: the number of codes that were not; entropy_bits: the entropy of
-      the empirical distribution, at most log2(K); normalised_entropy: entropy_bits / log2(K), in [0, 1]; perplexity: 2
-      ** entropy_bits, the number of equally used codes with that entropy; top_percent: the share that the most used 1 %
-      of the K codes (rounded up) have in the count: 0.01 if all codes are used equally, 1 if only few are used;
-      counted: how many codes were counted.
+      A dict with these numbers:
+        usage: the share of codes that were used.
+        dead: the number of codes that were not used.
+        entropy_bits: the entropy of the empirical distribution, at most log2(K).
+        normalised_entropy: entropy_bits / log2(K), in [0, 1].
+        perplexity: 2 ** entropy_bits, the number of equally used codes with that entropy.
+        top_percent: the share of the count that belongs to the most used 1 % of the K codes (rounded up). It is 0.01 if
+          all codes are used equally, and 1 if only few are used.
+        counted: how many codes were counted.
     """
     counts = np.asarray(counts, np.float64).ravel()
     if not counts.size or counts.sum() <= 0:

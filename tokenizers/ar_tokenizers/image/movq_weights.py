@@ -196,9 +196,9 @@ def to_published(
 
 
 class _Place(NamedTuple):
-    name: str  # theirs
-    shape: tuple[int, ...]  # theirs
-    axes: int  # ours
+    name: str  # in the published file
+    shape: tuple[int, ...]  # in the published file
+    axes: int  # number of axes of our parameter
 
 
 @functools.cache

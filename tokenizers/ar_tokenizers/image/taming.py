@@ -54,7 +54,7 @@ _LLAMAGEN = {  # applied to taming's names
     r"\.mid\.attn_1": ".mid.1",
     r"\.mid\.block_2": ".mid.2",
 }
-_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}  # likewise
+_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}  # also to taming's
 _LWM = {  # applied to our names
     r"encoder\.to_code": "quant_conv",
     r"decoder\.from_code": "post_quant_conv",
@@ -238,9 +238,9 @@ def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
 class Place(NamedTuple):
     """Where a published file has one of our parameters."""
 
-    name: str  # theirs
-    shape: tuple[int, ...]  # theirs
-    axes: int  # ours
+    name: str  # in the published file
+    shape: tuple[int, ...]  # in the published file
+    axes: int  # number of axes of our parameter
 
 
 def known(dialect: str) -> str:
