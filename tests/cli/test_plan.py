@@ -83,7 +83,7 @@ def test_the_largest_batches_of_all_phases_are_planned(config, capsys):
         (["--config.model.attention=tpu"], "expected auto, xla, reference or hopper for h200:8"),
         (["--config.mesh.fsdp=3"], "multiply to 3"),
         (["--search=0"], "--search: expected at least 1, with --job train; found 0, with --job train"),
-        (["--search", "--job=sample"], "found 4 of sample"),
+        (["--search", "--job=sample"], "found 4, with --job sample"),
         (["--config.training.batch_size=6"], "axis 'batch' has size 6"),
         (["--config.training.accumulation=3"], "training.accumulation: expected a divisor of batch_size, 8; found 3"),
         (["--config.training.optimizer=sgd"], "training.optimizer: expected one of adamw, muon; found 'sgd'"),

@@ -188,7 +188,7 @@ def test_networks_need_their_hash_and_only_inception_makes_an_fid(monkeypatch):
     real = features(np.stack([p.pixels for p in draw_images([source], SIZE, 6)])).astype(np.float64)
     np.testing.assert_allclose(given[0][0], real.mean(0))
     np.testing.assert_allclose(given[0][1], np.cov(real, rowvar=False))
-    with pytest.raises(ValueError, match=r"sha256 .* none of \['mine'\]"):
+    with pytest.raises(ValueError, match=r"sha256 .* none for \['mine'\]"):
         evaluate_tokenizer(Greys(), [source], size=SIZE, weights={"LPIPS": "1", "inception": "2"}, **networks)
 
 

@@ -112,7 +112,7 @@ def test_fewer_or_other_bytes_are_seen_where_the_client_sees_nothing(
 @pytest.mark.parametrize(
     "fault, error, words",
     [
-        (503, stores.StoreFailed, r"all \d+ requests to read this failed.*same command goes on"),
+        (503, stores.StoreFailed, r"all \d+ requests to read this failed.*same command continues"),
         ("torn", stores.StoreFailed, r"s3://.*all \d+ requests to read"),
         (403, stores.StoreRefused, "the store does not let us read this"),
     ],

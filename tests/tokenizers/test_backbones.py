@@ -98,7 +98,10 @@ def test_settings_that_came_later_do_not_move_the_hash_of_tokenizers_from_before
     [
         (dict(decoder_blocks=(1, 2)), "3 levels, fine to coarse, but decoder_blocks has 2"),
         (dict(decoder_multipliers=(1, 0, 2)), "must be at least 1"),
-        (dict(backbone="space_to_depth", attention="none", decoder_blocks=(1, 2, 1)), "'space_to_depth' has \\(\\)"),
+        (
+            dict(backbone="space_to_depth", attention="none", decoder_blocks=(1, 2, 1)),
+            "must be \\(\\) for 'space_to_depth'",
+        ),
     ],
 )
 def test_decoders_that_cannot_be_are_refused(changes, message):
