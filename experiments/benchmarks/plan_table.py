@@ -35,7 +35,12 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
         ("--config.training.batch_size=768", "--config.model.remat=offload_attention"),
     ),
     "emu3_8b-v6e-2x256": ("emu3_8b", 512, "v6e:16x16,slices=2", ()),
-    "emu3_8b-v5e-256": ("emu3_8b", 256, "v5e:16x16", ("--config.model.remat=full",)),
+    "emu3_8b-v5e-256": (
+        "emu3_8b",
+        256,
+        "v5e:16x16",
+        ("--config.model.remat=full", "--config.loss.chunk=1024", "--config.mesh.fsdp=128"),
+    ),
     "lwm_7b-v5p-512": ("lwm_7b", 512, "v5p:8x8x8", ()),
     "emu3_8b-lora-v5e-16": ("emu3_8b", 16, "v5e:4x4", (*_LORA, "--config.model.remat=full")),
     "emu3_8b-full-v5e-16": (
