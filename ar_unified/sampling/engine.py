@@ -338,7 +338,7 @@ class Engine:
     def empty(self, shape: Shape) -> State:
         """A pool without samples."""
         self._pace.begins()
-        return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.first)
+        return self._made(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.first)
 
     def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:
         """Calls `steps.decode_chunk` or its variant with a window. Also returns how many steps it asked for, at most
@@ -346,9 +346,7 @@ class Engine:
         width, count, timed = self._pace.next(shape, count)
         drafts = state.drafts
         if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):
-            drafts = self.call(self._programs.drafts, self.batch_size, shape.contexts, width)
-            if state.position.committed and self.mesh is None:  # as the state is; else the program is compiled twice
-                drafts = jax.device_put(drafts, state.position.sharding)
+            drafts = self._made(self._programs.drafts, self.batch_size, shape.contexts, width)
             state = state._replace(drafts=drafts)
         program, learned = self._programs.told if self._logprobs else self._programs.decode, list[np.ndarray]()
         if width > 1:
@@ -378,6 +376,14 @@ class Engine:
                 made = self.call(self._programs.prepare, self.weights_dtype, self.params)
             self._prepared = self.params, made
         return self._prepared[1]
+
+    def _made(self, program: Any, *args: Any) -> Any:
+        """Arrays that a program makes of nothing. They are committed to the weights' device if the weights are, as all
+        that is computed from weights is; JAX would compile the programs again for those."""
+        made, leaf = self.call(program, *args), jax.tree.leaves(self.weights)[0]
+        if self.mesh is None and getattr(leaf, "committed", False) and len(leaf.devices()) == 1:
+            return jax.device_put(made, *leaf.devices())
+        return made
 
     def call(self, function: Any, *args: Any) -> Any:
         """function(*args) with the mesh in scope."""

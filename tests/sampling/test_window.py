@@ -157,10 +157,11 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     asked = images(40, (3, 4))
     params = jax.device_put(params, jax.devices()[0])  # as the parameters of a loaded bundle are
     auto = engine(grammar, params, window="auto")
-    programs = auto._programs.several._cache_size()
+    programs, inserts = auto._programs.several._cache_size(), auto._programs.insert._cache_size()
     same(collect(auto.generate(asked)), collect(engine(grammar, params).generate(asked)))
     assert auto.tokens_a_step > 1.05
     assert auto._programs.several._cache_size() - programs <= 1, "the pace allows for one compilation"
+    assert auto._programs.insert._cache_size() - inserts <= 2, "pools with guesses, and pools without"
 
 
 @pytest.fixture
