@@ -1,7 +1,7 @@
 """Tries changes that may make a program fit. Each changes one thing.
 
-Arithmetic rules out changes that cannot be enough: the sizes of parameters, optimizer state and gradients are known
-exactly. All other changes are compiled, and the compiler's answer is reported.
+Arithmetic rules out changes that do not free enough memory, because the sizes of parameters, optimizer state and
+gradients are known exactly. All other changes are compiled, and the compiler's answer is reported.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Trial(NamedTuple):
     """
     Attributes:
       change: the config keys with their new values, as on the command line.
-      fits: whether it fits; None if it was not compiled, because arithmetic rules it out.
-      peak: bytes per device, from the compiler if it was compiled, else the least that arithmetic allows.
+      fits: whether the program fits with this change; None if it was not compiled, because arithmetic rules it out.
+      peak: bytes per device: the compiler's number if the program was compiled, else the least that arithmetic allows.
     """
 
     change: str
@@ -32,7 +32,8 @@ class Trial(NamedTuple):
 
 
 def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], object]) -> Iterator[Trial]:
-    """All changes that apply. Those that slow training least come first. Each one that may fit is compiled."""
+    """Yields a Trial for each change that applies. Changes that slow training least come first. A program is compiled
+    only if it may fit."""
     for change, variant, shape in _changes(run, mesh, job):
         try:
             other = target.mesh(shape)

@@ -4,8 +4,8 @@ They are read from the text of the optimised HLO, which is what will run. An ins
 each iteration. Replica groups are positions in the mesh (row-major), in any of the three notations that XLA prints.
 
 On TPUs, exchanges between slices are not written as collectives. Each device sends its share, already summed inside its
-slice, to its host, and the host's runtime (megascale) does the rest. Such a send is read as the collective that it
-names.
+slice, to its host, and the host's runtime (megascale) does the rest. The send names a collective, and is reported as
+that collective.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of KINDS.
       bytes: the size of the whole array, which is the input of reduce-scatter and the output of all others.
-      groups: int [groups, size], the mesh positions of the devices that exchange data; for a permute, the pairs.
+      groups: int [groups, size], the mesh positions of the devices that exchange data; for a permute, the pairs
+        (source, target).
       times: how often a step runs it.
       known: False if it is in a loop whose length depends on data; such a loop counts as one iteration.
       overlapped: whether the compiler runs it at the same time as computation. The computation is in the same fusion,
         or between its start and its done instruction.
-      source: the operation of the program that it was made for, as XLA names it.
+      source: the name of the operation that needs the collective (`hlo.source_of`).
     """
 
     kind: str
@@ -56,7 +57,7 @@ class Collective(NamedTuple):
 def collectives(hlo: str, devices: int) -> list[Collective]:
     """The collectives of a module for `devices` devices. Those that connect fewer than two devices are left out.
 
-    If the TPU compiler overlaps a collective, it appears in several fusions with the same channel and is counted once.
+    A collective that the TPU compiler overlaps appears in several fusions with the same channel, and is counted once.
     The channel alone does not identify a collective, because all collectives of shard_map share one.
     """
     computations, entry = parse(hlo)
@@ -102,7 +103,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """The number of loops that run, but whose number of iterations the module does not state."""
+    """Counts the loops that run and for which the number of iterations is not known."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(
@@ -134,7 +135,7 @@ def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
 
 
 def _groups(rest: str, devices: int, kind: str) -> np.ndarray:
-    """The groups as mesh positions, int [groups, size]."""
+    """The groups of devices that exchange data, as mesh positions, int [groups, size]."""
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
         numbers = [int(n) for n in re.findall(r"\d+", pairs.group(1))] if pairs else []
@@ -162,7 +163,7 @@ def _mesh_groups(given: str) -> np.ndarray:
     named = re.findall(r"'?([^'=,]+)'?=(\d+)", axes)
     sizes = [int(size) for _, size in named]
     ids = _iota(order or "", math.prod(sizes)).reshape(-1)
-    # Each axis becomes (before, chosen part, after). A part of an axis is written 'axis':(before)size.
+    # Each axis is split into three: (before, chosen part, after). A part of an axis is written 'axis':(before)size.
     shape: list[int] = []
     inner: list[int] = []
     parts = {name: (int(pre or 1), int(size or 0)) for name, pre, size in _CHOSEN.findall(chosen)}

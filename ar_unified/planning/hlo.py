@@ -59,7 +59,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def bytes_of(kind: str, last: bool = False) -> int:
-    """Bytes of a type. All arrays of a tuple count. last: whether only the results count. This is for start
+    """Bytes of a type. All arrays of a tuple count. last: whether to count only the results. It is for start
     instructions, whose type also includes the operands.
     """
     arrays = []
@@ -104,7 +104,8 @@ def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> i
     """The number of iterations of a loop, as XLA states it, or else the constant with which the loop's counter (from 0,
     in steps of 1) is compared.
 
-    If the condition compares anything else, the loop may end earlier, and the number is not known.
+    If the condition compares anything else, the loop may end earlier. Then the number is not known, and the result is
+    None.
     """
     if stated := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest):
         return int(stated.group(1))

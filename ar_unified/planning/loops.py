@@ -30,7 +30,7 @@ class Turn(NamedTuple):
     Attributes:
       copies: the copies of arrays from one place in the device's memory to another, largest first.
       cycles: the compiler's estimate for everything except the kernels and the branches that are left out. 0 if the
-        compiler makes no estimate; only the TPU compiler does.
+        compiler makes no estimate; only the TPU compiler makes one.
       kernels: calls of Pallas kernels, by name.
     """
 
@@ -40,7 +40,7 @@ class Turn(NamedTuple):
 
 
 def turn(hlo: str, without: str = "") -> Turn:
-    """One iteration of the loops that the entry computation of a module runs.
+    """Describes one iteration of the loops that the entry computation of a module runs.
 
     without: the name of a jax.named_scope whose conditionals are left out, such as "words" if only images are drawn.
     """

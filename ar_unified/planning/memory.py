@@ -2,8 +2,8 @@
 
 The sizes of parameters, optimizer state, batch and cache are computed from their shardings and checked against the
 compiler's argument size. For temporaries, the compiler gives one number. Gradients and the activations that the forward
-pass keeps for backward are computed from shapes. Whatever remains is reported as the rest: gathered weights, logits of
-a chunk, buffers of collectives, workspace.
+pass keeps for backward are computed from shapes. What remains of the compiler's number is reported as "temporaries":
+gathered weights, logits of a chunk, buffers of collectives, workspace.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PARTS = {
     "optimizer": "exact: shapes and shardings",
     "reference": "exact: shapes and shardings; the weights that a policy is compared with",
     "cache": "exact: shapes and shardings",
-    "held": "exact; in training by rewards, the sampler's weights; in sampling, the head for scores, the prompts read "
-    "so far, and the pool while prompts are read",
+    "held": "exact: arrays that the program does not use. In training by rewards: the sampler's weights. In sampling: "
+    "the head for scores, the prompts read so far and, while prompts are read, the pool",
     "inputs": "exact: shapes and shardings, with the padding of layouts",
     "gradients": "arithmetic: float32, for all trained parameters",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward pass",
@@ -37,7 +37,7 @@ class Memory(NamedTuple):
 
     Attributes:
       parts: bytes by name, with names from PARTS; they add up to `peak`.
-      peak: the compiler's peak, plus what else is in memory.
+      peak: the compiler's peak, plus the arrays in memory that the program does not use ("held").
       capacity: the device's memory.
     """
 
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
 
 
 def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> Memory:
-    """The contents of a device's memory: exact parts, estimates, and the rest of the compiler's total."""
+    """The parts of a device's memory: exact sizes, estimates, and the rest of the compiler's total."""
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {name: arguments.pop(name) for name in _EXACT if name in arguments}
     parts["inputs"] = max(compiled.arguments - sum(parts.values()), 0)
@@ -73,9 +73,7 @@ def state_of_backward(program: Program, run: Run) -> dict[str, int]:
 
 
 def at_least(program: Program, run: Run) -> dict[str, float]:
-    """The least memory that a program needs, in bytes per device, by arithmetic alone; for programs that do not
-    compile.
-    """
+    """The least memory that a program needs, in bytes per device, by arithmetic alone, without compiling it."""
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {name: arguments.pop(name) for name in _EXACT if name in arguments}
     parts |= _held(program) | {"inputs": sum(arguments.values())}

@@ -30,18 +30,18 @@ def make_plan(
     """Compiles the programs of `job` for `target` and analyses them.
 
     Args:
-      advise: if a program does not fit, tries changes that may make it fit. Each trial compiles again.
+      advise: whether to try changes that may help if a program does not fit. Each trial compiles again.
       say: called with a line of text before work that takes minutes.
 
     Returns:
       {"target", "chips", "mesh", "job", "model", "lora", "stand_in", "warnings", "fits",
        "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
        "refused": {"program", "message", "used", "capacity", "at_least", "trials"}, only if a program does not fit}.
-      Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
-      program over all chips. For sampling, one process is planned, and "processes" says how many there are. Decode also
-      has "memory_share" (the time that only reading weights and cache would take, as a share of the step's time) and
-      "images" (images per second of one process). Both are [low, high]. They leave out prompts and assume that every
-      row is as long as the cache.
+      Bytes and seconds are per device and step. A step of prefill is one batch; a step of decode is one token of each
+      row. Training is one program over all chips. For sampling, one process is planned, and "processes" says how many
+      there are. Decode also has "memory_share" (the time that only reading weights and cache would take, as a share of
+      the step's time) and "images" (images per second of one process). Both are [low, high]. They leave out prompts and
+      assume that every row is as long as the cache.
 
     Raises ValueError if the sizes of mesh, batch and model do not divide each other, and TargetError if there is no
     such target or if the run asks for an attention kernel of other hardware.
@@ -84,7 +84,7 @@ def make_plan(
             result["warnings"] += _warnings(report)
             if target.is_tpu and report["memory"]["peak"] > target.hardware.hbm:
                 peak, hbm = report["memory"]["peak"], target.hardware.hbm
-                message = f"it compiles, but its arguments and temporaries together need {peak / 2**30:.2f} GiB"
+                message = f"the program compiles, but arguments and temporaries together need {peak / 2**30:.2f} GiB"
                 result["refused"] = {"program": program.name, "message": message, "used": peak, "capacity": hbm}
         if "refused" in result:
             result["fits"] = False
@@ -96,8 +96,8 @@ def make_plan(
 
 
 def with_a_kernel(run: Run, target: Target) -> Run:
-    """The run with an attention that can be compiled for the target. If CPUs stand in for GPUs, that is XLA's
-    attention.
+    """The run with an attention that can be compiled for the target. XLA's attention replaces the kernel for GPUs,
+    because CPUs stand in for GPUs.
     """
     wanted, theirs = run.model.attention.removesuffix("_interpret"), "tpu" if target.is_tpu else "hopper"
     if wanted in ("tpu", "hopper") and wanted != theirs:
@@ -130,15 +130,15 @@ def _batch(run: Run, job: str) -> dict[str, Json]:
 
 
 def _warnings(program: dict[str, Any]) -> list[str]:
-    """Warnings about things that are allowed but expensive, as the compiled module shows them."""
+    """Warnings about things in the compiled module that are allowed but expensive."""
     sent = {row["kind"]: row["ici"] + row["dcn"] for row in program["collectives"] if row["over"] == "fsdp"}
     reduced = sent.pop("all-reduce", 0.0)
     if reduced <= sum(sent.values()) or program["name"] != "train":
         return []
     return [
         f"the compiler gathers weights and scatters gradients by all-reduces over fsdp ({reduced / 2**30:.0f} GiB), "
-        "which send twice the bytes. libtpu 0.0.42 does so if fsdp is a whole 3-D slice. Halve fsdp and set data=2 to "
-        "avoid it"
+        "which send twice as many bytes as all-gathers and reduce-scatters. libtpu 0.0.42 does so if fsdp is a whole "
+        "3-D slice. To avoid this, halve config.mesh.fsdp and set config.mesh.data=2"
     ]
 
 

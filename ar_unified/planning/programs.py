@@ -48,7 +48,7 @@ class Run:
 
     Attributes:
       model, vocabulary, layout: the model that is trained and sampled, and its ids.
-      mesh: the size of each axis; one may be -1.
+      mesh: the size of each axis; one may be -1, which means the devices that are left.
       batch_size, sequence_length, accumulation: packed rows per step on all devices together; tokens per row;
         microbatches per step.
       loss_chunk: the number of positions for which a device has logits in memory at one time.
@@ -57,8 +57,8 @@ class Run:
       optimizer, steps, compiler_options: settings of the training.
       only: what is trained, as places for training.selection.select; () means everything.
       lora: the adapter that is trained instead of everything; None if there is none.
-      preference: settings of training on preference pairs; None if it trains on documents.
-      policy: settings of training by rewards; None if it trains on documents.
+      preference: settings of training on preference pairs; None for other training.
+      policy: settings of training by rewards; None for other training.
       drawn_contexts: contexts per answer; 2 if answers are drawn with guidance.
       requests, max_length, contexts: samples that a process decodes at once; the length of the KV cache; contexts per
         sample, 2 with guidance.
@@ -94,8 +94,8 @@ class Run:
 
 
 class OutOfMemory(Exception):
-    """The program needs too much memory. The message is the compiler's. `used` and `capacity` are the bytes that it
-    states; None if it states none.
+    """The program needs too much memory. The message is the compiler's. `used` and `capacity` are the bytes that the
+    message states; None if it states none.
     """
 
     def __init__(self, message: str):
@@ -127,7 +127,8 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """Bytes of a device's memory. An output that is stored in place of an argument counts once."""
+        """Bytes of a device's memory that the program needs. An output that is stored in place of an argument counts
+        once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -160,7 +161,7 @@ class Program:
             return self._trace().lower(lowering_platforms=(platform,))
 
     def compile(self) -> Compiled:
-        """Compiles the program. Raises OutOfMemory."""
+        """Compiles the program. Raises OutOfMemory if the compiler finds that it does not fit."""
         start = time.perf_counter()
         lowered = self.lower()
         with jax.set_mesh(self.mesh):
@@ -191,7 +192,7 @@ def local_bytes(tree: Any) -> int:
 
 def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
     """The programs of a job on a mesh. They are traced when they are compiled. Raises ValueError if the mesh does not
-    fit.
+    fit the run.
     """
     return [train_program(run, mesh)] if job == "train" else sample_programs(run, mesh)
 
@@ -287,7 +288,8 @@ def _drawn(run: Run) -> tuple[int, int]:
 def train_program(run: Run, mesh: Mesh) -> Program:
     """The real training step for a mesh, with abstract arguments. It is ready to compile; nothing is run."""
     task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
-    # Both calls run small programs. They must not see the mesh, because nothing can run on it.
+    # `abstract_state` and `make_train_step` run small programs. They must not see the mesh, because nothing can run on
+    # it.
     state = abstract_state(task, tx, mesh)
     options = compiler_options(mesh, run.compiler_options)
     step = make_train_step(
@@ -309,7 +311,8 @@ def train_program(run: Run, mesh: Mesh) -> Program:
 
 
 def _resident(run: Run, mesh: Mesh) -> Any:
-    """The sampler's weights. Training by rewards keeps them on each process's devices beside the trained parameters."""
+    """The sampler's weights. Training by rewards keeps them on each process's devices together with the trained
+    parameters."""
     axes = dict(data=mesh.size // mesh.shape["tensor"], fsdp=1, tensor=mesh.shape["tensor"], context=1)
     sampler = Mesh(mesh.devices.reshape([axes[name] for name in mesh.axis_names]), mesh.axis_names)
     params = transformer.abstract_params(run.model)
@@ -368,7 +371,8 @@ def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
 
 
 class _Spelling:
-    """Stands in for a text tokenizer if a layout writes its marks as text. Compiled code never turns text into ids."""
+    """Stands in for a text tokenizer if a layout writes its marks as text. Its ids do not matter, because compiled code
+    never turns text into ids."""
 
     def __init__(self, size: int):
         self.size = size
@@ -389,7 +393,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     decode with a full pool.
 
     Besides the weights that it reads, the engine keeps in memory the whole head (for scores) and the prompts that it
-    has read. The pool waits while prompts are read (sampling/engine.py).
+    has read. The pool stays in memory while prompts are read (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:

@@ -47,7 +47,7 @@ def text(plan: PlanReport) -> str:
     if plan["stand_in"]:
         lines.append(
             f"  {plan['stand_in']} stand in for the target. Memory is what XLA needs on CPUs, with XLA's attention in "
-            "place of the kernel. The sharding and the collectives are those before the target's own optimisations"
+            "place of the kernel. The sharding and the collectives do not show the target's own optimisations"
         )
     lines += [f"  note: {warning}" for warning in plan["warnings"]]
     for program in plan["programs"]:
@@ -89,7 +89,7 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
         lines.append("    none")
     if program["loops_of_unknown_length"]:
         lines.append(
-            f"    ({program['loops_of_unknown_length']} loop of unknown length; it is counted as one iteration)"
+            f"    loops of unknown length: {program['loops_of_unknown_length']}; each is counted as one iteration"
         )
     flops = program["flops"]
     lines.append(
@@ -128,9 +128,9 @@ def _scaling(scaling: dict[str, Json]) -> str:
     if scaling["largest"] == 0:
         return f"not bound by matmuls here: {scaling['breaks']}"
     reach = (
-        "any number of slices" if scaling["largest"] is None else f"{scaling['largest']:,} chips"
+        "with any number of slices" if scaling["largest"] is None else f"up to {scaling['largest']:,} chips"
     ) + f" (a slice has at most {scaling['per_slice']:,})"
-    return f"bound by matmuls up to {reach}; the first limit is {scaling['breaks']}"
+    return f"bound by matmuls {reach}; the first limit is {scaling['breaks']}"
 
 
 def _search(search: dict[str, Any]) -> list[str]:
@@ -151,7 +151,7 @@ def _settings(changes: dict[str, Json]) -> str:
 
 def _refused(refused: dict[str, Any]) -> list[str]:
     lines = [
-        f"REFUSED: {refused['program']} does not fit: {size(refused['used'])} of {size(refused['capacity'])}",
+        f"REFUSED: {refused['program']} does not fit: it needs {size(refused['used'])} of {size(refused['capacity'])}",
         f"  the compiler: {refused['message']}",
         f"  least memory by arithmetic: {', '.join(f'{name} {size(n)}' for name, n in refused['at_least'].items())}",
     ]

@@ -5,10 +5,10 @@
   ICI        bytes sent inside a slice / the links that the group of each collective can use
   DCN        bytes sent between slices / a device's share of its host's network
 
-The lower bound of a step's time is the slowest of the four, plus the collectives that the compiled program does not
-overlap with computation. The upper estimate is the sum of all four, with matmuls at ATTAINABLE times the peak. The real
-time lies between. Nothing here was timed. Latency, small kernels, the host and stragglers are left out; they matter
-more if steps are small.
+The lower bound of a step's time is the longest of the four, plus the time of the collectives that the compiled program
+does not overlap with computation. The upper estimate is the sum of all four, with matmuls at ATTAINABLE times the peak.
+The real time lies between. Nothing here was timed. Latency, small kernels, the host and stragglers are left out; they
+matter more if steps are small.
 
 Axes: B batch, T position, D model, N query heads, K KV heads, H head dim, F MLP, L layers, V vocabulary.
 """
@@ -33,9 +33,9 @@ from ar_unified.sampling.pace import Pace
 ATTAINABLE = 0.7  # share of the peak in large matmuls; the best training runs published for v5p reach 65 to 69% MFU
 _NEWTON_SCHULZ = 5  # the default `ns_steps` of optax's muon
 ASSUMPTIONS = (
-    "rates are from data sheets, in one direction; nothing was timed",
-    "in the fastest case, matmuls run at peak, and memory traffic and the collectives that the compiled program "
-    "overlaps run at the same time",
+    "rates are from data sheets, for one direction of a network; nothing was timed",
+    "in the fastest case, matmuls run at peak; memory traffic, and the collectives that the compiled program "
+    "overlaps, run at the same time as the matmuls",
     f"in the slowest case, matmuls run at {ATTAINABLE:.0%} of peak, and nothing overlaps",
     "documents are as long as data.max_tokens or the row, whichever is less; rows are full",
     "matmuls include recomputation: of layers by remat, of logits by the chunked loss, of scores by attention's "
@@ -44,7 +44,7 @@ ASSUMPTIONS = (
     "pass, and the head's float32 gradient once for each chunk of the loss",
     "the optimizer reads and writes its state once; what a remat policy sends to the host and back is not timed",
     "a collective sends by the ring algorithm over every link that its group can use: in both directions of an axis "
-    "that is a closed ring, in one direction of another axis; collectives do not share links with each other",
+    "that is a closed ring, in one direction of any other axis; collectives do not share links with each other",
     "data for other slices is summed inside a slice first, and then each of its devices sends a part",
 )
 
@@ -103,8 +103,8 @@ class Traffic(NamedTuple):
 
 
 def traffic(each: Collective, mesh: Mesh, hardware: Hardware) -> Traffic:
-    """The traffic of a collective. Between slices, it assumes a hierarchical algorithm: inside slices, then across
-    them.
+    """The traffic of a collective. A collective between slices is assumed to be hierarchical: first inside slices, then
+    across them.
     """
     devices = mesh.devices.flat
     group = [devices[i] for i in each.groups[0]]

@@ -1,5 +1,5 @@
-"""Weak scaling by arithmetic: the batch per device stays the same while the slice grows. It finds the largest size at
-which matmuls still bound a step.
+"""Weak scaling by arithmetic: the batch per device stays the same while the slice grows. The result is the largest size
+at which matmuls still bound a step.
 
 A device computes and reads the same amount at every size, and sends the same amount over fsdp, tensor and context. Over
 data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, the axes of a group may not be
@@ -42,14 +42,14 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / matmuls
     if (worst := estimate.bound) != "matmuls":
         breaks = (
-            f"{worst}: it takes {seconds[worst] / matmuls:.2f} times as long as the matmuls; with "
+            f"{worst} takes {seconds[worst] / matmuls:.2f} times as long as the matmuls; with "
             f"{needed:,.0f} tokens per chip, both would take the same time"
         )
         return Scaling(0, per_slice, breaks, needed)
 
     if estimate.open_ici > matmuls:
         longer = estimate.open_ici / matmuls
-        breaks = f"ICI: if groups form no closed rings, it takes {longer:.2f} times as long as the matmuls"
+        breaks = f"ICI: if groups form no closed rings, ICI takes {longer:.2f} times as long as the matmuls"
         return Scaling(mesh.size, per_slice, breaks, needed)
 
     # A device's shard of gradients (float32) is exchanged between s slices: 2 (s - 1) / s of its bytes are sent. All

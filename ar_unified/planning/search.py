@@ -46,7 +46,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
     Args:
       compiled: how many candidates to compile. Each takes as long as a plan. If none of them fits, more are tried.
 
-    Raises ValueError if no candidate fits the mesh, or if none fits the memory by arithmetic.
+    Raises ValueError if no candidate fits the mesh and, by arithmetic, the memory, or if none of the compiled ones
+    fits.
     """
     run = with_a_kernel(run, target)
     found = sorted(candidates(run, target), key=lambda each: each.seconds)

@@ -52,7 +52,7 @@ class Command:
         lines = said.splitlines()
         if not why and len(lines) != len(rows):
             why = f"expected {len(rows)} lines with one number each, found {len(lines)}"
-        if why:  # it is unclear which line belongs to which answer
+        if why:  # no answer has a reward, because it is unclear which line belongs to which answer
             return [Failure(f"{self.words[0]}: {why}")] * len(rows)
         return [verdict(line) for line in lines]
 

@@ -50,7 +50,7 @@ def guarded(function: Function, timeout: float) -> Reward:
                 try:
                     verdicts.append(said.get(timeout=timeout))
                 except queue.Empty:
-                    verdicts.append(Failure(f"it returned nothing within {timeout:g} s"))
+                    verdicts.append(Failure(f"the function returned nothing within {timeout:g} s"))
                     break
         return verdicts
 

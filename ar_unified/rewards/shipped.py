@@ -4,8 +4,8 @@ exact_answer  1 if the answer's text is right; white space at its ends does not 
 shapes        1 if the image shows the scene in the prompt's `meta` (evaluation/shapes.py)
 shapes_objects  intersection over union of the objects in that scene and the objects in the image; 1 if `shapes` is 1
 shapes_closeness  the mean over all places where that scene or the image has an object. Half of a place's value is for
-              the right object, and half for how close its pixels are. It is finer than `shapes`, for scenes that are
-              rarely drawn right
+              the right object, and half for how close its pixels are. Unlike `shapes`, it also tells apart images that
+              are partly right, so it suits scenes that are rarely drawn right
 easy_vqa      1 if the image shows the figure that the prompt names (evaluation/easy_vqa.py)
 brevity       -1 for each character of the answer's text: shorter is better
 length        the number of characters of the answer's text

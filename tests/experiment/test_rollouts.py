@@ -261,7 +261,7 @@ def test_a_reward_that_raises_hangs_or_is_no_number_costs_its_group(params, tmp_
     reasons = {row["reason"] for row in rows}
     expected = {
         "RuntimeError: no such thing",
-        "it returned nothing within 0.2 s",
+        "the function returned nothing within 0.2 s",
         "expected a finite number, found nan",
     }
     assert reasons == expected and {row["sample"] for row in rows} == {1}

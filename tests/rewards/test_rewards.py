@@ -87,7 +87,7 @@ def test_one_answer_that_fails_costs_no_other():
     assert time.monotonic() - began < 20
     assert [value for value in found if not isinstance(value, Failure)] == [2, 3, 4, 5]
     reasons = [value.reason for value in found if isinstance(value, Failure)]
-    late = "it returned nothing within 0.3 s"
+    late = "the function returned nothing within 0.3 s"
     assert reasons == [
         "ValueError: not like this", late, "expected a finite number, found nan",
         "expected a number, found None", "expected a number, found 'many'", late,
