@@ -46,7 +46,7 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
     end, stop = found
     said = tokens[
         : end if isinstance(stop, str) else end - len(stop)
-    ]  # a stop text may begin inside a piece; its tokens are kept here
+    ]  # the tokens of a stop text are kept here, because it may begin inside a piece
     sample = finished(grammar, plan, index, np.append(said, grammar.syntax.end).astype(np.int32))
     if sample.document is None:
         return replace(sample, tokens=tokens[:end])
@@ -69,7 +69,7 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     *_, (begin, end) = (0, 0), *grammar.texts(prompt)
     before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
     runs = grammar.texts(np.append(prompt[:1], tokens)) if len(before) else []
-    if runs and runs[0][0] == 1:  # else the tokens begin with a control token, or with text that opens an image
+    if runs and runs[0][0] == 1:  # the tokens begin with text, and this text does not open an image
         # The ids are decoded again, after the prompt's text, because their meaning may depend on the text before them.
         first = tokens[: runs[0][1] - 1]
         whole, known = (grammar.text_codec.decode([int(i) for i in ids])
@@ -109,6 +109,6 @@ def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
 
 
 def _find_ids(ids: Sequence[int], stop: Sequence[int]) -> int | None:
-    """The position in `ids` after the first place where `stop` occurs, or None."""
+    """The position in `ids` just after the first occurrence of `stop`, or None."""
     n = len(stop)
     return next((i + n for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == tuple(stop)), None)

@@ -85,7 +85,7 @@ def _body(folder: Path, line: Line, rows: Iterable[dict[str, Any]], weights: str
         if "error" in row:
             raise _Failed(500, f"sample {row['sample']} of {row['n']}: {row['error']}; samples.jsonl has the others")
     if line.batch is None or not ordered:
-        raise _Failed(400, line.error or "the line has no samples")
+        raise _Failed(400, line.error or "samples.jsonl has no samples of this line")
     prompt, drawn = ordered[0]["prompt_tokens"], sum(row["tokens"] for row in ordered)
     if line.batch.endpoint == "images":
         return _images(folder, ordered, prompt, drawn)
@@ -126,7 +126,7 @@ def _content(folder: Path, segments: Sequence[Mapping[str, Any]]) -> str | list[
 def _images(folder: Path, rows: Sequence[Mapping[str, Any]], prompt: int, drawn: int) -> dict[str, Any]:
     images = [part for row in rows for part in row["segments"] if part["type"] == "image"]
     if not images:
-        raise _Failed(500, "none of its samples has an image")
+        raise _Failed(500, "none of the line's samples has an image")
     sizes = {f"{part['width']}x{part['height']}" for part in images}
     usage = {"input_tokens": prompt, "output_tokens": drawn, "total_tokens": prompt + drawn}
     return {

@@ -142,7 +142,7 @@ def _dpg(job: Path, report: ExportReport) -> None:
             continue
         if asked.n > 4 or "." in asked.id:
             raise ExportError(
-                f"request {asked.id}: dpg takes at most 4 samples (n) of a request, and its id may have no dot"
+                f"request {asked.id}: dpg takes at most 4 samples (n) and an id without dots, found {asked.n} samples"
             )
         images = [Image.open(asked.images[i]) for i in range(asked.n)]
         if len({image.size for image in images}) > 1 or images[0].width != images[0].height:
@@ -159,7 +159,8 @@ def _dpg(job: Path, report: ExportReport) -> None:
 
 
 def _t2i_compbench(job: Path, report: ExportReport) -> None:
-    """In a file's name, the prompt ends at the first "_", and the number after the last "_" orders the images."""
+    """The evaluator reads the prompt from a file's name, up to the first "_", and orders images by the number after the
+    last "_"."""
     for asked in _asked(job, report):
         name = f"{asked.prompt}_000000.png"
         if re.search(r"[_/\0]", asked.prompt) or len(name.encode()) > _NAME_BYTES:

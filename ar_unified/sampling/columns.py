@@ -4,7 +4,7 @@ the row's id.
 A key that is clearly not a setting ("category", "prompt_id") is the row's own column and is kept in `meta`. A key that
 resembles a setting ("guidence", "imageSize"), or is another system's name for it ("guidance_scale"), is an error that
 names our setting. Tables and the metadata of shards were not written for this program. So in them only misspellings are
-errors, and names of other systems are also kept in `meta`.
+errors, and keys that are other systems' names for settings are kept in `meta`, too.
 """
 
 from __future__ import annotations

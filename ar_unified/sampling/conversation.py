@@ -100,7 +100,7 @@ class Conversation:
             return replace(self.engine.plan(served), request=said)
         except TooLong as error:
             raise RequestError(
-                f"{error}, or begin another conversation, because the prompt contains all of this one"
+                f"{error}, or begin another conversation, because the prompt contains all turns so far"
             ) from None
 
     def _prompt(self, request: Request) -> np.ndarray:
@@ -146,7 +146,7 @@ def say_all(asked: Sequence[tuple[Conversation, Request]]) -> list[Sample]:
     Raises ValueError if a conversation is given twice, or the engines differ.
     """
     if len({id(each) for each, _ in asked}) < len(asked) or len({id(each.engine) for each, _ in asked}) > 1:
-        raise ValueError("say_all: expected conversations of one engine, each once")
+        raise ValueError("say_all: expected different conversations of one engine")
     samples: dict[int, Sample] = {}
     pools: dict[int, list[tuple[int, Conversation, Plan]]] = {}  # by their number of contexts
     for i, (conversation, request) in enumerate(asked):

@@ -20,7 +20,7 @@ from ar_unified.model.config import TransformerConfig
 class Drafts(NamedTuple):
     """n guesses of the tokens after each row's next token. `window.py` makes, reads and checks them."""
 
-    tokens: Array  # i32 [R, n]; -1: no guess here nor at any later place
+    tokens: Array  # i32 [R, n]; -1: no guess here or at any later place
     hidden: Array  # [R * C, n, D], the hidden state after each guess
     automaton: automaton.State  # [R, n] each, the state after each guess
     position: Array  # i32 [R, n, C], the positions after each guess

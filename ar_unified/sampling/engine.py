@@ -5,9 +5,9 @@ length that it needs. Both follow from the request alone, and no row depends on 
 on the rest of its batch, on its slot, or on the time when it is drawn. For each pool, three programs are compiled.
 Temperature, guidance, size, seed and budget are arrays, so no request makes the engine compile another program.
 
-The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. For images of a given size, the host knows
-how many tokens a sample takes. So it knows in advance when the slot becomes free, ends the chunk there, and starts the
-next sample at once.
+Steps run in chunks. The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. For images of a given
+size, the host knows how many tokens a sample takes. So it knows in advance when the slot becomes free, ends the chunk
+there, and starts the next sample at once.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ class Engine:
     def score(self, items: Iterable[Scored]) -> list[Score]:
         """Log-likelihoods of the items. Returns one Score for each item, in the same order.
 
-        An item is a document, or a pair of a request and the parts of a possible answer. In a document the answer is
-        scored; if it has no turns, all of it is scored. Log-probabilities are the model's own, over all ids of the
+        An item is a document, or a pair of a request and the parts of a possible answer. In a document, the last answer
+        is scored; without turns, all of it is scored. Log-probabilities are the model's own, over all ids of the
         softmax.
 
         Raises GrammarError or RequestError for the first item that cannot be tokenized, or has more than max_length
@@ -211,7 +211,7 @@ class Engine:
     def _pieces(self, item: Scored) -> list[np.ndarray]:
         parts = scoring.pieces(self.grammar, item)
         if (n := sum(map(len, parts))) > self.max_length:
-            raise RequestError(f"{n} tokens to score, but the engine's max_length is {self.max_length}: raise it")
+            raise RequestError(f"{n} tokens to score, but max_length is {self.max_length}: raise max_length")
         return parts
 
     @property
@@ -378,8 +378,8 @@ class Engine:
         return self._prepared[1]
 
     def _made(self, program: Any, *args: Any) -> Any:
-        """Arrays that a program makes of nothing. They are committed to the weights' device if the weights are, as all
-        that is computed from weights is; JAX would compile the programs again for those."""
+        """Arrays from a program without inputs, committed to a device if the weights are. Arrays computed from the
+        weights are committed, too; for uncommitted arrays, JAX would compile each program once more."""
         made, leaf = self.call(program, *args), jax.tree.leaves(self.weights)[0]
         if self.mesh is None and getattr(leaf, "committed", False) and len(leaf.devices()) == 1:
             return jax.device_put(made, *leaf.devices())

@@ -8,10 +8,10 @@ say.
     *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list; an entry that is a text is a prompt
     a folder of ID.txt, each with one prompt (DPG-Bench's prompts)
 
-An unreadable row becomes a row with an error, and the following rows are still read. These never become prompts: the
-header of a table, other members of a tar, README and LICENSE files, hidden files, and files that macOS adds to archives
-(__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Rows name their images, which are read later: files under the folder
-of the requests (`data.files`), members of the tar, or data: URLs. Nothing is downloaded.
+An unreadable row becomes a row with an error, and the following rows are still read. The following never become
+prompts: the header of a table, other members of a tar, README and LICENSE files, hidden files, and files that macOS
+adds to archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Rows name their images, which are read later: files
+under the folder of the requests (`data.files`), members of the tar, or data: URLs. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Json]]]]:
     elif isinstance(value, list):
         yield from ((i, partial(one, row)) for i, row in enumerate(value, 1))
     else:
-        raise RequestError(f"{path}: expected an object of requests by id, or a list, found {type(value).__name__}")
+        found = type(value).__name__
+        raise RequestError(f"{path}: expected a JSON object with a request for each id, or a list, found {found}")
 
 
 def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Mapping[str, Json]]]]:
@@ -243,7 +244,8 @@ def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Map
     files = _prompt_files(folder.root)
     if not files:
         raise RequestError(
-            f"{folder.root}: expected a folder of .txt files with one prompt each, found none: give a file instead"
+            f"{folder.root}: expected a folder of .txt files with one prompt each, found no .txt file: "
+            "give such a folder, or a file of requests"
         )
     for file in sorted(folder.root.iterdir()):
         if file not in files and not hidden(file.name):

@@ -128,7 +128,7 @@ def run_job(
     _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
     resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
-    if storage.is_mirrored(output):  # other machines cannot see a lock on the local file
+    if storage.is_mirrored(output):  # the lock of `open_shard` is on a local file, which other machines cannot see
         own(output / shard_name(rank, count))
     with open_shard(output, rank, count) as file:
         done = Done.read(output)
@@ -184,7 +184,7 @@ class _Tally:
         self._engine, self._advance, self._say = engine, advance, say
         self._started = time.monotonic()
         hardware = of_kind(jax.devices()[0].device_kind)
-        devices = engine.mesh.size if engine.mesh else 1  # each process reports its own engine
+        devices = engine.mesh.size if engine.mesh else 1  # each process reports the speed of its own engine
         self._memory = MemoryTime(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
         self.first_error = ""
@@ -245,7 +245,7 @@ def _begin(output: Path, manifest: Mapping[str, Json], *, mend: bool) -> None:
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "
-                    "its samples would be mixed. Use another output folder, or delete this one.",
+                    f"the samples of both would be mixed. Use another output folder, or delete {output}",
                 )
         if mend:
             clean(output, deep=False)

@@ -33,8 +33,8 @@ _NONE = TokenRows(np.zeros(0, np.int64), np.zeros((0, 0), np.float32))
 
 
 def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, *bases: str) -> dict[str, Adapter]:
-    """Reads the adapters in folders; the keys are their names. bases: as in `interop.peft.read`. Raises UserError that
-    names the adapter."""
+    """Reads adapters; `folders` maps the name of each adapter to its folder. bases: as in `interop.peft.read`. Raises
+    UserError that names the adapter."""
     found = {}
     for name, folder in folders.items():
         if not name:
@@ -86,7 +86,8 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
 
 
 def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
-    """Makes params["rows"] (model/own_rows.py) from the adapters that have their own rows; {} if none has.
+    """Makes params["rows"] (model/own_rows.py) from the adapters that have their own rows of the embedding or the head;
+    {} if no adapter has such rows.
 
     Rows that an adapter lacks, and all rows of number 0, are the model's. Raises UserError if an adapter's
     rows belong to another vocabulary.

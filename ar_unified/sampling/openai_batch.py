@@ -6,7 +6,7 @@
 Messages are turns (`language.rows`), and the last one is the user's. The role "developer" means the same as "system".
 Images are data: URLs or files (`data.files`).
 
-    n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
+    n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as in our own lines
     temperature, top_p, top_k       how text is drawn; our key "image": {"temperature": ...} says how images are drawn
     modalities                      ["text"]: mode "text"; ["image"]: mode "image"; both, or no such key: mode "free"
     size                            image_size; "auto": the same as no image_size
@@ -148,7 +148,8 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
     if "max_completion_tokens" in body:
         most = body.pop("max_completion_tokens")
         if body.setdefault("max_tokens", most) != most:
-            raise RequestError(f"body: max_tokens {body['max_tokens']!r} and max_completion_tokens {most!r}: give one")
+            found = f"{body['max_tokens']!r} and {most!r}"
+            raise RequestError(f"body.max_tokens and body.max_completion_tokens: expected one of them, found {found}")
     drawn = {key: body.pop(key) for key in ("temperature", "top_p", "top_k") if key in body}
     if drawn and isinstance(body.setdefault("text", {}), dict):
         body["text"] = {**drawn, **body["text"]}

@@ -7,9 +7,10 @@ The gain of a window can be estimated without using one. The codes that were dra
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
 also guesses from its own draws after wrong guesses. How much more is known once a window was used. The cost of a step
 is measured on a few steps alone. If these steps say that a window is faster, the window is compared in real work with
-drawing one by one. The pool takes some chunks with each in turns, and the clock decides, because a step alone does not
-show everything that a window costs. A trial therefore costs these steps and the compile time, and a pool may spend only
-a small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one process.
+drawing one by one. The pool takes some chunks in each of the two ways, in turns, and the clock decides, because a step
+alone does not show everything that a window costs. A trial therefore costs these steps and the compile time, and a pool
+may spend only a small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one
+process.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ WIDTHS = (1, 2, 4, FEW)
 WINDOWS = (*map(str, WIDTHS), "auto")
 _AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
 # Steps that are timed together: one-token steps, and wide steps. With these numbers, both timings take about equally
-# long. Otherwise a busy machine would slow the longer one more.
+# long. Otherwise a busy machine would slow the longer timing more.
 _ALONE, _WIDE = 16, 6
 _PROBES = 3  # timings of a width, alternating with width 1; the fastest counts
 _COMPILING = 5.0  # least seconds assumed for compiling, because the program of width 1 may have come from a cache
-_BLOCK, _PAIRS = 4 * CHUNK, 5  # steps of a block, and pairs of blocks, of a comparison in real work
+_BLOCK, _PAIRS = 4 * CHUNK, 5  # of a comparison in real work: the steps of a block, and the number of pairs of blocks
 _HOPELESS = 0.8  # a speed, relative to drawing one by one, at which a comparison ends early
 _RISK = 0.2  # assumed loss by a comparison, as a share of the time with the wider window
 _AGAIN = 1024 * CHUNK  # steps until a window in use is compared again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
 _PROMISING = 1.3  # if at least this many tokens a step are expected, the greater share is allowed
 _BETTER = 1.1  # a window must be this many times faster than drawing one by one
-# Without a window, saw() gets the first 32 samples, then every 64th: each takes as long as a fifth of a small image.
+# Without a window, saw() gets the first 32 samples, then every 64th, because each call takes a fifth of the time of a
+# small image.
 _FIRST, _EACH = 32, 64
-_DECIDING = 4 * CHUNK  # steps between two decisions; a decision takes as long as 1 % of a small image's sample
-_KEEP = 0.97, 0.9  # factors on earlier counts, at each sample and at each chunk
+_DECIDING = 4 * CHUNK  # steps between two decisions; a decision takes 1 % of the time of a small image
+_KEEP = 0.97, 0.9  # earlier counts are multiplied by these factors at each sample and at each chunk
 
 
 @dataclass
@@ -50,7 +52,8 @@ class Costs:
     """Costs of one pool's programs by width: seconds of a step, and of the first call, which includes compiling.
 
     Attributes:
-        used: the widths that were compared in real work. The cost of their steps is the whole cost of a window.
+        used: the widths that were compared in real work. The cost of their steps includes everything that a window
+            costs.
     """
 
     step: dict[int, float] = field(default_factory=dict)
@@ -69,7 +72,8 @@ _COSTS: dict[Hashable, Costs] = {}  # of this process
 
 
 class _Comparison:
-    """Compares a width with drawing one by one in real work: the pool takes blocks of chunks with each in turns.
+    """Compares a width with drawing one by one in real work: the pool takes blocks of chunks in each of the two ways,
+    in turns.
 
     A block's first chunk does not count, because it includes the change of the width.
 
@@ -118,11 +122,12 @@ class _Pool:
     costs: Costs
     width: int = 1
     seconds: float = 0.0  # about how long its steps took
-    lost: float = 0.0  # of these, the part that trials lost
+    lost: float = 0.0  # the part of these seconds that trials lost
     steps: int = 0
     samples: int = 0
     again: int = _AFTER  # the step from which to time width 1, and later to compare the width in use
-    trial: list[tuple[int, bool]] = field(default_factory=list)  # timings to come: a width, and whether it counts
+    # timings to come: a width, and whether the timing counts
+    trial: list[tuple[int, bool]] = field(default_factory=list)
     found: dict[int, float] = field(default_factory=dict)
     comparison: _Comparison | None = None
     decision: int = 0  # the step from which to decide again
@@ -187,7 +192,8 @@ class _Pool:
         self.found = {}
 
     def compared(self, comparison: _Comparison) -> None:
-        """Takes the result of a comparison: sets the cost of the width's steps so that it gives the measured speed."""
+        """Takes the result of a comparison: sets the cost of the width's steps to the value that gives the measured
+        speed."""
         width = comparison.width
         self.costs.step[width] = self.tokens(width) * self.costs.step[1] / comparison.speed
         self.costs.used.add(width)
@@ -200,14 +206,15 @@ class _Pool:
         return self.speed(width) * (_BETTER if width == 1 and self.width == 1 else 1.02 if width == self.width else 1.0)
 
 
-_LEAST = 0.02  # least expected tokens beyond one in a step, because more may come than expected
+# The least expected gain (tokens of a step beyond one). It is not 0, because the real gain may be higher than expected.
+_LEAST = 0.02
 
 
 class Pace:
     """The window of each pool of an engine.
 
     Args:
-        window: one of WINDOWS, or its number.
+        window: one of WINDOWS; a width may also be an int.
         program: everything except the pool's shape that the cost of a step depends on. Engines with an equal program
             share their measurements; None: shares with no other engine.
         clock: returns the present time in seconds.
@@ -224,7 +231,7 @@ class Pace:
         self.guesses = self.most > 1  # whether guesses are used now, or may be later
         self._pools: dict[Shape, _Pool] = {}
         self._clock = clock
-        self._before: tuple[Shape, int, float] | None = None  # of the last chunk: its pool, its width, its end
+        self._before: tuple[Shape, int, float] | None = None  # of the last chunk: pool, width, and time of its end
 
     def next(self, shape: Shape, steps: int) -> tuple[int, int, bool]:
         """The width of the next steps of a pool, how many of `steps` to take, and whether they are a measurement."""
@@ -284,7 +291,7 @@ class Pace:
                     self._pool(shape).compared(comparison)
         if width == 1 or not self.guesses:
             return
-        if self._measured and steps <= samples * _WIDE:  # a timing: its first step had no guesses
+        if self._measured and steps <= samples * _WIDE:  # a timing: its first step does not count, as it had no guesses
             tokens, steps = tokens - samples, steps - samples
         pool = self._pool(shape)
         count = pool.drawn[width] = pool.drawn.get(width, np.zeros(2)) * _KEEP[1] + (tokens, steps)

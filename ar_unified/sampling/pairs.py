@@ -14,7 +14,7 @@ import numpy as np
 
 SIZE = 1 << 15
 _STEP = 257  # pairs of codes below this number have their own entries, as far as SIZE allows
-_SURE = 4  # limit of an entry's count, so that the table follows when other images are drawn
+_SURE = 4  # limit of an entry's count, so that the entry can soon change when other images are drawn
 
 
 class Pairs:

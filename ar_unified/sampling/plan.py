@@ -229,7 +229,7 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
     canvas = request.canvas
     if canvas is not None:
         if at.opened.phase != PARTS:
-            raise RequestError("canvas: the prompt ends inside an image, so it already has the first codes")
+            raise RequestError("canvas: expected none, because the prompt already has the first codes of the image")
         if canvas.min() < -1 or canvas.max() >= v.codebook_size:
             found = f"{canvas.min()}..{canvas.max()}"
             raise RequestError(
@@ -247,7 +247,7 @@ def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> Non
         if opened.phase == phase and said and not str(wanted[axis]).startswith(str(said)):
             name = ("height", "width")[axis]
             raise RequestError(
-                f"image_size: expected a {name} that begins with {said}, as in the prompt, found {wanted[axis]}"
+                f"image_size: expected a {name} whose first digits are {said}, as in the prompt, found {wanted[axis]}"
             )
 
 

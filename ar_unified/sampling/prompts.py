@@ -11,10 +11,10 @@ import numpy as np
 from ar_unified.sampling.steps import Prefix
 
 _SMALLEST = 16  # tokens in the smallest bucket of prompts
-_PREFILL = 16  # prompts read at once, at most
+_PREFILL = 16  # the most prompts that are read at once
 KEPT = 4  # batches of prompts that are kept for later samples
 
-_Prompt = tuple[int, np.ndarray]  # the number of its adapter, and its tokens
+_Prompt = tuple[int, np.ndarray]  # the number of the prompt's adapter, and the prompt's tokens
 _Key = tuple[int, bytes]
 
 

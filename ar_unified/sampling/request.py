@@ -150,13 +150,11 @@ class Request:
                 f"found {self.negative_prompt!r:.80} with {self.context!r}"
             )
         if self.image_guidance and self.context == "image_only":
-            raise RequestError(
-                'context: expected another one than "image_only" with image_guidance, found "image_only"'
-            )
+            raise RequestError('context: expected another context with image_guidance, found "image_only"')
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise RequestError(f"repetition_penalty: expected a number > 0 (1: off), found {self.repetition_penalty}")
         if any(not stop for stop in self.stop):
-            raise RequestError("stop: expected texts or ids, found an empty one")
+            raise RequestError("stop: expected texts or lists of ids, found an empty text or list")
         self._check_images()
         try:
             self.text.check("text")

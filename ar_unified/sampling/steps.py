@@ -207,8 +207,8 @@ def insert(
         source: int32 [M], rows of `prefix`.
         slots: int32 [M], the rows of the pool that they go to, out of [R * C]. One prompt may go to several rows; a
             slot beyond the end is ignored.
-        fresh: bool [R], the slots whose sample is new. They take rows and position, [R, ...] each, and their automaton
-            resumes from `start`, i32 [R] each.
+        fresh: bool [R], the slots whose sample is new. These slots get their part of `rows` and `position`, [R, ...]
+            each, and their automaton resumes from `start`, i32 [R] each.
     """
     C, v = position.shape[1], grammar.vocabulary
     length = min(state.cache[0][0].shape[2], prefix.cache[0][0].shape[2])
@@ -220,8 +220,8 @@ def insert(
     def take(new: Array, old: Array) -> Array:
         return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-    # The first context of each request reads the prompt, so its text pieces count for the repetition penalty. Another
-    # call may bring the prompts of other fresh slots.
+    # The first context of each request reads the prompt, and the prompt's text pieces count for the repetition penalty.
+    # `seen` changes only for prompts of this call, because another call may bring the prompts of other fresh slots.
     mine = jnp.where(slots % C == 0, slots // C, len(fresh))
     tokens = prefix.tokens[source]
     pieces = jnp.where(tokens < v.text_size, tokens, state.seen.shape[1])

@@ -178,7 +178,7 @@ def test_what_cannot_be_served_leaves_the_conversation_as_it_was(params):
         with pytest.raises(RequestError, match=words):
             talk.say(parts, **settings)
     assert talk.turns == turns and talk.tokens is tokens
-    with pytest.raises(ValueError, match="each once"):
+    with pytest.raises(ValueError, match="different conversations"):
         say_all([(talk, Request("a", ())), (talk, Request("b", ()))])
     first.params = jax.tree.map(lambda p: p * np.nan, params)  # with other weights nothing is kept
     with pytest.raises(RequestError, match="NaN"):

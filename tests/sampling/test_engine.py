@@ -384,7 +384,7 @@ BAD = [
     (dict(guidance=float("nan")), "guidance"),
     (dict(context="nothing"), "context: expected one of"),
     (dict(context="negative_prompt"), "negative_prompt: expected a text"),
-    (dict(image_guidance=2.0, context="image_only"), "context: expected another one"),
+    (dict(image_guidance=2.0, context="image_only"), "context: expected another context"),
     (dict(repetition_penalty=0.0), "repetition_penalty"),
     (dict(stop=("",)), "stop: expected"),
     (dict(stop=((99,),)), "text pieces 0..15"),

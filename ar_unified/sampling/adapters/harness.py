@@ -64,7 +64,8 @@ class Harness:
             try:
                 length = sum(map(len, pieces(self.engine.grammar, pair)))
                 if length > self.engine.max_length:
-                    raise RequestError(f"{length} tokens, but the engine's max_length is {self.engine.max_length}")
+                    most = self.engine.max_length
+                    raise RequestError(f"prompt and continuation have {length} tokens, but max_length is {most}")
                 pairs[i] = pair
             except (RequestError, GrammarError) as error:
                 log.warning("request %d: %s", i, error)
