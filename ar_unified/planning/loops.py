@@ -54,7 +54,7 @@ def turn(hlo: str, without: str = "") -> Turn:
                 cycles += int(said.group(1)) * times[name]
             if each.opcode in _COPIES or (each.opcode == "fusion" and _moves(computations, each)):
                 made = each.type.lstrip("(").partition("}")[0]
-                if "S(" not in made:  # a move into another memory (a space S) is a fetch, not a copy
+                if "S(" not in made:  # a move into another memory, written S(n), is a fetch, not a copy
                     copies.append(Copy(bytes_of(made.partition("{")[0]), times[name], source_of(each)))
             if 'custom_call_target="tpu_custom_call"' in each.rest:
                 kernel = source_of(each).split("/")[-2]

@@ -56,7 +56,7 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     # devices of a slice that have this shard send a part of it.
     inner = mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["context"]
     shard = gradient_bytes(run, mesh) / max(per_slice // inner, 1)
-    share = matmuls * hardware.dcn / (2 * shard)  # the largest allowed (s - 1) / s
+    share = matmuls * hardware.dcn / (2 * shard)  # the largest (s - 1) / s at which DCN is not slower than the matmuls
     slices = None if share >= 1 else max(int(1 / (1 - share)), 1)
     largest = None if slices is None else slices * per_slice
     batch_chips = int(CRITICAL_TOKENS / per_chip)

@@ -56,7 +56,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
         least = min((each.least for each in found), default=0.0)
         raise ValueError(
             f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; by arithmetic, "
-            f"the least needs {least / 2**30:.1f} GiB, and a device has {target.hardware.hbm / 2**30:.1f} GiB"
+            f"the least needs {least / 2**30:.1f} GiB, and a device has {target.hardware.hbm / 2**30:.1f} GiB: "
+            "raise config.mesh.fsdp or config.mesh.tensor, or use a smaller model"
         )
     tried: list[dict[str, Json]] = []
     best: PlanReport | None = None
@@ -75,7 +76,10 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
         if plan["fits"] and (best is None or _seconds(plan) < _seconds(best)):
             best = plan
     if best is None:
-        raise ValueError(f"search: none of the {len(tried)} candidates that were compiled fits {target.name}")
+        raise ValueError(
+            f"search: none of the {len(tried)} candidates that were compiled fits {target.name}: "
+            "raise config.mesh.fsdp or config.mesh.tensor, or use a smaller model"
+        )
     best["search"] |= {"why": _why(best, tried, len(found), len(fitting)), "tried": tried}
     return best
 
@@ -113,7 +117,7 @@ def said(changes: dict[str, Json]) -> str:
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
     """Whether a candidate is at least as large as `other`, which did not fit: by arithmetic it needs as much memory or
-    more, it has as many rows or more, and it is split as widely or less.
+    more, it has as many rows or more, and it is split over as many devices or fewer.
     """
     return (
         each.least >= other.least

@@ -27,7 +27,7 @@ from ar_unified.manifests import Json
 from ar_unified.sampling.results import read, shards
 from ar_unified.workdir import write_bytes, write_text
 
-_NAME_BYTES = 255  # most bytes of a file's name, on every file system in use
+_NAME_BYTES = 255  # the most bytes that a file's name can have on common file systems
 
 
 class ExportError(UserError):
@@ -176,7 +176,7 @@ def _mjhq(job: Path, report: ExportReport) -> None:
         category = asked.meta.get("category")
         if not isinstance(category, str) or not re.fullmatch(r"\w[\w -]*", category):
             raise ExportError(
-                f"request {asked.id}: mjhq needs its category in meta, found {category!r:.40}: "
+                f"request {asked.id}: mjhq needs a category in its meta, found {category!r:.40}: "
                 "give meta_data.json as the requests"
             )
         _put(asked.images[min(asked.images)], report.folder / category / f"{asked.id}.png", report)

@@ -70,7 +70,7 @@ class Conversation:
         self.prefilled: tuple[int, ...] = ()
         self._kept: dict[
             tuple[str, str], _Kept
-        ] = {}  # by adapter and context, without contexts that reset at each image
+        ] = {}  # by adapter and context; contexts that reset at each image are not kept
         self._params: Any = None  # the parameters that computed the caches
 
     def say(self, parts: Sequence[Part], **settings: object) -> Sample:

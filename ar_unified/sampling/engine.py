@@ -152,7 +152,7 @@ class Engine:
         ways = ways_of(batch_size, mesh)
         self.weights_dtype = weights_dtype
         self.config, self.params, self.grammar = config, params, grammar
-        self.adapters = {name: number for number, name in enumerate(["", *(adapters or {})])}  # their numbers
+        self.adapters = {name: number for number, name in enumerate(["", *(adapters or {})])}  # numbers by name
         self.adapter_hashes = {name: adapter.hash for name, adapter in (adapters or {}).items()}
         if adapters:
             loaded = list(adapters.values())

@@ -159,7 +159,7 @@ def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
     try:
         first = _text(next((line for _, line in _lines(path)), b"")).strip()
     except RequestError:
-        first = ""  # the error is reported with the row
+        first = ""  # the error is reported when this row is read
     if "\t" in first and tables.header(first):
         yield from _rows(folder, tables.delimited(path, _texts(path)), foreign=True)
         return
@@ -316,7 +316,7 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
             images.append({"type": "image", "image": member.name})
         elif member.size <= _MOST_TEXT:
             stream = tar.extractfile(member)
-            assert stream is not None  # a regular file
+            assert stream is not None  # the member is a regular file
             if extension == "txt":
                 texts.append(_text(_whole(stream.read())).strip())
             else:

@@ -142,7 +142,7 @@ def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
         raise BundleError(f"data.image_size: expected a height and a width in pixels, found {size!r:.80}")
     way = {name: data[name] for name in WAY if name in data}
-    # Resize checks the kind.
+    # `Resize` checks `kind`.
     return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0], **way)  # type: ignore[arg-type]
 
 
@@ -306,7 +306,8 @@ class Model:
             found = f"{tokens.min()}..{tokens.max()}"
             raise ValueError(f"tokens: expected ids 0..{self.vocabulary.used - 1} of the vocabulary, found {found}")
         engine, rows = self.engine, len(tokens)
-        tokens = np.pad(tokens.astype(np.int32), [(0, -rows % ways_of(0, engine.mesh)), (0, 0)])  # a mesh splits rows
+        # Rows are added until the mesh can split them evenly.
+        tokens = np.pad(tokens.astype(np.int32), [(0, -rows % ways_of(0, engine.mesh)), (0, 0)])
         which = np.full(len(tokens), engine.number(adapter), np.int32)
         found = engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens, which)
         return np.asarray(found)[:rows]

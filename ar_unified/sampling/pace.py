@@ -68,7 +68,7 @@ class Costs:
         return float(np.interp(width, sorted(self.step), [self.step[each] for each in sorted(self.step)]))
 
 
-_COSTS: dict[Hashable, Costs] = {}  # of this process
+_COSTS: dict[Hashable, Costs] = {}  # as measured in this process
 
 
 class _Comparison:
@@ -250,7 +250,7 @@ class Pace:
         return width, steps, False
 
     def begins(self) -> None:
-        """A pool begins to draw. The time since the last chunk does not count."""
+        """Says that a pool begins to draw. The time since the last chunk then does not count."""
         self._before = None
 
     def expected(self, shape: Shape) -> float:

@@ -2,8 +2,8 @@
 pair, the table has the code that last followed the pair.
 
 The host learns the table from images as they are drawn, and passes it to the device with the weights. If the code above
-has been right more often for a pair, the table has no entry, and the code above is the guess. A wrong entry only costs
-a step that could have been saved, so several pairs may share an entry.
+has been right more often than the code that last followed the pair, the table has no entry for this pair, and the code
+above is the guess. A wrong entry only costs a step that could have been saved, so several pairs may share an entry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 SIZE = 1 << 15
-_STEP = 257  # pairs of codes below this number have their own entries, as far as SIZE allows
+_STEP = 257  # if both codes are below this, pairs share an entry only because SIZE is limited
 _SURE = 4  # limit of an entry's count, so that the entry can soon change when other images are drawn
 
 
@@ -38,7 +38,7 @@ class Pairs:
         np.add.at(self._ahead, at, better)
         self._ahead[at] = np.clip(self._ahead[at], -_SURE, _SURE)
         self._last[at] = flat
-        self.table = self.table.copy()  # the device may still read the old one
+        self.table = self.table.copy()  # the device may still read the old table
         self.table[at] = np.where(self._ahead[at] >= 0, self._last[at], -1)
         return right
 

@@ -98,7 +98,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         starts.append(len(base))
         resets.append(context != "image_only")
     if len(prefixes) == 3 and most == 1 and np.array_equal(prefixes[1], prefixes[2]):
-        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # equal if the prompt has no image
+        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # no third context: it equals the second
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
     wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape

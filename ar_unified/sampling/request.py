@@ -26,7 +26,7 @@ CONTEXTS = ("empty_prompt", "bos_boi", "from_boi", "image_only", "negative_promp
 DEFAULTS = (
     "guidance", "image_guidance", "context", "negative_prompt", "prompt_suffix", "repetition_penalty", "text", "image",
 )  # fmt: skip
-_MANY = 1 << 20  # more images than any budget holds
+_MANY = 1 << 20  # more images than any budget allows
 
 
 class RequestError(UserError):

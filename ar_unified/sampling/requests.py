@@ -41,8 +41,8 @@ from ar_unified.sampling.formats import Row, read_rows
 from ar_unified.sampling.openai_batch import Asked
 from ar_unified.sampling.request import CONTEXTS, MODES, Request, RequestError
 
-_MOST = {"n": 100_000, "seed": 2**32}  # bounds of whole numbers; others must fit an int32
-_NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # JSON's names of the types
+_MOST = {"n": 100_000, "seed": 2**32}  # upper bounds; other whole numbers must fit an int32
+_NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # from Python's names of types to JSON's
 
 
 class PromptImageError(RequestError):

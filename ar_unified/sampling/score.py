@@ -61,10 +61,11 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     """The token ids of the prompt, of each part to be scored, and of <eos>. Raises GrammarError or RequestError.
 
     For a Document, the prompt is everything before its last answer; if it has no turns, all parts are scored. For a
-    request and an answer, it is the request's prompt; without turns, the answer continues the prompt's text.
+    request and an answer, it is the request's prompt. If the request's `turn` is False, the answer continues the
+    prompt's text.
     """
     if isinstance(item, Document):
-        grammar.encode(item)  # so that an error names a wrong part by its index in the document
+        grammar.encode(item)  # an error here names a wrong part by its index in the document
         request = Request.asking(item)
         answer: Sequence[Part | TokensPart] = item.answer
     else:

@@ -40,7 +40,7 @@ def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
     lines = iter(lines)
     first = next(lines, "")
     tabs = path.suffix.lower() != ".csv" or ("\t" in first and "," not in first)
-    # Some spreadsheets write semicolons.
+    # Some spreadsheets write semicolons between cells.
     delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
     records = _tabs([first, *lines]) if tabs else csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
@@ -59,7 +59,7 @@ def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Rea
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    open(path, "rb").close()  # a missing file raises OSError, not RequestError
+    open(path, "rb").close()  # so that a missing file raises OSError, not RequestError
     try:
         with pq.ParquetFile(path) as file:
             fields = list(file.schema_arrow)

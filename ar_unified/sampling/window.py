@@ -271,5 +271,5 @@ def guess(
     begin = after, position, codes, writes, jnp.ones(len(writes), bool)
     found = jax.lax.scan(one, begin, again.T)[1]
     tokens, machines, positions = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
-    nothing = jnp.zeros((0, 0, 0))  # `step` fills it in
+    nothing = jnp.zeros((0, 0, 0))  # `step` fills in the hidden states
     return Drafts(tokens, nothing, machines, positions, codes)
