@@ -101,7 +101,7 @@ class Target:
         return Target(self.hardware, tuple(int(n) for n in np.ptp(mine, axis=0)[: self.hardware.torus] + 1))
 
     def mesh(self, shape: Mapping[str, int]) -> Mesh:
-        """The mesh of a config on these devices. The outer part of the axis `data` is over slices.
+        """The mesh of a config on these devices. The axis `data` is split over slices first.
 
         Raises ValueError, as make_mesh does, for sizes that do not fit.
         """

@@ -42,8 +42,8 @@ _BEFORE = (Turn("user"), Turn("assistant"))  # stands for all earlier turns
 
 
 class _Kept(NamedTuple):
-    """The tokens that a context has read, int32 [n], and its row of the cache, with these tokens in the first n
-    slots."""
+    """The tokens that a context has read, int32 [n], and the context's row of the cache, whose first n slots are for
+    these tokens."""
 
     tokens: np.ndarray
     cache: Cache

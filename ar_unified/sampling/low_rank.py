@@ -55,7 +55,8 @@ def number(adapters: Mapping[str, int], name: str) -> int:
 
 def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
     """Makes params["adapters"] (model/lora.py), in the compute dtype: a [L, A + 1, I, r] and b [L, A + 1, r, O] for
-    each matrix that any adapter changes. For settled parameters, it is a list with [A + 1, ...] for each layer.
+    each matrix that any adapter changes. For parameters from `weights.settled`, it is a list with [A + 1, ...] for each
+    layer.
     """
     rank = max(a.shape[-1] for adapter in adapters for a, _ in adapter.matrices.values())
     stacked: dict[str, Any] = {}
@@ -89,7 +90,8 @@ def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], m
     """Makes params["rows"] (model/own_rows.py) from the adapters that have their own rows of the embedding or the head;
     {} if no adapter has such rows.
 
-    Rows that an adapter lacks, and all rows of number 0, are the model's. Raises UserError if an adapter's
+    Rows that an adapter lacks, and all rows for number 0 (no adapter), are the model's. Raises UserError if an
+    adapter's
     rows belong to another vocabulary.
     """
     rows_of = [own_rows(adapter, grammar) for adapter in adapters]

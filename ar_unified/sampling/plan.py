@@ -225,7 +225,8 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
         _check_begun(grammar, at.opened, size)
     image_only = request.contexts == 3 or (request.contexts == 2 and request.context == "image_only")
     if image_only and len(grammar.syntax.open) > 1:
-        raise RequestError(f'context: layout {grammar.layout.kind!r} has no "image_only": its images begin with text')
+        why = f"because images begin with text in layout {grammar.layout.kind!r}"
+        raise RequestError(f'context: expected neither "image_only" nor image_guidance, {why}; found one of them')
     canvas = request.canvas
     if canvas is not None:
         if at.opened.phase != PARTS:
@@ -286,7 +287,7 @@ def _length_class(n: int, max_length: int) -> int:
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(
-            f"negative_prompt: with an image after it, it takes {n} tokens, but the engine's max_length is "
-            f"{max_length}: shorten it or raise max_length"
+            f"negative_prompt: the negative prompt and an image after it take {n} tokens, but the engine's max_length is "
+            f"{max_length}: shorten the negative prompt or raise max_length"
         )
     return fitting[0]

@@ -175,7 +175,7 @@ class Request:
             if self.canvas.dtype != np.int32 or self.canvas.ndim != 2:
                 raise RequestError(f"canvas: expected codes int32 [h, w], found {found}")
             if self.mode == "text":
-                raise RequestError('canvas: mode "text" makes no images')
+                raise RequestError('canvas: expected none with mode "text", which makes no images')
             if self.image_size not in (None, self.canvas.shape):
                 raise RequestError(f"canvas: expected codes of image_size {self.image_size}, found {found}")
 

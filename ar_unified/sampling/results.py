@@ -242,7 +242,7 @@ class Writer:
             # A lone surrogate of a bad request becomes its JSON escape.
             line = json.dumps(entry.row, ensure_ascii=False).encode("utf-8", "backslashreplace")
             rest = memoryview(line + b"\n")
-            while rest:  # one write for each line; if the disk is full, it is cut short, and the next raises
+            while rest:  # one write for each line; a full disk cuts it short, and the next write raises
                 rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
         if time.monotonic() > self._told + _TOLD_EVERY:

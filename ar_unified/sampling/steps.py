@@ -205,8 +205,8 @@ def insert(
     Args:
         prefix: the prompts.
         source: int32 [M], rows of `prefix`.
-        slots: int32 [M], the rows of the pool that they go to, out of [R * C]. One prompt may go to several rows; a
-            slot beyond the end is ignored.
+        slots: int32 [M], the rows of the pool, out of [R * C], that these prompts go to. One prompt may go to several
+            rows; a slot beyond the end is ignored.
         fresh: bool [R], the slots whose sample is new. These slots get their part of `rows` and `position`, [R, ...]
             each, and their automaton resumes from `start`, i32 [R] each.
     """
@@ -264,7 +264,7 @@ def read_on(
     Args:
         tokens: int32 [R * C, P], padded on the right.
         start: int32 [R * C], the place of each row's first new token.
-        lengths: int32 [R * C]; a row of 0 stays as it is.
+        lengths: int32 [R * C], the number of each row's new tokens; a row with 0 stays as it is.
     """
     model = Transformer.bind(config, weights.layers)
     reads, beyond = lengths > 0, state.cache[0][0].shape[2]

@@ -28,7 +28,7 @@ class Harness:
     """A model with the functions that harnesses need.
 
     Args:
-        model: decodes the prompts of one call together, in its slots.
+        model: the model; it decodes the prompts of one call together, in its slots.
         turn: whether prompts are answered (True) or continued (False).
         max_tokens: the most tokens of an answer, if the harness does not say.
 

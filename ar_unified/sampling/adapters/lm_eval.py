@@ -32,8 +32,8 @@ class EngineLM(LM):
         self._room = model.engine.max_length - 2 - turn  # tokens of text, besides <bos>, <eos> and <eot>
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log-likelihood in nats, and whether it is the greedy
-        one.
+        """For each (context, continuation): the continuation's log-likelihood in nats, and whether greedy decoding
+        would give the continuation.
         """
         pairs = []
         for context, continuation in (request.args for request in requests):

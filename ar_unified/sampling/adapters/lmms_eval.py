@@ -35,7 +35,8 @@ class EngineLMM(lmms):
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """For each (context, continuation, doc_to_visual, doc_id, task, split): the continuation's log-likelihood in
-        nats, and whether it is the greedy one. The continuation may be a function of the document."""
+        nats, and whether greedy decoding would give the continuation. The continuation may be a function of the
+        document."""
         pairs = []
         for context, continuation, doc_to_visual, id, task, split in (request.args for request in requests):
             doc = self.task_dict[task][split][id]
