@@ -82,10 +82,7 @@ def times_of(computations: dict[str, list[Instruction]], entry: str) -> tuple[di
         times[name] += count
         known[name] &= certain
         for each in computations.get(name, ()):
-            if each.opcode in (
-                "async-update",
-                "async-done",
-            ):  # the async-start instruction has already called the computation
+            if each.opcode in ("async-update", "async-done"):  # async-start has already called the computation
                 continue
             turns = trips_of(each, computations) if each.opcode == "while" else 1
             for callee in called_by(each):

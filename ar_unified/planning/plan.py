@@ -46,7 +46,8 @@ def make_plan(
     Raises ValueError if the sizes of mesh, batch and model do not divide each other, and TargetError if there is no
     such target or if the run asks for an attention kernel of other hardware.
     """
-    part = target if job == "train" else target.process()  # each process serves its own requests
+    # For sampling, one process is enough to plan, because each serves its own requests.
+    part = target if job == "train" else target.process()
     mesh = part.mesh(run.mesh if job == "train" else decoding_axes(run.mesh))
     run = with_a_kernel(run, target)
     result: PlanReport = {

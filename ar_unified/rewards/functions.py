@@ -42,7 +42,7 @@ def guarded(function: Function, timeout: float) -> Reward:
     def reward(prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         pairs = list(zip(prompts, answers, strict=True))
-        while len(verdicts) < len(pairs):  # one more thread after each answer that hangs
+        while len(verdicts) < len(pairs):  # starts a new thread after each answer that hangs
             said: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
             left = pairs[len(verdicts) :]
             threading.Thread(target=_ask, args=(function, left, said), name="reward", daemon=True).start()

@@ -114,7 +114,7 @@ def _suggestion(key: str, row: Mapping[str, Json], foreign: bool) -> str:
     if elsewhere(key) and not foreign:
         return repr(elsewhere(key))
     near = nearly(key, ROW)
-    if near and near not in row:  # if the row has `near`, too, this key is no misspelling of it
+    if near and near not in row:  # a row that also has the key `near` does not misspell it
         return repr(near)
     inner = nearly(key, FILTER)
     if inner and not foreign:

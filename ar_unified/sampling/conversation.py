@@ -12,7 +12,7 @@ the other conversations of a batch (`say_all`).
 A conversation remembers which tokens each context has read. A turn's plan says what each context must read. The
 beginning that the cache already contains is not read again.
 
-Axes: R slots, C contexts, rows side by side [R * C]; W text pieces and more (`steps`).
+Axes: R slots, C contexts, rows side by side [R * C]; W as in `steps`.
 """
 
 from __future__ import annotations

@@ -91,8 +91,7 @@ def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], m
     {} if no adapter has such rows.
 
     Rows that an adapter lacks, and all rows for number 0 (no adapter), are the model's. Raises UserError if an
-    adapter's
-    rows belong to another vocabulary.
+    adapter's rows belong to another vocabulary.
     """
     rows_of = [own_rows(adapter, grammar) for adapter in adapters]
     tables: dict[str, Any] = {}

@@ -7,10 +7,10 @@ The gain of a window can be estimated without using one. The codes that were dra
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
 also guesses from its own draws after wrong guesses. How much more is known once a window was used. The cost of a step
 is measured on a few steps alone. If these steps say that a window is faster, the window is compared in real work with
-drawing one by one. The pool takes some chunks in each of the two ways, in turns, and the clock decides, because a step
-alone does not show everything that a window costs. A trial therefore costs these steps and the compile time, and a pool
-may spend only a small share of its time on trials. So a short job tries nothing, and nothing is measured twice in one
-process.
+drawing one by one. The pool takes some chunks with the window and some without it, in turns, and the clock decides,
+because a step alone does not show everything that a window costs. A trial therefore costs these steps and the compile
+time, and a pool may spend only a small share of its time on trials. So a short job tries nothing. Nothing is measured
+twice in one process.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ _COSTS: dict[Hashable, Costs] = {}  # as measured in this process
 
 
 class _Comparison:
-    """Compares a width with drawing one by one in real work: the pool takes blocks of chunks in each of the two ways,
-    in turns.
+    """Compares a width with drawing one by one in real work: the pool takes blocks of chunks with the width and
+    blocks with width 1, in turns.
 
     A block's first chunk does not count, because it includes the change of the width.
 

@@ -287,7 +287,7 @@ def _length_class(n: int, max_length: int) -> int:
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(
-            f"negative_prompt: the negative prompt and an image after it take {n} tokens, but the engine's max_length is "
-            f"{max_length}: shorten the negative prompt or raise max_length"
+            f"negative_prompt: the negative prompt and an image after it take {n} tokens, but the engine's max_length "
+            f"is {max_length}: shorten the negative prompt or raise max_length"
         )
     return fitting[0]
