@@ -100,7 +100,7 @@ def _asked(job: Path, report: ExportReport) -> Iterator[_Asked]:
         if asked.images:
             yield asked
         else:
-            report.left_out.setdefault(asked.id, "none of its samples has an image")
+            report.left_out.setdefault(asked.id, "none of the request's samples has an image")
 
 
 def _put(source: Path, target: Path, report: ExportReport) -> None:
