@@ -110,4 +110,6 @@ def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dty
             continue
         if all(getattr(row, name) in (None, value) for name, value in asked.items()):
             return row.tile
-    raise KeyError(f"no block sizes for {kernel} on {device} with head_dim {head_dim}")
+    raise KeyError(
+        f"no block sizes for {kernel} on {device} with head_dim {head_dim}; add a row to TABLE in {__name__}"
+    )
