@@ -44,7 +44,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
     same mesh axis, and a size that its mesh axis does not divide (except in MAY_STAY_WHOLE).
     """
     if len(axes) != len(shape):
-        raise ValueError(f"{name}: {len(axes)} logical axes {axes} for shape {shape}")
+        raise ValueError(f"{name}: expected one logical axis per dimension of {shape}; found {axes}")
     taken: dict[str, str] = {}
     entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -60,8 +60,8 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
         if size % ways:
             if axis not in MAY_STAY_WHOLE:
                 raise ValueError(
-                    f"{name}: axis {axis!r} has size {size}, which mesh {'x'.join(parts)} = {ways} does not divide; "
-                    f"choose a size of {axis!r} that is a multiple of {ways}, or a smaller {'/'.join(parts)}"
+                    f"{name}: axis {axis!r} has size {size}, which mesh {' x '.join(parts)} = {ways} does not divide; "
+                    f"choose a size of {axis!r} that is a multiple of {ways}, or a smaller {' or '.join(parts)}"
                 )
             target = None
         entries.append(target)

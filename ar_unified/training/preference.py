@@ -42,7 +42,7 @@ class PreferenceConfig:
     """
 
     loss: str = "dpo"  # one of LOSSES
-    beta: float = 0.1  # how strongly the model is held to the reference; for simpo a scale of the scores, 2 or more
+    beta: float = 0.1  # how strongly the model is kept near the reference; for simpo a factor of the scores, 2 or more
     gamma: float = 1.0  # for simpo: by how much the chosen answer's reward should be higher
     label_smoothing: float = 0.0  # for dpo and simpo: the assumed share of swapped pairs (cDPO)
     length_normalised: bool = False  # for dpo and ipo: divide s by the tokens (arXiv:2411.15124), as simpo does

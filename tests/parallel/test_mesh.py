@@ -65,7 +65,7 @@ def test_rules_place_axes_by_name():
         (("embed", "mlp"), (6, 8), "w: axis 'embed' has size 6, which mesh fsdp = 4 does not divide"),
         (("heads", "mlp"), (8, 8), "w: logical axes 'heads' and 'mlp' both need mesh axis 'tensor'"),
         (("embed", "width"), (8, 8), "w: unknown logical axis 'width'"),
-        (("embed",), (8, 8), "w: 1 logical axes"),
+        (("embed",), (8, 8), "w: expected one logical axis per dimension"),
     ],
 )
 def test_what_cannot_be_placed_is_refused_by_name(axes, shape, message):
