@@ -3,7 +3,7 @@
 `gather`: each device collects the keys and values of the whole row. It waits least, but needs memory for the keys of a
 whole row. `ring`: keys and values are passed round the devices, and the partial results of each device are merged by
 log-sum-exp (Ring Attention, arXiv 2310.01889). Memory does not grow with the number of devices, the transfer of a step
-overlaps with its computation, and pieces that share no document are skipped. However, one round has as many small
+overlaps with its computation, and pieces that share no document are skipped. However, a layer needs as many small
 kernels and transfers as there are devices.
 
 Both run on each device, inside `jax.shard_map`; gradients are exact.

@@ -36,7 +36,7 @@ from ar_unified.training.tasks import TransformerTask, ratios
 CHOICES = {"normalisation": ("token", "sequence", "constant")}
 
 _BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # histogram of differences: bins, bins per factor of 2, end of first bin
-_MANY = 0.999  # a share of groups that counts as all groups
+_MANY = 0.999  # if a larger share of groups has equal rewards, the warning says that all have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tu
 
     Args:
       drawn: bool [B, T], whether a token was drawn.
-      kept: bool [B], whether a sample counts.
+      kept: bool [B], whether a sample is part of the mean.
     """
     there = drawn & kept[:, None]
     weight = there.astype(jnp.float32)
