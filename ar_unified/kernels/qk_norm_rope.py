@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos for both of a pair; -sin for one and sin for the other
+# float32 [B, T, 1, H] each: cos for both values of a pair; -sin for one value and sin for the other
+Rope = tuple[jax.Array, jax.Array]
 
 
 def qk_norm_rope(

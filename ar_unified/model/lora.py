@@ -38,7 +38,7 @@ _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
 ADAPTING = ("lora", "adapters")  # top-level keys: one adapter in training, several in serving
 BASE_DTYPES = ("float32", "bfloat16", "int8")
-_FIRST_KEY = 2  # number of the first dropout key in a layer; the residual branches use the keys before it
+_FIRST_KEY = 2  # number of a layer's first dropout key for adapters; the residual branches use the keys before it
 Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # (x, A and B, their path, dropout keys) -> what is added
 
 

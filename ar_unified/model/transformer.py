@@ -353,7 +353,7 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, self._look_up(tokens, "sequence", None), self.layers)[1]
 
     def _begin(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array) -> tuple[Any, ...]:
-        """Tokens, positions, doc_start and columns, int32 [B, T] in the mesh's order of rows, and RoPE's angles."""
+        """Tokens, positions, doc_start and columns, int32 [B, T] in zigzag order on a mesh, and RoPE's angles."""
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         tokens, positions, doc_start, columns = (zigzag(x) for x in (tokens, positions, doc_start, columns))
         rope = rope_table(self.config, positions, tokens.shape[1])

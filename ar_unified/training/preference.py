@@ -161,7 +161,7 @@ class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
         logps = -by_answer(nll, rows, count) * self.of_role
         tokens = by_answer(jnp.ones_like(nll), rows, count)
         scored = scores(self.preference, logps, batch.reference * self.of_role, self._length(tokens)[..., None])
-        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # its weight, added once per token
+        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # task weight, summed over tokens
         there = jnp.all(jnp.sum(tokens, -1) > 0, -1)
         weight = jnp.where(there, task / jnp.maximum(tokens[:, :, 0].sum(-1), 1.0), 0.0)
         return Pairs(logps, scored, tokens, there, weight)

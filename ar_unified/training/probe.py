@@ -73,7 +73,9 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
         RuntimeError: if the loss or its gradient became infinite or NaN.
     """
     if not ids.size or steps < 1:
-        raise ValueError(f"probe: expected at least 1 step and 1 image; found {steps} steps and ids {ids.shape}")
+        raise ValueError(
+            f"probe: expected at least 1 step and 1 image; found {steps} steps and ids of shape {ids.shape}"
+        )
     rows = _rows_of(ids[0].size)
     vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
 
