@@ -52,7 +52,7 @@ def as_decoded(name: str, leaf: jax.Array, width: int, weights_dtype: str | None
 
 
 def adapters_as_decoded(adapters: dict[str, Any], width: int) -> dict[str, Any]:
-    """params["adapters"] (model/lora.py), of one layer or stacked, for an MLP with `width` channels."""
+    """Pads params["adapters"] (model/lora.py), of one layer or stacked, with zeros for an MLP with `width` channels."""
     if "mlp" not in adapters:
         return adapters
     sides = {"gate": ("b", -1), "up": ("b", -1), "down": ("a", -2)}

@@ -215,9 +215,11 @@ def _chosen(
 
 
 def merged(lora: LoraConfig, params: Params, dtype: str = "float32") -> Params:
-    """The parameters without "lora": each adapted matrix becomes W + scale A B, summed in float32, in the dtype of W.
+    """The parameters without "lora": each adapted matrix becomes W + scale A B, summed in float32 and stored in the
+    dtype of W.
 
-    params: with stacked layers, as in training; the adapter may have any dtype. dtype: for matrices that are in 8 bits.
+    params: with stacked layers, as in training; the adapter may have any dtype. dtype: the new dtype of matrices that
+    are in 8 bits.
     """
     layers = {group: dict(leaves) for group, leaves in params["layers"].items()}
     rounded = {path for path in MATRICES if isinstance(_at(layers, path), Quantized)}

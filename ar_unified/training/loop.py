@@ -408,6 +408,6 @@ def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: i
     kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
     return (
         f"not finite at step {taken - 1}: {where}; loss {loss}, gradient norm {norm}. The step was not taken; {kept}. "
-        f"Look at batch({taken - 1}), then try a lower learning rate, a longer warm-up, a lower clip_norm, qk_norm or "
-        "z_loss, or float32. Starting again resumes from the checkpoint and comes to the same batch."
+        f"Look at the batch of step {taken - 1}, then try a lower learning rate, a longer warm-up, a lower clip_norm, "
+        "qk_norm or z_loss, or float32. Starting again resumes from the checkpoint and comes to the same batch."
     )

@@ -51,7 +51,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     if q.shape[1] > ROWS * k.shape[1]:
         return f"expected at most {ROWS} query heads per KV head; found {q.shape[1]} for {k.shape[1]} KV heads"
     if k.shape[2] % 8:
-        return f"expected a number of slots that is a multiple of 8, because TMA copies the cache; found {k.shape[2]}"
+        return f"expected a number of slots that is a multiple of 8, which TMA needs; found {k.shape[2]}"
     return None
 
 
