@@ -53,7 +53,8 @@ class PolicyConfig:
         each sample, then over samples, so a token of a long sample weighs less. "constant": the sum of each sample,
         divided by the positions of a row.
       drop_flat: groups with equal rewards are left out of all means, because they would only dilute the means.
-      redraws: how often, at most, groups with equal rewards are replaced by groups of other prompts.
+      redraws: how often, at most, groups that have a failed reward or only equal rewards are replaced by groups of
+        other prompts.
       minibatches, epochs: samples are drawn for `minibatches` steps at once, and are used `epochs` times. If either is
         above 1, the policy changes while they are used, and the clip has an effect.
 

@@ -20,7 +20,7 @@ from ar_unified.kernels.product import product
 from ar_unified.kernels.row_max import row_max
 
 CHUNK = 128  # queries per head whose scores are in memory at once
-PREFIXES = 8  # at most so many prefix lengths; beyond PREFIXES * CHUNK queries, several chunks share one, in a loop
+PREFIXES = 8  # at most 8 prefix lengths; with more than PREFIXES * CHUNK queries, several chunks share one, in a loop
 _HIDDEN = -1e30  # added to the score of an unseen key; finite, so that a row that sees no key gives no NaN
 
 
