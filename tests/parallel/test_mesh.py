@@ -78,7 +78,7 @@ def test_batches_are_split_over_data_and_fsdp():
     placed = place_batch(mesh, {"tokens": np.arange(16).reshape(8, 2), "pixels": np.zeros((8, 4, 4, 3), np.uint8)})
     assert placed["tokens"].addressable_shards[3].data.tolist() == [[6, 7]]
     assert placed["pixels"].addressable_shards[0].data.shape == (1, 4, 4, 3)
-    with pytest.raises(ValueError, match=r"batch\['tokens'\].*size 6.*dataxfsdp = 8"):
+    with pytest.raises(ValueError, match=r"batch\['tokens'\].*size 6.*data x fsdp = 8"):
         place_batch(mesh, {"tokens": np.zeros((6, 2))})
 
 
