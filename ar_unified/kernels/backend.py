@@ -23,11 +23,11 @@ def module(package: str, backend: str) -> ModuleType:
 
 def choose(package: str, backend: str, *args: Any) -> str:
     """Returns the backend that computes the op in `package` for `args`. `unsupported(*args)` of a backend's module says
-    whether that backend can.
+    whether that backend can compute them.
 
     "auto" is the kernel of the current device. On CPUs it is xla. If there is no kernel, or the kernel cannot compute
     `args`, it is xla with a warning. A backend asked for by name is used or refused with ValueError, never replaced.
-    tpu_interpret and hopper_interpret emulate the kernels on a CPU, hopper_interpret with jax 0.12 and later.
+    tpu_interpret and hopper_interpret emulate the kernels on a CPU; hopper_interpret needs JAX 0.12 or later.
     """
     op = package.rpartition(".")[2]
     if backend != "auto":
@@ -35,7 +35,7 @@ def choose(package: str, backend: str, *args: Any) -> str:
             raise ValueError(f"{op} backend: expected one of {', '.join(BACKENDS)}; found {backend!r}")
         if backend == "hopper_interpret" and jax.__version_info__ < (0, 12):
             raise ValueError(
-                f"{op} backend {backend!r}: JAX emulates such kernels from 0.12 on; this is {jax.__version__}"
+                f"{op} backend {backend!r}: JAX can emulate this kernel from version 0.12 on; found {jax.__version__}"
             )
         if reason := module(package, backend).unsupported(*args):
             raise ValueError(f"{op} backend {backend!r}: {reason}; backend='xla' takes any shape")
@@ -44,7 +44,7 @@ def choose(package: str, backend: str, *args: Any) -> str:
     kernel = {"tpu": "tpu", "gpu": "hopper" if here.is_hopper else None}.get(here.platform)
     if kernel is None:
         if here.platform != "cpu":
-            warnings.warn(f"{op}: there is no kernel for {here.kind}; XLA computes it", stacklevel=3)
+            warnings.warn(f"{op}: there is no kernel for {here.kind}; XLA computes this operation", stacklevel=3)
         return "xla"
     if reason := module(package, kernel).unsupported(*args):
         warnings.warn(f"{op}: XLA computes it on this {here.kind}, not the kernel: {reason}", stacklevel=3)

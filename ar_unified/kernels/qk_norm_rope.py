@@ -3,8 +3,8 @@
 JAX's own derivative of these operations keeps several float32 copies of the input. The derivative here keeps only
 the input and one reciprocal norm per head, and computes the rest again. Everything between the projection and the
 product q k is elementwise, except for sums over H. XLA fuses it on every platform, so that only the input is read and
-the output written. This is not a part of the attention kernel, because keys would be normalised again for each block of
-queries.
+the output written. This is not a part of the attention kernel, because there keys would be normalised again for each
+block of queries.
 
 The rotation of pairs (i, i + H/2) is x * cos + (x with its halves swapped) * sin.
 
@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Rope = tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H]: cos for both of a pair; -sin for one and sin for the other
+# float32 [B, T, 1, H] each: cos for both values of a pair; -sin for one value and sin for the other
+Rope = tuple[jax.Array, jax.Array]
 
 
 def qk_norm_rope(

@@ -37,7 +37,8 @@ def attend_to_documents(
       query: [B, T, N, H], rotated.
       key, value: [B, T, K, H].
       doc_start: int32 [B, T], where the document of each position begins; T on padding. If the mesh splits sequences,
-        all arrays are in the order of parallel/zigzag.py, but the values of doc_start count in sequence order.
+        all arrays are in the order of parallel/zigzag.py, but each value of doc_start is a position in the row's
+        original order.
       backend: one of kernels.backend.BACKENDS.
       context: how a device gets the keys of other devices, "gather" or "ring".
     """
@@ -64,7 +65,8 @@ def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: s
     """Attention over a cache in which slot s holds the key of position s: [B, T, N, H].
 
     Args:
-      query: [B, T, N, H], rotated, at the positions start[b] .. start[b] + T - 1. Each sees the slots up to its own.
+      query: [B, T, N, H], rotated, at the positions start[b] .. start[b] + T - 1. Each query sees the slots
+        up to its own.
       cache: as in model/cache.py; it already has the keys and values of the queries' positions.
       start: int32 [B].
       backend: one of kernels.backend.BACKENDS.
@@ -98,6 +100,6 @@ def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array
     if query_heads % (x.shape[axis] * times):
         raise ValueError(
             f"attention: {query_heads} query heads over {x.shape[axis]} KV heads cannot be split over tensor={ways} "
-            "devices: choose a size of the tensor axis with which each device has whole groups of query heads"
+            "devices: choose a size of the tensor axis that divides the number of query heads"
         )
     return jnp.repeat(x, times, axis=axis) if times > 1 else x

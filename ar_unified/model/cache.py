@@ -38,7 +38,8 @@ def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = 
 
 
 def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, backend: str = "auto") -> Layer:
-    """A layer's cache with T more positions in each row, from start[b] on. Positions beyond its end are not written.
+    """A layer's cache with T more positions in each row, from start[b] on. Positions beyond the cache's end
+    are not written.
 
     Args:
       key, value: [B, T, K, H].

@@ -2,7 +2,7 @@
 rows.
 
 The number of a code has no meaning, but its image tokenizer has a vector for it. A transformer with random rows must
-learn from its data which codes are similar. These rows show it from the start, and training may change them.
+learn from its data which codes are similar. The rows made here show this from the start, and training may change them.
 
 K codes, C length of a code's vector, V vocabulary, D model.
 """
@@ -50,7 +50,7 @@ def extended_tables(
 
     Args:
       params: f32, with "embedding" and, if untied, "head" [V_old, D].
-      rows: int32 [V], the number of the old row that each row keeps, or -1.
+      rows: int32 [V], for each row of the new tables the number of the old row that it copies; -1 for a new row.
       codes: the rows of image codes.
       text_size: number of text rows in the old tables; they are the first rows.
       how: one of CODE_EMBEDDING_INITS, for image codes: "mean", "random" (mean plus noise), or "codebook" (mean plus

@@ -24,8 +24,9 @@ class TransformerConfig:
 
     Attributes:
       vocab_size: V, the number of ids in the vocabulary, including reserved ones.
-      d_model, n_layers: D and L.
-      n_heads, n_kv_heads, head_dim: N, K and H; K divides N; H is even (RoPE turns pairs).
+      d_model, n_layers: D, the width of the hidden states, and L, the number of layers.
+      n_heads, n_kv_heads, head_dim: N query heads, K KV heads and the width H of a head. K divides N. H is even,
+            because RoPE turns pairs of values.
       d_mlp: F, the width of SwiGLU.
       rope_theta: base of the RoPE wavelengths.
       norm_eps: added under the root in every norm, including QK-norm.
@@ -34,7 +35,7 @@ class TransformerConfig:
         which explains rope_low, rope_high and rope_original_length); "none": no change.
       norm_offset: added to the weights of the norms of the residual stream: 1 in Gemma.
       qk_norm: the norm of queries and keys over head_dim, before RoPE. "layernorm" has a bias.
-      qk_norm_per_head: each head has its own weights for QK-norm; else all heads share one set.
+      qk_norm_per_head: whether each head has its own weights for QK-norm. If not, all heads share one set.
       qkv_bias: whether the projections to queries, keys and values have a bias.
       activation: the function of the MLP's gate; gelu_tanh is the tanh approximation of GELU.
       embedding_scale: token vectors are multiplied by it; sqrt(D) in Gemma.
@@ -112,7 +113,7 @@ class TransformerConfig:
             idle["qk_norm_per_head"] = "qk_norm 'none'"
         for name, why in idle.items():
             if (found := getattr(self, name)) != (default := getattr(type(self), name)):
-                raise ValueError(f"model.{name}: expected {default} with {why}, which does not use it; found {found}")
+                raise ValueError(f"model.{name}: expected {default} with {why}, which ignores {name}; found {found}")
 
 
 _ROPE: dict[str, tuple[str, ...]] = {  # the fields that each rope_scaling uses
@@ -214,7 +215,7 @@ def config_from(
         fields["vocab_size"] = vocab_size
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"model: unknown {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
+        raise ValueError(f"model: unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
     required = {f.name for f in dataclasses.fields(TransformerConfig) if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(fields)):
         raise ValueError(f"model: {', '.join(missing)} not given, neither by the preset nor by the config")

@@ -3,7 +3,7 @@
 `gather`: each device collects the keys and values of the whole row. It waits least, but needs memory for the keys of a
 whole row. `ring`: keys and values are passed round the devices, and the partial results of each device are merged by
 log-sum-exp (Ring Attention, arXiv 2310.01889). Memory does not grow with the number of devices, the transfer of a step
-overlaps with its computation, and pieces that share no document are skipped. However, one round has as many small
+overlaps with its computation, and pieces that share no document are skipped. However, a layer needs as many small
 kernels and transfers as there are devices.
 
 Both run on each device, inside `jax.shard_map`; gradients are exact.
@@ -47,7 +47,7 @@ def gather(backend: str, query: jax.Array, key: jax.Array, value: jax.Array, doc
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring(backend: str, query: jax.Array, key: jax.Array, value: jax.Array, doc_start: jax.Array) -> jax.Array:
-    """The same as `gather`, computed in rounds."""
+    """The same as `gather`, but keys and values are passed round the devices."""
     return _ring_forward(backend, query, key, value, doc_start)[0]
 
 
@@ -78,7 +78,7 @@ def _ring_backward(backend, residuals, dout):
     delta = jnp.einsum("BTNH,BTNH->BTN", out.astype(jnp.float32), dout.astype(jnp.float32))
     queries, others = _halves(query), tuple(zip(*map(_halves, (lse, delta, dout)), strict=True))
 
-    def turn(state, step):  # gradients of keys travel with the keys, and are back after the last turn
+    def turn(state, step):  # after the last turn, keys and their gradients are on their first device again
         (keys, values, dkeys, dvalues), dqueries = state
         dqueries, dkeys, dvalues = list(dqueries), list(dkeys), list(dvalues)
         for mine, theirs, meets, where in _meetings(doc_start, step):
@@ -104,9 +104,10 @@ ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, jax.Array]]]:
-    """Yields each pair of an own piece of queries and a visiting piece of keys after `step` turns, as (own, visiting,
-    whether a query of `own` may see a key of `visiting`, the arguments of `attention` for them). Piece 0 is early,
-    piece 1 is late.
+    """Yields the pairs of a piece of this device's queries and a piece of the keys that it has after `step` turns.
+
+    Each pair is (own, visiting, whether a query of `own` may see a key of `visiting`, the arguments of `attention` for
+    them), where `own` and `visiting` are 0 for an early piece and 1 for a late one.
     """
     ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     first = _halves(doc_start)

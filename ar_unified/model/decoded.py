@@ -1,7 +1,7 @@
 """Parameters in the form for decoding: a list of layers with matrices [inputs, outputs], optionally in 8 bits.
 
-Every step of decoding reads every weight once. With stacked layers it would first copy each layer, and TPUs would first
-change the layout of matrices with heads [N, H].
+Every step of decoding reads every weight once. With stacked layers, a step would first copy each layer, and on TPUs it
+would first change the layout of matrices with heads [N, H].
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def as_decoded(name: str, leaf: jax.Array, width: int, weights_dtype: str | None
 
 
 def adapters_as_decoded(adapters: dict[str, Any], width: int) -> dict[str, Any]:
-    """params["adapters"] (model/lora.py), of one layer or stacked, for an MLP with `width` channels."""
+    """Pads params["adapters"] (model/lora.py), of one layer or stacked, with zeros for an MLP with `width` channels."""
     if "mlp" not in adapters:
         return adapters
     sides = {"gate": ("b", -1), "up": ("b", -1), "down": ("a", -2)}
@@ -74,7 +74,7 @@ def _filled(array: Any, axis: int, size: int) -> Any:
 
 
 def mlp_width(config: TransformerConfig) -> int:
-    """F of the matrices that decoding reads, for the mesh in scope.
+    """The width F of the MLP in the matrices that decoding reads, for the mesh in scope.
 
     A TPU's part of F is padded to whole lanes of the matrix unit. A product that sums over 2,752 channels, a quarter
     of Llama-7B's, costs 2.6 times the cycles of one over 2,816 (docs/tpu_programs.md).

@@ -19,7 +19,7 @@ class Streamed(NamedTuple):
 
     Attributes:
         dtypes: the dtype of each leaf, by path.
-        pieces: (path, None, leaf), or (path, i, entry i of the leaf's first axis), each once.
+        pieces: yields (path, None, leaf) for a whole leaf, or (path, i, leaf[i]) for each i of its first axis.
     """
 
     dtypes: Mapping[str, str]

@@ -18,7 +18,8 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 
 @jax.custom_vjp
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Backward computes the weight's gradient as the transpose of JAX's product, which is 2.5x faster on XLA CPU."""
+    """`linear` for an array. Backward computes the weight's gradient as [I, O]; JAX would compute [O, I] and transpose
+    it, which is 2.5x slower on XLA CPU."""
     return product("BTI,IO->BTO", x, weight)
 
 

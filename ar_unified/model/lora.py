@@ -6,10 +6,10 @@ A is initialised as in PEFT (Kaiming-uniform with a = sqrt(5), which is uniform 
 that the first step starts from the base model. `rslora`: scale = alpha / sqrt(r), so that the size of updates does not
 depend on the rank (Kalajdzievski, arXiv:2312.03732). The matrix W + scale A B is only made for an export (`merged`).
 
-There are two forms. A training has one adapter, params["lora"], with the layers stacked: {"attention": {"query": {"a":
-[L, I, r], "b": [L, r, O]}}, ...}. A sampler may have several adapters, params["adapters"], and each row of a batch
-chooses one. There "a" is [L, A, I, r] (or a list of layers [A, I, r]), and "b" includes the scale. Adapter 0 is zeros
-and means no adapter.
+The parameters of adapters have two forms. A training has one adapter, params["lora"], with the layers stacked:
+{"attention": {"query": {"a": [L, I, r], "b": [L, r, O]}}, ...}. A sampler may have several adapters,
+params["adapters"], and each row of a batch chooses one. There "a" is [L, A, I, r] (or a list of layers [A, I, r]), and
+"b" includes the scale. Adapter 0 is zeros and means no adapter.
 
 B batch, T position, L layers, A adapters, I inputs, O outputs, r rank. The axes [N, H] of a matrix's heads are one axis
 here.
@@ -38,7 +38,7 @@ _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
 ADAPTING = ("lora", "adapters")  # top-level keys: one adapter in training, several in serving
 BASE_DTYPES = ("float32", "bfloat16", "int8")
-_FIRST_KEY = 2  # number of the first dropout key in a layer; the residual branches use the keys before it
+_FIRST_KEY = 2  # number of a layer's first dropout key for adapters; the residual branches use the keys before it
 Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # (x, A and B, their path, dropout keys) -> what is added
 
 
@@ -86,11 +86,11 @@ class LoraConfig:
             _require_place("targets", target)
         for name in ("ranks", "alphas"):
             if getattr(self, name) and not self.rank:
-                raise ValueError(f"{name}: expected none with rank 0, because nothing has an adapter")
+                raise ValueError(f"{name}: expected none with rank 0, because no matrix has an adapter then")
             for each in getattr(self, name):
                 place, number = _of_place(name, each)
                 if not any(path in self.matrices for path in MATRICES if _under(path, place)):
-                    raise ValueError(f"{name}: {each!r}: targets gives no adapter to {place!r}")
+                    raise ValueError(f"{name}: {each!r}: no matrix of {place!r} has an adapter; add one to `targets`")
                 if not 0 < number < float("inf") or (name == "ranks" and number != int(number)):
                     expected = "a whole number of at least 1" if name == "ranks" else "a number above 0"
                     raise ValueError(f"{name}: {each!r}: expected {expected}, found {number:g}")
@@ -215,9 +215,11 @@ def _chosen(
 
 
 def merged(lora: LoraConfig, params: Params, dtype: str = "float32") -> Params:
-    """The parameters without "lora": each adapted matrix becomes W + scale A B, summed in float32, in the dtype of W.
+    """The parameters without "lora": each adapted matrix becomes W + scale A B, summed in float32 and stored in the
+    dtype of W.
 
-    params: with stacked layers, as in training; the adapter may have any dtype. dtype: for matrices that are in 8 bits.
+    params: with stacked layers, as in training; the adapter may have any dtype. dtype: the new dtype of matrices that
+    are in 8 bits.
     """
     layers = {group: dict(leaves) for group, leaves in params["layers"].items()}
     rounded = {path for path in MATRICES if isinstance(_at(layers, path), Quantized)}
@@ -237,6 +239,6 @@ def merged(lora: LoraConfig, params: Params, dtype: str = "float32") -> Params:
 
 
 def _at(groups: Mapping[str, Any], path: str) -> Any:
-    """The value at a path of MATRICES."""
+    """The value in the tree at a path such as "mlp.up"."""
     group, _, name = path.partition(".")
     return groups[group][name]

@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary in chunks of tokens. Logits exist only for one chunk at a time.
 
-On a mesh (`jax.set_mesh`) each device combines its own rows and columns with its part of the vocabulary, and a chunk
+On a mesh (`jax.set_mesh`) each device combines its own tokens with its part of the vocabulary, and a chunk
 exchanges only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
 scattered once. The compiler would do both inside the loop.
 
@@ -88,10 +88,10 @@ def weighted_loss(
 def _checked(head: jax.Array, used: int | None, split: int | None) -> int | None:
     """`used`, or None if it is all rows. Raises ValueError."""
     if used is not None and not 0 < used <= head.shape[0]:
-        raise ValueError(f"used: expected 1..{head.shape[0]}, the rows of the head, found {used}")
+        raise ValueError(f"used: expected 1 to {head.shape[0]}, the number of rows of the head; found {used}")
     ids = used or head.shape[0]
     if split is not None and not 0 < split < ids:
-        raise ValueError(f"split: expected 1..{ids - 1}, so that each side has an id, found {split}")
+        raise ValueError(f"split: expected 1 to {ids - 1}, so that each side has an id; found {split}")
     return None if used == head.shape[0] else used
 
 

@@ -1,4 +1,4 @@
-"""Table rows that belong to one adapter of a sampler, such as rows for ids that its language model lacked.
+"""Table rows that belong to one adapter of a sampler, such as rows for ids that the language model lacked.
 
 params["rows"]: {"embedding": {"at": i32 [V], which of the own rows an id has, or -1; "own": [A, n, D]},
                  "head": {part: {"at": i32 [n], ids, ascending; "own": [A, n, D]}}}, parts as in PARTS.

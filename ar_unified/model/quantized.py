@@ -2,7 +2,7 @@
 
 A step of decoding reads every weight once and computes little with it, so half the bytes take half the time. A separate
 scale for each channel keeps the error of a product below a percent (LLM.int8(), arXiv 2208.07339, section 2). Training
-an adapter (model/lora.py) needs a quarter of the memory for these fixed matrices.
+an adapter (model/lora.py) needs a quarter of the memory of float32 for these fixed matrices.
 
 L layers, I inputs, O output channels.
 """

@@ -1,10 +1,10 @@
 """Rematerialisation policies: which results of a layer are kept for backward, and which are computed again.
 
 A layer names its results: a product has the name of its weight ("query", ..., "down"), and attention's outputs have
-names too. A policy keeps each in the device's memory, sends it to the host's memory, or drops it. Backward recomputes
-dropped results that it needs. No policy runs attention's kernel again, because its output takes only as much memory as
-the layer's input.
-The kernel's log-sum-exp and work lists, two numbers per head, stay on the device with every policy.
+names too. A policy keeps each result in the device's memory, sends it to the host's memory, or drops it.
+Backward recomputes dropped results that it needs. No policy runs attention's kernel again, because its output takes
+only as much memory as the layer's input. The kernel's log-sum-exp (one number per head and position) and its lists of
+work stay on the device with every policy.
 """
 
 from __future__ import annotations

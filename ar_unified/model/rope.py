@@ -24,7 +24,7 @@ def rope_angles(config: TransformerConfig, positions: jax.Array) -> Rope:
 def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> Rope:
     """`rope_angles` looked up in a table of `length` positions; NaN for a position beyond it.
 
-    For XLA CPU, which otherwise computes cos and sin again for each head of each layer.
+    This is for XLA CPU, which would compute cos and sin of `rope_angles` again for each head of each layer.
     """
 
     def look_up(x: jax.Array) -> jax.Array:

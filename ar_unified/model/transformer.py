@@ -106,7 +106,7 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     Recipe: a matrix is normal with variance 1 / fan-in, so that its output is as large as its input at any width (LeCun
     et al., "Efficient BackProp", 1998); the two projections that write into the residual stream are smaller by sqrt(2
     L), so that its variance does not grow with depth (GPT-2). An untied embedding is normal with variance 1; a tied one
-    is initialised as a matrix. Norms start as the identity.
+    is initialised as a matrix. Norms start with the factor 1 and the bias 0.
     """
     L, D, F, V = config.n_layers, config.d_model, config.d_mlp, config.vocab_size
     N, K, H = config.n_heads, config.n_kv_heads, config.head_dim
@@ -353,7 +353,7 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, self._look_up(tokens, "sequence", None), self.layers)[1]
 
     def _begin(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array) -> tuple[Any, ...]:
-        """Tokens, positions, doc_start and columns, int32 [B, T] in the mesh's order of rows, and RoPE's angles."""
+        """Tokens, positions, doc_start and columns, int32 [B, T] in zigzag order on a mesh, and RoPE's angles."""
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         tokens, positions, doc_start, columns = (zigzag(x) for x in (tokens, positions, doc_start, columns))
         rope = rope_table(self.config, positions, tokens.shape[1])

@@ -51,10 +51,10 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
         return f"{who} was stopped by JAX: {gone(blamed)}. {AGAIN}"
     names = f"process{'es' if len(blamed) > 1 else ''} {', '.join(map(str, blamed))}"
     return (
-        f"{who} gave up at the start: {names} did not connect to {coordinator} in time. Is it running (see its "
-        f"log, or the scheduler's)? Can its host resolve and reach {coordinator} (firewall, proxy variables)? Has "
-        "each process the same --coordinator and --processes, and its own --process? A larger --start-timeout waits "
-        "longer."
+        f"{who} gave up at the start: {names} did not connect to {coordinator} in time. Is every "
+        f"missing process running (see its log, or the scheduler's)? Can its host resolve and reach {coordinator} "
+        "(firewall, proxy variables)? Has each process the same --coordinator and --processes, and its own --process? "
+        "A larger --start-timeout waits longer."
     )
 
 

@@ -48,7 +48,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     elif rest or product != len(devices):
         raise ValueError(
             f"mesh {_shown(sizes)}: the sizes given multiply to {product}, but there are {len(devices)} devices; "
-            "choose sizes whose product is that number, or set one axis to -1 and let the others divide it"
+            f"choose sizes whose product is {len(devices)}, or set one axis to -1 and let the product of the others "
+            f"divide {len(devices)}"
         )
     slices = _slices(devices)
     inner = math.prod(size for axis, size in sizes.items() if axis != "data")
@@ -81,7 +82,9 @@ def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
     if len({len(part) for part in slices.values()}) > 1:
-        raise ValueError(f"mesh: expected slices of the same size; found {[len(part) for part in slices.values()]}")
+        raise ValueError(
+            f"mesh: expected slices of one size; their sizes are {[len(part) for part in slices.values()]}"
+        )
     return [slices[index] for index in sorted(slices)]
 
 

@@ -16,12 +16,12 @@ from jax.tree_util import KeyPath
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
-    "batch": ("data", "fsdp"),  # fsdp splits rows too, because all devices must compute
+    "batch": ("data", "fsdp"),  # fsdp splits rows too, so that its devices do not repeat the same work
     "draws": ("data", "fsdp", "tensor"),  # rows of logits in sampling: each device draws for its own rows
     "sequence": "context",  # long rows are split along T; keys and values are sent between devices
     # Parameters.
     "embed": "fsdp",  # every matrix has an axis of d_model, so this row shards all of them, as in ZeRO-3
-    "vocab": "tensor",  # the largest matrix; a chunk's logits stay split too
+    "vocab": "tensor",  # the largest matrix; the logits of a chunk of tokens stay split too
     "heads": "tensor",  # heads are independent in attention: no communication until the output projection
     "kv_heads": "tensor",  # each is on the devices of the query heads that read it
     "mlp": "tensor",  # columns of the first matrix and rows of the second: one all-reduce per block
@@ -44,7 +44,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
     same mesh axis, and a size that its mesh axis does not divide (except in MAY_STAY_WHOLE).
     """
     if len(axes) != len(shape):
-        raise ValueError(f"{name}: {len(axes)} logical axes {axes} for shape {shape}")
+        raise ValueError(f"{name}: expected one logical axis per dimension of {shape}; found {axes}")
     taken: dict[str, str] = {}
     entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -60,8 +60,8 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
         if size % ways:
             if axis not in MAY_STAY_WHOLE:
                 raise ValueError(
-                    f"{name}: axis {axis!r} has size {size}, which mesh {'x'.join(parts)} = {ways} does not divide; "
-                    f"choose a size of {axis!r} that is a multiple of {ways}, or a smaller {'/'.join(parts)}"
+                    f"{name}: axis {axis!r} has size {size}, which mesh {' x '.join(parts)} = {ways} does not divide; "
+                    f"choose a size of {axis!r} that is a multiple of {ways}, or a smaller {' or '.join(parts)}"
                 )
             target = None
         entries.append(target)

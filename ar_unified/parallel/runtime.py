@@ -44,7 +44,7 @@ from ar_unified.parallel import last_words
 _TICK = 0.5  # seconds between two calls of `preempted` in `apart`
 _LATE = 20  # most ticks by which two processes may differ after a barrier
 ALONE = 14 * 86400.0  # seconds; in practice no time-out
-_GRACE = 3.0  # seconds that process 0 waits before it ends: its end ends the others, which may have messages to write
+_GRACE = 3.0  # seconds that process 0 waits before it ends, so that others write their messages: its end stops them
 # Errors of collectives that lost a peer, from gloo, NCCL and the coordination service.
 _PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
 

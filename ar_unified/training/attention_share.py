@@ -58,7 +58,8 @@ def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBa
 def layer_shares(
     query: jax.Array, key: jax.Array, doc_start: jax.Array, modality: jax.Array, room: int = _WEIGHTS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums of shares and of uniform shares in one layer over the queries that count, f32 [M, M], and their number, [M].
+    """Returns (sums of shares, sums of uniform shares, numbers of queries) over the queries of one layer that count:
+    f32 [M, M], [M, M] and [M].
 
     Args:
       query: [B, T, N, H], rotated.

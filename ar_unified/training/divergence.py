@@ -45,7 +45,7 @@ class Watch:
             kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
             raise Diverged(
                 f"diverged at step {step}: the loss has risen to {self._mean:.4g} from {self.began:.4g} at the "
-                f"beginning; {kept}. Try a lower learning rate (lower it if you lower the batch size, too), a longer "
-                "warm-up or a lower clip_norm; with an adversary, try a smaller weight or a later start for it. "
+                f"beginning; {kept}. Try a lower learning rate (a smaller batch needs a lower one), a longer warm-up "
+                "or a lower clip_norm; with an adversary, try a smaller adversary weight or a later adversary start. "
                 "Starting again resumes from the checkpoint and, with the same settings, diverges again."
             )

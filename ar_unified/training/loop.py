@@ -86,7 +86,7 @@ class TrainingConfig:
     preview_every: int = 0
     checkpoint_every: int = 200
     keep: int = 3  # how many of the newest checkpoints are kept
-    keep_every: int = 0  # steps, a multiple of checkpoint_every; checkpoints at its multiples are also kept; 0: none
+    keep_every: int = 0  # also keeps the checkpoint of every keep_every steps; a multiple of checkpoint_every; 0: none
     keep_best: bool = True  # also keep the one with the lowest validation loss; it is saved at once
 
     def __post_init__(self) -> None:
@@ -323,7 +323,7 @@ def fit(
                 rows.append({"step": taken, VALIDATION_LOSS: scores["loss"]})
                 ends = taken == config.steps
                 words = turned(rows, finished=ends, kept=best[0] if config.keep_best and best else None)
-                if words and ends:  # printed with the last numbers, even if it was printed before
+                if words and ends:  # the end repeats these words, even if they were printed before
                     telemetry.say(f"{task.name}: {words}")
                 else:
                     turning.update({"turned": f"{task.name}: {words}"} if words else {})
@@ -408,6 +408,6 @@ def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: i
     kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
     return (
         f"not finite at step {taken - 1}: {where}; loss {loss}, gradient norm {norm}. The step was not taken; {kept}. "
-        f"Look at batch({taken - 1}), then try a lower learning rate, a longer warm-up, a lower clip_norm, qk_norm or "
-        "z_loss, or float32. Starting again resumes from the checkpoint and comes to the same batch."
+        f"Look at the batch of step {taken - 1}, then try a lower learning rate, a longer warm-up, a lower clip_norm, "
+        "qk_norm or z_loss, or float32. Starting again resumes from the checkpoint and comes to the same batch."
     )

@@ -127,8 +127,8 @@ def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update for plain parameter trees. The train step does the clipping, because it already knows the norm. It
-    also applies the rates of parts (rates.py).
+    """The optax transformation for plain parameter trees. The train step clips the gradient, because it already knows
+    the norm, and applies the rates of parts (rates.py).
 
     Raises ValueError as `learning_rate` does.
     """

@@ -2,8 +2,8 @@
 
 Group relative policy optimisation (Shao et al., arXiv:2402.03300) compares the samples of a prompt with each other and
 needs no value network. Later variants are options. From DAPO (Yu et al., arXiv:2503.14476): a higher upper clip, the
-mean over tokens, and no groups without a signal. From Dr. GRPO (Liu et al., arXiv:2503.20783): no division by the
-standard deviation, and division by a constant instead of by lengths.
+mean over tokens, and no groups with equal rewards, which give no signal. From Dr. GRPO (Liu et al., arXiv:2503.20783):
+no division by the standard deviation, and division by a constant instead of by lengths.
 
 The policy is exactly the distribution from which samples were drawn. It includes the mix of contexts by guidance, the
 temperature, and the restriction to the ids that the grammar allows. So the ratio of new and old probability starts at
@@ -35,8 +35,8 @@ from ar_unified.training.tasks import TransformerTask, ratios
 
 CHOICES = {"normalisation": ("token", "sequence", "constant")}
 
-_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # histogram of differences: bins, bins per factor of 2, first bin
-_MANY = 0.999  # a share of groups that counts as all groups
+_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # histogram of differences: bins, bins per factor of 2, end of first bin
+_MANY = 0.999  # if a larger share of groups has equal rewards, the warning says that all have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,8 @@ class PolicyConfig:
         each sample, then over samples, so a token of a long sample weighs less. "constant": the sum of each sample,
         divided by the positions of a row.
       drop_flat: groups with equal rewards are left out of all means, because they would only dilute the means.
-      redraws: how often groups without a signal are replaced by groups of other prompts, at most.
+      redraws: how often, at most, groups that have a failed reward or only equal rewards are replaced by groups of
+        other prompts.
       minibatches, epochs: samples are drawn for `minibatches` steps at once, and are used `epochs` times. If either is
         above 1, the policy changes while they are used, and the clip has an effect.
 
@@ -175,7 +176,7 @@ def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tu
 
     Args:
       drawn: bool [B, T], whether a token was drawn.
-      kept: bool [B], whether a sample counts.
+      kept: bool [B], whether a sample is part of the mean.
     """
     there = drawn & kept[:, None]
     weight = there.astype(jnp.float32)
@@ -289,7 +290,7 @@ class PolicyTask(TransformerTask[PolicyBatch[jax.Array]]):
         return ratios(totals) | {"sampler_trainer/max": most if most > _LEAST else 0.0}
 
     def warning(self, line: Mapping[str, float]) -> str:
-        """A warning about groups without a reward or a signal."""
+        """A warning about groups that have no reward, or whose rewards are equal."""
         if line.get("groups/failed", 0.0) > 0:
             return f"{line['groups/failed']:.1%} of the groups have no reward, and nothing was learned from them"
         if line.get("groups/without_signal", 0.0) > _MANY:

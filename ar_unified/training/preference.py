@@ -42,7 +42,7 @@ class PreferenceConfig:
     """
 
     loss: str = "dpo"  # one of LOSSES
-    beta: float = 0.1  # how strongly the model is held to the reference; for simpo a scale of the scores, 2 or more
+    beta: float = 0.1  # how strongly the model is kept near the reference; for simpo a factor of the scores, 2 or more
     gamma: float = 1.0  # for simpo: by how much the chosen answer's reward should be higher
     label_smoothing: float = 0.0  # for dpo and simpo: the assumed share of swapped pairs (cDPO)
     length_normalised: bool = False  # for dpo and ipo: divide s by the tokens (arXiv:2411.15124), as simpo does
@@ -161,7 +161,7 @@ class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
         logps = -by_answer(nll, rows, count) * self.of_role
         tokens = by_answer(jnp.ones_like(nll), rows, count)
         scored = scores(self.preference, logps, batch.reference * self.of_role, self._length(tokens)[..., None])
-        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # its weight, added once per token
+        task = by_answer(self.of_task[rows.tasks], rows, count)[:, :, 0].sum(-1)  # task weight, summed over tokens
         there = jnp.all(jnp.sum(tokens, -1) > 0, -1)
         weight = jnp.where(there, task / jnp.maximum(tokens[:, :, 0].sum(-1), 1.0), 0.0)
         return Pairs(logps, scored, tokens, there, weight)

@@ -70,10 +70,12 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
 
     Raises:
         ValueError: if there are no ids, or fewer than 1 step.
-        RuntimeError: if the loss became infinite or NaN.
+        RuntimeError: if the loss or its gradient became infinite or NaN.
     """
     if not ids.size or steps < 1:
-        raise ValueError(f"probe: expected at least 1 step and 1 image; found {steps} steps and ids {ids.shape}")
+        raise ValueError(
+            f"probe: expected at least 1 step and 1 image; found {steps} steps and ids of shape {ids.shape}"
+        )
     rows = _rows_of(ids[0].size)
     vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
 
@@ -93,7 +95,10 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
         for step in range(steps):
             state, report = train_step(state, batch(step))
     if not report.finite:
-        raise RuntimeError(f"probe: the last of {steps} steps on image ids had a loss of {float(report.loss)}")
+        raise RuntimeError(
+            f"probe: expected a finite loss and gradient in {steps} steps on image ids; "
+            f"the last step had a loss of {float(report.loss)}"
+        )
     budget = {
         "parameters": parameter_count(config),
         "shape": f"{config.n_layers} layers of width {config.d_model}",

@@ -128,7 +128,7 @@ def make_rates(
         except ValueError as error:
             raise ValueError(f"rates: {error}") from error
         if not _meet(found, selection):
-            raise ValueError(f"rates: {place!r} names no trained parameters, because `only` leaves them out")
+            raise ValueError(f"rates: {place!r} names no trained parameters: `only` or `phases` leaves them out")
         for path, runs in found.items():
             put(path, runs, factor, slice(None))
     for at, (_, places) in enumerate(phases):

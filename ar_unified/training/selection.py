@@ -106,7 +106,7 @@ EVERYTHING = Selection()
 
 
 def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
-    """The selection of the parameters that `places` name; without places, it is everything.
+    """The selection of the parameters that `places` name; without places, all parameters.
 
     Args:
         places: paths of leaves, or of nodes above them, in which * matches anything. If the path is a table of ids, it

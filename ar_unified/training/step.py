@@ -32,7 +32,7 @@ from ar_unified.training.selection import EVERYTHING, Selection
 Batch = TypeVar("Batch")
 Made = TypeVar("Made", covariant=True)  # such a batch, of numpy arrays if it is loaded, of jax.Arrays if it is drawn
 Losses: TypeAlias = jax.Array | dict[str, jax.Array]
-Parts: TypeAlias = tuple[Losses, jax.Array, Metrics, Params]  # sums over a part of a batch, with the gradients
+Parts: TypeAlias = tuple[Losses, jax.Array, Metrics, Params]  # losses, weight, metrics, gradients
 
 STATISTICS = "statistics"
 STACKED = ("layers", "lora")  # top-level keys of parameters with a first axis of layers
@@ -109,8 +109,8 @@ class TrainingTask(Protocol[Batch]):
         """
 
     def of_whole(self, batch: Batch) -> TrainingTask[Batch]:
-        """This task with facts about the whole global batch, which its loss needs if it gets only a part of the
-        batch. For a whole batch, `loss` finds them itself.
+        """A copy of this task with facts about the whole global batch. Its loss needs them if it gets only a part of
+        the batch. For a whole batch, `loss` finds them itself.
         """
 
     def loss(
@@ -240,7 +240,10 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
     def split(path: KeyPath, array: jax.Array) -> jax.Array:
         rows = array.shape[0]
         if rows % count:
-            raise ValueError(f"batch of {rows} rows does not split into {count} microbatches")
+            raise ValueError(
+                f"batch of {rows} rows does not split into {count} microbatches; "
+                f"choose an accumulation that divides {rows}"
+            )
         array = array.reshape(rows // count, count, *array.shape[1:]).swapaxes(0, 1)
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         where = P(None, *batch_spec(mesh, array.shape[1:], f"microbatch[{name!r}]"))

@@ -232,7 +232,7 @@ class TransformerTask(Stateless[Batch]):
 
     def _side_factors(self, batch: PackedBatch[jax.Array]) -> jax.Array:
         """The factors of weights for text and for images, f32 [2]. With them, each side has half of the total weight.
-        If one side has no targets, it has no mean, and the other side still counts half, as in the original.
+        If one side has no targets, it has no mean, and the other side still counts half, as in LargeWorldModel/LWM.
         """
         weight, image = self.weights(batch), self._of_images(batch)
         sides = jnp.stack([jnp.sum(jnp.where(side, weight, 0.0)) for side in (~image, image)])

@@ -69,8 +69,8 @@ def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
         return {}
     said = (
         f"process {slowest} of {len(before)} keeps the others waiting: its devices wait {before[slowest]:.3g} s for "
-        f"each batch, those of the others {usual:.3g} s, and a step takes {step_seconds:.3g} s; check the storage, the "
-        "memory and other jobs of its host"
+        f"each batch, the devices of the others {usual:.3g} s, and a step takes {step_seconds:.3g} s; check the "
+        f"storage, the memory and other jobs of the host of process {slowest}"
     )
     return {f"process {slowest}": said}
 
@@ -121,8 +121,8 @@ class Meter:
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:
-        """Seconds per step, the part of them spent waiting for input, units per second, and MFU = FLOPs the model needs
-        / (time * peak).
+        """Seconds per step, the part of this time spent waiting for input, units per second, and MFU = FLOPs the model
+        needs / (time * peak).
 
         Plain sums named "UNIT/KIND" are parts of the units. Each sum above 0 has its own rate, "UNIT_per_second/KIND";
         the rates add up to the rate of all units.

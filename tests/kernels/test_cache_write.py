@@ -73,8 +73,8 @@ def test_what_does_not_fit_is_refused_in_words():
     layer, new, where = arrays(jnp.int8, 2, 128, 64, [3, 4])
     for wrong, said in (
         ((layer, new, where[:1]), "expected slots int32"),
-        ((layer, (new[0].astype(jnp.float32), *new[1:]), where), "expected int8"),
-        ((layer, (*new[:3], new[3][:1]), where), r"expected float32 \(2, 2\)"),
+        ((layer, (new[0].astype(jnp.float32), *new[1:]), where), "expected new entries int8"),
+        ((layer, (*new[:3], new[3][:1]), where), r"expected new entries float32 \(2, 2\)"),
     ):
         with pytest.raises(ValueError, match=said):
             cache_write(*wrong)

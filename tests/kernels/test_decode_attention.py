@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused_in_words():
         (dict(v=arrays["v"][:, :, :3]), "K dividing N"),
         (dict(q=arrays["q"][:, :3]), "K dividing N"),
         (dict(lengths=arrays["lengths"][:1]), "expected lengths int32"),
-        (dict(k=int8["k"], v=int8["v"], v_scale=int8["v_scale"]), "and for no other; found int8 and k_scale None"),
+        (dict(k=int8["k"], v=int8["v"], v_scale=int8["v_scale"]), "found a cache in int8 without k_scale"),
         (dict(k_scale=int8["k_scale"]), "expected scales for an int8 cache, and for no other"),
         (dict(int8, k_scale=int8["k_scale"][..., :3]), "expected k_scale float32"),
     ):
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused_in_words():
 
 def test_a_derivative_is_refused_in_words():
     arrays = CASES["grouped by 4"].arrays()
-    with pytest.raises(TypeError, match="no derivative; kernels.attention with q_offset"):
+    with pytest.raises(TypeError, match="no derivative; use kernels.attention with q_offset"):
         jax.grad(lambda q: decode_attention.decode_attention(**(arrays | dict(q=q))).sum())(arrays["q"])
 
 

@@ -109,10 +109,11 @@ def test_a_head_that_is_used_whole_costs_nothing_more():
 
     assert traced() == traced(None) == traced(V) and "inf" not in traced(V) and "-inf" in traced(V - 1)
     for wrong in (0, V + 1):
-        with pytest.raises(ValueError, match=f"used: expected 1..{V}, the rows of the head, found {wrong}"):
+        with pytest.raises(ValueError, match=f"used: expected 1 to {V}, the number of rows of the head; found {wrong}"):
             traced(wrong)
     for wrong in (0, V - 1):
-        with pytest.raises(ValueError, match=f"split: expected 1..{V - 2}, so that each side has an id, found {wrong}"):
+        expected = f"split: expected 1 to {V - 2}, so that each side has an id; found {wrong}"
+        with pytest.raises(ValueError, match=expected):
             traced(V - 1, wrong)
 
 

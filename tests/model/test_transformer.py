@@ -345,9 +345,9 @@ def test_every_preset_traces_at_full_size_with_the_parameters_its_source_has(pre
     [
         (dict(n_kv_heads=3), "divisor of n_heads = 4; found 3"),
         (dict(qk_norm="batch"), "none, layernorm, rmsnorm; found 'batch'"),
-        (dict(d_modle=3), "unknown d_modle"),
+        (dict(d_modle=3), "unknown field d_modle"),
         (dict(preset="7t"), "chameleon_34b.*found '7t'"),
-        (dict(rope_factor=8.0), "rope_factor: expected 1.0 with rope_scaling 'none', which does not use it; found 8"),
+        (dict(rope_factor=8.0), "rope_factor: expected 1.0 with rope_scaling 'none', which ignores rope_factor"),
         (dict(rope_original_length=8192), "rope_original_length: expected 0 with rope_scaling 'none'"),
         (
             dict(rope_scaling="linear", rope_factor=2.0, rope_low=2.0),

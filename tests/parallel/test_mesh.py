@@ -65,7 +65,7 @@ def test_rules_place_axes_by_name():
         (("embed", "mlp"), (6, 8), "w: axis 'embed' has size 6, which mesh fsdp = 4 does not divide"),
         (("heads", "mlp"), (8, 8), "w: logical axes 'heads' and 'mlp' both need mesh axis 'tensor'"),
         (("embed", "width"), (8, 8), "w: unknown logical axis 'width'"),
-        (("embed",), (8, 8), "w: 1 logical axes"),
+        (("embed",), (8, 8), "w: expected one logical axis per dimension"),
     ],
 )
 def test_what_cannot_be_placed_is_refused_by_name(axes, shape, message):
@@ -78,7 +78,7 @@ def test_batches_are_split_over_data_and_fsdp():
     placed = place_batch(mesh, {"tokens": np.arange(16).reshape(8, 2), "pixels": np.zeros((8, 4, 4, 3), np.uint8)})
     assert placed["tokens"].addressable_shards[3].data.tolist() == [[6, 7]]
     assert placed["pixels"].addressable_shards[0].data.shape == (1, 4, 4, 3)
-    with pytest.raises(ValueError, match=r"batch\['tokens'\].*size 6.*dataxfsdp = 8"):
+    with pytest.raises(ValueError, match=r"batch\['tokens'\].*size 6.*data x fsdp = 8"):
         place_batch(mesh, {"tokens": np.zeros((6, 2))})
 
 

@@ -206,7 +206,7 @@ def test_flops_count_the_adapter_and_no_gradient_of_what_rests() -> None:
         (dict(alphas=("mlp=0",)), "alphas: 'mlp=0': expected a number above 0, found 0"),
         (
             dict(targets=("mlp",), alphas=("attention=1",)),
-            "alphas: 'attention=1': targets gives no adapter to 'attention'",
+            "alphas: 'attention=1': no matrix of 'attention' has an adapter; add one to `targets`",
         ),
         (dict(rank=0, ranks=("mlp=2",)), "ranks: expected none with rank 0"),
         (dict(base_dtype="int4"), "base_dtype: expected one of float32, bfloat16, int8; found 'int4'"),

@@ -61,7 +61,7 @@ LONG_TPU = "fits VMEM, and scalar memory for 128k queries and keys (compiled by 
 
 _UP_TO = 1 << 15
 _TPU = [
-    # One float32 product is computed as six bfloat16 products.
+    # Blocks of float32 are smaller, because one float32 product is computed as six bfloat16 products.
     Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),
     Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),
     Row("TPU", None, 256, Tile(512, 512, heads=2), FITS_TPU, length=_UP_TO, group=1),
@@ -110,4 +110,6 @@ def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dty
             continue
         if all(getattr(row, name) in (None, value) for name, value in asked.items()):
             return row.tile
-    raise KeyError(f"no block sizes for {kernel} on {device} with head_dim {head_dim}")
+    raise KeyError(
+        f"no block sizes for {kernel} on {device} with head_dim {head_dim}; add a row to TABLE in {__name__}"
+    )

@@ -70,7 +70,7 @@ def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
 def forward(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] in the dtype of v, and log-sum-exp float32 [B, N, T]."""
     if spec.scale <= 0:
-        raise ValueError(f"the kernel's running maximum needs a scale above 0; found {spec.scale}")
+        raise ValueError(f"attention: the Hopper kernel's running maximum needs a scale above 0; found {spec.scale}")
     T, S = q.shape[1], k.shape[1]
     block_q, block_k, stages, _ = _tile("forward", q, k)
     q, k, v = _pad(q, block_q), _pad(k, block_k), _pad(v, block_k)
@@ -109,7 +109,7 @@ def backward(
     """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, minus the gradient of `lse`."""
     T, S = q.shape[1], k.shape[1]
     dq_tile, dkv_tile = _tile("dq", q, k), _tile("dkv", q, k)
-    # For queries and for keys, the larger block is a multiple of the smaller one.
+    # Of the blocks of dq and dkv the larger is a multiple of the smaller one, for queries and for keys.
     q, dout = (_pad(x, max(dq_tile.block_q, dkv_tile.block_q)) for x in (q, dout.astype(q.dtype)))
     k, v = (_pad(x, max(dq_tile.block_k, dkv_tile.block_k)) for x in (k, v))
     B, length, N, H = q.shape
@@ -301,7 +301,7 @@ def _dkv_kernel(
     walk = read_walk(ranges_ref.at[b, j], repeat=G)
     stages, parts, _, columns = q_smem.shape
     groups = CONSUMERS // parts  # groups of 64 keys
-    registers = REGISTERS if parts == 1 else (232, 40)  # two parts need more copies, so a copying thread needs more
+    registers = REGISTERS if parts == 1 else (232, 40)  # a thread that copies two parts needs more
     # With two parts both warpgroups have the keys of group 0; otherwise each has its own keys and all columns.
     group, part = (warpgroup, 0) if parts == 1 else (0, warpgroup)
 
@@ -325,7 +325,7 @@ def _dkv_kernel(
                 scores = tile.scores(spec, scores())
                 weights = tile.weights(spec, scores, across(load(lse_smem.at[slot], BY_COLUMN), scores))
                 slopes = tile.slopes(spec, scores, weights)
-                # This is done first, because the scores and the rest together would not fit the registers.
+                # The barrier is needed because the scores and all later arrays would not fit the registers together.
                 weights, slopes = lax.optimization_barrier((weights.astype(q_smem.dtype), slopes))
                 if masked:
                     s = iota(slopes.shape, 0) + (j * groups + group) * ROWS

@@ -11,7 +11,7 @@ from ar_unified.kernels.attention.spec import Spec
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Returns the reason why these cannot be computed here, or None if they can."""
+    """Returns the reason why these shapes cannot be computed here, or None if they can."""
     return None
 
 

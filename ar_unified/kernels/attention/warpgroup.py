@@ -26,9 +26,9 @@ BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 class Walk(NamedTuple):
-    """The blocks that one block visits, in order: `left` masked blocks from `begin`, the other masked blocks from
-    `clean_end`, then the clean blocks. All masked blocks are visited `repeat` times before the clean blocks, which are
-    then visited `repeat` times, too.
+    """The blocks that one block visits, in order: first `left` masked blocks from `begin` on, then the other masked
+    blocks from `clean_end` on, then the clean blocks. All masked blocks are visited `repeat` times before the clean
+    blocks, which are then visited `repeat` times, too.
     """
 
     begin: jax.Array

@@ -20,7 +20,7 @@ from ar_unified.kernels.product import product
 from ar_unified.kernels.row_max import row_max
 
 CHUNK = 128  # queries per head whose scores are in memory at once
-PREFIXES = 8  # different lengths of prefixes, at most; beyond PREFIXES * CHUNK queries, chunks share a prefix in a loop
+PREFIXES = 8  # at most 8 prefix lengths; with more than PREFIXES * CHUNK queries, several chunks share one, in a loop
 _HIDDEN = -1e30  # added to the score of an unseen key; finite, so that a row that sees no key gives no NaN
 
 
@@ -129,7 +129,7 @@ def _backward(spec, piece, key, value):
     dweights = jnp.einsum("BKGTH,BKSH->BKGTS", dout, value, preferred_element_type=jnp.float32)
     dscores = weights * (dweights - delta[..., None])
     if spec.soft_cap is not None:
-        dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # avoids an infinity at hidden scores
+        dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # unseen scores give no infinity
     dscores = dscores.astype(query.dtype)
     # The sums over queries are computed as [H, S] and then transposed: on a CPU, XLA computes such a product 3x faster
     # than one of shape [S, H]. The barrier keeps XLA from transposing the product itself. The caller adds chunks in

@@ -2,7 +2,7 @@
 
 A decoding step adds one vector for each row and head to a cache of gigabytes. XLA would write it by a scatter, for
 which TPU's compiler chooses its own layout. The attention kernel reads another layout, so the whole cache would be
-copied twice in each step. The kernel leaves the cache in its place, in the layout that `decode_attention` reads.
+copied twice in each step. The kernel here leaves the cache in its place, in the layout that `decode_attention` reads.
 
 xla.py  by XLA: any platform and shape
 tpu.py  Pallas for TPU
@@ -37,7 +37,8 @@ def cache_write(layer: Layer, new: Layer, slots: jax.Array, *, backend: str = "a
         expected = (*old.shape[:2], old.shape[3]) if x.ndim == 3 else old.shape[:2]
         if x.shape != expected or x.dtype != old.dtype:
             raise ValueError(
-                f"cache_write: expected {old.dtype} {expected} for a cache {old.shape}; found {x.dtype} {x.shape}"
+                f"cache_write: expected new entries {old.dtype} {expected} for a cache array {old.shape}; "
+                f"found {x.dtype} {x.shape}"
             )
     if slots.shape != layer[0].shape[:1] or slots.dtype != jnp.int32:
         raise ValueError(f"cache_write: expected slots int32 {layer[0].shape[:1]}; found {slots.dtype} {slots.shape}")

@@ -1,9 +1,9 @@
-"""Writes a slot of each row on TPU: the tiles that hold it are read, changed and written back.
+"""Writes a slot of each row on TPU: the tiles that contain the slot are read, changed and written back.
 
 Memory is read and written in tiles. A slot is one row of a tile, or one lane in caches whose layout in memory is [B, K,
-H, S]. The tiles of all heads of a row are one window. The windows of a group of rows are copied at the same time, then
-the windows of the next group. So only moving the bytes takes time: for each new slot of a bfloat16 cache, 16 slots are
-read and 16 are written.
+H, S]. The tiles that contain a row's slot, for all heads, are its window. The windows of a group of rows are copied at
+the same time, and the windows of the next group are read meanwhile. So the time depends only on the number of bytes:
+for each new slot of a bfloat16 cache, 16 slots are read and 16 are written.
 
 B batch, K KV heads, S cache slot, H head dim, W slots of a window.
 """
@@ -45,7 +45,7 @@ class _Lying(NamedTuple):
 def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
     if new.ndim == 2:
         return _Lying(cache, new.T.reshape(-1), 3)
-    if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why
+    if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why the axes are exchanged then
         return _Lying(jnp.swapaxes(cache, 2, 3), new[..., None], 3, turned=True)
     wide = jnp.int32 if new.dtype == jnp.int8 else jnp.float32
     return _Lying(cache, jnp.swapaxes(new.astype(wide), 0, 1), 2)
@@ -57,7 +57,10 @@ def unsupported(layer: tuple[jax.Array, ...]) -> str | None:
     lanes = H % LANES or len(layer) > 2  # some arrays have their slots along the lanes
     window = LANES if lanes else 32 // layer[0].dtype.itemsize
     if H % 64 or S % window or _rows(layer) is None:
-        return f"expected a head dim in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
+        return (
+            f"expected a head dim in multiples of 64, a cache length in multiples of {window}, and 8 rows (or all) "
+            f"whose windows fit VMEM; found keys {layer[0].shape}"
+        )
     return None
 
 

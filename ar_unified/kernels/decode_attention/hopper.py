@@ -35,7 +35,7 @@ HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # rows of a wgmma
 BLOCK = 64  # slots per block
 RING_BYTES = 64 * 1024  # the ring of keys and values of a thread block; an SM has room for more than two rings
-THREAD_BLOCKS = 4 * 132  # wanted number: each of the 132 SMs of an H100 or H200 gets two at once, then two more
+THREAD_BLOCKS = 4 * 132  # wanted: each of the 132 SMs of an H100 or H200 gets two thread blocks at once, then two more
 SHORTEST_PART = 4 * BLOCK  # the smallest number of slots that is worth a thread block
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # the maximum before any score; finite, because -inf - -inf is NaN
@@ -51,7 +51,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     if q.shape[1] > ROWS * k.shape[1]:
         return f"expected at most {ROWS} query heads per KV head; found {q.shape[1]} for {k.shape[1]} KV heads"
     if k.shape[2] % 8:
-        return f"expected a number of slots that is a multiple of 8, because TMA copies the cache; found {k.shape[2]}"
+        return f"expected a number of slots that is a multiple of 8, which TMA needs; found {k.shape[2]}"
     return None
 
 

@@ -140,7 +140,7 @@ def _kernel(spec, block, turned, row_of, block_of, begin, end, q, k, v, *refs):
 
 
 def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
-    """Adds one block of slots to the running softmax. `seen` masks it if it is an edge block."""
+    """Adds one block of slots to the running softmax. If it is an edge block, `seen` masks its unseen slots."""
     precise = dict(preferred_element_type=jnp.float32)
     if q.dtype == jnp.float32:
         precise["precision"] = jax.lax.Precision.HIGHEST
