@@ -181,7 +181,7 @@ def test_space_to_depth_keeps_neighbours_together_and_inverts():
         ({"quantizer": "fqs"}, "one of"),
         ({"backbone": "resnet"}, "one of"),
         ({"attention": "middle"}, "'space_to_depth' has no attention"),
-        ({"backbone": "vqgan"}, "at least 1 blocks"),
+        ({"backbone": "vqgan"}, "blocks: expected at least 1"),
         ({"witdh": 3}, "no \\['witdh'\\]"),
     ],
 )

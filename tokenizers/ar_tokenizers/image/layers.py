@@ -30,9 +30,9 @@ class _Keys:
 def fresh(key: jax.Array | None = None) -> nnx.Rngs:
     """Keys for the parameters of new layers, the same as `nnx.Rngs(params=key)` gives. For shapes alone, omit the key.
 
-    It replaces nnx.Rngs because that is slow while JAX traces. Its counter is an array, and flax asks for the sharding
-    of this array at every key. JAX then raises an error with a message made from the whole program so far, which took
-    four fifths of the time to trace a large network.
+    nnx.Rngs is not used because it is slow while JAX traces. The counter in an nnx.Rngs is an array, and flax asks for
+    the sharding of this array at every key. JAX then raises an error with a message made from the whole program so
+    far, which took four fifths of the time to trace a large network.
     """
     return cast(nnx.Rngs, _Keys(jax.random.key(0) if key is None else key))
 

@@ -269,7 +269,8 @@ def _said(values: Mapping[str, Any], spelt: int, system: str, *, needed: bool = 
     _check(values, system)
     names = {ours: both[spelt] for ours, both in _SPELLINGS.items()}
     if needed and (missing := [name for name in names.values() if name not in values]):
-        raise ValueError(f"{system}: settings: expected {', '.join(missing)}, found {', '.join(sorted(values))}")
+        lacks, found = ", ".join(missing), ", ".join(sorted(values)) or "none"
+        raise ValueError(f"{system}: settings: expected {lacks}, which are missing; found {found}")
     return {ours: values[name] for ours, name in names.items() if name in values}
 
 

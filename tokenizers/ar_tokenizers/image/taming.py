@@ -188,7 +188,10 @@ def to_taming(
         elif place.name in kept:
             theirs[place.name] = kept[place.name]
         else:
-            raise ValueError(f"weights named as in {dialect}: expected {place.name}, which was not kept")
+            raise ValueError(
+                f"weights named as in {dialect}: expected {place.name} among the arrays that the tokenizer keeps from "
+                "its file, found none"
+            )
     return theirs | {name: kept.get(name, leaf) for name, leaf in buffers(config, dialect).items()}
 
 
@@ -302,12 +305,14 @@ def check_names(
     if missing := wanted.keys() - found.keys():
         encode_only = dialect == "taming" and not any(name.startswith("decoder.") for name in found)
         hint = f"; {NO_DECODER}" if encode_only and any(name.startswith("decoder.") for name in missing) else ""
-        raise ValueError(f"weights named as in {dialect}: {len(missing)} are missing: {some(missing)}{hint}")
+        raise ValueError(f"weights named as in {dialect}: missing arrays ({len(missing)}): {some(missing)}{hint}")
     if extra := found.keys() - wanted.keys() - set(optional):
-        raise ValueError(f"weights named as in {dialect}: the config has no place for {len(extra)}: {some(extra)}")
+        raise ValueError(
+            f"weights named as in {dialect}: arrays that the config has no place for ({len(extra)}): {some(extra)}"
+        )
     for name, shape in wanted.items():
         if (size := np.shape(found[name])) != shape:
-            raise ValueError(f"{name}: the config asks for {list(shape)}, found {list(size)}")
+            raise ValueError(f"{name}: the config asks for shape {list(shape)}, found {list(size)}")
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

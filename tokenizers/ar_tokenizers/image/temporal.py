@@ -9,7 +9,8 @@ Every convolution pads two zero frames before the first frame, so it is known in
 - The first halving has four taps and stride 2. Its first step sees two padding frames and two equal frames, which is a
   convolution with the sum of the last two taps. Its second step sees four equal frames, which is a convolution with the
   sum of all taps.
-- The second halving sees two padding frames and these two results: its third tap sees the first, its fourth the second.
+- The second halving sees two padding frames and these two results: its third tap sees the first result, its fourth tap
+  the second.
 - All other convolutions see one frame after the padding, with their last tap.
 
 Batch norms use fixed statistics from training, so each is a scale and a shift.

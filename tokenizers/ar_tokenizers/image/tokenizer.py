@@ -155,7 +155,8 @@ class ImageTokenizer:
             raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
         if codes.shape[2] % depth:
             raise ValueError(
-                f"a row of codes has {depth} for each position, and {codes.shape[2]} is no multiple of that"
+                f"each position has {depth} codes, so the length of a row must be a multiple of {depth}, got "
+                f"{codes.shape[2]}"
             )
         by_position = codes.astype(np.int32).reshape(*codes.shape[:2], codes.shape[2] // depth, depth)
         run = functools.partial(self._in_batches, self._decode, scales=(1, self.factor), dtype=np.uint8)

@@ -201,7 +201,7 @@ class CodebookQuantizer(Quantizer):
         """Updates the averages, then the codes that follow them, and restarts unused codes."""
         state = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in state.items()}
         codebook = params["codebook"]
-        if self.codebook_update == "ema":  # both averages start at zero with the same bias, so their ratio has none
+        if self.codebook_update == "ema":  # both averages start at zero with the same bias, which cancels
             used = state["count"] > 1e-12
             mean = state["latent"] / jnp.where(used, state["count"], 1.0)[:, None]
             codebook = jnp.where(used[:, None], mean, codebook)
