@@ -1,4 +1,4 @@
-"""Evaluation harnesses call an engine and get its results, in their order and with their settings."""
+"""Evaluation harnesses call an engine and get its results, in the order of their requests and with their settings."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_lmms_eval(engine):
     assert likely == plain.likelihoods([([GREY, "h"], "ab")])[0]
 
     def rounds(doc, previous_output, round_idx, previous_round_info):
-        """As many further rounds as the wanted answer has letters, each about the previous answer."""
+        """Asks for one more round per letter of the wanted answer. Each round's prompt is the previous answer."""
         if round_idx > len(doc["answer"]):
             return None, None, True, previous_output, None
         assert previous_round_info == (None if round_idx == 1 else round_idx - 1)

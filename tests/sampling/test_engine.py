@@ -328,7 +328,7 @@ def test_a_rounded_cache_moves_the_logits_a_little():
     params, found = init(CONFIG, jax.random.key(0)), {}
     canvas = np.array(
         [[-1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]], np.int32
-    )  # one hole, because otherwise everything would be prompt
+    )  # The -1 is one code to draw, because a complete canvas would be part of the prompt.
     asked = Request("a", (TextPart("abcdefghijkl"),), mode="image", guidance=2.0, canvas=canvas, **GREEDY)
     for name in (None, "int8", "float8_e4m3fn"):
         first = engine(GRAMMARS["rows"], params, kv_dtype=name)
