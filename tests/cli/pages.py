@@ -97,7 +97,7 @@ class Page:
 
 
 def page(file: str, *has: str, **told: Any) -> Any:
-    """A Page as a parameter of a test. told: in capitals, replacements (`Page.names`); all others are fields of Page."""
+    """A Page as a parameter of a test. told: in capitals, replacements (`Page.names`); all others: fields of Page."""
     names = {name: value for name, value in told.items() if name.isupper()}
     fields = {name: value for name, value in told.items() if name not in names}
     fields["names"] = MappingProxyType(names | fields.get("names", {}))

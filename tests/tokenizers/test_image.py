@@ -260,7 +260,9 @@ def test_wrong_input_is_named():
         tokenizer.decode(np.array([[[0, 60]]]))
     params = trained(SMALL)
     del params["encoder"]["stem"]["kernel"]
-    with pytest.raises(ValueError, match=r"encoder.stem.kernel: the config asks for \(3, 3, 48, 8\), found missing"):
+    with pytest.raises(
+        ValueError, match=r"encoder.stem.kernel: the config asks for \(3, 3, 48, 8\), found no such weight"
+    ):
         ImageTokenizer(SMALL, params)
 
 

@@ -367,7 +367,7 @@ def test_a_tokenizer_without_a_decoder_reads_images_and_says_why_it_draws_none(t
     assert loaded.hash == tokenizer.hash and loaded.no_decoder
     np.testing.assert_array_equal(loaded.vectors(), whole.vectors())
     del params["quantizer"]
-    with pytest.raises(ValueError, match="quantizer.codebook: the config asks for .*, found missing"):
+    with pytest.raises(ValueError, match="quantizer.codebook: the config asks for .*, found no such weight"):
         ImageTokenizer(here.config, params)
 
 

@@ -30,7 +30,7 @@ def unfinished(path: Path) -> Path:
 def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Opens a file that appears under its name when the block ends without an error, or not at all. Raises OSError.
 
-    When it appears, it is on disk, even if the machine then stops. Until then the former file stays.
+    Once the file appears, its content is safe even if the machine stops. Until then, the former file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,8 @@ def lecam_penalty(
 def lecam_update(
     averages: Mapping[str, jax.Array], real_sum: jax.Array, fake_sum: jax.Array, count: jax.Array | float
 ) -> dict[str, jax.Array]:
-    """The averages after a step. Each sum adds up the mean logits of all images in the global batch."""
+    """The averages after a step. real_sum, fake_sum: the mean logits of all `count` images of the global batch, added
+    up."""
     means = {"real": real_sum / count, "fake": fake_sum / count}
     return {name: LECAM_DECAY * averages[name] + (1 - LECAM_DECAY) * mean for name, mean in means.items()}
 

@@ -75,9 +75,9 @@ class GroupNorm(nnx.Module):
         """[B, H, W, F] -> the same shape, in `dtype`. Statistics are float32, over positions and the features of a
         group."""
         y, width = x.astype(jnp.float32), x.shape[-1]
-        # Sums over the features of a group, and the step from groups back to features, are products with `of`. XLA
-        # would fuse anything else into the loops over positions and repeat it at every position, which took half of
-        # the forward pass on a CPU.
+        # Sums over the features of a group, and the step from groups back to features, are matrix products with `of`.
+        # XLA would fuse anything else into the loops over positions and compute it again at every position, which took
+        # half of the forward pass on a CPU.
         of = jnp.repeat(jnp.eye(self.groups), width // self.groups, axis=1)  # [groups, F]: membership
         product = functools.partial(jnp.matmul, precision="highest")
 

@@ -230,8 +230,8 @@ def _llamagen(record: Mapping[str, Any], names: Iterable[str]) -> AutoencoderCon
 
 
 def _janus(record: Mapping[str, Any]) -> AutoencoderConfig:
-    """Reads config.json of the original or of transformers. One difference in transformers is not followed: it
-    finds the nearest code without normalising but decodes with normalised codes. The original normalises in both.
+    """Reads config.json of the original or of transformers. In one point, transformers is not followed: it finds the
+    nearest code without normalising but decodes with normalised codes. The original normalises in both, as we do.
     """
     if "gen_vision_config" in record:
         part = record["gen_vision_config"]

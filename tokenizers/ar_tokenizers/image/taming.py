@@ -54,7 +54,8 @@ _LLAMAGEN = {  # applied to taming's names
     r"\.mid\.attn_1": ".mid.1",
     r"\.mid\.block_2": ".mid.2",
 }
-_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}  # also to taming's
+# applied to taming's names
+_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}
 _LWM = {  # applied to our names
     r"encoder\.to_code": "quant_conv",
     r"decoder\.from_code": "post_quant_conv",
@@ -152,7 +153,7 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect:
         if kept[name].shape != extra[name].shape:
             raise ValueError(f"{name}: expected {list(extra[name].shape)}, found {list(kept[name].shape)}")
         if extra[name].any() and not np.array_equal(kept[name], extra[name]):
-            raise ValueError(f"{name}: expected the digits of a code, the highest first; found others")
+            raise ValueError(f"{name}: expected the digits of a code, the highest first; found other values")
     ours = {}
     for name, place in places.items():
         if name.startswith("decoder.") and not spoken.decoder:
@@ -198,8 +199,8 @@ def to_taming(
 def dialect_of(names: Iterable[str]) -> str:
     """The dialect, a key of DIALECTS, that has these names. Raises ValueError if there is none.
 
-    LlamaGen and Janus have the same names (the result is "llamagen"), and so have all dialects of taming's names
-    ("taming").
+    For the names of LlamaGen and Janus, which are the same, the result is "llamagen". For the names of the dialects that
+    use taming's names, it is "taming".
     """
     names = set(names)
     starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
@@ -264,7 +265,9 @@ def _places(config: AutoencoderConfig, dialect: str) -> dict[str, Place]:
     places = {}
     for name, leaf in traverse_util.flatten_dict(parameters, sep=".").items():
         if name.startswith("quantizer.") and name != "quantizer.codebook":
-            raise ValueError(f"weights named as in {dialect}: there is no name for {name} of {config.quantizer!r}")
+            raise ValueError(
+                f"weights named as in {dialect}: there is no name for {name} of quantizer {config.quantizer!r}"
+            )
         if not spoken.decoder and name.startswith("decoder.") and not name.startswith("decoder.from_code."):
             continue
         shape = _to_theirs(spoken, name, np.broadcast_to(np.float32(), leaf.shape)).shape

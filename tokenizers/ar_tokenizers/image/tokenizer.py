@@ -57,7 +57,7 @@ class ImageTokenizer:
         if "decoder" not in params:
             expected = {name: leaf for name, leaf in expected.items() if not name.startswith("decoder.")}
         for name in sorted(expected.keys() | found.keys()):
-            want, have = (getattr(leaves.get(name), "shape", "missing") for leaves in (expected, found))
+            want, have = (getattr(leaves.get(name), "shape", "no such weight") for leaves in (expected, found))
             if want != have:
                 raise ValueError(f"image tokenizer weight {name}: the config asks for {want}, found {have}")
         self.config, self.batch_size, self.published = config, batch_size, dict(published or {})
@@ -261,7 +261,7 @@ def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, as it was written: {error}") from error
+        raise ValueError(f"{path}: expected JSON: {error}. The file was changed or cut short") from error
     found = record.get("format") if isinstance(record, dict) else record
     if found != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, found {found!r:.40}")

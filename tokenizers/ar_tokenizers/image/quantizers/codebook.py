@@ -211,7 +211,7 @@ class CodebookQuantizer(Quantizer):
             again = (state["count"] < self.restart * usual) & (weight > 0)
             latent = sums["drawn_latent"] / jnp.where(weight > 0, weight, 1.0)[:, None]
             codebook = jnp.where(again[:, None], latent, codebook)
-            state["count"] = jnp.where(again, usual, state["count"])  # a new code gets time to be chosen
+            state["count"] = jnp.where(again, usual, state["count"])  # so the next steps keep the new code
             if self.codebook_update == "ema":
                 state["latent"] = jnp.where(again[:, None], usual * latent, state["latent"])
         return params | {"codebook": codebook}, state
