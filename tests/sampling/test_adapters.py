@@ -35,7 +35,7 @@ def engine(params):
 
 
 def by_hand(params, ids, begin):
-    """The log-likelihood of ids[begin:] after ids[:begin], and whether each is the most likely."""
+    """The log-likelihood of ids[begin:] after ids[:begin], and whether each of these ids is the most likely one."""
     tokens = jnp.asarray([ids])
     model = Transformer.bind(CONFIG, params)
     logits = np.asarray(model.logits(model(tokens, jnp.arange(len(ids))[None], jnp.zeros_like(tokens)))[0], np.float64)

@@ -48,7 +48,7 @@ def script(grammar, seed=0):
 
 
 def watch_reads(first):
-    """A list of the numbers of tokens, [R * C], by which each call extended the rows of the cache."""
+    """A list that gets an array [R * C] for each call: the numbers of tokens by which it extended the cache's rows."""
     call, reads = first.call, []
     read_on = conversations._programs(first.config, first.grammar, first.mesh).read_on
 

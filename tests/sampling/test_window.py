@@ -170,10 +170,10 @@ def _steps_for_seconds(monkeypatch):
 
 
 def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=(), unseen=1.0, idle=0.0):
-    """Simulates a pool that draws images of 64 codes. Arguments give the share of codes that is guessed right, the cost
-    of a step with each window, the additional cost if its program must be compiled, and how many `more` guesses a
-    window's own draws give. In use, a step of a window takes `unseen` times as long as when it is measured alone.
-    After every seventh image nothing is asked for `idle` seconds.
+    """Simulates a pool that draws images of 64 codes. `share` is the share of codes that is guessed right, `cost` the
+    cost of a step with each window, `compiling` the additional cost if its program must be compiled, and `more` the
+    factor by which a window's own draws raise the number of right guesses. In use, a step of a window takes `unseen`
+    times as long as when it is measured alone. After every seventh image, no request arrives for `idle` seconds.
 
     Returns the tokens and the seconds of each width, and the pace.
     """

@@ -199,7 +199,7 @@ def to_taming(
 def dialect_of(names: Iterable[str]) -> str:
     """The dialect, a key of DIALECTS, that has these names. Raises ValueError if there is none.
 
-    For the names of LlamaGen and Janus, which are the same, the result is "llamagen". For the names of the dialects that
+    For the names of LlamaGen and Janus, which are the same, the result is "llamagen". For the names of dialects that
     use taming's names, it is "taming".
     """
     names = set(names)
