@@ -287,7 +287,7 @@ def test_save_and_load(tmp_path):
     with pytest.raises(ValueError, match=f"{tokenizer.hash[:12]}, but those found have {other.hash[:12]}"):
         ImageTokenizer.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"format": 9}))
-    with pytest.raises(ValueError, match="expected format 2, found 9"):
+    with pytest.raises(ValueError, match='"format": expected 2, found 9'):
         ImageTokenizer.load(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no config.json"):

@@ -250,7 +250,7 @@ def _checked(data: bytes) -> dict[str, Any]:
     seen: dict[int, Any] = {}
     for name, id in ids:
         if type(id) is not int or not 0 <= id < _LARGEST:
-            raise ValueError(f"{name!r:.40}: expected an id, a whole number below {_LARGEST}; found {id!r:.40}")
+            raise ValueError(f"{name!r:.40}: expected as its id a whole number below {_LARGEST}, found {id!r:.40}")
         if seen.setdefault(id, name) is not name:
             raise ValueError(f"{name!r:.40} and {seen[id]!r:.40} have the same id, {id}")
     return spec

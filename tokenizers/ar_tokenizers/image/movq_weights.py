@@ -179,9 +179,9 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            f"layers over time: expected all published ones, but these are missing or unknown: {some(differ)}. "
-            f"The network keeps only their effect on a single image, so only an imported tokenizer can be exported as "
-            f"{dialect}"
+            f"layers over time: expected all published arrays, but these are missing or unknown: {some(differ)}. "
+            f"The network has only the effect of these layers on a single image, so only an imported tokenizer can be "
+            f"exported as {dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))

@@ -153,7 +153,7 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect:
         if kept[name].shape != extra[name].shape:
             raise ValueError(f"{name}: expected {list(extra[name].shape)}, found {list(kept[name].shape)}")
         if extra[name].any() and not np.array_equal(kept[name], extra[name]):
-            raise ValueError(f"{name}: expected the digits of a code, the highest first; found other values")
+            raise ValueError(f"{name}: expected the values of a code's digits, the highest first; found other values")
     ours = {}
     for name, place in places.items():
         if name.startswith("decoder.") and not spoken.decoder:

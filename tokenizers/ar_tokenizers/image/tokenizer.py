@@ -264,7 +264,7 @@ def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
         raise ValueError(f"{path}: expected JSON: {error}. The file was changed or cut short") from error
     found = record.get("format") if isinstance(record, dict) else record
     if found != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, found {found!r:.40}")
+        raise ValueError(f'{path}: "format": expected {FORMAT}, found {found!r:.40}')
     try:
         return AutoencoderConfig.from_dict(record["config"]), record
     except (KeyError, TypeError, AttributeError) as error:
