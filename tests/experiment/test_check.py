@@ -119,7 +119,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("sampling.image.top_p", 0, "0 < top_p <= 1"),
         ("evaluation.limit", 0, "at least 1"),
         ("evaluation.lpips_file", "x.npz", "no weight file x.npz"),
-        ("evaluation.inception_file", str(ROOT / "README.md"), "must be .safetensors or .npz"),
+        ("evaluation.inception_file", str(ROOT / "README.md"), "expected a .safetensors or .npz file"),
     ],
 )
 def test_a_value_out_of_range_is_told_by_its_key(key, value, words):
