@@ -129,7 +129,7 @@ def measure(tokenizer: Codec, sources: Sequence[tuple[str, Source]]) -> dict[str
 
 def told(losses: Iterable[Any]) -> list[str]:
     """Lines that say how a text tokenizer loses text."""
-    return [f"this text model loses text: {loss}" for loss in losses]
+    return [f"this text tokenizer loses text: {loss}" for loss in losses]
 
 
 def _remarks(report: Mapping[str, Any], wanted: int) -> list[str]:

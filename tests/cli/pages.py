@@ -1,7 +1,7 @@
 """The commands on the pages of docs/, and how tests/cli/test_pages.py runs them: on little data, with small models.
 
-`SMALL` has the keys that make an experiment small, `RUN` the pages with their replacements, and `NOT_RUN` each command
-that is not run, with the reason.
+`SMALL` has the keys that make an experiment small. `RUN` lists the pages and the replacements in their commands.
+`NOT_RUN` lists the commands that are not run, and the reasons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests import test_docs
 from tests.cli.conftest import SMALL as FOLDER
 from tests.test_wheel import FEW
 
-# Kinds of experiments, by their arguments; the first that fits.
+# Kinds of experiments, and a pattern of the arguments of each. The first kind that fits is taken.
 KINDS = {"text": "[:,]init=LLM", "init": "[:,](init|from)="}
 TWO_STEPS = {"training.steps": 2, "training.warmup_steps": 0, "image_tokenizer.steps": 2}
 OF_BUNDLE = {
@@ -29,7 +29,8 @@ OF_BUNDLE = {
 
 
 def part(sources: int, *tests: str) -> dict[str, str]:
-    """The first examples of the sources of an experiment on the embedded data, and of these test sets of one source."""
+    """Keys that leave only the first examples of the embedded data: in this many sources for training, in as many for
+    validation, and in these test sets, which have one source each."""
     return {
         **{f"data.train[{i}].split": "train[:40]" for i in range(sources)},
         **{f"data.validation[{i}].split": "validation[:10]" for i in range(sources)},
@@ -37,22 +38,22 @@ def part(sources: int, *tests: str) -> dict[str, str]:
     }
 
 
-# For a model of the embedded data with tokenizers of its own.
+# Keys for a model of the embedded data that has its own tokenizers.
 ALONE = OF_BUNDLE | dict(key.split("=", 1) for key in FEW if not key.startswith(("data.", "training.", "evaluation.")))
 PHOTOS = {
     "data.image_size": "(32,32)", "image_tokenizer.crop": 32, "image_tokenizer.short_side": 32,
     "image_tokenizer.steps": 2, "image_tokenizer.batch_size": 8, "evaluation.tokenizer_probe_steps": 0,
 }  # fmt: skip
-# Images that are smaller than those of a published model.
+# Keys for images that are smaller than those of a published model.
 PUBLISHED = {"data.image_size": "(16,16)", "data.max_tokens": 160, "sampling.max_length": 192}
-# For a text model that learns small images.
+# Keys for a text model that learns small images.
 EXTENDED = {
     "data.image_size": "(32,32)",
     "data.max_tokens": 160,
     "training.sequence_length": 192,
     "sampling.max_length": 192,
 }
-# An experiment -> the keys that make it small; "NAME:init" and others if it has such an argument, as KINDS says.
+# An experiment -> the keys that make it small. "NAME:KIND" is the experiment with arguments of a kind in KINDS.
 SMALL: dict[str, Mapping[str, Any]] = {
     "shapes": dict(key.split("=", 1) for key in FEW),
     "folder": FOLDER | TWO_STEPS,
@@ -83,7 +84,7 @@ class Page:
 
     Attributes:
         names: replacements for words that the reader must choose, and for numbers that would take hours.
-        has: what the reader already has, names of tests.cli.readers.HAS.
+        has: what the reader already has: names in tests.cli.readers.HAS, or parts of the demo.
         keys: keys for all commands with a config of this page.
         longer: each training has this many steps more than the one before.
     """
@@ -96,7 +97,7 @@ class Page:
 
 
 def page(file: str, *has: str, **told: Any) -> Any:
-    """told: in capitals replacements for names; else fields of Page."""
+    """A Page as a parameter of a test. told: in capitals, replacements (`Page.names`); all others: fields of Page."""
     names = {name: value for name, value in told.items() if name.isupper()}
     fields = {name: value for name, value in told.items() if name not in names}
     fields["names"] = MappingProxyType(names | fields.get("names", {}))
@@ -144,7 +145,7 @@ class NotRun:
 
     Attributes:
         why: the reason.
-        test: the test that runs it, or what it is for, all the same: a file, and a word of it.
+        test: a file that tests the command, or its purpose, in another way; and a word that is in this file.
     """
 
     why: str
@@ -255,7 +256,7 @@ def small(words: list[str], of: Page, trained: int = 0) -> list[str]:
         keys |= {**SMALL[":".join([Path(config.partition(":")[0]).stem, *kinds[:1]])], **of.keys}
         if of.longer:
             keys["training.steps"] = of.longer * (1 + trained)
-    # A page's own keys stay, but for its numbers of steps.
+    # The keys that a page sets itself stay as they are, except for its numbers of steps.
     own = {
         after.removeprefix("--config.").partition("=")[0]
         for before, after in zip(words[1:], told, strict=True)

@@ -1,4 +1,4 @@
-"""What a reader of the pages already has before the first command of a page, small: files, and a machine."""
+"""Small versions of what a reader already has before the first command of a page: files, and a machine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sets(here: Path) -> None:
 
 
 def words(here: Path) -> None:
-    """words.py, an experiment with text alone, and its texts; prompts for it."""
+    """words.py, an experiment with text alone; its texts; and prompts for its model."""
     (here / "words").mkdir()
     lines = [f"the red circle {i} stands left of the blue square and smiles" for i in range(40)]
     (here / "words" / "a.txt").write_text("\n".join(lines))
@@ -125,7 +125,7 @@ HAS: dict[str, Callable[[Path], None]] = {
 
 @contextlib.contextmanager
 def machine(argv: Sequence[str]) -> Iterator[None]:
-    """A machine with one device, or with all that are faked here if the command says so by a mesh of eight."""
+    """Lets JAX see one device, or eight of those that are faked here if the command asks for a mesh of eight."""
     count = 8 if any(word.startswith("--config.mesh.") and word.endswith("=8") for word in argv) else 1
     with pytest.MonkeyPatch.context() as patch:
         for name in ("devices", "local_devices"):

@@ -102,8 +102,8 @@ def test_a_branch_is_a_workdir_and_perhaps_a_step() -> None:
 def test_a_branch_takes_the_datasets_that_were_drawn_and_is_refused_before_any_is(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Drawing `shapes` would take minutes. So the origin's dataset is damaged, and the error names the dataset of the
-    branch."""
+    """Drawing `shapes` would take minutes. So the origin's dataset is damaged here, and the error shows that the branch
+    reads its own link to it."""
     origin, workdir = tmp_path / "origin", tmp_path / "branch"
     drawn = "tfds/shapes/captions/1.1.0"
     for folder, name in ((f"{origin}/{drawn}", "dataset_info.json"), (f"{origin}/model", "started.json")):

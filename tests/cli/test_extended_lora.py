@@ -1,4 +1,4 @@
-"""An adapter for a text model that learns images. New rows are trained, saved, merged and served with it."""
+"""An adapter for a text model that learns images. The rows of new ids are trained, saved, merged and served with it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def ends(monkeypatch, error: BaseException, *more: str) -> int:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_and_a_mistyped_flag_need_no_jax(verb):
-    """`--help` takes as long as the imports of the parser."""
+    """`--help` takes only as long as the imports of the parser."""
     code = (
         "import sys; from ar_unified.cli.main import main\n"
         "for words in (['--help'], ['--confg', 'x.py']):\n"

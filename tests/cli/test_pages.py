@@ -1,4 +1,4 @@
-"""The commands on the pages of docs/ run: those of one page in order, in a new folder, on little data.
+"""Runs the commands on the pages of docs/: the commands of one page in order, in a new folder, on little data.
 
 tests/cli/pages.py says how, and which commands are not run and why.
 """
@@ -80,10 +80,10 @@ def test_the_commands_of_a_page(
 ) -> None:
     """Each command, in the order of the page, ends with status 0."""
     monkeypatch.chdir(tmp_path)
-    # Not the reader's own folder of TFDS.
+    # TFDS must not use the folder of the user who runs the tests.
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tensorflow_datasets"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")]))
-    # A copy: experiments/benchmarks/gallery.py writes into the docs beside it.
+    # A copy, because experiments/benchmarks/gallery.py writes into the folder `docs` next to `experiments`.
     shutil.copytree(ROOT / "experiments", "experiments", ignore=shutil.ignore_patterns("results", "__pycache__"))
     shutil.copytree(folder, "mine")
     Path("mine/en.txt").write_text("A square.\n" * 20)

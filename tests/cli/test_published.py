@@ -114,7 +114,7 @@ def test_plan_and_validate_know_its_language_and_what_it_loses(folder, tmp_path,
     bundles.write(tmp_path / "llama", **parts("llama"))
     config = f"{tmp_path / 'text.py'}:path={tmp_path / 'texts.txt'},init={tmp_path / 'llama'}"
     assert main(["validate", "--config", config, "--workdir", str(tmp_path / "v")]) == 0
-    assert "this text model loses text: normalizer_spec.add_dummy_prefix" in capsys.readouterr().out
+    assert "this text tokenizer loses text: normalizer_spec.add_dummy_prefix" in capsys.readouterr().out
 
 
 def test_a_tokenizer_json_may_be_brought_without_a_bundle(tmp_path, capsys):
@@ -131,8 +131,10 @@ def test_a_tokenizer_json_may_be_brought_without_a_bundle(tmp_path, capsys):
     report: dict[str, Any] = json.loads((tmp_path / "w tokenizer.json" / "text_tokenizer" / "report.json").read_text())
     assert report["pieces"] == 363 and report["symbols_that_text_can_spell"] == ["<tool_call>"] and not report["losses"]
     assert opened(tmp_path / "w tokenizer.json").text_tokenizer.file == "tokenizer.json"
-    refused(run("qwen.json", files.byte_level("NFC")), "text_tokenizer.model: .*qwen.json: this text model loses text")
+    refused(
+        run("qwen.json", files.byte_level("NFC")), "text_tokenizer.model: .*qwen.json: this text tokenizer loses text"
+    )
     assert main(run("qwen.json", files.byte_level("NFC"), "--config.text_tokenizer.lossy=warn")) == 0
-    assert "this text model loses text: normalizer NFC" in capsys.readouterr().out
+    assert "this text tokenizer loses text: normalizer NFC" in capsys.readouterr().out
     assert main(run("my.tiktoken", files.tiktoken_file(files.ranks()))) == 0
     refused(run("broken.json", b"{"), "text_tokenizer.model: .*broken.json: expected a tokenizer.json, found no JSON")

@@ -22,7 +22,7 @@ from tests.cli.conftest import ROOT, refused
 from tests.published_bundles import parts
 
 FILE = f"{ROOT}/experiments/published/fine_tune.py"
-# docs/published_weights.md has the sources. "": no recipe of its own.
+# System -> the keys that its recipe sets. docs/published_weights.md says where they were published.
 EXPECTED: dict[str, dict[str, Any]] = {
     "chameleon": {
         "training.learning_rate": 1e-5, "training.final_fraction": 0.0, "training.weight_decay": 0.1,

@@ -26,7 +26,7 @@ REWARD = {
 
 
 def bright(prompt, answer):
-    """The mean of an image or the length of a text. A reward must not see the original answer of a document."""
+    """A reward: the mean of an image, or the length of a text. It does not see the document's own answer."""
     (part, *_) = answer.parts
     return float(part.pixels.mean() / 255) if isinstance(part, ImagePart) else float(len(part.text))
 

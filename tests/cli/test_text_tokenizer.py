@@ -97,7 +97,7 @@ def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     )  # fmt: skip
     (tmp_path / "lossy.model").write_bytes(lossy.getvalue())
     command = ["tokenizer", "--workdir", str(tmp_path / "lossy")]
-    lost = "lossy.model: this text model loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces"
+    lost = "lossy.model: this text tokenizer loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces"
     refused([*command, *arguments(corpus, model=tmp_path / "lossy.model")], lost)
     refused([*command, *arguments(corpus, model=tmp_path / "nowhere.model")], "nowhere.model: no such file")
     capsys.readouterr()
@@ -107,7 +107,7 @@ def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     assert report["texts"]["ell"]["failed"] == 4 and len(report["losses"]) == 2
     assert report["texts"]["ell"]["first_failure"]["origin"].endswith("ell.txt:1")
     out = capsys.readouterr().out
-    assert "0 of 4" in out and "this text model loses text: normalizer_spec.name = 'nmt_nfkc'" in out
+    assert "0 of 4" in out and "this text tokenizer loses text: normalizer_spec.name = 'nmt_nfkc'" in out
     experiment = Experiment(configs.load(*_file_and_overrides(corpus, **warned)), Workdir(tmp_path / "lossy"))
     assert experiment.text_tokenizer.losses
 

@@ -30,8 +30,8 @@ from tests.data.conftest import Kit
 
 
 def _placed(folder: Path) -> dict[str, tuple[Callable[[Path], Any], str, str]]:
-    """Ways in which a path is not an image file: a function that makes it, the kind of fault when a folder is searched,
-    and the kind when a row names the path."""
+    """Ways in which a path is not an image file. For each: a function that makes the path, the kind of fault when a
+    folder is searched, and the kind when a row names the path."""
     secret = folder.parent.parent / "outside/secret.png"
 
     def huge(path: Path) -> None:

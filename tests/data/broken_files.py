@@ -1,4 +1,4 @@
-"""Broken image files, and unusual ones that are good. The tables say what each becomes."""
+"""Broken image files, and unusual ones that are good. The tables say which fault or which pixels each file has."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def odd(number: int, format: str = "") -> tuple[bytes, tuple[int, int]]:
 # ---- what a set holds -------------------------------------------------------------------------------------------
 
 Said = tuple[str, tuple[tuple[int, int], ...]]  # a document's text without blanks, and the two greys of each image
-Bad = tuple[str, str]  # a bad item's place below the set, and the kind of its fault
+Bad = tuple[str, str]  # a bad item's path inside the set, and the kind of its fault
 LONG = "a long caption " * 70_000  # 1 MB
 
 

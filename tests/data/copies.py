@@ -145,7 +145,7 @@ def _as_files(value: Any) -> Any:
 
 
 def _row(example: Mapping[str, Any], put: Any) -> dict[str, Any]:
-    """The row of `language.rows`."""
+    """The example as a row in the format of `language.rows`. put: converts an image to its form in the row."""
     row = {key: copy.deepcopy(value) for key, value in example.items() if key not in ("image", "images", "texts")}
     if "image" in example:
         row["image"] = put(example["image"])

@@ -47,7 +47,7 @@ def make_set(root: Path) -> Path:
 
 
 def prepare_set(folder: Path, out: Path, team: Team | None = None, pause: float = 0.0) -> Report:
-    """What each process of a job does. The known codes are beside `out`."""
+    """What each process of a job does. The codes of images from earlier jobs are in a folder beside `out`."""
     sources = [open_source(dict(kind="folder", path=folder, files=files)) for files in (["captions", "docs"], ["vqa"])]
     sources[1].name = "questions"
     tokenizer = Slow(pause)

@@ -102,7 +102,9 @@ def test_each_version_is_coded_and_is_trained_on(
     report = prepare([source], grammar, tokenizer, tmp_path, max_tokens=512, show_progress=False).sources["set"]
     assert report.documents == report.items == 3 * 35
     stored = Shards(tmp_path / "set", load_manifest(tmp_path)["report"]["set"]["shards"])
-    codes = [grammar.parse(found.tokens).parts[1] for found in stored.read(range(3))]  # all of the first caption
+    codes = [
+        grammar.parse(found.tokens).parts[1] for found in stored.read(range(3))
+    ]  # all versions of the first caption
     assert codes == [CodesPart(tokenizer.encode(images(source, i)[0][None])[0]) for i in range(3)]
     assert len({part.codes.tobytes() for part in codes}) == 3
     seen = ImageBatches([source], size=(16, 16), batch_size=len(source)).batch(0)["pixels"]

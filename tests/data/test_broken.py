@@ -14,7 +14,7 @@ from ar_unified.data.prepare import folder_name, load_report
 from ar_unified.data.shards import read_skipped, shard_path
 from tests.data import broken
 
-MOST = 420  # MiB of memory: a line of 128 MiB, one more of read bytes, and one of unpacked bytes
+MOST = 420  # MiB of memory, of which a line needs 128, its bytes as read 128, and its unpacked bytes 128
 
 
 @pytest.mark.slow

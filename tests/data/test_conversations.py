@@ -1,4 +1,4 @@
-"""Conversations about scenes. An independent reader agrees with them, and training has nothing that is held out."""
+"""Conversations about scenes. An independent reader agrees with them, and training data contain nothing held out."""
 
 from __future__ import annotations
 

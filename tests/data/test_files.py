@@ -92,7 +92,7 @@ def test_links_that_lead_out_are_refused_by_all_and_followed_when_told(linked: P
         "images": dict(kind="images", path=linked),
         "text": dict(kind="text", path=linked, files=("*.txt",)),
     }
-    # In searched folders each link is one item, both to a file and to a folder (whose content is unknown).
+    # In a searched folder, a link is one item, also if it leads to a folder, whose content is unknown.
     counts = {"rows": (20, 20), "jsonl": (20, 20), "images": (2, 20), "text": (3, 2)}
     for name, spec in specs.items():
         (refused, followed), source = counts[name], open_source(spec)

@@ -98,7 +98,7 @@ def test_verdicts_are_read_again_and_do_not_depend_on_who_reads(root: Path, monk
     assert sorted(parts) == sorted(i for found in whole.values() for i in found)
     monkeypatch.setattr("ar_unified.data.filters.Search", None)
     assert left_out(filtered(*opened(root), chosen, root / "f.json", show_progress=False)) == whole
-    with pytest.raises(TypeError):  # other filters need a new search, and there is none now
+    with pytest.raises(TypeError):  # other filters need a new search, and `Search` is None here
         filtered(*opened(root), Filters(duplicates="documents"), root / "f.json", show_progress=False)
 
 

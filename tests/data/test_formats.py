@@ -99,8 +99,8 @@ def varied(kit: Any, kind: str, count: int) -> list[dict[str, Any]]:
 def require_the_same(
     specs: dict[str, Any], given: list[Any], out: Path, grammar: Any, kit: Any, *, shard_items: int
 ) -> None:
-    """Asserts that the copies `specs` of the documents `given` give the same documents, the same texts and the same
-    bytes of token shards.
+    """Asserts that all sources in `specs`, which are copies of the documents in `given`, have these documents, the same
+    texts and the same bytes of token shards.
     """
     found: dict[str, Any] = {}
     for name, spec in specs.items():

@@ -306,7 +306,7 @@ def test_a_window_whose_edge_rounds_below_zero_is_inside(side: tuple[int, int]) 
 def test_recoloured_changes_colours_and_no_shape() -> None:
     pixels = np.array([[[0, 100, 200], [255, 255, 255], [0, 0, 0], [0, 100, 200]]], np.uint8)
     assert np.array_equal(recoloured(pixels, (0.0, 0.5, 0.5, 0.5)), pixels)
-    # The first number gives the last order of channels, the last one raises the last channel to the power of 1/2.
+    # The 0.99 chooses the last order of the channels, and the 0.0 raises the last channel to the power of 1/2.
     turned = recoloured(pixels, (0.99, 0.5, 0.5, 0.0))
     assert turned[0, 0].tolist() == [200, 100, 0] and turned[0, :3].max() == 255 and not turned[0, 2].any()
     assert recoloured(pixels, (0.2, 0.5, 0.0, 0.9999))[0, 0].tolist() == [0, round(255 * (200 / 255) ** 0.5), 39]

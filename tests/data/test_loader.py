@@ -37,7 +37,7 @@ def prepared(folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path) -> 
 
 
 def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> PackedBatches:
-    """Batches whose first phase has those `options` that are fields of Phase; `later` phases follow."""
+    """Batches. Their first phase has the `options` that are fields of Phase; the phases in `later` follow."""
     first = Phase(**{name: options.pop(name) for name in Phase.__dataclass_fields__ if name in options})
     return PackedBatches(
         prepared, grammar, phases=[first, *later], **(dict(batch_size=4, sequence_length=T, seed=3) | options)

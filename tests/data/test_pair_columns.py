@@ -44,7 +44,7 @@ def answered(answer: str) -> dict[str, Any]:
     return {"role": "assistant", "content": answer}
 
 
-# Records as in a table, and the same pairs as rows of `language.rows`, by name.
+# Name -> pairs in two forms each: a record as in a table, and a row in the format of `language.rows`.
 RECORDS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "texts": [
         (
@@ -225,7 +225,7 @@ def test_conversations_that_are_no_pair_are_refused(changes: dict[str, Any], kin
 
 
 def test_one_answer_alone_is_no_pair(tmp_path: Path) -> None:
-    """A column with that name is still copied to `meta`."""
+    """A column called "chosen" without "rejected" is copied to `meta`, like any other column."""
     pq.write_table(pa.Table.from_pylist([dict(text="a", prompt="b", chosen="c")]), tmp_path / "t.parquet")
     source = open_source(dict(kind="parquet", path=str(tmp_path / "t.parquet")))
     found = source[0]

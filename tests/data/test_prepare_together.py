@@ -32,7 +32,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(data: Path, tmp_path:
 def test_the_rest_finish_what_one_that_is_killed_for_good_had_begun(
     data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The process that is killed waits a quarter of an hour in its first batch, so it cannot finish before."""
+    """The process waits a quarter of an hour in its first batch, so it cannot finish before it is killed."""
     job = Job(data, out := tmp_path / "data", 4, pause=[900.0, 0.1, 0.1, 0.1], lease=1.0)
     job.until(4)
     job.processes[0].kill()

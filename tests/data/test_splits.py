@@ -67,7 +67,7 @@ def test_one_group_stays_whole_on_the_larger_side(tmp_path: Path) -> None:
 
 
 def test_sources_of_one_folder_have_one_border(tmp_path: Path) -> None:
-    """Otherwise an image in the training part of one source could be in the held-out part of the other."""
+    """With different borders, an image could be in the training part of one source and held out of the other."""
     captions(tmp_path, 200)
     captions(tmp_path, 200, "vqa", first=120)
 

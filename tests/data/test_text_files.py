@@ -163,7 +163,7 @@ def test_a_temperature_shows_more_of_small_languages(tmp_path: Path) -> None:
 
 
 class Upper:
-    """A text tokenizer that makes lower case upper case."""
+    """A text tokenizer that changes all letters to upper case."""
 
     size, hash = 256, "upper"
 

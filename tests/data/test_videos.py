@@ -1,4 +1,4 @@
-"""Videos as clips. Tests that need the package `av` are marked interop, because it is installed there."""
+"""Videos as clips. Tests that need the package `av` are marked interop, because only that environment has it."""
 
 from __future__ import annotations
 

@@ -178,9 +178,12 @@ def _pickled(folder: Path) -> None:
 FIRST = "encoder.conv_in.weight"
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut short": (_cut, "vq.safetensors: .*cut short"),
-    "missing": (_tensors(lambda found: found.pop(FIRST)), f"1 are missing: {FIRST}"),
-    "misnamed": (_tensors(lambda found: found.update({"encoder.conv_im.weight": found.pop(FIRST)})), "1 are missing"),
-    "left over": (_tensors(lambda found: found.update(extra=np.zeros(3, np.float32))), "no place for 1: extra"),
+    "missing": (_tensors(lambda found: found.pop(FIRST)), f"missing arrays .1.: {FIRST}"),
+    "misnamed": (
+        _tensors(lambda found: found.update({"encoder.conv_im.weight": found.pop(FIRST)})),
+        "missing arrays .1.",
+    ),
+    "left over": (_tensors(lambda found: found.update(extra=np.zeros(3, np.float32))), "no place for .1.: extra"),
     "another shape": (_tensors(lambda f: f.update({FIRST: f[FIRST][:, :2].copy()})), r"conv_in.weight: .*asks for"),
     "fp8": (_tensors(lambda f: f.update({FIRST: f[FIRST].astype(ml_dtypes.float8_e4m3fn)})), "F8_E4M3: convert"),
     "another's": (_tensors(lambda f: f.update({k.replace("conv_blocks", "down"): f.pop(k) for k in [*f]})), "taming"),

@@ -1,4 +1,4 @@
-"""Evaluation harnesses call an engine and get its results, in their order and with their settings."""
+"""Evaluation harnesses call an engine and get its results, in the order of their requests and with their settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def engine(params):
 
 
 def by_hand(params, ids, begin):
-    """The log-likelihood of ids[begin:] after ids[:begin], and whether each is the most likely."""
+    """The log-likelihood of ids[begin:] after ids[:begin], and whether each of these ids is the most likely one."""
     tokens = jnp.asarray([ids])
     model = Transformer.bind(CONFIG, params)
     logits = np.asarray(model.logits(model(tokens, jnp.arange(len(ids))[None], jnp.zeros_like(tokens)))[0], np.float64)
@@ -103,7 +103,7 @@ def test_lmms_eval(engine):
     assert likely == plain.likelihoods([([GREY, "h"], "ab")])[0]
 
     def rounds(doc, previous_output, round_idx, previous_round_info):
-        """As many further rounds as the wanted answer has letters, each about the previous answer."""
+        """Asks for one more round per letter of the wanted answer. Each round's prompt is the previous answer."""
         if round_idx > len(doc["answer"]):
             return None, None, True, previous_output, None
         assert previous_round_info == (None if round_idx == 1 else round_idx - 1)

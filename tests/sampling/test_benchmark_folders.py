@@ -101,7 +101,7 @@ def test_mjhq_and_folder(job, tmp_path):
 
 
 def test_files_are_named_by_the_name_that_an_id_has(tmp_path):
-    """If an id has a slash, the files get the name of its folder, and the facts keep the id."""
+    """If an id has a slash, files are named like the request's folder of images, and metadata.jsonl keeps the id."""
     image = {"type": "image", "image": "images/a-b-12/00_00.png", "height": 8, "width": 8}
     row = {"id": "a/b", "name": "a-b-12", "sample": 0, "n": 1, "line": 1, "seed": 0, "meta": {"category": "art"}}
     row |= {"prompt": [{"type": "text", "text": "a"}], "segments": [image]}

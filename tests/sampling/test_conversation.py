@@ -48,7 +48,7 @@ def script(grammar, seed=0):
 
 
 def watch_reads(first):
-    """A list of the numbers of tokens, [R * C], by which each call extended the rows of the cache."""
+    """A list that gets an array [R * C] for each call: the numbers of tokens by which it extended the cache's rows."""
     call, reads = first.call, []
     read_on = conversations._programs(first.config, first.grammar, first.mesh).read_on
 
@@ -158,7 +158,9 @@ def test_a_stop_is_not_said(params):
     np.testing.assert_array_equal(talk.tokens, grammar.encode(Document(talk.turns)).tokens)
     before = len(talk.tokens)
     talk.say((TextPart("b"),), **ask)
-    assert talk.prefilled == (before - (before - 1) + 2,)  # <eos> instead of the stop, the turn and its end
+    assert talk.prefilled == (
+        before - (before - 1) + 2,
+    )  # 1 for the <eos> in place of the stop, 2 for the turn and its end
 
 
 def test_what_cannot_be_served_leaves_the_conversation_as_it_was(params):

@@ -69,8 +69,8 @@ def _forward(params, tokens):
 
 
 def forward_logits(params, tokens):
-    """The teacher-forced forward pass of one sequence: f32 [n, V]. It is padded after its end, which causality makes
-    invisible."""
+    """The teacher-forced forward pass of one sequence: f32 [n, V]. The sequence is padded at the end; because of
+    causality, this does not change the logits before."""
     return np.asarray(_forward(params, np.pad(tokens, (0, LENGTH - len(tokens)))[None]))[: len(tokens)]
 
 
@@ -295,7 +295,9 @@ def test_ids_behind_the_used_ones_are_neither_drawn_nor_counted(params):
     jax.tree.map(np.testing.assert_array_equal, tokens, found["loud"][0])
     assert found["loud"][1] == [score]
     ids = grammar.encode(pair).tokens
-    log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, ids)[:, :used]))  # here unused ids have probability
+    log_p = np.asarray(
+        jax.nn.log_softmax(forward_logits(params, ids)[:, :used])
+    )  # cut, because in a full softmax the unused ids have a probability, too
     np.testing.assert_allclose(score.eos.log_likelihood, log_p[-2, ids[-1]], rtol=1e-5, atol=1e-5)
 
 
@@ -328,7 +330,7 @@ def test_a_rounded_cache_moves_the_logits_a_little():
     params, found = init(CONFIG, jax.random.key(0)), {}
     canvas = np.array(
         [[-1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]], np.int32
-    )  # one hole, because otherwise everything would be prompt
+    )  # The -1 is one code to draw, because a complete canvas would be part of the prompt.
     asked = Request("a", (TextPart("abcdefghijkl"),), mode="image", guidance=2.0, canvas=canvas, **GREEDY)
     for name in (None, "int8", "float8_e4m3fn"):
         first = engine(GRAMMARS["rows"], params, kv_dtype=name)

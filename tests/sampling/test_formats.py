@@ -102,7 +102,7 @@ def test_requests_without_a_seed_draw_apart_from_each_other_and_alike_in_every_r
     file.write_text("".join(json.dumps({"id": id, "prompt": "a cat"}) + "\n" for id in "abc"))
     seeds = [line.request.seed for line in lines(file)]
     assert len(set(seeds)) == 3 and seeds == [line.request.seed for line in lines(file)]
-    file.write_text(json.dumps({"id": "c", "prompt": "a cat"}))  # and seeds do not depend on earlier rows
+    file.write_text(json.dumps({"id": "c", "prompt": "a cat"}))  # a seed does not depend on earlier rows
     assert [line.request.seed for line in lines(file)] == seeds[2:]
 
 

@@ -311,7 +311,9 @@ def test_a_full_disk_ends_the_job_and_it_goes_on_from_there(engine, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     most = (tmp_path / "whole/manifest.json").stat().st_size + 100
     assert most < (tmp_path / "whole/samples.jsonl").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # largest size of a file in bytes: some lines
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (most, hard)
+    )  # the largest size of a file in bytes: enough for some lines
     try:
         with pytest.raises(OSError, match="File too large"):
             run(engine, requests, tmp_path / "out")

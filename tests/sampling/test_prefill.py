@@ -21,7 +21,7 @@ def weights():
 @pytest.mark.parametrize("shape", [None, dict(data=4, tensor=2)], ids=str)
 def test_pieces_give_what_the_whole_prompt_gives(shape, monkeypatch):
     tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 16)
-    lengths = jnp.array([64, 17, 16, 0])  # all tokens, one beyond a piece, exactly one piece, none
+    lengths = jnp.array([64, 17, 16, 0])  # all tokens; one more than a piece of 16; one piece; none
     read = functools.partial(steps.prefill, CONFIG)
     whole = jax.jit(read)(weights(), tokens, lengths)
     monkeypatch.setattr(steps, "PIECE", 16)

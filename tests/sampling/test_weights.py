@@ -46,7 +46,7 @@ def test_layers_are_taken_apart_and_their_stacks_freed(weights_dtype, shape):
         query, down = (jax.tree.leaves(found["layers"][1][a][b]) for a, b in (("attention", "query"), ("mlp", "down")))
         assert query[0].addressable_shards[0].data.shape == (32, 32 // 2)
         assert down[0].addressable_shards[0].data.shape == (48 // 2, 32)
-        if weights_dtype:  # a scale for each output: of heads, and of the model
+        if weights_dtype:  # one scale for each output: of heads, which are sharded, and of the model's width
             assert [x[1].addressable_shards[0].data.shape for x in (query, down)] == [(16,), (32,)]
 
 

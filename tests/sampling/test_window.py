@@ -28,7 +28,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
-    """Compiling is what these tests wait for: one bucket of prompts and one length of cache."""
+    """Compiling takes most of the time of these tests, so there is one bucket of prompts and one length of cache."""
     monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 64)
     monkeypatch.setattr("ar_unified.sampling.plan._SHARES", (1,))
 
@@ -88,7 +88,7 @@ def test_so_they_are_in_every_layout(kind):
 
 
 class Restless(Pace):
-    """A pace that takes another window for each chunk, and short chunks, whatever they cost."""
+    """A pace that changes the window after nearly every chunk, and makes chunks short, whatever this costs."""
 
     def next(self, shape, steps):
         self.turn = getattr(self, "turn", 0) + 1
@@ -155,7 +155,7 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_BETTER", 0.0)  # the wider one wins
     grammar = GRAMMARS["rows"]
     asked = images(40, (3, 4))
-    params = jax.device_put(params, jax.devices()[0])  # as the parameters of a loaded bundle are
+    params = jax.device_put(params, jax.devices()[0])  # where the parameters of a loaded bundle are, too
     auto = engine(grammar, params, window="auto")
     programs, inserts = auto._programs.several._cache_size(), auto._programs.insert._cache_size()
     same(collect(auto.generate(asked)), collect(engine(grammar, params).generate(asked)))
@@ -170,10 +170,10 @@ def _steps_for_seconds(monkeypatch):
 
 
 def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=(), unseen=1.0, idle=0.0):
-    """Simulates a pool that draws images of 64 codes. Arguments give the share of codes that is guessed right, the cost
-    of a step with each window, the additional cost if its program must be compiled, and how many `more` guesses a
-    window's own draws give. In use, a step of a window takes `unseen` times as long as when it is measured alone.
-    After every seventh image nothing is asked for `idle` seconds.
+    """Simulates a pool that draws images of 64 codes. `share` is the share of codes that is guessed right, `cost` the
+    cost of a step with each window, `compiling` the additional cost if its program must be compiled, and `more` the
+    factor by which a window's own draws raise the number of right guesses. In use, a step of a window takes `unseen`
+    times as long as when it is measured alone. After every seventh image, no request arrives for `idle` seconds.
 
     Returns the tokens and the seconds of each width, and the pace.
     """

@@ -236,7 +236,7 @@ def test_wrong_files_are_refused_by_name(lpips_arrays, lpips_file, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
         Perceptual.load("lpips", tmp_path / "none.safetensors")
     (tmp_path / "vgg16.pth").write_bytes(b"\x80\x04")
-    with pytest.raises(ValueError, match="vgg16.pth .*convert_perceptual makes one"):
+    with pytest.raises(ValueError, match="vgg16.pth .*convert_perceptual converts .pth"):
         Perceptual.load("lpips", tmp_path / "vgg16.pth")
     (tmp_path / "cut.safetensors").write_bytes(lpips_file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut.safetensors cannot be read"):

@@ -289,7 +289,7 @@ def foreign(texts: list[str], **settings) -> bytes:
 def test_a_model_that_loses_text_is_refused_or_says_how(settings, cause, tmp_path):
     file = tmp_path / "text.model"
     file.write_bytes(foreign(captions(100), **settings))
-    with pytest.raises(ValueError, match="text.model: this text model loses text") as refused:
+    with pytest.raises(ValueError, match="text.model: this text tokenizer loses text") as refused:
         TextTokenizer.load(file)
     tokenizer = TextTokenizer.load(file, lossy="warn")
     (loss,) = tokenizer.losses

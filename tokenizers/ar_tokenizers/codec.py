@@ -72,10 +72,11 @@ class Codec(Protocol):
 
 
 def find(folder: Path) -> Path | None:
-    """The file of a folder's text tokenizer; None if there is none. Raises ValueError for more than one."""
+    """The file of the text tokenizer in a folder, or None. Raises ValueError if the folder has several."""
     found = [folder / name for name in FILES if (folder / name).is_file()]
     if len(found) > 1:
-        raise ValueError(f"{folder}: expected one text tokenizer, found {' and '.join(path.name for path in found)}")
+        names = " and ".join(path.name for path in found)
+        raise ValueError(f"{folder}: expected one text tokenizer, found {names}: keep one of these files")
     return found[0] if found else None
 
 
@@ -86,5 +87,5 @@ def refuse_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"position {error.start} of {text[:80]!r} is the surrogate U+{ord(text[error.start]):04X}, "
-            "which is no character; decode the text's source with errors='replace' or leave it out"
+            "which is no character; decode the text's source with errors='replace', or leave the text out"
         ) from error

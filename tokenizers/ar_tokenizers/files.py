@@ -22,7 +22,7 @@ when_whole: list[Callable[[Path], object]] = []
 def unfinished(path: Path) -> Path:
     """The path at which this process writes a file before renaming it to `path`: in the same folder, ending in
     UNFINISHED."""
-    # Processes of other hosts may have the same number.
+    # The name contains the host, because a process of another host may have the same number.
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
 
 
@@ -30,7 +30,7 @@ def unfinished(path: Path) -> Path:
 def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Opens a file that appears under its name when the block ends without an error, or not at all. Raises OSError.
 
-    When it appears, it is on disk, even if the machine then stops. Until then the former file stays.
+    Once the file appears, its content is safe even if the machine stops. Until then, the former file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ def _new_folder(path: Path) -> tuple[Path, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         path.mkdir()
-        # Before the folder is locked, another process may take it for that of a killed process and remove it. Then it
-        # is made again.
+        # Before the folder is locked, another process may mistake it for the folder of a killed process and remove
+        # it. Then it is made again.
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(path, os.O_RDONLY)
             _hold(handle, wait=True)

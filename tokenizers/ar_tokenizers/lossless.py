@@ -56,8 +56,8 @@ def find_losses(
 ) -> tuple[Loss, ...]:
     """All settings of a SentencePiece model that lose text, each with an example. A model without any is lossless.
 
-    A setting counts even if no probe shows its effect. A text that is not restored counts even if no setting explains
-    it.
+    A setting is listed even if no probe shows its effect. A text that is not restored is listed even if no setting
+    explains it.
     """
     trainer, normalizer, denormalizer = (_settings(model_bytes, part) for part in (2, 3, 5))
     rules = [
@@ -97,9 +97,10 @@ def shown(
     encode: Callable[[str], Sequence[int]],
     decode: Callable[[Sequence[int]], str],
 ) -> tuple[Loss, ...]:
-    """A loss for each (cause, probes). Its example is the first probe that decoding does not restore.
+    """A loss for each of `rules`, which are (cause, probes). Its example is the first probe that decoding does not
+    restore.
 
-    If there are no rules, but decoding does not restore some probe, that probe is the only loss.
+    If there are no rules, but decoding does not restore some probe of this module, that probe is the only loss.
     """
 
     def example(probes: Sequence[Sequence[str]]) -> tuple[str, str] | None:
@@ -111,17 +112,17 @@ def shown(
 
     found = tuple(Loss(cause, *(example(probes) or ())) for cause, probes in rules)
     if not found and (lost := example(_PROBES)):
-        found = (Loss("no setting of the model says why", *lost),)
+        found = (Loss("no setting of the model explains why a text changes", *lost),)
     return found
 
 
 def refusal(losses: Sequence[Loss]) -> str:
     """The message that refuses a tokenizer that loses text: why, and what to do."""
     return (
-        "this text model loses text.\n"
+        "this text tokenizer loses text.\n"
         + "".join(f"  {loss}\n" for loss in losses)
-        + 'Train one with TextTokenizer.train, or take it as it is with lossy="warn" (in a config: '
-        "text_tokenizer.lossy): documents that do not come back are then left out, and counted"
+        + 'Train another with TextTokenizer.train, or accept this one with lossy="warn" (in a config: '
+        "text_tokenizer.lossy). Documents that decoding does not restore are then left out and counted"
     )
 
 

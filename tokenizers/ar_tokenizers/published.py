@@ -96,7 +96,8 @@ class PublishedTokenizer:
         for token in spec["added_tokens"]:
             if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
                 raise ValueError(
-                    f"added_tokens: {token['content']!r}: expected id {token['id']}, but it gets id {found}"
+                    f"added_tokens: {token['content']!r}: expected id {token['id']}, as the file says, but the "
+                    f"`tokenizers` package gives this token id {found}"
                 )
         tokenizer.encode_special_tokens = True
         return cls(tokenizer, spec, JSON, data, lossy)
@@ -139,7 +140,7 @@ class PublishedTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not self._unspelled.isdisjoint(ids):  # a merge in the file makes a special token
             name = next(self._names[id] for id in ids if id in self._unspelled)
-            raise ValueError(f"{text!r:.80}: the file makes the special token {name!r} from text")
+            raise ValueError(f"{text!r:.80}: a merge in {self.file} makes the special token {name!r} from this text")
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -181,7 +182,7 @@ class PublishedTokenizer:
 # ---- how a file loses text ----------------------------------------------------------------------------------------
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_HARMLESS = ("Sequence", "Prepend", "Replace")  # they have their own rules
+_HARMLESS = ("Sequence", "Prepend", "Replace")  # these normalizers lose nothing, or have their own rules
 _PREFIX = "adds a space to every text, so separately encoded texts get spaces between them"
 
 
@@ -208,7 +209,7 @@ def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str
 
 
 def _steps(part: object) -> Iterator[Mapping[str, object]]:
-    """The steps of a part of the file. A sequence gives itself and each of its steps."""
+    """The steps of a part of the file. For a sequence: itself, and then each of its steps."""
     if isinstance(part, Mapping):
         yield part
         for name in ("normalizers", "pretokenizers", "decoders"):
@@ -224,13 +225,13 @@ def _kinds(spec: Mapping[str, object], part: str) -> set[Any]:
 
 
 def _checked(data: bytes) -> dict[str, Any]:
-    """The content of a tokenizer.json. Raises ValueError if a part has the wrong kind or an id is there twice."""
+    """The content of a tokenizer.json. Raises ValueError if a part has the wrong type or two tokens have one id."""
     try:
         spec = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected a tokenizer.json, found no JSON: {error}") from error
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
-        raise ValueError("expected a tokenizer.json, which has a model; found none")
+        raise ValueError("expected a tokenizer.json, found no model in this file")
     kind, vocab = spec["model"].get("type", "BPE"), spec["model"].get("vocab")
     if kind not in ("BPE", "Unigram"):
         raise ValueError(f"model.type: expected BPE or Unigram, found {kind!r:.40}")
@@ -249,7 +250,7 @@ def _checked(data: bytes) -> dict[str, Any]:
     seen: dict[int, Any] = {}
     for name, id in ids:
         if type(id) is not int or not 0 <= id < _LARGEST:
-            raise ValueError(f"{name!r:.40}: expected an id, a whole number below {_LARGEST}; found {id!r:.40}")
+            raise ValueError(f"{name!r:.40}: expected as its id a whole number below {_LARGEST}, found {id!r:.40}")
         if seen.setdefault(id, name) is not name:
             raise ValueError(f"{name!r:.40} and {seen[id]!r:.40} have the same id, {id}")
     return spec
@@ -260,13 +261,14 @@ def _made(make: Any) -> Any:
         return make()
     except BaseException as error:  # a panic in Rust is a BaseException
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"expected a tokenizer.json, found what `tokenizers` cannot read: {error}") from error
+            raise ValueError(
+                f"expected a tokenizer.json, found a file that the `tokenizers` package cannot read: {error}"
+            ) from error
         raise
 
 
 def _ranks(data: bytes) -> dict[bytes, int]:
-    """Piece -> rank. Raises ValueError unless the ranks are 0..n-1 and every byte is a piece; the message names the
-    line."""
+    """The rank of each piece. Raises ValueError unless the ranks are 0..n-1 and every byte is a piece."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line:
@@ -279,7 +281,10 @@ def _ranks(data: bytes) -> dict[bytes, int]:
     if missing := [byte for byte in range(256) if bytes((byte,)) not in ranks]:
         raise ValueError(f"expected a rank for every byte, found none for byte {missing[0]}")
     if sorted(ranks.values()) != list(range(len(ranks))) or b"" in ranks:
-        raise ValueError(f"expected ranks 0 to {len(ranks) - 1} of {len(ranks)} pieces, each once; found others")
+        raise ValueError(
+            f"expected each rank from 0 to {len(ranks) - 1} once, for {len(ranks)} pieces; found other ranks or an "
+            "empty piece"
+        )
     return ranks
 
 

@@ -46,7 +46,7 @@ _LONGEST = 1 << 16  # characters per training line: SentencePiece drops longer l
 # A block has at least 500 characters and ends at the end of a line or word.
 _BLOCK = re.compile(r"(?s).{500}.*?(?:(?<=\n)|(?<! )(?= )|\Z)|.+")
 _AS_LINE_ENDS = str.maketrans(dict.fromkeys(RESERVED, "\n"))
-_ACROSS = re.compile(rf"(?s)\n.|.\n|[^{SPACE}]{SPACE}")  # a piece that crosses the border of two blocks
+_ACROSS = re.compile(rf"(?s)\n.|.\n|[^{SPACE}]{SPACE}")  # matches a piece that can cross the border of two blocks
 
 
 class TextTokenizer:
@@ -184,7 +184,7 @@ class TextTokenizer:
             19 (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
-          ValueError: there is no text, or nothing but line ends and the like; a text has a surrogate; or vocab_size is
+          ValueError: there is no text, or only line ends, tabs and the like; a text has a surrogate; or vocab_size is
             too small for the 259 fixed pieces and the characters.
         """
         model, kept = io.BytesIO(), _draw(texts, max_bytes)
@@ -193,7 +193,7 @@ class TextTokenizer:
         if not any(text.strip("\n\t\0") for text in kept):
             signs = " and ".join(f"U+{ord(sign):04X}" for sign in RESERVED)
             raise ValueError(
-                f"there is nothing to learn from {len(kept)} texts: they hold nothing but line ends, tabs, NUL, and "
+                f"there is nothing to learn from {len(kept)} texts: they contain only line ends, tabs, NUL, and "
                 f"{signs}, which SentencePiece reserves"
             )
         try:

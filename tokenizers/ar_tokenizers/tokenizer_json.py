@@ -27,7 +27,7 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
       ValueError: the tokenizer loses text (then export its published file instead), or a name is also a piece.
     """
     if tokenizer.losses:
-        raise ValueError(f"expected a text tokenizer that loses nothing, found {tokenizer.losses[0]}")
+        raise ValueError(f"expected a text tokenizer that loses no text, but this one does: {tokenizer.losses[0]}")
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     pieces = [processor.id_to_piece(id) for id in range(tokenizer.size)]
     if both := sorted(set(pieces) & set(added)):

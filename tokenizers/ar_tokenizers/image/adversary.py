@@ -129,7 +129,8 @@ def discriminator_loss(config: AdversaryConfig, real_logits: jax.Array, fake_log
 def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array:
     """The loss of the autoencoder, without its weight: logits [B, ...] of reconstructions -> float32 [B].
 
-    hinge: -fake. non_saturating: -log sigmoid(fake). Its gradient is largest where the discriminator is sure.
+    hinge: -fake. non_saturating: -log sigmoid(fake), whose gradient is largest for the reconstructions that the
+    discriminator recognises most surely.
     """
     return by_image(-fake_logits) if config.loss == "hinge" else by_image(jax.nn.softplus(-fake_logits))
 
@@ -141,7 +142,8 @@ def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> ja
     compute it only in some steps, and multiply it by `r1_weight`.
     """
 
-    def total(pixels: jax.Array) -> jax.Array:  # no image influences another's logit, so one gradient serves all
+    # No image influences another's logit, so the gradient of the sum contains the gradient of each image's logit.
+    def total(pixels: jax.Array) -> jax.Array:
         return jnp.sum(by_image(logits(config, params, pixels)[0]))
 
     return 0.5 * config.r1 * jnp.sum(jnp.square(jax.grad(total)(pixels)), axis=(1, 2, 3))
@@ -169,7 +171,8 @@ def lecam_penalty(
 def lecam_update(
     averages: Mapping[str, jax.Array], real_sum: jax.Array, fake_sum: jax.Array, count: jax.Array | float
 ) -> dict[str, jax.Array]:
-    """The averages after a step. Each sum adds up the mean logits of all images in the global batch."""
+    """The averages after a step. real_sum, fake_sum: the mean logits of all `count` images of the global batch, added
+    up."""
     means = {"real": real_sum / count, "fake": fake_sum / count}
     return {name: LECAM_DECAY * averages[name] + (1 - LECAM_DECAY) * mean for name, mean in means.items()}
 
@@ -178,7 +181,7 @@ def lecam_update(
 
 
 def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """(weight of the generator's loss, 1.0 if the discriminator learns in this step, else 0.0), float32 [] each.
+    """Returns two float32 []: the weight of the generator's loss, and 1.0 or 0.0: whether the discriminator learns.
 
     The discriminator starts `warmup` steps before its loss reaches the generator. A new discriminator knows nothing
     about reconstructions, and its gradients are noise (taming-transformers#44).
@@ -213,12 +216,12 @@ def last_layer_gradients(
 
 
 def adaptive_weight(reconstruction: Params, adversarial: Params, limit: float = 1e4) -> jax.Array:
-    """VQGAN's weight of the generator's loss, which makes its gradient as large as that of the reconstruction losses;
-    no gradient flows through it. float32 [] in [0, limit].
+    """The weight that VQGAN gives the generator's loss: float32 [] in [0, limit]. It makes the gradient of this loss as
+    large as the gradient of the reconstruction losses. No gradient flows through the weight.
 
     |gradient of the reconstruction losses| / (|gradient of the generator's loss| + 1e-4), both for the last layer
-    (Esser et al. 2020, arXiv:2012.09841). It multiplies the weight of `gates`. The 1e-4 is chosen for gradients of a
-    mean over images, not of a sum.
+    (Esser et al. 2020, arXiv:2012.09841). Multiply it by the weight from `gates`. The 1e-4 is chosen for the gradients
+    of a mean over images, not of a sum.
     """
     ratio = _norm(reconstruction) / (_norm(adversarial) + 1e-4)
     return jax.lax.stop_gradient(jnp.clip(ratio, 0, limit))

@@ -3,7 +3,7 @@
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), K codebook size.
 
 It has an encoder, a quantizer and a decoder, which the config chooses. If a quantizer has D codes per position, the
-grid of codes is D times as wide: the D codes of a position are side by side, so code outside this module sees one
+grid of codes is D times as wide: the D codes of a position are side by side, so other modules see a grid with one
 code per cell.
 """
 
@@ -21,8 +21,9 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.layers import Params, fresh
 
 NO_DECODER = (
-    "this image tokenizer can read images but not draw them, because its file has no decoder. For Chameleon, "
-    "transformers' files have none, but the original's tokenizer/vqgan.ckpt has it: import that file too"
+    "this image tokenizer can read images but not draw them, because its file has no decoder. If the model is "
+    "Chameleon: the files for transformers have no decoder, but Meta's tokenizer/vqgan.ckpt has one: import that file "
+    "too"
 )
 
 
@@ -94,7 +95,7 @@ def init(config: AutoencoderConfig, key: jax.Array) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def shapes(config: AutoencoderConfig) -> Params:
-    """What `init` makes, as shapes and dtypes. Not to be changed: the next caller gets the same dict."""
+    """What `init` makes, as shapes and dtypes. Do not change the result: the next caller gets the same dict."""
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 

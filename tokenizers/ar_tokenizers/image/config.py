@@ -24,16 +24,19 @@ class AutoencoderConfig:
     factor: int = 16  # pixels along the side of one code
     patch: int = 4  # the part of `factor` that the initial space-to-depth does; 1 in published vqgans
     width: int = 64  # features at the finest level
-    multipliers: tuple[int, ...] = (1, 2, 2)  # features / width of log2(factor / patch) + 1 levels, fine to coarse
+    # the features of each level divided by `width`, fine to coarse, for log2(factor / patch) + 1 levels
+    multipliers: tuple[int, ...] = (1, 2, 2)
     blocks: tuple[int, ...] = (
         0,
         1,
         2,
     )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
-    decoder_multipliers: tuple[int, ...] = ()  # vqgan, movq: the decoder's, fine to coarse; (): the encoder's
-    decoder_blocks: tuple[int, ...] = ()  # vqgan, movq: the decoder's; (): one more per level than the encoder
+    # vqgan, movq: multipliers of the decoder, fine to coarse; (): the same as in the encoder
+    decoder_multipliers: tuple[int, ...] = ()
+    # vqgan, movq: residual blocks per level of the decoder; (): one more per level than in the encoder
+    decoder_blocks: tuple[int, ...] = ()
     # middle: only in the middle blocks, next to the codes; lowest: in every block at the lowest resolution
-    attention: Literal["none", "middle", "lowest"] = "none"  # vqgan; it costs (HW / factor^2)^2
+    attention: Literal["none", "middle", "lowest"] = "none"  # vqgan, movq; the cost grows as (HW / factor^2)^2
     z_channels: int = 256  # vqgan, movq: features between the last 3 x 3 convolution and the quantizer
     temporal_blocks: int = 0  # movq: residual blocks on each side of the codes, from Emu3's layers over time
     quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
@@ -60,30 +63,40 @@ class AutoencoderConfig:
             if len(getattr(self, name)) != depth and (getattr(self, name) or not name.startswith("decoder_")):
                 raise ValueError(
                     f"factor {self.factor} and patch {self.patch} make {depth} levels, fine to coarse, "
-                    f"but {name} has {len(getattr(self, name))}: {getattr(self, name)}"
+                    f"but {name} has {len(getattr(self, name))} numbers: {getattr(self, name)}"
                 )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if min(self.width, self.z_channels, *self.multipliers, *self.decoder_multipliers, *self.decoder_blocks) < 1:
-            raise ValueError(f"width, multipliers, z_channels and decoder_blocks must be at least 1: {self}")
+            raise ValueError(
+                f"width, z_channels and all numbers in multipliers, decoder_multipliers and decoder_blocks must be at "
+                f"least 1, got {self}"
+            )
         if min(self.blocks) < (fewest := int(self.backbone != "space_to_depth")):
-            raise ValueError(f"a level of backbone {self.backbone!r} has at least {fewest} blocks, got {self.blocks}")
+            raise ValueError(
+                f"blocks: expected at least {fewest} for each level of backbone {self.backbone!r}, got {self.blocks}"
+            )
         if self.backbone == "space_to_depth" and self.attention != "none":
             raise ValueError(
-                f"backbone 'space_to_depth' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'"
+                f"backbone 'space_to_depth' has no attention, got attention {self.attention!r}: "
+                "choose backbone 'vqgan' or attention 'none'"
             )
         if self.backbone == "space_to_depth" and (self.decoder_multipliers or self.decoder_blocks):
             raise ValueError(
-                "decoder_multipliers and decoder_blocks are for 'vqgan' and 'movq', and must be () for 'space_to_depth'"
+                "decoder_multipliers and decoder_blocks are only for the backbones 'vqgan' and 'movq', "
+                "and must be () for 'space_to_depth'"
             )
         if self.temporal_blocks < 0 or (self.temporal_blocks and self.backbone != "movq"):
-            raise ValueError(f"temporal_blocks={self.temporal_blocks} is for 'movq'; {self.backbone!r} needs 0")
+            raise ValueError(
+                f"temporal_blocks: expected 0 or more for backbone 'movq', and 0 for all others; "
+                f"got {self.temporal_blocks} for {self.backbone!r}"
+            )
         dim = self.abstract_quantizer.dim  # the quantizer checks its own settings
         if self.temporal_blocks and dim != self.z_channels:
             raise ValueError(
-                f"with temporal_blocks the codes go through the same layers as the latents: expected as many numbers "
-                f"in a code as z_channels, found {dim} and {self.z_channels}"
+                f"with temporal_blocks, code vectors and latents go through the same layers, so code_dim must equal "
+                f"z_channels: found code_dim {dim} and z_channels {self.z_channels}"
             )
 
     @classmethod
@@ -96,7 +109,7 @@ class AutoencoderConfig:
         return cls(**values)
 
     def identity(self) -> str:
-        """All settings as one line of JSON with the names they had first. It is part of a tokenizer's hash."""
+        """All settings as one line of JSON, under the names that they had at first. A tokenizer's hash includes it."""
         first = {now: before for before, now in _NAMED_BEFORE.items()}
         settings = dataclasses.asdict(self)
         named = {
@@ -141,8 +154,8 @@ class AutoencoderConfig:
         """Pixels -> the grid of codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
             raise ValueError(
-                f"an image of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor}: "
-                f"resize, crop or pad both sides to multiples of {self.factor}"
+                f"an image of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor} "
+                f"pixels: resize, crop or pad both sides to multiples of {self.factor}"
             )
         return height // self.factor, width // self.factor * self.codes_per_position
 
@@ -151,7 +164,8 @@ class AutoencoderConfig:
 _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 
 
-# Settings that older tokenizers lack -> the value they had in effect. That value is not part of the hash.
+# Settings that older tokenizers were saved without -> the value that these tokenizers used. A setting with this value
+# is left out of the hash.
 _ADDED = {"temporal_blocks": 0, "space": "sphere", "decoder_multipliers": (), "decoder_blocks": ()}
 
 

@@ -32,7 +32,7 @@ def read_torch(path: str) -> Arrays:
 
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict (a mapping of names to tensors): save model.state_dict() of it")
+        raise ValueError(f"{path} is no state dict (a mapping of names to tensors): save model.state_dict() instead")
     return {name: value.float().numpy() for name, value in state.items()}
 
 
@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     asked = [(files, shapes) for files, shapes in networks if any(files)]
     if len(asked) != 1 or not all(asked[0][0]) or Path(given.output).suffix != ".safetensors":
-        parser.error("one network at a time, into a .safetensors file: --vgg with --lpips, --resnet50 or --inception")
+        parser.error(
+            "give the files of one network (--vgg with --lpips, or --resnet50, or --inception) and an --output that "
+            "ends in .safetensors"
+        )
     files, shapes = asked[0]
     try:
         digest = convert(files, shapes, given.output)

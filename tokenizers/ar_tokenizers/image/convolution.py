@@ -59,9 +59,9 @@ def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H, W, F'], padded with zeros on all sides; H is a multiple of 4.
 
-    Only the rows are transformed. A tile is then whole rows, which are added in memory order, and an ordinary 1 x 3
-    convolution does the columns. With both transformed, the additions, which XLA does one by one, would cost more than
-    the products.
+    Only the rows are transformed: whole rows are added in memory order, and an ordinary 1 x 3 convolution does the
+    columns. If the columns were transformed too, the additions, which XLA does one by one, would cost more than the
+    products.
     """
     b, h, w, f = x.shape
     strips = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0))).reshape(b, h // 4 + 1, 4, w, f)

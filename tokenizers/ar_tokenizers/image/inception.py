@@ -150,7 +150,7 @@ NETWORK: Node = (
 
 
 def _shapes(node: Node, fan_in: int) -> tuple[Shapes, int]:
-    """The names of a node's convolutions in a file, and how many features the node has as its result."""
+    """The names of a node's convolutions in a file, and the number of features in the node's result."""
     if isinstance(node, Conv):
         at = node.name
         return conv_shapes(f"{at}.conv", fan_in, node.features, node.kernel, f"{at}.bn"), node.features
@@ -168,7 +168,7 @@ SHAPES = _shapes(NETWORK, 3)[0]  # the arrays of pytorch-fid's file, without the
 
 
 def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
-    """The arrays of SHAPES, as `read_weights` gives them, -> the parameters that `pool3` takes."""
+    """Converts the arrays of SHAPES, as `read_weights` returns them, to the parameters of `pool3`."""
     names = [name.removesuffix(".conv.weight") for name in SHAPES if name.endswith(".conv.weight")]
     return {name: conv_params(arrays, f"{name}.conv", f"{name}.bn", _EPSILON) for name in names}
 

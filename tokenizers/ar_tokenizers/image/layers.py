@@ -30,9 +30,9 @@ class _Keys:
 def fresh(key: jax.Array | None = None) -> nnx.Rngs:
     """Keys for the parameters of new layers, the same as `nnx.Rngs(params=key)` gives. For shapes alone, omit the key.
 
-    It replaces nnx.Rngs because that is slow while JAX traces. Its counter is an array, and flax asks for the sharding
-    of this array at every key. JAX then raises an error with a message made from the whole program so far, which took
-    four fifths of the time to trace a large network.
+    nnx.Rngs is not used because it is slow while JAX traces. The counter in an nnx.Rngs is an array, and flax asks for
+    the sharding of this array at every key. JAX then raises an error with a message made from the whole program so
+    far, which took four fifths of the time to trace a large network.
     """
     return cast(nnx.Rngs, _Keys(jax.random.key(0) if key is None else key))
 
@@ -75,9 +75,9 @@ class GroupNorm(nnx.Module):
         """[B, H, W, F] -> the same shape, in `dtype`. Statistics are float32, over positions and the features of a
         group."""
         y, width = x.astype(jnp.float32), x.shape[-1]
-        # Sums over the features of a group, and the step from groups back to features, are products with `of`. XLA
-        # would fuse anything else into the loops over positions and repeat it at every position, which took half of
-        # the forward pass on a CPU.
+        # Sums over the features of a group, and the step from groups back to features, are matrix products with `of`.
+        # XLA would fuse anything else into the loops over positions and compute it again at every position, which took
+        # half of the forward pass on a CPU.
         of = jnp.repeat(jnp.eye(self.groups), width // self.groups, axis=1)  # [groups, F]: membership
         product = functools.partial(jnp.matmul, precision="highest")
 

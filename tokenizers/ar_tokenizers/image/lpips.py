@@ -40,7 +40,7 @@ SHAPES = _shapes()  # 13 convolutions of torchvision's VGG16, and the five heads
 
 
 def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
-    """The arrays of SHAPES, as in a file, -> the parameters that `distance` takes."""
+    """Converts the arrays of SHAPES, as they are in a file, to the parameters of `distance`."""
     heads = {f"lin{i}": arrays[f"lin{i}.model.1.weight"].reshape(-1) for i in range(len(_VGG))}
     return heads | {name: conv_params(arrays, name) for names in _vgg_names() for name in names}
 

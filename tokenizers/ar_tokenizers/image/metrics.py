@@ -129,7 +129,8 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
     """A warning, with the numbers that show it, if only little of a codebook is used; "" if all is well.
 
     Args:
-      found: the result of `usage`. If few codes were counted, counted / 10 used codes are enough to pass.
+      found: the result of `usage`. If few codes were counted, counted / 10 different ones are enough to avoid the
+        warning.
       quantizer: its name. "fsq" has no codebook that could collapse, so the advice for it is different.
     """
     if not found:

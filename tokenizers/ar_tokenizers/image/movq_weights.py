@@ -86,7 +86,9 @@ def config_from_emu3(values: Mapping[str, Any]) -> AutoencoderConfig:
             f"[], found {levels}"
         )
     if (hidden := values.get("hidden_size", widest := said["width"] * multipliers[-1])) != widest:
-        raise ValueError(f"Emu3's vision tokenizer: expected hidden_size {widest}, as its lowest level, found {hidden}")
+        raise ValueError(
+            f"Emu3's vision tokenizer: expected hidden_size {widest}, the width of its lowest level, found {hidden}"
+        )
     return AutoencoderConfig(
         backbone="movq",
         factor=1 << lowest,
@@ -177,16 +179,17 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            f"layers over time: expected all published ones, but these are missing or unknown: {some(differ)}. "
-            f"The network keeps only their effect on a single image, so only an imported tokenizer can be exported as "
-            f"{dialect}"
+            f"layers over time: expected all published arrays, but these are missing or unknown: {some(differ)}. "
+            f"The network has only the effect of these layers on a single image, so only an imported tokenizer can be "
+            f"exported as {dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))
         if moved := {name for name, leaf in folded.items() if not np.array_equal(np.asarray(ours[name]), leaf)}:
             raise ValueError(
-                f"layers over time: the published ones do not give the network's {some(moved)}: it was trained "
-                "after the import, so the layers for a video are unknown. Export the tokenizer as it was imported"
+                f"layers over time: the published layers do not give the network's weights {some(moved)}: the network "
+                "was trained after the import, so its layers for a video are unknown. Export the tokenizer as it was "
+                "imported"
             )
     found = {
         place.name: np.ascontiguousarray(_to_theirs(place.name, np.asarray(ours[name], np.float32)))
@@ -210,7 +213,7 @@ def _expected(config: AutoencoderConfig, dialect: str) -> tuple[dict[str, _Place
     if config.backbone != "movq" or bool(blocks) != (dialect != "movqgan"):
         raise ValueError(
             f"weights named as in {dialect}: expected backbone 'movq' {'without' if dialect == 'movqgan' else 'with'} "
-            f"temporal_blocks, found {config.backbone!r} with {blocks}"
+            f"temporal_blocks, found {config.backbone!r} with temporal_blocks={blocks}"
         )
     folded = (".temporal.", ".to_code.", ".from_code.") if blocks else ()
     network = {}

@@ -48,7 +48,8 @@ class ObjectiveConfig:
             raise ValueError("objective: l1_weight and l2_weight are both 0, so nothing would train the colours")
         if self.perceptual == "match" and self.adversary.kind == "none":
             raise ValueError(
-                "objective: perceptual 'match' compares what the adversary sees, and there is no adversary"
+                "objective: perceptual 'match' compares the adversary's activations, but there is no adversary: "
+                "set adversary.kind, or choose another perceptual"
             )
 
 
@@ -66,7 +67,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.perceptual.kind != self.config.perceptual:
             raise ValueError(
-                f"objective: the config asks for perceptual {self.config.perceptual!r}, given {self.perceptual.kind!r}"
+                f"objective: the config asks for perceptual {self.config.perceptual!r}, got {self.perceptual.kind!r}"
             )
 
     def init(self, key: jax.Array) -> Params:
@@ -104,8 +105,9 @@ class Objective:
           keys: PRNG keys [B], one for each image; None for held-out images, whose loss does not include the adversary.
 
         Returns:
-          losses: float32 [] by the parameters that each loss trains, summed over the images; metrics: (sum, count) over
-          the images, and `code_counts`, how often each code was used, int32 [K]; and the sums for `update_state`.
+          (losses, metrics, sums). losses: float32 [], summed over the images, by the name of the parameters that each
+          loss trains. metrics: (sum, count) over the images, and `code_counts`, how often each code was used, int32
+          [K]. sums: what `update_state` needs.
         """
         config, target = self.config, to_float(pixels)
         made = Autoencoder.bind(self.autoencoder, params["autoencoder"])(target, keys)
@@ -214,7 +216,7 @@ class Objective:
         return adversaries.adaptive_weight(*adversaries.last_layer_gradients(last_layer, head, by_pixels, by_adversary))
 
     def update_state(self, params: Params, model_state: Params, sums: Mapping[str, Any]) -> tuple[Params, Params]:
-        """(params, model_state) after an optimizer step; `sums` are those of `losses`, over the step's whole batch."""
+        """(params, model_state) after an optimizer step. sums: what `losses` returned for the step's whole batch."""
         model_state = {**model_state, "steps": model_state["steps"] + 1}
         model = dict(params["autoencoder"])
         if "quantizer" in model_state:
@@ -223,8 +225,8 @@ class Objective:
                 model["quantizer"], model_state["quantizer"], sums["quantizer"]
             )
         if "average" in model_state:
-            # TensorFlow's ramp: early in training, the average is of the last tenth of the steps, so it forgets the
-            # first weights.
+            # TensorFlow's ramp: early in training, only about the last tenth of the steps is averaged, so that the
+            # average forgets the first weights.
             steps = model_state["steps"].astype(jnp.float32)
             decay = jnp.minimum(self.config.ema, steps / (steps + 9))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, model_state["average"], model)

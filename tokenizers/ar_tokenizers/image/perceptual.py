@@ -49,7 +49,8 @@ class Perceptual:
           dtype: "float32" for a number to report, "bfloat16" for a fast loss.
 
         Raises:
-          FileNotFoundError: there is no such file. ValueError: there is no such kind, or the file is not what it needs.
+          FileNotFoundError: there is no such file.
+          ValueError: there is no such kind, or the file does not have the weights of that kind.
         """
         if kind not in get_args(Kind):
             raise ValueError(f"a perceptual distance is one of {get_args(Kind)}, got {kind!r}")
@@ -89,7 +90,7 @@ def require_fitting(kind: str, path: str | os.PathLike[str] = "", side: int = 1 
     """Raises ValueError if a needed weight file is not given, an unused one is given, or images of `side` pixels are
     too small."""
     if bool(path) != (kind in NETWORKS):
-        wants = "needs a weight file: name one" if kind in NETWORKS else f"has no weights: it cannot use {path}"
+        wants = "needs a weight file: name one" if kind in NETWORKS else f"has no weights, so it cannot use {path}"
         raise ValueError(f"the perceptual distance {kind!r} {wants}")
     if kind == "ms_ssim" and side < len(_WINDOW):
         raise ValueError(f"MS-SSIM needs images of at least 11 x 11 pixels, got a side of {side}")
@@ -137,8 +138,8 @@ def feature_matching(a: Features, b: Features) -> jax.Array:
     """
     if not a or len(a) != len(b):
         raise ValueError(
-            "feature matching compares what the discriminator saw in both images, the second result of "
-            f"adversary.logits, but got {len(a)} and {len(b)} layers of it"
+            "feature matching needs the discriminator's activations for both images (the second result of "
+            f"adversary.logits), from equally many layers; got {len(a)} and {len(b)} layers"
         )
     layers = [jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).mean((1, 2, 3)) for x, y in zip(a, b, strict=True)]
     return sum(layers[1:], layers[0]) / len(layers)

@@ -230,8 +230,8 @@ def _llamagen(record: Mapping[str, Any], names: Iterable[str]) -> AutoencoderCon
 
 
 def _janus(record: Mapping[str, Any]) -> AutoencoderConfig:
-    """Reads config.json of the original or of transformers. One difference in transformers is not followed: it
-    finds the nearest code without normalising but decodes with normalised codes. The original normalises in both.
+    """Reads config.json of the original or of transformers. In one point, transformers is not followed: it finds the
+    nearest code without normalising but decodes with normalised codes. The original normalises in both, as we do.
     """
     if "gen_vision_config" in record:
         part = record["gen_vision_config"]
@@ -269,7 +269,8 @@ def _said(values: Mapping[str, Any], spelt: int, system: str, *, needed: bool = 
     _check(values, system)
     names = {ours: both[spelt] for ours, both in _SPELLINGS.items()}
     if needed and (missing := [name for name in names.values() if name not in values]):
-        raise ValueError(f"{system}: settings: expected {', '.join(missing)}, found {', '.join(sorted(values))}")
+        lacks, found = ", ".join(missing), ", ".join(sorted(values)) or "none"
+        raise ValueError(f"{system}: settings: expected {lacks}, which are missing; found {found}")
     return {ours: values[name] for ours, name in names.items() if name in values}
 
 

@@ -43,7 +43,7 @@ SHAPES = _shapes()  # the arrays of torchvision's resnet50
 
 
 def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
-    """The arrays of SHAPES, as in a file, -> the parameters that `logits` takes."""
+    """Converts the arrays of SHAPES, as they are in a file, to the parameters of `logits`."""
     convs = {name: conv_params(arrays, name, norm) for name, (norm, *_) in _convs().items()}
     return convs | {"fc": {"kernel": arrays["fc.weight"].T, "bias": arrays["fc.bias"]}}
 

@@ -54,7 +54,8 @@ _LLAMAGEN = {  # applied to taming's names
     r"\.mid\.attn_1": ".mid.1",
     r"\.mid\.block_2": ".mid.2",
 }
-_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}  # also to taming's
+# applied to taming's names
+_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}
 _LWM = {  # applied to our names
     r"encoder\.to_code": "quant_conv",
     r"decoder\.from_code": "post_quant_conv",
@@ -152,7 +153,7 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect:
         if kept[name].shape != extra[name].shape:
             raise ValueError(f"{name}: expected {list(extra[name].shape)}, found {list(kept[name].shape)}")
         if extra[name].any() and not np.array_equal(kept[name], extra[name]):
-            raise ValueError(f"{name}: expected the digits of a code, the highest first; found others")
+            raise ValueError(f"{name}: expected the values of a code's digits, the highest first; found other values")
     ours = {}
     for name, place in places.items():
         if name.startswith("decoder.") and not spoken.decoder:
@@ -188,15 +189,18 @@ def to_taming(
         elif place.name in kept:
             theirs[place.name] = kept[place.name]
         else:
-            raise ValueError(f"weights named as in {dialect}: expected {place.name}, which was not kept")
+            raise ValueError(
+                f"weights named as in {dialect}: expected {place.name} among the arrays that the tokenizer keeps from "
+                "its file, found none"
+            )
     return theirs | {name: kept.get(name, leaf) for name, leaf in buffers(config, dialect).items()}
 
 
 def dialect_of(names: Iterable[str]) -> str:
     """The dialect, a key of DIALECTS, that has these names. Raises ValueError if there is none.
 
-    LlamaGen and Janus have the same names (the result is "llamagen"), and so have all dialects of taming's names
-    ("taming").
+    For the names of LlamaGen and Janus, which are the same, the result is "llamagen". For the names of dialects that
+    use taming's names, it is "taming".
     """
     names = set(names)
     starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
@@ -261,7 +265,9 @@ def _places(config: AutoencoderConfig, dialect: str) -> dict[str, Place]:
     places = {}
     for name, leaf in traverse_util.flatten_dict(parameters, sep=".").items():
         if name.startswith("quantizer.") and name != "quantizer.codebook":
-            raise ValueError(f"weights named as in {dialect}: there is no name for {name} of {config.quantizer!r}")
+            raise ValueError(
+                f"weights named as in {dialect}: there is no name for {name} of quantizer {config.quantizer!r}"
+            )
         if not spoken.decoder and name.startswith("decoder.") and not name.startswith("decoder.from_code."):
             continue
         shape = _to_theirs(spoken, name, np.broadcast_to(np.float32(), leaf.shape)).shape
@@ -302,12 +308,14 @@ def check_names(
     if missing := wanted.keys() - found.keys():
         encode_only = dialect == "taming" and not any(name.startswith("decoder.") for name in found)
         hint = f"; {NO_DECODER}" if encode_only and any(name.startswith("decoder.") for name in missing) else ""
-        raise ValueError(f"weights named as in {dialect}: {len(missing)} are missing: {some(missing)}{hint}")
+        raise ValueError(f"weights named as in {dialect}: missing arrays ({len(missing)}): {some(missing)}{hint}")
     if extra := found.keys() - wanted.keys() - set(optional):
-        raise ValueError(f"weights named as in {dialect}: the config has no place for {len(extra)}: {some(extra)}")
+        raise ValueError(
+            f"weights named as in {dialect}: arrays that the config has no place for ({len(extra)}): {some(extra)}"
+        )
     for name, shape in wanted.items():
         if (size := np.shape(found[name])) != shape:
-            raise ValueError(f"{name}: the config asks for {list(shape)}, found {list(size)}")
+            raise ValueError(f"{name}: the config asks for shape {list(shape)}, found {list(size)}")
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

@@ -43,7 +43,7 @@ def map_windows(
       ValueError: the overlap is negative, or more than half a tile.
     """
     if not 0 <= overlap <= tile // 2:
-        raise ValueError(f"windows of {tile} codes overlap by 0 to {tile // 2} codes, got {overlap}")
+        raise ValueError(f"windows of {tile} codes may overlap by 0 to {tile // 2} codes, got {overlap}")
     height, width = (side // scales[0] for side in x.shape[1:3])
     tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
     reads, writes = scales
@@ -67,7 +67,7 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 def _join(pieces: Iterable[np.ndarray], starts: Sequence[int], axis: int, blend: bool) -> np.ndarray:
     """Joins overlapping pieces that begin at `starts` along an axis (1 or 2 of at least 3)."""
     finished: list[np.ndarray] = []
-    begin = 0  # ending of the last piece in `finished`
+    begin = 0  # start of the last piece in `finished`
     for start, piece in zip(starts, pieces, strict=True):
         piece = np.moveaxis(piece, axis, 0)
         if finished:

@@ -57,7 +57,7 @@ class ImageTokenizer:
         if "decoder" not in params:
             expected = {name: leaf for name, leaf in expected.items() if not name.startswith("decoder.")}
         for name in sorted(expected.keys() | found.keys()):
-            want, have = (getattr(leaves.get(name), "shape", "missing") for leaves in (expected, found))
+            want, have = (getattr(leaves.get(name), "shape", "no such weight") for leaves in (expected, found))
             if want != have:
                 raise ValueError(f"image tokenizer weight {name}: the config asks for {want}, found {have}")
         self.config, self.batch_size, self.published = config, batch_size, dict(published or {})
@@ -155,7 +155,8 @@ class ImageTokenizer:
             raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
         if codes.shape[2] % depth:
             raise ValueError(
-                f"a row of codes has {depth} for each position, and {codes.shape[2]} is no multiple of that"
+                f"each position has {depth} codes, so the length of a row must be a multiple of {depth}, got "
+                f"{codes.shape[2]}"
             )
         by_position = codes.astype(np.int32).reshape(*codes.shape[:2], codes.shape[2] // depth, depth)
         run = functools.partial(self._in_batches, self._decode, scales=(1, self.factor), dtype=np.uint8)
@@ -260,10 +261,10 @@ def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, as it was written: {error}") from error
+        raise ValueError(f"{path}: expected JSON: {error}. The file was changed or cut short") from error
     found = record.get("format") if isinstance(record, dict) else record
     if found != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, found {found!r:.40}")
+        raise ValueError(f'{path}: "format": expected {FORMAT}, found {found!r:.40}')
     try:
         return AutoencoderConfig.from_dict(record["config"]), record
     except (KeyError, TypeError, AttributeError) as error:

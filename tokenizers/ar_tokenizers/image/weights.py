@@ -46,7 +46,7 @@ def read_weights(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, .
                 arrays = {name: file[name] for name in file.files}
         else:
             raise ValueError(
-                "it must be .safetensors or .npz; ar_tokenizers.image.convert_perceptual makes one of .pth"
+                "expected a .safetensors or .npz file; python -m ar_tokenizers.image.convert_perceptual converts .pth"
             )
     except Exception as error:  # each format has its own errors, and they do not name the file
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
@@ -88,7 +88,7 @@ def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         if names
     ]
     if found:
-        raise ValueError(f"{origin} does not hold the {len(shapes)} arrays of this network: {'; '.join(found)}")
+        raise ValueError(f"{origin}: expected exactly the {len(shapes)} arrays of this network; {'; '.join(found)}")
 
 
 def conv_shapes(name: str, fan_in: int, fan_out: int, kernel: tuple[int, int], norm: str = "") -> Shapes:

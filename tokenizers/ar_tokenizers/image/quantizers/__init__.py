@@ -6,7 +6,7 @@ simvq   a frozen codebook and one linear layer                                  
 lfq     signs                                                                   arXiv:2310.05737
 bsq     signs on the unit sphere                                                arXiv:2406.07548
 ibq     a learned codebook; every code gets a gradient                          arXiv:2412.02692
-rq      D codes per position, each for the previous remainder                   arXiv:2203.01941
+rq      D codes per position, each for what the previous codes left over        arXiv:2203.01941
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from ar_tokenizers.image.quantizers.vq import VQ as VQ
 
 NAMES = ("fsq", "vq", "simvq", "lfq", "bsq", "ibq", "rq")
 USUAL_DIM = {"vq": 8, "simvq": 8, "ibq": 32, "rq": 8}
-USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}  # without it, their codebooks collapse; 0 for all others
+# Without the entropy penalty, these quantizers' codebooks collapse. The usual weight of all others is 0.
+USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}
 
 
 def make(
@@ -47,7 +48,7 @@ def make(
     restart: float = 0.1,
     rngs: nnx.Rngs,
 ) -> Quantizer:
-    """Makes the quantizer of that name. Under nnx.eval_shape this costs nothing, and its sizes can still be read.
+    """Makes the quantizer of that name. Under nnx.eval_shape, no arrays are made, but the result still has its sizes.
 
     Args:
       levels, activation: for fsq.
@@ -74,7 +75,9 @@ def make(
         ("code_dim", code_dim, 0, tuple(USUAL_DIM)),
     ):
         if value != plain and quantizer not in heeded_by:
-            raise ValueError(f"{name}={value!r} is for {', '.join(heeded_by)}; {quantizer} needs {plain!r}")
+            raise ValueError(
+                f"{name}={value!r} is only for {' or '.join(heeded_by)}; quantizer {quantizer} needs {plain!r}"
+            )
     dim = code_dim or USUAL_DIM.get(quantizer, 0)
     entropy = entropy if entropy >= 0 else USUAL_ENTROPY.get(quantizer, 0.0)
     if quantizer == "fsq":

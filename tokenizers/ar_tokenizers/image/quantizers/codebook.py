@@ -201,7 +201,7 @@ class CodebookQuantizer(Quantizer):
         """Updates the averages, then the codes that follow them, and restarts unused codes."""
         state = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in state.items()}
         codebook = params["codebook"]
-        if self.codebook_update == "ema":  # both averages start at zero with the same bias, so their ratio has none
+        if self.codebook_update == "ema":  # both averages start at zero with the same bias, which cancels
             used = state["count"] > 1e-12
             mean = state["latent"] / jnp.where(used, state["count"], 1.0)[:, None]
             codebook = jnp.where(used[:, None], mean, codebook)
@@ -211,7 +211,7 @@ class CodebookQuantizer(Quantizer):
             again = (state["count"] < self.restart * usual) & (weight > 0)
             latent = sums["drawn_latent"] / jnp.where(weight > 0, weight, 1.0)[:, None]
             codebook = jnp.where(again[:, None], latent, codebook)
-            state["count"] = jnp.where(again, usual, state["count"])  # a new code gets time to be chosen
+            state["count"] = jnp.where(again, usual, state["count"])  # so the next steps keep the new code
             if self.codebook_update == "ema":
                 state["latent"] = jnp.where(again[:, None], usual * latent, state["latent"])
         return params | {"codebook": codebook}, state
