@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ar_unified.kernels.row_max import row_max
+from ar_unified.sampling.threshold import ranked, threshold
 
 _FLOOR = -1e30  # replaces NaN and -inf of allowed tokens: below every finite logit, above every forbidden one
 
@@ -134,23 +135,21 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
     logits f32 [B, V] (-inf: not allowed), top_k i32 [B] (0: off), top_p f32 [B] (1: off; probabilities are renormalised
     after top_k). If logits tie at the threshold, all of them stay. A filter that no row uses costs nothing.
     """
-    ranks = _ranks(logits)
-    used = jnp.stack([(top_k > 0) & (top_k < logits.shape[-1]), top_p < 1])
-    least = jnp.where(used, jnp.stack([top_k.astype(jnp.float32), top_p]), 0)
+    ranks, floor = ranked(logits), jnp.zeros(logits.shape[:1], jnp.uint32)
+    least, used = top_k.astype(jnp.float32), (top_k > 0) & (top_k < logits.shape[-1])
 
-    def cut(i: Array, floor: Array) -> Array:
-        """The threshold of a row's top_k (i = 0), where each token has weight 1, or of its top_p (i = 1), where
-        the weight of a token is its probability."""
+    def most_likely(floor: Array) -> Array:
+        return jnp.where(used, threshold(ranks, None, least, used), floor)
+
+    floor = jax.lax.cond(jnp.any(used), most_likely, lambda floor: floor, floor)
+
+    def probable(floor: Array) -> Array:
         kept = jnp.where(ranks >= floor[:, None], logits, -jnp.inf)
         p = jnp.exp(kept - row_max(kept))
-        weight = jnp.where(i == 0, 1.0, p / jnp.sum(p, axis=-1, keepdims=True))
-        found = _threshold(ranks, jax.lax.optimization_barrier(weight), least[i], used[i])
-        return jnp.where(used[i], jnp.maximum(found, floor), floor)
+        p = jax.lax.optimization_barrier(p / jnp.sum(p, axis=-1, keepdims=True))
+        return jnp.where(top_p < 1, jnp.maximum(threshold(ranks, p, top_p, top_p < 1), floor), floor)
 
-    def cut_if_used(i: Array, floor: Array) -> Array:
-        return jax.lax.cond(jnp.any(used[i]), cut, lambda i, floor: floor, i, floor)
-
-    floor = jax.lax.fori_loop(0, 2, cut_if_used, jnp.zeros(logits.shape[:1], jnp.uint32))
+    floor = jax.lax.cond(jnp.any(top_p < 1), probable, lambda floor: floor, floor)
     return (ranks >= floor[:, None]) & (logits > -jnp.inf)
 
 
@@ -161,55 +160,3 @@ def _argmax(x: Array) -> Array:
     x = jax.lax.optimization_barrier(x)
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(x == row_max(x), index, x.shape[-1] - 1), axis=-1)
-
-
-def _ranks(x: Array) -> Array:
-    """Maps floats to uint32 in the same order: flips all bits of a negative float, and the sign bit of a positive
-    one.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
-    """For each row that is `used`: a threshold t, uint32 [B], such that {rank >= t} is the smallest set of this form
-    with weight `least` or more.
-
-    Args:
-        ranks: uint32 [B, V].
-        weight: f32 [B, V], >= 0.
-        least: f32 [B], less than the weight of the whole row.
-
-    The search narrows a bracket around t, by interpolation and bisection in turn. A row is done as soon as its bracket
-    contains a single token. This takes 6 to 12 passes over the logits, and never more than 64.
-    """
-
-    def measure(t: Array) -> tuple[Array, Array]:
-        inside = ranks >= t[:, None]
-        return jnp.sum(jnp.where(inside, weight, 0), axis=-1), jnp.sum(inside, axis=-1, dtype=jnp.int32)
-
-    def unsettled(low: Array, high: Array, at_low: Any, at_high: Any) -> Array:
-        alone = (at_low[1] - at_high[1] <= 1) | (at_low[0] == least)
-        return used & (high - low > 1) & ~alone
-
-    def body(carry: Any) -> Any:
-        i, low, high, at_low, at_high = carry
-        width = high - low
-        share = (at_low[0] - least) / jnp.maximum(at_low[0] - at_high[0], 1e-30)
-        share = jnp.where(i % 2 == 0, jnp.clip(share, 0.02, 0.98), 0.5)
-        t = low + jnp.clip((width.astype(jnp.float32) * share).astype(jnp.uint32), 1, jnp.maximum(width, 2) - 1)
-        found = measure(t)
-        going, enough = unsettled(low, high, at_low, at_high), found[0] >= least
-
-        def pick(rows: Array, new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(rows, a, b), new, old)
-
-        low, at_low = pick(going & enough, (t, found), (low, at_low))
-        high, at_high = pick(going & ~enough, (t, found), (high, at_high))
-        return i + 1, low, high, at_low, at_high
-
-    low = jnp.min(ranks, axis=-1)
-    nothing = jnp.zeros(low.shape, jnp.float32), jnp.zeros(low.shape, jnp.int32)
-    everything = jnp.sum(weight, axis=-1), jnp.full(low.shape, ranks.shape[-1], jnp.int32)
-    carry = (jnp.int32(0), low, jnp.max(ranks, axis=-1) + 1, everything, nothing)
-    return jax.lax.while_loop(lambda carry: jnp.any(unsettled(*carry[1:])), body, carry)[1]
