@@ -69,7 +69,7 @@ def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no image of
-            FORMATS, truncated or broken, or values whose range cannot be told).
+            FORMATS, truncated or broken, or values of unknown range).
     """
     with _opened(data, limits) as image:
         whole = resize.shrink(image) if resize else None
@@ -202,15 +202,15 @@ class CodesAlone(NoImages):
     """
 
     no_decoder = (
-        "this model's images are only codes, because its image tokenizer cannot be imported: give it images as "
-        "CodesPart; `Model.generate` returns its images as codes"
+        "this model's images are only codes, because its image tokenizer cannot be imported: give images to the model "
+        "as CodesPart; `Model.generate` returns images as codes"
     )
 
     def __init__(self, codebook_size: int):
         self.codebook_size = codebook_size
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
-        """Raises UserError, because it cannot turn pixels into codes."""
+        """Raises UserError, because pixels become codes only in an image tokenizer."""
         raise UserError(self.no_decoder)
 
     decode = encode

@@ -31,8 +31,8 @@ class PreferenceBatches(PackedBatches):
     (both answers, each with the prompt). Args and errors are those of `PackedBatches`.
 
     Attributes:
-        reference: the reference model's log-probabilities of each pair. Set it before you read batches that need it;
-            with {}, batches contain zeros.
+        reference: the reference model's log-probabilities of each pair. Set it before you read batches that need
+            it; while it is {}, batches contain zeros.
         pairs: P for the longest rows, which is how many pairs fit into a row if all are as short as the shortest pair.
     """
 

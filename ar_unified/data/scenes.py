@@ -280,7 +280,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def read_caption(text: str) -> Scene | None:
-    """The scene that a caption describes, whatever its template; None if it does not describe exactly one."""
+    """The scene that a caption describes, whatever its wording; None if it does not describe exactly one scene."""
     canonical = {w: size for size, words in _SIZE_WORDS.items() for w in words}
     found = [canonical.get(w, w) for w in _ATTRIBUTE.findall(text.lower())]
     objects = []

@@ -187,14 +187,14 @@ class Shards:
         if _STARTS in there:
             self.index, self._starts = _mapped(folder / _INDEX), np.load(storage.fetch(folder / _STARTS))
             self._facts: np.ndarray | Stored = Stored(folder / _INDEX)
-        else:  # an early version prepared it without the joint file, and its folder may be read-only
+        else:  # an early version prepared the folder without the joint file, and it may be read-only
             parts = [read_index(path) for path in _paths(folder, count)]
             self.index = np.concatenate([np.zeros(0, INDEX), *parts])
             self._starts = np.cumsum([0, *map(len, parts)])
             self._facts = self.index
         if len(self._starts) != count + 1 or self._starts[-1] != len(self.index):
             raise UserError(
-                f"{folder}: index.npy belongs to other shards than these {count}: delete it and prepare the data again"
+                f"{folder}: index.npy belongs to other shards than these {count}: delete this folder, and prepare again"
             )
         self._reader = functools.lru_cache(maxsize=_OPEN)(self._opened)
 

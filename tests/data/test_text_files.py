@@ -199,7 +199,7 @@ def test_an_image_tokenizer_is_trained_on_sources_with_images_only(corpus: Path,
     images = open_source(dict(kind="folder", path=folder))
     batches = ImageBatches([source(corpus), images], size=(16, 16), batch_size=4, weights=[5.0, 1.0])
     assert batches.sources == [images] and batches.batch(0)["pixels"].shape == (4, 16, 16, 3)
-    with pytest.raises(ValueError, match="expected a source with images, found corpus"):
+    with pytest.raises(ValueError, match="expected a source with images; found sources of text alone: corpus"):
         ImageBatches([source(corpus)], size=(16, 16), batch_size=4)
     batches.check()
     (folder / "docs.jsonl").write_text(json.dumps(dict(segments=[dict(type="text", text="words")])) + "\n{\n" * 2)

@@ -187,7 +187,7 @@ def validate(
         resize: as for `prepare`.
         max_tokens: longer documents that cannot be split are reported as bad ("too_long"). Used only with a grammar.
         sequence_length: length of the rows that documents will be packed into.
-        links: whether links that lead out of a folder or file are followed.
+        links: whether links that lead out of the folder of the data are followed.
         show: how many documents of each source to show.
         first: how many items of each source to look at; None means all.
         compare: whether to look for copies (`duplicates`).
@@ -291,9 +291,9 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
         count
         and (
             f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
-            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each. If the texts are '
-            f'pages that show them, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the clip '
-            'name.gif, use the kind "clips"'
+            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each image. If the texts '
+            f'are pages that show these images, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the '
+            'clip name.gif, use {"kind": "clips"} with this path'
         )
         or ""
     )
@@ -311,7 +311,7 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
         except UserError as error:
             expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
             raise UserError(
-                f"{path}: expected at least one of {expected} in it, or Parquet, Arrow, tar or text files; found none"
+                f"{path}: expected at least one of {expected}, or Parquet, Arrow, tar or text files, in it; found none"
             ) from error
     elif kind in ("text", "jsonl") and not storage.path(path).is_file():
         raise UserError(f"{path}: no such folder or file")
