@@ -82,7 +82,7 @@ class Encoder:
 
     def __init__(self, tokenizers: Tokenizers, batch_size: int):
         self._tokenizers, self._batch_size = tokenizers, batch_size
-        self._last: tuple[np.ndarray | None, bytes] = None, b""  # the last image and its digest: it often comes again
+        self._last: tuple[np.ndarray | None, bytes] = None, b""  # the last image and its digest; it often comes again
         self._codes: dict[bytes, CodesPart | None] = {}  # None while an image is being encoded
         self._new: list[bytes] = []
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # images by size
