@@ -238,4 +238,5 @@ def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path, capsys: pytes
     assert {language(found, i): found.texts(i) for i in range(2)} == {"nld": ["een cirkel"], "eng": ["a circle"]}
     assert found[0].task == "text" and not has_images(found)
     said = capsys.readouterr().out
-    assert "sentences/1.0.0: TFDS prepares it in" in said and "TFDS downloads what" in said and "Unknown" not in said
+    assert "sentences/1.0.0: TFDS prepares this dataset in" in said
+    assert "TFDS downloads what" in said and "Unknown" not in said

@@ -359,7 +359,7 @@ def with_sources(tmp_path: Path, *specs: dict[str, Any], **changes: Any) -> Expe
     [
         ([], "config.data.train: expected a source, found none"),
         ([dict(path="none")], r"config.data.train\[0\]: .*none"),
-        ([dict(path="a"), dict(path="a", kind="floppy")], r"config.data.train\[1\]: .*expected kind one of"),
+        ([dict(path="a"), dict(path="a", kind="floppy")], r"config.data.train\[1\]: .*expected a kind, one of"),
         ([dict(path="a", lines=3)], r"config.data.train\[0\]: .*lines"),
         (
             [dict(path="a"), dict(path="a", by="line")],

@@ -36,10 +36,10 @@ class Augmented:
 
     def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):
         if count < 1 or not 0 <= shift < 1:
-            raise UserError(f"augmentation: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
+            raise UserError(f"augmentation: expected count >= 1 and 0 <= shift < 1, found {count=} and {shift=}")
         if count == 1 and (shift or mirror):
             raise UserError(
-                "augmentation: version 0 is the unchanged item, so shift and mirror need count >= 2, found 1"
+                "augmentation: version 0 is the unchanged item, so shift and mirror need count >= 2, found count 1"
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
@@ -109,6 +109,6 @@ def room(pixels: np.ndarray) -> np.ndarray:
     shown = np.any(pixels != pixels[0, 0], axis=-1)
     found = []
     for line in (shown.any(axis=1), shown.any(axis=0)):
-        at = np.flatnonzero(line) if line.any() else np.arange(len(line))  # only background: there is no need to move
+        at = np.flatnonzero(line) if line.any() else np.arange(len(line))  # only background: no need to move
         found += [at[0] / len(line), (len(line) - 1 - at[-1]) / len(line)]
     return np.array(found)

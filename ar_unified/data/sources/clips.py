@@ -63,7 +63,7 @@ class Clips:
             (name, sorted(items, key=lambda item: _numbers(item.name))) for name, items in sorted(clips.items())
         ]
         if not clips:
-            raise UserError(f"{path}: expected .gif, .webp and .mp4 files, or folders of frames in it, found none")
+            raise UserError(f"{path}: expected .gif, .webp or video files, or folders of frames, in it; found none")
         if video := next((name for name in sorted(clips) if name.lower().endswith(videos.SUFFIXES)), ""):
             videos.require(str(self._root / video))
         names = "".join(f"{item.name} {item.size}\n" for item in found)

@@ -193,7 +193,7 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
         print(f"{info.full_name}: drawing {counts} examples into {where}; nothing is downloaded", flush=True)
     else:
         size = f"{info.download_size} to download" if info.download_size else "TFDS downloads what it needs"
-        print(f"{info.full_name}: TFDS prepares it in {where}; {size}", flush=True)
+        print(f"{info.full_name}: TFDS prepares this dataset in {where}; {size}", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS would print "Downloading ... Unknown size" for both
         builder.download_and_prepare()
 

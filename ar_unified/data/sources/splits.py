@@ -20,7 +20,7 @@ import numpy as np
 
 from ar_unified.errors import UserError
 
-_MANY = 1 << 20  # with this many groups, borders by hash and borders by count differ by at most about 0.1 %
+_MANY = 1 << 20  # with so many groups, a border by hash and a border by count differ by at most about 0.1 %
 _END = 1 << 64
 
 
@@ -116,8 +116,8 @@ class _Groups:
 def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
     """The hash at which a part with `share` of all groups ends.
 
-    It is counted over the groups of all sources of a folder, so all have the same border, and no image is on both
-    sides. If that leaves one side without groups of this source, the border is counted over this source's own groups.
+    The groups of all sources of a folder decide the border together, so all sources have the same border, and no image
+    is on both sides. If one side would have no groups of this source, only this source's own groups decide.
     """
     if share <= 0 or share >= 1:
         return _END if share >= 1 else 0
