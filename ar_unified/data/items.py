@@ -157,7 +157,7 @@ class Source(Protocol):
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.
         reversible: whether its pairs of one text and one image may be read in both directions.
-        fingerprint: JSON values that change when the items change. Images to which items only refer are not looked at.
+        fingerprint: JSON values that change when the items change. Images that items only name are not read for it.
     """
 
     name: str

@@ -117,7 +117,7 @@ def skipped_path(shard: Path) -> Path:
 
 def read_index(shard: Path) -> np.ndarray:
     """The index of a shard, INDEX [n]."""
-    with about(f"{index_path(shard)}: delete the folder and prepare the data again"):
+    with about(f"{index_path(shard)} cannot be read (delete its folder, and prepare the data again)"):
         return np.load(storage.fetch(index_path(shard)), allow_pickle=False)
 
 
@@ -164,7 +164,7 @@ def _paths(folder: Path, count: int) -> Iterator[Path]:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    with about(f"{path}: delete it and starts.npy, and start again"):
+    with about(f"{path} cannot be read (delete this file and starts.npy next to it, and start again)"):
         return np.asarray(np.load(storage.fetch(path), mmap_mode="r"))
 
 

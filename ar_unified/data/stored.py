@@ -28,7 +28,7 @@ class Stored:
             shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
             self._begin = file.tell()
         if len(shape) != 1 or self.dtype.hasobject:
-            raise ValueError(f"expected one dimension of numbers, found {shape} and the dtype {self.dtype}")
+            raise ValueError(f"expected one dimension of numbers, found the shape {shape} and the dtype {self.dtype}")
         self._path, self._count = path, int(shape[0])
         if (found := path.stat().st_size) != (known := self._begin + self._count * self.dtype.itemsize):
             raise ValueError(f"expected {known} bytes, found {found}")

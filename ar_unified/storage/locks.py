@@ -86,7 +86,7 @@ class Lock:
                 for number in numbers:
                     stores.delete(self._at(number))
                 return last + 1
-            # another process was faster: look again which one it is, and whether it is alive
+            # another process was faster: look again, to find out which one and whether it is alive
 
     def _await(self, number: int) -> None:
         """Waits until the holder of a number has gone. Raises Held if it is alive."""

@@ -180,8 +180,8 @@ def validate(
     Args:
         data: a folder, a file, a name with braces for several files, a list of source specs (`open_source`), or a dict
             of such lists by the name of their set: "train", and other names for held-out sets. In a folder,
-            `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source; if there are none, its Parquet,
-            Arrow or tar files; if there are none of these either, its text files.
+            `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source. If it has none of these, its
+            Parquet, Arrow or tar files are read, and if it has none of those either, its text files.
         grammar: together with the tokenizer or `resize`, it gives lengths in tokens.
         image_tokenizer: together with a grammar, it shows the first documents as their real tokens.
         resize: as for `prepare`.

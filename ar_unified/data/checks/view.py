@@ -26,7 +26,7 @@ class Token:
     """One id, or all codes of an image as one token, with its text, its Role, and whether it is learned.
 
     original, image: uint8 [H, W, 3], only for an image token. `original` is the image that was encoded, and `image` is
-        what its codes decode to. Each is None for other tokens, and if it is not known or cannot be made.
+        what its codes decode to. Each is None for other tokens, or if this image is not known or cannot be made.
     """
 
     text: str

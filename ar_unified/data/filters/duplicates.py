@@ -33,11 +33,11 @@ class Duplicates:
         same: int64 [n], the first document that has the same images in the same order and the same words. Images are
             treated as the same if they are copies: scaled, recompressed, or cropped a little. For documents without
             images, nearly the same words are enough.
-        shown: int64 [n], the first document with a copy of its first image, if earlier documents have copies of all its
-            images.
-        repeats: int64 [n], how many training documents have a copy of the document's most frequent image.
-        overlap: int64 [n], the first held-out document with a copy of one of its images; for a document without images,
-            the first with nearly the same words.
+        shown: int64 [n], the first document with a copy of this document's first image, if earlier documents have
+            copies of all images of this document.
+        repeats: int64 [n], how many training documents have a copy of this document's most frequent image.
+        overlap: int64 [n], the first held-out document with a copy of one of this document's images; for a document
+            without images, the first held-out document with nearly the same words.
     """
 
     same: np.ndarray

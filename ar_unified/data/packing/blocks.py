@@ -155,7 +155,7 @@ class Plans:
         self._blocks = Blocks(len(lengths))
         plan, table = _paths(folder, sequence_length) if folder else (None, None)
         if plan and table and storage.fetch(table).exists():
-            with about(f"{plan}: delete rows-{sequence_length}*.npy there, and start again"):
+            with about(f"{plan} cannot be read (delete rows-{sequence_length}*.npy there, and start again)"):
                 self._rows: Stretches = Stored(storage.fetch(plan))
                 facts = np.load(table)
             if len(self._rows) != len(lengths) or len(facts) != self._blocks.count:

@@ -1,4 +1,4 @@
-"""Chooses by their lengths which documents share a row, so that few positions stay empty.
+"""Chooses which documents share a row, from their lengths, so that few positions stay empty.
 
 There are two ways, and the way with fewer rows is taken. Best-fit-decreasing is nearly perfect if lengths differ much:
 less than a hundredth of the positions stay empty. But captions of images of one size have nearly the same length, and

@@ -290,8 +290,8 @@ def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
         if ours and theirs != ours:
             raise ManifestMismatch(
                 f"image_{name}" if name == "hash" else name,
-                f"the vocabulary was made for an image tokenizer with {name} {ours!r}, but this one has {theirs!r}: "
-                "use the tokenizer of the same run",
+                f"the vocabulary was made for an image tokenizer with {name} {ours!r}, but this tokenizer "
+                f"has {theirs!r}: use the tokenizer of the same run",
             )
 
 

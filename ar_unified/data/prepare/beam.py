@@ -1,8 +1,8 @@
 """Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark). It runs on many hosts without accelerators, which
 are not started together as one job.
 
-A shard depends on nothing but its items, so the elements are names of shards. A shard that is made twice, because the
-runner tried again, has the same bytes.
+A shard depends on nothing but its items, so the elements of the pipeline are names of shards. A shard that is made
+twice, because the runner tried again, has the same bytes.
 """
 
 from __future__ import annotations

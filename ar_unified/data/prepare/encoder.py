@@ -90,7 +90,7 @@ class Encoder:
         self._items: deque[Item] = deque()
 
     def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], object]) -> Iterator[Item]:
-        """Yields all items as they become ready; calls `taken` after each one that was read."""
+        """Yields all items as they become ready; calls `taken` after each item that was read."""
         try:
             for number, item in items:
                 self._add(number, item)

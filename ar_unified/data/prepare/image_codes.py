@@ -39,7 +39,7 @@ def digest_of(pixels: np.ndarray) -> bytes:
 
 
 class ImageCodes:
-    """The known codes of one image tokenizer. `get` finds codes that `put` adds only after the folder is opened again.
+    """The known codes of one image tokenizer. Codes that `put` adds are not found until the folder is opened again.
 
     Args:
         folder: the folder for all tokenizers.

@@ -28,8 +28,8 @@ class Clips:
     other images.
 
     A clip becomes at most `frames` images, evenly spaced, including the first and the last. NAME.txt beside NAME.gif or
-    beside the folder NAME is the text of the clip; without this file it has no text. Frames in a folder are sorted by
-    the numbers in their names.
+    beside the folder NAME is the text of the clip. Without this file, the clip has no text. Frames in a folder are
+    sorted by the numbers in their names.
 
     Raises:
         UserError: if there is no such folder, no clip in it, `frames` is below 1, or there is a video and the package

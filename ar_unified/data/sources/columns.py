@@ -218,7 +218,7 @@ def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
             if at.rpartition("/")[2].lower() in _WORDS and value and isinstance(value, str | list):
                 raise DocumentError(
                     "bad_row",
-                    f"expected the image's text under a known name, found {', '.join(unused)}, and {at}. Give "
+                    f"expected the image's text under a known name, found {', '.join(unused)}, with {at}. Give "
                     f'{argument}={{"image": "NAME", "text": "{at}"}} or, without text, {argument}={{"image": "NAME"}}',
                 )
         left = inner
@@ -241,7 +241,7 @@ class _Images:
         if self.endless:
             return self.add(None)
         if not self.left:
-            raise DocumentError("bad_row", f"{where}: expected one more image, found only {len(self.values)}")
+            raise DocumentError("bad_row", f"{where}: expected one more image, found only {len(self.values)} in all")
         self.left -= 1
         return str(len(self.values) - self.left - 1)
 

@@ -148,7 +148,7 @@ def parse_split(split: str) -> tuple[str, float, float]:
 
 def group(row: Mapping[str, object], data: bytes) -> int:
     """The hash, 0..2**64-1, that all rows of one group share. It is made from the first of these that the row has: its
-    (first) image, its id, the prompt of a preference pair, or its bytes."""
+    (first) image, its id, the prompt of a preference pair, or the bytes of the row."""
     segments = row.get("segments")
     inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
     key = row.get("image") or next(iter(inner), None) or row.get("id")
