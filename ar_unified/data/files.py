@@ -302,7 +302,7 @@ def require_file(path: str | AnyPath) -> None:
 
 
 def meant(name: str) -> str | bytes:
-    """What a name in a row stands for: the bytes in a data: URL, the path in a file: URL, or else the name itself as a
+    """What a name in a row means: the bytes in a data: URL, the path in a file: URL, or else the name itself as a
     path. Raises FileError.
     """
     scheme = re.match(r"(data|file):|[A-Za-z][A-Za-z0-9+.-]*://", name, re.IGNORECASE)
@@ -329,8 +329,8 @@ def _is_below(path: str, top: str) -> bool:
 
 
 def _blobs(real: str) -> str | None:
-    """The folder in which the Hugging Face cache keeps the files of a snapshot; `real` is the snapshot or lies in
-    it."""
+    """The folder in which the Hugging Face cache keeps the files of a snapshot; `real` is the snapshot or is
+    inside it."""
     for folder in (Path(real), *Path(real).parents):
         if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
             return str(blobs)

@@ -90,8 +90,8 @@ def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def resized(source: Source, resize: Resize) -> Source:
-    """The same items with resized images. A source that can resize images does so while it decodes them. If the source
-    gives several items the same array for an image, the resized image is one array too.
+    """The same items with resized images. A source that can resize images does so while it decodes them. If several
+    items of the source share the array of an image, they also share the array of the resized image.
     """
     early = getattr(source, "resized", None)
     return early(resize) if early else _Resized(source, resize)

@@ -250,7 +250,7 @@ class Shards:
 
 
 class _Records:
-    """The records of an open shard, `count` of them. Safe to use from many threads, of which one reads at a time.
+    """The records of an open shard, `count` of them. Many threads may use it; one of them reads at a time.
 
     Records are read one by one, without read-ahead and without ArrayRecord's threads. These threads wait for one
     another, which takes two thirds of the processor time when a list of records is read.

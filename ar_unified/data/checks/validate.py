@@ -49,7 +49,7 @@ class Found:
         sides: (height, width) of each image, in pixels.
         tokens: the length of each document that `prepare` would make of the items; [] without a grammar.
         roles: number of tokens of each Role.
-        languages: number of documents in each language, if texts declare theirs.
+        languages: number of documents in each language, if the texts declare a language.
         first: the first good documents as text for a terminal.
         shown: the same documents for a page.
     """
@@ -83,7 +83,7 @@ class Found:
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
         """Counts a good document. found: the document's ids, if there are tokenizers. lengths: the number of tokens of
-        each piece into which it is cut.
+        each piece into which the document is cut.
         """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
@@ -102,7 +102,7 @@ class Found:
                 self.roles[Role(role).name.lower()] += count
 
     def fill(self, sequence_length: int) -> float | None:
-        """Share of the positions of packed rows that hold a token; None if lengths are not known, or a document is
+        """Share of the positions of packed rows that have a token; None if lengths are not known, or a document is
         longer than a row."""
         if not self.tokens or max(self.tokens) > sequence_length:
             return None

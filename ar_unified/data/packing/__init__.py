@@ -104,8 +104,8 @@ class Packing:
         return found.tolist()
 
     def after(self, other: Packing, taken: int) -> int:
-        """How many rows of this packing count as read if `taken` rows of `other` were read. `other` is the same source
-        in rows of another length.
+        """How many rows of this packing to treat as read, if `taken` rows of `other` were read. `other` is the same
+        source in rows of another length.
 
         At any length of rows, the windows of an epoch have the same documents, so reading continues with the next
         window. The documents of the current window that were not read come in the next epoch.

@@ -218,7 +218,7 @@ def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
             if at.rpartition("/")[2].lower() in _WORDS and value and isinstance(value, str | list):
                 raise DocumentError(
                     "bad_row",
-                    f"expected the image's text under a known name, found {', '.join(unused)}, with {at}. Give "
+                    f"expected the image's text under a known name, found a text at {at!r}. Give "
                     f'{argument}={{"image": "NAME", "text": "{at}"}} or, without text, {argument}={{"image": "NAME"}}',
                 )
         left = inner

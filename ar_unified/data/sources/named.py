@@ -164,7 +164,7 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name.partition(":")[0]
         raise UserError(
             f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found other or "
-            f"damaged files ({type(error).__name__}): delete this folder, and the dataset is made again"
+            f"damaged files ({type(error).__name__}): delete this folder to have the dataset made again"
         ) from error
     if not builder.data_path.exists():
         _prepare(builder)

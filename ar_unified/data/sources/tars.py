@@ -35,7 +35,7 @@ class Tars(RecordSource):
     """The samples in tar files. A sample is a run of members whose paths are equal up to the first dot of their names.
 
     000.jpg and 000.txt are a captioned image. 001.0.jpg, 001.1.jpg and 001.txt are a text with two images, in the order
-    of the members. A .json member is an object. Its keys count as members (caption, question, messages, ...), and
+    of the members. A .json member is an object. Its keys are treated as members (caption, question, messages, ...), and
     the argument `keys` may name them below `json` ("json/caption"). A member's name is the part of its path after this
     first dot, in lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
