@@ -291,8 +291,8 @@ def pack(
 class ImageBatches:
     """Images of the sources' documents at one size, for training an image tokenizer.
 
-    Every epoch of a source visits each of its documents once and takes one of its images at random. If a document has
-    no readable image, another document replaces it.
+    Every epoch of a source visits each document once, and takes one random image from it. If a document has no readable
+    image, another document replaces it.
 
     Args:
         sources: at least one with images; sources of text alone are left out. Items are read when they are needed, and

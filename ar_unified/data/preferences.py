@@ -1,7 +1,7 @@
 """Packs preference pairs into batches. Both answers of a pair are in one row, one after the other.
 
-So a pair is in one microbatch and on the devices of one row, whatever the mesh is, and its place is found by counting
-documents in the row. Everything else is as in `loader`; in particular, batch(step) is a pure function.
+So a pair is in one microbatch and on the devices of one row, whatever the mesh is. The place of a pair is found by
+counting documents in the row. Everything else is as in `loader`; in particular, batch(step) is a pure function.
 
 Axes: `B` rows, `T` tokens of a row, `P` maximum number of pairs in a row, `R` roles of targets.
 """

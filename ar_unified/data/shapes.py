@@ -62,8 +62,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Examples in the order in which they were made."}
     BUILDER_CONFIGS = _configs()
-    # Nothing is downloaded. Without this line, TFDS 4.9.10 would look for checksums next to this file. For that, it
-    # would import importlib_resources, which is not installed with it.
+    # Nothing is downloaded. Without this line, TFDS 4.9.10 would look for checksums next to this file, with the package
+    # importlib_resources, which TFDS does not install.
     url_infos = None
 
     def __init__(self, *, file_format: Any = "array_record", **kwargs: object) -> None:

@@ -191,7 +191,7 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
         with about(str(root / name)):
             paths.append(folder.path(name))
     for name in (f"{file}.jsonl" for file in FOLDER_FILES if file not in found):
-        with suppress(FileError):  # the source that reads this file reports it
+        with suppress(FileError):  # the source that reads this file reports the error
             beside += [path for path in (folder.path(name),) if path.is_file()]  # opening a pipe would block
     return Rows(paths, root, beside=beside, links=links, **options)
 

@@ -206,8 +206,8 @@ _WORDS = {
 
 
 def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
-    """Raises DocumentError if a record has an image, and one of its unused values is an object, or a list of objects,
-    that has a text under a known name."""
+    """Raises DocumentError if an unused value of a record with an image contains a text under a known name. Such a
+    value is an object, or a list of objects."""
     left = [*unused.items()]
     for _ in range(_DEEPEST):
         left = [(f"{at}/0", value[0]) if isinstance(value, list) and value else (at, value) for at, value in left]
