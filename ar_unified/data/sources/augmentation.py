@@ -26,8 +26,8 @@ class Augmented:
     is trained on them, and `prepare` encodes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
     The texts must stay true. Do not use `mirror` if they say left or right, or `shift` if they say where something is.
-    A shift cuts off what is near an edge. With `whole`, an image moves only so far that nothing but its flat background
-    is cut off; then a shift near 1 may put the figure anywhere.
+    A shift cuts off what is near an edge. With `whole`, an image moves only as far as its flat background allows, so
+    the figure on it is never cut off; then a shift near 1 may put the figure anywhere.
 
     Raises:
         UserError: if count is below 1 or shift is outside [0, 1), or if shift or mirror is set with a count of 1, which
@@ -43,7 +43,7 @@ class Augmented:
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)  # with another word, the versions would change
+        self._stream = key("views", source.name)  # if "views" were another word, the versions would change
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:
