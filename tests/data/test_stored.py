@@ -56,7 +56,7 @@ def test_a_file_that_is_cut_short_or_holds_something_else_is_refused(array: np.n
         cut.truncate(len(whole) - 5)
     with pytest.raises(ValueError, match=rf"expected {len(whole)} bytes, found {len(whole) - 5}"):
         Stored(file)
-    with pytest.raises(OSError, match="it was changed"):
+    with pytest.raises(OSError, match="the file was changed"):
         found[:]
     np.save(file, array["length"].reshape(2, -1))
     with pytest.raises(ValueError, match=r"expected one dimension of numbers, found the shape \(2, 2500\)"):
