@@ -62,7 +62,7 @@ def test_a_file_that_is_cut_short_or_holds_something_else_is_refused(array: np.n
     with pytest.raises(ValueError, match=r"expected one dimension of numbers, found the shape \(2, 2500\)"):
         Stored(file)
     np.save(file, np.array([object()]), allow_pickle=True)
-    with pytest.raises(ValueError, match="of object"):
+    with pytest.raises(ValueError, match="the dtype object"):
         Stored(file)
 
 

@@ -91,7 +91,7 @@ def test_bad_texts_are_named_by_file_place_and_kind(
         "rows.jsonl:5": "bad_text",
     }
     assert "0xe9 at byte 8 of the file" in str(found["lines.txt:2"])
-    assert "a string 'text', found the keys body" in str(found["rows.jsonl:2"])
+    assert "a text under the key 'text', found the keys body" in str(found["rows.jsonl:2"])
     assert found["lines.txt:4"].parts == (TextPart("last"),)
     kinds: Counter[str] = Counter()
     assert list(texts([source(root, by="line")], left_out=lambda bad: kinds.update([bad.kind]))) == ["fine", "last"]
