@@ -293,7 +293,7 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
             f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
             'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each image. If the texts '
             f'are pages that show these images, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the '
-            'clip name.gif, use {"kind": "clips"} with this path'
+            'clip name.gif, use the kind "clips" with this path'
         )
         or ""
     )
