@@ -175,7 +175,7 @@ def test_missing_data_name_the_command_that_makes_them(tmp_path, name):
     command = f"python experiments/data/make_{name}.py"
     for spec in (config.data.train[0], config.data.validation[0]):
         with pytest.raises(
-            UserError, match=rf"none.*: no such file or folder\. This makes it: {command} .*--output \S+/none"
+            UserError, match=rf"none.*: no such file or folder\. This command makes it: {command} .*--output \S+/none"
         ):
             open_source(configs.plain(spec))
     assert (ROOT / command.split()[1]).is_file()

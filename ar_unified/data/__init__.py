@@ -1,7 +1,7 @@
 """From data sets to batches: documents are written once as token shards, and the loader packs them into rows.
 
 sources/       open the data sets that a config names, with one file for each form of data (items.py: what a source is)
-shapes.py      the embedded dataset (scenes.py: what it shows)
+shapes.py      makes the embedded dataset (scenes.py: what its images show)
 images.py      decodes image files to uint8 RGB and resizes them (sizes.py: to which size)
 files.py       finds the files to read; encoding.py decodes their text
 checks/        show what is in the data, to a person and as a model would see it

@@ -1,7 +1,7 @@
 """Converts the pixels of an image file to uint8 RGB. The table says how each kind of pixel is converted.
 
 1, 2, 4, 8 bit grey and RGB           kept as they are
-16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), even if no pixel is that bright
+16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095 for 12 bit), even if no pixel has it
 palette, CMYK (Adobe's too), YCbCr, LAB                converted to RGB by Pillow
 alpha, a transparent colour or palette entry           drawn on a white background
 floats (TIFF, PFM)                    white is 1, 255 or 65535; `_white` chooses from the values of the pixels
@@ -28,7 +28,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2  # the sample format of signed integers
-_WHITES = (1, 255, 65535)  # the values that white may have if the file does not say it
+_WHITES = (1, 255, 65535)  # the values that white may have if the file does not define it
 
 
 AnyImage = np.ndarray | Image.Image  # uint8 [H, W, 3], or the same pixels as an image of Pillow
@@ -123,7 +123,8 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
     ranges = " or ".join(f"0 to {white}" for white in whites)
     raise ImageError(
         "unreadable_image",
-        f"expected values of {ranges}, found {low:g} to {high:g}, so the value of white is unknown; save it in 8 bits",
+        f"expected values of {ranges}, found {low:g} to {high:g}, so the value of white is unknown; save the image "
+        "in 8 bits",
     )
 
 

@@ -86,7 +86,7 @@ def text(data: bytes, at: int | None = None) -> str:
         seen = near.decode("cp1252", "replace").strip()
         raise EncodingError(
             f"expected UTF-8, found {byte:#04x} at byte {at + error.start}{where}; "
-            f"in Windows-1252 it would read {seen!r}: if that is right, save it as UTF-8"
+            f"in Windows-1252 this place would read {seen!r}: if that is right, save the text as UTF-8"
         ) from error
     if "\0" in found:
         _refuse(data)

@@ -9,7 +9,8 @@ All readers use these rules:
   `links=True` (--links) or the link belongs to the Hugging Face cache: it leads from
   <repository>/snapshots/<revision>/ into <repository>/blobs/.
 - A search of a folder skips hidden files and folders (`.*`, `@eaDir`, `__MACOSX`, ...). If several links lead to one
-  folder, it is read once. What cannot be read (a pipe, a link to nothing, a locked folder) is reported by name.
+  folder, it is read once. Everything that cannot be read (a pipe, a link to nothing, a locked
+  folder) is reported by name.
 - A path that the user gives (the folder itself, a file) may be a link to anywhere.
 - Nothing is downloaded: a name is a path, a file: URL or a data: URL.
 - A folder may be in an object store (`storage`). It has no links, and a name must be exactly the object's name.
@@ -70,7 +71,7 @@ def hidden(name: str) -> bool:
 
 
 class Folder:
-    """A dataset's folder. `links` says whether links that lead out of it are followed.
+    """A dataset's folder. `links` says whether links that lead out of the folder are followed.
 
     Raises:
         UserError: if `links` is neither True nor False.
@@ -179,7 +180,7 @@ class Folder:
         found: list[Found] = []
         folders, links, seen = [""], list[str](), {self._real}
         while folders or links:
-            if not folders:  # links come last, so that a folder inside is read under its own path
+            if not folders:  # links come last, so that a folder is read under its own path, not a link's
                 links.sort()
                 link = links.pop(0)
                 real = os.path.realpath(self.root / link)
@@ -301,14 +302,15 @@ def require_file(path: str | AnyPath) -> None:
 
 
 def meant(name: str) -> str | bytes:
-    """What a name in a row stands for: the bytes in a data: URL, the path in a file: URL, or else the name itself as a
+    """What a name in a row means: the bytes in a data: URL, the path in a file: URL, or else the name itself as a
     path. Raises FileError.
     """
     scheme = re.match(r"(data|file):|[A-Za-z][A-Za-z0-9+.-]*://", name, re.IGNORECASE)
     if scheme and name[:5].lower() == "data:":
         return _data_url(name)
     if scheme and name[:5].lower() != "file:":
-        raise FileError("missing_image", "expected a file: nothing is fetched from a network")
+        reason = "expected a path, a file: URL or a data: URL, because nothing is fetched from a network"
+        raise FileError("missing_image", reason)
     return unquote(urlsplit(name).path) if scheme else name
 
 
@@ -319,7 +321,7 @@ def _data_url(url: str) -> bytes:
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise FileError("unreadable_image", f"data: URL: {error}") from error
+        raise FileError("unreadable_image", f"expected base64 in the data: URL: {error}") from error
 
 
 def _is_below(path: str, top: str) -> bool:
@@ -327,8 +329,8 @@ def _is_below(path: str, top: str) -> bool:
 
 
 def _blobs(real: str) -> str | None:
-    """The folder in which the Hugging Face cache keeps the files of a snapshot; `real` is the snapshot or lies in
-    it."""
+    """The folder in which the Hugging Face cache keeps the files of a snapshot; `real` is the snapshot or is
+    inside it."""
     for folder in (Path(real), *Path(real).parents):
         if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
             return str(blobs)

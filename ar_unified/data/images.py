@@ -69,7 +69,7 @@ def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no image of
-            FORMATS, truncated or broken, or values whose range cannot be told).
+            FORMATS, truncated or broken, or values of unknown range).
     """
     with _opened(data, limits) as image:
         whole = resize.shrink(image) if resize else None
@@ -198,19 +198,19 @@ class NoImages:
 class CodesAlone(NoImages):
     """Takes the place of an image tokenizer that is not available. Images go in and come out as codes.
 
-    In its sizes, one code counts as one pixel.
+    For image sizes, one code is one pixel.
     """
 
     no_decoder = (
-        "this model's images are only codes, because its image tokenizer cannot be imported: give it images as "
-        "CodesPart; `Model.generate` returns its images as codes"
+        "this model's images are only codes, because its image tokenizer cannot be imported: give images to the model "
+        "as CodesPart; `Model.generate` returns images as codes"
     )
 
     def __init__(self, codebook_size: int):
         self.codebook_size = codebook_size
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
-        """Raises UserError, because it cannot turn pixels into codes."""
+        """Raises UserError, because there is no image tokenizer to encode pixels."""
         raise UserError(self.no_decoder)
 
     decode = encode
@@ -255,7 +255,7 @@ class Resize:
         height, width: size of the target in pixels, multiples of `factor`.
         factor: side of one code in pixels.
         max_height, max_width: largest sides with "aspect", in pixels; 0 means twice the target's sides.
-        resample: the filter. It gets wider where an image gets smaller; see `resampling`.
+        resample: the filter; see `resampling`. If an image is made smaller, the filter is wider.
         decoding: "full" decodes all pixels. If an image has 6 times the target's sides or more, blocks of pixels are
             averaged before the filter. "reduced" first shrinks an image of 4 times the target's sides or more, but
             leaves at least twice the target's sides. The decoder of a JPEG divides its sides by 2, 4 or 8; the sides of
@@ -315,8 +315,8 @@ class Resize:
         whole = (image.width, image.height) if orientation in range(5, 9) else (image.height, image.width)
         times = min(side / wanted for side, wanted in zip(whole, self.target(*whole), strict=True))
         for scale in _SCALES:
-            # If `scale` does not divide a side, the last pixel of this side is incomplete. After the image is turned
-            # upright, it must still be the last.
+            # If `scale` does not divide a side, the last pixel of this side is incomplete. It must still be the last
+            # pixel when the image is upright.
             exact = orientation == 1 or not any(side % scale for side in whole)
             if exact and times >= _GAP[self.decoding] * scale:
                 image.draft(image.mode, (image.width // scale, image.height // scale))

@@ -90,8 +90,8 @@ def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def resized(source: Source, resize: Resize) -> Source:
-    """The same items with resized images. A source that can resize images does so while it decodes them. If the source
-    gives several items the same array for an image, the resized image is one array too.
+    """The same items with resized images. A source that can resize images does so while it decodes them. If several
+    items of the source share the array of an image, they also share the array of the resized image.
     """
     early = getattr(source, "resized", None)
     return early(resize) if early else _Resized(source, resize)
@@ -157,7 +157,7 @@ class Source(Protocol):
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.
         reversible: whether its pairs of one text and one image may be read in both directions.
-        fingerprint: JSON values that change when the items change. Images to which items only refer are not looked at.
+        fingerprint: JSON values that change when the items change. Images that items only name are not read for it.
     """
 
     name: str

@@ -59,7 +59,7 @@ def _require_kind(name: str, counts: Mapping[str, Json], answers: int) -> None:
         kinds = {1: ("documents", "likelihood"), 2: ("preference pairs", "preference")}
         raise UserError(
             f"source {name!r}: expected {kinds[answers][0]}, found {kinds[found][0]}: "
-            f"config.training.objective = {kinds[found][1]!r} trains on these"
+            f"config.training.objective = {kinds[found][1]!r} trains on {kinds[found][0]}"
         )
 
 
@@ -291,8 +291,8 @@ def pack(
 class ImageBatches:
     """Images of the sources' documents at one size, for training an image tokenizer.
 
-    Every epoch of a source visits each of its documents once and takes one of its images at random. If a document has
-    no readable image, another document replaces it.
+    Every epoch of a source visits each document once, and takes one random image from it. If a document has no readable
+    image, another document replaces it.
 
     Args:
         sources: at least one with images; sources of text alone are left out. Items are read when they are needed, and
@@ -322,10 +322,10 @@ class ImageBatches:
         used = [i for i, source in enumerate(sources) if has_images(source)]
         if not used:
             names = ", ".join(source.name for source in sources) or "none"
-            raise UserError(f"expected a source with images, found {names}")
+            raise UserError(f"expected a source with images; found sources of text alone: {names}")
         self.sources, self.size, self.batch_size, self.seed = [sources[i] for i in used], size, batch_size, seed
         if short_side is not None and short_side < max(size):
-            raise UserError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
+            raise UserError(f"short_side: expected at least {max(size)}, the longer side of `size`; found {short_side}")
         if not 0 <= recolour <= 1:
             raise UserError(f"recolour: expected a share from 0 to 1, found {recolour}")
         self.mirror, self.short_side, self.recolour = mirror, short_side, recolour
@@ -364,10 +364,10 @@ class ImageBatches:
                 left_out(bad)
             else:
                 left_out(BadItem("no_image", items.origin(document), "the document has no image"))
-        looked = "its" if count == len(items) else f"{count} of its"
+        looked = "its" if count == len(items) else f"the first {count} of its"
         return NothingReadable(
-            f"source {items.name!r}: no readable image in {looked} {len(items)} documents: {left_out}. Repair them, "
-            "take the source out of the config, or give it kind='text' if it has no images"
+            f"source {items.name!r}: no readable image in {looked} {len(items)} documents: {left_out}. Repair the "
+            "documents, take the source out of the config, or give it kind='text' if it has no images"
         )
 
     def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:

@@ -15,7 +15,7 @@ class Phase:
     """How documents are mixed and read, from a step of the training until the next phase begins.
 
     Attributes:
-        from_step: its first step.
+        from_step: the first step of the phase.
         weights: maps a source to its share of the rows; sources that are not named are left out. None means in
             proportion to their rows in an epoch, so that the epochs of all sources end together.
         flip_pairs: probability that a pair of one text and one image is read in the other direction.
@@ -51,7 +51,8 @@ def require_order(phases: Sequence[Phase]) -> None:
     steps = [phase.from_step for phase in phases]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
         raise UserError(
-            f"phases: expected the first to begin at step 0, and each later than the one before; found {steps}"
+            "phases: expected the first phase to begin at step 0, and each other phase to begin after the one before "
+            f"it; found the steps {steps}"
         )
 
 
@@ -86,8 +87,9 @@ def mixtures(
                 current[at] = packing
             elif share:
                 raise UserError(
-                    f"source {name!r}: no document fits into the rows of {phase.sequence_length} tokens that begin at "
-                    f"step {phase.from_step}: leave the source out of this phase's weights, or make its rows longer"
+                    f"source {name!r}: no document fits into the rows of {phase.sequence_length} tokens of the phase "
+                    f"that begins at step {phase.from_step}: leave the source out of this phase's weights, or make the "
+                    "rows of this phase longer"
                 )
         found.append(Mixture([packing.rows for packing in current], shares, taken))
     return found

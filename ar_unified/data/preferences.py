@@ -1,7 +1,7 @@
 """Packs preference pairs into batches. Both answers of a pair are in one row, one after the other.
 
-So a pair is in one microbatch and on the devices of one row, whatever the mesh is, and its place is found by counting
-documents in the row. Everything else is as in `loader`; in particular, batch(step) is a pure function.
+So a pair is in one microbatch and on the devices of one row, whatever the mesh is. The place of a pair is found by
+counting documents in the row. Everything else is as in `loader`; in particular, batch(step) is a pure function.
 
 Axes: `B` rows, `T` tokens of a row, `P` maximum number of pairs in a row, `R` roles of targets.
 """
@@ -31,8 +31,8 @@ class PreferenceBatches(PackedBatches):
     (both answers, each with the prompt). Args and errors are those of `PackedBatches`.
 
     Attributes:
-        reference: the reference model's log-probabilities of each pair. Set it before you read batches that need it;
-            with {}, batches contain zeros.
+        reference: the reference model's log-probabilities of each pair. Set it before you read batches that need
+            it; while it is {}, batches contain zeros.
         pairs: P for the longest rows, which is how many pairs fit into a row if all are as short as the shortest pair.
     """
 

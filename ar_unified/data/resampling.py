@@ -50,7 +50,8 @@ def scaled(image: Image.Image, height: int, width: int, box: Box, resample: Resa
         filter_ = Image.Resampling[resample.upper()]
         return np.asarray(image.resize((width, height), filter_, box, reducing_gap=gap))
     require(resample)
-    from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer  # few users have it
+    # imported here, because few users have the package
+    from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
 
     name, reach = _VECTORS[resample]
     image, (left, top, right, bottom) = _shrunk(image, height, width, box, reach, gap)

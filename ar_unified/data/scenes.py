@@ -280,7 +280,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def read_caption(text: str) -> Scene | None:
-    """The scene that a caption describes, whatever its template; None if it does not describe exactly one."""
+    """The scene that a caption describes, whatever its wording; None if it does not describe exactly one scene."""
     canonical = {w: size for size, words in _SIZE_WORDS.items() for w in words}
     found = [canonical.get(w, w) for w in _ATTRIBUTE.findall(text.lower())]
     objects = []
@@ -376,7 +376,7 @@ def _ask_presence(rng: np.random.Generator, scene: Scene, split: str) -> tuple[s
         shape, colour = _any(rng, scene).kind
         return f"Is there a {colour} {shape}?", "yes"
     absent = [k for k in KINDS if k not in present and (k not in UNSEEN or split == "unseen_combinations")]
-    # Half of the questions share a colour or a shape with an object that is there, so one attribute is not enough.
+    # Half of these questions share a colour or a shape with an object of the scene, so one attribute is not enough.
     close = [k for k in absent if any(k[0] == p[0] or k[1] == p[1] for p in present)]
     chosen = close if rng.random() < 0.5 else absent
     shape, colour = chosen[rng.integers(len(chosen))]

@@ -33,7 +33,7 @@ _QUESTIONS_PER_IMAGE = 6
 
 @dataclass(eq=False, kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """`train` is the number of examples in the training split, `held_out` in each of the two other splits."""
+    """`train` is the number of examples in the training split. `held_out` is their number in each other split."""
 
     kind: str
     side: int = 64
@@ -62,8 +62,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Examples in the order in which they were made."}
     BUILDER_CONFIGS = _configs()
-    # Nothing is downloaded. Without this line, TFDS 4.9.10 would look for checksums next to this file. It would import
-    # importlib_resources, which it does not install.
+    # Nothing is downloaded. Without this line, TFDS 4.9.10 would look for checksums next to this file, with the package
+    # importlib_resources, which TFDS does not install.
     url_infos = None
 
     def __init__(self, *, file_format: Any = "array_record", **kwargs: object) -> None:

@@ -117,7 +117,7 @@ def skipped_path(shard: Path) -> Path:
 
 def read_index(shard: Path) -> np.ndarray:
     """The index of a shard, INDEX [n]."""
-    with about(f"{index_path(shard)}: delete the folder and prepare the data again"):
+    with about(f"{index_path(shard)} cannot be read (delete its folder, and prepare the data again)"):
         return np.load(storage.fetch(index_path(shard)), allow_pickle=False)
 
 
@@ -164,7 +164,7 @@ def _paths(folder: Path, count: int) -> Iterator[Path]:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    with about(f"{path}: delete it and starts.npy, and start again"):
+    with about(f"{path} cannot be read (delete this file and starts.npy next to it, and start again)"):
         return np.asarray(np.load(storage.fetch(path), mmap_mode="r"))
 
 
@@ -187,14 +187,14 @@ class Shards:
         if _STARTS in there:
             self.index, self._starts = _mapped(folder / _INDEX), np.load(storage.fetch(folder / _STARTS))
             self._facts: np.ndarray | Stored = Stored(folder / _INDEX)
-        else:  # an early version prepared it without the joint file, and its folder may be read-only
+        else:  # an early version prepared the folder without the joint file, and it may be read-only
             parts = [read_index(path) for path in _paths(folder, count)]
             self.index = np.concatenate([np.zeros(0, INDEX), *parts])
             self._starts = np.cumsum([0, *map(len, parts)])
             self._facts = self.index
         if len(self._starts) != count + 1 or self._starts[-1] != len(self.index):
             raise UserError(
-                f"{folder}: index.npy belongs to other shards than these {count}: delete it and prepare the data again"
+                f"{folder}: index.npy belongs to other shards than these {count}: delete this folder, and prepare again"
             )
         self._reader = functools.lru_cache(maxsize=_OPEN)(self._opened)
 
@@ -250,7 +250,7 @@ class Shards:
 
 
 class _Records:
-    """The records of an open shard, `count` of them. Safe to use from many threads, of which one reads at a time.
+    """The records of an open shard, `count` of them. Many threads may use it; one of them reads at a time.
 
     Records are read one by one, without read-ahead and without ArrayRecord's threads. These threads wait for one
     another, which takes two thirds of the processor time when a list of records is read.

@@ -28,7 +28,7 @@ class Stored:
             shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
             self._begin = file.tell()
         if len(shape) != 1 or self.dtype.hasobject:
-            raise ValueError(f"expected one dimension of numbers, found {shape} of {self.dtype}")
+            raise ValueError(f"expected one dimension of numbers, found the shape {shape} and the dtype {self.dtype}")
         self._path, self._count = path, int(shape[0])
         if (found := path.stat().st_size) != (known := self._begin + self._count * self.dtype.itemsize):
             raise ValueError(f"expected {known} bytes, found {found}")
@@ -49,7 +49,7 @@ class Stored:
         rest, at = found.view(np.uint8).data, self._begin + start * self.dtype.itemsize
         while rest:
             if not (count := os.preadv(self._file, [rest], at)):
-                raise OSError(f"{self._path}: the file ends before byte {at}: it was changed")
+                raise OSError(f"{self._path}: the file was changed: it ends before byte {at}")
             rest, at = rest[count:], at + count
         return found
 

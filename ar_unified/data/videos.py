@@ -45,7 +45,7 @@ def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
     try:
         with av.open(io.BytesIO(data)) as file:
             if not file.streams.video:
-                raise ImageError("unreadable_image", "expected a video, found a file without a picture")
+                raise ImageError("unreadable_image", "expected a video, found a file without a video track")
             stream = file.streams.video[0]
             limits.check(stream.height, stream.width)
             times, keys = _times(file, stream)

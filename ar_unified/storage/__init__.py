@@ -38,8 +38,8 @@ _locks: dict[Path, Lock] = {}
 
 @contextmanager
 def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Iterator[Path]:
-    """A local folder with the content of a store's folder (`mirror.Mirror`). After the context ends, the store has all
-    files of the local folder.
+    """A local folder with the content of a store's folder (`mirror.Mirror`). When the context ends, all new and changed
+    files of the local folder are uploaded, except those in `kept` folders.
 
     Nested contexts of one process for the same folder share one mirror. Raises UserError if the URL names no folder,
     and StoreRefused or StoreFailed if the store cannot be used.
@@ -155,7 +155,8 @@ def remove_tree(folder: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Renames a file or a folder. In a store this is not atomic: objects are copied, and then the old ones removed."""
+    """Renames a file or a folder. In a store this is not atomic: objects are copied, and then the old ones are
+    removed."""
     mirror = _of(old)
     if mirror is None:
         old.rename(new)
@@ -175,8 +176,8 @@ def names_in(folder: Remote) -> list[str]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes a file unless it exists, and returns whether it did. If many try, exactly one succeeds. Each writer must
-    use different `data`.
+    """Writes a file unless it exists. Returns whether this call wrote it. If many try, exactly one succeeds. Each
+    writer must use different `data`.
     """
     mirror = _of(path)
     if mirror is not None:

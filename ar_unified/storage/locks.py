@@ -1,7 +1,7 @@
 """Locks for one process at a time. They use one operation of a store: it creates an object unless the object exists.
 
 A lock is a series of objects, NAME.000001, NAME.000002, and so on. The process that creates the next one has the lock.
-This holder writes to its object again and again. If it writes nothing new for the length of a lease
+This process, the holder, writes to its object again and again. If it writes nothing new for the length of a lease
 (AR_UNIFIED_STORE_LEASE, 60 s), another process may create the next object. The clocks of two machines are never
 compared. A holder that finds a higher number than its own has lost the lock, and stops.
 """
@@ -26,7 +26,7 @@ _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
 class LockLost(RunError):
-    """Another process took the lock, because this one had written nothing for too long."""
+    """Another process took the lock, because this process had written nothing for too long."""
 
 
 class Held(Exception):
@@ -64,8 +64,9 @@ class Lock:
         """Raises LockLost if another process has taken the lock."""
         if self.lost:
             raise LockLost(
-                f"{self._at(self.number)}: another process has taken over, because this one did not report for "
-                f"{self._lease:g} s. Nothing more is written; end the other process, or wait for it"
+                f"{self._at(self.number)}: another process has taken over this lock, because this process did not "
+                f"renew it for {self._lease:g} s. This process writes nothing more: wait until the other process ends, "
+                "or end it, and start again"
             )
 
     def release(self) -> None:
@@ -85,7 +86,7 @@ class Lock:
                 for number in numbers:
                     stores.delete(self._at(number))
                 return last + 1
-            # another process was faster: next, find out which one, and whether it is alive
+            # another process was faster: look again, to find out which one and whether it is alive
 
     def _await(self, number: int) -> None:
         """Waits until the holder of a number has gone. Raises Held if it is alive."""
@@ -124,7 +125,7 @@ class Lock:
     def _beat(self) -> None:
         while not self._stop.wait(self._lease / 4):
             self._beats += 1
-            with contextlib.suppress(RunError):  # if the store cannot be reached, processes that need it report that
+            with contextlib.suppress(RunError):  # if the store cannot be reached, other requests report that
                 if max(self._numbers(), default=0) > self.number:
                     self.lost = True
                     return
@@ -136,7 +137,7 @@ def _machine() -> str:
     try:
         return f"{socket.gethostname()} {Path(_BOOT).read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # unknown, so no holder counts as gone
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # a random name, so that no holder seems to be gone
 
 
 def _is_gone(said: dict[str, Any]) -> bool:

@@ -35,7 +35,8 @@ class Mirror:
 
     Args:
         url: the folder's URL.
-        lazy, kept: patterns for the paths of folders below it, with "/" between their parts.
+        lazy, kept: patterns that match the paths of lazy and of kept folders, relative to `url`, with "/" between
+            their parts.
 
     Attributes:
         root: the local folder.
@@ -149,8 +150,8 @@ class Mirror:
         self._tags.pop(self.name(path), None)
 
     def remove_tree(self, folder: Path) -> None:
-        """Removes a folder with all its content. A stage's records are removed last, so that an interrupted removal can
-        be recognised.
+        """Removes a folder with all its content. A stage's records (`_is_record`) are removed last, so that an
+        interrupted removal can be recognised.
         """
         top = self.name(folder)
         names = [f"{top}/{name}" for name in stores.found_under(self._url(top))]

@@ -50,7 +50,7 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """The last part of the path. This and the next four are as in `pathlib.Path`."""
+        """The last part of the path, as in `pathlib.Path`."""
         return self._path.name
 
     @property
@@ -73,7 +73,7 @@ class Remote:
         return self._with(self._path.with_suffix(suffix))
 
     def relative_to(self, other: Remote) -> PurePosixPath:
-        """The path below `other`. Raises ValueError if it is not below."""
+        """This path, relative to `other`. Raises ValueError if it is not below `other`."""
         return self._path.relative_to(other._path)
 
     def resolve(self) -> Remote:

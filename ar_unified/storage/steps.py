@@ -23,7 +23,7 @@ class Steps:
         mark: the name of the object that marks a folder as complete.
 
     Attributes:
-        here: the local folder where they are made and downloaded; it is removed when this process ends.
+        here: the local folder in which folders are made or downloaded; it is removed when this process ends.
     """
 
     def __init__(self, url: str, mark: str):
@@ -64,8 +64,8 @@ class Steps:
         return top
 
     def delete(self, step: int) -> None:
-        """Deletes a checkpoint here and in the store."""
-        stores.delete(self._at(step, self._mark))  # the mark first, so that a half deleted folder is not complete
+        """Deletes a folder here and in the store."""
+        stores.delete(self._at(step, self._mark))  # deleted first, so that a half deleted folder does not seem complete
         self._clear(step)
         shutil.rmtree(self.here / str(step), ignore_errors=True)
 

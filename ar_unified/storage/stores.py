@@ -73,7 +73,7 @@ def patience() -> float:
     try:
         return float(os.environ.get("AR_UNIFIED_STORE_PATIENCE", _PATIENCE))
     except ValueError as error:
-        raise UserError(f"AR_UNIFIED_STORE_PATIENCE: expected seconds, {error}") from error
+        raise UserError(f"AR_UNIFIED_STORE_PATIENCE: expected seconds as a number: {error}") from error
 
 
 # ---- objects ----------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Writes an object unless it exists, and returns whether it did. If many try, exactly one succeeds.
+    """Writes an object unless it exists. Returns whether this call wrote it. If many try, exactly one succeeds.
 
     Each writer must use different `data`. If the answer to a request is lost, the repeated request then recognises by
     the data whether the first one succeeded.
@@ -296,7 +296,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
 def _system(url: str) -> Any:
     scheme = url.partition("://")[0]
     where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
-    return _open(scheme, where, os.getpid())  # a forked process needs its own: threads are not copied
+    return _open(scheme, where, os.getpid())  # a forked process needs its own, because threads are not copied
 
 
 def _facts(row: dict[str, Any]) -> Facts:

@@ -154,7 +154,7 @@ def test_what_cannot_be_evaluated_is_refused_and_nothing_is_left(own: Path, data
     (tmp_path / "empty").mkdir()
     refused(arguments(own, tmp_path / "empty", out), f"--data {tmp_path}/empty: ")
     gone = write(tmp_path / "gone", [{"image": "gone.png", "text": "A small star."}])
-    refused(arguments(own, gone, out), "no documents are left of source 'gone': 1 missing_image, first .*jsonl:1")
+    refused(arguments(own, gone, out), "no document is left of source 'gone': 1 missing_image, first .*jsonl:1")
     pair = {"prompt": "A star.", "chosen": "Red.", "rejected": "Blue."}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     refused(arguments(own, tmp_path / "pairs.jsonl", out), "found preference pairs: `ar-unified score --from .*tiny`")

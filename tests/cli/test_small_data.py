@@ -74,9 +74,7 @@ def test_a_source_of_which_nothing_is_left_ends_prepare_and_says_why(tmp_path, c
     bring_tokenizers(root, workdir)
     assert prepared(root, workdir) == UNUSABLE
     said = capsys.readouterr().err
-    assert re.search(
-        r"no documents are left of source 'long': 5 too_long, first .*captions.jsonl:\d+: too_long: ", said
-    )
+    assert re.search(r"no document is left of source 'long': 5 too_long, first .*captions.jsonl:\d+: too_long: ", said)
     assert "Raise config.data.max_tokens" in said and not (workdir / "data").exists()
     assert prepared(root, workdir, data__max_tokens=2000) == 0, "nothing is to be deleted first"
     assert documents(workdir, "train") == 5

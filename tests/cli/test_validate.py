@@ -59,7 +59,7 @@ def test_two_sources_of_one_name_are_refused_before_they_are_read(
     assert main(["validate", "--config", "config.py"]) == 2
     said = capsys.readouterr().err
     same = "config.data.train[1]: its name 'train' means the same folder as the name of config.data.train[0]: "
-    assert f"{same}give one of them a `label`" in said
+    assert f"{same}give one of the two sources a `label`" in said
     assert not (root / ".cache/validate/three sets.html").exists()
     labelled = config.replace("    return config", '    config.data.train[1].label = "again"\n    return config')
     (root / "config.py").write_text(labelled)

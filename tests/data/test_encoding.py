@@ -95,7 +95,7 @@ def test_a_mark_tells_what_no_zero_byte_shows(tmp_path: Path, name: str) -> None
 
 def test_single_bytes_are_shown_as_windows_would_read_them() -> None:
     with pytest.raises(
-        EncodingError, match=r"found 0xe9 at byte 103 of the file; in Windows-1252 it would read 'café'"
+        EncodingError, match=r"found 0xe9 at byte 103 of the file; in Windows-1252 this place would read 'café'"
     ):
         text("café".encode("cp1252"), 100)
     with pytest.raises(EncodingError, match="found 0x8a at byte 0;"):

@@ -83,8 +83,8 @@ def test_the_report_counts_each_kind_with_an_example(root: Path, kit: Any, gramm
     assert found.skipped == {"filtered_duplicate": 3, "filtered_held_out": 1, "filtered_size": 1}
     assert found.documents == len(sources[0]) - 5
     said = str(report)
-    assert "captions.jsonl:13: filtered_duplicate: " in said and f"copies of those in {root}/captions.jsonl:4" in said
-    assert found.first["filtered_held_out"].endswith(f"found the content of {root}/test.jsonl:1")
+    assert "captions.jsonl:13: filtered_duplicate: " in said and f"found a copy of {root}/captions.jsonl:4" in said
+    assert found.first["filtered_held_out"].endswith(f"found content of {root}/test.jsonl:1")
 
 
 def test_verdicts_are_read_again_and_do_not_depend_on_who_reads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,9 +208,9 @@ def test_a_phase_mixes_otherwise_from_its_step_on_and_each_source_goes_on(prepar
 
 def test_phases_out_of_order_are_refused(prepared: Path, grammar: Grammar) -> None:
     for later in ([Phase(0)], [Phase(5), Phase(5)], [Phase(5), Phase(3)]):
-        with pytest.raises(ValueError, match="each later than the one before; found"):
+        with pytest.raises(ValueError, match="to begin after the one before it; found"):
             batches(prepared, grammar, *later)
-    with pytest.raises(ValueError, match="the first to begin at step 0"):
+    with pytest.raises(ValueError, match="the first phase to begin at step 0"):
         batches(prepared, grammar, from_step=2)
     with pytest.raises(ValueError, match="flip_pairs: expected a probability, found 1.5"):
         batches(prepared, grammar, Phase(3, flip_pairs=1.5))

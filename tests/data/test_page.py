@@ -122,7 +122,7 @@ def test_copies_and_what_is_held_out_too_are_side_by_side(tmp_path: Path, kit: A
         (0, 6), (1, 6), (0, 4), (1, 4)
     ]  # fmt: skip
     told = "1 of 4 training documents share an image or their text with a held-out one"
-    assert f"{told}, first {tmp_path}/train.jsonl:4 and {tmp_path}/test.jsonl:1" in str(seen)
+    assert f"{told}; first pair: {tmp_path}/train.jsonl:4 and {tmp_path}/test.jsonl:1" in str(seen)
     found = written(tmp_path / "page.html", seen)
     assert told in found.text and found.of_class("pair") == 2
     assert "train: train" in found.text and "test: test" in found.text

@@ -91,7 +91,8 @@ def test_short_rows_leave_out_what_is_longer_and_say_so(prepared: Path, grammar:
 
 def test_a_phase_in_whose_rows_nothing_fits_is_refused(prepared: Path, grammar: Grammar) -> None:
     named = Phase(sequence_length=SHORT, weights=dict(docs=1, vqa=1))
-    with pytest.raises(UserError, match="'docs': no document fits into the rows of 48 tokens that begin at step 0"):
+    words = "'docs': no document fits into the rows of 48 tokens of the phase that begins at step 0"
+    with pytest.raises(UserError, match=words):
         loader(prepared, grammar, named, Phase(5))
     found = loader(prepared, grammar, Phase(sequence_length=SHORT), Phase(5))  # without weights, docs has no share
     assert found.shares[0]["docs"] == 0 < found.shares[1]["docs"]

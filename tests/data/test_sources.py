@@ -156,7 +156,7 @@ def test_splits_by_name_and_by_part(folder: Path, kit: Any) -> None:
 
 def test_wrong_specs_say_what_is_expected(tmp_path: Path) -> None:
     for spec, message in [
-        (dict(kind="spreadsheet"), "expected kind one of"),
+        (dict(kind="spreadsheet"), "expected a kind, one of"),
         (dict(kind="jsonl", path="nowhere.jsonl"), "nowhere.jsonl: no such file"),
         (
             dict(kind="folder", path=tmp_path),

@@ -91,7 +91,7 @@ def test_bad_texts_are_named_by_file_place_and_kind(
         "rows.jsonl:5": "bad_text",
     }
     assert "0xe9 at byte 8 of the file" in str(found["lines.txt:2"])
-    assert "a string 'text', found the keys body" in str(found["rows.jsonl:2"])
+    assert "a text under the key 'text', found the keys body" in str(found["rows.jsonl:2"])
     assert found["lines.txt:4"].parts == (TextPart("last"),)
     kinds: Counter[str] = Counter()
     assert list(texts([source(root, by="line")], left_out=lambda bad: kinds.update([bad.kind]))) == ["fine", "last"]
@@ -199,7 +199,7 @@ def test_an_image_tokenizer_is_trained_on_sources_with_images_only(corpus: Path,
     images = open_source(dict(kind="folder", path=folder))
     batches = ImageBatches([source(corpus), images], size=(16, 16), batch_size=4, weights=[5.0, 1.0])
     assert batches.sources == [images] and batches.batch(0)["pixels"].shape == (4, 16, 16, 3)
-    with pytest.raises(ValueError, match="expected a source with images, found corpus"):
+    with pytest.raises(ValueError, match="expected a source with images; found sources of text alone: corpus"):
         ImageBatches([source(corpus)], size=(16, 16), batch_size=4)
     batches.check()
     (folder / "docs.jsonl").write_text(json.dumps(dict(segments=[dict(type="text", text="words")])) + "\n{\n" * 2)
@@ -238,4 +238,5 @@ def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path, capsys: pytes
     assert {language(found, i): found.texts(i) for i in range(2)} == {"nld": ["een cirkel"], "eng": ["a circle"]}
     assert found[0].task == "text" and not has_images(found)
     said = capsys.readouterr().out
-    assert "sentences/1.0.0: TFDS prepares it in" in said and "TFDS downloads what" in said and "Unknown" not in said
+    assert "sentences/1.0.0: TFDS prepares this dataset in" in said
+    assert "TFDS downloads what" in said and "Unknown" not in said

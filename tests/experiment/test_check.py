@@ -172,7 +172,7 @@ def phases(*changes: dict[str, Any]) -> ConfigDict:
         ([dict(begin=1.0)], r"phases\[0\]: expected a `begin` between 0 and 1"),
         ([dict(begin=0.5, flips=1.0)], r"phases\[0\].*did you mean 'flip_pairs'"),
         ([dict(begin=0.5, flip_pairs=2.0)], r"phases\[0\]: flip_pairs: expected a probability, found 2.0"),
-        ([dict(begin=0.5), dict(begin=0.2)], "phases: expected .* each later than the one before"),
+        ([dict(begin=0.5), dict(begin=0.2)], "phases: expected .* to begin after the one before it"),
         ([dict(begin=0.5, sequence_lenght=64)], r"phases\[0\].*did you mean 'sequence_length'"),
         ([dict(begin=0.5, sequence_length=0)], r"phases\[0\]: sequence_length: expected a whole number, at least 1"),
         ([dict(begin=0.5, batch_size="8")], r"phases\[0\]: batch_size: expected a whole number.*found '8'"),
@@ -359,7 +359,7 @@ def with_sources(tmp_path: Path, *specs: dict[str, Any], **changes: Any) -> Expe
     [
         ([], "config.data.train: expected a source, found none"),
         ([dict(path="none")], r"config.data.train\[0\]: .*none"),
-        ([dict(path="a"), dict(path="a", kind="floppy")], r"config.data.train\[1\]: .*expected kind one of"),
+        ([dict(path="a"), dict(path="a", kind="floppy")], r"config.data.train\[1\]: .*expected a kind, one of"),
         ([dict(path="a", lines=3)], r"config.data.train\[0\]: .*lines"),
         (
             [dict(path="a"), dict(path="a", by="line")],

@@ -81,7 +81,7 @@ def test_single_bytes_are_an_error_of_their_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("a dog\nein Hünd\na cat\n".encode("cp1252"))
     found = lines(tmp_path / "a.txt")
     assert [bool(line.error) for line in found] == [False, True, False]
-    assert "found 0xfc at byte 5; in Windows-1252 it would read 'ein Hünd" in found[1].error
+    assert "found 0xfc at byte 5; in Windows-1252 this place would read 'ein Hünd" in found[1].error
     (tmp_path / "a.csv").write_bytes("prompt\na dog\nein Hünd\n".encode("cp1252"))
     with pytest.raises(RequestError, match="a.csv, line 3: expected UTF-8, found 0xfc"):
         lines(tmp_path / "a.csv")

@@ -110,7 +110,7 @@ def test_names_with_braces_and_wildcards_are_the_same(sets: dict[str, dict[str, 
         assert far[1] == here[1] and str(far[0]).replace(url, "") == str(here[0]).replace(root, ""), name
     for name, words in {
         "/data/{1,2}.parquet": r"/data/1.parquet: no such file",
-        "/data/x*": "no file of this name",
+        "/data/x*": "no file matches this name",
         "/none": "no such file or folder",
     }.items():
         with pytest.raises(UserError, match=words):

@@ -44,7 +44,7 @@ class Alike:
         for kind in self.kinds:
             if kind.count:
                 first = " and ".join(map(printable, kind.pairs[0].origins)) if kind.pairs else ""
-                lines.append(f"{kind.count} of {kind.of} {kind.says}" + (f", first {first}" if first else ""))
+                lines.append(f"{kind.count} of {kind.of} {kind.says}" + (f"; first pair: {first}" if first else ""))
         return lines
 
 

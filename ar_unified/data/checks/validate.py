@@ -49,7 +49,7 @@ class Found:
         sides: (height, width) of each image, in pixels.
         tokens: the length of each document that `prepare` would make of the items; [] without a grammar.
         roles: number of tokens of each Role.
-        languages: number of documents in each language, if texts declare theirs.
+        languages: number of documents in each language, if the texts declare a language.
         first: the first good documents as text for a terminal.
         shown: the same documents for a page.
     """
@@ -83,7 +83,7 @@ class Found:
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
         """Counts a good document. found: the document's ids, if there are tokenizers. lengths: the number of tokens of
-        each piece into which it is cut.
+        each piece into which the document is cut.
         """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
@@ -102,7 +102,7 @@ class Found:
                 self.roles[Role(role).name.lower()] += count
 
     def fill(self, sequence_length: int) -> float | None:
-        """Share of the positions of packed rows that hold a token; None if lengths are not known, or a document is
+        """Share of the positions of packed rows that have a token; None if lengths are not known, or a document is
         longer than a row."""
         if not self.tokens or max(self.tokens) > sequence_length:
             return None
@@ -180,14 +180,14 @@ def validate(
     Args:
         data: a folder, a file, a name with braces for several files, a list of source specs (`open_source`), or a dict
             of such lists by the name of their set: "train", and other names for held-out sets. In a folder,
-            `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source; if there are none, its Parquet,
-            Arrow or tar files; if there are none of these either, its text files.
+            `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source. If it has none of these, its
+            Parquet, Arrow or tar files are read, and if it has none of those either, its text files.
         grammar: together with the tokenizer or `resize`, it gives lengths in tokens.
         image_tokenizer: together with a grammar, it shows the first documents as their real tokens.
         resize: as for `prepare`.
         max_tokens: longer documents that cannot be split are reported as bad ("too_long"). Used only with a grammar.
         sequence_length: length of the rows that documents will be packed into.
-        links: whether links that lead out of a folder or file are followed.
+        links: whether links that lead out of the folder of the data are followed.
         show: how many documents of each source to show.
         first: how many items of each source to look at; None means all.
         compare: whether to look for copies (`duplicates`).
@@ -291,9 +291,9 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
         count
         and (
             f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
-            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each. If the texts are '
-            f'pages that show them, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the clip '
-            'name.gif, use the kind "clips"'
+            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each image. If the texts '
+            f'are pages that show these images, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the '
+            'clip name.gif, use the kind "clips" with this path'
         )
         or ""
     )
@@ -311,7 +311,7 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
         except UserError as error:
             expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
             raise UserError(
-                f"{path}: expected at least one of {expected} in it, or Parquet, Arrow, tar or text files; found none"
+                f"{path}: expected at least one of {expected}, or Parquet, Arrow, tar or text files, in it; found none"
             ) from error
     elif kind in ("text", "jsonl") and not storage.path(path).is_file():
         raise UserError(f"{path}: no such folder or file")

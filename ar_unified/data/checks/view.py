@@ -26,7 +26,7 @@ class Token:
     """One id, or all codes of an image as one token, with its text, its Role, and whether it is learned.
 
     original, image: uint8 [H, W, 3], only for an image token. `original` is the image that was encoded, and `image` is
-        what its codes decode to. Each is None for other tokens, and if it is not known or cannot be made.
+        what its codes decode to. Each is None for other tokens, or if this image is not known or cannot be made.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Shown:
 
     Attributes:
         turns: in order, each speaker with the texts and images, uint8 [H, W, 3], of the turn. The speaker may be
-            "document" (nobody), or "rejected" (the answer of a pair that the assistant should not give).
+            "document" (there is no speaker), or "rejected" (the answer of a pair that the assistant should not give).
         count: how many tokens the document has; 0 if that is not known. `tokens` may be only the first of them.
     """
 

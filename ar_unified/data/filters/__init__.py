@@ -37,17 +37,17 @@ class Filters:
 
     Attributes:
         min_side: minimum of an image's shorter side, in pixels.
-        max_side: maximum of its longer side.
+        max_side: maximum of an image's longer side, in pixels.
         max_aspect: largest ratio of an image's longer side to its shorter side.
         min_characters, max_characters: limits for all text of an item (config.data.max_tokens limits tokens).
         languages: the languages to keep; items without a language are kept, too.
         duplicates: "keep" keeps all; "documents" keeps the first of several items with the same images and words;
             "images" leaves out an item if all its images are in earlier items, even with other words. An image that was
-            scaled, recompressed, or cropped a little counts as the same image (`duplicates`).
+            scaled, recompressed, or cropped a little is treated as the same image (`duplicates`).
         max_repeats: maximum number of items that an image may be in. An image in more items is probably a watermark or
             a placeholder.
-        held_out: leaves out an item that shares an image with the validation set or a test. An item without images is
-            left out if it has the same words as an item there.
+        held_out: whether to leave out an item that shares an image with the validation set or a test. An item without
+            images is then left out if it has the same words as an item of these sets.
     """
 
     min_side: int = 0
@@ -64,12 +64,13 @@ class Filters:
         object.__setattr__(self, "languages", tuple(self.languages))
         for name in ("min_side", "max_side", "min_characters", "max_characters", "max_repeats"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}: expected 0 (any) or more, found {getattr(self, name)}")
+                raise UserError(f"{name}: expected 0 (no limit) or more, found {getattr(self, name)}")
         if self.max_aspect != 0 and not self.max_aspect >= 1:
-            raise UserError(f"max_aspect: expected 0 (any) or at least 1, found {self.max_aspect}")
+            raise UserError(f"max_aspect: expected 0 (no limit) or at least 1, found {self.max_aspect}")
         for low, high in (("min_side", "max_side"), ("min_characters", "max_characters")):
             if 0 < getattr(self, high) < getattr(self, low):
-                raise UserError(f"{high}: expected at least {low}, {getattr(self, low)}; found {getattr(self, high)}")
+                least, found = getattr(self, low), getattr(self, high)
+                raise UserError(f"{high}: expected at least {low}, which is {least}; found {found}")
         if self.duplicates not in DUPLICATES:
             raise UserError(f"duplicates: expected one of {', '.join(DUPLICATES)}; found {self.duplicates!r}")
 
@@ -252,23 +253,19 @@ def _decide(
 
 
 def _reasons(found: Duplicates, filters: Filters, origin: Callable[[int], str]) -> Iterator[tuple[int, str, str]]:
-    """Yields the documents to leave out, with kind and reason. If a document comes again, its first reason counts."""
+    """Yields the documents to leave out, with kind and reason. A document may be yielded several times;
+    then its first reason counts."""
     for at, (overlap, same, shown, repeats) in enumerate(
         zip(*(column.tolist() for column in (found.overlap, found.same, found.shown, found.repeats)), strict=True)
     ):
         first = same if filters.duplicates == "documents" else max(same, shown)
         if filters.held_out and overlap >= 0:
-            yield (
-                at,
-                "filtered_held_out",
-                f"expected an item that is not held out, found the content of {origin(overlap)}",
-            )
+            reason = f"expected no content of a held-out set, found content of {origin(overlap)}"
+            yield at, "filtered_held_out", reason
         if filters.duplicates != "keep" and first >= 0:
-            yield (
-                at,
-                "filtered_duplicate",
-                f"expected {filters.duplicates} without copies, found copies of those in {origin(first)}",
-            )
+            what = "a copy of" if first == same else "copies of the images in"
+            reason = f"expected no copies of earlier items, found {what} {origin(first)}"
+            yield at, "filtered_duplicate", reason
         if filters.max_repeats and repeats > filters.max_repeats:
-            reason = f"expected an image in at most {filters.max_repeats} documents, found one in {repeats}"
+            reason = f"expected images that are in at most {filters.max_repeats} documents, found one in {repeats}"
             yield at, "filtered_repeated", reason

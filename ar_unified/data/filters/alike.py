@@ -65,7 +65,7 @@ def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     grey_a, grey_b = _half(_grey(a)), _half(_grey(b))
     still = np.zeros((len(a), 4), np.float32)
     there, error = _laid(grey_a, grey_b, still, _STEPS)
-    back, other = _laid(grey_b, grey_a, still, _STEPS)  # the cropped picture is a part of the other
+    back, other = _laid(grey_b, grey_a, still, _STEPS)  # either picture may be a part of the other, so both are tried
     (near,) = np.nonzero(np.minimum(error, other) < _ROUGH)
     if len(near):
         turned = (other < error)[near, None, None, None]

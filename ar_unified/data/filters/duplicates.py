@@ -30,14 +30,14 @@ class Duplicates:
     """What was found for each document, in the order in which they were added; -1 means nothing.
 
     Attributes:
-        same: int64 [n], the first document that has the same images in the same order and the same words. Images count
-            as the same if they are copies: scaled, recompressed, or cropped a little. For documents without images,
-            nearly the same words are enough.
-        shown: int64 [n], the first document with a copy of its first image, if earlier documents have copies of all its
-            images.
-        repeats: int64 [n], how many training documents have a copy of its most frequent image.
-        overlap: int64 [n], the first held-out document with a copy of one of its images; for a document without images,
-            the first with nearly the same words.
+        same: int64 [n], the first document that has the same images in the same order and the same words. Images are
+            treated as the same if they are copies: scaled, recompressed, or cropped a little. For documents without
+            images, nearly the same words are enough.
+        shown: int64 [n], the first document with a copy of this document's first image, if earlier documents have
+            copies of all images of this document.
+        repeats: int64 [n], how many training documents have a copy of this document's most frequent image.
+        overlap: int64 [n], the first held-out document with a copy of one of this document's images; for a document
+            without images, the first held-out document with nearly the same words.
     """
 
     same: np.ndarray
@@ -53,7 +53,7 @@ class Search:
 
     def __init__(self) -> None:
         self._held_out: list[bool] = []
-        self._words, self._images = array("Q"), array("q", [0])  # at i: images in documents 0 to i - 1
+        self._words, self._images = array("Q"), array("q", [0])  # at i: number of images in documents 0 to i - 1
         self._alone: list[int] = []  # documents that are one text, long enough to be compared
         self._signatures: list[np.ndarray] = []
         self._pixels = array("Q")

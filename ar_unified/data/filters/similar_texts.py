@@ -1,7 +1,7 @@
 """Finds texts that are the same, by a hash of their words, or nearly the same, by their runs of five words.
 
 A text's words are its runs of letters and digits, in lower case and in one form (NFKC). So case, punctuation and spaces
-do not count. Texts of at least _LEAST words are also compared by MinHash with one permutation (Li, Owen and Zhang,
+do not matter. Texts of at least _LEAST words are also compared by MinHash with one permutation (Li, Owen and Zhang,
 2012). Every run of five words is hashed into one of 64 bins, and the least hash of each bin is kept. The similarity of
 two texts is the share of bins in which they agree. Bins form groups of four, and two texts are compared only if they
 agree in a whole group.

@@ -23,7 +23,7 @@ from ar_unified.data.packing.blocks import Plans, Stretches
 from ar_unified.errors import UserError
 
 WINDOW = 4  # blocks whose rows are shuffled together
-PERIOD = 1024  # rows after which the order of the sources repeats, so shares are exact to 1/1024
+PERIOD = 1024  # number of rows after which the order of the sources repeats; so shares are exact to 1/1024
 
 # ---- one source --------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class Packing:
 
     Attributes:
         rows: number of rows in an epoch.
-        fill: share of their positions that hold a token.
+        fill: share of the positions of these rows that have a token.
         windows: number of windows. Each is shuffled by itself.
         left_out: number of documents that are left out.
         order: the version of the order of rows: 1 is the first version; 2 has blocks and `fitting.paired_fit`.
@@ -104,8 +104,8 @@ class Packing:
         return found.tolist()
 
     def after(self, other: Packing, taken: int) -> int:
-        """How many rows of this packing count as read if `taken` rows of `other` were read. `other` is the same source
-        in rows of another length.
+        """How many rows of this packing to treat as read, if `taken` rows of `other` were read. `other` is the same
+        source in rows of another length.
 
         At any length of rows, the windows of an epoch have the same documents, so reading continues with the next
         window. The documents of the current window that were not read come in the next epoch.
@@ -160,7 +160,7 @@ class Mixture:
         if len(shares) != len(sizes) or not len(sizes) or (shares < 0).any() or not shares.sum() > 0:
             raise UserError(f"mixture: expected {len(sizes)} weights >= 0, not all 0; found {shares.tolist()}")
         if min(sizes) < 1:
-            raise UserError(f"mixture: expected at least one row in every source, found {list(sizes)}")
+            raise UserError(f"mixture: expected at least one row in every source, found {list(sizes)} rows")
         self.sizes = np.asarray(sizes, np.int64)
         self._taken = np.zeros(len(sizes), np.int64) if taken is None else np.asarray(taken, np.int64)
         counts = _apportion(shares)

@@ -1,4 +1,4 @@
-"""Decides which documents are planned together, and which of them share a row. Only lengths decide it, not a seed.
+"""Decides which documents are planned together, and which of them share a row. Only lengths decide this, not a seed.
 
 A source is cut into runs of RUN documents. A fixed permutation distributes the runs over blocks of at most BLOCK
 documents, so that each block is a mixture of the source. A source that is not larger than a block is one block. The
@@ -26,7 +26,7 @@ from ar_unified.data.packing.fitting import rows_of
 from ar_unified.data.stored import Stored
 from ar_unified.errors import UserError, about
 
-RUN = 2**12  # documents that lie together in the shards, so that a block is read from few shards
+RUN = 2**12  # successive documents of the shards that stay together, so that a block is read from few shards
 BLOCK = 2**16  # maximum number of documents in a block; a uint16 can number them
 
 
@@ -155,7 +155,7 @@ class Plans:
         self._blocks = Blocks(len(lengths))
         plan, table = _paths(folder, sequence_length) if folder else (None, None)
         if plan and table and storage.fetch(table).exists():
-            with about(f"{plan}: delete rows-{sequence_length}*.npy there, and start again"):
+            with about(f"{plan} cannot be read (delete rows-{sequence_length}*.npy there, and start again)"):
                 self._rows: Stretches = Stored(storage.fetch(plan))
                 facts = np.load(table)
             if len(self._rows) != len(lengths) or len(facts) != self._blocks.count:

@@ -1,9 +1,9 @@
-"""Chooses by their lengths which documents share a row, so that few positions stay empty.
+"""Chooses which documents share a row, from their lengths, so that few positions stay empty.
 
 There are two ways, and the way with fewer rows is taken. Best-fit-decreasing is nearly perfect if lengths differ much:
 less than a hundredth of the positions stay empty. But captions of images of one size have nearly the same length, and
-rows of only the longest of them leave large gaps. In the second way, a row is filled with random documents, which have
-the average length, and ends with the two documents that fit best.
+a row that has only the longest of them ends with a large gap. In the second way, a row is filled with random documents,
+which have the average length, and ends with the two documents that fit best.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit-decreasing: each document goes into the row with the least room that is enough. Takes lengths and gives
-    rows as `rows_of` does.
+    """Best-fit-decreasing: each document goes into the row with the least room, among rows with enough room. Takes
+    lengths and gives rows as `rows_of` does.
     """
     rows = []
     space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # rows by their number of free tokens
@@ -60,8 +60,8 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """The longest document opens a row, random documents follow, and the two that leave the least room end it. Takes
-    lengths and gives rows as `rows_of` does.
+    """The longest document opens a row, random documents follow, and the two that leave the least room end the row.
+    Takes lengths and gives rows as `rows_of` does.
     """
     pool = _Pool(lengths, sequence_length)
     packed: list[int] = []

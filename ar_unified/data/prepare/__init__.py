@@ -31,8 +31,8 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import Json, ManifestMismatch, differences, require_same
 
 VERSION = 3
-CLAIMS = ".claims"  # a folder in the folder, while many processes work in it
-SKIPPED = "skipped.jsonl"  # a file in the folder: a line for each item that was left out
+CLAIMS = ".claims"  # a folder inside the prepared folder, while many processes work there
+SKIPPED = "skipped.jsonl"  # a file in the prepared folder: a line for each item that was left out
 
 
 @dataclass
@@ -49,8 +49,8 @@ class SourceReport:
     preferences: int = 0  # items that are preference pairs, of two documents each
     shards: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)  # number of items of each kind; of pieces for too_long_part
-    first: dict[str, str] = field(default_factory=dict)  # the first item of each kind, and what is wrong
+    skipped: dict[str, int] = field(default_factory=dict)  # left-out items of each kind (pieces, for too_long_part)
+    first: dict[str, str] = field(default_factory=dict)  # the first left-out item of each kind, and the reason
 
     @property
     def lost(self) -> str:
@@ -108,8 +108,8 @@ def prepare(
 ) -> Report:
     """Writes every source's documents as tokens under `folder` (see `shards`), or continues an interrupted run.
 
-    Many processes call it with the same arguments and a `team`: each makes shards that no other makes, and returns when
-    all are there. The bytes of a shard do not depend on the process that made it.
+    Many processes may call it with the same arguments and a `team`: each makes shards that no other makes, and returns
+    when all are there. The bytes of a shard do not depend on the process that made it.
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it is a single question, because half an answer is useless.
@@ -123,7 +123,7 @@ def prepare(
         image_tokenizer: called with full batches, uint8 [batch_size, H, W, 3]; each (H, W) compiles once. The codes of
             an image may not depend on the other images of the batch.
         max_tokens: the most tokens of a document, with BOS and EOS. This is the sequence length of the later training.
-        resize: applied to images first. None means `default_resize`.
+        resize: how images are resized before they are encoded. None means `default_resize`.
         shard_items: the number of a source's items in a shard. A restart repeats unfinished shards from their start.
         workers: the number of threads that read and decode. None means `decoders`.
         may_be_lost: whether a source may be left without documents.
@@ -214,7 +214,7 @@ def _nothing_left(name: str, source: SourceReport) -> str:
         "raise config.data.max_tokens (and training.sequence_length)" if "too_long" in source.skipped else "repair them"
     )
     return (
-        f"no documents are left of source {name!r}: {source.lost}. "
+        f"no document is left of source {name!r}: {source.lost}. "
         f"{cure[0].upper()}{cure[1:]}, or take the source out of the config"
     )
 
@@ -246,8 +246,8 @@ def load_report(folder: str | Path) -> Report:
 
 
 def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
-    """Plans which documents share a row of this length (`blocks`), unless there is such a plan. It is stored beside
-    every source's shards.
+    """Plans which documents share a row of this length (`blocks`), unless there is such a plan. The plan of a
+    source is stored next to its shards.
 
     With the plan, a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers
     of a preference pair are in one row. leave_out: whether documents that are longer than a row are left out.
@@ -279,7 +279,7 @@ def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
         for i, source in sources.items():
             if (first := seen.setdefault(folder_name(source.name), i)) != i:
                 name = f"its name {source.name!r} means the same folder as the name of {where}[{first}]"
-                found.append(f"{where}[{i}]: {name}: give one of them a `label`")
+                found.append(f"{where}[{i}]: {name}: give one of the two sources a `label`")
     return found
 
 
@@ -290,8 +290,8 @@ def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
         if ours and theirs != ours:
             raise ManifestMismatch(
                 f"image_{name}" if name == "hash" else name,
-                f"the vocabulary was made for an image tokenizer with {name} {ours!r}, the one given has {theirs!r}: "
-                "use the tokenizer of the same run",
+                f"the vocabulary was made for an image tokenizer with {name} {ours!r}, but this tokenizer "
+                f"has {theirs!r}: use the tokenizer of the same run",
             )
 
 
@@ -331,7 +331,7 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         raise workdir.StageMismatch(
             name,
             f"{folder} was prepared with {name} = {theirs!r}, this run has {ours!r}. "
-            "Use another folder, or delete this one to prepare it again.",
+            "Use another folder, or delete this folder to prepare the data again.",
             theirs,
         )
 
@@ -342,7 +342,7 @@ def _ended(folder: Path) -> bool:
         return True
     storage.refresh(folder / "plan.json")
     if not (folder / "plan.json").exists():
-        raise NothingLeft(f"{folder}: no document is left of a source; the process that found this names the source")
+        raise NothingLeft(f"{folder}: no document is left of a source; the message of another process names the source")
     return False
 
 

@@ -1,8 +1,8 @@
 """Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark). It runs on many hosts without accelerators, which
 are not started together as one job.
 
-A shard depends on nothing but its items, so the elements are names of shards. A shard that is made twice, because the
-runner tried again, has the same bytes.
+A shard depends on nothing but its items, so the elements of the pipeline are names of shards. A shard that is made
+twice, because the runner tried again, has the same bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
     Returns when the pipeline ends.
 
     Args:
-        opener: returns the function. It must be hashable, and is sent to the workers as a pickle. Each process of a
-            worker calls it once.
+        opener: returns the function. `opener` must be hashable, and is sent to the workers as a pickle. Each process
+            of a worker calls `opener` once.
         options: Beam's options, as on its command line, such as "--runner=FlinkRunner --flink_master=...".
 
     Raises:
@@ -42,7 +42,7 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
         pipeline = beam.Pipeline(options=settings.PipelineOptions(shlex.split(options)))
     except (ValueError, ImportError, SystemExit) as error:  # argparse raises SystemExit after it has printed why
         raise UserError(f"--beam {options!r}: Apache Beam cannot use these options: {error}") from error
-    # Without `Reshuffle` a runner may join the steps into one, and a single worker would do all of it.
+    # Without `Reshuffle` a runner may join the steps into one, and a single worker would do all the work.
     pipeline | beam.Create(list(names)) | beam.Reshuffle() | beam.Map(functools.partial(_make, opener))
     try:
         pipeline.run().wait_until_finish()
@@ -51,7 +51,8 @@ def run(names: Sequence[str], opener: Opener, options: str) -> None:
     except Exception as error:  # each runner has its own class of error; the message is a worker's traceback
         said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise RunError(
-            f"the pipeline failed. Finished shards stay; the same command makes the others. A worker says: {said[-1]}"
+            "the pipeline failed. Finished shards are kept, and the same command makes the others. The last line of a "
+            f"worker is: {said[-1]}"
         ) from error
 
 

@@ -1,8 +1,9 @@
 """Divides work among processes that share a folder. No process has to know whether the others are alive.
 
-A claim is a small file that names its owner. It is rewritten while the work goes on. A claim that has not changed for
-`lease` seconds is void, and any free process takes the piece over. Sometimes two processes do the same piece, so both
-must write the same bytes. Claims only avoid double work. Nothing depends on locks or on the clocks of other hosts.
+A claim to a piece of work is a small file that names its owner. The owner rewrites it again and again. A claim that has
+not changed for `lease` seconds is void, and any free process takes the piece over. Sometimes two processes do the same
+piece, so both must write the same bytes. Claims only avoid double work. Nothing depends on locks or on the clocks of
+other hosts.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Claims:
     def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
         """Does pieces until all are done, here or by other processes.
 
-        It does its own pieces first (piece i belongs to process i mod P). Then it takes, from the end, pieces that
-        others have not begun or have abandoned.
+        This process does its own pieces first (piece i belongs to process i mod P). Then it takes, from the end, pieces
+        that others have not begun or have abandoned.
 
         Args:
             pieces: the names of the pieces. All processes have the same names, in the same order.

@@ -29,11 +29,12 @@ def can_be_split(document: Document) -> bool:
 def split(document: Document, grammar: Grammar, max_tokens: int) -> list[tuple[Document, Encoded]]:
     """Cuts a document into pieces, each as long as possible, and returns each piece with its ids.
 
-    Text and images are cut between parts, if possible; else between paragraphs, else between lines. A line that is too
-    long is cut before a word, and a word that is too long between characters, as in languages without spaces. Only line
-    ends at a cut are lost. A conversation is cut between an answer and the next question; each piece begins with the
-    system's turn. If an image, a character or a question is too long by itself, its piece is too long, too. The parts
-    of the document are TextParts and CodesParts.
+    A document is cut between its parts (texts and images) if possible. A text that is too long is cut between
+    paragraphs, and a paragraph that is too long between lines. A line that is too long is cut before a word, and a word
+    that is too long between characters, as in languages without spaces. Only line ends at a cut are lost. A
+    conversation is cut between an answer and the next question; each piece begins with the system's turn. If an image,
+    a character or a question is too long by itself, its piece is too long, too. The parts of the document are TextParts
+    and CodesParts.
     """
     known: dict[Document, Encoded] = {}  # pieces that were tried and fitted; most of the final pieces are among them
 
@@ -108,8 +109,8 @@ def characters(text: str) -> list[str]:
 
 
 def _runs(units: Sequence[Unit], fits: Callable[[Sequence[Unit]], bool]) -> Iterator[Sequence[Unit]]:
-    """Groups of successive units, each as large as fits but at least one unit. Sizes are found by doubling and halving,
-    because there may be millions of units.
+    """Groups of successive units, each as large as possible, but of at least one unit. Sizes are found by doubling and
+    halving, because there may be millions of units.
 
     The search assumes that every part of a group that fits also fits. This may be wrong by a token or two, so a group
     may be a little shorter than possible, but never too long.

@@ -82,7 +82,7 @@ class Encoder:
 
     def __init__(self, tokenizers: Tokenizers, batch_size: int):
         self._tokenizers, self._batch_size = tokenizers, batch_size
-        self._last: tuple[np.ndarray | None, bytes] = None, b""  # the last image and its digest: it often comes again
+        self._last: tuple[np.ndarray | None, bytes] = None, b""  # the last image and its digest; it often comes again
         self._codes: dict[bytes, CodesPart | None] = {}  # None while an image is being encoded
         self._new: list[bytes] = []
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # images by size
@@ -90,7 +90,7 @@ class Encoder:
         self._items: deque[Item] = deque()
 
     def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], object]) -> Iterator[Item]:
-        """Yields all items as they become ready; calls `taken` after each one that was read."""
+        """Yields all items as they become ready; calls `taken` after each item that was read."""
         try:
             for number, item in items:
                 self._add(number, item)

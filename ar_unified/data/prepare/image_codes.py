@@ -39,13 +39,13 @@ def digest_of(pixels: np.ndarray) -> bytes:
 
 
 class ImageCodes:
-    """The known codes of one image tokenizer. Codes that are added are only found after it is opened again.
+    """The known codes of one image tokenizer. Codes that `put` adds are not found until the folder is opened again.
 
     Args:
         folder: the folder for all tokenizers.
         tokenizer: the hash of this tokenizer.
         codebook_size: decides the dtype of stored codes.
-        refresh: whether to bring the index up to date. In a job, one process does this before the others open it.
+        refresh: whether to bring the index up to date. In a job, one process does this before others open the index.
     """
 
     def __init__(self, folder: Path, tokenizer: str, codebook_size: int, *, refresh: bool = True):

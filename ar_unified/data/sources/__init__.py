@@ -88,9 +88,9 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
-        raise UserError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
+        raise UserError(f"source: expected a kind, one of {sorted(kinds)}; found {kind!r} in {dict(spec)}")
     if spec.get("made_by") and not storage.path(home(spec.get("path", "."))).exists():
-        raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
+        raise UserError(f"{spec['path']}: no such file or folder. This command makes it: {spec['made_by']}")
     try:
         options = {key: value for key, value in spec.items() if key not in _OF_OTHERS}
         options |= {key: options[key].to_dict() for key in ("columns", "keys") if hasattr(options.get(key), "to_dict")}
@@ -182,8 +182,8 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
         what = "no file of these names" if root.is_dir() else "no such folder"
         expected = " or ".join(f"{file}.jsonl" for file in files or FOLDER_FILES)
         raise UserError(
-            f"{root}: expected a folder with {expected} and the images they name, found {what} at {root.absolute()}. "
-            "Put the data there, or give its path (for an experiment of ar_unified: --config FILE:path=DIR)"
+            f"{root}: expected a folder with {expected} and their images, found {what} at {root.absolute()}. "
+            "Put the data there, or give the path of the data (for an experiment of ar_unified: --config FILE:path=DIR)"
         )
 
     paths, beside = list[AnyPath](), list[AnyPath]()
@@ -191,7 +191,7 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
         with about(str(root / name)):
             paths.append(folder.path(name))
     for name in (f"{file}.jsonl" for file in FOLDER_FILES if file not in found):
-        with suppress(FileError):  # the source that reads this file reports it
+        with suppress(FileError):  # the source that reads this file reports the error
             beside += [path for path in (folder.path(name),) if path.is_file()]  # opening a pipe would block
     return Rows(paths, root, beside=beside, links=links, **options)
 

@@ -26,8 +26,8 @@ class Augmented:
     is trained on them, and `prepare` encodes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
     The texts must stay true. Do not use `mirror` if they say left or right, or `shift` if they say where something is.
-    A shift cuts off what is near an edge. With `whole`, an image moves only so far that nothing but its flat background
-    is cut off; then a shift near 1 may put the figure anywhere.
+    A shift cuts off what is near an edge. With `whole`, an image moves only as far as its flat background allows, so
+    the figure on it is never cut off; then a shift near 1 may put the figure anywhere.
 
     Raises:
         UserError: if count is below 1 or shift is outside [0, 1), or if shift or mirror is set with a count of 1, which
@@ -36,14 +36,14 @@ class Augmented:
 
     def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):
         if count < 1 or not 0 <= shift < 1:
-            raise UserError(f"augmentation: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
+            raise UserError(f"augmentation: expected count >= 1 and 0 <= shift < 1, found {count=} and {shift=}")
         if count == 1 and (shift or mirror):
             raise UserError(
-                "augmentation: version 0 is the unchanged item, so shift and mirror need count >= 2, found 1"
+                "augmentation: version 0 is the unchanged item, so shift and mirror need count >= 2, found count 1"
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)  # with another word, the versions would change
+        self._stream = key("views", source.name)  # if "views" were another word, the versions would change
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:
@@ -109,6 +109,6 @@ def room(pixels: np.ndarray) -> np.ndarray:
     shown = np.any(pixels != pixels[0, 0], axis=-1)
     found = []
     for line in (shown.any(axis=1), shown.any(axis=0)):
-        at = np.flatnonzero(line) if line.any() else np.arange(len(line))  # only background: there is no need to move
+        at = np.flatnonzero(line) if line.any() else np.arange(len(line))  # only background: no need to move
         found += [at[0] / len(line), (len(line) - 1 - at[-1]) / len(line)]
     return np.array(found)

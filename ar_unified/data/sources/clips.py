@@ -28,8 +28,8 @@ class Clips:
     other images.
 
     A clip becomes at most `frames` images, evenly spaced, including the first and the last. NAME.txt beside NAME.gif or
-    beside the folder NAME is the text of the clip; without this file it has no text. Frames in a folder are sorted by
-    the numbers in their names.
+    beside the folder NAME is the text of the clip. Without this file, the clip has no text. Frames in a folder are
+    sorted by the numbers in their names.
 
     Raises:
         UserError: if there is no such folder, no clip in it, `frames` is below 1, or there is a video and the package
@@ -63,7 +63,7 @@ class Clips:
             (name, sorted(items, key=lambda item: _numbers(item.name))) for name, items in sorted(clips.items())
         ]
         if not clips:
-            raise UserError(f"{path}: expected .gif, .webp and .mp4 files, or folders of frames in it, found none")
+            raise UserError(f"{path}: expected .gif, .webp or video files, or folders of frames, in it; found none")
         if video := next((name for name in sorted(clips) if name.lower().endswith(videos.SUFFIXES)), ""):
             videos.require(str(self._root / video))
         names = "".join(f"{item.name} {item.size}\n" for item in found)

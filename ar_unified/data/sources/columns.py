@@ -94,7 +94,7 @@ class Columns:
         for part, place in dict(columns or {}).items():
             if part not in PARTS:
                 raise UserError(
-                    f"{argument}: expected parts of {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}"
+                    f"{argument}: expected the parts {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}"
                 )
             if not isinstance(place, str) or not place:
                 raise UserError(f"{argument}: expected the name of a column for {part!r}, found {place!r}")
@@ -132,8 +132,8 @@ class Columns:
                 name = way if way in names else way.split("/")[0]
                 if name not in names:
                     raise UserError(
-                        f"{where}: {part}: there is no column {name!r}{nearest(name, names)}; there are: "
-                        + ", ".join(names)
+                        f"{where}: {part}: expected a column {name!r}, found the columns {', '.join(names)}"
+                        + nearest(name, names)
                     )
                 used[part].append(name)
         return used
@@ -206,8 +206,8 @@ _WORDS = {
 
 
 def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
-    """Raises DocumentError if a record has an image, and one of its unused values is an object, or a list of objects,
-    that has a text under a known name."""
+    """Raises DocumentError if an unused value of a record with an image contains a text under a known name. Such a
+    value is an object, or a list of objects."""
     left = [*unused.items()]
     for _ in range(_DEEPEST):
         left = [(f"{at}/0", value[0]) if isinstance(value, list) and value else (at, value) for at, value in left]
@@ -218,8 +218,8 @@ def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
             if at.rpartition("/")[2].lower() in _WORDS and value and isinstance(value, str | list):
                 raise DocumentError(
                     "bad_row",
-                    f"expected the image's text under a known name, found {', '.join(unused)}, and {at}. Read it with "
-                    f'{argument}={{"image": "NAME", "text": "{at}"}}, or no text with {argument}={{"image": "NAME"}}',
+                    f"expected the image's text under a known name, found a text at {at!r}. Give "
+                    f'{argument}={{"image": "NAME", "text": "{at}"}} or, without text, {argument}={{"image": "NAME"}}',
                 )
         left = inner
 
@@ -241,7 +241,7 @@ class _Images:
         if self.endless:
             return self.add(None)
         if not self.left:
-            raise DocumentError("bad_row", f"{where}: expected an image, but all {len(self.values)} are used already")
+            raise DocumentError("bad_row", f"{where}: expected one more image, found only {len(self.values)} in all")
         self.left -= 1
         return str(len(self.values) - self.left - 1)
 
@@ -255,7 +255,7 @@ class _Images:
     def done(self) -> None:
         if self.left:
             used = len(self.values) - self.left
-            raise DocumentError("bad_row", f"expected places for {len(self.values)} images, found {used}")
+            raise DocumentError("bad_row", f"expected places for all {len(self.values)} images, found {used}")
 
 
 # ---- rows of each kind -------------------------------------------------------------------------------------------

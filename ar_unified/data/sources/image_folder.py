@@ -18,7 +18,7 @@ from ar_unified.storage import AnyPath
 
 class ImageFiles:
     """Every image file under `path`, however deep, in the order of their paths. `files.Folder` decides which files
-    count.
+    are read.
 
     Links that lead out of the folder, and unreadable files, are bad items.
 

@@ -48,7 +48,7 @@ def from_markdown(text: str) -> list[dict[str, Any]]:
         if target is None:
             words += found[0]
             continue
-        if found["link"]:  # an image that is a link: the link's target is not text
+        if found["link"]:  # if an image is a link, the link's target is not text
             after = _LINK_END.match(text, at)
             words, at = (words, after.end()) if after else (words + found["link"], at)
         parts += [*_text(words), {"type": "image", "image": target}]
@@ -91,7 +91,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag in _UNREAD:
             self._unread += 1
-        elif tag == "body":  # tags that were opened before it no longer count
+        elif tag == "body":  # ignored tags that were opened before the body are forgotten
             self._unread = 0
         elif tag == "img" and not self._unread:
             self._block()

@@ -164,7 +164,7 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name.partition(":")[0]
         raise UserError(
             f"TFDS dataset {name!r}: expected its dataset_info.json and features.json below {folder}, found other or "
-            f"damaged files ({type(error).__name__}): delete this folder, and the dataset is made again"
+            f"damaged files ({type(error).__name__}): delete this folder to have the dataset made again"
         ) from error
     if not builder.data_path.exists():
         _prepare(builder)
@@ -193,7 +193,7 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
         print(f"{info.full_name}: drawing {counts} examples into {where}; nothing is downloaded", flush=True)
     else:
         size = f"{info.download_size} to download" if info.download_size else "TFDS downloads what it needs"
-        print(f"{info.full_name}: TFDS prepares it in {where}; {size}", flush=True)
+        print(f"{info.full_name}: TFDS prepares this dataset in {where}; {size}", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS would print "Downloading ... Unknown size" for both
         builder.download_and_prepare()
 

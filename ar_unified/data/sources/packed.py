@@ -51,7 +51,7 @@ class Reader:
         self._file = open_binary(path) if self._plain is None else None
 
     def read(self, at: int, size: int) -> bytes:
-        """Raises OSError as `open_binary` says."""
+        """Reads `size` bytes from byte `at` on. Raises OSError as `open_binary` does."""
         if self._plain is not None:
             return self._plain.read(at, size)
         assert self._file is not None

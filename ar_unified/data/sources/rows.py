@@ -42,9 +42,9 @@ class Rows:
     split, so that it is reported.
 
     Args:
-        beside: files of other sources over the same images. They are counted too, so that all sources have the same
-            borders between splits.
-        columns: maps a document part to a key of a row, for rows without the form of `language.rows`; see `Columns`.
+        beside: files of other sources that have the same images. Their rows are counted too, so that all sources have
+            the same borders between splits.
+        columns: maps a document part to a key of a row, if rows do not have the form of `language.rows`; see `Columns`.
 
     Raises:
         UserError: if a file is missing, or if no row is in `split` (EmptySplit if there are too few images).

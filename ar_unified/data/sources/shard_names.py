@@ -42,7 +42,7 @@ def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) 
     if len(names) == 1 and glob.has_magic(path) and not os.path.exists(path):
         names = sorted(glob.glob(path, recursive=True))
         if not names:
-            raise UserError(f"{path}: no file of this name")
+            raise UserError(f"{path}: no file matches this name")
     for name in names:
         require_file(name)
     root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]))
@@ -73,7 +73,7 @@ def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]
         pattern = re.compile(_regex(tops[0]))
         tops = [name for name in there if pattern.fullmatch(name)]
         if not tops:
-            raise UserError(f"{path}: no file of this name")
+            raise UserError(f"{path}: no file matches this name")
     if missing := next((name for name in tops if name not in there), None):
         raise UserError(f"{root}/{missing}: no such file")
     inner = _above([f"{root}/{name}" for name in tops])

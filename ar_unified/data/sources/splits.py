@@ -20,7 +20,7 @@ import numpy as np
 
 from ar_unified.errors import UserError
 
-_MANY = 1 << 20  # with this many groups, borders by hash and borders by count differ by at most about 0.1 %
+_MANY = 1 << 20  # with so many groups, a border by hash and a border by count differ by at most about 0.1 %
 _END = 1 << 64
 
 
@@ -116,8 +116,8 @@ class _Groups:
 def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
     """The hash at which a part with `share` of all groups ends.
 
-    It is counted over the groups of all sources of a folder, so all have the same border, and no image is on both
-    sides. If that leaves one side without groups of this source, the border is counted over this source's own groups.
+    The groups of all sources of a folder decide the border together, so all sources have the same border, and no image
+    is on both sides. If one side would have no groups of this source, only this source's own groups decide.
     """
     if share <= 0 or share >= 1:
         return _END if share >= 1 else 0
@@ -148,7 +148,7 @@ def parse_split(split: str) -> tuple[str, float, float]:
 
 def group(row: Mapping[str, object], data: bytes) -> int:
     """The hash, 0..2**64-1, that all rows of one group share. It is made from the first of these that the row has: its
-    (first) image, its id, the prompt of a preference pair, or its bytes."""
+    (first) image, its id, the prompt of a preference pair, or the bytes of the row."""
     segments = row.get("segments")
     inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
     key = row.get("image") or next(iter(inner), None) or row.get("id")

@@ -119,7 +119,7 @@ class Tables(RecordSource):
     def _place(self, i: int) -> tuple[int, int]:
         """The group that item i is in, and the number of its row in the group."""
         if not 0 <= i < len(self):
-            raise IndexError(f"item {i}: {self.name} has {len(self)}")
+            raise IndexError(f"item {i}: {self.name} has {len(self)} items")
         group = bisect.bisect_right(self._first, i + self._low) - 1
         return group, i + self._low - self._first[group]
 

@@ -35,7 +35,7 @@ class Tars(RecordSource):
     """The samples in tar files. A sample is a run of members whose paths are equal up to the first dot of their names.
 
     000.jpg and 000.txt are a captioned image. 001.0.jpg, 001.1.jpg and 001.txt are a text with two images, in the order
-    of the members. A .json member is an object. Its keys count as members (caption, question, messages, ...), and
+    of the members. A .json member is an object. Its keys are treated as members (caption, question, messages, ...), and
     the argument `keys` may name them below `json` ("json/caption"). A member's name is the part of its path after this
     first dot, in lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
@@ -94,7 +94,8 @@ class Tars(RecordSource):
             raise UserError(f"{path}: no tar can be read: {'; '.join(reason for _, reason in self._problems.values())}")
         self._low, self._high = round(low * samples), round(high * samples)
         if self._low >= self._high:
-            raise (EmptySplit if samples else UserError)(f"{path}: nothing is in split {split!r} of {samples} samples")
+            reason = f"nothing is in split {split!r}, because there are only {samples} samples"
+            raise (EmptySplit if samples else UserError)(f"{path}: {reason}")
         # A larger number would not be faster, because samples are read one by one and none is decoded meanwhile.
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each open packed tar uses 10 MB
@@ -114,7 +115,7 @@ class Tars(RecordSource):
 
     def _sample(self, i: int) -> int:
         if not 0 <= i < len(self):
-            raise IndexError(f"item {i}: {self.name} has {len(self)}")
+            raise IndexError(f"item {i}: {self.name} has {len(self)} items")
         return i + self._low
 
     def origin(self, i: int) -> str:
@@ -255,7 +256,7 @@ class _Headers:
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > _LONGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
+            raise tarfile.ReadError(f"expected headers of at most {_LONGEST_HEADER} bytes, found {size}")
         return self._file.read(size)
 
 
@@ -270,18 +271,18 @@ def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
         try:
             with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:  # type: ignore[call-overload]
                 while (info := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # else all of them stay in memory
+                    tar.members = []  # type: ignore[attr-defined]  # otherwise all of them stay in memory
                     yield info
                     if info.isreg() and not _is_there(stream, info.offset_data + info.size, whole):
-                        raise _Cut(f"the tar ends in the middle of {info.name!r}: it is cut short", sample=True)
+                        raise _Cut(f"the tar is cut short: it ends in the middle of {info.name!r}", sample=True)
                 end = tar.offset
             stream.seek(end)
             after = stream.read(512)
         except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise _Cut(f"expected a tar, found {error}") from error
+            raise _Cut(f"expected a tar: {error}") from error
         if after != bytes(512):
             raise _Cut(
-                f"expected a member or the end of the tar at byte {end}, found neither: it is cut short or broken"
+                f"expected a member or the end of the tar at byte {end}, found neither: the tar is cut short or broken"
             )
 
 
@@ -289,7 +290,7 @@ def _begin(file: BinaryIO) -> bytes:
     try:
         return file.read(encoding.HEAD)
     except OSError as error:
-        raise _Cut(f"expected a tar, found {error}") from error
+        raise _Cut(f"expected a tar that can be read: {error}") from error
 
 
 def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:

@@ -137,7 +137,7 @@ class TextFiles:
 
     def _block_of(self, i: int) -> int:
         if not 0 <= i < self._items:
-            raise IndexError(f"item {i}: {self.name} has {self._items}")
+            raise IndexError(f"item {i}: {self.name} has {self._items} items")
         return bisect.bisect_right(self._first, i) - 1
 
     def _read(self, i: int) -> tuple[str, Mapping[str, Json]]:
@@ -173,7 +173,7 @@ class TextFiles:
         text = row.get(self._field) if isinstance(row, dict) else None
         if not isinstance(text, str):
             found = f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
-            reason = f"expected an object with a string {self._field!r}, found {found}"
+            reason = f"expected an object with a text under the key {self._field!r}, found {found}"
             raise BadItem("bad_row", self.origin(i), reason)
         try:
             text.encode()
