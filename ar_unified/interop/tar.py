@@ -31,15 +31,16 @@ _MARKS = {
     "eoi": "<im_end>",
     "turn": "<|im_start|>",
 }
-_PAD = "<|fim_pad|>"  # a token of Qwen2.5 that its text never has
+_PAD = "<|fim_pad|>"  # a token of Qwen2.5 that never occurs in its texts
 _NOTES = (
-    "Its images are only codes: TA-Tok, which reads images, and the models that turn its codes into pixels are not "
-    "imported.",
+    "The model's images are only codes: TA-Tok, which reads images, and the models that turn its codes into pixels are "
+    "not imported.",
 )
 
 
 def open_tar(files: Files) -> Published:
-    """Tar, a Qwen2 whose images are codes alone. Raises UserError, which names the file."""
+    """Opens Tar, a Qwen2 whose images are codes alone. Raises UserError, which names the file, if something does not
+    fit."""
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
     side = 27 if files.size is None else files.size[0]
