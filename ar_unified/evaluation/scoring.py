@@ -48,7 +48,7 @@ class Scoring:
     found: int = 0
 
     def count(self, row: Mapping[str, Any]) -> None:
-        """Adds a line."""
+        """Counts what one line of the output says."""
         if "error" in row:
             self.errors += 1
             self.first_error = self.first_error or f"{row['origin']}: {row['error']}"
@@ -72,7 +72,7 @@ def score_source(model: Model, source: Source, output: str | Path, *, show_progr
     from there.
 
     Raises UserError if `output` exists, or if the unfinished lines belong to another model or other data. Raises
-    OSError if it cannot be written.
+    OSError if a file cannot be written.
     """
     done = Scoring()
     facts = {"weights": model.weights, "max_length": model.engine.max_length, "data": dict(source.fingerprint)}

@@ -36,7 +36,7 @@ PROTOCOL = {
 }
 CORRUPTION = (0.01, 0.05, 0.10)  # shares of the ids that are replaced
 FIRST, WORST = 6, 2  # how many images are shown: the first ones, and the worst of the others
-_SCAN = 16  # the most items of a source that are tried for each needed image
+_SCAN = 16  # maximum number of items of a source that are tried for each needed image
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
@@ -192,11 +192,11 @@ class _Tally:
         self.shown = _kept(self.shown)
 
     def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Json]:
-        """The numbers of `evaluate_tokenizer` that follow from the images, of `pixels` pixels each."""
+        """The numbers of `evaluate_tokenizer` that follow from the images, which have `pixels` pixels each."""
         ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
         measured = {name: np.array(found) for name, found in self._values.items()}
         of = np.array([image.source for image in self.done])
-        codes, bits = _usage(ids, K), ids[0].size / pixels  # factor from bits per id to bits per pixel
+        codes, bits = _usage(ids, K), ids[0].size / pixels  # bits: factor from bits per id to bits per pixel
         numbers: dict[str, Json] = {
             **{name: float(measured[name].mean()) for name in self.measures if name != "mse"},
             "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
@@ -253,7 +253,7 @@ def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Co
 
 
 def _measures(size: tuple[int, int]) -> dict[str, Distance]:
-    """The distances that need no weights, if images of this size allow them."""
+    """The distances that need no weights and that can be computed on images of this size."""
     found: dict[str, Distance] = {"psnr": metrics.psnr, "mse": metrics.mse, "l1": metrics.l1}
     most = len(metrics.SCALE_WEIGHTS)
     scales = [n for n in range(1, most + 1) if min(size) >= metrics.ms_ssim_side(n)]
