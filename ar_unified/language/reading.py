@@ -1,4 +1,4 @@
-"""Splits ids into items, and finds where they break off.
+"""Splits ids into items, and finds where the ids break off.
 
 Axes: `h` `w` height and width of an image in codes; `n` ids.
 """
@@ -50,7 +50,7 @@ class Reader:
         self._texts = np.append(self.vocabulary.role(ids) == Role.TEXT, False)
 
     def items(self, at: int) -> Iterator[Item]:
-        """The items from `at` on. Raises GrammarError for an invalid image; the last one may be incomplete."""
+        """The items from `at` on. Raises GrammarError for an invalid image; only the last image may be incomplete."""
         while at < len(self.ids):
             text = at + int(np.argmin(self._texts[at:]))
             begin = self._opening(at, text)
@@ -134,7 +134,8 @@ class Reader:
         return f"{what} (row {row}, column {column} of {h} x {w})"
 
     # ---- reading a side of a size ------------------------------------------------------------------------------------
-    # Returns (number of units, 0, position after the number). If the ids end too early: (None, digits read, position).
+    # Each function returns (number of units, 0, position after the number). If the ids end too early, it returns (None,
+    # number of digits read, position).
 
     _value = 0  # the part of the number that was read, if the ids end too early
 

@@ -60,7 +60,7 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
     Args:
         content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys
             of a part ("alt") are ignored.
-        image: called with the reference to an image and its place in the JSON.
+        image: called with the reference to an image and the image's place in the JSON.
         tokens: whether parts may be ids.
 
     Adjacent texts are joined by a blank line.
@@ -231,7 +231,7 @@ def parted(
     or one of the two conversations.
 
     Args:
-        asked: the row's "prompt" and "messages", as far as it has them.
+        asked: those of "prompt" and "messages" that the row has.
         said: the row's "chosen" and "rejected".
 
     Raises DocumentError if messages before the last differ ("bad_row"), or `asked` is another question ("two_prompts").
