@@ -57,10 +57,10 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model.
+        engine: the engine that samples from the model.
         image_tokenizer, grammar: the ones that the model was trained with. If the tokenizer cannot decode images,
             only questions with answers in words are asked.
-        protocol: what counts as right.
+        protocol: the checks that decide which answers are right.
         sources: sources of documents that the model has not seen; bad items are skipped and counted.
         limit: maximum number of documents of each kind, drawn from all sources by `seed`.
         seed: the seed for the choice of documents and for sampling.
@@ -76,9 +76,9 @@ def evaluate(
         `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
         `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; in dB, means of PSNR:
         `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's images, both against
-        the real ones; `counts` with the n of each; `skipped` with the documents left out by reason. A metric is absent
-        if nothing was asked for it. `note` says in words what was asked instead, if there were no captions, edits,
-        questions or stories.
+        the real ones; `counts`, the number of questions of each; `skipped`, the number of left-out documents by
+        reason. A metric is absent if nothing was asked for it. `note` says in words what was asked instead, if there
+        were no captions, edits, questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)

@@ -6,7 +6,7 @@
     {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
 
 Log-likelihoods are in nats, with teacher forcing, and conditioned on everything before (`sampling.score`). In a
-document with turns, only the last answer is scored; in any other document, all parts are. The token that ends a
+document with turns, only the last answer is scored; in any other document, all parts are scored. The token that ends a
 sequence has its own entry and is not part of any sum.
 """
 
@@ -37,7 +37,7 @@ _AT_ONCE = 256  # number of items whose images are encoded together and whose an
 @dataclass
 class Scoring:
     """What `score_source` did: how many documents it scored (two for a preference pair), how many items it left out,
-    and why it left out the first. `found` counts items that an earlier process had scored.
+    and why it left out the first of them. `found` counts items that an earlier process had scored.
     """
 
     documents: int = 0

@@ -99,8 +99,8 @@ def evaluate_tokenizer(
 
     Args:
         size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
-        limit: the maximum number of images, equally from every source.
-        seed: for the choice of images and for corrupted ids.
+        limit: the maximum number of images, taken equally from every source.
+        seed: the seed for the choice of images and for corrupted ids.
         batch_size: images in memory at a time. It changes no number, unless the tokenizer then rounds differently.
         distances: further distances by name, such as "LPIPS". The result has the mean of each under its name.
         extractors: networks by name. The Frechet distance between their features of real and of reconstructed images is
@@ -112,16 +112,16 @@ def evaluate_tokenizer(
     Returns:
         (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the images under "shown". The numbers
         are floats unless stated otherwise:
-          protocol (PROTOCOL, the filter too), crop [H, W], sources, images (int), seed, tokenizer (its sha256),
+          protocol (PROTOCOL), crop [H, W], sources, images (int), seed, tokenizer (its sha256),
           skipped {reason: n}, enlarged (int: images smaller than the crop): what the others depend on;
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
           codebook_size, ids_per_image, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;
-          bits_per_pixel, entropy_bits_per_pixel: if each id counts log2(K) bits, or entropy_bits;
+          bits_per_pixel with log2(K) bits per id; entropy_bits_per_pixel with entropy_bits per id;
           id_stability: the share of ids that are the same when the reconstruction is encoded;
           psnr_corrupted {"1%": ...}: PSNR in dB against the original if this share of ids is replaced at random;
           by_source {name: {images, psnr, ssim, l1, and the numbers of metrics.usage}};
-          probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: if given;
+          probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights (if given);
           shown [{origin, psnr, ssim, worst}].
 
     Raises:

@@ -1,12 +1,13 @@
 """Converts other people's published checkpoints into bundles, and bundles back into their formats.
 
-files, sources     finds the files that a person downloaded; reads their tensors one at a time
+files              finds the config, the tokenizer and the weights among the files of a download
+sources            reads the tensors of these files one at a time
 hf_config          reads and writes a transformer's shape in config.json
 keys               maps the published tensors' names and memory layouts to our leaves
 ids                maps a published id space to ours
 text, chameleon, emu3, emu3_5, lwm, liquid, simplear, tar     one module for each system
-importing          files -> bundle
-exporting          bundle -> files
+importing          converts published files into a bundle
+exporting          converts a bundle into published files
 images             reads an image tokenizer from published files
 peft               reads and writes LoRA adapters
 image_tokenizer    converts an image tokenizer without a model into the form that this project loads, and back

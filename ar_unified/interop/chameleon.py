@@ -114,7 +114,7 @@ def language_of(
 
     Args:
         names: published id of every token.
-        text: ids that spell text.
+        text: published ids that stand for text.
         size: number of ids, V.
         system: chameleon, lumina_mgpt or lumina_mgpt_2.
         largest: height and width of the largest image in codes; None means the published size.
@@ -244,8 +244,8 @@ def _movqgan_of(files: Files) -> Images:
 
 
 def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = None) -> Images:
-    """The image tokenizer from a file of its own if there is one, else the one inside the model's file, which has no
-    decoder.
+    """The image tokenizer from a file of its own if there is one; otherwise the image tokenizer inside the model's
+    file, which has no decoder.
 
     Args:
         source: the model's tensors, which may include an image tokenizer.

@@ -86,7 +86,7 @@ def open_pickled(path: str | Path) -> Pickled:
                 raise ValueError("it is neither a torch file nor a pickle of protocol 2 or later")
             found = _torch(path) if zipped else read_pickle(_Bounded(file, path.stat().st_size))
         if isinstance(found, int):
-            more = ", found one of torch before 1.6" if found == _OLD_TORCH else ""
+            more = ", found a file of torch before 1.6" if found == _OLD_TORCH else ""
             raise UserError(
                 f"{path}: expected a torch file that is a zip{more}: load it with torch.load and save it again "
                 "with torch.save"
@@ -209,7 +209,7 @@ def _sorted(path: Path, found: object, joint: str) -> Pickled:
         if not isinstance(value, Strided | np.ndarray):
             other[name] = value
         elif name in tensors or name == "__metadata__":
-            raise UserError(f"{path}: {name!r:.120}: expected a different name for each tensor, and none __metadata__")
+            raise UserError(f"{path}: {name!r:.120}: expected a different name for each tensor, not __metadata__")
         else:
             tensors[name] = value
     if not tensors:

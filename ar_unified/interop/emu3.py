@@ -1,7 +1,7 @@
-"""Emu3 (Stage1, Gen, Chat), with the names of its own repository or of transformers' port.
+"""Emu3 (Stage1, Gen, Chat), with the tensor names of its own repository or of transformers' port.
 
-The table has Qwen's text, then 208 special tokens and the codes. Sizes are written in decimal digits as text.
-<|extra_200|> ends a row, <|extra_201|> ends the image; <|extra_203|> and <|extra_204|> begin and end a document.
+The table of ids has Qwen's text tokens, then 208 special tokens and the codes. Sizes are written in decimal digits as
+text. <|extra_200|> ends a row, <|extra_201|> ends the image; <|extra_203|> and <|extra_204|> begin and end a document.
 
 Chat is prompted with turns of a conversation, Gen and Stage1 with plain text, followed by words that ask for quality.
 The tensors and tables of all three have the same form, and two keys of config.json tell them apart; without those keys,
@@ -100,7 +100,7 @@ def language_of(
 
     Args:
         names: published id of every special token.
-        text: ids that spell text.
+        text: published ids that stand for text.
         size: number of ids, V.
         largest: height and width of an image in codes.
         kind: the layout's kind.

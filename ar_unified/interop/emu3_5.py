@@ -1,4 +1,4 @@
-"""Emu3.5: Emu3's table of ids with more codes and other control tokens, Qwen3's transformer, IBQ's image tokenizer.
+"""Emu3.5: Emu3's table of ids with more codes and other control tokens, Qwen3's transformer and IBQ's image tokenizer.
 
 Sizes are written in decimal digits as text. <|extra_200|> is between rows, not after the last, and there is no
 <|extra_201|>. An answer is between <|extra_100|> and <|extra_101|>.

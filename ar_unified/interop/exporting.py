@@ -55,8 +55,8 @@ def export_published(
     all.
 
     Args:
-        form: "hf", "meta" or "lwm"; for an imported model, the form that it came in.
-        license: for the card of a model of our own.
+        form: "hf", "meta" or "lwm"; for an imported model, the form that it was imported from.
+        license: the licence that the card of a model of our own names.
 
     Raises UserError if `folder` exists, the bundle was imported from another form, or the form has no place for
         something that was trained.

@@ -1,7 +1,7 @@
 """Reads a transformer's shape from a config.json of transformers, in old and new spellings, and writes it.
 
 One reader serves all systems; a `Family` says how a system differs. A setting that our transformer does not compute is
-    refused, with its key.
+refused, and the error names its key.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def named(names: Mapping[str, Json], name: str, where: str) -> int:
 
 
 def codes_of(found: Mapping[int, int], where: str) -> range:
-    """Published ids of the image codes, by code. Raises UserError if there are none, one is missing, or the ids are not
-    consecutive.
+    """Published ids of the image codes, in the order of the codes. Raises UserError if there are none, one is missing,
+    or the ids are not consecutive.
     """
     if not found or sorted(found) != list(range(len(found))):
         missing = next(code for code in range(len(found) + 1) if code not in found)

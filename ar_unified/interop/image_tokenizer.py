@@ -1,4 +1,4 @@
-"""Converts the published file of an image tokenizer (without a model) into this project's folder for it, and back.
+"""Converts the published file of an image tokenizer (without a model) into a folder that this project loads, and back.
 
     weights.safetensors  config.json       as `ImageTokenizer.save` writes them
     published.safetensors                  tensors that the network does not use, if there are any

@@ -42,7 +42,7 @@ class Images:
     Attributes:
         usual: side of the images that the tokenizer was published for, in pixels.
         dialect: the kind of names that the tensors have in its file.
-        prefix: the beginning of its tensors' names in the file; "" if the file has nothing else.
+        prefix: the beginning of its tensors' names in the file; "" if the file has only these tensors.
         dtypes: dtypes of the file's floats. The key "" has the most common dtype; only tensors of another dtype have a
             key of their own.
     """
@@ -85,7 +85,7 @@ def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = Mapping
 def read_images(
     system: str, settings: Mapping[str, Json], source: Source, dialect: str, where: str, prefix: str = ""
 ) -> Images:
-    """The tokenizer of a file's tensors.
+    """Makes the tokenizer from a file's tensors.
 
     Args:
         system: a key of SETTINGS.
@@ -135,7 +135,8 @@ def _resolution(settings: Mapping[str, Json]) -> int:
 
 
 def settings_file(system: str, path: Path) -> Path | None:
-    """The first of a system's settings files that exists in an image tokenizer's folder, or None. Raises UserError."""
+    """The first of a system's settings files that exists in an image tokenizer's folder, or None. Raises UserError
+    if that file leads out of the folder."""
     folder = path if path.is_dir() else path.parent
     return next((inside(folder, name) for name in SETTINGS[system] if (folder / name).exists()), None)
 

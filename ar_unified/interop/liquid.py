@@ -45,7 +45,7 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
 
     Args:
         names: published id of every token of Gemma.
-        text: ids that spell text.
+        text: published ids that stand for text.
         size: number of ids, V.
         grid: height and width of each image in codes.
 

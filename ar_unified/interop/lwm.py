@@ -59,7 +59,7 @@ def language_of(
 
     Args:
         names: published id of every piece of the text tokenizer.
-        text: ids that spell text.
+        text: published ids that stand for text.
         tables: the number of ids of text and of images; for a model of text alone, only the number of text.
         codebook: the number of image codes.
 
@@ -70,7 +70,10 @@ def language_of(
         return language(tables[0], text, marks, PLAIN)
     first, images = tables
     if images < codebook + 2:
-        raise UserError(f"{where}: expected {codebook} codes and two marks in the table of images, found {images} ids")
+        raise UserError(
+            f"{where}: expected {codebook} codes and two marks (the ends of a frame and of a clip) in the table of "
+            f"images, found {images} ids"
+        )
     if missing := sorted(set(range(first)) - {*text, *marks.values()}):
         raise UserError(f"{where}: expected a piece for each of {first} ids of text, found none for id {missing[0]}")
     marks |= {"eof": first + codebook, "eov": first + codebook + 1}

@@ -61,14 +61,18 @@ class Joined:
                 self._from[new] = (name, begin, end)
 
     def _parts(self, name: str) -> list[tuple[str, int, int | None]]:
-        """The parts of a file's tensor: (name, first row, one past the last row, or None for all rows)."""
+        """The parts of a file's tensor, each as (name, first row, row after the last). A tensor that is not fused is
+        one part, (name, 0, None)."""
         fused = next((each for each in _FUSED if name.endswith(each)), None)
         if fused is None:
             return [(name, 0, None)]
         rows = self._files[0].shape(name)[0]
         shares = [self._heads[part] for part in _FUSED[fused]] if fused == _QKV else [1, 1]
         if rows % sum(shares):
-            raise UserError(f"{name}: expected a multiple of {sum(shares)} rows, the number of parts; found {rows}")
+            raise UserError(
+                f"{name}: expected a multiple of {sum(shares)} rows, because it has {sum(shares)} equal parts; "
+                f"found {rows}"
+            )
         ends = np.cumsum(shares) * (rows // sum(shares))
         begins = [0, *ends[:-1]]
         middle = fused.split(".")[1]

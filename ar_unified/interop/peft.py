@@ -2,7 +2,7 @@
 
 A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
 transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
-these names. Ours are [in, r] and [r, out], so both are transposed.
+the names of these modules. Ours are [in, r] and [r, out], so both are transposed.
 
 L layers, I inputs, O outputs, r rank.
 """
@@ -157,7 +157,7 @@ def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
     for table, (ids, values) in adapter.rows.items():
         if len(ids) and ids[-1] >= size:
             raise UserError(
-                f"{adapter.folder}: expected rows of ids below {size}, as this model has, found one of {ids[-1]}: "
+                f"{adapter.folder}: expected rows of ids below {size}, as this model has; found a row of id {ids[-1]}: "
                 "load the adapter with the model that its rows extend"
             )
         ours = ids if border is None else np.asarray(border.ours)[ids]
@@ -316,7 +316,7 @@ def write(
         name_of = {path: rf"{re.escape(beginning)}layers\.\d+\.{re.escape(_MODULES[path])}" for path in lora.matrices}
     modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
     within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
-    # The last parts of names are enough, unless an image tokenizer inside the model may have modules with these names.
+    # target_modules needs only the last parts of names, unless an image tokenizer inside the model may have the same.
     target: Any = rf"{re.escape(beginning)}layers\.\d+\.({within})" if prefixes else modules
     try:
         with whole_folder(folder) as here:

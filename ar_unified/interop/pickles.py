@@ -37,10 +37,10 @@ class File(Protocol):
     """The methods of a file that are needed to read it opcode by opcode."""
 
     def read(self, n: int, /) -> bytes:
-        """At most n bytes."""
+        """Reads at most n bytes."""
 
     def readline(self) -> bytes:
-        """The bytes up to and including the end of the line."""
+        """Reads the bytes up to and including the end of the line."""
 
     def tell(self) -> int:
         """The position of the next byte."""

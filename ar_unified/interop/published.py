@@ -60,7 +60,7 @@ def check_tensors(
 
     Args:
         where: the file, for messages.
-        aside: prefixes of other tensors' names, such as "vqmodel.".
+        aside: prefixes of names of tensors that are not the transformer's, such as "vqmodel.".
 
     Raises UserError, which names the tensors that are missing, left over or of another shape.
     """

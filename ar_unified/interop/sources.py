@@ -36,7 +36,7 @@ class Source(Protocol):
         """The shape of a tensor, from the header alone."""
 
     def dtype(self, name: str, /) -> str:
-        """A key of DTYPES."""
+        """The dtype of a tensor, a key of DTYPES."""
         ...
 
     def read(self, name: str, /) -> np.ndarray:
@@ -50,8 +50,8 @@ class Source(Protocol):
 def open_source(path: str | Path) -> Source:
     """The tensors of a .safetensors file, or of a folder that has one or several of them.
 
-    Raises UserError, which names the file, if it is missing or damaged, an index does not fit it, or it repeats a
-    tensor.
+    Raises UserError, which names the file, if a file is missing or damaged, if an index does not fit the files, or if
+    a tensor occurs twice.
     """
     path = Path(path)
     if path.is_file():
@@ -82,7 +82,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The keys and values in a JSON file that is not trusted. Raises UserError, which names the file."""
+    """The keys and values in a JSON file that is not trusted. Raises UserError, which names the file, if there are
+    none."""
     try:
         if path.stat().st_size > _LARGEST:
             raise UserError(f"{path}: expected at most {_LARGEST} bytes of JSON, found {path.stat().st_size}")
@@ -121,7 +122,7 @@ class InFile:
         raise NotImplementedError
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
-        """The numbers from `begin` to `end` - 1 of a tensor, [end - begin]."""
+        """Numbers `begin` to `end` - 1 of a tensor, as an array [end - begin]."""
         raise NotImplementedError
 
     def read(self, name: str) -> np.ndarray:
@@ -160,7 +161,7 @@ class Safetensors(InFile):
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:
-        """A key of DTYPES. Raises UserError for a dtype that is not supported, such as fp8."""
+        """The dtype of a tensor, a key of DTYPES. Raises UserError for an unsupported dtype, such as fp8."""
         place = self._places[name]
         if place.kind not in DTYPES:
             raise UserError(

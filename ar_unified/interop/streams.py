@@ -34,7 +34,7 @@ _LONGEST = 1 << 12  # maximum bytes of a text, and maximum parts of a list or ma
 
 
 class _Span(NamedTuple):
-    """The place in the file of bytes that were skipped."""
+    """The place of skipped bytes in the file."""
 
     begin: int
     size: int
@@ -92,7 +92,7 @@ class Stream(InFile):
         return stored.shape if layer is None else stored.shape[1:]
 
     def dtype(self, name: str) -> str:
-        """A key of DTYPES. Raises UserError for a dtype that is not supported."""
+        """The dtype of a tensor, a key of DTYPES. Raises UserError for a dtype that is not supported."""
         found = self._tensors[name][0].dtype
         if found not in _NAMES:
             raise UserError(f"{self.path}: {name}: expected numbers of type {', '.join(_NAMES)}; found {found!r:.40}")
@@ -324,8 +324,8 @@ def _whole_array(kind: Kind) -> list[bytes | int]:
 
 
 def _sized(first: int, size: int) -> bytes:
-    """A header with a length. `first` is the type byte for a one-byte length; the next two are for two and four
-    bytes."""
+    """A header with a length. `first` is the type byte for a one-byte length; the next two type bytes are for
+    two and four bytes."""
     power = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([first + power]) + size.to_bytes(1 << power, "big")
 

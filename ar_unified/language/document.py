@@ -90,7 +90,7 @@ class Turn:
 
     @property
     def learned(self) -> bool:
-        """Whether the model learns to generate the turn: the value of `trained`, or if that is None, by the speaker."""
+        """Whether the model learns to generate the turn: the value of `trained`; if it is None, the speaker decides."""
         return self.speaker in ("document", "assistant") if self.trained is None else self.trained
 
 

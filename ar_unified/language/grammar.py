@@ -45,7 +45,8 @@ class TextCodec(Protocol):
 
 class Break(NamedTuple):
     """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
-    position where that image or `open` begins; else the prompt's length. `opened`: the automaton's state there.
+    position where that image or `open` begins; else the prompt's length. `opened`: the automaton's state at the end
+    of the prompt.
     """
 
     begin: int
@@ -69,7 +70,7 @@ class Grammar:
                 raise ManifestMismatch(
                     f"text_{field}",
                     f"vocabulary was made for a text tokenizer with {field} {ours!r}, "
-                    f"the one given has {field} {theirs!r}: use the tokenizer of the same run",
+                    f"the given tokenizer has {field} {theirs!r}: use the tokenizer of the same run",
                 )
         self.vocabulary, self.layout, self.text_codec = vocabulary, layout, text_codec
         self.syntax = Syntax.of(vocabulary, layout, lambda text: self.text_codec.encode(text))

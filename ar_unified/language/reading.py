@@ -32,7 +32,8 @@ class GrammarError(ValueError):
 class Item(NamedTuple):
     """A run of text pieces, an image, or any other single id, from `begin` to before `end`.
 
-    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state, for an image that ends too early.
+    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state at the end of the ids, for an
+    incomplete image.
     """
 
     kind: str  # text | image | other

@@ -231,7 +231,7 @@ def parted(
     or one of the two conversations.
 
     Args:
-        asked: those of "prompt" and "messages" that the row has.
+        asked: the row's "prompt" and "messages"; a key that the row lacks is absent.
         said: the row's "chosen" and "rejected".
 
     Raises DocumentError if messages before the last differ ("bad_row"), or `asked` is another question ("two_prompts").
@@ -301,8 +301,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: if the document is invalid or has codes; if it has no turns, and either no parts or a value of
-            `trained`; or if a key of `meta` is also a key of rows.
+        DocumentError: if the document is invalid or has codes; if a document without turns has no parts, or has a
+            value of `trained`; or if a key of `meta` is also a key of rows.
     """
     document.check()
     if document.rejected is not None:

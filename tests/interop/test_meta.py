@@ -111,7 +111,7 @@ BROKEN = {
     ),
     "rows that heads do not share": (
         lambda f: [e.update({"layers.1.attention.wqkv.weight": r(33, D)}) for e in f],
-        "a multiple of 8 rows, the number of parts",
+        "a multiple of 8 rows, because it has 8 equal parts",
     ),
 }
 
