@@ -145,7 +145,7 @@ class Slot:
     """One of our leaves, or one layer of it, and the published tensors from which it is made.
 
     Attributes:
-        leaf: the leaf's path.
+        leaf: the path of our leaf among the parameters.
         layer: the layer's number; None for leaves outside the layers.
         names, shapes: names and shapes of the published tensors. The shape of a QK-norm is [H] or [G, H].
         shape: the shape of our leaf for one layer.

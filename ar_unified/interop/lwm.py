@@ -81,7 +81,7 @@ def language_of(
 
 
 def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> float:
-    """RoPE's base: given by a person, else by a config.json, else by the name of a published model.
+    """RoPE's base, from the first of these that says it: `given`, a config.json, the name of a published model.
 
     Raises UserError if nothing says it, because a wrong base gives wrong numbers that look right.
     """

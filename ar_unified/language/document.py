@@ -107,7 +107,8 @@ class Document:
         id: the name that the source gave the document.
         origin: "file:line", for messages.
         meta: other facts, such as the scene that an image shows. Comparisons ignore meta, id and origin.
-        rejected: in a preference pair, the worse answer, which could replace the assistant's last turn; else None.
+        rejected: in a preference pair, the worse answer, which could replace the assistant's last turn; None in other
+            documents.
     """
 
     turns: tuple[Turn, ...]

@@ -45,8 +45,8 @@ class TextCodec(Protocol):
 
 class Break(NamedTuple):
     """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
-    position where that image or `open` begins; else the prompt's length. `opened`: the automaton's state at the end
-    of the prompt.
+    position where that image or `open` begins; if not, the prompt's length. `opened`: the automaton's state at the
+    end of the prompt.
     """
 
     begin: int

@@ -70,7 +70,8 @@ class Reader:
             at = item.end
 
     def _opening(self, at: int, text: int) -> int:
-        """The position where the next image begins if only text, ids[at:text], comes before it; else -1."""
+        """The position where the next image begins if only text, ids[at:text], comes before it; -1 if it does not
+        begin there."""
         opening = self.syntax.open
         if not self.vocabulary.codebook_size:
             return -1

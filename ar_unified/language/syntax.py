@@ -141,7 +141,7 @@ class Syntax:
 
     Attributes:
         open: ids that begin an image: a control token, or text pieces (`spelled`), of which the last begins the image.
-        digits, separator: the pieces for 0..9 and for the separator if sizes are decimal; else () and -1.
+        digits, separator: the pieces for 0..9 and for the separator; () and -1 if sizes are not decimal.
         start, close: ids before the first code, and after the last.
         row_end: the id that ends a row; -1 for none.
         end: the id that ends an answer and a document.
