@@ -70,8 +70,7 @@ class Reader:
             at = item.end
 
     def _opening(self, at: int, text: int) -> int:
-        """The position where the next image begins if only text, ids[at:text], comes before it; -1 if it does not
-        begin there."""
+        """The position where the next image begins if only text, ids[at:text], comes before it; -1 if there is none."""
         opening = self.syntax.open
         if not self.vocabulary.codebook_size:
             return -1
