@@ -125,7 +125,7 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     weights = _weights(folder)
     header = _header(weights)
     if bases and (found := header.get(_BASE, "")) and found not in bases:
-        raise UserError(f"{folder}: the adapter was trained on bundle {found[:12]}, not on this one, {bases[0][:12]}")
+        raise UserError(f"{folder}: the adapter was trained on bundle {found[:12]}, not on this model, {bases[0][:12]}")
     digest = hashlib.sha256((folder / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
     source = open_source(weights)
     pairs = _pairs(folder, source, config, settings)
