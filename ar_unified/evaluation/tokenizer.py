@@ -112,8 +112,8 @@ def evaluate_tokenizer(
     Returns:
         (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the images under "shown". The numbers
         are floats unless stated otherwise:
-          what the other numbers depend on: protocol (PROTOCOL), crop [H, W], sources, images (int), seed, tokenizer
-          (its sha256), skipped {reason: n}, enlarged (int: the number of images smaller than the crop);
+          protocol (PROTOCOL), crop [H, W], sources, images (int), seed, tokenizer (its sha256), skipped {reason: n},
+          enlarged (int: the number of images smaller than the crop), on which all other numbers depend;
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
           codebook_size, ids_per_image, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;

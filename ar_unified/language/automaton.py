@@ -173,7 +173,7 @@ class Automaton:
         """int32 [B]: the fewest tokens that can still end the document, including missing images and the end."""
         syntax, layout = self.syntax, self.syntax.layout
         least_height, least_width = self._least(state)
-        # The wanted side, or, if none is wanted, the side with the fewest tokens: the number from the digits so far.
+        # If no side is wanted, the number that the digits give so far is the side that takes the fewest tokens.
         height = jnp.where(state.want_height > 0, state.want_height, jnp.maximum(state.height, 1))
         width = jnp.where(state.want_width > 0, state.want_width, jnp.maximum(state.width, 1))
         header = layout.header(*self._codes(height, least_width))

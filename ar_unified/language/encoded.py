@@ -97,7 +97,7 @@ class Writer:
         self._begins = 0  # TURN until the turn has its first id
 
     def turn(self, speaker: str, learned: bool) -> None:
-        """Begins a turn. Everything added after this belongs to `speaker`; `learned`: whether it is learned."""
+        """Begins a turn. Everything added after this belongs to `speaker`; `learned`: whether the turn is learned."""
         self._says, self._begins = mark(0, speaker, learned), TURN
 
     def add(self, ids: Iterable[int], role: int) -> None:
