@@ -331,7 +331,7 @@ class Grammar:
         """
         images = document.own_images
         if not 0 <= image < len(images):
-            raise GrammarError(len(document), f"an image number {image}", f"only {len(images)} images")
+            raise GrammarError(len(document), f"an image number {image}", f"{len(images)} images")
         begin = int(images[image])
         rest = document.marks[begin:].copy()
         rest[0] |= encoded.TURN
