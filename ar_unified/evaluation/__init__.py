@@ -3,9 +3,9 @@
 tokenizer.py      scores an image tokenizer's reconstructions under one fixed protocol
 generation.py     asks a trained model about held-out documents
                   (conversations.py: asks turn by turn; examples.py: the questions and the answers)
-right_answers.py  decides which answers are right, for each dataset (shapes.py, easy_vqa.py read images' pixels)
+right_answers.py  decides which answers are right, for each dataset (shapes.py and easy_vqa.py read pixels)
 report.py         writes one page about everything that a run made (charts, figures, sheets, facts)
 card.py           writes a bundle's model card
 
-It uses `sampling` to ask models. `experiment` and `cli` call it.
+This package uses `sampling` to ask models. `experiment` and `cli` call it.
 """

@@ -91,7 +91,7 @@ def _scale(
     x_ticks: Sequence[float],
     transform: Callable[[float], float],
 ) -> str:
-    """Grid, labels and lines of one y axis. `y` has the two ends of the axis, after the transform."""
+    """Grid, labels and lines of one y axis. `y` is the range of the axis, after `transform`."""
     ticks = [t for t in ticks if y[0] <= transform(t) <= y[1]]
     labels = "".join(f'<i style="bottom:{_percent(transform(t), *y)}">{number(t)}</i>' for t in ticks)
     grid = "".join(f"M0 {_along(transform(t), y[1], y[0])}H1000" for t in ticks)
@@ -135,14 +135,14 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _y_range(lines: Mapping[str, Points], zero: bool) -> tuple[float, float]:
-    """The range from the smallest to the largest value. The largest is searched without the first steps of each line,
-    because their values are much larger than the rest.
+    """The range of the y axis, from the smallest to the largest value. The first points of each line do not count for
+    the largest value, because they can be much larger than the rest.
     """
     low = 0.0 if zero else min(y for points in lines.values() for _, y in points)
     settled = [y for points in lines.values() for _, y in points[min(len(points) // 25, len(points) - 1) :]]
     high = max(settled)
     margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
-    # These numbers are never negative, so the margin does not go below 0.
+    # If no number is negative, the axis does not go below 0.
     return (low - margin if low < 0 or low - margin > 0 else 0.0), high + margin
 
 

@@ -1,8 +1,8 @@
 """Has conversations with a model, and counts how many of its turns and how many whole conversations are right.
 
 The user's turns come from a held-out document and the assistant's from the model, so the next turn is about what the
-model said or drew. An early mistake has consequences, as for a person who uses the model. All conversations take their
-next turn together (`say_all`), and each turn reads only what is new.
+model said or drew. An early mistake can make later answers wrong, as for a person who uses the model. All conversations
+take their next turn together (`say_all`), and each turn reads only what is new.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def converse(
     Args:
         codec: a codec that has learnt the documents' pixels.
         documents: only documents in which every answer is one part are used.
-        scores: `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact` and `parse_rate` are
-            added.
+        scores: gets the counts of `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact`
+            and `parse_rate`.
         skipped: counts documents that are longer than the engine's max_length, as `does_not_fit`.
-        drawn, seed: how answers are drawn, as in `generation.evaluate`.
-        progress: called with ("turn", done, of) after each round.
+        drawn, seed: how answers are sampled, as in `generation.evaluate`.
+        progress: called with ("turn", number of turns done, number of all turns) after each round.
 
     A conversation cannot go on after an answer that does not parse, so its later turns count as wrong.
     """
@@ -101,7 +101,8 @@ def converse(
 
 
 def _begun(document: Document, engine: Engine, grammar: Grammar, codec: Codec, skipped: Counter[str]) -> _Talk | None:
-    """The talk about a document; None if an answer does not have exactly one part, or the document does not fit."""
+    """Begins the conversation about a document. Returns None if an answer does not have exactly one part, or if the
+    document does not fit."""
     first = int(document.turns[0].speaker == "system")
     turns = document.turns[first:]
     questions = list(zip(turns[::2], turns[1::2], strict=True))
@@ -140,7 +141,7 @@ def _request(
 
 
 def _answer(sample: Sample) -> str | np.ndarray | None:
-    """The text, or the codes int32 [h, w] of the image; None if there is neither."""
+    """The text of a sampled answer, or the codes int32 [h, w] of its image; None if there is neither."""
     if sample.document is None:
         return None
     parts = sample.document.parts

@@ -1,4 +1,4 @@
-"""Questions to a model in an evaluation, its answers, and their counts. `Codec` converts images to codes and back.
+"""The questions to a model in an evaluation, its answers, and their scores. `Codec` converts images to codes and back.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -28,11 +28,11 @@ class Example:
     Attributes:
         kind: one of KINDS, or "turn".
         document: the held-out document.
-        prompt: the parts shown to the model (real images).
+        prompt: the parts shown to the model, with images as pixels.
         expected: the real image, uint8 [H, W, 3], or the text.
         got: the model's image or text; None if it did not parse.
         reconstruction: the image tokenizer's reconstruction of an expected image.
-        correct: what the checker says; None without a checker.
+        correct: whether the checker says that the answer is right; None without a checker.
     """
 
     kind: str

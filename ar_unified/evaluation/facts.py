@@ -38,7 +38,7 @@ def summary(config: Mapping[str, Json]) -> dict[str, str]:
         shape = AutoencoderConfig.from_dict({key: value for key, value in image.items() if key in known})
         h, w = shape.grid(height, width)
         grid = f"{h} x {w} codes of {shape.codebook_size}"
-        about = "of any shape, the size of " if data.get("resize") == "aspect" else ""
+        about = "of any shape, with the area of " if data.get("resize") == "aspect" else ""
         lines["images"] = f"{about}{height} x {width} pixels as {grid} ({shape.quantizer.upper()})"
     if "vocab_size" in text:
         lines["text"] = f"at most {text['vocab_size']} pieces ({text.get('model_type', '')})"
@@ -50,7 +50,7 @@ def summary(config: Mapping[str, Json]) -> dict[str, str]:
 
 
 def _batches(train: Mapping[str, Any]) -> str:
-    """The batches of a training: how many steps of which size, and the total number of tokens."""
+    """The batches of a training: how many steps have batches of which size, and the total number of tokens."""
     shape = train["batch_size"], train["sequence_length"]
     found = [(0, *shape)]  # for each part of the training: first step, rows of a batch, tokens of a row
     for change in train.get("phases", ()):

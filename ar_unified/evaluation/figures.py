@@ -50,7 +50,7 @@ def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[st
                 title = f"<h3>{escape(name.replace('_', ' '))}</h3>" if len(galleries) > 1 else ""
                 blocks.append(f'{title}<div class="{layout}">{cards}</div>')
         if blocks:
-            lead = f"{lead} The first examples, without selection; then failures, if there were more."
+            lead = f"{lead} The first examples, without selection; after them, some of the later failures."
             sections.append((heading, f'<p class="lead">{lead.strip()}</p>{"".join(blocks)}'))
     return sections
 
@@ -89,7 +89,7 @@ def _story(example: Example) -> str:
 
 
 def _turn(example: Example) -> str:
-    """What was said before, in order, and the model's answer, with the right answer if the model's is wrong."""
+    """What was said before, in order, and the model's answer. If it is wrong, the right answer is shown, too."""
     before = "".join(
         f'<div class="q">{escape(part.text)}</div>' if isinstance(part, TextPart) else figure(part.pixels)
         for part in example.prompt

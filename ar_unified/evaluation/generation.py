@@ -37,7 +37,7 @@ from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
-_SCAN = 16  # the most items of a source that are tried for each needed document
+_SCAN = 16  # maximum number of items of a source that are tried for each needed document
 
 
 def evaluate(
@@ -57,18 +57,18 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model.
+        engine: the engine that samples from the model.
         image_tokenizer, grammar: the ones that the model was trained with. If the tokenizer cannot decode images,
             only questions with answers in words are asked.
-        protocol: what counts as right.
+        protocol: the checks that decide which answers are right.
         sources: sources of documents that the model has not seen; bad items are skipped and counted.
         limit: maximum number of documents of each kind, drawn from all sources by `seed`.
         seed: the seed for the choice of documents and for sampling.
-        drawn: how answers are drawn: guidance and its context, temperature, top-k and top-p of both modalities. By
+        drawn: how answers are sampled: guidance and its context, temperature, top-k and top-p of both modalities. By
             default, images are sampled from the model's distribution, and texts are decoded greedily.
         fit: resizes an image as data preparation does, uint8 [H, W, 3] to uint8 [H', W', 3].
-        keep: the first `keep` examples of each kind are returned, and half as many of the later failures.
-        progress: called with (kind, done, of).
+        keep: the first `keep` examples of each kind are returned, and at most half as many of the later failures.
+        progress: called with (kind, number of questions done, number of all questions).
 
     Returns:
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
@@ -76,9 +76,9 @@ def evaluate(
         `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
         `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; in dB, means of PSNR:
         `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's images, both against
-        the real ones; `counts` with the n of each; `skipped` with the documents left out by reason. A metric is absent
-        if nothing was asked for it. `note` says in words what was asked instead, if there were no captions, edits,
-        questions or stories.
+        the real ones; `counts`, the number of questions of each; `skipped`, the number of left-out documents by
+        reason. A metric is absent if nothing was asked for it. `note` says in words what was asked instead, if there
+        were no captions, edits, questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)
@@ -129,7 +129,7 @@ def _metrics(scores: Scores, codec: Codec, skipped: Counter[str]) -> dict[str, J
 
 
 def _kept(done: list[Example], keep: int) -> list[Example]:
-    """The first `keep`, and half as many of the later failures."""
+    """The first `keep` examples, and at most half as many of the later failures."""
     return done[:keep] + [e for e in done[keep:] if e.correct is False][: keep // 2]
 
 
@@ -154,7 +154,7 @@ def _collect(
         mine = Counter[str]()
         for looked, index in enumerate(rng.permutation(len(source))[: _SCAN * limit]):
             if looked >= 2 * limit and min(mine.values(), default=0) >= limit:
-                break  # a kind that was not found by now is taken to be absent
+                break  # a task that was not found by now is probably not in the source
             try:
                 document = source[int(index)]
             except BadItem as error:
@@ -204,7 +204,7 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
         for d in _stories(documents):
             if _story(d, protocol) is None:
                 wanted = ImagePart if kind == "next_image" else TextPart
-                for at, part in enumerate(d.parts):  # the first image with something before it
+                for at, part in enumerate(d.parts):  # the first image (or text) with something before it
                     if at and isinstance(part, wanted):
                         yield Example(kind, d, d.parts[:at], part.pixels if _is_image(part) else part.text)  # type: ignore[union-attr]
                         break
@@ -217,10 +217,10 @@ def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
 
 
 def _story(document: Document, protocol: Protocol) -> int | None:
-    """The index of the part of an interleaved document to ask for, an image that the protocol can check; None if there
-    is none.
+    """The index of the image in an interleaved document that the model is asked for; None if there is no image that
+    the protocol can check.
 
-    It is the second image, if there is a text before it that says what it shows.
+    It is the second image, if a text between the first image and the second says what the second shows.
     """
     at = [i for i, part in enumerate(document.parts) if _is_image(part)]
     return at[1] if protocol.story_matches and len(at) > 1 and at[1] > at[0] + 1 else None

@@ -99,7 +99,7 @@ def write_report(
         sheets: for each set, the images of evaluate_tokenizer.
         telemetry: for each model, "image_tokenizer" and "transformer", a metrics.jsonl (which may be missing) or its
             rows.
-        thresholds: the value that each metric should reach.
+        thresholds: the value that a metric should reach, by the metric's name.
         config: the whole config as JSON values.
         facts: short facts by name for the top of the page, in addition to the config's summary.
         seconds: the wall time of each stage by name, in order.
@@ -209,7 +209,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float
     note = f'<p class="soft">Left out: {escape(", ".join(skipped))}.</p>' if skipped else ""
     note += _notes(sets)
     return (
-        '<p class="lead">Shares with their 95 % Wilson interval and the number asked.</p>'
+        '<p class="lead">Shares with their 95 % Wilson interval and the number of questions.</p>'
         f'<div class="card scroll"><table><thead><tr><th>metric</th><th>threshold</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
@@ -234,7 +234,8 @@ def _cell(metrics: Mapping[str, Any], key: str) -> str:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share measured on n (Wilson, 1927), which is also correct at 0 and 1."""
+    """The 95 % interval (Wilson, 1927) of a share that was measured on n questions. It is also correct for shares of 0
+    and 1."""
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -386,7 +387,7 @@ def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
                 latest[name] = sorted(of_layers.items())
                 even = row[f"{_ATTENTION}{pair}/uniform"]
                 latest[f"{name}, if attention were even"] = [(layer, even) for layer in sorted(of_layers)]
-    steps = f"share of attention by layer, from 0, at step {found[-1]['step']}"
+    steps = f"share of attention by layer (the first is 0), at step {found[-1]['step']}"
     drawn = line_chart("Text and images, by layer", latest, unit=steps, zero=True)
     drawn += line_chart("Text and images, over time", means, unit="share of attention, mean of layers", zero=True)
     return (

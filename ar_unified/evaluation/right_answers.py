@@ -1,7 +1,7 @@
 """Decides which answers are right, for each dataset, by plain functions of a held-out document and the model's answer.
 
-A protocol has up to nine functions. If a dataset has no such function, it is None, and its metric is left out. Images
-are uint8 [H, W, 3].
+A protocol has up to nine functions. A function that a dataset does not have is None, and its metric is left out.
+Images are uint8 [H, W, 3].
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Protocol:
         edit_matches(document, after): whether the model's image `after` is the document's image, edited as instructed.
         answer_matches(expected, got): whether a text answer is right.
         caption_matches(document, got): whether `got` is a right caption of the image in the document.
-        question_kind(document): a group for which the answer is also counted; "" for none.
+        question_kind(document): the group of questions in which the answer is also counted; "" for none.
         edit_kind(document): the same for an edit.
         turn_matches(document, i, got): whether the i-th answer (from 0) of a conversation, a text or pixels, is right.
         turn_kind(document, i): the same for the i-th answer of a conversation.
@@ -81,7 +81,7 @@ def _shapes_edit_kind(document: Document) -> str:
 
 def _shapes_turn(document: Document, i: int, got: str | np.ndarray) -> bool:
     """An image or a description must show the current scene of the conversation, with sizes. Other answers must equal
-    the document's.
+    those in the document.
     """
     scene = scene_from_json(document.meta["scenes"][i])
     if isinstance(got, np.ndarray):

@@ -6,7 +6,7 @@
     {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
 
 Log-likelihoods are in nats, with teacher forcing, and conditioned on everything before (`sampling.score`). In a
-document with turns, only the last answer is scored; in any other document, all parts are. The token that ends a
+document with turns, only the last answer is scored; in any other document, all parts are scored. The token that ends a
 sequence has its own entry and is not part of any sum.
 """
 
@@ -37,7 +37,7 @@ _AT_ONCE = 256  # number of items whose images are encoded together and whose an
 @dataclass
 class Scoring:
     """What `score_source` did: how many documents it scored (two for a preference pair), how many items it left out,
-    and why it left out the first. `found` counts items that an earlier process had scored.
+    and why it left out the first of them. `found` counts items that an earlier process had scored.
     """
 
     documents: int = 0
@@ -48,7 +48,7 @@ class Scoring:
     found: int = 0
 
     def count(self, row: Mapping[str, Any]) -> None:
-        """Adds a line."""
+        """Counts what one line of the output says."""
         if "error" in row:
             self.errors += 1
             self.first_error = self.first_error or f"{row['origin']}: {row['error']}"
@@ -72,7 +72,7 @@ def score_source(model: Model, source: Source, output: str | Path, *, show_progr
     from there.
 
     Raises UserError if `output` exists, or if the unfinished lines belong to another model or other data. Raises
-    OSError if it cannot be written.
+    OSError if a file cannot be written.
     """
     done = Scoring()
     facts = {"weights": model.weights, "max_length": model.engine.max_length, "data": dict(source.fingerprint)}

@@ -17,14 +17,14 @@ from ar_unified.data.scenes import COLOURS, PLACES, SHAPES, SIZES, Object, Scene
 UNCLEAR = "unclear"
 
 _EMPTY = 0.02  # a corner with a smaller share of marked pixels is empty; the smallest shape covers 0.06
-_MIN_OVERLAP = 0.94  # minimum Dice overlap with the best shape; after an autoencoder at 27 dB it is 0.96
+_MIN_OVERLAP = 0.94  # minimum Dice overlap with the best shape; after an autoencoder at 27 dB, the overlap is 0.96
 _MAX_COLOUR_DISTANCE = 62.0  # RGB; the two closest colours of the palette are 124 apart
 
 
 @lru_cache(maxsize=8)
 def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Masks of every shape and size, sharp and soft, at its place and up to two pixels away, f32 [N, cell^2]; and their
-    names."""
+    """Masks, f32 [N, cell^2], of every shape and size, sharp and soft, at their place and up to two pixels away; and
+    the (shape, size) of each mask."""
     reach = 2
     steps = range(-reach, reach + 1)
     names = [(shape, size) for shape in SHAPES for size in SIZES]

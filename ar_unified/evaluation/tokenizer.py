@@ -36,7 +36,7 @@ PROTOCOL = {
 }
 CORRUPTION = (0.01, 0.05, 0.10)  # shares of the ids that are replaced
 FIRST, WORST = 6, 2  # how many images are shown: the first ones, and the worst of the others
-_SCAN = 16  # the most items of a source that are tried for each needed image
+_SCAN = 16  # maximum number of items of a source that are tried for each needed image
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
@@ -99,8 +99,8 @@ def evaluate_tokenizer(
 
     Args:
         size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
-        limit: the maximum number of images, equally from every source.
-        seed: for the choice of images and for corrupted ids.
+        limit: the maximum number of images, taken equally from every source.
+        seed: the seed for the choice of images and for corrupted ids.
         batch_size: images in memory at a time. It changes no number, unless the tokenizer then rounds differently.
         distances: further distances by name, such as "LPIPS". The result has the mean of each under its name.
         extractors: networks by name. The Frechet distance between their features of real and of reconstructed images is
@@ -112,16 +112,16 @@ def evaluate_tokenizer(
     Returns:
         (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the images under "shown". The numbers
         are floats unless stated otherwise:
-          protocol (PROTOCOL, the filter too), crop [H, W], sources, images (int), seed, tokenizer (its sha256),
-          skipped {reason: n}, enlarged (int: images smaller than the crop): what the others depend on;
+          protocol (PROTOCOL), crop [H, W], sources, images (int), seed, tokenizer (its sha256), skipped {reason: n},
+          enlarged (int: the number of images smaller than the crop), on which all other numbers depend;
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
           codebook_size, ids_per_image, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;
-          bits_per_pixel, entropy_bits_per_pixel: if each id counts log2(K) bits, or entropy_bits;
+          bits_per_pixel with log2(K) bits per id; entropy_bits_per_pixel with entropy_bits per id;
           id_stability: the share of ids that are the same when the reconstruction is encoded;
           psnr_corrupted {"1%": ...}: PSNR in dB against the original if this share of ids is replaced at random;
           by_source {name: {images, psnr, ssim, l1, and the numbers of metrics.usage}};
-          probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: if given;
+          probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights (if given);
           shown [{origin, psnr, ssim, worst}].
 
     Raises:
@@ -192,11 +192,11 @@ class _Tally:
         self.shown = _kept(self.shown)
 
     def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Json]:
-        """The numbers of `evaluate_tokenizer` that follow from the images, of `pixels` pixels each."""
+        """The numbers of `evaluate_tokenizer` that follow from the images, which have `pixels` pixels each."""
         ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
         measured = {name: np.array(found) for name, found in self._values.items()}
         of = np.array([image.source for image in self.done])
-        codes, bits = _usage(ids, K), ids[0].size / pixels  # factor from bits per id to bits per pixel
+        codes, bits = _usage(ids, K), ids[0].size / pixels  # bits: factor from bits per id to bits per pixel
         numbers: dict[str, Json] = {
             **{name: float(measured[name].mean()) for name in self.measures if name != "mse"},
             "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
@@ -253,7 +253,7 @@ def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Co
 
 
 def _measures(size: tuple[int, int]) -> dict[str, Distance]:
-    """The distances that need no weights, if images of this size allow them."""
+    """The distances that need no weights and that can be computed on images of this size."""
     found: dict[str, Distance] = {"psnr": metrics.psnr, "mse": metrics.mse, "l1": metrics.l1}
     most = len(metrics.SCALE_WEIGHTS)
     scales = [n for n in range(1, most + 1) if min(size) >= metrics.ms_ssim_side(n)]

@@ -1,4 +1,5 @@
-"""A file of JSON lines that appears whole or not at all. If a process is killed, the next one continues with its lines.
+"""A file of JSON lines that appears whole or not at all. If a process is killed, the next process keeps its lines and
+continues after them.
 
 FILE.unfinished/made_of.json   the facts that the lines depend on
                 lines.jsonl    the lines that are done, added in parts
@@ -73,7 +74,7 @@ class Unfinished:
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Turns the lines into `output`. Call it when all are finished."""
+        """Turns the lines into `output`. Call this when all lines are finished."""
         self._file.seek(0)
         with whole(self.output) as file:
             shutil.copyfileobj(self._file, file)
@@ -100,7 +101,7 @@ class Unfinished:
         for field, (old, new) in differences(found, facts).items():
             raise UserError(
                 f"{self.folder}: it was started with {field} {old!r:.60}, and this command has {new!r:.60}: use the "
-                "same one, name another --output, or delete the folder"
+                f"same {field}, name another --output, or delete the folder"
             )
 
     def _keep_whole(self, every: int) -> None:

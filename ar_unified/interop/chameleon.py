@@ -1,7 +1,8 @@
 """Chameleon and models made from it: Anole, Lumina-mGPT 1 and 2.0.
 
-The names of tokens say what each id means. An image code is IMGIMG, then the code's decimal digits as letters (A for
-0), then Z. The other tokens are <racm3:break> before an image, <eoss> after it, and <reserved08706> after a turn.
+The names of tokens say what each id means. The name of an image code is IMGIMG, then the code's decimal digits as
+letters (A for 0), then Z. The other tokens are <racm3:break> before an image, <eoss> after it, and <reserved08706>
+after a turn.
 Lumina adds <reserved08799>, which ends a row, and size tokens: <reserved(8800+n)> stands for n units. Lumina-mGPT 2.0
 uses MoVQGAN for images, and Qwen's text tokenizer with these names added after Qwen's own.
 
@@ -113,8 +114,8 @@ def language_of(
 
     Args:
         names: published id of every token.
-        text: ids that spell text.
-        size: V.
+        text: published ids that stand for text.
+        size: number of ids, V.
         system: chameleon, lumina_mgpt or lumina_mgpt_2.
         largest: height and width of the largest image in codes; None means the published size.
         told: the content of a tokenizer_config.json, which names the tokens that begin and end a text in Qwen's
@@ -149,7 +150,7 @@ def _ends(names: Mapping[str, int], told: Mapping[str, Json], where: str) -> dic
     if "<|endoftext|>" not in names:
         raise UserError(f"{where}: expected a token '<s>' or '<|endoftext|>', found neither")
     # Qwen has no token for the beginning, so a text begins with one of its two end tokens. Our end token is then the
-    # other one; nothing here writes it.
+    # other one, which Lumina-mGPT 2.0 never writes.
     both, found = ("<|endoftext|>", "<|im_end|>"), told.get("bos_token") or told.get("eos_token") or "<|endoftext|>"
     begin = found["content"] if isinstance(found, dict) and "content" in found else found
     if begin not in both:
@@ -163,7 +164,7 @@ def _ends(names: Mapping[str, int], told: Mapping[str, Json], where: str) -> dic
 
 
 def open_anole(files: Files) -> Published:
-    """Anole: Chameleon with the head's rows of image codes trained."""
+    """Opens Anole, which is Chameleon with trained rows of image codes in the head."""
     found = open_chameleon(files)
     return dataclasses.replace(
         found, system="anole", sampling=_SAMPLING["anole"], record={**found.record, "system": "anole"}
@@ -171,7 +172,7 @@ def open_anole(files: Files) -> Published:
 
 
 def open_chameleon(files: Files) -> Published:
-    """Chameleon, in transformers' form or in Meta's."""
+    """Opens Chameleon, in transformers' form or in Meta's."""
     folder = files.folder
     if (folder / "params.json").exists():
         return _open_meta(files)
@@ -185,11 +186,11 @@ def _open_meta(files: Files) -> Published:
     where, folder = str(files.folder), files.folder
     params = read_json(files.find("params.json")).get("model")
     if not isinstance(params, dict):
-        raise UserError(f"{where}/params.json: expected model, with keys and values; found {params!r:.80}")
+        raise UserError(f"{where}/params.json: model: expected keys and values, found {params!r:.80}")
     parts = sorted(folder.glob("consolidated*.safetensors"))
     if not parts:
         raise UserError(
-            f"{where}: expected consolidated*.safetensors, found none: `ar-unified convert-pickle` makes them"
+            f"{where}: expected consolidated*.safetensors, found none: `ar-unified convert-pickle` makes these files"
         )
     heads: tuple[Any, Any] = params.get("n_heads"), params.get("n_kv_heads") or params.get("n_heads")
     if any(type(count) is not int or count < 1 for count in heads):
@@ -197,7 +198,7 @@ def _open_meta(files: Files) -> Published:
     source = Joined([open_source(inside(folder, part.name)) for part in parts], *heads)
     first = "output.weight", "layers.0.feed_forward.w1.weight"
     if missing := [name for name in first if name not in source.names()]:
-        raise UserError(f"{where}: missing {missing[0]}: are they Chameleon's consolidated files?")
+        raise UserError(f"{where}: missing {missing[0]}: are these files Chameleon's?")
     told = {
         "vocab_size": params.get("vocab_size") or source.shape(first[0])[0],
         "hidden_size": params.get("dim"),
@@ -217,8 +218,8 @@ def _open_meta(files: Files) -> Published:
 
 
 def open_lumina(files: Files) -> Published:
-    """Lumina-mGPT, whose files have only a transformer. Version 1 uses Chameleon's text tokenizer and VQGAN (`--text`,
-    `--image`). Version 2.0 is recognised by Qwen's text tokenizer, and needs movqgan_270M (`--image`)."""
+    """Opens Lumina-mGPT, whose files have only a transformer. Version 1 uses Chameleon's text tokenizer and VQGAN
+    (`--text`, `--image`). Version 2.0 is recognised by Qwen's text tokenizer, and needs movqgan_270M (`--image`)."""
     config = _model(files.config, str(files.folder))
     second = "<s>" not in files.names
     images = _movqgan_of(files) if second else vqgan_of(files, files.config)
@@ -229,7 +230,7 @@ def open_lumina(files: Files) -> Published:
 def _model(config: Mapping[str, Json], where: str) -> TransformerConfig:
     found = hf_config.read(config, CHAMELEON, where)
     if found.norm_eps != 1e-5:
-        raise UserError(f"{where}: rms_norm_eps: expected 1e-05, as its QK-norm has; found {found.norm_eps}")
+        raise UserError(f"{where}: rms_norm_eps: expected 1e-05, as in the QK-norm; found {found.norm_eps}")
     return dataclasses.replace(found, norm_placement="swin" if config.get("swin_norm") else "pre")
 
 
@@ -243,8 +244,8 @@ def _movqgan_of(files: Files) -> Images:
 
 
 def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = None) -> Images:
-    """The image tokenizer from a file of its own if there is one, else the one inside the model's file, which has no
-    decoder.
+    """The image tokenizer from a file of its own if there is one; otherwise the image tokenizer inside the model's
+    file, which has no decoder.
 
     Args:
         source: the model's tensors, which may include an image tokenizer.
@@ -267,8 +268,8 @@ def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = N
 
 
 def _require_same_codes(inner: Images, images: Images, where: str) -> None:
-    """Raises UserError unless this tokenizer (with a decoder) has the same encoder as the model's file, within the
-    file's precision.
+    """Raises UserError unless `images` (with a decoder) has the same encoder as `inner`, the tokenizer in the model's
+    file, within the precision of that file.
     """
     kind = np.dtype(DTYPES[inner.dtypes[""]])
     ours, theirs = inner.tokenizer.params, images.tokenizer.params
@@ -278,7 +279,10 @@ def _require_same_codes(inner: Images, images: Images, where: str) -> None:
         for a, b in zip(jax.tree.leaves(ours[part]), jax.tree.leaves(theirs[part]), strict=True)
     )
     if not same:
-        raise UserError(f"{where}: expected the encoder that the model's own file has; found another")
+        raise UserError(
+            f"{where}: expected the encoder that the model's own file has, found another: with --image, name the "
+            "image tokenizer that was published with this model"
+        )
 
 
 def _published(

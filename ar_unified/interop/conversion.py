@@ -1,7 +1,7 @@
 """Converts pickled checkpoints (.pth, .pt, .ckpt, LWM's VQGAN) into .safetensors files.
 
-A torch file is a zip: a pickle in it describes the tensors, and other files have their raw numbers. The numbers are
-read tensor by tensor. `pickles` reads the pickle without running anything in it.
+A torch file is a zip: a pickle in it describes the tensors, and other files in the zip have the raw numbers. The
+numbers are read tensor by tensor. `pickles` reads the pickle without running anything in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ar_unified.workdir import write_json
 _BESIDE = (".json", ".yaml", ".yml", ".txt", ".model", ".tiktoken", ".chk")
 _LARGEST = 1 << 28  # maximum bytes of a torch file's pickle, and of a file that is copied
 _MOST = 1 << 20  # maximum number of parts of the value in a pickle
-_OLD_TORCH = 0x1950A86A20F9469CFC6C  # files written before torch 1.6 begin with it
+_OLD_TORCH = 0x1950A86A20F9469CFC6C  # files that torch wrote before version 1.6 begin with this number
 _WRAPPERS = ("state_dict", "model", "module", "params")
 
 
@@ -57,7 +57,7 @@ class Pickled(NamedTuple):
         return Kind(tensor.shape, tensor.dtype.name)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor's numbers. Raises OSError."""
+        """The tensor's numbers. Raises OSError if the file cannot be read."""
         tensor = self.tensors[name]
         if isinstance(tensor, np.ndarray):
             return tensor
@@ -86,7 +86,7 @@ def open_pickled(path: str | Path) -> Pickled:
                 raise ValueError("it is neither a torch file nor a pickle of protocol 2 or later")
             found = _torch(path) if zipped else read_pickle(_Bounded(file, path.stat().st_size))
         if isinstance(found, int):
-            more = ", found one of torch before 1.6" if found == _OLD_TORCH else ""
+            more = ", found a file of torch before 1.6" if found == _OLD_TORCH else ""
             raise UserError(
                 f"{path}: expected a torch file that is a zip{more}: load it with torch.load and save it again "
                 "with torch.save"
@@ -94,15 +94,15 @@ def open_pickled(path: str | Path) -> Pickled:
         return _sorted(path, found, "." if zipped else "/")
     except Forbidden as error:
         raise UserError(
-            f"{path}: it names {error}, which no tensor needs: nothing in it was run or written. If you trust its "
-            "maker, save only its tensors with the program that made it"
+            f"{path}: the pickle has {error}, which no tensor needs: nothing in it was run, and nothing was written. "
+            "If you trust the file's maker, save only the tensors with the program that made the file"
         ) from error
     except OSError as error:
         raise UserError(in_words(error)) from error
     except UserError:
         raise
     except (*DAMAGED, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path}: expected a pickle of tensors, found none, or a damaged one: {error}") from error
+        raise UserError(f"{path}: expected tensors in a pickle, found a damaged or unknown file: {error}") from error
 
 
 class _Bounded:
@@ -140,7 +140,7 @@ def _torch(path: Path) -> Any:
             raise ValueError(f"{pickle} has {sizes[pickle]} bytes, expected at most {_LARGEST}")
         order = archive.read(f"{top}/byteorder").strip() if f"{top}/byteorder" in begins else b"little"
         if order != b"little":
-            raise ValueError(f"its bytes are in the order {order!r:.20}, expected little")
+            raise ValueError(f"its bytes are in the order {order!r:.20}, expected b'little'")
         data = archive.read(pickle)
 
     def storage(found: object) -> Storage:
@@ -151,7 +151,7 @@ def _torch(path: Path) -> Any:
             raise Forbidden(f"a persistent id {found!r:.80}")
         name = f"{top}/data/{key}"
         if name not in begins:
-            raise ValueError(f"{name!r:.80} is not in it")
+            raise ValueError(f"{name!r:.80} is not in the zip")
         dtype = STORAGES[kind.name]
         if type(size) is not int or not 0 <= size * np.dtype(dtype).itemsize <= sizes[name]:
             raise ValueError(f"{name} has {sizes[name]} bytes, expected {size} numbers of {dtype}")
@@ -169,13 +169,13 @@ def _begins(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
         for each in sorted(archive.infolist(), key=lambda each: each.header_offset):
             name = each.filename
             if name.startswith("/") or "\\" in name or ".." in name.split("/") or name in begins:
-                raise ValueError(f"it has a file {name!r:.80}, whose name leads out of it or occurs twice")
+                raise ValueError(f"the zip has a file {name!r:.80}, whose name leads out of the zip or occurs twice")
             if each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size or each.flag_bits & 1:
                 raise ValueError(f"{name!r:.80} is compressed, which torch does not do")
             file.seek(each.header_offset)
             head = file.read(30)
             if len(head) != 30 or head[:4] != b"PK\3\4" or each.header_offset < ends:
-                raise ValueError(f"{name!r:.80} is not where it should be")
+                raise ValueError(f"{name!r:.80} does not begin where the zip says")
             begin = (
                 each.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:], "little")
             )
@@ -209,7 +209,7 @@ def _sorted(path: Path, found: object, joint: str) -> Pickled:
         if not isinstance(value, Strided | np.ndarray):
             other[name] = value
         elif name in tensors or name == "__metadata__":
-            raise UserError(f"{path}: {name!r:.120}: expected a different name for each tensor")
+            raise UserError(f"{path}: {name!r:.120}: expected a different name for each tensor, not __metadata__")
         else:
             tensors[name] = value
     if not tensors:
@@ -225,7 +225,7 @@ def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         parts, value = waiting.pop()
         count += 1
         if count > _MOST or len(parts) > 100:
-            raise ValueError(f"more than {_MOST} parts, or parts within parts without an end")
+            raise ValueError(f"it has more than {_MOST} parts, or parts within parts without an end")
         if isinstance(value, dict):
             waiting += [((*parts, str(key)), inner) for key, inner in reversed(list(value.items()))]
         elif isinstance(value, list | tuple) and not isinstance(value, Strided | Storage | Global):

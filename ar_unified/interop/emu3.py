@@ -1,11 +1,11 @@
-"""Emu3 (Stage1, Gen, Chat), with the names of its own repository or of transformers' port.
+"""Emu3 (Stage1, Gen, Chat), with the tensor names of its own repository or of transformers' port.
 
-The table has Qwen's text, then 208 special tokens and the codes. Sizes are written in decimal digits as text.
-<|extra_200|> ends a row, <|extra_201|> the image; <|extra_203|> and <|extra_204|> begin and end a document.
+The table of ids has Qwen's text tokens, then 208 special tokens and the codes. Sizes are written in decimal digits as
+text. <|extra_200|> ends a row, <|extra_201|> ends the image; <|extra_203|> and <|extra_204|> begin and end a document.
 
 Chat is prompted with turns of a conversation, Gen and Stage1 with plain text, followed by words that ask for quality.
 The tensors and tables of all three have the same form, and two keys of config.json tell them apart; without those keys,
---as says which it is.
+--as says which model it is.
 
 Sources: baaivision/Emu3, tokenization_emu3.py, processing_emu3.py and image_generation.py; transformers' Emu3.
 """
@@ -45,13 +45,15 @@ MARKS = {
 _EXTRAS = 205
 _CODE = re.compile(r"<\|visual token (\d+)\|>")
 _VQ = ("vqmodel.", "model.vqmodel.")
-# How names differ from the original's, in each form: the original itself, the port's files, the port in memory.
+# How prefixes of names differ from the original ones, for each form: the original, the port's files, the port in
+# memory.
 _PORTS: tuple[dict[str, str], ...] = (
     {},
     {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."},
     {"model.": "model.text_model."},
 )
-# Values of these keys in config.json show the kind, gen or chat; _LAYOUTS has the layout that each was trained with.
+# Values of these keys in config.json show the kind, gen or chat; _LAYOUTS has the layout that each kind was trained
+# with.
 _TOLD = {
     "image_area": {518400: "gen", 262144: "chat"},
     "max_position_embeddings": {9216: "gen", 131072: "chat"},
@@ -98,11 +100,11 @@ def language_of(
 
     Args:
         names: published id of every special token.
-        text: ids that spell text.
-        size: V.
+        text: published ids that stand for text.
+        size: number of ids, V.
         largest: height and width of an image in codes.
         kind: the layout's kind.
-        controls: the names of its control tokens.
+        controls: the published names of its control tokens, by our names.
 
     Raises UserError for names that are missing or stand for wrong ids.
     """
@@ -112,7 +114,7 @@ def language_of(
 
 
 def kind_of(config: Mapping[str, Json], text_config: Mapping[str, Json], where: str) -> str:
-    """gen or chat, as a config.json says. Raises UserError if it says neither or both."""
+    """The kind that a config.json says, gen or chat. Raises UserError if it says neither or both."""
     said = {key: value for key in _TOLD if (value := {**text_config, **config}.get(key)) is not None}
     found = {_TOLD[key].get(value, "") if type(value) is int else "" for key, value in said.items()}
     if len(found) != 1 or not all(found):
@@ -127,25 +129,25 @@ def kind_of(config: Mapping[str, Json], text_config: Mapping[str, Json], where: 
 
 
 def open_chat(files: Files) -> Published:
-    """Emu3-Chat, whatever config.json says. Raises like `open_emu3`."""
+    """Opens Emu3-Chat, whatever config.json says. Raises like `open_emu3`."""
     return open_emu3(files, "chat")
 
 
 def open_gen(files: Files) -> Published:
-    """Emu3-Gen or Stage1, whatever config.json says. Raises like `open_emu3`."""
+    """Opens Emu3-Gen or Stage1, whatever config.json says. Raises like `open_emu3`."""
     return open_emu3(files, "gen")
 
 
 def open_emu3(files: Files, kind: str = "") -> Published:
-    """Emu3 as BAAI publishes it, or in transformers' form. `kind` is gen, chat, or "" for what config.json says. Raises
-    UserError, which names the file.
+    """Opens Emu3 as BAAI publishes it, or in transformers' form. `kind` is gen, chat, or "" for what config.json says.
+    Raises UserError, which names the file, if something does not fit.
     """
     where = str(files.folder)
     config = files.config.get("text_config", files.config)
     if not isinstance(config, Mapping):
         raise UserError(f"{where}/config.json: text_config: expected keys and values, found {config!r:.80}")
     if "head_dim" in files.config and "text_config" not in files.config:
-        raise UserError(f"{where}/config.json: head_dim: expected none, as in Emu3; this is Emu3.5")
+        raise UserError(f"{where}/config.json: head_dim: expected none, as in Emu3. For Emu3.5, give --as emu3_5")
     kind = kind or kind_of(files.config, config, where)
     layout = _LAYOUTS[kind]
     model = hf_config.read(config, EMU3, where)
@@ -177,7 +179,7 @@ def open_emu3(files: Files, kind: str = "") -> Published:
             **(images.record if inside else {}),
             **files.record(),
         },
-        notes=(f"Its config asks for attention dropout {dropout}, which training here does not have.",) * bool(dropout),
+        notes=(f"The config asks for attention dropout {dropout}, which training here does not have.",) * bool(dropout),
     )
 
 

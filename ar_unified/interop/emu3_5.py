@@ -1,4 +1,4 @@
-"""Emu3.5: Emu3's table of ids with more codes and other control tokens, Qwen3's transformer, IBQ's image tokenizer.
+"""Emu3.5: Emu3's table of ids with more codes and other control tokens, Qwen3's transformer and IBQ's image tokenizer.
 
 Sizes are written in decimal digits as text. <|extra_200|> is between rows, not after the last, and there is no
 <|extra_201|>. An answer is between <|extra_100|> and <|extra_101|>.
@@ -36,8 +36,8 @@ _MARKS = {
     "bog": "<|extra_60|>",
     "eog": "<|extra_61|>",
 }
-_SIDE = 1024  # side of a square with the area of one image in its configs
-_LENGTH = 10240  # two images of this area, and their text
+_SIDE = 1024  # side of a square with the area of one image in the published configs
+_LENGTH = 10240  # tokens of two images of this area, and of their text
 # The published settings for generating one image from a text. Guidance is 5 for Emu3.5-Image, 2 for Emu3.5.
 _SAMPLING = {
     "max_length": _LENGTH,
@@ -51,15 +51,17 @@ _OF_IMAGES = 5.0
 
 
 def language_of(names: Mapping[str, int], text: list[int], size: int, where: str, largest: tuple[int, int]) -> Language:
-    """Emu3.5's ids; arguments and errors are those of `emu3.language_of`."""
+    """Emu3.5's ids. The arguments and errors are the same as in `emu3.language_of`."""
     return emu3.language_of(names, text, size, where, largest, "emu3_5", emu3.MARKS | _MARKS)
 
 
 def open_emu3_5(files: Files) -> Published:
-    """Emu3.5; its transformer is a Qwen3. Raises UserError, which names the file."""
+    """Opens Emu3.5; its transformer is a Qwen3. Raises UserError, which names the file, if something does not fit."""
     where = str(files.folder)
     if not any(name.endswith("self_attn.q_norm.weight") for name in files.source.names()):
-        raise UserError(f"{where}: expected a tensor model.layers.0.self_attn.q_norm.weight, found none: is it Emu3?")
+        raise UserError(
+            f"{where}: expected a tensor model.layers.0.self_attn.q_norm.weight, found none. For Emu3, give --as emu3"
+        )
     model = hf_config.read(files.config, EMU3_5, where)
     images = _images(files)
     tokenizer = images.tokenizer

@@ -27,7 +27,7 @@ SHARD_BYTES = 5 << 30
 
 
 class _Exported(NamedTuple):
-    """The parameters to write. `dtypes` (by leaf) and `read` come from `Bundle.reader`."""
+    """The parameters that an export writes. `dtypes` (by leaf) and `read` come from `Bundle.reader`."""
 
     bundle: Bundle
     keys: Keys
@@ -55,8 +55,8 @@ def export_published(
     all.
 
     Args:
-        form: "hf", "meta" or "lwm"; for an imported model, the form that it came in.
-        license: for the card of a model of our own.
+        form: "hf", "meta" or "lwm"; for an imported model, the form that it was imported from.
+        license: the licence that the card of a model of our own names.
 
     Raises UserError if `folder` exists, the bundle was imported from another form, or the form has no place for
         something that was trained.
@@ -89,7 +89,7 @@ def _keys(bundle: Bundle, form: str, record: Mapping[str, Any] | None) -> Keys:
         return own.keys_of(bundle)
     if form != record["form"]:
         raise UserError(
-            f"{bundle.folder}: --to: expected {record['form']}, the form that it was imported from; found {form}"
+            f"{bundle.folder}: --to: expected {record['form']}, the form that the model was imported from; found {form}"
         )
     if bundle.border is None:
         raise UserError(
@@ -105,7 +105,7 @@ def _keys(bundle: Bundle, form: str, record: Mapping[str, Any] | None) -> Keys:
 
 
 def _images(bundle: Bundle, record: Mapping[str, Json]) -> Mapping[str, np.ndarray]:
-    """Tensors of an image tokenizer that was in the model's own file."""
+    """The tensors of the image tokenizer, if it was in the model's own file."""
     prefix, tokenizer = record.get("image_prefix"), bundle.image_tokenizer()
     if not prefix or tokenizer is None:
         return {}

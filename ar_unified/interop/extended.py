@@ -1,5 +1,5 @@
-"""Writes a published language model, which was extended with images here, in its published form. The rows of new ids
-are last.
+"""Writes a published language model that was extended with images here, in its published form. The rows of the new ids
+are last in its tables.
 
 Existing ids keep their numbers. The tokenizer's file gets a name for each new id, so that transformers reads and writes
 them as tokens.
@@ -27,7 +27,7 @@ def names_of(bundle: Bundle, first: int) -> dict[int, str]:
     """The name of each published id from `first` on."""
     border, vocabulary = bundle.border, bundle.grammar.vocabulary
     if border is None or not 0 < first <= border.size:
-        raise UserError(f"{bundle.folder}: published.json: {KEY}: expected ids of the border, found {first!r:.40}")
+        raise UserError(f"{bundle.folder}: published.json: {KEY}: expected a number of ids, found {first!r:.40}")
     return {id: token_name(vocabulary, int(border.ours[id])) for id in range(first, border.size)}
 
 

@@ -67,22 +67,22 @@ class Files:
         flags = {"theta": "--rope-theta"}
         if unread := [name for name, value in self._given.items() if value is not None and name not in self._read]:
             raise UserError(
-                f"{flags.get(unread[0], f'--{unread[0]}')} does nothing for {self.folder}, whose files say it "
-                "themselves: leave it out"
+                f"{flags.get(unread[0], f'--{unread[0]}')} does nothing for {self.folder}, because its files say this "
+                "themselves or do not need it: leave it out"
             )
 
     @cached_property
     def source(self) -> Source:
-        """The tensors of the folder. Raises UserError."""
+        """The tensors of the folder. Raises UserError if they cannot be read."""
         return open_source(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json. Raises UserError."""
+        """The content of config.json. Raises UserError if it cannot be read."""
         return read_json(self.find("config.json"))
 
     def find(self, *names: str, folder: Path | None = None) -> Path:
-        """The first of these files that exists. Raises UserError."""
+        """The path of the first of these files that exists. Raises UserError if none exists."""
         folder = folder or (self.folder if self.folder.is_dir() else self.folder.parent)
         for name in names:
             if (folder / name).exists():
@@ -91,7 +91,7 @@ class Files:
 
     @cached_property
     def text_file(self) -> Path:
-        """The text tokenizer. Raises UserError."""
+        """The text tokenizer's file. Raises UserError if there is none."""
         if self.text is not None and self.text.is_file():
             return self.text
         try:
@@ -119,7 +119,7 @@ class Files:
             model, added = spec.get("model"), spec.get("added_tokens")
             vocab = model.get("vocab") if isinstance(model, dict) else None
             if not isinstance(vocab, dict) or not isinstance(added, list):
-                raise UserError(f"{self.text_file}: expected model.vocab and added_tokens, as tokenizer.json has")
+                raise UserError(f"{self.text_file}: expected model.vocab and added_tokens, as in a tokenizer.json")
             return vocab | {token["content"]: token["id"] for token in added if isinstance(token, dict)}
         if self.text_file.suffix == ".model":
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)

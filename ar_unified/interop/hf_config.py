@@ -1,7 +1,7 @@
 """Reads a transformer's shape from a config.json of transformers, in old and new spellings, and writes it.
 
 One reader serves all systems; a `Family` says how a system differs. A setting that our transformer does not compute is
-    refused, with its key.
+refused, and the error names its key.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _ONLY = {
 
 @dataclass(frozen=True)
 class Family:
-    """What a model class of the library transformers assumes without a key in its configs.
+    """What a model class of the library transformers assumes that its configs do not say.
 
     Attributes:
-        model_type, architecture: their values in an exported config.json.
+        model_type, architecture: the values of these keys in an exported config.json.
         fields: the fields of TransformerConfig that the class fixes.
-        act: the key of the activation.
+        act: the key of the activation in a config.json.
         defaults: the values of keys that files may leave out.
         qkv_bias: whether queries, keys and values always have biases (Qwen2, which has no key attention_bias).
         scaled: whether the embedding is multiplied by the square root of D.
@@ -113,9 +113,9 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
         if config.get(key) not in allowed:
             raise wrong(key, f"{' or '.join(map(repr, allowed))}, which is all that this transformer computes")
     if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise wrong("layer_types", "full_attention alone, which is all that this transformer computes")
+        raise wrong("layer_types", "full_attention alone, the only type that this transformer computes")
     if config.get("attention_bias") and not family.qkv_bias:
-        raise wrong("attention_bias", "False: biases of the output projection are not computed")
+        raise wrong("attention_bias", "False, because biases of the output projection are not computed")
     act = config.get(family.act) or config.get("hidden_act")
     if family.act == "hidden_activation" and act == "gelu":
         act = "gelu_pytorch_tanh"  # Gemma's class reads "gelu" as this

@@ -71,16 +71,16 @@ def language(
 
 
 def named(names: Mapping[str, Json], name: str, where: str) -> int:
-    """The id of a token by its name. Raises UserError."""
+    """The id of a token by its name. Raises UserError if there is no such token."""
     found = names.get(name)
     if type(found) is not int or found < 0:
-        raise UserError(f"{where}: expected a token {name!r}, found none: is it the tokenizer of these weights?")
+        raise UserError(f"{where}: expected a token {name!r}, found none: is this the tokenizer of these weights?")
     return found
 
 
 def codes_of(found: Mapping[int, int], where: str) -> range:
-    """Published ids of the image codes, by code. Raises UserError if there are none, one is missing, or the ids are not
-    consecutive.
+    """Published ids of the image codes, in the order of the codes. Raises UserError if there are none, one is missing,
+    or the ids are not consecutive.
     """
     if not found or sorted(found) != list(range(len(found))):
         missing = next(code for code in range(len(found) + 1) if code not in found)
@@ -99,6 +99,6 @@ def run(ids: Sequence[int], what: str, where: str) -> range:
 
 
 def same_codes(ids: Language, codes: int, where: str) -> None:
-    """Raises UserError unless there are as many image codes as the image tokenizer has."""
+    """Raises UserError unless `ids` has as many image codes as the image tokenizer, which has `codes`."""
     if (found := ids.vocabulary.codebook_size) != codes:
         raise UserError(f"{where}: expected {codes} image codes, as the image tokenizer has; found {found}")

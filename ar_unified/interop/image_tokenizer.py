@@ -1,4 +1,4 @@
-"""Converts the published file of an image tokenizer (without a model) into this project's folder for it, and back.
+"""Converts the published file of an image tokenizer (without a model) into a folder that this project loads, and back.
 
     weights.safetensors  config.json       as `ImageTokenizer.save` writes them
     published.safetensors                  tensors that the network does not use, if there are any
@@ -59,7 +59,7 @@ def import_tokenizer(system: str, path: Path, output: str) -> tuple[ImageTokeniz
 
 
 def _file(path: Path) -> str:
-    """The name of the file that an export writes: one file, even if the tokenizer came in several."""
+    """The name of the file that an export writes. It is one file, even if the tokenizer was read from several."""
     there = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return there[0].name if len(there) == 1 else ALONE
 
@@ -72,7 +72,7 @@ def _notes(images: Images, path: Path) -> Iterator[str]:
     if lost := not_read(own, images.dialect):
         yield f"Left out: {len(lost)} tensors that the network does not use, such as {lost[0]}."
     if others := len(names) - len(own):
-        yield f"Left out: {others} tensors of the model in that file."
+        yield f"Left out: {others} tensors of the model in the same file."
 
 
 def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
@@ -90,7 +90,7 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
     if dialect and dialect not in DIALECTS:
         raise UserError(f"{expected}; found {dialect}")
     if not dialect and record is None:
-        raise UserError(f"{expected} for a tokenizer that was not imported; found none")
+        raise UserError(f"{expected} that was not imported; found none")
     with about(str(folder)):
         if record is not None and dialect in ("", record["image_dialect"]):
             tensors, file, settings = tensors_of(tokenizer, record), record["file"], dict(record["settings"])

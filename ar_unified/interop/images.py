@@ -37,12 +37,12 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Images:
-    """An image tokenizer that was read.
+    """An image tokenizer that was read from published files.
 
     Attributes:
-        usual: side of the images that it was published for, in pixels.
-        dialect: how its file names the tensors.
-        prefix: the beginning of its tensors' names in the file; "" if the file has nothing else.
+        usual: side of the images that the tokenizer was published for, in pixels.
+        dialect: the kind of names that the tensors have in its file.
+        prefix: the beginning of its tensors' names in the file; "" if the file has only these tensors.
         dtypes: dtypes of the file's floats. The key "" has the most common dtype; only tensors of another dtype have a
             key of their own.
     """
@@ -70,7 +70,7 @@ def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = Mapping
     Args:
         system: a key of SETTINGS.
         path: the file or its folder.
-        otherwise: the settings if no file has them.
+        otherwise: the settings that are used if no file has any.
 
     Raises UserError if settings or tensors do not belong to such a tokenizer.
     """
@@ -85,11 +85,11 @@ def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = Mapping
 def read_images(
     system: str, settings: Mapping[str, Json], source: Source, dialect: str, where: str, prefix: str = ""
 ) -> Images:
-    """The tokenizer of a file's tensors.
+    """Makes the tokenizer from a file's tensors.
 
     Args:
         system: a key of SETTINGS.
-        settings: the settings published with it; {} if there are none.
+        settings: the settings published with the tokenizer; {} if there are none.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """
@@ -104,7 +104,7 @@ def read_images(
 
 
 def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of the file that a tokenizer was imported from. `record` is `Images.record`. Raises like
+    """The tensors of the file that a tokenizer was imported from. `record` is `Images.record`. Raises the errors of
     `to_published`."""
     dtypes = record["image_dtypes"]
     return {
@@ -122,7 +122,7 @@ def _settings() -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"expected the settings that were published with it: {type(error).__name__}: {error}"
+            f"expected the settings that were published with the tokenizer: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -135,13 +135,14 @@ def _resolution(settings: Mapping[str, Json]) -> int:
 
 
 def settings_file(system: str, path: Path) -> Path | None:
-    """The first of a system's settings files that exists in an image tokenizer's folder, or None. Raises UserError."""
+    """The first of a system's settings files that exists in an image tokenizer's folder, or None. Raises UserError
+    if that file leads out of the folder."""
     folder = path if path.is_dir() else path.parent
     return next((inside(folder, name) for name in SETTINGS[system] if (folder / name).exists()), None)
 
 
 def read_settings(path: Path) -> dict[str, Json]:
-    """The settings in a .json or .yaml file. Raises UserError."""
+    """The settings in a .json or .yaml file. Raises UserError if the file cannot be read."""
     if path.suffix == ".json":
         return read_json(path)
     try:

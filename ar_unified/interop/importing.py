@@ -24,11 +24,11 @@ def import_model(
     float16.
 
     Args:
-        dtype: converts all tensors to "float32" or "bfloat16". With "", every tensor keeps its own dtype, so that an
-            export gives it back.
+        dtype: "float32" or "bfloat16" converts all tensors to this dtype. With "", every tensor keeps its own dtype, so
+            that an export gives it back.
 
-    Raises UserError if `output` exists or the layers of a leaf have several dtypes. Raises OSError if reading or
-    writing fails.
+    Raises UserError if `output` exists, or if the parts of one parameter have several dtypes. Raises OSError if reading
+    or writing fails.
     """
     keys, source = published.keys, published.source
     dtypes: dict[str, str] = {}
@@ -37,11 +37,11 @@ def import_model(
             found = dtype or DTYPES[source.dtype(name)]
             if dtypes.setdefault(slot.leaf, found) != found:
                 raise UserError(
-                    f"{name}: expected {dtypes[slot.leaf]}, as the other parts of {slot.leaf} are; found {found}. "
-                    "--dtype converts all of them"
+                    f"{name}: expected {dtypes[slot.leaf]}, as the other parts of {slot.leaf} have; found {found}. "
+                    "Give --dtype to convert all tensors to one dtype"
                 )
 
-    # A config.json gives the dtype in several places, or nowhere, so the dtype of the weights themselves counts.
+    # A config.json gives the dtype in several places, or nowhere, so the dtype of the weights is used instead.
     stored = dtypes["layers.attention.query"]
     config = dataclasses.replace(keys.config, dtype="float32" if stored == "float32" else "bfloat16")
 
@@ -83,7 +83,7 @@ def card(published: Published, license: str = "") -> str:
         "",
         *(f"- {note}" for note in published.notes),
         *([""] if published.notes else []),
-        "`ar_unified.load(FOLDER)` opens it, `--config.init=FOLDER` begins a training with it, and",
+        "`ar_unified.load(FOLDER)` opens the model, `--config.init=FOLDER` begins a training with it, and",
         "`ar-unified export --from FOLDER --to FORMAT` gives the published form back.",
     ]
     return "\n".join(lines) + "\n"

@@ -32,7 +32,7 @@ class Dialect:
     """How one kind of file writes a transformer.
 
     Attributes:
-        name: the name in messages.
+        name: what messages call the files of this kind.
         names: for each of our leaves (`leaves.named`), the name of its tensor; {} stands for the number of the layer.
             "embedding" and "head" may have several tensors, the parts of one table in order.
         out_first: whether matrices are [out, in], as in torch. Otherwise they are [in, out], and the head is [D, V].
@@ -145,9 +145,9 @@ class Slot:
     """One of our leaves, or one layer of it, and the published tensors from which it is made.
 
     Attributes:
-        leaf: the leaf's path.
+        leaf: the path of our leaf among the parameters.
         layer: the layer's number; None for leaves outside the layers.
-        names, shapes: names and shapes of the published tensors. A QK-norm's shape may also be [H] or [G, H].
+        names, shapes: names and shapes of the published tensors. The shape of a QK-norm is [H] or [G, H].
         shape: the shape of our leaf for one layer.
     """
 
@@ -258,8 +258,8 @@ class Keys:
             groups = array.reshape(slot.shapes[0][0] if len(slot.shapes[0]) == 2 else 1, -1, array.shape[-1])
             if (groups != groups[:, :1]).any():
                 raise ValueError(
-                    f"{slot.names[0]}: expected one vector for each of {len(groups)} groups of heads, found heads of a "
-                    "group that differ, because training has changed them separately"
+                    f"{slot.names[0]}: expected one vector for each of {len(groups)} groups of heads; found different "
+                    "vectors within a group, because training has changed the heads separately"
                 )
             array = groups[:, 0]
         (shape,) = slot.shapes
@@ -269,7 +269,8 @@ class Keys:
         return (np.ascontiguousarray(array.reshape(shape)),)
 
     def _turned(self, array: np.ndarray, leaf: str, back: bool = False) -> np.ndarray:
-        """Changes [..., H] of queries and keys from the published order of RoPE's pairs to ours, or back."""
+        """Changes the last axis, [..., H], of queries and keys from the published order of RoPE's pairs to ours, or
+        back."""
         if not self.dialect.interleaved or not any(name in leaf for name in ("query", "key")):
             return np.ascontiguousarray(array)
         H = array.shape[-1]

@@ -1,6 +1,7 @@
 """Liquid: Gemma with image codes after its own ids, and the images of Chameleon's VQGAN.
 
-<unused0> and <unused1> begin and end an image, <unused2> is the empty prompt; code 0 follows the last of Gemma's ids.
+<unused0> and <unused1> begin and end an image. <unused2> stands for the empty prompt. The id of code 0 follows the last
+of Gemma's ids.
 
 Sources: FoundationVision/Liquid, liquid/train/train.py and evaluation/inference_t2i.py.
 """
@@ -44,8 +45,8 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
 
     Args:
         names: published id of every token of Gemma.
-        text: ids that spell text.
-        size: V.
+        text: published ids that stand for text.
+        size: number of ids, V.
         grid: height and width of each image in codes.
 
     Raises UserError for missing names, and for a table without ids after the named ones.
@@ -53,12 +54,15 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     first = max(names.values()) + 1
     if first >= size:
-        raise UserError(f"{where}: expected image codes after id {first - 1}, the last named token; V is {size}")
+        raise UserError(
+            f"{where}: expected image codes after id {first - 1}, the last named token; found only {size} ids"
+        )
     return language(size, text, marks, ImageLayout("liquid", *grid), codes=range(first, size))
 
 
 def open_liquid(files: Files) -> Published:
-    """Liquid, a Gemma with Chameleon's image tokenizer. Raises UserError, which names the file."""
+    """Opens Liquid, a Gemma with Chameleon's image tokenizer. Raises UserError, which names the file, if something does
+    not fit."""
     where = str(files.folder)
     model = hf_config.read(files.config, GEMMA, where)
     images = vqgan_of(files, {})
@@ -70,7 +74,7 @@ def open_liquid(files: Files) -> Published:
     model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
     scale = (
         f"Token vectors are multiplied by {model.embedding_scale:.4f}, the square root of {model.d_model}. "
-        "The model was trained in bfloat16, where this number is rounded, too."
+        "The model was trained in bfloat16, which rounds this number."
     )
     return Published(
         system="liquid",

@@ -59,8 +59,8 @@ def language_of(
 
     Args:
         names: published id of every piece of the text tokenizer.
-        text: ids that spell text.
-        tables: the number of ids of text and of images; for a model of text alone, only the first.
+        text: published ids that stand for text.
+        tables: the number of ids of text and of images; for a model of text alone, only the number of text.
         codebook: the number of image codes.
 
     Raises UserError for missing names, a text id that is no piece, or a table of images that is too small.
@@ -70,7 +70,10 @@ def language_of(
         return language(tables[0], text, marks, PLAIN)
     first, images = tables
     if images < codebook + 2:
-        raise UserError(f"{where}: expected {codebook} codes and two marks in the table of images, found {images} ids")
+        raise UserError(
+            f"{where}: expected {codebook} codes and two marks (the ends of a frame and of a clip) in the table of "
+            f"images, found {images} ids"
+        )
     if missing := sorted(set(range(first)) - {*text, *marks.values()}):
         raise UserError(f"{where}: expected a piece for each of {first} ids of text, found none for id {missing[0]}")
     marks |= {"eof": first + codebook, "eov": first + codebook + 1}
@@ -78,7 +81,7 @@ def language_of(
 
 
 def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> float:
-    """RoPE's base: given by a person, else by a config.json, else by the name of a published model.
+    """RoPE's base, from the first of these that says it: `given`, a config.json, the name of a published model.
 
     Raises UserError if nothing says it, because a wrong base gives wrong numbers that look right.
     """
@@ -93,7 +96,7 @@ def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> floa
     known = ", ".join(f"{theta:g} for {name}" for name, theta in THETAS.items())
     raise UserError(
         f"{folder}: expected RoPE's base in config.json or in the folder's published name (LWM-Chat-1M-Jax), found "
-        f"none: give it with --rope-theta: {known}, and 5e+07 for every model with images"
+        f"none: give it with --rope-theta: {known}, or 5e+07 for every model with images"
     )
 
 
@@ -101,7 +104,7 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
     """The transformer's shape, from its tensors' shapes.
 
     Args:
-        told: the content of a config.json; only num_attention_heads and rms_norm_eps are read. {} if there is none.
+        told: the content of a config.json, {} if there is none. Only num_attention_heads and rms_norm_eps are read.
 
     Raises UserError for missing tensors, and if the number of heads is not known.
     """
@@ -109,7 +112,7 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in names:
-            raise UserError(f"{where}: missing {name}: is it LWM's `params`?")
+            raise UserError(f"{where}: missing {name}: is this LWM's file `params`?")
         return source.shape(name)
 
     (width,) = shape("transformer/ln_f/kernel")
@@ -117,7 +120,7 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
     heads = told.get("num_attention_heads", _HEADS.get((width, layers)))
     if heads is None:
         raise UserError(
-            f"{where}: expected 32 layers of 4096, as LWM's 7B has; found {layers} of {width}: for another model, "
+            f"{where}: expected 32 layers of width 4096, as in LWM's 7B; found {layers} of {width}. For another model, "
             "give num_attention_heads in a config.json in the same folder"
         )
     sizes = {
@@ -133,7 +136,7 @@ def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str)
 
 
 def open_lwm(files: Files) -> Published:
-    """LWM from its own file `params`. Its models of text alone are also published as Llama, which `--as llama`
+    """Opens LWM from its own file `params`. Its models of text alone are also published as Llama, which `--as llama`
     reads."""
     folder = files.folder if files.folder.is_dir() else files.folder.parent
     path = folder / "params" if files.folder.is_dir() else files.folder

@@ -39,13 +39,15 @@ class Joined:
         self._files = tuple(files)
         S = len(self._files)
         if n_heads % S or n_kv_heads % S:
-            raise UserError(f"expected a number of files that divides {n_heads} and {n_kv_heads} heads, found {S}")
+            raise UserError(
+                f"expected a number of consolidated files that divides {n_heads} and {n_kv_heads} heads, found {S}"
+            )
         self._heads = {"wq": n_heads // S, "wk": n_kv_heads // S, "wv": n_kv_heads // S}
         first = self._files[0]
         self._from: dict[str, tuple[str, int, int | None]] = {}  # the tensor in a file, and a range of its rows
         for number, file in enumerate(self._files[1:], 2):
             if wrong := sorted(first.names() ^ file.names()):
-                raise UserError(f"{wrong[0]}: expected it in all {S} files or in none; file {number} differs")
+                raise UserError(f"{wrong[0]}: expected this tensor in all {S} files or in none; file {number} differs")
             for name in first.names():
                 if file.shape(name) != first.shape(name) or file.dtype(name) != first.dtype(name):
                     raise UserError(
@@ -55,18 +57,22 @@ class Joined:
         for name in sorted(first.names()):
             for new, begin, end in self._parts(name):
                 if new in self._from:
-                    raise UserError(f"{new}: expected it once, found it both separate and fused")
+                    raise UserError(f"{new}: expected this matrix once, found it both separate and fused")
                 self._from[new] = (name, begin, end)
 
     def _parts(self, name: str) -> list[tuple[str, int, int | None]]:
-        """(name, first row, last row) of each part of a file's tensor."""
+        """The parts of a file's tensor, each as (name, first row, row after the last). A tensor that is not fused is
+        one part, (name, 0, None)."""
         fused = next((each for each in _FUSED if name.endswith(each)), None)
         if fused is None:
             return [(name, 0, None)]
         rows = self._files[0].shape(name)[0]
         shares = [self._heads[part] for part in _FUSED[fused]] if fused == _QKV else [1, 1]
         if rows % sum(shares):
-            raise UserError(f"{name}: expected a multiple of {sum(shares)} rows, the number of heads; found {rows}")
+            raise UserError(
+                f"{name}: expected a multiple of {sum(shares)} rows, because it has {sum(shares)} equal parts; "
+                f"found {rows}"
+            )
         ends = np.cumsum(shares) * (rows // sum(shares))
         begins = [0, *ends[:-1]]
         middle = fused.split(".")[1]
@@ -80,7 +86,7 @@ class Joined:
         return set(self._from)
 
     def dtype(self, name: str) -> str:
-        """A key of DTYPES, as the first file says."""
+        """The dtype in the first file, a key of DTYPES."""
         return self._files[0].dtype(self._from[name][0])
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -92,7 +98,7 @@ class Joined:
         return shape if axis is None else (*shape[:axis], shape[axis] * len(self._files), *shape[axis + 1 :])
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """The shape in one file."""
+        """The shape of the tensor's part in one file."""
         stored, begin, end = self._from[name]
         shape = self._files[0].shape(stored)
         return shape if end is None else (end - begin, *shape[1:])
@@ -110,7 +116,7 @@ class Joined:
                 if self._read(number, name).tobytes() != first.tobytes():
                     raise UserError(
                         f"{name}: expected the same in every file, found other numbers in file {number + 1} of "
-                        f"{len(self._files)}: are they of one checkpoint?"
+                        f"{len(self._files)}: are all files from one checkpoint?"
                     )
             return first
         out = np.empty(self.shape(name), first.dtype)
@@ -137,8 +143,8 @@ def _axis(name: str) -> int | None:
 def split(name: str, array: np.ndarray, files: int) -> list[np.ndarray]:
     """The part of a tensor for each of `files` files. This is the inverse of `Joined.read`; matrices are not fused.
 
-    Raises ValueError if the tensor cannot be cut into this number of parts, or there is not one vector of QK-norm
-    weights per file.
+    Raises ValueError if the tensor cannot be cut into this number of parts, or if the number of vectors of QK-norm
+    weights does not divide the number of files.
     """
     axis = _axis(name)
     if files == 1:
@@ -146,7 +152,9 @@ def split(name: str, array: np.ndarray, files: int) -> list[np.ndarray]:
     if name.endswith(_OF_FILES):
         rows = array.reshape(-1, array.shape[-1])
         if files % len(rows):
-            raise ValueError(f"{name}: expected one vector for each of {files} files, found {len(rows)}")
+            raise ValueError(
+                f"{name}: expected a number of vectors that divides {files}, the number of files; found {len(rows)}"
+            )
         return [rows[number * len(rows) // files] for number in range(files)]
     if axis is None:
         return [array] * files

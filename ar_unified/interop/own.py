@@ -1,5 +1,5 @@
-"""Writes a model of our own in a form that other programs read: a Llama or Qwen3, which have the same blocks,
-and a tokenizer.json.
+"""Writes a model that was trained here in a form that other programs read: as a Llama or Qwen3, which have the same
+blocks, and with a tokenizer.json.
 
 For other programs the model is a language model whose last ids are image codes. The card says how to read them.
 """
@@ -23,7 +23,7 @@ from ar_unified.workdir import write_json, write_text
 
 
 def keys_of(bundle: Bundle) -> Keys:
-    """The bundle's tensors with transformers' names; the ids are our own."""
+    """The bundle's tensors with transformers' names. The ids are our own, not published ones."""
     return Keys(HF, bundle.config, Border(((0, 0, bundle.config.vocab_size),)))
 
 
@@ -42,7 +42,9 @@ def write_own(bundle: Bundle, folder: Path, dtype: str, license: str = "") -> No
         hf_config.write(config, family, config.vocab_size, dtype, max_position_embeddings=length, **marks),
     )
     if not isinstance(text, TextTokenizer):
-        raise UserError(f"{bundle.folder}: --to hf: expected a SentencePiece model of our own, found {text.file}")
+        raise UserError(
+            f"{bundle.folder}: --to hf: expected a SentencePiece model that was trained here, found {text.file}"
+        )
     names = [token_name(vocabulary, id) for id in range(text.size, vocabulary.rest_offset)]
     with about(f"{bundle.folder}: text tokenizer"):
         write_text(folder / "tokenizer.json", to_tokenizer_json(text, names))
@@ -77,7 +79,7 @@ def _card(bundle: Bundle, architecture: str, license: str) -> str:
         "",
         f"An autoregressive model of text and images, written as `{architecture}`." if bundle.has_images else "",
         "Begin a document with `<bos>`; a question ends with `<eot>`, an answer with `<eos>`. Encode text with",
-        "`split_special_tokens=True`, or a text that contains `<boi>` would begin an image.",
+        "`split_special_tokens=True`; otherwise a text that contains `<boi>` would begin an image.",
     ]
     if bundle.has_images:
         size = "`<size_h>` and `<size_w>`, " if layout.sized else ""

@@ -2,7 +2,7 @@
 
 A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
 transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
-these names. Ours are [in, r] and [r, out], so both are transposed.
+the names of these modules. Ours are [in, r] and [r, out], so both are transposed.
 
 L layers, I inputs, O outputs, r rank.
 """
@@ -67,11 +67,11 @@ class Adapter(NamedTuple):
     Attributes:
         matrices: for each name in MATRICES, float32 A [L, I, r] and B [L, r, O]. r is the largest rank of the layers;
             smaller ranks are filled up with zeros.
-        ranks, scales: for each matrix and layer, its rank (0: no adapter) and the factor of its product.
+        ranks, scales: for each matrix and layer, its rank (0: no adapter) and the factor of the product A B.
         hash: sha256 of the files.
         rows: the adapter's own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head uses the
             embedding's rows.
-        vocabulary: the hash of the language that the rows' ids belong to; "" if the adapter does not say it.
+        vocabulary: the hash of the language that the rows' ids belong to; "" if the adapter does not name it.
     """
 
     folder: Path
@@ -111,8 +111,8 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     """The adapter in a folder, for a model of this shape.
 
     Args:
-        bases: hashes of the bundle that the adapter will be used with, if known. An adapter that says that it was
-            trained on another bundle is refused.
+        bases: hashes of the bundle that the adapter will be used with, if known. An adapter that names another bundle
+            is refused; an adapter that names none is not.
 
     Raises UserError, which names the folder, if a file is missing or broken, or if the adapter is not LoRA, has more
     than LoRA, or belongs to another model.
@@ -125,7 +125,7 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     weights = _weights(folder)
     header = _header(weights)
     if bases and (found := header.get(_BASE, "")) and found not in bases:
-        raise UserError(f"{folder}: it was trained on bundle {found[:12]}, not on this model, {bases[0][:12]}")
+        raise UserError(f"{folder}: the adapter was trained on bundle {found[:12]}, not on this model, {bases[0][:12]}")
     digest = hashlib.sha256((folder / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
     source = open_source(weights)
     pairs = _pairs(folder, source, config, settings)
@@ -143,9 +143,9 @@ def bases(bundle: Bundle) -> tuple[str, ...]:
 
 
 def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
-    """The rows of an adapter by table, with our ids, ascending; {} if it has none.
+    """The adapter's rows by table, with our ids, ascending; {} if it has none.
 
-    Raises UserError for rows of another vocabulary's ids.
+    Raises UserError if the ids of the rows belong to another vocabulary.
     """
     if adapter.rows and adapter.vocabulary not in ("", manifest_hash(grammar.manifest())):
         raise UserError(
@@ -157,8 +157,8 @@ def own_rows(adapter: Adapter, grammar: Grammar) -> dict[str, TokenRows]:
     for table, (ids, values) in adapter.rows.items():
         if len(ids) and ids[-1] >= size:
             raise UserError(
-                f"{adapter.folder}: expected rows of ids below {size}, as this model has, found one of {ids[-1]}: "
-                "load it with the model that its rows extend"
+                f"{adapter.folder}: expected rows of ids below {size}, as this model has; found a row of id {ids[-1]}: "
+                "load the adapter with the model that its rows extend"
             )
         ours = ids if border is None else np.asarray(border.ours)[ids]
         order = np.argsort(ours)
@@ -176,7 +176,7 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
         raise wrong("peft_type", "LORA")
     for key, plain in _PLAIN.items():
         if key in found and found[key] not in plain:
-            raise wrong(key, f"{plain[0]!r}, as only plain LoRA is read")
+            raise wrong(key, f"{plain[0]!r}, because only plain LoRA is read")
 
     def is_rank(number: object) -> bool:
         return type(number) is int and 1 <= number < 1 << 20
@@ -206,7 +206,7 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
 
 
 def _simple(pattern: str) -> bool:
-    """Whether a text has the form of _PATTERN, and is a valid pattern."""
+    """Whether a text has the form of _PATTERN, and is a valid regular expression."""
     if len(pattern) > 200 or not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > 4:
         return False
     try:
@@ -235,12 +235,12 @@ def _header(weights: Path) -> dict[str, str]:
 def _pairs(
     folder: Path, source: Source, config: TransformerConfig, settings: _Settings
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, tuple[int, ...]], dict[str, tuple[float, ...]]]:
-    """matrices, ranks and scales of an Adapter."""
+    """The matrices, ranks and scales of an Adapter (its attributes)."""
     sizes, L = layer_matrices(config), config.n_layers
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     ranks, scales = dict[str, list[int]](), dict[str, list[float]]()
     most = max(settings.rank, *settings.ranks.values(), 1)
-    left: set[tuple[str, int]] = set()  # pairs of which only one half was read so far
+    left: set[tuple[str, int]] = set()  # pairs (A, B) of which only one was read so far
     above: str | None = None
     for name in sorted(name for name in source.names() if not token_rows.is_name(name)):
         match = _KEY.fullmatch(name)
@@ -253,8 +253,8 @@ def _pairs(
         expected = (rank, inputs) if side == "A" else (outputs, rank)
         if layer >= L or source.shape(name) != expected:
             found = f"layer {layer}" if layer >= L else f"{list(source.shape(name))}"
-            wanted = f"one of {L} layers" if layer >= L else f"{list(expected)}, as this model's {path} and r ask for"
-            raise UserError(f"{folder}: {name}: expected {wanted}; found {found}: it is an adapter of another model")
+            wanted = f"one of {L} layers" if layer >= L else f"{list(expected)}, as this model's {path} and r need"
+            raise UserError(f"{folder}: {name}: expected {wanted}; found {found}: the adapter is for another model")
         array = source.read(name).astype(np.float32)
         if not np.isfinite(array).all():
             raise UserError(f"{folder}: {name}: expected finite numbers, found some that are not")
@@ -269,7 +269,7 @@ def _pairs(
         left ^= {(path, layer)}
     if left:
         path, layer = min(left)
-        raise UserError(f"{folder}: layer {layer}: {_MODULES[path]}: expected lora_A and lora_B, found one of the two")
+        raise UserError(f"{folder}: layer {layer}: {_MODULES[path]}: expected lora_A and lora_B, found only one")
     if not pairs:
         raise UserError(f"{folder}: {WEIGHTS}: expected tensors of an adapter, found none")
     own = {path: (a[..., : max(ranks[path])], b[:, : max(ranks[path])]) for path, (a, b) in pairs.items()}
@@ -296,7 +296,7 @@ def write(
     Args:
         bundle: the bundle that the adapter was trained on.
         adapter: the arrays, as in params["lora"] of a training.
-        rows, vocabulary: as in an Adapter.
+        rows, vocabulary: as in `Adapter`.
 
     Raises UserError if `folder` exists.
     """
@@ -316,7 +316,7 @@ def write(
         name_of = {path: rf"{re.escape(beginning)}layers\.\d+\.{re.escape(_MODULES[path])}" for path in lora.matrices}
     modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
     within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
-    # The last parts of names are enough, unless an image tokenizer inside the model may have modules with these names.
+    # target_modules needs only the last parts of names, unless an image tokenizer inside the model may have the same.
     target: Any = rf"{re.escape(beginning)}layers\.\d+\.({within})" if prefixes else modules
     try:
         with whole_folder(folder) as here:
@@ -351,5 +351,5 @@ def write(
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
-    """The matrices whose number is not the default, with their numbers, as PEFT's patterns."""
+    """The matrices whose number (rank or alpha) is not the default, with this number, as PEFT's patterns."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

@@ -34,20 +34,20 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class File(Protocol):
-    """The reading methods that are needed to follow a file opcode by opcode."""
+    """The methods of a file that are needed to read it opcode by opcode."""
 
     def read(self, n: int, /) -> bytes:
-        """At most n bytes."""
+        """Reads at most n bytes."""
 
     def readline(self) -> bytes:
-        """The bytes up to and including the end of the line."""
+        """Reads the bytes up to and including the end of the line."""
 
     def tell(self) -> int:
-        """The place of the next byte."""
+        """The position of the next byte."""
 
 
 class Forbidden(ValueError):
-    """A pickle names something that tensors do not need. The message is the name."""
+    """Raised if a pickle names something that tensors do not need. The message says what."""
 
 
 class Global(NamedTuple):
@@ -78,7 +78,7 @@ class Strided(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The index in the storage just after its last number."""
+        """The index in the storage of the tensor's last number, plus 1."""
         return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
 
@@ -133,7 +133,7 @@ class _Machine:
         self._storage = storage
 
     def step(self, word: str, argument: Any) -> None:
-        """Follows one opcode."""
+        """Executes one opcode."""
         if word in ("PROTO", "FRAME"):
             return
         if word in _PUSHED:
@@ -157,7 +157,7 @@ class _Machine:
 
     def _last(self, n: int) -> list[Any]:
         if len(self.stack) < n:
-            raise IndexError("it takes more from its stack than there is")
+            raise IndexError("it takes more values from its stack than there are")
         return self.stack[len(self.stack) - n :]
 
     def _marked(self) -> list[Any]:
@@ -165,7 +165,7 @@ class _Machine:
         return [_finished(each) for each in items]
 
     def _collect(self, word: str) -> bool:
-        """Follows opcodes of lists and dictionaries. Returns whether the opcode is one of these."""
+        """Executes an opcode of lists or dictionaries. Returns whether the opcode is one of these."""
         if word in ("EMPTY_LIST", "EMPTY_DICT"):
             self.stack.append([] if word == "EMPTY_LIST" else {})
         elif word == "TUPLE":
@@ -190,14 +190,14 @@ class _Machine:
         return True
 
     def _make(self, word: str, argument: Any) -> None:
-        """Follows opcodes of names, calls, and states that are set on the results of calls."""
+        """Executes an opcode that names something, calls it, or sets the state of what a call returned."""
         if word == "GLOBAL":
             module, _, name = argument.partition(" ")
             self.stack.append(_allowed(Global(module, name)))
         elif word == "STACK_GLOBAL":
             module, name = self.stack[-2:]
             if not isinstance(module, str) or not isinstance(name, str):
-                raise TypeError("a name that is no text")
+                raise TypeError("it has a name that is no text")
             self.stack[-2:] = [_allowed(Global(module, name))]
         elif word in ("REDUCE", "NEWOBJ"):
             called, arguments = self.stack[-2:]
@@ -207,7 +207,7 @@ class _Machine:
             _build(self.stack[-1], state)
         elif word == "BINPERSID":
             if self._storage is None:
-                raise Forbidden("a persistent id, which nothing in this file explains")
+                raise Forbidden("a persistent id outside a torch file")
             self.stack.append(self._storage(self.stack.pop()))
         else:
             raise Forbidden(f"the opcode {word}")
@@ -217,7 +217,7 @@ def _allowed(name: Global) -> Any:
     if name in _CALLS or name in _NAMES:
         return name
     if name.module == "torch" and name.name in _TORCH_DTYPES:
-        return str(name)  # a dtype as a setting, such as a hyper-parameter
+        return str(name)  # a dtype that is stored as a setting, such as a hyper-parameter
     raise Forbidden(str(name))
 
 
@@ -225,7 +225,7 @@ def _call(called: Any, arguments: Any) -> Any:
     if not isinstance(called, Global) or called not in _CALLS:
         raise Forbidden(f"a call of {called!s:.80}")
     if not isinstance(arguments, tuple):
-        raise TypeError("a call without arguments")
+        raise TypeError("it has a call without arguments")
     return _CALLS[called](*arguments)
 
 
@@ -249,20 +249,20 @@ def _mapping(items: Any = ()) -> _Dict:
 
 def _strided(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Strided:
     if not isinstance(storage, Storage):
-        raise TypeError("a tensor without a storage")
+        raise TypeError("it has a tensor without a storage")
     numbers = (offset, *shape, *strides)
     if any(type(number) is not int or number < 0 for number in numbers) or len(shape) != len(strides):
-        raise ValueError(f"a tensor of shape {shape!r:.80} and strides {strides!r:.80}")
+        raise ValueError(f"it has a tensor of shape {shape!r:.80} and strides {strides!r:.80}")
     tensor = Strided(storage, offset, tuple(shape), tuple(strides))
-    # With strides of zero, a tensor could have any number of elements.
+    # With strides of zero, a tensor could have any number of elements, so that number is limited too.
     if math.prod(shape) > storage.size or (math.prod(shape) and tensor.last > storage.size):
-        raise ValueError(f"a tensor of shape {list(shape)} in a storage of {storage.size} numbers")
+        raise ValueError(f"it has a tensor of shape {list(shape)} in a storage of {storage.size} numbers")
     return tensor
 
 
 def _parameter(tensor: Any, *_: Any) -> Any:
     if not isinstance(tensor, Strided):
-        raise TypeError("a parameter that is no tensor")
+        raise TypeError("it has a parameter that is no tensor")
     return tensor
 
 
@@ -276,14 +276,14 @@ def _type(spelled: Any, *_: Any) -> _Type:
     if isinstance(spelled, Global) and spelled.name == "bfloat16":
         spelled = "bfloat16"
     if not isinstance(spelled, str):
-        raise TypeError("a dtype that is no text")
+        raise TypeError("it has a dtype that is no text")
     return _Type(spelled)
 
 
 def _array(data: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
     """The finished array. Raises ValueError if the number of bytes does not fit the shape."""
     if not isinstance(kind, _Type) or not isinstance(data, bytes | bytearray) or order not in ("C", "F"):
-        raise TypeError("an array of unknown numbers")
+        raise TypeError("it has an array of unknown numbers")
     return np.frombuffer(data, np.dtype(kind.name)).reshape(shape, order=order)
 
 

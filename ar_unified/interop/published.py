@@ -22,7 +22,7 @@ _FLOATS = ("BF16", "F32", "F16")
 
 @dataclass(frozen=True)
 class Published:
-    """What a system's module makes from a person's files.
+    """A published model, as a system's module makes it from a person's files.
 
     Attributes:
         system: its name in `interop.SYSTEMS`.
@@ -30,7 +30,7 @@ class Published:
         text: the text tokenizer as the bundle keeps it.
         image: the image tokenizer; None for a model of text alone.
         data, sampling, loss: sections of the bundle's config.json.
-        record: what an export needs in addition to the bundle's other files; JSON values.
+        record: JSON values that an export needs in addition to the bundle's other files.
         notes: messages for the user, one sentence each.
     """
 
@@ -60,7 +60,7 @@ def check_tensors(
 
     Args:
         where: the file, for messages.
-        aside: prefixes of other tensors' names, such as "vqmodel.".
+        aside: prefixes of names of tensors that are not the transformer's, such as "vqmodel.".
 
     Raises UserError, which names the tensors that are missing, left over or of another shape.
     """
@@ -91,7 +91,7 @@ def check_tensors(
         if (found := source.shape(name)) != shape:
             raise UserError(f"{where}: {name}: expected shape {list(shape)}, as the config says; found {list(found)}")
         if (kind := source.dtype(name)) not in _FLOATS:
-            raise UserError(f"{where}: {name}: expected {', '.join(_FLOATS)}; found {kind}")
+            raise UserError(f"{where}: {name}: expected numbers of type {', '.join(_FLOATS)}; found {kind}")
     return keys
 
 
@@ -104,8 +104,8 @@ def _require_tied(source: Source, where: str, head: str, embedding: str) -> None
 
 
 def _groups(source: Source, where: str, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
-    """How many vectors of QK-norm weights the file has, for queries and for keys; 0 means one vector, without an axis
-    for groups.
+    """The number of vectors of QK-norm weights in the file, for queries and for keys; 0 means one vector, without an
+    axis for groups.
     """
     found = []
     for side, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):

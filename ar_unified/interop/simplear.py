@@ -2,7 +2,7 @@
 
 A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image. Images are square: 1024 pixels, 64 x 64
 codes, unless --size says otherwise. The Cosmos tokenizer is for video clips (Cosmos-1.0-Tokenizer-DV8x16x16) and is not
-imported, so images are codes alone.
+imported, so the model's images are codes alone.
 
 Sources: wdrink/SimpleAR, generate.py (an id is code + len(tokenizer), guidance 6, top-k 64000) and simpar/train
 (train.py's special tokens, preprocess.py's prompts).
@@ -23,15 +23,15 @@ from ar_unified.language.syntax import ImageLayout
 _MARKS = {"pad": "<|endoftext|>", "bos": "<|t2i|>", "eos": "<|im_end|>", "boi": "<|soi|>"}
 _ADDED = "added_tokens.json"  # the file with SimpleAR's names, if tokenizer.json is Qwen's own
 _SIDE = 64
-_LENGTH = 6144  # an image of 64 x 64 codes, and its prompt
+_LENGTH = 6144  # tokens of an image of 64 x 64 codes, and of its prompt
 _NOTE = (
-    "Its images are only codes ({codes} of them): Cosmos-1.0-Tokenizer-DV8x16x16, which turns them "
+    "The model's images are only codes ({codes} different ones): Cosmos-1.0-Tokenizer-DV8x16x16, which turns codes "
     "into pixels, is not imported."
 )
 
 
 def _names(files: Files) -> dict[str, int]:
-    """The published id of each token by its name. Raises UserError if two files say different ids."""
+    """The published id of each token by its name. Raises UserError if two files give a token different ids."""
     names = dict(files.names)
     for folder in (files.folder, files.text_file.parent):
         if not (folder / _ADDED).exists():
@@ -46,7 +46,8 @@ def _names(files: Files) -> dict[str, int]:
 
 
 def open_simplear(files: Files) -> Published:
-    """SimpleAR, a Qwen2 whose images are codes alone. Raises UserError, which names the file."""
+    """Opens SimpleAR, a Qwen2 whose images are codes alone. Raises UserError, which names the file, if something does
+    not fit."""
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
     names = _names(files)
@@ -54,7 +55,8 @@ def open_simplear(files: Files) -> Published:
     first = max(names.values()) + 1
     if first >= config.vocab_size:
         raise UserError(
-            f"{where}: expected image codes after id {first - 1}, the last named token; V is {config.vocab_size}"
+            f"{where}: expected image codes after id {first - 1}, the last named token; found only "
+            f"{config.vocab_size} ids"
         )
     codes = range(first, config.vocab_size)
     layout = ImageLayout("simplear", *(files.size or (_SIDE, _SIDE)))

@@ -27,7 +27,7 @@ _LARGEST = 1 << 26  # maximum bytes of a JSON file
 
 
 class Source(Protocol):
-    """Named tensors."""
+    """Tensors that are read by name."""
 
     def names(self) -> set[str]:
         """The names of all tensors."""
@@ -36,28 +36,28 @@ class Source(Protocol):
         """The shape of a tensor, from the header alone."""
 
     def dtype(self, name: str, /) -> str:
-        """A key of DTYPES."""
+        """The dtype of a tensor, a key of DTYPES."""
         ...
 
     def read(self, name: str, /) -> np.ndarray:
         """The whole tensor."""
 
     def read_rows(self, name: str, begin: int, end: int, /) -> np.ndarray:
-        """Rows of its first axis."""
+        """Rows `begin` to `end` - 1 of a tensor's first axis."""
         ...
 
 
 def open_source(path: str | Path) -> Source:
     """The tensors of a .safetensors file, or of a folder that has one or several of them.
 
-    Raises UserError, which names the file, if it is missing or damaged, an index does not fit it, or it repeats a
-    tensor.
+    Raises UserError, which names the file, if a file is missing or damaged, if an index does not fit the files, or if
+    a tensor occurs twice.
     """
     path = Path(path)
     if path.is_file():
         return Safetensors({path.name: path})
     if not path.is_dir():
-        raise UserError(f"{path}: expected a folder with .safetensors files, or one of them; found nothing")
+        raise UserError(f"{path}: expected a folder with .safetensors files, or one such file; found nothing")
     if (path / INDEX).exists():
         return Safetensors(*_indexed(path))
     files = [path / ALONE] if (path / ALONE).exists() else sorted(path.glob("*.safetensors"))
@@ -69,8 +69,8 @@ def open_source(path: str | Path) -> Source:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file in a folder, by a name that is not trusted; it may be a link into the Hugging Face cache.
-    Raises UserError.
+    """The path of a file in a folder, by a name that is not trusted. The file may be a link into the Hugging Face
+    cache. Raises UserError if there is no such file in the folder.
     """
     try:
         found = Folder(folder).path(name)
@@ -82,7 +82,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Keys and values of a file that is not trusted. Raises UserError, which names it."""
+    """The keys and values in a JSON file that is not trusted. Raises UserError, which names the file, if there are
+    none."""
     try:
         if path.stat().st_size > _LARGEST:
             raise UserError(f"{path}: expected at most {_LARGEST} bytes of JSON, found {path.stat().st_size}")
@@ -105,7 +106,7 @@ def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 class _Place(NamedTuple):
-    """The place of a tensor; `kind` is the name of its dtype in the file."""
+    """Where a tensor is; `kind` is the name of its dtype in the file."""
 
     path: Path
     kind: str
@@ -114,14 +115,14 @@ class _Place(NamedTuple):
 
 
 class InFile:
-    """A source in which each tensor's numbers lie one after another."""
+    """A source whose files have the numbers of each tensor one after another."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor. Subclasses define it."""
         raise NotImplementedError
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
-        """The numbers from `begin` to `end` - 1 of a tensor, [end - begin]."""
+        """Numbers `begin` to `end` - 1 of a tensor, as an array [end - begin]."""
         raise NotImplementedError
 
     def read(self, name: str) -> np.ndarray:
@@ -130,7 +131,7 @@ class InFile:
         return self._read(name, 0, math.prod(shape)).reshape(shape)
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows of a tensor; reads nothing else."""
+        """Rows of a tensor. Nothing else is read from its file."""
         shape = self.shape(name)[1:]
         row = math.prod(shape)
         return self._read(name, begin * row, end * row).reshape(end - begin, *shape)
@@ -145,12 +146,10 @@ class Safetensors(InFile):
             found = _places(path)
             wanted = {name for name, where in told.items() if where == file} if told is not None else set(found)
             if wrong := sorted(found.keys() ^ wanted):
-                what = (
-                    "is not in it, though the index says so" if wrong[0] in wanted else "is in it, but not in the index"
-                )
+                what = "is only in the index, not in the file" if wrong[0] in wanted else "is not in the index"
                 raise UserError(f"{path}: {wrong[0]!r:.120} {what}")
             if twice := sorted(found.keys() & self._places.keys()):
-                raise UserError(f"{path}: {twice[0]!r:.120}: expected each tensor once, another file has it too")
+                raise UserError(f"{path}: {twice[0]!r:.120}: expected each tensor once, but another file has it too")
             self._places |= found
 
     def names(self) -> set[str]:
@@ -158,11 +157,11 @@ class Safetensors(InFile):
         return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in the header of its file."""
+        """The shape of a tensor, from the header of its file."""
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:
-        """A key of DTYPES. Raises UserError for a dtype that is not supported, such as fp8."""
+        """The dtype of a tensor, a key of DTYPES. Raises UserError for an unsupported dtype, such as fp8."""
         place = self._places[name]
         if place.kind not in DTYPES:
             raise UserError(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
+import ml_dtypes  # noqa: F401 (with this import, numpy knows bfloat16)
 import numpy as np
 
 from ar_unified.errors import UserError, in_words
@@ -34,7 +34,7 @@ _LONGEST = 1 << 12  # maximum bytes of a text, and maximum parts of a list or ma
 
 
 class _Span(NamedTuple):
-    """The place in the file of bytes that were skipped."""
+    """The place of skipped bytes in the file."""
 
     begin: int
     size: int
@@ -72,7 +72,7 @@ class Stream(InFile):
             ) from error
         self.prefix = next((parts[: _wrapped(parts)] for parts, _ in found if parts[0] == "params"), ())
         self.scanned = any(SCANNED in parts for parts, _ in found)
-        if any(parts[0] == "params" for parts, _ in found):  # a training's state has the optimizer's arrays too
+        if any(parts[0] == "params" for parts, _ in found):  # the state of a training also has the optimizer's arrays
             found = [(parts[_wrapped(parts) :], stored) for parts, stored in found if parts[0] == "params"]
         for parts, stored in found:
             layers = range(stored.shape[0]) if SCANNED in parts and stored.shape else [None]
@@ -92,7 +92,7 @@ class Stream(InFile):
         return stored.shape if layer is None else stored.shape[1:]
 
     def dtype(self, name: str) -> str:
-        """A key of DTYPES. Raises UserError for a dtype that is not supported."""
+        """The dtype of a tensor, a key of DTYPES. Raises UserError for a dtype that is not supported."""
         found = self._tensors[name][0].dtype
         if found not in _NAMES:
             raise UserError(f"{self.path}: {name}: expected numbers of type {', '.join(_NAMES)}; found {found!r:.40}")
@@ -119,7 +119,7 @@ def _cut(pieces: tuple[_Span, ...], begin: int, end: int) -> list[_Span]:
 
 
 def _wrapped(parts: tuple[str, ...]) -> int:
-    """How many parts "params" a name begins with, at most 2."""
+    """The number of parts "params" at the beginning of a name, at most 2."""
     return next((i for i, part in enumerate(parts[:-1][:2]) if part != "params"), min(2, len(parts) - 1))
 
 
@@ -152,7 +152,7 @@ class _Reader:
         return span
 
     def value(self) -> Any:
-        """The next value. An extension is returned as (type, span)."""
+        """Reads the next value. An extension becomes (type, span)."""
         first = self._take(1)[0]
         if first <= 0x7F:
             return first
@@ -167,13 +167,13 @@ class _Reader:
         elif first <= 0xBF:
             size, first = (first & 0x1F, 0xD9) if first >= 0xA0 else (first & 0xF, 0xDC if first >= 0x90 else 0xDE)
         else:
-            raise ValueError(f"a value that begins with byte {first:#x}")
+            raise ValueError(f"it has a value that begins with byte {first:#x}")
         if first <= 0xC6:
             return self._span(size)
         if first <= 0xC9:
             return self._take(1)[0], self._span(size)
         if size > _LONGEST:
-            raise ValueError(f"a name or list of {size} parts")
+            raise ValueError(f"it has a text, list or map of length {size}, more than {_LONGEST}")
         if first <= 0xDB:
             return self._take(size).decode()
         if first <= 0xDD:
@@ -181,13 +181,13 @@ class _Reader:
         return {self.value(): self.value() for _ in range(size)}
 
     def inside(self, span: _Span) -> Any:
-        """The value that fills a span."""
+        """Reads the value in a span, which must fill the span."""
         back, end = self.at, self.end
         self.go(span.begin)
         self.end = span.begin + span.size
         value = self.value()
         if self.at != self.end:
-            raise ValueError("bytes after a value")
+            raise ValueError("it has bytes after a value")
         self.end = end
         self.go(back)
         return value
@@ -198,13 +198,13 @@ def _entries(reader: _Reader) -> list[tuple[tuple[str, ...], _Stored]]:
     while reader.at < reader.end:
         key, value = reader.value()
         if not isinstance(key, list) or not key or not all(isinstance(part, str) for part in key):
-            raise ValueError(f"a name {key!r:.80}")
+            raise ValueError(f"it has a name that is no list of texts: {key!r:.80}")
         inner = reader.inside(value)
         if key[0] != "params" and not _is_array(inner):
-            continue  # from a training's state, such as the step number or an empty part
+            continue  # part of a training's state, such as the step number
         found.append((tuple(key), _stored(reader, inner)))
     if not found:
-        raise ValueError("nothing in it")
+        raise ValueError("there is nothing in it")
     return found
 
 
@@ -215,21 +215,21 @@ def _is_array(value: object) -> bool:
 def _stored(reader: _Reader, value: Any) -> _Stored:
     """An array as flax writes it. Raises ValueError for any other value, and if the bytes do not fit the shape."""
     if not _is_array(value):
-        raise ValueError("a value that is no array")
+        raise ValueError("it has a value that is no array")
     if isinstance(value, dict):
         shape = _listed(value["shape"])
         parts = [_stored(reader, part) for part in _listed(value["chunks"])]
         stored = _Stored(tuple(shape), parts[0].dtype, tuple(span for part in parts for span in part.pieces))
         if any(part.dtype != stored.dtype for part in parts):
-            raise ValueError("an array in pieces of several dtypes")
+            raise ValueError("it has an array in pieces of several dtypes")
     else:
         shape, dtype, span = reader.inside(value[1])
         stored = _Stored(tuple(shape), dtype, (span,))
     if not all(type(n) is int and n >= 0 for n in stored.shape) or not isinstance(stored.dtype, str):
-        raise ValueError(f"an array of shape {shape!r:.80}")
+        raise ValueError(f"it has an array of shape {shape!r:.80}")
     size = sum(piece.size for piece in stored.pieces)
     if stored.dtype in _NAMES and Kind(stored.shape, stored.dtype).nbytes != size:
-        raise ValueError(f"{size} bytes in an array of {stored.dtype} {list(stored.shape)}")
+        raise ValueError(f"it has {size} bytes in an array of {stored.dtype} {list(stored.shape)}")
     return stored
 
 
@@ -242,11 +242,12 @@ def _listed(found: dict[str, Json]) -> list[Any]:
 
 
 class StreamWriter:
-    """A context that writes a stream. It writes each array to its place as it comes; all must be complete at the end.
+    """A context that writes a stream. Arrays may come in any order; all must be complete at the end.
 
     Args:
         path: the file to make.
-        kinds: the shape and dtype of each array, by names such as "transformer/h/scan_decoder/attention/wq/kernel".
+        kinds: the shape and dtype of each array by its name, such as
+            "transformer/h/scan_decoder/attention/wq/kernel".
         prefix: the parts in front of each name.
 
     Raises UserError for an array of 2^32 bytes or more, which the format cannot have.
@@ -323,8 +324,8 @@ def _whole_array(kind: Kind) -> list[bytes | int]:
 
 
 def _sized(first: int, size: int) -> bytes:
-    """A header with a length. `first` is the type byte for a one-byte length; the next two are for two and four
-    bytes."""
+    """A header with a length. `first` is the type byte for a one-byte length; the next two type bytes are for
+    two and four bytes."""
     power = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([first + power]) + size.to_bytes(1 << power, "big")
 

@@ -2,8 +2,8 @@
 
 A generated image begins with <im_start> and a scale, and ends with <im_end>. The scale <S0> is 27 x 27 codes, <S1> 13 x
 13, <S2> 9 x 9; --size chooses one for all images. In the original, an image in a question has none of these marks; here
-it has them. Its chat format is Qwen's (layouts.TurnFrames): <|im_start|>, the speaker, the turn, <|im_end|>. TA-Tok
-(SigLIP2) and the second model, which decodes its codes to pixels, are not imported: images are codes alone.
+it has them. Tar's chat format is Qwen's (layouts.TurnFrames): <|im_start|>, the speaker, the turn, <|im_end|>. TA-Tok
+(SigLIP2) and the second model, which decodes the codes to pixels, are not imported: images are codes alone.
 
 Sources: csuhan/Tar, llava/model/llava_arch.py (names and their order), llava/data/dataset.py, t2i_inference.py (lengths
 by scale, filter) and i2t_inference.py.
@@ -31,15 +31,16 @@ _MARKS = {
     "eoi": "<im_end>",
     "turn": "<|im_start|>",
 }
-_PAD = "<|fim_pad|>"  # a token of Qwen2.5 that its text never has
+_PAD = "<|fim_pad|>"  # a token of Qwen2.5 that never occurs in its texts
 _NOTES = (
-    "Its images are only codes: TA-Tok, which reads images, and the models that turn its codes into pixels are not "
-    "imported.",
+    "The model's images are only codes: TA-Tok, which reads images, and the models that turn its codes into pixels are "
+    "not imported.",
 )
 
 
 def open_tar(files: Files) -> Published:
-    """Tar, a Qwen2 whose images are codes alone. Raises UserError, which names the file."""
+    """Opens Tar, a Qwen2 whose images are codes alone. Raises UserError, which names the file, if something does not
+    fit."""
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
     side = 27 if files.size is None else files.size[0]

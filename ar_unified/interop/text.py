@@ -30,17 +30,18 @@ _LENGTH = 4096  # default number of tokens of prompt and answer
 
 
 def open_llama(files: Files) -> Published:
-    """A Llama, as transformers writes it. Raises UserError, which names the file."""
+    """Opens a Llama in transformers' form. Raises UserError, which names the file, if something does not fit."""
     return _open(files, "llama", {"llama": LLAMA})
 
 
 def open_qwen(files: Files) -> Published:
-    """A Qwen2 or Qwen3, as transformers writes it. Raises UserError, which names the file."""
+    """Opens a Qwen2 or Qwen3 in transformers' form. Raises UserError, which names the file, if something does not
+    fit."""
     return _open(files, "qwen", {"qwen2": QWEN2, "qwen3": QWEN3})
 
 
 def open_gemma(files: Files) -> Published:
-    """A Gemma, as transformers writes it. Raises UserError, which names the file."""
+    """Opens a Gemma in transformers' form. Raises UserError, which names the file, if something does not fit."""
     return _open(files, "gemma", {"gemma": GEMMA})
 
 

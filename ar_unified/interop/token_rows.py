@@ -25,7 +25,7 @@ from ar_unified.manifests import Json
 
 KEY = "trainable_token_indices"  # in adapter_config.json
 VOCABULARY = "ar_unified.vocabulary"  # in the header of the weights: the hash of the language to which the ids belong
-_MODULES = {"embedding": "embed_tokens", "head": "lm_head"}  # by the names of our tables
+_MODULES = {"embedding": "embed_tokens", "head": "lm_head"}  # the module of each of our tables
 _END = ".token_adapter.trainable_tokens_delta"
 _NAME = re.compile(
     r"base_model\.model\.(?:\w+\.)*(?P<module>embed_tokens|lm_head)"
@@ -37,14 +37,14 @@ _IN_MEMORY = {"text_model.model.": "model.text_model.", "text_model.lm_head": "l
 
 class TokenRows(NamedTuple):
     """Rows of a table: `ids`, int64 [n], ascending, and `values`, f32 [n, D]. The ids are published ones, or ours if
-    there are none."""
+    the model has no published ids."""
 
     ids: np.ndarray
     values: np.ndarray
 
 
 def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
-    """What PEFT reads: (tensors by name, their entry in adapter_config.json)."""
+    """The rows in the form that PEFT reads: (tensors by name, their entry in adapter_config.json)."""
     dialect, tensors = HF.prefixed(prefixes), dict[str, np.ndarray]()
     for table, (_, values) in rows.items():
         module = in_memory(str(dialect.names[table]).removesuffix(".weight"))
@@ -62,7 +62,7 @@ def in_memory(name: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether a tensor of this name holds rows."""
+    """Whether a tensor of this name has rows of ids."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -71,27 +71,27 @@ def read(folder: Path, source: Source, said: object, width: int) -> dict[str, To
 
     Args:
         source: the adapter's tensors.
-        said: the value of KEY.
-        width: D.
+        said: the value of KEY in adapter_config.json.
+        width: the length of a row, D.
 
-    Raises UserError, which says what is wrong.
+    Raises UserError if the rows do not fit `said` or `width`.
     """
     said = {"embed_tokens": said} if isinstance(said, list) else said or {}
     if not isinstance(said, Mapping):
-        raise UserError(f"{folder}: {KEY}: expected ids by modules, found {said!r:.80}")
+        raise UserError(f"{folder}: {KEY}: expected lists of ids by module, found {said!r:.80}")
     found = {_NAME.fullmatch(name)["module"]: name for name in source.names() if is_name(name)}  # type: ignore[index]
     if found.keys() != said.keys():
         one, other = ", ".join(said) or "none", ", ".join(found) or "none"
-        raise UserError(f"{folder}: {KEY}: expected rows of each module that it names ({one}), found {other}")
+        raise UserError(f"{folder}: {KEY}: expected rows of each module in it ({one}), found {other}")
     rows = {}
     for table, module in _MODULES.items():
         if module not in said:
             continue
         ids, name = said[module], found[module]
         if not isinstance(ids, list) or not all(type(id) is int and 0 <= id < 1 << 31 for id in ids):
-            raise UserError(f"{folder}: {KEY}: {module}: expected ids, found {ids!r:.80}")
+            raise UserError(f"{folder}: {KEY}: {module}: expected a list of ids, found {ids!r:.80}")
         if len(set(ids)) != len(ids) or source.shape(name) != (len(ids), width):
-            wanted = f"{[len(set(ids)), width]}, a row for each of its ids"
+            wanted = f"{[len(set(ids)), width]}, a row for each different id"
             raise UserError(f"{folder}: {name}: expected {wanted}; found {list(source.shape(name))} for {len(ids)} ids")
         values = source.read(name).astype(np.float32)
         if not np.isfinite(values).all():

@@ -1,8 +1,9 @@
 """Checks whether a head's rows of image codes were ever trained. In the Chameleon that Meta released they were not.
 
 Images sampled with untrained rows are noise, and there is no error (facebookresearch/chameleon issues 11 and 37).
-Random numbers differ from a trained head in three ways: the rows have no common direction, and the lengths of rows and
-the sizes of columns differ only by chance. Each of the three measures here is about 1 for random numbers.
+A table of random numbers differs from a trained head in three ways: its rows have no common direction, and the lengths
+of its rows and the sizes of its columns differ only by chance. There is a measure for each way, which is about 1 for
+random numbers.
 
 Axes: D model.
 """
@@ -18,8 +19,8 @@ from ar_unified.language.vocabulary import Role, Vocabulary
 
 _BLOCK = 4096  # rows that are in float64 at a time
 _CHANCE = 3.0  # the measures of random numbers stay below this, even with 64 rows and columns
-_SMALL = 0.01  # rows are nearly zero below this share of the length of text's rows
-_ALIKE = 1e-3  # rows are alike if less than this share of their squares is left without the mean row
+_SMALL = 0.01  # rows are nearly zero if they are shorter than this share of text's rows
+_ALIKE = 1e-3  # rows are alike if subtracting their mean leaves less than this share of their squares
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _Rows:
 
 
 def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
-    """A description of the image codes' rows in a published head [V, D] if they look untrained; else ""."""
+    """Says how the image codes' rows in a published head [V, D] look, if they look untrained; "" if they do not."""
     kind = vocabulary.role(border.ours)
     image, text = (_sums(head, kind == role) for role in (Role.IMAGE, Role.TEXT))
     if image.size <= _SMALL**2 * text.size:

@@ -23,17 +23,17 @@ from ar_unified.language.syntax import Syntax
 TEXT, IMAGE, FREE = range(3)
 # Phases: text, an image or the end is next; an image's height; its width; the image after its size; after the end.
 PARTS, HEIGHT, WIDTH, BODY, DONE = range(5)
-_DIGITS = 5  # the most digits of a side
+_DIGITS = 5  # maximum number of digits of a side
 
 
 class Opened(NamedTuple):
-    """The state at the end of a prompt; ints, or int32 [B] each.
+    """The state at the end of a prompt. Each field is an int, or int32 [B].
 
     Attributes:
         phase: any phase; DONE after the end of a document.
-        written: in PARTS, how many ids of a half-written `open` are at the end, if `open` is text; in HEIGHT and WIDTH,
-            the digits so far; in BODY, the codes and row ends so far, or negative while ids of `start` are missing.
-        height, width: the number as far as it is known, else 0.
+        written: a count: in PARTS, the ids of a half-written `open` at the end, if `open` is text; in HEIGHT and WIDTH,
+            the digits so far; in BODY, the codes and row ends so far, or negative while `start` is incomplete.
+        height, width: the sides of the begun image, or their digits so far; 0 if unknown.
     """
 
     phase: Any = PARTS
@@ -43,10 +43,10 @@ class Opened(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a request asks for; ints, or int32 [B] each.
+    """What a request asks for. Each field is an int, or int32 [B].
 
     Attributes:
-        remaining: tokens that may be generated, the end included.
+        remaining: number of tokens that may be generated, the end included.
         mode: TEXT, IMAGE or FREE.
         min_images, max_images: how many images to generate, including one that the prompt has begun. IMAGE mode makes
             at least one if max_images allows it; TEXT mode makes none.
@@ -66,7 +66,7 @@ class State(NamedTuple):
 
     Attributes:
         phase, written, height, width: as in `Opened`, for the current image.
-        remaining: tokens that may still be generated, the end included.
+        remaining: number of tokens that may still be generated, the end included.
         images: number of images that the sampler began, or that a prompt began and did not finish.
         mode: TEXT, IMAGE or FREE.
         min_images, max_images: bounds of `images` at the end; the budget is always enough for `min_images`.
@@ -87,7 +87,7 @@ class State(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What one token does to the images of its row, bool [B] each: it begins an image, belongs to one, ends one."""
+    """Whether one token begins an image of its row, is inside an image, ends an image; bool [B] each."""
 
     begins: jax.Array
     inside: jax.Array
@@ -95,8 +95,8 @@ class Event(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What may come next: the ids low..high-1 except `never`; the id `also` if `has_also` (it begins an image or
-    follows a number); the document's end if `end`; and the decimal `digits`. Each field is [B], but digits [B, 10]."""
+    """What may come next: the ids low..high-1 except `never`; the id `also`, which begins an image or follows a number,
+    if `has_also`; the document's end if `end`; the decimal `digits`. Each field is [B], but digits is [B, 10]."""
 
     low: jax.Array
     high: jax.Array
@@ -109,14 +109,14 @@ class Choices(NamedTuple):
 
 @dataclass(frozen=True)
 class Automaton:
-    """The automaton of one syntax. Hashable: a static jit argument."""
+    """The automaton of one syntax. It is hashable, so it can be a static argument of jit."""
 
     syntax: Syntax
 
     def resume(self, opened: Opened, wanted: Wanted) -> State:
         """The state of each row after its prompt.
 
-        Nothing can be raised here, because values may be traced. A request can be met unchanged iff `fits(state,
+        Nothing can be raised here, because values may be traced. A request can be fulfilled unchanged iff `fits(state,
         min_images)`. Otherwise `min_images` is lowered until the budget is enough, or to 0 if the layout does not allow
         the size. An image that the prompt began stays unfinished if the budget is too small for it.
         """
@@ -173,7 +173,7 @@ class Automaton:
         """int32 [B]: the fewest tokens that can still end the document, including missing images and the end."""
         syntax, layout = self.syntax, self.syntax.layout
         least_height, least_width = self._least(state)
-        # The side that takes the fewest tokens: the wanted one, else the number that the digits give so far.
+        # If no side is wanted, the number that the digits give so far is the side that takes the fewest tokens.
         height = jnp.where(state.want_height > 0, state.want_height, jnp.maximum(state.height, 1))
         width = jnp.where(state.want_width > 0, state.want_width, jnp.maximum(state.width, 1))
         header = layout.header(*self._codes(height, least_width))
@@ -267,13 +267,13 @@ class Automaton:
         return state.phase == DONE
 
     def code(self, state: State) -> jax.Array:
-        """int32 [B]: if the next token is a code, its index among the codes of the image, row by row from 0."""
+        """int32 [B]: if the next token is a code, its index among the codes of the image, counted row by row from 0."""
         if not self.syntax.layout.row_ends[0]:
             return state.written
         return state.written - state.written // (self._codes(state.height, state.width)[1] + 1)
 
     def columns(self, state: State) -> jax.Array:
-        """int32 [B]: codes in a row of the current image."""
+        """int32 [B]: the number of codes in a row of the current image."""
         return self._codes(state.height, state.width)[1]
 
     def in_image(self, state: State) -> jax.Array:

@@ -1,6 +1,6 @@
 """The bijection between a published id space and ours, stored as runs. No other module sees a published id.
 
-Published tables mix kinds of ids: they may have controls between text pieces, or codes before them. Our ranges are
+Published tables mix kinds of ids: they may have controls between text pieces, or codes before the text. Our ranges are
 contiguous. Import gathers the rows of the published embedding and head into our order, and export scatters them back.
 The published text tokenizer is wrapped, so that model, loss, sampler and data use one id space.
 
@@ -204,11 +204,11 @@ class MappedCodec:
         return self.codec.piece_bytes[self._text]
 
     def is_byte(self, id: int, /) -> bool:
-        """Whether one of our ids is a single byte of a character that has no piece."""
+        """Whether one of our ids stands for a single byte of a character that has no piece."""
         return self.codec.is_byte(int(self.border.theirs[id]))
 
     def encode(self, text: str, /) -> list[int]:
-        """Raises ValueError if the text would be encoded with an id that is not a text piece."""
+        """Our ids of a text. Raises ValueError if an id would not be a text piece."""
         theirs = np.asarray(self.codec.encode(text), np.int64)
         beyond = len(theirs) and theirs.max() >= self.border.size
         ids = [self.size] if beyond else self.border.ours[theirs].tolist()
@@ -217,7 +217,7 @@ class MappedCodec:
         return ids
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """Raises ValueError for an id that is not a text piece."""
+        """The text of our ids. Raises ValueError for an id that is not a text piece."""
         pieces = np.asarray(ids, np.int64)
         if len(pieces) and (pieces.min() < 0 or pieces.max() >= self.size):
             bad = pieces[(pieces < 0) | (pieces >= self.size)]

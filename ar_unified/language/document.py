@@ -24,7 +24,7 @@ class DocumentError(ValueError):
         kind: one word, used for counting: "empty_text", "bad_text", "image_shape", "image_codes", "adjacent_text",
             "bad_turns", "bad_prompt" or "bad_row"; for preference pairs also "no_prompt", "two_prompts", "empty_answer"
             or "same_answers".
-        part: index of the part among all parts, if the error concerns one.
+        part: index of the wrong part among all parts; 0 if the error concerns no part.
     """
 
     def __init__(self, kind: str, reason: str, part: int = 0):
@@ -41,7 +41,7 @@ class TextPart:
 
 @dataclass(frozen=True, eq=False)
 class ImagePart:
-    """An image: `pixels` uint8 [H, W, 3], RGB. Two are equal if their pixels are equal."""
+    """An image: `pixels` uint8 [H, W, 3], RGB. Two image parts are equal if their pixels are equal."""
 
     pixels: np.ndarray
 
@@ -54,7 +54,7 @@ class ImagePart:
 
 @dataclass(frozen=True, eq=False)
 class CodesPart:
-    """The codes of an image from an image tokenizer, int32 [h, w]. Two are equal if their codes are equal."""
+    """The codes of an image from an image tokenizer, int32 [h, w]. Two parts are equal if their codes are equal."""
 
     codes: np.ndarray
 
@@ -81,7 +81,7 @@ class Turn:
     """What one speaker says. The speaker "document" means that nobody speaks: plain or interleaved text without turns.
 
     `trained`: whether the model learns to generate it. None means yes for documents and assistants, no for system and
-    user. Comparing turns ignores it, because ids cannot store it.
+    user. Comparisons of turns ignore `trained`, because ids cannot store it.
     """
 
     speaker: Speaker
@@ -90,7 +90,7 @@ class Turn:
 
     @property
     def learned(self) -> bool:
-        """Whether the model learns to generate the turn: the value of `trained`, or if that is None, by the speaker."""
+        """Whether the model learns to generate the turn: the value of `trained`; if it is None, the speaker decides."""
         return self.speaker in ("document", "assistant") if self.trained is None else self.trained
 
 
@@ -103,11 +103,12 @@ class Document:
     unconditional document has an empty user turn.
 
     Attributes:
-        turns: in order.
-        id: the name that its source gave it.
+        turns: the turns, in order.
+        id: the name that the source gave the document.
         origin: "file:line", for messages.
         meta: other facts, such as the scene that an image shows. Comparisons ignore meta, id and origin.
-        rejected: in a preference pair, the worse answer, which could replace the assistant's last turn; else None.
+        rejected: in a preference pair, the worse answer, which could replace the assistant's last turn; None in other
+            documents.
     """
 
     turns: tuple[Turn, ...]
@@ -125,7 +126,7 @@ class Document:
         if prompt is None:
             return cls((Turn("document", parts),), **more)
         if not 0 <= prompt <= len(parts):
-            raise DocumentError("bad_prompt", f"prompt={prompt}: expected None or 0..{len(parts)} leading parts")
+            raise DocumentError("bad_prompt", f"prompt={prompt}: expected None or a number of parts, 0..{len(parts)}")
         return cls((Turn("user", parts[:prompt]), Turn("assistant", parts[prompt:])), **more)
 
     @property
@@ -147,8 +148,8 @@ class Document:
 
     @property
     def answered(self) -> tuple[Document, ...]:
-        """The document itself; for a preference pair two documents: with the chosen answer, then with the rejected
-        one.
+        """The document itself; for a preference pair, two documents: one with the chosen answer, then one with the
+        rejected answer.
         """
         if self.rejected is None:
             return (self,)
@@ -179,7 +180,7 @@ class Document:
         return kinds in ([[False], [True]], [[True], [False]])
 
     def check(self) -> None:
-        """Raises DocumentError, naming the first part that no grammar could encode and decode."""
+        """Raises DocumentError, which names the first part that no grammar could encode and decode."""
         check_speakers([turn.speaker for turn in self.turns])
         if self.rejected is not None and (not self.asks or self.rejected.speaker != "assistant"):
             raise DocumentError("bad_turns", "rejected: expected an assistant's turn, in a document with turns")
@@ -209,7 +210,7 @@ def _shows(turns: Sequence[Turn]) -> bool:
 
 
 def check_speakers(speakers: Sequence[str]) -> None:
-    """Raises DocumentError("bad_turns") unless turns of these speakers may follow each other in a document."""
+    """Raises DocumentError("bad_turns") unless a document may have turns of these speakers in this order."""
     if list(speakers) in (["document"], ["user", "assistant"]):  # true for nearly all documents
         return
     talk = list(speakers[1:] if speakers[:1] == ["system"] or speakers[:1] == ("system",) else speakers)
@@ -225,7 +226,7 @@ def _check_part(part: object, before: Part | None, i: int) -> None:
     if isinstance(part, TextPart):
         check_text(part.text, f"part {i}", i)
         if isinstance(before, TextPart):
-            reason = f"part {i}: text right after text: join them, because a model sees no border"
+            reason = f"part {i}: text right after text: join the two, because a model sees no border between them"
             raise DocumentError("adjacent_text", reason, i)
     elif isinstance(part, ImagePart):
         _check_array(part.pixels, np.uint8, "image_shape", f"part {i}: pixels", "[H, W, 3]", i)
@@ -247,7 +248,7 @@ def check_text(text: object, where: str, part: int = 0) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DocumentError("bad_text", f"{where}: lone surrogate at character {error.start}", part) from None
+        raise DocumentError("bad_text", f"{where}: has a lone surrogate at character {error.start}", part) from None
 
 
 def _check_array(array: object, dtype: type, kind: str, where: str, shape: str, part: int) -> None:

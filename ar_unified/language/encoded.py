@@ -1,7 +1,7 @@
 """Ids with their roles: `Grammar.encode` makes them, shards store them, and the loader changes them. All code is O(n).
 
 Each position has a mark of one byte: its role, its speaker, whether it is trained, and whether a turn or an image
-begins there. So later code need not search ids for the end of a prompt.
+begins there. So later code does not have to search the ids for the end of a prompt.
 
 Axes: `n` positions in a document.
 """
@@ -17,10 +17,10 @@ import numpy as np
 
 from ar_unified.language.document import SPEAKERS
 
-_ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
-TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
+_ROLE, _SPEAKER = 0b111, 0b11  # bits 0-2: the Role; bits 3-4: the index into SPEAKERS
+TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # bits: is trained; first of a turn; first of an image
 _ANSWERS = [SPEAKERS.index("document"), SPEAKERS.index("assistant")]
-_OWN = _ROLE | IMAGE  # the bits that do not depend on where the token is
+_OWN = _ROLE | IMAGE  # the bits that stay the same when a token moves to another turn
 _SPEAKERS: dict[str, int] = {speaker: place << 3 for place, speaker in enumerate(SPEAKERS)}
 _ONE = [bytes([each]) for each in range(256)]
 
@@ -70,7 +70,7 @@ class Encoded:
 
     @property
     def own_images(self) -> np.ndarray:
-        """The entries of `images` that are learned and not part of a question; for `Grammar.drop_context`."""
+        """The entries of `images` that are learned and not part of a question. `Grammar.drop_context` uses them."""
         says = np.isin(self.speakers[self.images], (SPEAKERS.index("document"), SPEAKERS.index("assistant")))
         return self.images[says & self.trained[self.images]]
 
@@ -97,7 +97,7 @@ class Writer:
         self._begins = 0  # TURN until the turn has its first id
 
     def turn(self, speaker: str, learned: bool) -> None:
-        """Begins a turn. Everything added after this belongs to `speaker`; `learned`: whether it is learned."""
+        """Begins a turn. Everything added after this belongs to `speaker`; `learned`: whether the turn is learned."""
         self._says, self._begins = mark(0, speaker, learned), TURN
 
     def add(self, ids: Iterable[int], role: int) -> None:

@@ -2,8 +2,8 @@
 
     [ text | its controls | rest ]   becomes   [ text | controls of the layout | sizes | image codes | rest ]
 
-Controls of the same name become one. The rest contains the model's ids that the layout does not need, and the ids that
-its tokenizer never wrote. All these ids keep their rows and still take part in the softmax.
+Controls of the same name become one. The rest contains the model's controls that the layout does not need, and the ids
+that the model's tokenizer never wrote. All these ids keep their rows, and the softmax still includes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def extended(grammar: Grammar, layout: ImageLayout, codebook_size: int, image_ha
 
     If the model has published ids, the border grows: these ids keep their order, and the new ids follow them.
 
-    Raises ValueError if the model already has image codes, or its text tokenizer cannot write the layout's texts.
+    Raises ValueError if the model already has image codes, or if its text tokenizer cannot write the layout's texts.
     """
     old, codec = grammar.vocabulary, grammar.text_codec
     if old.codebook_size:

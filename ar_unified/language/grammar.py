@@ -45,7 +45,8 @@ class TextCodec(Protocol):
 
 class Break(NamedTuple):
     """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
-    position where that image or `open` begins; else the prompt's length. `opened`: the automaton's state there.
+    position where that image or `open` begins; if not, the prompt's length. `opened`: the automaton's state at the
+    end of the prompt.
     """
 
     begin: int
@@ -69,7 +70,7 @@ class Grammar:
                 raise ManifestMismatch(
                     f"text_{field}",
                     f"vocabulary was made for a text tokenizer with {field} {ours!r}, "
-                    f"the one given has {field} {theirs!r}: use the tokenizer of the same run",
+                    f"the given tokenizer has {field} {theirs!r}: use the tokenizer of the same run",
                 )
         self.vocabulary, self.layout, self.text_codec = vocabulary, layout, text_codec
         self.syntax = Syntax.of(vocabulary, layout, lambda text: self.text_codec.encode(text))
@@ -88,7 +89,7 @@ class Grammar:
             document.check()
         except DocumentError as error:
             found = str(error).removeprefix(f"part {error.part}: ")
-            raise GrammarError(error.part, "a valid document", found, unit="part") from error
+            raise GrammarError(error.part, "a valid document", f"an invalid one: {found}", unit="part") from error
         return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
@@ -139,7 +140,7 @@ class Grammar:
         return self.syntax.block(height, width)
 
     def check_size(self, height: int, width: int, position: int = 0) -> None:
-        """Raises GrammarError if no image of height x width codes can be written. `position`: the index of its part."""
+        """Raises GrammarError if no image of height x width codes can be written. `position`: the part's index."""
         most, (rows, columns) = self.layout, self.layout.units
         expected = ""
         if not most.sized:
@@ -220,7 +221,7 @@ class Grammar:
     def _check_codes(self, codes: np.ndarray, i: int) -> None:
         v = self.vocabulary
         if not v.codebook_size:
-            raise GrammarError(i, "a text (this vocabulary is of text alone)", "an image", unit="part")
+            raise GrammarError(i, "a text (this vocabulary has no image codes)", "an image", unit="part")
         if codes.shape not in self._fitting:
             self.check_size(codes.shape[0], codes.shape[1], i)
             self._fitting.add(codes.shape)
@@ -307,7 +308,8 @@ class Grammar:
             turns = [Turn("document", joined_texts(parts))]
         elif closed and asks == ends:
             turns = counted(asked)
-        ended = closed and asks != ends and ids[0] not in self._around.open  # else `end` may also end a question
+        # If a question may end with `end`, too, the document may go on after it.
+        ended = closed and asks != ends and ids[0] not in self._around.open
         opened = Opened(DONE) if ended else Opened(PARTS, half)
         return tuple(turns) if closed else None, at, Break(len(ids) - half, opened)
 
@@ -318,7 +320,8 @@ class Grammar:
     # ---- ids to ids: how data changes a document that is already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The empty prompt, followed by the last answer. Raises GrammarError without turns; see `drop_context` then."""
+        """The empty prompt, followed by the last answer. Raises GrammarError if the document has no turns (for these
+        documents, there is `drop_context`)."""
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
@@ -354,7 +357,7 @@ class Grammar:
     def _borders(self, document: Encoded) -> np.ndarray:
         borders = document.turns
         if len(borders) < 2:
-            raise GrammarError(len(document), "a document with turns", "none")
+            raise GrammarError(len(document), "a document with turns", "a document without turns")
         return borders
 
     # ---- the automaton and the manifest -----------------------------------------------------------------------

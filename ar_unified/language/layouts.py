@@ -65,7 +65,7 @@ class TurnTemplate:
     Attributes:
         user: the text around a user's turn; the parts of the turn replace {}. Then come the answer and the document's
             `end`.
-        system: the system's turn if the document has none.
+        system: the text of the system's turn if the document has no such turn.
         answer: controls between the user's text and the answer.
     """
 
@@ -80,10 +80,10 @@ class TurnFrames:
     `begin` before its first frame. As with `TurnTemplate`, decoding gives one turn with everything in it.
 
     Attributes:
-        open: the control at the start.
-        name: the text after it, in which the speaker replaces {}.
+        open: the control at the start of a frame.
+        name: the text after `open`, in which the speaker replaces {}.
         between: the text between two frames.
-        system: the system's turn if the document has none; "" for no system turn.
+        system: the text of the system's turn if the document has no such turn; "" adds none.
     """
 
     open: str = "turn"
@@ -97,18 +97,18 @@ class Layout:
     """How one system writes images and turns.
 
     Attributes:
-        controls: the control tokens that it needs, in the order of our id space.
+        controls: the control tokens that the layout needs, in the order of our id space.
         image_side: if text and images have separate softmaxes, the first control on the image side; "" if all are on
             the text side.
-        open: begins an image.
+        open: the mark that begins an image.
         size: how an image states its size; None means that all images have the same size.
-        start: follows the size.
+        start: the controls after the size.
         rows: whether `row_end` follows no row, every row, or every row except the last.
-        close: ends an image.
-        begin: begins a document.
-        end: ends an answer and a document; a sampler stops at it. If `TurnMarks` end a question with the same token,
-            turns are identified by counting.
-        tail: follows the last `end` of a document; it is never sampled.
+        close: the marks that end an image.
+        begin: the control that begins a document.
+        end: the control that ends an answer and a document; a sampler stops at it. If `TurnMarks` end a question with
+            the same control, turns are identified by counting.
+        tail: the controls after the last `end` of a document; they are never sampled.
         turns: how turns are marked.
         unconditional: the ids before the image's `open` in the unconditional pass of classifier-free guidance.
     """

@@ -1,4 +1,4 @@
-"""Splits ids into items, and finds where they break off.
+"""Splits ids into items, and finds where the ids break off.
 
 Axes: `h` `w` height and width of an image in codes; `n` ids.
 """
@@ -32,7 +32,8 @@ class GrammarError(ValueError):
 class Item(NamedTuple):
     """A run of text pieces, an image, or any other single id, from `begin` to before `end`.
 
-    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state, for an image that ends too early.
+    `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state at the end of the ids, for an
+    incomplete image.
     """
 
     kind: str  # text | image | other
@@ -50,7 +51,7 @@ class Reader:
         self._texts = np.append(self.vocabulary.role(ids) == Role.TEXT, False)
 
     def items(self, at: int) -> Iterator[Item]:
-        """The items from `at` on. Raises GrammarError for an invalid image; the last one may be incomplete."""
+        """The items from `at` on. Raises GrammarError for an invalid image; only the last image may be incomplete."""
         while at < len(self.ids):
             text = at + int(np.argmin(self._texts[at:]))
             begin = self._opening(at, text)
@@ -69,7 +70,7 @@ class Reader:
             at = item.end
 
     def _opening(self, at: int, text: int) -> int:
-        """The position where the next image begins if only text, ids[at:text], comes before it; else -1."""
+        """The position where the next image begins if only text, ids[at:text], comes before it; -1 if there is none."""
         opening = self.syntax.open
         if not self.vocabulary.codebook_size:
             return -1
@@ -134,7 +135,8 @@ class Reader:
         return f"{what} (row {row}, column {column} of {h} x {w})"
 
     # ---- reading a side of a size ------------------------------------------------------------------------------------
-    # Returns (number of units, 0, position after the number). If the ids end too early: (None, digits read, position).
+    # Each function returns (number of units, 0, position after the number). If the ids end too early, it returns (None,
+    # number of digits read, position).
 
     _value = 0  # the part of the number that was read, if the ids end too early
 

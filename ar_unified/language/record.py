@@ -1,5 +1,5 @@
-"""Reads and makes the content of language.json, which bundles and workdirs have. It is a grammar's manifest, and for
-published ids also the border to them. The same folder has the file of the text tokenizer.
+"""Reads and makes the content of language.json, which bundles and workdirs have. This content is a grammar's manifest
+and, if there are published ids, the border between them and ours. The text tokenizer's file is in the same folder.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
     Args:
         content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys
             of a part ("alt") are ignored.
-        image: called with the reference to an image and its place in the JSON.
+        image: called with the reference to an image and the image's place in the JSON.
         tokens: whether parts may be ids.
 
     Adjacent texts are joined by a blank line.
@@ -231,7 +231,7 @@ def parted(
     or one of the two conversations.
 
     Args:
-        asked: the row's "prompt" and "messages", as far as it has them.
+        asked: the row's "prompt" and "messages"; a key that the row lacks is absent.
         said: the row's "chosen" and "rejected".
 
     Raises DocumentError if messages before the last differ ("bad_row"), or `asked` is another question ("two_prompts").
@@ -301,8 +301,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: if the document is invalid or has codes; if it has no turns, and either no parts or a value of
-            `trained`; or if a key of `meta` is also a key of rows.
+        DocumentError: if the document is invalid or has codes; if a document without turns has no parts, or has a
+            value of `trained`; or if a key of `meta` is also a key of rows.
     """
     document.check()
     if document.rejected is not None:

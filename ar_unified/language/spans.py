@@ -1,4 +1,5 @@
-"""What may come next, as ranges of ids. These are a few numbers per position, while a mask would need one per id.
+"""What may come next, as ranges of ids. These are a few numbers per position, while a mask would have one number per
+id.
 
 Axes: B rows, K ranges.
 """
@@ -20,7 +21,7 @@ def spans(automaton: Automaton, state: State) -> jax.Array:
     def one(id: jax.Array, there: jax.Array) -> list[jax.Array]:
         return [id, id + there.astype(jnp.int32)]
 
-    # If the forbidden id is inside the range, the result is the two ranges around it; else the range and an empty one.
+    # If the forbidden id is inside the range, the two ranges around it result; otherwise the range and an empty one.
     inside = (found.never >= found.low) & (found.never < found.high)
     between = jnp.where(inside, found.never, found.high)
     ranges = [[found.low, between], [jnp.where(inside, found.never + 1, found.high), found.high]]

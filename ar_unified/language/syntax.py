@@ -27,7 +27,7 @@ class ImageLayout:
     Attributes:
         kind: its name in `LAYOUTS`.
         height, width: rows of an image and codes of a row; these are maxima if images state their size.
-        depth: codes per position. They are neighbours in a row, so width is a multiple of depth.
+        depth: number of codes per position. These codes are neighbours in a row, so width is a multiple of depth.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class ImageLayout:
 
     @property
     def units(self) -> tuple[int, int]:
-        """Codes in a unit of height and in a unit of width; sizes are in units."""
+        """Number of codes in a unit of height and in a unit of width. An image states its size in units."""
         unit = self.record.size.unit if isinstance(self.record.size, SizeTokens) else 1
         return unit, unit * self.depth
 
@@ -79,7 +79,7 @@ class ImageLayout:
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
         """The first id on the image side, if text and images have separate softmaxes; None means one softmax over all
-        ids. A mean of the loss per side (`TransformerTask.mean_split`) uses the same sides.
+        ids. If the mean of the loss is taken per side (`TransformerTask.mean_split`), the sides are the same.
 
         The image side has the image codes, the ids after them, and the controls from the record's `image_side` on.
         Text, all other controls and size tokens are on the text side. Raises ValueError for an unknown softmax.
@@ -136,14 +136,15 @@ TEXT_ALONE = fixed_grid(1, 1)
 
 @dataclass(frozen=True)
 class Syntax:
-    """An image layout with the ids of one vocabulary and text tokenizer. Hashable: a static jit argument.
+    """An image layout with the ids of one vocabulary and text tokenizer. It is hashable, so it can be a static
+    argument of jit.
 
     Attributes:
         open: ids that begin an image: a control token, or text pieces (`spelled`), of which the last begins the image.
-        digits, separator: if sizes are decimal, the pieces for 0..9 and the separator; else () and -1.
+        digits, separator: the pieces for 0..9 and for the separator; () and -1 if sizes are not decimal.
         start, close: ids before the first code, and after the last.
-        row_end: -1 for none.
-        end: ends an answer and a document.
+        row_end: the id that ends a row; -1 for none.
+        end: the id that ends an answer and a document.
     """
 
     vocabulary: Vocabulary
@@ -213,7 +214,8 @@ class Syntax:
         return len(self.start) + self.layout.body(height, width) + len(self.close)
 
     def code_at(self, index: int, height: int, width: int) -> int:
-        """The position in the block of code number `index`, counted row by row. Index h * w means `close`."""
+        """The position in the block of code number `index`, counted row by row. Index h * w gives the position of
+        `close`."""
         end, fewer = self.layout.row_ends
         rows = index // width
         if index == height * width:

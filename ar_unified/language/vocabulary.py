@@ -33,7 +33,8 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes of the ranges, and hashes of the two tokenizers that they belong to. Hashable: a static jit argument.
+    """Sizes of the ranges, and hashes of the two tokenizers that they belong to. It is hashable, so it can be a
+    static argument of jit.
 
     Attributes:
         text_size: number of text pieces; they keep the ids of the text tokenizer, 0..text_size-1.
@@ -42,7 +43,7 @@ class Vocabulary:
             none.
         text_hash, image_hash: hashes of the tokenizers ("" if there is none yet).
         controls: names of the control tokens, in order; "pad", "bos" and "eos" among them.
-        rest: how many ids after the image codes are never written but take part in the softmax, such as ids of a
+        rest: how many ids after the image codes are never written but are part of the softmax, such as ids of a
             published table that its tokenizer never produces. None means as many as fill the padded width.
 
     Raises:
@@ -66,7 +67,7 @@ class Vocabulary:
             raise ValueError(f"controls: expected pad, bos, eos and others, each once; found {self.controls}")
 
     def control(self, name: str) -> int:
-        """The id of a control token. Raises ValueError with a list of those that exist."""
+        """The id of a control token. Raises ValueError, which lists the control tokens that exist."""
         if name not in self.controls:
             raise ValueError(f"this vocabulary has no control token {name!r}, only {', '.join(self.controls)}")
         return self.text_size + self.controls.index(name)
@@ -108,8 +109,8 @@ class Vocabulary:
     def role(self, ids: Any) -> Any:
         """The Role of every id, int32 of the same shape. Takes numpy or (traced) jax arrays and returns the same kind.
 
-        It sees only the id, so digits of a size are TEXT here, while `Encoded.roles` gives SIZE. Ids that are never
-        written (negative, rest, beyond the end) have role PAD.
+        The role depends only on the id, so digits of a size are TEXT here, while `Encoded.roles` gives SIZE. Ids that
+        are never written (negative, rest, beyond the end) have role PAD.
         """
 
         def inside(role: Role) -> Any:

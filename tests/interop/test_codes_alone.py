@@ -80,7 +80,7 @@ def test_codes_are_the_ids_behind_the_last_name(simplear: Path) -> None:
     first = len(table.names)
     expected = [table.id("<|t2i|>"), *text, table.id("<|soi|>"), *range(first, first + 16), table.id("<|im_end|>")]
     assert found == expected and model.vocabulary.codebook_size == 64
-    assert "only codes (64 of them)" in (simplear / "bundle" / "README.md").read_text()
+    assert "only codes (64 different ones)" in (simplear / "bundle" / "README.md").read_text()
 
 
 def test_two_files_that_say_different_ids_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -257,8 +257,8 @@ TORCH = {
         of({"w": tensor("0", (5, 6), (6, 1), size=30)}),
         "has 96 bytes, expected 30 numbers",
     ),
-    "a storage that is not there": (of({"w": tensor("7", (4, 6), (6, 1))}), "data/7' is not in it"),
-    "a storage by a path": (of({"w": tensor("../data/0", (4, 6), (6, 1))}), "is not in it"),
+    "a storage that is not there": (of({"w": tensor("7", (4, 6), (6, 1))}), "data/7' is not in the zip"),
+    "a storage by a path": (of({"w": tensor("../data/0", (4, 6), (6, 1))}), "is not in the zip"),
     "a storage of another kind": (
         of({"w": tensor("0", (4, 6), (6, 1), kind="Float8_e4m3fnStorage")}),
         "torch.Float8_e4m3fnStorage",

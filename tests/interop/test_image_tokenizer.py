@@ -123,7 +123,7 @@ def test_a_tokenizer_in_a_models_file_of_two_precisions(
     own[used] = file.tensors["quantize.codebook_used"]
     save_file(own | {"language_model.lm_head.weight": np.zeros((2, 2), np.float32)}, folder / "vq.safetensors")
     assert run("import", "--from", folder, "--as", "janus_vq", "--output", tmp_path / "made") == 0
-    assert "Left out: 1 tensors of the model in that file." in capsys.readouterr().out
+    assert "Left out: 1 tensors of the model in the same file." in capsys.readouterr().out
     assert run("export", "--from", tmp_path / "made", "--output", tmp_path / "out") == 0
     comparing.assert_same(load_file(tmp_path / "out" / "vq.safetensors"), own)
 

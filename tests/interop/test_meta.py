@@ -92,7 +92,7 @@ def test_one_vector_goes_to_every_file_and_two_to_half_of_them():
     one, two = r(H), r(2, H)
     assert all((part == one).all() for part in split(name, one, 4))
     assert [int((part == two[1]).all()) for part in split(name, two, 4)] == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="one vector for each of 2 files, found 4"):
+    with pytest.raises(ValueError, match="divides 2, the number of files; found 4"):
         split(name, r(4, H), 2)
     with pytest.raises(ValueError, match="a multiple of .*, the number of files"):
         split("output.weight", r(5, D), 2)
@@ -102,7 +102,7 @@ BROKEN = {
     "other norms": (lambda f: f[1].update({"norm.weight": r(D)}), "norm.weight: expected the same in every file"),
     "missing in one": (
         lambda f: f[1].pop("output.weight"),
-        "output.weight: expected it in all 2 files or in none; file 2 differs",
+        "output.weight: expected this tensor in all 2 files or in none; file 2 differs",
     ),
     "another shape": (lambda f: f[1].update({"output.weight": r(5, D)}), r"file 2 of 2: expected F32 \[6, 16\]"),
     "alone and fused": (
@@ -111,7 +111,7 @@ BROKEN = {
     ),
     "rows that heads do not share": (
         lambda f: [e.update({"layers.1.attention.wqkv.weight": r(33, D)}) for e in f],
-        "a multiple of 8 rows, the number of heads",
+        "a multiple of 8 rows, because it has 8 equal parts",
     ),
 }
 

@@ -64,9 +64,9 @@ def test_what_is_written_is_read_and_lies_as_peft_has_it(bundle, tmp_path) -> No
     "settings, said",
     [
         (dict(peft_type="IA3"), "peft_type: expected LORA, found 'IA3'"),
-        (dict(use_dora=True), "use_dora: expected False, as only plain LoRA is read, found True"),
+        (dict(use_dora=True), "use_dora: expected False, because only plain LoRA is read, found True"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save: expected None, .*lm_head"),
-        (dict(rank_pattern={"q_proj": 8}), r"expected \[8, \d+\], as this model's attention.query and r ask for"),
+        (dict(rank_pattern={"q_proj": 8}), r"expected \[8, \d+\], as this model's attention.query and r need"),
         (dict(rank_pattern={"q_proj": 0}), "rank_pattern: expected ranks of at least 1 by names of modules, found"),
         (dict(alpha_pattern=[2]), "alpha_pattern: expected numbers above 0 by names of modules, found"),
         (dict(alpha_pattern={"(a+)+$": 2}), r"alpha_pattern: expected names of modules, found '\(a\+\)\+\$'"),
@@ -74,7 +74,7 @@ def test_what_is_written_is_read_and_lies_as_peft_has_it(bundle, tmp_path) -> No
         (dict(rank_pattern={"q_proj(": 2}), "rank_pattern: expected names of modules"),
         (dict(r=0), "r: expected a rank of at least 1, found 0"),
         (dict(lora_alpha="16"), "lora_alpha: expected a number above 0, found '16'"),
-        (dict(r=4), r"expected \[\d+, 4\]|expected \[4, \d+\], as this model's .* and r ask for; found"),
+        (dict(r=4), r"expected \[\d+, 4\]|expected \[4, \d+\], as this model's .* and r need; found"),
     ],
 )
 def test_what_is_no_plain_adapter_is_refused_by_its_key(bundle, folder, settings, said) -> None:
@@ -111,12 +111,12 @@ def test_rows_of_ids_are_written_as_peft_has_them_and_read(bundle, tmp_path) -> 
     for settings, said in (
         (
             [3, 7],
-            r"expected rows of each module that it names \(embed_tokens\), found embed_tokens, lm_head|found lm_head",
+            r"expected rows of each module in it \(embed_tokens\), found embed_tokens, lm_head|found lm_head",
         ),
-        ("x", "expected ids by modules, found 'x'"),
-        ({"embed_tokens": [3, -1], "lm_head": [9]}, "embed_tokens: expected ids, found"),
-        ({"embed_tokens": [3, 3], "lm_head": [9]}, r"expected \[1, 32\], a row for each of its ids; found \[2, 32\]"),
-        ({"embed_tokens": [3], "lm_head": [9]}, r"expected \[1, 32\], a row for each of its ids; found \[2, 32\]"),
+        ("x", "expected lists of ids by module, found 'x'"),
+        ({"embed_tokens": [3, -1], "lm_head": [9]}, "embed_tokens: expected a list of ids, found"),
+        ({"embed_tokens": [3, 3], "lm_head": [9]}, r"expected \[1, 32\], a row for each different id; found \[2, 32\]"),
+        ({"embed_tokens": [3], "lm_head": [9]}, r"expected \[1, 32\], a row for each different id; found \[2, 32\]"),
     ):
         change(tmp_path / "a", trainable_token_indices=settings)
         with pytest.raises(UserError, match=said):
@@ -141,10 +141,10 @@ def test_an_adapter_of_another_model_is_refused(bundle, folder, tmp_path) -> Non
         UserError, match=rf"trained on bundle {bundle.hash[:12]}.* not on this model, {other.hash[:12]}"
     ):
         peft.read(folder, bundle.config, other.hash)
-    with pytest.raises(UserError, match=r"adapter 'b': .*adapter: it was trained on bundle"):
+    with pytest.raises(UserError, match=r"adapter 'b': .*adapter: the adapter was trained on bundle"):
         ar_unified.load(other.folder, adapters={"b": folder})
     rename(folder, "layers.0", "layers.7")
-    with pytest.raises(UserError, match="expected one of 1 layers; found layer 7: it is an adapter of another model"):
+    with pytest.raises(UserError, match="expected one of 1 layers; found layer 7: the adapter is for another model"):
         peft.read(folder, bundle.config)
 
 

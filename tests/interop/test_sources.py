@@ -119,11 +119,11 @@ BROKEN = {
     "a file cut short": (truncate, "cut short"),
     "a tensor too many in the index": (
         lambda f: changed(f, lambda m: m.update({"z": m["a.weight"]})),
-        "'z' is not in it",
+        "'z' is only in the index",
     ),
     "a tensor not in the index": (
         lambda f: changed(f, lambda m: m.pop("c.bias")),
-        "'c.bias' is in it, but not in the index",
+        "'c.bias' is not in the index",
     ),
     "an index that is none": (lambda f: (f / INDEX).write_text("[1]"), "keys and values"),
     "an index without files": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'), "weight_map"),

@@ -230,7 +230,7 @@ def test_what_no_file_of_lwm_says_is_not_guessed(tmp_path: Path, capsys: pytest.
         lwm.theta_of(tmp_path / "mine", {}, None)
     folder = formats.lwm(tmp_path / "mine", vision=False)
     assert run("import", "--from", folder, "--as", "lwm", "--rope-theta", "1e7", "--output", tmp_path / "b") == 2
-    assert "found 2 of 64: for another model, give num_attention_heads in a config.json" in capsys.readouterr().err
+    assert "found 2 of 64. For another model, give num_attention_heads in a config.json" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

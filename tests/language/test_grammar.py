@@ -231,8 +231,8 @@ LOSSY = Grammar(GRID.vocabulary, GRID.layout, Lossy())
         (ROWS, (image(4, 4),), r"part 0: expected .* at most 3 x 4 codes .*, found 4 x 4"),
         (GRID, (CodesPart(image(2, 3).codes + 1),), r"codes 0\.\.5 .*, found 1\.\.6"),
         (GRID, (CodesPart(image(2, 3).codes - 1),), r"codes 0\.\.5 .*, found -1\.\.4"),
-        (GRID, (image(2, 3), TextPart("")), r"part 1: .*found the text is empty"),
-        (GRID, (TextPart("a"), TextPart("b")), r"part 1: .*found text right after text"),
+        (GRID, (image(2, 3), TextPart("")), r"part 1: .*found an invalid one: the text is empty"),
+        (GRID, (TextPart("a"), TextPart("b")), r"part 1: .*found an invalid one: text right after text"),
         (GRID, (ImagePart(np.zeros((4, 4, 3), np.uint8)),), r"expected codes .*, found pixels"),
         (SMALL, (TextPart("aé"),), r"ids 0\.\.99 from the text"),
         (LOSSY, (TextPart("a\tc"),), r"'\\tc' at character 1, found ' c'"),
@@ -395,7 +395,7 @@ def test_a_vocabulary_of_text_alone_refuses_images():
     document = Document.of((TextPart("a"), TextPart("b")), prompt=1)
     assert alone.parse(alone.encode(document).tokens) == document
     with pytest.raises(
-        GrammarError, match="part 1: expected a text .this vocabulary is of text alone., found an image"
+        GrammarError, match="part 1: expected a text .this vocabulary has no image codes., found an image"
     ):
         alone.encode(Document.of((TextPart("a"), image(1, 1))))
     v = alone.vocabulary

@@ -152,7 +152,7 @@ def test_rows_of_its_own_go_with_an_adapter(tied, form) -> None:
 
 def test_rows_of_other_ids_are_refused() -> None:
     for ids, said in (
-        ([3, 900], "expected rows of ids below 128, as this model has, found one of 900"),
+        ([3, 900], "expected rows of ids below 128, as this model has; found a row of id 900"),
         ([3], "another"),
     ):
         rows = TokenRows(np.array(ids), np.zeros((len(ids), CONFIG.d_model), np.float32))
