@@ -99,7 +99,7 @@ def compare(
 
 
 def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
-    """A record as it was before `step`: the changes of its history, `told`, from this step on are undone."""
+    """Returns a record as it was before `step`. `told` is its history, whose changes from this step on are undone."""
     fingerprint, cost = copy.deepcopy(found["fingerprint"]), dict(found.get("cost", {}))
     for late in reversed([entry for entry in told if (entry["step"] or 0) >= step]):
         for field, (old, _) in late["changed"].items():

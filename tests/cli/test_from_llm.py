@@ -157,7 +157,7 @@ def test_what_does_not_go_with_the_language_model_is_refused_before_anything_run
 
 def test_a_tokenizer_that_is_not_the_vocabularys_is_refused_by_name(folder, text, images, tmp_path):
     """A model is refused if it has fewer rows than its tokenizer has pieces, or a vocabulary of another tokenizer."""
-    with pytest.raises(bundle.BundleError, match=r"language.json: expected 256 ids, as config.json has, found 384"):
+    with pytest.raises(bundle.BundleError, match=r"language.json: expected 256 ids, as config.json says; found 384"):
         assert Bundle(write(tmp_path / "few", text, vocab_size=256)).grammar
     refused(extending("run", folder, tmp_path / "w", tmp_path / "few", images), "expected 256 ids.*found 384")
     other = TextTokenizer.train(["quite other words " * 9], 280)
