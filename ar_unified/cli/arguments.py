@@ -361,7 +361,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,
         help="compile N (%(const)s) choices of remat policy, rows per chip and fsdp, and plan the best",
     )  # fmt: skip
-    parser.add_argument("--no-advice", action="store_true", help="do not search for changes that would fit")
+    parser.add_argument(
+        "--no-advice", action="store_true", help="do not search for changes of the config that would make it fit"
+    )
 
 
 def _path(text: str) -> str:

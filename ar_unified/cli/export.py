@@ -106,8 +106,8 @@ def export(
     shard_bytes: int = bundle.SHARD_BYTES,
     beside: bool = False,
 ) -> None:
-    """Writes the bundle of a finished training. Raises UserError if no training has finished, or `output` exists and is
-    something else.
+    """Writes the bundle of a finished training. Raises UserError if no training has finished, or if `output` exists and
+    is not an empty folder.
 
     With `beside`, it writes the extended language model without the adapter.
     """
@@ -172,8 +172,8 @@ def _require_extended(experiment: Experiment) -> str:
     _, trained, base = trained_adapter(experiment)
     if experiment.before is None:
         raise UserError(
-            f"--to {BESIDE}: expected a training that extends a language model by images; the adapter of this one "
-            f"belongs to {base.folder}, which has not changed"
+            f"--to {BESIDE}: expected a training that extends a language model by images. This training's adapter "
+            f"belongs to the bundle {base.folder}, which has not changed: use that bundle"
         )
     _rows(experiment, trained, BESIDE)
     return base.hash
@@ -186,8 +186,8 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
     parts = settings.trained(experiment.config, experiment.grammar.vocabulary, experiment.new_ids).parts or {}
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
-            f"--to {form}: expected only an adapter and rows of ids, but config.training.only has trained all of "
-            f"{', '.join(more)}, too: leave out --to, and the bundle has all of it"
+            f"--to {form}: expected a training of only an adapter and rows of ids, but this one also trained all of "
+            f"{', '.join(more)} (config.training.only): leave out --to to write everything as a bundle"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}
     for table in TABLES:
@@ -223,10 +223,10 @@ def _require_own(experiment: Experiment) -> None:
     ours["data"] = {name: config["data"][name] for name in (*_DATA, *WAY)}
     trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
     for section, fields in ours.items():
-        theirs = trained[section].get(section, {})  # lacks keys of later versions, and is empty for removed stages
+        theirs = trained[section].get(section, {})  # without keys of later versions; {} for a removed stage
         for field, new in fields.items():
             if (old := theirs.get(field, new)) != new:
-                raise UserError(f"config.{section}.{field}: expected {old!r}, as it was trained with; found {new!r}")
+                raise UserError(f"config.{section}.{field}: expected {old!r}, as in the training; found {new!r}")
 
 
 def _done(experiment: Experiment, stage: str) -> dict[str, Json]:

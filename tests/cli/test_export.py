@@ -172,7 +172,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     for changes, words in (
         (
             ["--config.model.rope_theta=100.0"],
-            "config.model.rope_theta: expected 500.0, as it was trained with; found 100.0",
+            "config.model.rope_theta: expected 500.0, as in the training; found 100.0",
         ),
         (["--config.data.max_tokens=50"], "config.data.max_tokens: expected 48"),
         (["--config.loss.softmax=joint"], "config.loss.softmax: expected 'by_side'"),
