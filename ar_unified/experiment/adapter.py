@@ -70,9 +70,9 @@ def require_rows(first: First, grammar: Grammar, selection: Selection) -> None:
         if left:
             named = [f"{table}[{kind}]" for kind, those in kinds.items() if any(id in those for id in left)]
             raise UserError(
-                f"config.training.only: expected {', '.join(named) or table} in it, because the adapter "
-                f"{first.adapter.folder} has {len(left)} rows of {table} that this training would lose, as it does "
-                "not train them"
+                f"config.training.only: expected {', '.join(named) or table} in it: the adapter "
+                f"{first.adapter.folder} has {len(left)} rows of {table} that this training would lose, because it "
+                "does not train them"
             )
 
 

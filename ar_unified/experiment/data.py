@@ -81,7 +81,8 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
             experiment.say(f"{split}:\n{report}")
             summary[split] = {name: asdict(counts) for name, counts in report.sources.items()}
         if tokenizers.encoded or tokenizers.known:
-            experiment.say(f"images: {tokenizers.encoded} encoded here, {tokenizers.known} known ({tokenizers})")
+            counts = f"{tokenizers.encoded} encoded here, {tokenizers.known} encoded before"
+            experiment.say(f"images: {counts} ({tokenizers})")
     experiment.finish(stage, summary)
 
 

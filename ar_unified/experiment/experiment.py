@@ -112,8 +112,8 @@ class Experiment:
             made = [stage for stage in STAGES if (self.workdir.path / stage / "started.json").exists()]
             return StageMismatch(
                 error.field,
-                f"the data have changed since {self.workdir.path} was made: {error.field} was {error.old!r:.40}. All "
-                f"of it is made from them: use another --workdir, or delete {', '.join(made)} in this one",
+                f"the data have changed since {self.workdir.path} was made: {error.field} was {error.old!r:.40}. "
+                f"All stages depend on the data: use another --workdir, or delete {', '.join(made)} in this one",
                 error.old,
             )
         return error
@@ -281,8 +281,8 @@ class Experiment:
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
         if found := [source.name for source in sources if names_images(source)]:
             raise UserError(
-                f"config.image_tokenizer.steps is 0 and none was brought, but {', '.join(found)} may have images: "
-                "raise the steps, or bring text alone as sources of kind='text'"
+                f"config.image_tokenizer.steps is 0 and no model is given, but {', '.join(found)} may have images: "
+                "raise the steps, give config.image_tokenizer.model, or use sources of text alone (kind='text')"
             )
         return True
 

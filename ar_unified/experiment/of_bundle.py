@@ -121,7 +121,7 @@ class OfBundle(Experiment):
         return self.own.params(jax.tree.map(lambda x: x.sharding, shapes), vectors)
 
     def _prepare(self, sources: Sequence[Source]) -> None:
-        with about(f"bundle {self.own.folder}"):  # e.g. images for a bundle of text alone
+        with about(f"bundle {self.own.folder}"):  # documents may not fit, e.g. images for a model of text
             report = preparing.prepare(
                 sources,
                 self.grammar,
