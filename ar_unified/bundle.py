@@ -338,7 +338,7 @@ class Bundle:
         return found
 
     def _index(self, leaves: Mapping[str, Any]) -> dict[str, str]:
-        """The file of each tensor. Checks that the files are as they were written."""
+        """The name of each tensor's file. Checks that the files have not changed since they were written."""
         found = self._json(INDEX).get("weight_map")
         if not isinstance(found, dict):
             raise self._error(INDEX, f"weight_map: expected keys and values, found {found!r:.80}")

@@ -1,7 +1,7 @@
 """Changes while a stage is made: which fields of its fingerprint may change, and the file that records the changes.
 
 `history.json` in a stage's folder is a list, oldest first, of {"when": UTC, "step": steps taken then, "kind": one of
-these, "changed": {field: [old, new]}}:
+the kinds below, "changed": {field: [old, new]}}:
     cost       the result is the same as without the change
     extended   the steps after `step` use other settings than the steps before it
     branched   the stage started from checkpoint `step` of another workdir, which "from" names

@@ -40,7 +40,7 @@ def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, An
 
 
 def losses_of(rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
-    """Rows of metrics.jsonl with only the values that are used here, because a long run has many rows."""
+    """Rows of metrics.jsonl with only the values that are used here, which saves memory in long runs."""
     return [{key: row[key] for key in ("step", "loss", VALIDATION_LOSS) if key in row} for row in rows]
 
 

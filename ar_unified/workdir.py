@@ -175,7 +175,7 @@ class Stage:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The changes while the stage in a folder was made, oldest first."""
+    """The changes of settings while the stage in a folder was made, oldest first."""
     path = folder / "history.json"
     return read_json(path) if path.exists() else []
 

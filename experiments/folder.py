@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     side, links = whole("side", args["side"]), args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind not in ("jsonl", "parquet", "webdataset"):
-        kind = "folder"  # the next check names what is missing
+        kind = "folder"  # when it is opened, the message says what is missing
     config = defaults()
     config.name = "folder"
 

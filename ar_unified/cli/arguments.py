@@ -362,7 +362,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         help="compile N (%(const)s) choices of remat policy, rows per chip and fsdp, and plan the best",
     )  # fmt: skip
     parser.add_argument(
-        "--no-advice", action="store_true", help="do not search for changes of the config that would make it fit"
+        "--no-advice",
+        action="store_true",
+        help="if the plan does not fit, do not search for changes with which it fits",
     )
 
 

@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
         refuse_unread(arguments, "with --from", *PROCESSES)
         if image_tokenizer.is_one(Path(arguments.source)):
-            refuse_unread(arguments, "of an image tokenizer", "license", "shard_mib")
+            refuse_unread(arguments, "for an image tokenizer", "license", "shard_mib")
             image_tokenizer.export_tokenizer(Path(arguments.source), arguments.to or "", arguments.output)
         else:
             _export_bundle(arguments, shard_bytes)
@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not arguments.workdir:
         raise UserError("expected --workdir DIR of a training, or --from BUNDLE --to FORMAT; found neither")
     if arguments.to not in (ADAPTER, BESIDE):
-        refuse_unread(arguments, "without --from, where a bundle is written", "to")
+        refuse_unread(arguments, "without --from, because the result is a bundle", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
     if arguments.to == ADAPTER:
         refuse_unread(arguments, f"with --to {ADAPTER}, which writes only an adapter", "license", "shard_mib")

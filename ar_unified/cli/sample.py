@@ -122,7 +122,7 @@ def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward
     """Serves requests with a bundle and its own settings, on all devices of this process."""
     if overrides or arguments.config or arguments.workdir:
         raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
-    refuse_unread(arguments, "with --from; --part K/N shares the requests", *PROCESSES)
+    refuse_unread(arguments, "with --from, where --part K/N shares the requests", *PROCESSES)
     for flag in ("requests", "output"):
         if not getattr(arguments, flag):
             raise UserError(f"expected --requests FILE and --output DIR with --from; found no --{flag}")

@@ -71,7 +71,7 @@ def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[s
         refuse_unread(arguments, "with an object store, which has no links", "links")
         if {"plan.json", "manifest.json"} <= set(storage.names_in(folder) if folder.is_dir() else ()):
             raise UserError(f"{folder}: a prepared folder can only be checked on disk: copy it from the store first")
-        refuse_unread(arguments, "with sources", "workdir")
+        refuse_unread(arguments, "with a folder of sources", "workdir")
         return name, validate(str(folder), **options)
     if parts := prepared.parts(folder):
         refuse_unread(arguments, "with a prepared folder", "links")

@@ -85,7 +85,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most this many; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from the whole text; memory: 20 to 90 times this
+    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from all text; training needs 20 to 90 times as much
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
     config.text_tokenizer.model = ""  # use this file instead: SentencePiece's, a tokenizer.json or *.tiktoken
     config.text_tokenizer.lossy = "refuse"  # what to do if that tokenizer loses text: refuse | warn

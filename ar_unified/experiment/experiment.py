@@ -1,7 +1,7 @@
 """Opens what a config and a workdir name: sources, tokenizers, grammar, model and engine.
 
 The fingerprint of a stage has the parts of the config that decide its result. If the learning rate changes, the data
-need not be made again; if the codebook changes, the stage is refused. `changes` says what may change later.
+need not be made again; if the codebook changes, the old data are refused. `changes` says what may change later.
 """
 
 from __future__ import annotations

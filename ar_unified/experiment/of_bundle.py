@@ -61,7 +61,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def text_only(self) -> bool:
-        """Whether there is no image tokenizer: images are codes alone, or there are none."""
+        """Whether there is no image tokenizer, because the model has no images or has them only as codes."""
         return not self.own.has_images
 
     @cached_property

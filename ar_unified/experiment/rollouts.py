@@ -91,7 +91,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
     """Groups of answers with their advantages.
 
     Args:
-        prompts: returns the prompt of a number.
+        prompts: returns the prompt with a given number.
         engine: an engine made with `logprobs` on the devices of this process; its parameters are replaced.
         tokenizer: the image tokenizer.
         reward: scores an answer.

@@ -101,7 +101,7 @@ def main() -> int:
     killed.kill()
     killed.wait()
     left = [path.name for path in folder.iterdir() if path.name != "published"]
-    print(f"killed after {arguments.kill_after:.0f} s, left {', '.join(left) or 'nothing'}", flush=True)
+    print(f"first import killed after {arguments.kill_after:.0f} s, left {', '.join(left) or 'nothing'}", flush=True)
     status, peak, seconds = measure([sys.executable, "-m", "ar_unified.cli.main", *verb], environment)
     found = sorted(path.name for path in folder.iterdir())
     if arguments.load:

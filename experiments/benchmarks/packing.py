@@ -104,7 +104,7 @@ def shuffled(found: np.ndarray) -> Any:
 
 
 def each_weight(sources: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The probability of a document of each source with which the sources have the shares WEIGHTS of all tokens."""
+    """Each source's share of all documents, if WEIGHTS are the sources' shares of all tokens."""
     each = np.array([WEIGHTS[name] / found.mean() for name, found in sources.items()])
     return each / each.sum()
 

@@ -139,7 +139,7 @@ def exact(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> 
 
 
 def like(engine: Engine, **settings: Any) -> Engine:
-    """An engine of the same model."""
+    """An engine for the same model with other settings."""
     return Engine(engine.config, engine.params, engine.grammar, **settings)
 
 

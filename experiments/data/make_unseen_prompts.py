@@ -25,7 +25,7 @@ from ar_unified.data.shapes import captions_held_out
 from ar_unified.workdir import write_text
 
 SPLIT = "unseen_combinations"
-ALONE = 0.85  # share of tries for a scene with one object; few of these succeed, so four in ten prompts have one
+ALONE = 0.85  # share of tries for a scene with one object; few succeed, so four in ten prompts have one object
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

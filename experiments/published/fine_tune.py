@@ -95,7 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     links = args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind == "text" and Bundle(config.init).has_images:
-        kind = "folder"  # the next check names what is missing
+        kind = "folder"  # when it is opened, the message says what is missing
 
     def source(split: str) -> tuple[ConfigDict, ...]:
         return (ConfigDict(dict(kind=kind, path=args["path"], links=links, split=split)),)
