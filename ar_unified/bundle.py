@@ -165,7 +165,7 @@ class Bundle:
     """An open bundle. Opening it checks that the files exist and have the right sizes; the content of each file is
     checked when it is read.
 
-    Opening and reading raise BundleError if the folder is missing or no bundle of this version, or a file was changed.
+    Opening and reading raise BundleError if the folder is missing or not a bundle of this version, or a file changed.
     """
 
     def __init__(self, folder: str | Path):
@@ -278,7 +278,7 @@ class Bundle:
                 LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} says; found {vocabulary.size}"
             )
         if self.has_images > bool(vocabulary.codebook_size) or bool(vocabulary.image_hash) > self.has_images:
-            raise self._error(LANGUAGE, f"expected all three of image codes, {IMAGE} and its hash, or none")
+            raise self._error(LANGUAGE, f"expected all three of image codes, {IMAGE} and its hash, or none of them")
         return grammar
 
     def params(self, places: Any = None, dtype: Any = None, then: Callable[..., object] | None = None) -> Params:

@@ -328,7 +328,7 @@ def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeabl
             f"{may.among(stage.fields)}".rstrip(),
             old,
         )
-    if state == "finished" and "extended" not in changed:  # no work is left whose cost could change
+    if state == "finished" and "extended" not in changed:  # no work is left, so its cost does not matter
         changed.pop("cost", None)
     return changed
 

@@ -6,8 +6,8 @@ Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "imag
 {"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate PATH` checks them first.
 PATH may also be a Parquet, Arrow or tar file (WebDataset), a folder of these, or "shards/{000..063}.tar"; docs/data.md
 says how columns and members must be named. The last twentieth of their rows is held out. In a folder of rows, one image
-in twenty (at least one of two) is held out with all its rows. Images keep their aspect ratio: each document has an
-image's size and its codes row by row.
+in twenty (at least one, if there are two) is held out with all its rows. Images keep their aspect ratio: each document
+has an image's size and its codes row by row.
 
 Arguments, with defaults in brackets: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no,
 whether to follow links that lead out of PATH (no); init=BUNDLE, start from that model's weights, tokenizers and image

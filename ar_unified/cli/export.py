@@ -167,8 +167,8 @@ def export_adapter(experiment: Experiment, output: str) -> None:
 
 
 def _require_extended(experiment: Experiment) -> str:
-    """The hash of the language model that was extended. Raises UserError if more than an adapter and its rows was
-    trained, or no language model was extended."""
+    """The hash of the language model that was extended. Raises UserError if other parameters than the adapter and its
+    rows were trained, or if no language model was extended."""
     _, trained, base = trained_adapter(experiment)
     if experiment.before is None:
         raise UserError(

@@ -184,7 +184,8 @@ def sample_held_out(experiment: Experiment) -> None:
         rows = [row for source in sources or experiment.train for row in _rows(source, stage.folder, most)]
         write_text(requests, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if not requests.stat().st_size:
-        experiment.say("samples: nothing is drawn, because no held-out document has a prompt or enough to continue")
+        why = "no held-out document has a prompt, or enough text to continue"
+        experiment.say(f"samples: nothing is drawn, because {why}")
         return experiment.finish(stage, {"samples": 0, "errors": 0})
     report = _run(experiment, [requests], stage.folder, part=(0, 1))
     experiment.finish(stage, {"samples": report.samples, "errors": report.errors})

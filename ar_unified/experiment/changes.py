@@ -1,7 +1,7 @@
 """Which keys of a config may change once a run has begun in a workdir, and what a change does to a stage.
 
-Every key that is not named here decides the result of the stages that read it, and they refuse to go on if it changes.
-Put a new key into COST or EXTENDS only if the comment there is true of this key.
+Every key that is not named here decides the result of the stages that read it. If such a key changes, these stages are
+refused. Put a new key into COST or EXTENDS only if the comment there is true of this key.
 """
 
 from __future__ import annotations

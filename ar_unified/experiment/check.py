@@ -315,7 +315,7 @@ def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[s
             )
         more = {"negative_prompt": "-"}
     if config.sampling.checkpoint == "best" and "model" in stages and not config.training.keep_best:
-        problems.say("sampling.checkpoint", "expected 'last' where config.training.keep_best is False, found 'best'")
+        problems.say("sampling.checkpoint", "expected 'last' if config.training.keep_best is False, found 'best'")
     with problems.of("sampling", [*config.sampling.keys()]):
         settings.request(config, **more).check()
 

@@ -95,7 +95,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             settings.extension(config, before, experiment.autoencoder)
         return
     if image is None:
-        return  # without images, no key of config.data could differ from the bundle
+        return  # the rest compares how images are written
     with about("config.data"):
         vocabulary, layout = settings.language(config, image.config, text.size, text.hash, image.hash)
     if settings.fits(layout, bundle.grammar.layout):

@@ -418,7 +418,7 @@ def begin_with(config: ConfigDict, folder: str) -> None:
     for name, section in sections.items():
         try:
             config[name].update(section)
-        except (TypeError, ValueError) as error:  # another program made the bundle
+        except (TypeError, ValueError) as error:  # possible if another program made the bundle
             raise UserError(f"config.{name}: {error}") from error
     config.training.sequence_length = max(config.training.sequence_length, config.data.max_tokens)
 

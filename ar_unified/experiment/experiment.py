@@ -338,7 +338,7 @@ class Experiment:
             return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
-        """How ids of a modality, "text" or "image", are drawn if a request does not say it."""
+        """How ids of a modality, "text" or "image", are drawn if a request does not say how."""
         return settings.token_filter(self.config, modality)
 
     @property

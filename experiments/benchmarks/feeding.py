@@ -19,7 +19,7 @@ Grain and webdataset run in one thread, with two and with three processes, and G
 chooses for tf.data. Timing starts after the first --warm items. Two columns show items (images, or tokens without
 padding) per second of wall time and per second of CPU time of all processes of a side; both are medians. The other
 columns show ours divided by theirs for both rates, first with Pillow's filters, then with `_simd`. They are medians
-over the repeats, and use ours with the same settings if there is one, else ours by default.
+over the repeats. Each peer is compared with ours at the same settings, or, if there is none, with ours by default.
 """
 
 from __future__ import annotations

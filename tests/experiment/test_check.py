@@ -137,7 +137,7 @@ def test_what_does_not_go_together_is_told():
     # Without a decay, because branches of this training decay.
     check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
-    says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
+    says("config.sampling.checkpoint: expected 'last' if config.training.keep_best is False", kept)
     check(load(**kept), ["samples"])  # an earlier training may have kept the best step
     averaged = plain | {"image_tokenizer.quantizer": "vq", "image_tokenizer.codebook_update": "ema"}
     check(load(**averaged))

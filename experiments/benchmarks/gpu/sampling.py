@@ -60,7 +60,7 @@ def _measure(size: Size, batch: int) -> dict[str, Any]:
         samples = list(engine.generate(asked))
         seconds = time.perf_counter() - began
         if wrong := [sample.error for sample in samples if sample.error]:
-            raise RuntimeError(f"{len(wrong)} of {len(samples)} samples: {wrong[0]}")
+            raise RuntimeError(f"{len(wrong)} of {len(samples)} samples failed: {wrong[0]}")
         return seconds
 
     first, seconds = draw(0), draw(1000)
