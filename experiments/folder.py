@@ -24,7 +24,7 @@ from ar_unified.experiment.config import begin_with, defaults, model, parse_arg,
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
+    """The config. arg: the arguments above. Raises ValueError, which names a wrong argument."""
     args = parse_arg(arg, path=None, side="96", links="no", init=None)
     if not args["path"]:
         raise ValueError("experiments/folder.py needs the folder: --config experiments/folder.py:path=DIR")

@@ -424,7 +424,7 @@ def begin_with(config: ConfigDict, folder: str) -> None:
 
 
 def whole(name: str, value: str | None) -> int:
-    """The value of an argument that is a count. Raises ValueError, which names it, unless it is 1 or more."""
+    """The count that an argument gives. Raises ValueError, which names the argument, unless the count is at least 1."""
     if value is None or not value.isdecimal() or int(value) < 1:
         raise ValueError(f"config argument {name}: expected a whole number, at least 1; found {value!r}")
     return int(value)

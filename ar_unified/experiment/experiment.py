@@ -183,7 +183,7 @@ class Experiment:
         return {"validation": data.validation, **{f"tests.{name}": specs for name, specs in data.tests.items()}}
 
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
-        """The sources of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
+        """The sources of a key of config.data. Raises UserError, which names the key, if a source cannot be opened.
 
         With `held_out`, a source whose split is empty because there are too few groups is left out.
         """

@@ -80,7 +80,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
+    """The config. arg: the arguments above. Raises ValueError, which names a wrong argument."""
     args = parse_arg(arg, init=None, path=None, recipe="", steps="1000", batch="", links="no")
     if not args["init"] or not args["path"]:
         raise ValueError(
