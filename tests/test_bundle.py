@@ -213,7 +213,7 @@ def also(name: str, facts: Any = None) -> Callable[[Path], None]:
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 HOSTILE = {
-    "cut short": (cut, rf"{WEIGHTS}: expected \d+ bytes, found \d+: it was cut short"),
+    "cut short": (cut, rf"{WEIGHTS}: expected \d+ bytes, found \d+: the file was cut short"),
     "weights edited": (flipped("model-0*.safetensors"), f"{WEIGHTS}: expected sha256 .* the file was changed"),
     "text tokenizer edited": (flipped("text_tokenizer/text.model"), "text_tokenizer/text.model: expected sha256"),
     "image tokenizer edited": (flipped("image_tokenizer/weights.safetensors"), "image_tokenizer/weights.* sha256"),
