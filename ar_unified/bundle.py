@@ -4,10 +4,10 @@
     config.json                          "model" is the transformer's shape; "data", "loss" and "sampling" are settings
                                          of the experiment: about its data, its loss and the defaults of requests
     language.json                        the grammar's manifest, which defines valid sequences of ids; if the text
-                                         tokenizer comes from a published system, also the border to its ids
+                                         tokenizer comes from a published system, also the mapping to its ids
     text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json and text.tiktoken, unchanged
     image_tokenizer/                     weights.safetensors and config.json; a model of text alone has no such folder
-                                         published.safetensors: tensors of an imported tokenizer, only for an export
+                                         published.safetensors: for an imported tokenizer, tensors that an export needs
     model-00001-of-0000N.safetensors     the transformer's parameters, named by their paths, in their original dtypes
     model.safetensors.index.json         which of those files has which parameter
     published.json                       for imported weights: settings that are only needed to export them again
@@ -102,7 +102,8 @@ def write(
     Args:
         folder: a new folder; an existing one is never overwritten.
         params: their dtypes are kept; parameters on several devices are gathered one by one.
-        grammar: the one made for both tokenizers. image_tokenizer: None for a model of text alone.
+        grammar: the grammar that was made for both tokenizers.
+        image_tokenizer: None for a model of text alone.
         data: the experiment's image_size, resize, `Resize.way`, layout and max_tokens; for text alone, max_tokens.
         loss: the experiment's softmax; None means its default.
         sampling: the experiment's max_length, kv_dtype and defaults of requests (`sampling.request.DEFAULTS`).
@@ -149,9 +150,7 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A parameter in its file. The file is opened again for each piece, because the pages of a mapped file count as
-    memory of this process.
-    """
+    """A parameter in its file. Each read opens the file anew: an open file is mapped, and its pages count as memory."""
 
     path: Path
     name: str
@@ -166,14 +165,14 @@ class Bundle:
     """An open bundle. Opening it checks that the files exist and have the right sizes; the content of each file is
     checked when it is read.
 
-    Opening and reading raise BundleError if the folder is missing or no bundle of this version, or a file was changed.
+    Opening and reading raise BundleError if the folder is missing or not a bundle of this version, or a file changed.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._inside = Folder(self.folder)
         if not self.folder.is_dir():
-            raise BundleError(f"{self.folder}: expected the folder of a bundle, found none")
+            raise BundleError(f"{self.folder}: expected the folder of a bundle, found no such folder")
         if not (self.folder / BUNDLE).exists():
             workdir = (self.folder / "text_tokenizer").exists() and (self.folder / "model").exists()
             more = "is a workdir: `ar-unified export` makes a bundle of it" if workdir else "folder has none"
@@ -184,7 +183,7 @@ class Bundle:
         self._files = self._checked(record.get("files"))
         for name, (size, _) in self._files.items():
             if (found := self._path(name).stat().st_size) != size:
-                raise self._error(name, f"expected {size} bytes, found {found}: it was cut short or changed")
+                raise self._error(name, f"expected {size} bytes, found {found}: the file was cut short or changed")
 
     @cached_property
     def hash(self) -> str:
@@ -264,7 +263,8 @@ class Bundle:
         with self._reading(IMAGE):
             tokenizer = ImageTokenizer.load(self.folder / IMAGE, batch_size=batch_size)
         if tokenizer.hash != (found := self.language.get("image_hash")):
-            raise self._error(LANGUAGE, f"image_hash: expected {tokenizer.hash[:12]}, as {IMAGE}; found {found!r:.20}")
+            wanted = f"{tokenizer.hash[:12]}, the hash of {IMAGE}"
+            raise self._error(LANGUAGE, f"image_hash: expected {wanted}; found {found!r:.20}")
         return tokenizer
 
     @cached_property
@@ -275,10 +275,10 @@ class Bundle:
         vocabulary = grammar.vocabulary
         if vocabulary.size != self.config.vocab_size:
             raise self._error(
-                LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} has, found {vocabulary.size}"
+                LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} says; found {vocabulary.size}"
             )
         if self.has_images > bool(vocabulary.codebook_size) or bool(vocabulary.image_hash) > self.has_images:
-            raise self._error(LANGUAGE, f"expected image codes, {IMAGE} and its hash: all three, or none of them")
+            raise self._error(LANGUAGE, f"expected all three of image codes, {IMAGE} and its hash, or none of them")
         return grammar
 
     def params(self, places: Any = None, dtype: Any = None, then: Callable[..., object] | None = None) -> Params:
@@ -338,7 +338,7 @@ class Bundle:
         return found
 
     def _index(self, leaves: Mapping[str, Any]) -> dict[str, str]:
-        """The file of each tensor. Checks that the files are as they were written."""
+        """The name of each tensor's file. Checks that the files have not changed since they were written."""
         found = self._json(INDEX).get("weight_map")
         if not isinstance(found, dict):
             raise self._error(INDEX, f"weight_map: expected keys and values, found {found!r:.80}")
@@ -379,7 +379,7 @@ class Bundle:
         if missing := [name for name in needed if name not in files]:
             raise self._error(BUNDLE, f"files: {missing[0]} is missing")
         if len(found := [name for name in _TEXT if name in files]) != 1:
-            expected = f"one text tokenizer in {TEXT}: {', '.join(FILES)}"
+            expected = f"exactly one text tokenizer in {TEXT}, one of {', '.join(FILES)}"
             raise self._error(BUNDLE, f"files: expected {expected}; found {' and '.join(found) or 'none'}")
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
@@ -404,7 +404,7 @@ class Bundle:
     def _require(self, name: str, digest: str) -> None:
         if digest != self._files[name][1]:
             raise self._error(
-                name, f"expected sha256 {self._files[name][1][:12]}..., found {digest[:12]}...: it was changed"
+                name, f"expected sha256 {self._files[name][1][:12]}..., found {digest[:12]}...: the file was changed"
             )
 
     def _json(self, name: str) -> dict[str, Any]:

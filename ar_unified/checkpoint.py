@@ -51,7 +51,7 @@ class Checkpoints:
     Args:
       folder: the folder of all checkpoints, on storage that all processes share.
       keep: how many of the newest checkpoints are kept.
-      keep_every: also keep each step that is a multiple of this number; 0 means no further steps.
+      keep_every: also keep each step that is a multiple of this number; 0 keeps no such steps.
       keep_best: also keep the step with the lowest validation loss, among the steps that were saved with one.
       readonly: for a process that only reads, perhaps while another process writes. It creates, deletes and saves
         nothing, and never waits for other processes.
@@ -161,7 +161,8 @@ class Checkpoints:
             self._saving, self._failed = None, True
             raise SaveFailed(
                 f"checkpoint {step} could not be written to {self._where}: {str(error)[:300]} ... "
-                f"Complete checkpoints: {self.steps()}. Is the disk full or gone? Starting again continues from them."
+                f"Is the disk full or gone? Complete checkpoints: {self.steps()}. If you start again, the training "
+                "continues from the last of them."
             ) from error
         self._saving = None
         if runtime.first():
@@ -330,7 +331,8 @@ def _made(folder: str | Path) -> str | Path:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by path. Orbax describes a saved named tuple as a dict, so only names can be compared."""
+    """The shape of each leaf by its path. Orbax describes a saved named tuple as a dict, so whole trees cannot be
+    compared."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
@@ -348,6 +350,6 @@ def _check(stored: Any, target: Any, where: str) -> None:
         if found.get(path) != expected.get(path):
             raise CheckpointMismatch(
                 f"{where}: leaf {path}: expected {expected.get(path, 'none')}, found {found.get(path, 'none')}; "
-                "another model or optimizer wrote it: use the config and the --config.KEY flags that it was "
-                "trained with, or a new workdir"
+                "the checkpoint is from another model or optimizer: use the config and the --config.KEY flags that it "
+                "was trained with, or a new workdir"
             )

@@ -96,7 +96,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
         return (
             f"out of memory: {_first_line(error)}. Try model.remat=full, a smaller loss.chunk or sampling.batch_size, "
-            "or more training.accumulation: none of them changes results, and the same command with them continues",
+            "or more training.accumulation. None of these changes the results: repeat the command with one "
+            "of them as --config.KEY=VALUE, and the run continues",
             STOPPED,
         )
     if isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error)):

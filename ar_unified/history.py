@@ -1,7 +1,7 @@
 """Changes while a stage is made: which fields of its fingerprint may change, and the file that records the changes.
 
 `history.json` in a stage's folder is a list, oldest first, of {"when": UTC, "step": steps taken then, "kind": one of
-these, "changed": {field: [old, new]}}:
+the kinds below, "changed": {field: [old, new]}}:
     cost       the result is the same as without the change
     extended   the steps after `step` use other settings than the steps before it
     branched   the stage started from checkpoint `step` of another workdir, which "from" names
@@ -99,7 +99,7 @@ def compare(
 
 
 def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
-    """A record as it was before `step`: the changes of its history, `told`, from this step on are undone."""
+    """Returns a record as it was before `step`. `told` is its history, whose changes from this step on are undone."""
     fingerprint, cost = copy.deepcopy(found["fingerprint"]), dict(found.get("cost", {}))
     for late in reversed([entry for entry in told if (entry["step"] or 0) >= step]):
         for field, (old, _) in late["changed"].items():

@@ -64,6 +64,6 @@ def require_same(
     for field, (theirs, ours) in differences(found, expected).items():
         raise ManifestMismatch(
             field,
-            f"manifests differ at {field!r}: {expected_from} has {ours!r}, {found_from} has {theirs!r}. They come "
-            "from different tokenizers or grammars: use artefacts of one run, or make the later one again.",
+            f"manifests differ at {field!r}: {expected_from} has {ours!r}, {found_from} has {theirs!r}. The two "
+            "have different tokenizers or grammars: use artefacts of one run, or make the later artefact again.",
         )

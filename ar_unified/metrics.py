@@ -40,7 +40,7 @@ def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, An
 
 
 def losses_of(rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
-    """Rows of metrics.jsonl with only the values that are used here, because a long run has many rows."""
+    """Rows of metrics.jsonl with only the values that are used here, which saves memory in long runs."""
     return [{key: row[key] for key in ("step", "loss", VALIDATION_LOSS) if key in row} for row in rows]
 
 
@@ -74,7 +74,7 @@ def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: in
     if before is not None and now is not None and now > before:
         return ""
     beside = f"; training loss {now:.4g}" if now is not None else ""
-    use = f"; training.keep_best keeps step {kept}, for sampling.checkpoint=best" if kept is not None else ""
+    use = f"; training.keep_best keeps step {kept}, which sampling.checkpoint=best uses" if kept is not None else ""
     return (
         f"validation loss is lowest at step {best} ({lowest:.4g}) and has risen since ({last:.4g} at step {step}"
         f"{beside}): the model memorises its training data{use}"

@@ -45,8 +45,8 @@ _KEPT = re.compile(r"tfds|.+/checkpoints")
 
 @contextmanager
 def opened(path: str) -> Iterator[Path]:
-    """A context that gives a workdir as a local folder. For the URL of an object store, this is its mirror, otherwise
-    the path itself.
+    """A context that gives a workdir as a local folder. For the URL of an object store, this is its mirror; for a path,
+    it is the path itself.
 
     When it ends, everything that was written is in the store. Raises UserError, storage.StoreRefused,
     storage.StoreFailed.
@@ -88,7 +88,7 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
 
 
 class StageMismatch(Mismatch):
-    """A stage's folder was made with other settings. `old`: the value of `field` in the folder's record."""
+    """A stage's folder was made with other settings. `old` is the value of `field` in the folder's record."""
 
     def __init__(self, field: str, message: str, old: Any = None):
         super().__init__(field, message)
@@ -175,7 +175,7 @@ class Stage:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The changes while the stage in a folder was made, oldest first."""
+    """The changes of settings while the stage in a folder was made, oldest first."""
     path = folder / "history.json"
     return read_json(path) if path.exists() else []
 
@@ -328,7 +328,7 @@ def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeabl
             f"{may.among(stage.fields)}".rstrip(),
             old,
         )
-    if state == "finished" and "extended" not in changed:  # no work is left for which other settings matter
+    if state == "finished" and "extended" not in changed:  # no work is left, so its cost does not matter
         changed.pop("cost", None)
     return changed
 

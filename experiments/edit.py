@@ -1,7 +1,7 @@
 """Image editing: from a picture and an instruction ("Make the red circle blue."), the model draws the changed picture.
 
 ar-unified run --config experiments/edit.py --workdir workdirs/edit
-ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit-on     # on from a model of shapes
+ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit-on     # begins with a model of shapes
 
 Measured on 30 Nov 2026 on 2 shared cores of an EPYC, in 17 min 57 s with tokenizers, data and scores: edit_exact 0.892
 of 400 held-out instructions (the target is 0.85; objects added 1.0, removed 1.0, moved 0.944, recoloured 0.949,

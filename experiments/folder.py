@@ -6,8 +6,8 @@ Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "imag
 {"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate PATH` checks them first.
 PATH may also be a Parquet, Arrow or tar file (WebDataset), a folder of these, or "shards/{000..063}.tar"; docs/data.md
 says how columns and members must be named. The last twentieth of their rows is held out. In a folder of rows, one image
-in twenty (at least one of two) is held out with all its rows. Images keep their aspect ratio: each document has an
-image's size and its codes row by row.
+in twenty (at least one, if there are two) is held out with all its rows. Images keep their aspect ratio: each document
+has an image's size and its codes row by row.
 
 Arguments, with defaults in brackets: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no,
 whether to follow links that lead out of PATH (no); init=BUNDLE, start from that model's weights, tokenizers and image
@@ -24,7 +24,7 @@ from ar_unified.experiment.config import begin_with, defaults, model, parse_arg,
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
+    """The config. arg: the arguments above. Raises ValueError, which names a wrong argument."""
     args = parse_arg(arg, path=None, side="96", links="no", init=None)
     if not args["path"]:
         raise ValueError("experiments/folder.py needs the folder: --config experiments/folder.py:path=DIR")
@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     side, links = whole("side", args["side"]), args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind not in ("jsonl", "parquet", "webdataset"):
-        kind = "folder"  # the next check names what is missing
+        kind = "folder"  # when it is opened, the message says what is missing
     config = defaults()
     config.name = "folder"
 

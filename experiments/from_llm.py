@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     part, bundle = args["part"], args["from"]
     if part not in PARTS or (part == "text") != (bundle is None):
         raise ValueError(
-            f"experiments/from_llm.py: expected part=text, or part=extend or scratch and from=BUNDLE; found {arg!r}"
+            f"experiments/from_llm.py: expected part=text, or from=BUNDLE with part=extend or scratch; found {arg!r}"
         )
     config = defaults()
     config.name = f"from_llm_{part}"

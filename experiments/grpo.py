@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data.train = (prompts, ConfigDict(dict(captions("train")[0], weight=0.6)))
         config.data.tests.unseen_combinations = captions("unseen_combinations")
         config.reward.function = "shapes_closeness"
-        config.reward.mode = "image"  # prompts have no answer that would show the mode
+        config.reward.mode = "image"  # the default is the mode of the answer, but these prompts have none
     config.reward.group_size = 16
     config.reward.scale_rewards = False
     config.reward.clip_high = 0.28

@@ -41,7 +41,7 @@ def weights(written: str) -> dict[str, float]:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
+    """The config. arg: the arguments above. Raises ValueError, which names a wrong argument."""
     args = parse_arg(arg, path="datasets", sources=SOURCES, side="64")
     side, shares = whole("side", args["side"]), weights(str(args["sources"]))
     config = defaults()

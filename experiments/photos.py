@@ -30,7 +30,7 @@ MADE_BY = {
 
 
 def is_of_ones_own(path: str) -> bool:
-    """Whether it is a folder that has none of the sets that the scripts in data/ make."""
+    """Whether a path is a folder with none of the sets that the scripts in data/ make."""
     folder = Path(path)
     return folder.is_dir() and not any((folder / name).exists() for name in MADE_BY)
 

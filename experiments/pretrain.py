@@ -62,7 +62,7 @@ RECIPES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
+    """The config. arg: the arguments above. Raises ValueError, which names a wrong argument."""
     args = parse_arg(arg, model="chameleon_7b", chips="64", path="DIR")
     name = str(args["model"])
     if name not in RECIPES:

@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 32
     config.image_tokenizer.multipliers = (1, 2, 4)
-    # Blocks only at fine levels, so that a code depends little on other places. A code that depends on them is hard to
-    # predict.
+    # Blocks only at fine levels, so that a code depends little on other places. A code that depends on others is hard
+    # to predict.
     config.image_tokenizer.blocks = (2, 0, 0)
     config.image_tokenizer.levels = (8, 8, 8)
     config.image_tokenizer.activation = "ifsq"

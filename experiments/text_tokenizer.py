@@ -23,7 +23,7 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def has_text(path: Path) -> bool:
-    """Whether it is a text file, or a folder with one that is not hidden."""
+    """Whether a path is a text file, or a folder with a text file that is not hidden."""
     if not path.is_dir():
         return any(Path(path.name.lower()).match(pattern) for pattern in FILES)
     return bool(Folder(path).search(lambda name: has_text(Path(name))))

@@ -213,8 +213,8 @@ def also(name: str, facts: Any = None) -> Callable[[Path], None]:
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 HOSTILE = {
-    "cut short": (cut, rf"{WEIGHTS}: expected \d+ bytes, found \d+: it was cut short"),
-    "weights edited": (flipped("model-0*.safetensors"), f"{WEIGHTS}: expected sha256 .* it was changed"),
+    "cut short": (cut, rf"{WEIGHTS}: expected \d+ bytes, found \d+: the file was cut short"),
+    "weights edited": (flipped("model-0*.safetensors"), f"{WEIGHTS}: expected sha256 .* the file was changed"),
     "text tokenizer edited": (flipped("text_tokenizer/text.model"), "text_tokenizer/text.model: expected sha256"),
     "image tokenizer edited": (flipped("image_tokenizer/weights.safetensors"), "image_tokenizer/weights.* sha256"),
     "settings edited": (flipped("config.json"), "config.json: expected sha256"),
@@ -240,7 +240,7 @@ HOSTILE = {
         lambda folder: reseal(
             folder, **dict.fromkeys(map("image_tokenizer/{}".format, ("config.json", "weights.safetensors")))
         ),
-        "language.json: expected image codes, image_tokenizer and its hash: all three, or none",
+        "language.json: expected all three of image codes, image_tokenizer and its hash, or none",
     ),
     "a link out": (linked("language.json"), "language.json is a link to .*outside"),
     "weights linked out": (linked(WEIGHTS), f"{WEIGHTS} is a link to .*outside"),
@@ -280,12 +280,12 @@ HOSTILE = {
     ),
     "a language of other images": (
         json_of("language.json", lambda x: x.update(image_hash="0" * 64)),
-        "language.json: image_hash: expected .*, as image_tokenizer; found '0000",
+        "language.json: image_hash: expected .*, the hash of image_tokenizer; found '0000",
     ),
     "a language of numbers": (json_of("language.json", lambda x: x.update(text_size="a")), "language.json: .*"),
     "another vocabulary": (
         json_of("config.json", lambda x: x["model"].update(vocab_size=1024)),
-        "language.json: expected 1024 ids, as config.json has, found 384",
+        "language.json: expected 1024 ids, as config.json says; found 384",
     ),
     "a size that is none": (
         json_of("config.json", lambda x: x["data"].update(image_size="64")),

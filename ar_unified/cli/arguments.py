@@ -361,7 +361,11 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,
         help="compile N (%(const)s) choices of remat policy, rows per chip and fsdp, and plan the best",
     )  # fmt: skip
-    parser.add_argument("--no-advice", action="store_true", help="do not search for changes that would fit")
+    parser.add_argument(
+        "--no-advice",
+        action="store_true",
+        help="if the plan does not fit, do not search for changes with which it fits",
+    )
 
 
 def _path(text: str) -> str:

@@ -93,7 +93,7 @@ def evaluate(experiment: Experiment) -> None:
         checkpoint_step=experiment.checkpoint,
         may=changeable(anew=MODEL),
     )
-    if stage.aside:  # moves the files outside of the stage's folder that belong to it, too
+    if stage.aside:  # the stage also has files outside its folder
         for path in (workdir.evaluation, workdir.report):
             if path.exists():
                 storage.move(path, stage.aside / path.name)
@@ -233,6 +233,6 @@ def _validation(experiment: Experiment) -> dict[str, float]:
 
 
 def _show(bar: tqdm, kind: str, done: int, of: int) -> None:
-    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # a kind's first call adds its questions to the total
+    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # the first call for a kind adds how many there are
     bar.set_postfix_str(kind, refresh=False)
     bar.update()

@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
         refuse_unread(arguments, "with --from", *PROCESSES)
         if image_tokenizer.is_one(Path(arguments.source)):
-            refuse_unread(arguments, "of an image tokenizer", "license", "shard_mib")
+            refuse_unread(arguments, "for an image tokenizer", "license", "shard_mib")
             image_tokenizer.export_tokenizer(Path(arguments.source), arguments.to or "", arguments.output)
         else:
             _export_bundle(arguments, shard_bytes)
@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not arguments.workdir:
         raise UserError("expected --workdir DIR of a training, or --from BUNDLE --to FORMAT; found neither")
     if arguments.to not in (ADAPTER, BESIDE):
-        refuse_unread(arguments, "without --from, where a bundle is written", "to")
+        refuse_unread(arguments, "without --from, because the result is a bundle", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
     if arguments.to == ADAPTER:
         refuse_unread(arguments, f"with --to {ADAPTER}, which writes only an adapter", "license", "shard_mib")
@@ -106,8 +106,8 @@ def export(
     shard_bytes: int = bundle.SHARD_BYTES,
     beside: bool = False,
 ) -> None:
-    """Writes the bundle of a finished training. Raises UserError if no training has finished, or `output` exists and is
-    something else.
+    """Writes the bundle of a finished training. Raises UserError if no training has finished, or if `output` exists and
+    is not an empty folder.
 
     With `beside`, it writes the extended language model without the adapter.
     """
@@ -167,13 +167,13 @@ def export_adapter(experiment: Experiment, output: str) -> None:
 
 
 def _require_extended(experiment: Experiment) -> str:
-    """The hash of the language model that was extended. Raises UserError if more than an adapter and its rows was
-    trained, or no language model was extended."""
+    """The hash of the language model that was extended. Raises UserError if other parameters than the adapter and its
+    rows were trained, or if no language model was extended."""
     _, trained, base = trained_adapter(experiment)
     if experiment.before is None:
         raise UserError(
-            f"--to {BESIDE}: expected a training that extends a language model by images; the adapter of this one "
-            f"belongs to {base.folder}, which has not changed"
+            f"--to {BESIDE}: expected a training that extends a language model by images. This training's adapter "
+            f"belongs to the bundle {base.folder}, which has not changed: use that bundle"
         )
     _rows(experiment, trained, BESIDE)
     return base.hash
@@ -186,8 +186,8 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
     parts = settings.trained(experiment.config, experiment.grammar.vocabulary, experiment.new_ids).parts or {}
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
-            f"--to {form}: expected only an adapter and rows of ids, but config.training.only has trained all of "
-            f"{', '.join(more)}, too: leave out --to, and the bundle has all of it"
+            f"--to {form}: expected a training of only an adapter and rows of ids, but this one also trained all of "
+            f"{', '.join(more)} (config.training.only): leave out --to to write everything as a bundle"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}
     for table in TABLES:
@@ -223,10 +223,10 @@ def _require_own(experiment: Experiment) -> None:
     ours["data"] = {name: config["data"][name] for name in (*_DATA, *WAY)}
     trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
     for section, fields in ours.items():
-        theirs = trained[section].get(section, {})  # lacks keys of later versions, and is empty for removed stages
+        theirs = trained[section].get(section, {})  # without keys of later versions; {} for a removed stage
         for field, new in fields.items():
             if (old := theirs.get(field, new)) != new:
-                raise UserError(f"config.{section}.{field}: expected {old!r}, as it was trained with; found {new!r}")
+                raise UserError(f"config.{section}.{field}: expected {old!r}, as in the training; found {new!r}")
 
 
 def _done(experiment: Experiment, stage: str) -> dict[str, Json]:

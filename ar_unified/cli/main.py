@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit where argparse ends the process: for --help, and for an argument that is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows the letter's number
+    for stream in (sys.stdout, sys.stderr):  # shows the number of a letter that the terminal lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):

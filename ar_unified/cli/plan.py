@@ -104,9 +104,9 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     """Everything that decides a config's programs.
 
     The size of the vocabulary comes from the tokenizers in the workdir. Without any, it is the largest that the config
-    allows. If `training.phases` has several shapes of batches, the one with most tokens is planned, and among equals
-    the one with the longest rows, because its memory is enough for the others. Raises ValueError for settings that make
-    no program.
+    allows. If `training.phases` has several shapes of batches, the shape with most tokens is planned, and among equals
+    the shape with the longest rows, because the memory for this shape is enough for the others. Raises ValueError for
+    settings with which no program can be made.
     """
     training, sampling = config.training, config.sampling
     batch_size, length = max(settings.shapes(training).values(), key=lambda shape: (shape[0] * shape[1], shape[1]))

@@ -76,7 +76,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     for flag in ("config", "workdir"):
         if not getattr(arguments, flag):
             raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
-    refuse_unread(arguments, "with a workdir, whose config.sampling says it", "batch_size", "max_length")
+    refuse_unread(arguments, "with a workdir, which uses the keys of config.sampling", "batch_size", "max_length")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")
         refuse_unread(
@@ -122,7 +122,7 @@ def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward
     """Serves requests with a bundle and its own settings, on all devices of this process."""
     if overrides or arguments.config or arguments.workdir:
         raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
-    refuse_unread(arguments, "with --from; --part K/N shares the requests", *PROCESSES)
+    refuse_unread(arguments, "with --from, where --part K/N shares the requests", *PROCESSES)
     for flag in ("requests", "output"):
         if not getattr(arguments, flag):
             raise UserError(f"expected --requests FILE and --output DIR with --from; found no --{flag}")
@@ -184,7 +184,8 @@ def sample_held_out(experiment: Experiment) -> None:
         rows = [row for source in sources or experiment.train for row in _rows(source, stage.folder, most)]
         write_text(requests, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if not requests.stat().st_size:
-        experiment.say("samples: no held-out document has a prompt, or a second part to continue; nothing is drawn")
+        why = "no held-out document has a prompt, or enough text to continue"
+        experiment.say(f"samples: nothing is drawn, because {why}")
         return experiment.finish(stage, {"samples": 0, "errors": 0})
     report = _run(experiment, [requests], stage.folder, part=(0, 1))
     experiment.finish(stage, {"samples": report.samples, "errors": report.errors})

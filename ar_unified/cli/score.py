@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR of a training, or --from BUNDLE; found neither")
-    refuse_unread(arguments, "with a workdir, whose config.sampling.batch_size says it", "batch_size")
+    refuse_unread(arguments, "with a workdir, which uses config.sampling.batch_size", "batch_size")
     experiment = open_experiment(arguments, overrides, ["requests"])
     score(experiment, source, arguments.output)
     return 0

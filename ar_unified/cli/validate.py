@@ -62,15 +62,16 @@ def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[s
         raise UserError(f"a folder has no config: {overrides[0]} does nothing")
     options = dict(show=arguments.show, first=arguments.first)
     if arguments.data.lstrip()[:1] in ("{", "["):
-        refuse_unread(arguments, "with sources, which say it themselves", "links", "workdir")
+        refuse_unread(arguments, "with sources as JSON, which have their own key `links`", "links")
+        refuse_unread(arguments, "with sources as JSON", "workdir")
         return "sources", validate(_specs(arguments.data), **options)
     folder = storage.path(arguments.data)
     name = folder.resolve().name or "data"
     if isinstance(folder, storage.Remote):
-        refuse_unread(arguments, "with an object store, which has none", "links")
+        refuse_unread(arguments, "with an object store, which has no links", "links")
         if {"plan.json", "manifest.json"} <= set(storage.names_in(folder) if folder.is_dir() else ()):
             raise UserError(f"{folder}: a prepared folder can only be checked on disk: copy it from the store first")
-        refuse_unread(arguments, "with sources", "workdir")
+        refuse_unread(arguments, "with a folder of sources", "workdir")
         return name, validate(str(folder), **options)
     if parts := prepared.parts(folder):
         refuse_unread(arguments, "with a prepared folder", "links")
@@ -106,7 +107,7 @@ def _specs(text: str) -> list[dict[str, Json]]:
 
 def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
     """The name of an experiment, and what is in its sources."""
-    refuse_unread(arguments, "with --config, whose sources say it themselves (links=yes)", "links")
+    refuse_unread(arguments, "with --config, whose sources have their own key `links` (folder.py: links=yes)", "links")
     config = configs.load(arguments.config, overrides)
     check(config, [])
     experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))

@@ -1,4 +1,4 @@
-"""Makes the model of an adapter's training from the bundle that it began with and the values in its checkpoint."""
+"""Makes the model that an adapter's training gave, from the training's bundle (config.init) and its checkpoint."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def require_rows(first: First, grammar: Grammar, selection: Selection) -> None:
         if left:
             named = [f"{table}[{kind}]" for kind, those in kinds.items() if any(id in those for id in left)]
             raise UserError(
-                f"config.training.only: expected {', '.join(named) or table} in it, because the adapter "
-                f"{first.adapter.folder} has {len(left)} rows of {table} that this training would lose, as it does "
-                "not train them"
+                f"config.training.only: expected {', '.join(named) or table} in it: the adapter "
+                f"{first.adapter.folder} has {len(left)} rows of {table} that this training would lose, because it "
+                "does not train them"
             )
 
 
@@ -121,7 +121,7 @@ def grown(
     """The tables of a language model with rows for new ids (`model.code_vectors.extended_tables`), sharded as in
     `places`.
 
-    `how` gives the other arguments of that function. By default all new rows are equal, because the caller sets their
+    `how` gives the other arguments of that function. By default all new rows are equal; the caller then sets their
     values.
     """
     how = {"how": "mean", "vectors": None, "key": jax.random.key(0)} | how
@@ -135,8 +135,8 @@ def grown(
 def read_base(bundle: Bundle, abstract: Params) -> Params:
     """The bundle's parameters in the form that a training uses.
 
-    `abstract` gives their shapes, dtypes and shardings. A matrix that has 8 bits there is rounded as soon as it is
-    read, so that only one matrix at a time is in memory in the file's dtype.
+    `abstract` gives their shapes, dtypes and shardings. If it gives a matrix an 8-bit dtype, the matrix is rounded as
+    soon as it is read, so that only one matrix at a time is in memory in the file's dtype.
     """
 
     def rounded(leaf: Any) -> bool:

@@ -87,8 +87,7 @@ def _extended(experiment: Experiment, bundle: Bundle, abstract: Params) -> Param
 
 
 def with_adapter(params: Params, first: First, grammar: Grammar, places: Any) -> Params:
-    """The parameters with the adapter added. If the adapter has rows of ids, they replace
-    the rows in the parameters.
+    """The parameters with the adapter added. If the adapter has rows of ids, they replace the rows in the parameters.
 
     `places` has the shardings of the tables of ids and of the adapter.
     """

@@ -30,5 +30,5 @@ def describe(section: ConfigDict, asked: Collection[str]) -> None:
             )
     try:
         section.update(theirs)
-    except (TypeError, ValueError) as error:  # our tokenizers do not have such values
+    except (TypeError, ValueError) as error:  # possible if another program made the tokenizer
         raise UserError(f"{KEY}.model: {section.model}: {error}") from error

@@ -1,7 +1,7 @@
 """Which keys of a config may change once a run has begun in a workdir, and what a change does to a stage.
 
-Every key that is not named here decides the result of the stages that read it, and they refuse to go on if it changes.
-Put a new key into COST or EXTENDS only if the comment there is true of this key.
+Every key that is not named here decides the result of the stages that read it. If such a key changes, these stages are
+refused. Put a new key into COST or EXTENDS only if the comment there is true of this key.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
         before = f"To go on as before, repeat {flags}; otherwise use" if flags else "Use"
         raise StageMismatch(
             next(iter(fields)),
-            f"{where} cannot go on with {changed}: {workdir.path / training.before} was made from it before this "
-            f"change. {before} another --workdir, or delete {training.before} (and what was made from it) first.",
+            f"{where} cannot go on with {changed}: {workdir.path / training.before} was made from this stage "
+            f"before the change. {before} another --workdir, or delete {training.before} (and what was made from it) "
+            "first.",
         )
     steps = training.checkpoints()
     taken = max(steps, default=0)
@@ -132,8 +133,8 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
         state = f"is finished with {taken} steps" if stage.done else f"has taken {taken} steps"
         raise StageMismatch(
             next(iter(fields)),
-            f"{where} {state}, and now {changed}: expected config.{training.key} of at least {least} to go on with "
-            f"that, found {training.wanted}. Raise it" + _elsewhere(stage, workdir) + ".",
+            f"{where} {state}, and the config now has {changed}: expected config.{training.key} of at least {least} "
+            f"to go on with this change, found {training.wanted}. Raise it" + _elsewhere(stage, workdir) + ".",
         )
     return taken
 

@@ -79,7 +79,7 @@ CHOICES: dict[str, Collection[str]] = {
 
 _COUNT, _NOT_NEGATIVE, _SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
 RANGES: dict[str, dict[str, str]] = {  # allowed values by section, for keys that no dataclass checks
-    "": {"seed": "[0, 4294967295]"},  # as for a request
+    "": {"seed": "[0, 4294967295]"},  # the same as for the seed of a request
     "data": {"max_tokens": _COUNT},
     "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
     "image_tokenizer": {
@@ -128,7 +128,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     _check_sampling(config, problems, stages)
     _check_files(config, problems, stages)
     if "validation" in config.data.tests:
-        problems.say("data.tests.validation", "expected another name, because config.data.validation has this one")
+        problems.say("data.tests.validation", "expected another name, because config.data.validation has this name")
     problems.end()
 
 
@@ -287,9 +287,10 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
             "init", "expected a bundle with training.objective 'preference', the model to be tuned; found none"
         )
     if config.loss.mean != "joint":
-        problems.say("loss.mean", f"expected joint, because the loss is a mean over pairs; found {config.loss.mean!r}")
+        why = "expected joint with training.objective 'preference', whose loss is a mean over pairs"
+        problems.say("loss.mean", f"{why}; found {config.loss.mean!r}")
     if config.training.fresh and found is not None and found.uses_reference:
-        why = "expected none with a reference model, because it has no values for parameters that begin at random"
+        why = "expected none with a reference model, which has no values for parameters that begin at random"
         problems.say("training.fresh", why)
     most = 2 * config.data.max_tokens
     if config.data.max_tokens <= (length := _longest(config, problems)) < most:
@@ -314,7 +315,7 @@ def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[s
             )
         more = {"negative_prompt": "-"}
     if config.sampling.checkpoint == "best" and "model" in stages and not config.training.keep_best:
-        problems.say("sampling.checkpoint", "expected 'last' where config.training.keep_best is False, found 'best'")
+        problems.say("sampling.checkpoint", "expected 'last' if config.training.keep_best is False, found 'best'")
     with problems.of("sampling", [*config.sampling.keys()]):
         settings.request(config, **more).check()
 

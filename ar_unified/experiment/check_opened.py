@@ -40,8 +40,8 @@ _NO_ROWS = (
 
 
 def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every key of the config that differs from the bundle in `config.init`. Also raises it for
-    an image tokenizer from elsewhere that lacks the decoder that a stage needs.
+    """Raises UserError with every key of the config that differs from the bundle in `config.init`. Also raises it if a
+    stage needs to decode images, but the image tokenizer comes from elsewhere and has no decoder.
     """
     if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
         return
@@ -59,10 +59,10 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
         theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
     elif config.image_tokenizer.steps and not experiment.extends:
         problems.say(
-            "image_tokenizer.steps", "expected 0, because the images of the bundle in config.init are only codes"
+            "image_tokenizer.steps", "expected 0, because the bundle in config.init has image codes, but no tokenizer"
         )
     if experiment.extends and config.training.objective != "likelihood":
-        problems.say("training.objective", f"expected likelihood, as {bundle.folder} {_NO_ROWS}")
+        problems.say("training.objective", f"expected likelihood, because {bundle.folder} {_NO_ROWS}")
     if not experiment.extends:
         for place in (*config.training.only, *config.training.fresh, *config.training.rates):
             if f"[{NEW}]" in place:
@@ -95,7 +95,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             settings.extension(config, before, experiment.autoencoder)
         return
     if image is None:
-        return  # without images, no key of config.data could differ from the bundle
+        return  # the rest compares how images are written
     with about("config.data"):
         vocabulary, layout = settings.language(config, image.config, text.size, text.hash, image.hash)
     if settings.fits(layout, bundle.grammar.layout):

@@ -29,7 +29,8 @@ def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]
     for key in ("mean", "softmax"):
         if config.loss[key] != "joint":
             found = config.loss[key]
-            problems.say(f"loss.{key}", f"expected joint, because answers are drawn from one softmax; found {found!r}")
+            why = "expected joint with training.objective 'reward', whose answers are drawn from one softmax"
+            problems.say(f"loss.{key}", f"{why}; found {found!r}")
     every = settings.policy(config).steps
     for key in _AT_BORDERS:
         if config.training[key] % every:
@@ -41,7 +42,8 @@ def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]
     if "model" not in stages:
         return
     if config.reward.function.startswith("scores:"):
-        problems.say("reward.function", "a file of scores has none for the answers that a training draws")
+        why = "expected no file of scores, because a file has no scores for the answers that a training draws"
+        problems.say("reward.function", why)
         return
     with problems.of("reward.function"):
         open_reward(settings.rewarding(config))

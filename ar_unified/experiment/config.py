@@ -85,7 +85,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most this many; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from the whole text; memory: 20 to 90 times this
+    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from all text; training needs 20 to 90 times as much
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
     config.text_tokenizer.model = ""  # use this file instead: SentencePiece's, a tokenizer.json or *.tiktoken
     config.text_tokenizer.lossy = "refuse"  # what to do if that tokenizer loses text: refuse | warn
@@ -102,7 +102,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.image_tokenizer.batch_size = 64
     config.image_tokenizer.warmup_steps = 50  # or a tenth of the steps if that is less
     config.image_tokenizer.final_fraction = 0.02  # learning rate of the last step, as a share of the peak
-    config.image_tokenizer.checkpoint_every = 0  # steps; also validates and shows images then; 0: each quarter
+    config.image_tokenizer.checkpoint_every = 0  # in steps; then also validates and shows images; 0: four times
     config.image_tokenizer.crop = 0  # side of the random crops to train on; 0: whole images of image_size
     config.image_tokenizer.short_side = 0  # short side of images before they are cropped; 0: 5/4 of the crop
     config.image_tokenizer.mirror = False  # mirror half of the images left to right
@@ -206,8 +206,8 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     It has the keys of `defaults` with values of the same types; `check` judges the values.
 
-    Raises UserError, which names the file or the key, if there is no such file, it is not Python or fails, it has no
-    `get_config`, it takes no `:arg` or needs one, a key is unknown, or a value has another type.
+    Raises UserError, which names the file or the key: if there is no such file; if the file is not Python, fails or has
+    no `get_config`; if `get_config` takes no `:arg` or needs one; if a key is unknown or a value has another type.
     """
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None)
@@ -298,7 +298,8 @@ def _from_file(path: str, arg: str | None) -> ConfigDict:
         try:
             inspect.signature(get_config).bind(*given)
         except TypeError:
-            raise UserError(f"it takes no `:arg`, found {arg!r}" if given else f"it needs one: {path}:arg") from None
+            wrong = f"takes no `:arg`, found {arg!r}" if given else f"needs an `:arg`, as in {path}:arg"
+            raise UserError(f"its get_config {wrong}") from None
         config = get_config(*given)
         if not isinstance(config, ConfigDict):
             raise UserError(f"expected get_config to return a ConfigDict, found {type(config).__name__}")
@@ -400,8 +401,7 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
 
 def begin_with(config: ConfigDict, folder: str) -> None:
     """Sets `init` and everything that a bundle decides for a training that begins with it: the model's shape, the image
-    tokenizer, whether the text tokenizer may lose text, how the data were made, and the defaults of requests. Raises
-    BundleError.
+    tokenizer, whether text may be lost, how the data were made, and the defaults of requests. Raises BundleError.
     """
     from ar_unified.bundle import Bundle  # imports JAX, which is slow; a config without a bundle avoids it
 
@@ -418,13 +418,13 @@ def begin_with(config: ConfigDict, folder: str) -> None:
     for name, section in sections.items():
         try:
             config[name].update(section)
-        except (TypeError, ValueError) as error:  # our bundles do not have such values
+        except (TypeError, ValueError) as error:  # possible if another program made the bundle
             raise UserError(f"config.{name}: {error}") from error
     config.training.sequence_length = max(config.training.sequence_length, config.data.max_tokens)
 
 
 def whole(name: str, value: str | None) -> int:
-    """The value of an argument that is a count. Raises ValueError, which names it, unless it is 1 or more."""
+    """The count that an argument gives. Raises ValueError, which names the argument, unless the count is at least 1."""
     if value is None or not value.isdecimal() or int(value) < 1:
         raise ValueError(f"config argument {name}: expected a whole number, at least 1; found {value!r}")
     return int(value)

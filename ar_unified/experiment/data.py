@@ -81,13 +81,14 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
             experiment.say(f"{split}:\n{report}")
             summary[split] = {name: asdict(counts) for name, counts in report.sources.items()}
         if tokenizers.encoded or tokenizers.known:
-            experiment.say(f"images: {tokenizers.encoded} encoded here, {tokenizers.known} known ({tokenizers})")
+            counts = f"{tokenizers.encoded} encoded here, {tokenizers.known} encoded before"
+            experiment.say(f"images: {counts} ({tokenizers})")
     experiment.finish(stage, summary)
 
 
 def _filtered(experiment: Experiment) -> list[Source]:
-    """The training sources without the items that the filters leave out. Process 0 decides which; the others read the
-    result.
+    """The training sources without the items that the filters leave out. Process 0 decides which items these are; the
+    others read the result.
     """
     held_out = [source for those in experiment.held_out.values() for source in those]
 
@@ -143,7 +144,7 @@ class Shards:
         )
 
 
-_open = ExitStack()  # closes the workdirs that this process has opened when it ends
+_open = ExitStack()  # when this process ends, closes the workdirs that it has opened
 atexit.register(_open.close)
 
 

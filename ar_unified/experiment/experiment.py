@@ -1,7 +1,7 @@
 """Opens what a config and a workdir name: sources, tokenizers, grammar, model and engine.
 
 The fingerprint of a stage has the parts of the config that decide its result. If the learning rate changes, the data
-need not be made again; if the codebook changes, the stage is refused. `changes` says what may change later.
+need not be made again; if the codebook changes, the old data are refused. `changes` says what may change later.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class Experiment:
             made = [stage for stage in STAGES if (self.workdir.path / stage / "started.json").exists()]
             return StageMismatch(
                 error.field,
-                f"the data have changed since {self.workdir.path} was made: {error.field} was {error.old!r:.40}. All "
-                f"of it is made from them: use another --workdir, or delete {', '.join(made)} in this one",
+                f"the data have changed since {self.workdir.path} was made: {error.field} was {error.old!r:.40}. "
+                f"All stages depend on the data: use another --workdir, or delete {', '.join(made)} in this one",
                 error.old,
             )
         return error
@@ -183,7 +183,7 @@ class Experiment:
         return {"validation": data.validation, **{f"tests.{name}": specs for name, specs in data.tests.items()}}
 
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
-        """The sources of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
+        """The sources of a key of config.data. Raises UserError, which names the key, if a source cannot be opened.
 
         With `held_out`, a source whose split is empty because there are too few groups is left out.
         """
@@ -281,8 +281,8 @@ class Experiment:
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
         if found := [source.name for source in sources if names_images(source)]:
             raise UserError(
-                f"config.image_tokenizer.steps is 0 and none was brought, but {', '.join(found)} may have images: "
-                "raise the steps, or bring text alone as sources of kind='text'"
+                f"config.image_tokenizer.steps is 0 and no model is given, but {', '.join(found)} may have images: "
+                "raise the steps, give config.image_tokenizer.model, or use sources of text alone (kind='text')"
             )
         return True
 
@@ -338,7 +338,7 @@ class Experiment:
             return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
-        """How ids of a modality, "text" or "image", are drawn if a request does not say it."""
+        """How ids of a modality, "text" or "image", are drawn if a request does not say how."""
         return settings.token_filter(self.config, modality)
 
     @property

@@ -61,7 +61,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def text_only(self) -> bool:
-        """Whether there is no image tokenizer: images are codes alone, or there are none."""
+        """Whether there is no image tokenizer, because the model has no images or has them only as codes."""
         return not self.own.has_images
 
     @cached_property
@@ -121,7 +121,7 @@ class OfBundle(Experiment):
         return self.own.params(jax.tree.map(lambda x: x.sharding, shapes), vectors)
 
     def _prepare(self, sources: Sequence[Source]) -> None:
-        with about(f"bundle {self.own.folder}"):  # e.g. images for a bundle of text alone
+        with about(f"bundle {self.own.folder}"):  # documents may not fit, e.g. images for a model of text
             report = preparing.prepare(
                 sources,
                 self.grammar,

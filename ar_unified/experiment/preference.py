@@ -16,7 +16,7 @@ from ar_unified.training.preference import PreferenceTask
 
 
 def preference(experiment: Experiment) -> Objective:
-    """Learns from the pairs that `prepare` has made ready, and their log-probabilities under the model of
+    """Learns from the pairs that `prepare` has made ready, and from their log-probabilities under the model of
     config.init."""
     batches = objective.training_batches(experiment, PreferenceBatches)
 

@@ -91,7 +91,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
     """Groups of answers with their advantages.
 
     Args:
-        prompts: returns the prompt of a number.
+        prompts: returns the prompt with a given number.
         engine: an engine made with `logprobs` on the devices of this process; its parameters are replaced.
         tokenizer: the image tokenizer.
         reward: scores an answer.
@@ -191,7 +191,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         return [_Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)]
 
     def _judged(self, prompts: Sequence[Document], samples: Sequence[Sample]) -> list[Verdict]:
-        """The reward of each sample, or the error of a sample that has one."""
+        """For each sample its reward, or, if the sample has an error, this error."""
         codes = [part.codes for sample in samples for part in _parts(sample) if isinstance(part, CodesPart)]
         pixels = iter(by_size(self._tokenizer.decode, codes) if codes else ())
         answers = {}

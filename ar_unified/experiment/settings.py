@@ -204,7 +204,7 @@ def selected(
         vocabulary: None if there is none yet, in which case any kind of ids may be named.
         new: as for `select`.
 
-    Raises ValueError, beginning with the key, for a place that names nothing.
+    Raises ValueError, which begins with the key, if an entry of the key matches no parameter.
     """
     known = vocabulary or _ANY
     axes, places = logical_axes(_shapes(config, known)), config.training[key]
@@ -229,7 +229,7 @@ def _axes_of(adapter: LoraConfig) -> Params:
 
 
 def state_of(settings: ConfigDict) -> dict[str, list[str]]:
-    """Names the parameters that have optimizer state, if phases make them differ from `training.only`; {} if not.
+    """Names the parameters that have optimizer state if the phases train others than `training.only` does; else {}.
 
     A training that has begun cannot train other parameters, because it has no optimizer moments for them.
     """
@@ -241,7 +241,7 @@ def rates(config: ConfigDict) -> Rates:
     """The factor of each parameter's learning rate in each phase, from `training.rates` and the `only` of phases. Needs
     no vocabulary.
 
-    Raises ValueError, beginning with the key, for a place that names nothing.
+    Raises ValueError, which begins with the key, if an entry of the key matches no parameter.
     """
     part, shapes = config.training, _shapes(config, _ANY)
     axes, found = logical_axes(shapes), moving(config.training)

@@ -250,10 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="25m")
     parser.add_argument("--what", nargs="+", choices=("train", "decode"), default=("train", "decode"))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
-    parser.add_argument("--batches", nargs="+", type=int, default=(1, 16), help="of decoding")
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 16), help="prompts that are decoded at once")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens of a chunk of the loss")
-    parser.add_argument("--alone", action="store_true", help="without the peer")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens per chunk of the loss")
+    parser.add_argument("--alone", action="store_true", help="measure only ours, without the peer")
     args = parser.parse_args(arguments)
 
     preset, vocab, (B, T) = SIZES[args.size]

@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/duplicates.py --path DIR [--every N] [--output FILE.json]
 
-DIR (datasets) holds clothing, noto-emoji, based-cooking, kodak and easy-vqa, each with a folder `images`. For each
+DIR (datasets) has clothing, noto-emoji, based-cooking, kodak and easy-vqa, each with a folder `images`. For each
 image, five copies are planted: scaled (to 0.5 to 1.5 times its sides), recompressed (JPEG of quality 30 to 90), cut (up
 to 5 % at each of its four sides), all three at once, and unchanged. One `Search` sees all images, the originals first.
 

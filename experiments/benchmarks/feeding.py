@@ -19,7 +19,7 @@ Grain and webdataset run in one thread, with two and with three processes, and G
 chooses for tf.data. Timing starts after the first --warm items. Two columns show items (images, or tokens without
 padding) per second of wall time and per second of CPU time of all processes of a side; both are medians. The other
 columns show ours divided by theirs for both rates, first with Pillow's filters, then with `_simd`. They are medians
-over the repeats, and use ours with the same settings if there is one, else ours by default.
+over the repeats. Each peer is compared with ours at the same settings, or, if there is none, with ours by default.
 """
 
 from __future__ import annotations
@@ -351,8 +351,8 @@ def _family() -> list[int]:
 
 
 def _ratio(ours: list[list[float]], theirs: list[list[float]], at: int) -> float:
-    """The median over the repeats of our rate over theirs. at: 1 for rates by the clock, 2 for rates by processor
-    time."""
+    """The median, over the repeats, of our rate divided by theirs. `at` is 1 for rates per second of wall time, 2 for
+    rates per second of CPU time."""
     return statistics.median(a[0] / a[at] / (b[0] / b[at]) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, nargs=2, default=[1536, 20_000_000], help="images, tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--task", choices=list(SIDES), nargs="+", default=list(SIDES))
-    parser.add_argument("--sides", nargs="+", default=[""], help="run ours, and only peers with names that begin so")
+    parser.add_argument("--sides", nargs="+", default=[""], help="run ours, and the peers whose names begin with this")
     parser.add_argument("--output", type=Path, help="write raw numbers to this file, as JSON")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one side, run in this process
     arguments = parser.parse_args()

@@ -36,7 +36,7 @@ def record(workdir: Path, name: str, note: str, docs: Path = DOCS) -> Path:
     """Writes the record of a finished run, and a picture if images were sampled; returns the record's file.
 
     Raises:
-        UserError: the workdir has no evaluation.json.
+        UserError: if the workdir has no evaluation.json.
     """
     evaluation = workdir / "evaluation.json"
     if not evaluation.exists():
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     recording = verbs.add_parser("record", help="make a record of a finished run")
     recording.add_argument("workdir", type=Path)
-    recording.add_argument("--name", required=True, help="of the record")
+    recording.add_argument("--name", required=True, help="the name of the record")
     recording.add_argument("--note", default="", help="a sentence for the page")
     verbs.add_parser("write", help="write docs/results.md")
     given = parser.parse_args(argv)

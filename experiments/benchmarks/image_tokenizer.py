@@ -136,7 +136,7 @@ def make_decoder(multipliers: tuple[int, ...]) -> Any:
 
 
 def theirs(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
-    """The same with torch."""
+    """The same as `ours` with torch."""
     import torch
     from ar_tokenizers.image.taming import to_taming
     from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig

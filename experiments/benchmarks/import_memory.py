@@ -12,7 +12,8 @@ peak is two shards + 2 GiB; the exit status is 1 if it is higher.
 The disk needs room for the files and for the bundle: 2 x 68 GB for chameleon_34b. --layers N takes fewer layers than
 the preset has. --holes makes files of zeros, which need no room but make times less meaningful. Works on Linux.
 
-With --kill-after, a first import is killed after that many seconds. The next one must remove its unfinished files.
+Before this, a first import is started and killed after --kill-after seconds. The second import must remove the
+unfinished files of the first.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def main() -> int:
     killed.kill()
     killed.wait()
     left = [path.name for path in folder.iterdir() if path.name != "published"]
-    print(f"killed after {arguments.kill_after:.0f} s, left {', '.join(left) or 'nothing'}", flush=True)
+    print(f"first import killed after {arguments.kill_after:.0f} s, left {', '.join(left) or 'nothing'}", flush=True)
     status, peak, seconds = measure([sys.executable, "-m", "ar_unified.cli.main", *verb], environment)
     found = sorted(path.name for path in folder.iterdir())
     if arguments.load:

@@ -227,13 +227,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--documents", type=int, nargs="+", default=[10**5, 10**6, 10**7, 10**8])
-    parser.add_argument("--measure", action="store_true", help="of the folder that is there")
+    parser.add_argument("--measure", action="store_true", help="measure the data that --folder already has")
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.folder)))
         return
     print(f"plan: {planning():.2f} us a document")
-    folder = arguments.folder / "loader_scale"  # what is beside it in the folder stays
+    folder = arguments.folder / "loader_scale"  # removed at the end; the rest of the folder stays
     for documents in arguments.documents:
         try:
             generate(folder, documents)

@@ -59,7 +59,7 @@ class Way:
         self.step = make_train_step(task, tx, mesh, seed=0).lower(self.state, self.batch).compile()
         self.held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         memory = self.step.memory_analysis()
-        assert memory is not None, "the CPU's compiler says what a program needs"
+        assert memory is not None, "the compiler did not say how much memory the step needs"
         self.besides = memory.temp_size_in_bytes
 
     def seconds(self) -> float:
@@ -81,7 +81,7 @@ def main(preset: str) -> None:
         seconds = statistics.median(each[name] for each in rounds)
         print(
             f"  {name:<38} {ratio:.2f} of full tuning's time ({seconds:.2f} s), "
-            f"state {way.held / 2**20:.0f} MiB, besides {way.besides / 2**20:.0f} MiB"
+            f"state {way.held / 2**20:.0f} MiB, a step {way.besides / 2**20:.0f} MiB more"
         )
 
 

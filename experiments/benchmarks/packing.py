@@ -3,7 +3,7 @@
     pip install grain          # in an environment of its own
     python experiments/benchmarks/packing.py --data DIR [--folder DIR] [--documents N] [--open N ...]
 
-DIR holds based-cooking, clothing, noto-emoji, easy-vqa (folders of images and JSONL) and text/udhr. They are prepared
+DIR has based-cooking, clothing, noto-emoji, easy-vqa (folders of images and JSONL) and text/udhr. They are prepared
 as for a training, but only lengths matter: an image of 64 x 64 pixels has 16 x 16 codes, and each byte of text is a
 token. Images are never cut; a document that is longer than a row is cut between its parts or in its text. The last line
 is a simulated mixture of captions, texts and interleaved documents, so large that the ends of sources do not matter.
@@ -104,7 +104,7 @@ def shuffled(found: np.ndarray) -> Any:
 
 
 def each_weight(sources: Mapping[str, np.ndarray]) -> np.ndarray:
-    """How likely a document of each source is drawn, so that the sources have the shares WEIGHTS of all tokens."""
+    """Each source's share of all documents, if WEIGHTS are the sources' shares of all tokens."""
     each = np.array([WEIGHTS[name] / found.mean() for name, found in sources.items()])
     return each / each.sum()
 
@@ -136,7 +136,9 @@ def main() -> None:
             for name, found in prepared(arguments.data, arguments.folder or Path(folder) / "data").items()
         }
         contenders = [(method, rows) for method in METHODS for rows in arguments.open]
-        print("source, documents; fill and us a document: ours,", ", ".join(f"{m} {n}" for m, n in contenders))
+        print(
+            "source, documents; fill and microseconds per document: ours,", ", ".join(f"{m} {n}" for m, n in contenders)
+        )
         fills: dict[str, tuple[float, float]] = {}
         for name, found in sources.items():
             fills[name] = ours(found)

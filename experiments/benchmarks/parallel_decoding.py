@@ -139,7 +139,7 @@ def exact(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> 
 
 
 def like(engine: Engine, **settings: Any) -> Engine:
-    """An engine of the same model."""
+    """An engine for the same model with other settings."""
     return Engine(engine.config, engine.params, engine.grammar, **settings)
 
 
@@ -197,14 +197,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("exact", "speed"))
     parser.add_argument("--model", action="append", required=True, metavar="NAME=BUNDLE[:CAPTIONS]")
-    parser.add_argument("--requests", type=int, default=2000, help="of `exact`")
-    parser.add_argument("--batch", type=int, default=8, help="of `exact`")
-    parser.add_argument("--images", type=int, default=64, help="that `speed` draws each time")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="of `speed`")
-    parser.add_argument("--windows", nargs="+", default=WINDOWS[1:], choices=WINDOWS[1:], help="beside 1")
-    parser.add_argument("--repeats", type=int, default=7, help="of `speed`")
+    parser.add_argument("--requests", type=int, default=2000, help="number of requests in `exact`")
+    parser.add_argument("--batch", type=int, default=8, help="samples at once in `exact`")
+    parser.add_argument("--images", type=int, default=64, help="images that `speed` draws each time")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="images at once in `speed`")
+    parser.add_argument("--windows", nargs="+", default=WINDOWS[1:], choices=WINDOWS[1:], help="to compare with 1")
+    parser.add_argument("--repeats", type=int, default=7, help="repeats of `speed`")
     parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--output", type=Path, help="of `speed`")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results of `speed`")
     arguments = parser.parse_args()
     models = {}
     for each in arguments.model:

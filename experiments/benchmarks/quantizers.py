@@ -3,7 +3,7 @@
 
     python experiments/benchmarks/quantizers.py --path DIR --workdir DIR2 --output FILE.json [--only NAME ...]
 
-DIR (datasets) holds clothing and noto-emoji with their captions.jsonl, made by ../data/make_photos.py and
+DIR (datasets) has clothing and noto-emoji with their captions.jsonl, made by ../data/make_photos.py and
 make_emoji.py. One image in twenty of each is held out and scored: 135 images of 128 x 128 pixels. Each quantizer, with
 its default settings, trains the network of experiments/photos.py from the same seed on the same crops, for STEPS steps
 of 16 images, with only the pixels' squared error as loss. Then a transformer of 1M parameters, the probe, learns the
@@ -101,7 +101,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in arguments.only:
         found = measured(name, arguments.path, arguments.workdir)
-        if arguments.output.exists():  # another process may handle other names
+        if arguments.output.exists():  # may have the results of other processes
             results = json.loads(arguments.output.read_text())
         results[name] = found
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -82,13 +82,13 @@ def make(draw: Draw, names: Path, output: Path) -> str:
 
 
 def file_name(emoji: str) -> str:
-    """The name of its file in noto-emoji, such as emoji_u0023_20e3.png."""
+    """The name of an emoji's file in noto-emoji, such as emoji_u0023_20e3.png."""
     codes = "_".join(f"{ord(letter):04x}" for letter in emoji if letter != _PRESENTATION)
     return f"emoji_u{codes}.png"
 
 
 def _region(emoji: str) -> bool:
-    """Whether it is the flag of a country or of a region."""
+    """Whether an emoji is the flag of a country or of a region."""
     return "\U0001f1e6" <= emoji[0] <= "\U0001f1ff" or "\U000e007f" in emoji
 
 

@@ -7,8 +7,8 @@ Writes prompts.jsonl: 4,000 captions, each with the scene that it describes and 
 (shape, colour) that the embedded dataset keeps for its split "unseen_combinations". The 1,000 examples of
 shapes/captions in that split stay for tests: none of their captions is here, and none of their scenes with two or three
 objects. Four in ten prompts have one object, because it is easier to draw one object right than three. There are only
-32 such scenes, and the tests have all of them with other captions. The file is made from a seed, so it is the same
-everywhere.
+32 scenes with one object, and the tests have all of them with other captions. The file is made from a seed, so it is
+the same everywhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ar_unified.data.shapes import captions_held_out
 from ar_unified.workdir import write_text
 
 SPLIT = "unseen_combinations"
-ALONE = 0.85  # share of tries for a scene with one object; few of these succeed, so four in ten prompts have one
+ALONE = 0.85  # share of tries for a scene with one object; most of these fail, so they give four in ten prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

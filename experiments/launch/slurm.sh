@@ -1,9 +1,9 @@
 #!/bin/bash
-# One process a node with all its GPUs, from the repository, with .venv on storage that every node sees:
+# Starts one process per node with all its GPUs. Run it in the repository, with .venv on storage that every node sees:
 #
 #   sbatch --nodes=4 experiments/launch/slurm.sh run --config experiments/emoji.py --workdir /shared/runs/emoji
 #
-# One process a GPU instead: sbatch --ntasks-per-node=8 --export=ALL,GPUS_PER_PROCESS=1 ...
+# For one process per GPU: sbatch --ntasks-per-node=8 --export=ALL,GPUS_PER_PROCESS=1 ...
 #SBATCH --job-name=ar-unified
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,7 +16,7 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 
-# JAX gives a process of a SLURM job one GPU unless it is told which.
+# JAX gives each process of a SLURM job one GPU, unless this variable lists others.
 if [[ "${GPUS_PER_PROCESS:-8}" -gt 1 ]]; then
   JAX_LOCAL_DEVICE_IDS=$(seq --separator=, 0 $((${GPUS_PER_PROCESS:-8} - 1)))
   export JAX_LOCAL_DEVICE_IDS
@@ -26,7 +26,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 status=0
 srun --kill-on-bad-exit=0 ar-unified "$@" || status=$?
 
-# Preempted, or 300 s before the time limit: all processes have saved a checkpoint and ended with 143.
+# The job was preempted, or 300 s are left of its time: all processes have saved a checkpoint and ended with 143.
 if [[ $status -eq 143 ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,11 +1,13 @@
 #!/bin/bash
-# A TPU slice as a queued resource, and the same command on all its hosts:
+# Gets a TPU slice as a queued resource, and runs the same command on all its hosts:
 #
 #   export PROJECT=my-project ZONE=us-east5-a REPOSITORY=URL NFS=10.0.0.2:/shared
 #   experiments/launch/tpu_vm.sh emoji v5p-32 v2-alpha-tpuv5 run --config experiments/emoji.py --workdir /shared/runs/emoji
 #
-# Started again, it uses the slice that is there, or asks for another, and continues from the last checkpoint.
-# TPU images bring Python 3.10, which is too old: uv, from pip, fetches one of its own. SPOT=1 asks for preemptible chips. End: gcloud compute tpus queued-resources delete NAME --force.
+# If it is started again, it uses the existing slice or asks for a new one, and continues from the last checkpoint.
+# SPOT=1 asks for preemptible chips. To give the slice back: gcloud compute tpus queued-resources delete NAME --force
+#
+# Python 3.10 of the TPU images is too old, so uv, installed with pip, fetches a newer Python.
 set -euo pipefail
 
 if [[ $# -lt 4 ]]; then
@@ -32,7 +34,8 @@ until [[ "$(state)" == ACTIVE ]]; do
   sleep 30
 done
 
-# On every host: the shared folder, the code, a Python, the packages, and the verb. TPU metadata tells JAX who is who.
+# Each host mounts the shared folder, gets the code, a Python and the packages, and runs the verb. JAX numbers the
+# processes from the TPU's metadata.
 printf -v verb '%q ' "$@"
 gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "
   set -e

@@ -80,7 +80,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
+    """The config. arg: the arguments above. Raises ValueError, which names a wrong argument."""
     args = parse_arg(arg, init=None, path=None, recipe="", steps="1000", batch="", links="no")
     if not args["init"] or not args["path"]:
         raise ValueError(
@@ -95,7 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     links = args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind == "text" and Bundle(config.init).has_images:
-        kind = "folder"  # the next check names what is missing
+        kind = "folder"  # when it is opened, the message says what is missing
 
     def source(split: str) -> tuple[ConfigDict, ...]:
         return (ConfigDict(dict(kind=kind, path=args["path"], links=links, split=split)),)

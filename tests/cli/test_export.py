@@ -172,7 +172,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     for changes, words in (
         (
             ["--config.model.rope_theta=100.0"],
-            "config.model.rope_theta: expected 500.0, as it was trained with; found 100.0",
+            "config.model.rope_theta: expected 500.0, as in the training; found 100.0",
         ),
         (["--config.data.max_tokens=50"], "config.data.max_tokens: expected 48"),
         (["--config.loss.softmax=joint"], "config.loss.softmax: expected 'by_side'"),
@@ -252,7 +252,7 @@ def test_a_config_of_another_model_is_refused_before_anything_is_made(bundle, fo
 def test_a_bundle_of_text_alone_takes_images_where_there_is_a_tokenizer_of_them(folder, tmp_path):
     text = bundles.write(tmp_path / "b", "none")
     run = ["run", *start(folder, text, tmp_path / "w")[1:]]
-    refused(run, "image_tokenizer.steps is 0 and none was brought, but .* may have")
+    refused(run, "image_tokenizer.steps is 0 and no model is given, but .* may have")
     raised = start(folder, text, tmp_path / "w", "--config.image_tokenizer.steps=5")
     refused(raised, "text_tokenizer is not there yet")  # tests/cli/test_from_llm.py extends a text model
 

@@ -85,7 +85,7 @@ def test_new_rows_are_trained_beside_an_adapter_and_go_with_it(
     described = {f"image_tokenizer__{key}": value for key, value in images_of.items()}
     argv = command("train", folder, tmp_path / "w3", init=base.folder, **more | slow | described)
     kinds = [f"{table}[{kind}]" for table in tables for kind in ("size", "image")]
-    refused(argv, r"config.training.only: expected embedding\[size\], embedding\[image\] in it, because the adapter")
+    refused(argv, r"config.training.only: expected embedding\[size\], embedding\[image\] in it: the adapter")
     begun = {"w2": fresh}
     for verb in ("tokenizer", "prepare", "train"):
         assert main([verb, *argv[1:], f"--config.training.only={tuple(kinds)}"]) == 0, capsys.readouterr().err

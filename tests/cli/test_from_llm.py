@@ -139,11 +139,11 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
         (dict(training__only="('layer',)"), "config.training.only: 'layer' names none.*did you mean 'layers'"),
         (
             dict(training__objective="preference", training__sequence_length=320),
-            "config.training.objective: expected likelihood, as .* has no rows for images yet",
+            "config.training.objective: expected likelihood, because .* has no rows for images yet",
         ),
         (
             dict(training__objective="reward", reward__function="length"),
-            "config.training.objective: expected likelihood, as .* the images that it draws .* are random",
+            "config.training.objective: expected likelihood, because .* the images that it draws .* are random",
         ),
         (dict(training__rates="('layer=2',)"), "config.training.rates: 'layer' names none.*did you mean 'layers'"),
     ],
@@ -157,7 +157,7 @@ def test_what_does_not_go_with_the_language_model_is_refused_before_anything_run
 
 def test_a_tokenizer_that_is_not_the_vocabularys_is_refused_by_name(folder, text, images, tmp_path):
     """A model is refused if it has fewer rows than its tokenizer has pieces, or a vocabulary of another tokenizer."""
-    with pytest.raises(bundle.BundleError, match=r"language.json: expected 256 ids, as config.json has, found 384"):
+    with pytest.raises(bundle.BundleError, match=r"language.json: expected 256 ids, as config.json says; found 384"):
         assert Bundle(write(tmp_path / "few", text, vocab_size=256)).grammar
     refused(extending("run", folder, tmp_path / "w", tmp_path / "few", images), "expected 256 ids.*found 384")
     other = TextTokenizer.train(["quite other words " * 9], 280)
@@ -174,7 +174,7 @@ def test_a_tokenizer_that_is_not_the_vocabularys_is_refused_by_name(folder, text
 def test_a_bundle_that_has_images_is_not_extended(folder, text, images, tmp_path):
     pictured = write(tmp_path / "pictured", text, codes=20, layout=ImageLayout("grid", 4, 4))
     argv = command("run", folder, tmp_path / "w", init=pictured)
-    refused(argv, "config.image_tokenizer.steps: expected 0, because the images of the bundle in config.init are only")
+    refused(argv, "config.image_tokenizer.steps: expected 0, because the bundle in config.init has image codes, but no")
     argv = command(
         "run", folder, tmp_path / "w", init=pictured, image_tokenizer__steps=0, training__only="('embedding[new]',)"
     )

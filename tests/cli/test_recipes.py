@@ -128,7 +128,9 @@ def test_a_model_of_text_alone_learns_from_conversations_without_images(tmp_path
     rows(tmp_path / "chat.jsonl", *map(chat, range(40)))
     assert Experiment(configs.load(config), Workdir(tmp_path / "w")).text_only
     rows(tmp_path / "chat.jsonl", *map(chat, range(40)), chat(40, {"type": "image", "image": "a.png"}))
-    refused(["run", "--config", config, "--workdir", str(tmp_path / "w")], "none was brought, but chat may have images")
+    refused(
+        ["run", "--config", config, "--workdir", str(tmp_path / "w")], "no model is given, but chat may have images"
+    )
 
 
 @pytest.mark.slow

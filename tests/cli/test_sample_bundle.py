@@ -53,12 +53,12 @@ def test_what_goes_with_a_bundle_and_what_does_not(folder: Path, tmp_path: Path)
     out = tmp_path / "out"
     refused(arguments(folder, out, "--workdir", str(tmp_path)), "--from BUNDLE has no workdir")
     refused(arguments(folder, out, "--config.seed=1"), "--from BUNDLE has no workdir")
-    refused(arguments(folder, out, "--processes", "2"), "--processes does nothing with --from; --part K/N shares")
+    refused(arguments(folder, out, "--processes", "2"), "--processes does nothing with --from, where --part K/N shares")
     of_bundle = ["sample", "--from", str(folder / "bundle")]
     refused([*of_bundle, "--output", str(out)], "expected --requests FILE and --output DIR .* found no --requests")
     refused([*of_bundle, "--requests", str(folder / "prompts.jsonl")], "found no --output")
     of_run = ["sample", "--config", "shapes", "--workdir", str(tmp_path), "--requests", str(folder / "prompts.jsonl")]
-    refused([*of_run, "--max-length", "64"], "--max-length does nothing with a workdir, whose config.sampling says it")
+    refused([*of_run, "--max-length", "64"], "--max-length does nothing with a workdir, which uses the keys")
     refused(["sample", "--requests", str(folder / "prompts.jsonl")], "--from BUNDLE; found no --config")
     refused(["sample", "--from", str(tmp_path), *arguments(folder, out)[3:]], "expected a bundle, which has a bundle")
     assert not out.exists()

@@ -85,7 +85,7 @@ def test_images_without_an_image_tokenizer_are_refused_before_the_first_stage(ar
     config.write_text(CONFIG.replace("    return config", f"    config.data.tests.more = {source}\n    return config"))
     assert main(["run", *arguments]) == UNUSABLE
     said = capsys.readouterr()
-    assert "config.image_tokenizer.steps is 0 and none was brought, but album may have images" in said.err
+    assert "config.image_tokenizer.steps is 0 and no model is given, but album may have images" in said.err
     assert "====" not in said.out and not (tmp_path / "w" / "text_tokenizer").exists()
 
 

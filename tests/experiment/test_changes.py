@@ -221,7 +221,7 @@ def test_an_image_tokenizer_goes_on_until_data_is_made_with_it(tmp_path: Path) -
     assert not open_stage(tmp_path, "image_tokenizer", taken=1000, image_tokenizer__steps=2000).done
     assert history(tmp_path, "image_tokenizer")[0][0] == "extended"
     write_json(tmp_path / "data" / "started.json", {})
-    with pytest.raises(StageMismatch, match=f"{tmp_path / 'data'} was made from it before"):
+    with pytest.raises(StageMismatch, match=f"{tmp_path / 'data'} was made from this stage before"):
         open_stage(tmp_path, "image_tokenizer", taken=1500, image_tokenizer__steps=3000)
 
 

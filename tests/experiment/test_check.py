@@ -137,7 +137,7 @@ def test_what_does_not_go_together_is_told():
     # Without a decay, because branches of this training decay.
     check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
-    says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
+    says("config.sampling.checkpoint: expected 'last' if config.training.keep_best is False", kept)
     check(load(**kept), ["samples"])  # an earlier training may have kept the best step
     averaged = plain | {"image_tokenizer.quantizer": "vq", "image_tokenizer.codebook_update": "ema"}
     check(load(**averaged))
@@ -252,8 +252,16 @@ BEGIN = "from ar_unified.experiment.config import defaults\nfrom ml_collections 
         ("def get_config():\n    raise ValueError('a folder is needed')\n", "", "own.py: a folder is needed"),
         ("def get_config():\n    return open('nothing.txt')\n", "", "own.py: nothing.txt: No such file"),
         ("def get_config():\n    return {}\n", "", "own.py: expected get_config to return a ConfigDict, found dict"),
-        (BEGIN + "def get_config():\n    return defaults()\n", ":x=1", "own.py: it takes no `:arg`, found 'x=1'"),
-        (BEGIN + "def get_config(arg):\n    return defaults()\n", "", "own.py: it needs one: .*own.py:arg"),
+        (
+            BEGIN + "def get_config():\n    return defaults()\n",
+            ":x=1",
+            "own.py: its get_config takes no `:arg`, found 'x=1'",
+        ),
+        (
+            BEGIN + "def get_config(arg):\n    return defaults()\n",
+            "",
+            "own.py: its get_config needs an `:arg`, as in .*own.py:arg",
+        ),
         (BEGIN + "def get_config():\n    c = defaults(); c.trainig = 1; return c\n", "", "did you mean 'training'"),
         (BEGIN + "def get_config():\n    return ConfigDict(dict(name='x'))\n", "", "config: .*seed.* missing"),
         (BEGIN + "def get_config():\n    c = defaults(); c.training.steps = 'x'; return c\n", "", "line 4: TypeError"),

@@ -122,7 +122,7 @@ def work(stage: str, first: int, size: str, until: float) -> int:
         if number < first:
             continue
         if time.time() >= until:
-            print(f"no time for {len(checks) - number} of {len(checks)}", flush=True)
+            print(f"no time for {len(checks) - number} of {len(checks)} checks", flush=True)
             break
         print(_BEGIN + json.dumps(dict(number=number, name=name)), flush=True)
         began, before = time.time(), clocks()

@@ -48,8 +48,8 @@ class _Ahead:
         self.pool = ThreadPoolExecutor(self.cores)
 
     def __call__(self, number: int) -> Any:
-        """The result of maker `number`. The first call's number is the first that is compiled, so cases that ended an
-        earlier process are left out."""
+        """The programs of case `number`. Cases with lower numbers than that of the first call are not compiled, so
+        cases that ended an earlier process are left out."""
         for each in range(number, min(number + self.cores, len(self.makers))):
             if each not in self.futures:
                 self.futures[each] = self.pool.submit(self.makers[each])

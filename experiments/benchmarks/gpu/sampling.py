@@ -60,13 +60,13 @@ def _measure(size: Size, batch: int) -> dict[str, Any]:
         samples = list(engine.generate(asked))
         seconds = time.perf_counter() - began
         if wrong := [sample.error for sample in samples if sample.error]:
-            raise RuntimeError(f"{len(wrong)} of {len(samples)} samples: {wrong[0]}")
+            raise RuntimeError(f"{len(wrong)} of {len(samples)} samples failed: {wrong[0]}")
         return seconds
 
     first, seconds = draw(0), draw(1000)
     figures = {
         "images/s": f"{batch / seconds:.2f}",
-        "a token of all": f"{seconds / size.grid**2 * 1e3:.2f} ms",
+        "one token of all images": f"{seconds / size.grid**2 * 1e3:.2f} ms",
         "first": f"{first:.1f} s",
         "peak GiB": round(device_memory().get("hbm_peak_gib", 0.0), 1),
     }
