@@ -132,7 +132,7 @@ def test_rows_of_a_file_take_their_places_and_must_be_trained_on(tmp_path) -> No
     for places in ((), ("lora", "embedding[image]"), ("lora", "embedding")):
         require_rows(first, bundle.grammar, select(places, axes, vocabulary))
     for places in (("lora",), ("lora", "embedding[text]"), ("lora", "head[image]")):
-        with pytest.raises(UserError, match=r"training.only: expected embedding\[image\] in it, .* has 2 rows"):
+        with pytest.raises(UserError, match=r"training.only: expected embedding\[image\] in it: .* has 2 rows"):
             require_rows(first, bundle.grammar, select(places, axes, vocabulary))
     config.lora.init = str(tmp_path / "others")
     with pytest.raises(UserError, match="config.lora.init: .*others: its rows are for the ids of another vocabulary"):
