@@ -281,7 +281,10 @@ def _check(values: Mapping[str, Any], system: str) -> None:
 
 
 def _attention(values: Mapping[str, Any], levels: int, usual: int, system: str) -> str:
-    """Where the network has attention. Settings name the levels by their sides for images of `resolution` pixels."""
+    """Where the network has attention: "none", "middle" or "lowest".
+
+    In the settings, attn_resolutions lists the sides of feature maps, for images of `resolution` pixels.
+    """
     if values.get("attn_type", "vanilla") in (None, "none"):
         return "none"
     resolution, asked = values.get("resolution", usual), list(values.get("attn_resolutions") or ())
