@@ -182,8 +182,8 @@ def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 51
     """The settings that `config_of` reads, in the form of that dialect's files; {} if the dialect publishes none.
 
     Args:
-      resolution: the side of the training images, in pixels. The settings list the levels with attention by the sides
-        of their grids.
+      resolution: the side of the training images, in pixels. Where the network has attention, the settings list the
+        sides that its feature maps have for these images.
     """
     if dialect in ("emu3", "emu3_hf"):
         return movq_weights.emu3_settings(config, dialect)
