@@ -105,7 +105,7 @@ class Unfinished:
             )
 
     def _keep_whole(self, every: int) -> None:
-        """Cuts off all lines after the last whole part of `every` lines, and an incomplete line."""
+        """Keeps the complete parts of `every` lines each, and cuts off everything after them."""
         self._file.seek(0)
         ends = [0]
         with open(self.folder / _LINES, "rb") as file:

@@ -94,7 +94,7 @@ class Training:
         wanted: the key's value.
         checkpoints: the steps of its checkpoints, ascending.
         folder: the folder of the checkpoints.
-        before: the stage that is made from this stage; "" if all stages made from it are made again automatically.
+        before: a stage that is made from this one, but is not made again automatically; "" if there is none.
     """
 
     key: str

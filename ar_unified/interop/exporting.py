@@ -56,7 +56,7 @@ def export_published(
 
     Args:
         form: "hf", "meta" or "lwm"; for an imported model, the form that it was imported from.
-        license: the licence that the card of a model of our own names.
+        license: for a model of our own, the licence to name in its model card; "" means unknown.
 
     Raises UserError if `folder` exists, the bundle was imported from another form, or the form has no place for
         something that was trained.

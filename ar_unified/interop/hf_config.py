@@ -34,7 +34,7 @@ _ONLY = {
 
 @dataclass(frozen=True)
 class Family:
-    """What a model class of the library transformers assumes that its configs do not say.
+    """What a model class of the library transformers assumes without stating it in its configs.
 
     Attributes:
         model_type, architecture: the values of these keys in an exported config.json.

@@ -257,7 +257,8 @@ def parted(
             again |= value.strip() in texts
         if not again:
             raise DocumentError(
-                "two_prompts", f"{key}: expected the question of chosen and rejected, or nothing; found {value!r:.80}"
+                "two_prompts",
+                f"{key}: expected the same question as in chosen and rejected, or no {key}; found {value!r:.80}",
             )
     return {"messages": before}, answers
 

@@ -32,8 +32,8 @@ def held(path: KeyPath, leaf: jax.Array, dtype: str) -> Any:
     """The form in which a leaf of stacked parameters is stored if it is not trained: in `dtype`, but norms and biases
     unchanged.
 
-    With "int8" the layers' matrices are `Quantized`. The tables are bfloat16, because their products have shorter sums
-    than a layer's, so rounding errors average out less.
+    With "int8" the layers' matrices are `Quantized`. The tables (embedding and head) are bfloat16, because
+    rounding to 8 bits harms them more than the matrices.
     """
     name = path[-1].key
     if is_vector(path):

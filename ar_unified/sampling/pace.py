@@ -215,7 +215,7 @@ class Pace:
 
     Args:
         window: one of WINDOWS; a width may also be an int.
-        program: everything except the pool's shape that the cost of a step depends on. Engines with an equal program
+        program: everything that the cost of a step depends on, except the pool's shape. Engines with an equal program
             share their measurements; None: shares with no other engine.
         clock: returns the present time in seconds.
 

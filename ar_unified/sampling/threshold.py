@@ -41,10 +41,10 @@ def threshold(ranks: Array, weight: Array | None, least: Array, used: Array) -> 
 
     The search narrows a bracket around t. A pass over the logits tries one threshold, or three if tokens are only
     counted, because a CPU counts twice as fast as it adds probabilities. The first pass divides the values in the
-    bracket equally. Later passes take the tokens for a uniform sample of these values: they try the expected t, and one
-    standard deviation to both sides. Every second or third pass divides the bits of the floats equally, so the search
-    ends after 64 passes, whatever the logits are. A row is done as soon as its bracket contains a single token. This
-    takes 6 to 10 passes for a count, and 12 to 25 for a probability.
+    bracket equally. Later passes assume that the tokens' values are spread evenly over the bracket: they try the
+    expected t, and one standard deviation to both sides. Every second or third pass divides the bits of the floats
+    equally, so the search ends after 64 passes, whatever the logits are. A row is done as soon as its bracket contains
+    a single token. This takes 6 to 10 passes for a count, and 12 to 25 for a probability.
     """
     if weight is None:
         around, cycle, scale, value = jnp.array([-1.0, 0.0, 1.0]), 3, lambda x: x, lambda x: x

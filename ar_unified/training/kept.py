@@ -20,7 +20,7 @@ class Kept:
     """
     Args:
         read: a function of shapes, dtypes and shardings. It returns the parameters that training started from, with
-            fresh values for the trained parts. None: they cannot be read again, and a checkpoint stores all parameters.
+            fresh values for the trained parts. None if they cannot be read again; then a checkpoint stores everything.
     """
 
     def __init__(self, task: TrainingTask, mesh: Mesh, read: Callable[[Params], Params] | None):

@@ -133,8 +133,8 @@ def fit(
         parameters to start from. None: fresh parameters.
       kept_elsewhere: if True, `begin` provides the untrained parameters at every start, and checkpoints store only the
         trained ones.
-      profile: (first, last), the numbers of steps taken at the start and at the end of a trace, which is written to
-        `folder`/profile; None: no trace.
+      profile: (first, last): a trace begins after `first` steps and ends after `last` steps. It is written to
+        `folder`/profile. None: no trace.
       logger: receives the console lines.
 
     Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, manifests.ManifestMismatch,

@@ -9,8 +9,8 @@ import jax
 
 
 class Profiler:
-    """Traces the steps of `window` into `folder`. `window`: the numbers of steps taken at the start and at the end of
-    the trace, or None for no trace.
+    """Traces the steps of `window` into `folder`. `window`: (first, last), for a trace that begins after `first` steps
+    and ends after `last` steps, or None for no trace.
     """
 
     def __init__(self, window: tuple[int, int] | None, folder: str | Path):

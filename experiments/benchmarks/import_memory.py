@@ -1,11 +1,11 @@
 """How much memory and time an import of real size needs, with files of random numbers that are made here and not kept.
 
 The files are bfloat16 shards of a preset, with transformers' names. They repeat one block of random numbers, scaled to
-1/sqrt(width), which costs no more than writing. Everything that is not the transformer's (settings, tokenizers, other
-tensors) comes from --beside, a small model in the same format with the preset's vocabulary; its config.json gets the
-preset's sizes. Then `ar-unified import` runs in its own process. Two numbers are printed: seconds per GB read, and that
-process's peak of resident memory, minus the peak of a process that only imports the same modules. The bound for this
-peak is two shards + 2 GiB; the exit status is 1 if it is higher.
+1/sqrt(width), so making them takes no longer than writing them. Everything that is not the transformer's (settings,
+tokenizers, other tensors) comes from --beside, a small model in the same format with the preset's vocabulary; its
+config.json gets the preset's sizes. Then `ar-unified import` runs in its own process. Two numbers are printed: seconds
+per GB read, and that process's peak of resident memory, minus the peak of a process that only imports the same modules.
+The bound for this peak is two shards + 2 GiB; the exit status is 1 if it is higher.
 
     python experiments/benchmarks/import_memory.py --model chameleon_34b --as chameleon --beside TINY --folder DIR
 

@@ -184,7 +184,7 @@ def measure(folder: Path) -> dict[str, Json]:
 
 
 def simulated(self: shards.Shards, documents: np.ndarray, known: np.ndarray | None = None) -> list[Encoded]:
-    """Stands in for reading, and gives tokens of the right lengths."""
+    """Replaces the reading of tokens: returns zeros of the right lengths."""
     found = self.facts(documents)["length"] if known is None else known
     tokens, marks = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.uint8)
     return [Encoded(tokens[:length], marks[:length]) for length in found.tolist()]

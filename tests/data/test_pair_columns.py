@@ -208,9 +208,9 @@ def test_what_cannot_be_used_is_named_row_by_row_and_the_rest_is_read(tmp_path: 
         (
             dict(prompt="another"),
             "two_prompts",
-            "prompt: expected the question of chosen and rejected, or nothing; found 'another'",
+            "prompt: expected the same question as in chosen and rejected, or no prompt; found 'another'",
         ),
-        (dict(messages=[asked("z?")]), "two_prompts", "messages: expected the question of chosen and rejected"),
+        (dict(messages=[asked("z?")]), "two_prompts", "messages: expected the same question as in chosen and rejected"),
         (dict(rejected=[asked("x?"), answered("a")]), "same_answers", "expected two answers"),
         (dict(rejected=[asked("x?"), asked("b")]), "bad_row", "rejected: expected the assistant's message"),
     ],

@@ -82,8 +82,8 @@ class Split:
         """The error for an empty split. what: the word for an item, "row" or "text"."""
         if self.by_part and len(self._own.settled()) == 1:
             return EmptySplit(
-                f"{where}: nothing is in split {self.split!r}, because all {what}s share one image or text, which is "
-                "never divided: add other images or texts, or leave this split out"
+                f"{where}: nothing is in split {self.split!r}, because all {what}s share one image or text, and "
+                f"such {what}s stay in one split: add {what}s with other images or texts, or leave this split out"
             )
         names = ", ".join(sorted(self.names)) or "none"
         return UserError(f"{where}: no {what} is in split {self.split!r}; the {what}s' splits are: {names}")

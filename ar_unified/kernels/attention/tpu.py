@@ -277,7 +277,7 @@ def _scores(spec, key, query, seen):
 
 
 def _weights(spec, key, value, query, dout, lse, delta, seen):
-    """The softmax, and the gradient of the products q k without the factor `scale`, [S, T]; `lse` has base 2."""
+    """The softmax, and the gradient for scale * q k before the soft cap, both [S, T]. `lse` has base 2."""
     scores, slope = _scores(spec, key, query, seen)
     weights = jnp.exp2(scores - lse)
     dscores = weights * (_dot(value, dout, transposed=True) - delta)

@@ -1,4 +1,4 @@
-"""A short definition of decode attention: it restores the whole cache and computes all scores at once."""
+"""A short definition of decode attention: it dequantizes the whole cache and computes all scores at once."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def work(stage: str, first: int, size: str, until: float) -> int:
 
 
 def said(result: dict[str, Any], file: TextIO) -> bool:
-    """Writes and prints a result. Returns whether it counts as an error. The failure of a peer does not."""
+    """Writes and prints a result. Returns whether it counts as an error: False if only another library failed."""
     write(file, result)
     print(line(result), flush=True)
     return bool(result.get("wrong")) or bool({"ours", "process"} & result.get("failed", {}).keys())

@@ -20,7 +20,7 @@ from experiments.benchmarks.gpu.sizes import Size
 
 
 def checks(size: Size) -> list[Check]:
-    """Times of forward and backward passes, dense and packed, of ours and of the peers."""
+    """Times of forward and backward passes, dense and packed, of our kernel and of the others."""
     ours = functools.partial(_ours, size.backend)
     peers: dict[str, Callable] = {"ours": ours, "cudnn": _cudnn}
     found: list[Check] = []

@@ -15,7 +15,7 @@ from experiments.benchmarks.gpu.sizes import Size
 
 
 def checks(size: Size) -> list[Check]:
-    """Bytes per second of one step over a bfloat16 and an int8 cache, of ours and of the peers."""
+    """Bytes per second of one step over a bfloat16 and an int8 cache, of our kernel and of the others."""
     contenders: dict[str, Callable] = {"ours": _by(size.backend), "xla": _by("xla")}
     found: list[Check] = []
     for narrow, more in ((False, {"cudnn": jax.jit(_cudnn)}), (True, {})):

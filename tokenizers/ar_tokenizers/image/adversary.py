@@ -181,7 +181,7 @@ def lecam_update(
 
 
 def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Returns two float32 []: the weight of the generator's loss, and 1.0 or 0.0: whether the discriminator learns.
+    """Returns two float32 []: the weight of the generator's loss, and 1.0 if the discriminator learns, otherwise 0.0.
 
     The discriminator starts `warmup` steps before its loss reaches the generator. A new discriminator knows nothing
     about reconstructions, and its gradients are noise (taming-transformers#44).

@@ -182,8 +182,8 @@ def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 51
     """The settings that `config_of` reads, in the form of that dialect's files; {} if the dialect publishes none.
 
     Args:
-      resolution: the side of the training images, in pixels. The settings list the levels with attention by the sides
-        of their grids.
+      resolution: the side of the training images, in pixels. Where the network has attention, the settings list the
+        sides that its feature maps have for these images.
     """
     if dialect in ("emu3", "emu3_hf"):
         return movq_weights.emu3_settings(config, dialect)
@@ -281,7 +281,10 @@ def _check(values: Mapping[str, Any], system: str) -> None:
 
 
 def _attention(values: Mapping[str, Any], levels: int, usual: int, system: str) -> str:
-    """Where the network has attention. Settings name the levels by their sides for images of `resolution` pixels."""
+    """Where the network has attention: "none", "middle" or "lowest".
+
+    In the settings, attn_resolutions lists the sides of feature maps, for images of `resolution` pixels.
+    """
     if values.get("attn_type", "vanilla") in (None, "none"):
         return "none"
     resolution, asked = values.get("resolution", usual), list(values.get("attn_resolutions") or ())

@@ -94,7 +94,7 @@ class Dialect:
         highest_first: whether the first number of a latent is the highest digit of its code.
         decoder: whether the file has a decoder.
         flax: whether kernels have our layout, and names are joined by "/".
-        not_read: prefixes of names that are not of the network, such as losses and moving averages.
+        not_read: prefixes of the names of arrays that do not belong to the network, such as losses and moving averages.
     """
 
     name: str
