@@ -283,9 +283,7 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
     if config.training.objective != "preference" or "model" not in stages:
         return
     if not config.init:
-        problems.say(
-            "init", "expected a bundle with training.objective 'preference', the model to be tuned; found none"
-        )
+        problems.say("init", "expected the bundle to tune, because training.objective is 'preference'; found none")
     if config.loss.mean != "joint":
         why = "expected joint with training.objective 'preference', whose loss is a mean over pairs"
         problems.say("loss.mean", f"{why}; found {config.loss.mean!r}")

@@ -15,11 +15,12 @@ There are two tasks. Each side runs in its own process. All sides run in turns, 
              them uncut into rows of 4,096, and makes batches of 64. Ours reads the shards that `prepare` writes, Grain
              the same records in ArrayRecord, webdataset the same documents in tars. Ours makes eight fields; the others
              make tokens, positions and segments.
-Grain and webdataset run in one thread, with two and with three processes, and Grain also with threads; AUTOTUNE
-chooses for tf.data. Timing starts after the first --warm items. Two columns show items (images, or tokens without
-padding) per second of wall time and per second of CPU time of all processes of a side; both are medians. The other
-columns show ours divided by theirs for both rates, first with Pillow's filters, then with `_simd`. They are medians
-over the repeats. Each peer is compared with ours at the same settings, or, if there is none, with ours by default.
+Grain and webdataset run in one thread, with two and with three processes, and Grain also with threads. tf.data chooses
+its number of threads (AUTOTUNE). Timing starts after the first --warm items. Two columns show items (images, or tokens
+without padding) per second of wall time and per second of CPU time of all processes of a side; both are medians. The
+other columns show ours divided by theirs for both rates, first with Pillow's filters, then with `_simd`. They are
+medians over the repeats. Each peer is compared with ours at the same settings, or, if there is none, with ours by
+default.
 """
 
 from __future__ import annotations
