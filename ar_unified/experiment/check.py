@@ -173,9 +173,8 @@ def _check_crops(config: ConfigDict, problems: Problems, stages: Collection[str]
         with problems.of("image_tokenizer.crop"):
             image.grid(*sides)
         if settings.short_side(config) < tokenizer.crop:
-            problems.say(
-                "image_tokenizer.short_side", f"expected at least crop, {tokenizer.crop}; found {tokenizer.short_side}"
-            )
+            least = f"expected at least {tokenizer.crop}, which is config.image_tokenizer.crop"
+            problems.say("image_tokenizer.short_side", f"{least}; found {tokenizer.short_side}")
     if tokenizer.adversary.kind != "none":
         with problems.of("image_tokenizer.adversary"):
             adversary.require_size(settings.adversary(config), *sides)
