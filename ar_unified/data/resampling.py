@@ -2,9 +2,9 @@
 
 Pillow's own code does not use vector instructions. Reading a photograph of 1,536 x 1,152 pixels takes 20 ms, of which
 Lanczos takes 13. Filters whose names end in `_simd` use the Rust crate fast_image_resize (package cykooz-resizer). They
-take a sixth of the time or less (docs/data_at_scale.md). The crate rounds its weights to 16 bits, Pillow to 22, and it
-filters columns first. So its pixels differ from Pillow's. This is why its filters have their own names, and Pillow's
-filter remains the default.
+take a sixth of the time or less (docs/data_at_scale.md). The crate rounds its weights to 16 bits (Pillow: 22), and
+filters columns before rows. So the crate's pixels differ from Pillow's. This is why its filters have their own names,
+and Pillow's filter remains the default.
 
 The crate's bicubic filter is left out, because version 6.1 may read outside its buffer and crash. This happens where an
 image is enlarged and the first output pixel lies on the centre of an input pixel. There the weights of the neighbouring

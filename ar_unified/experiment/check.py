@@ -173,9 +173,8 @@ def _check_crops(config: ConfigDict, problems: Problems, stages: Collection[str]
         with problems.of("image_tokenizer.crop"):
             image.grid(*sides)
         if settings.short_side(config) < tokenizer.crop:
-            problems.say(
-                "image_tokenizer.short_side", f"expected at least crop, {tokenizer.crop}; found {tokenizer.short_side}"
-            )
+            least = f"expected at least {tokenizer.crop}, which is config.image_tokenizer.crop"
+            problems.say("image_tokenizer.short_side", f"{least}; found {tokenizer.short_side}")
     if tokenizer.adversary.kind != "none":
         with problems.of("image_tokenizer.adversary"):
             adversary.require_size(settings.adversary(config), *sides)
@@ -283,9 +282,7 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
     if config.training.objective != "preference" or "model" not in stages:
         return
     if not config.init:
-        problems.say(
-            "init", "expected a bundle with training.objective 'preference', the model to be tuned; found none"
-        )
+        problems.say("init", "expected the bundle to tune, because training.objective is 'preference'; found none")
     if config.loss.mean != "joint":
         why = "expected joint with training.objective 'preference', whose loss is a mean over pairs"
         problems.say("loss.mean", f"{why}; found {config.loss.mean!r}")

@@ -115,7 +115,7 @@ class Joined:
             for number in range(1, len(self._files)):
                 if self._read(number, name).tobytes() != first.tobytes():
                     raise UserError(
-                        f"{name}: expected the same in every file, found other numbers in file {number + 1} of "
+                        f"{name}: expected the same numbers in every file, found others in file {number + 1} of "
                         f"{len(self._files)}: are all files from one checkpoint?"
                     )
             return first

@@ -1,4 +1,4 @@
-"""Reads and writes an adapter's own rows of the tables of ids in PEFT's form (`trainable_token_indices`).
+"""Reads and writes an adapter's own rows of the embedding and the head in PEFT's form (`trainable_token_indices`).
 
     base_model.model.MODULE.token_adapter.trainable_tokens_delta    [n, D], values that replace the rows
 

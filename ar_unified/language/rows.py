@@ -302,8 +302,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: if the document is invalid or has codes; if a document without turns has no parts, or has a
-            value of `trained`; or if a key of `meta` is also a key of rows.
+        DocumentError: if the document is invalid or has codes; if a document without turns has no parts, or its
+            `trained` is not None; or if a key of `meta` is also a key of rows.
     """
     document.check()
     if document.rejected is not None:
@@ -315,9 +315,7 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     row: dict[str, object]
     if speakers == ["document"]:
         if not turns[0] or learned != [None]:
-            raise DocumentError(
-                "bad_row", "a document without turns needs a part, and cannot have a value of `trained`"
-            )
+            raise DocumentError("bad_row", "a document without turns needs a part, and its `trained` must be None")
         row = {"segments": turns[0]}
     elif speakers != ["user", "assistant"] or learned != [None, None] or not document.parts:
         row = {"messages": [_message(turn, parts) for turn, parts in zip(document.turns, turns, strict=True)]}

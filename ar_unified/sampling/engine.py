@@ -277,7 +277,7 @@ class Engine:
             behind = now
             if behind is None and not any(slots) and not waiting.any(shape):
                 if begun != ended:
-                    raise RuntimeError(f"{begun - ended} of {begun} samples did not end where they should: a bug")
+                    raise RuntimeError(f"{begun - ended} of {begun} samples never ended: a bug in ar_unified")
                 return
 
     def _insert(self, state: State, shape: Shape, fresh: dict[int, Job], prompts: Prompts) -> State:

@@ -5,12 +5,12 @@ draws. The cost of a step depends on the device and the batch.
 
 The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
-also guesses from its own draws after wrong guesses. How much more is known once a window was used. The cost of a step
-is measured on a few steps alone. If these steps say that a window is faster, the window is compared in real work with
-drawing one by one. The pool takes some chunks with the window and some without it, in turns, and the clock decides,
-because a step alone does not show everything that a window costs. A trial therefore costs these steps and the compile
-time, and a pool may spend only a small share of its time on trials. So a short job tries nothing. Nothing is measured
-twice in one process.
+also guesses from its own draws after wrong guesses. How much more it gains is known only after a window was used. The
+cost of a step is measured by timing a few steps. If these steps say that a window is faster, the window is compared in
+real work with drawing one by one. The pool takes some chunks with the window and some without it, in turns, and the
+clock decides, because a few timed steps do not show everything that a window costs. A trial therefore costs these steps
+and the compile time, and a pool may spend only a small share of its time on trials. So a short job tries nothing.
+Nothing is measured twice in one process.
 """
 
 from __future__ import annotations

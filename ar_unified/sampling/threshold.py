@@ -42,9 +42,10 @@ def threshold(ranks: Array, weight: Array | None, least: Array, used: Array) -> 
     The search narrows a bracket around t. A pass over the logits tries one threshold, or three if tokens are only
     counted, because a CPU counts twice as fast as it adds probabilities. The first pass divides the values in the
     bracket equally. Later passes assume that the tokens' values are spread evenly over the bracket: they try the
-    expected t, and one standard deviation to both sides. Every second or third pass divides the bits of the floats
-    equally, so the search ends after 64 passes, whatever the logits are. A row is done as soon as its bracket contains
-    a single token. This takes 6 to 10 passes for a count, and 12 to 25 for a probability.
+    expected t, and one standard deviation to both sides. Every second pass (every third, if tokens are only counted)
+    divides the bracket into equal ranges of ranks, so the search ends after at most 64 passes, whatever the logits are.
+    A row is done as soon as its bracket contains a single token. This takes 6 to 10 passes for a count, and 12 to 25
+    for a probability.
     """
     if weight is None:
         around, cycle, scale, value = jnp.array([-1.0, 0.0, 1.0]), 3, lambda x: x, lambda x: x
@@ -54,7 +55,7 @@ def threshold(ranks: Array, weight: Array | None, least: Array, used: Array) -> 
     cuts = jnp.arange(1, parts, dtype=jnp.uint32)
 
     def measure(t: Array) -> tuple[Array, Array]:
-        """The weight, f32 [B, P], and the number, f32 [B, P], of the tokens from each threshold, uint32 [B, P]."""
+        """The weight and the number, each f32 [B, P], of the tokens at or above each threshold, uint32 [B, P]."""
         inside = ranks[:, None] >= t[..., None]
         number = jnp.sum(inside, axis=-1, dtype=jnp.int32).astype(jnp.float32)
         return number if weight is None else jnp.sum(jnp.where(inside, weight[:, None], 0), axis=-1), number

@@ -95,7 +95,7 @@ class TrainingTask(Protocol[Batch]):
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
 
     def selection(self, params: Params) -> Selection:
-        """Which parameters (or shapes of parameters) are trained."""
+        """Which parameters are trained. params: the parameters, or only their shapes."""
 
     def rates_of(self, params: Params) -> Rates:
         """How fast each part is trained, and in which steps."""
@@ -213,7 +213,7 @@ def make_state(
 
 
 def abstract_trained(task: TrainingTask[Batch], params: Params, mesh: Mesh) -> Params:
-    """Shapes, dtypes and shardings on `mesh` of the trained part of parameters (or of their shapes)."""
+    """Shapes, dtypes and shardings on `mesh` of the trained part. params: the parameters, or only their shapes."""
     selection = task.selection(params)
     shapes = jax.eval_shape(selection.take, params)
     return on_mesh(shapes, shardings(mesh, selection.axes(task.logical_axes(params)), shapes))

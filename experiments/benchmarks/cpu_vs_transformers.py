@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(0)
     rows = rng.integers(0, vocab, (B, T), dtype=np.int32)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
-    print(f"{preset}, {millions:.1f}M parameters: tokens a second, and wall (CPU) time over ours")
+    print(f"{preset}, {millions:.1f}M parameters: tokens a second, and wall (CPU) time divided by ours")
 
     for dtype in args.dtypes:
         config = config_from(preset, vocab, qk_norm="none", dtype=dtype)

@@ -160,7 +160,7 @@ def speed(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> 
 
 
 def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> list[dict[str, Json]]:
-    """Yields a line for each engine, compared with window 1. Engines run in turns, each time with new seeds."""
+    """Returns a line for each engine, compared with window 1. Engines run in turns, each time with new seeds."""
 
     def drawn(engine: Engine, repeat: int) -> tuple[dict[str, list[int]], tuple[float, float]]:
         again = [dataclasses.replace(each, seed=each.seed + 10_000 * repeat) for each in asked]

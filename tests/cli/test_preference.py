@@ -152,7 +152,7 @@ def test_another_beta_is_another_training(folder: Path, trained: Path) -> None:
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(init=""), r"config\.init: expected a bundle with training\.objective 'preference'"),
+        (dict(init=""), r"config\.init: expected the bundle to tune, because training\.objective is 'preference'"),
         (dict(training__sequence_length=90), "sequence_length: expected at least 96, for both answers of a pair"),
         (dict(preference__loss="kto"), r"config\.preference\.loss: expected one of dpo, ipo, simpo; found 'kto'"),
         (dict(preference__beta=0.0), r"config\.preference\.beta: expected more than 0"),

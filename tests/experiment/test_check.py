@@ -78,7 +78,11 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("image_tokenizer.final_fraction", 2, r"in \[0, 1\]"),
         ("image_tokenizer.b1", 1, r"in \[0, 1\)"),
         ("image_tokenizer.crop", 24, "24 x 24 pixels does not divide"),
-        ("image_tokenizer.short_side", {"crop": 32, "short_side": 16}, "at least crop, 32; found 16"),
+        (
+            "image_tokenizer.short_side",
+            {"crop": 32, "short_side": 16},
+            "at least 32, which is config.image_tokenizer.crop; found 16",
+        ),
         ("model", {"n_heads": 5}, "n_kv_heads: expected a divisor of n_heads = 5; found 4"),
         ("model.head_dim", 3, "an even number"),
         ("model.dropout", 1, r"in \[0, 1\)"),

@@ -99,7 +99,10 @@ def test_one_vector_goes_to_every_file_and_two_to_half_of_them():
 
 
 BROKEN = {
-    "other norms": (lambda f: f[1].update({"norm.weight": r(D)}), "norm.weight: expected the same in every file"),
+    "other norms": (
+        lambda f: f[1].update({"norm.weight": r(D)}),
+        "norm.weight: expected the same numbers in every file",
+    ),
     "missing in one": (
         lambda f: f[1].pop("output.weight"),
         "output.weight: expected this tensor in all 2 files or in none; file 2 differs",

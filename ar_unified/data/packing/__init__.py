@@ -6,7 +6,7 @@ order of the blocks, and the order of the rows within each window of WINDOW bloc
 window is shuffled as a whole. From a larger source, only the files of one window are read at a time. Each epoch of a
 source has each of its documents exactly once, and any row can be made without the rows before it.
 
-Sources are mixed row by row, so `weights` are shares of rows. If rows are full, they are also shares of tokens.
+Sources are mixed row by row, so `weights` are shares of rows. If rows are full, the weights are also shares of tokens.
 """
 
 from __future__ import annotations

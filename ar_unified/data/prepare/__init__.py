@@ -349,8 +349,8 @@ def _ended(folder: Path) -> bool:
 def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_be_lost: bool) -> None:
     """Counts the shards, plans the rows and writes the manifest.
 
-    If a source has no document, or preference pairs together with other documents, it removes all shards, and raises
-    NothingLeft or UserError.
+    Removes all shards if a source has no document (then it raises NothingLeft), or if a source mixes preference pairs
+    with other documents (UserError).
     """
     places = {name: [piece for piece in pieces if piece.folder == folder / name] for name in plan["sources"]}
     report = Report({name: _count(mine) for name, mine in places.items()})

@@ -24,8 +24,8 @@ _FRAMES = tuple(suffix for suffix in images.SUFFIXES if suffix not in _ANIMATED)
 
 
 class Clips:
-    """Every clip under `path`, in the order of their names: a .gif or .webp file, a video (`videos`), or a folder with
-    other images.
+    """Every clip under `path`, in the order of their names: a .gif or .webp file, a video (`videos`), or a folder of
+    frames in other image formats.
 
     A clip becomes at most `frames` images, evenly spaced, including the first and the last. NAME.txt beside NAME.gif or
     beside the folder NAME is the text of the clip. Without this file, the clip has no text. Frames in a folder are

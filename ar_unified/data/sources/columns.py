@@ -255,7 +255,10 @@ class _Images:
     def done(self) -> None:
         if self.left:
             used = len(self.values) - self.left
-            raise DocumentError("bad_row", f"expected places for all {len(self.values)} images, found {used}")
+            every = len(self.values)
+            raise DocumentError(
+                "bad_row", f"expected parts that use all {every} images of the record, found {used} used"
+            )
 
 
 # ---- rows of each kind -------------------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def _pair(found: Mapping[str, Any], images: _Images) -> dict[str, object]:
 
 
 def _show(row: dict[str, Any], key: str, references: Sequence[str]) -> None:
-    """Puts images without a place before the question."""
+    """Puts the images that no part of the row uses yet in front of the question. references: these images."""
     shown = [{"type": "image", "image": reference} for reference in references]
     holder: dict[str, Any] = row
     if is_conversation(row[key]):

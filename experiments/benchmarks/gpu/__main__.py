@@ -62,7 +62,7 @@ def main() -> int:
     device = gpu()
     size = "hopper" if device and any(name in device for name in ("H100", "H200")) else "tiny"
     if size == "tiny":
-        print(f"no H100 or H200 here ({device or 'no GPU'}): tiny shapes on the CPU, and no number means anything")
+        print(f"no H100 or H200 here ({device or 'no GPU'}): tiny shapes on the CPU, so the numbers mean nothing")
     folder = ROOT / (".cache/check_gpu" if size == "tiny" else "experiments/benchmarks/results")
     name = f"gpu_{(device or 'cpu').replace(' ', '_')}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
     path = arguments.output or folder / name
@@ -74,7 +74,7 @@ def main() -> int:
         for stage in arguments.stages:
             until += STAGES[stage] * share
             bad += run(stage, size, until, file)
-    print(f"{bad} of them wrong or failed; written to {path}")
+    print(f"{bad} checks were wrong or failed; the results are in {path}")
     return min(bad, 1)
 
 

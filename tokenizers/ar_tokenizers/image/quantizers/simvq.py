@@ -30,7 +30,7 @@ class SimVQ(Quantizer):
         self.layer = nnx.Linear(dim, dim, param_dtype=jnp.float32, precision="highest", rngs=rngs)
 
     def table(self) -> jax.Array:
-        """float32 [K, C]: the code vectors."""
+        """float32 [K, C]: the code vectors, which the linear layer makes from the fixed codebook."""
         return self.layer(jax.lax.stop_gradient(self.codebook[...]))
 
     def bound(self, z: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ class SimVQ(Quantizer):
         return nearest(bounded, table, nearness(table))
 
     def vectors(self, codes: jax.Array) -> jax.Array:
-        """The codes' rows in the table, the linear map of the fixed codebook."""
+        """The codes' rows of `table`."""
         return self.table()[codes]
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
