@@ -341,5 +341,5 @@ def test_files_of_torch_itself(tmp_path):
     with pytest.raises(UserError, match="torch before 1.6"):
         open_pickled(tmp_path / "old.pt")
     torch.save(layer, tmp_path / "module.pt")
-    with pytest.raises(UserError, match="it names torch.nn.modules.batchnorm.BatchNorm2d"):
+    with pytest.raises(UserError, match="the pickle has torch.nn.modules.batchnorm.BatchNorm2d"):
         open_pickled(tmp_path / "module.pt")
