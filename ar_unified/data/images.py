@@ -198,7 +198,7 @@ class NoImages:
 class CodesAlone(NoImages):
     """Takes the place of an image tokenizer that is not available. Images go in and come out as codes.
 
-    For image sizes, one code is one pixel.
+    Where the size of an image is needed in pixels, one code counts as one pixel.
     """
 
     no_decoder = (
