@@ -14,12 +14,12 @@ _LOOKED_AT = 256  # items of a source that are read to estimate the size of its 
 
 
 def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: float = float("inf")) -> list[float]:
-    """How often to read each source: 1 is once, 0.1 is an even tenth of it, and 2.5 is two and a half times.
+    """How often to read each source: 1 is once, 0.1 is an evenly spread tenth of it, and 2.5 is two and a half times.
 
     A source of b bytes gets a share in proportion to b^(1/temperature). With a temperature of 1, every source is read
-    once. With a higher temperature, small languages are read several times (multilingual BERT used 1.4; XLM-R,
-    arXiv:1911.02116, and mT5, arXiv:2010.11934, used 3.3). The largest source is read once. If the total would be
-    more than max_bytes, all sources are read less often.
+    once. With a higher temperature, small sources are read several times. (For languages, multilingual BERT used a
+    temperature of 1.4; XLM-R, arXiv:1911.02116, and mT5, arXiv:2010.11934, used 3.3.) The largest source is read once.
+    If the total would be more than max_bytes, all sources are read less often.
 
     Raises:
         UserError: if the temperature is below 1.
@@ -46,11 +46,11 @@ def text_bytes(source: Source) -> float:
 
 
 def indices(items: int, times: float, name: str) -> Iterator[int]:
-    """Yields the indices to read, in order, so that `items` items are read `times` times: whole passes, then a part
-    that is evenly spread.
+    """Yields the indices to read, in order, so that `items` items are read `times` times: first in whole passes, then
+    in part. The part is evenly spread.
 
-    An even tenth, for example, is one random item from every ten successive items; `name` is the seed. So the part is
-    spread over the whole source, has no item twice, and needs no memory.
+    A tenth, for example, is one random item from every ten successive items; `name` is the seed. So the part is spread
+    over the whole source, has no item twice, and needs no memory.
     """
     whole, count = int(times), round((times - int(times)) * items)
     for _ in range(whole):

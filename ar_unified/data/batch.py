@@ -1,4 +1,4 @@
-"""The fields of a batch of packed rows. The loader makes batches; planning needs only their shapes."""
+"""The fields of a batch of packed rows. The loader makes batches. The planning of memory needs only their shapes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PackedBatch(Generic[A]):
     doc_start: A = _of(np.int32)  # position in the row where the document begins; T on padding
     segment_ids: A = _of(np.int32)  # number of the document in the row, from 1; 0 on padding
     tasks: A = _of(np.int8)  # task of the document, as an index into TASKS
-    roles: A = _of(np.int8)  # role of the target (language.encoded); PAD without a target, or if its "weight" is 0
+    roles: A = _of(np.int8)  # role of the target (language.encoded); PAD if there is none, or it has "weight": 0
     prompt: A = _of(np.bool_)  # whether the target is only read and not learned, as in a user's turn
 
     @classmethod

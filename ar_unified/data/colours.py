@@ -137,7 +137,7 @@ def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
     clear = image.info.get("transparency")
     if image.format != "PNG" or image.mode == "P" or not isinstance(clear, int | tuple):
         return None
-    tiles = getattr(image, "tile", None)  # read first: it is gone once the pixels are loaded
+    tiles = getattr(image, "tile", None)  # read before the pixels, because Pillow drops it when it loads them
     raw = tiles[0].args if tiles else ""
     if isinstance(clear, tuple):
         return tuple(value >> 8 for value in clear) if raw == "RGB;16B" else clear

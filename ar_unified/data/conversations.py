@@ -271,4 +271,4 @@ _WEIGHTS = {"describe": 1, "question": 2, "count": 0.5, "follow_up": 3, "edit": 
 _DRAWN_FIRST = 0.3  # share of conversations that begin with "draw"
 # Maximum number of edits in a conversation. Two held-out edits in a row need three held-out scenes: that is too rare.
 _EDITS = {"train": 2, "validation": 1, "unseen_combinations": 2}
-_TRIES = 500  # scenes that are tried for a plan
+_TRIES = 500  # maximum number of scenes that are tried for a plan

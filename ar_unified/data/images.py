@@ -178,8 +178,8 @@ class ImageCodec(Cells, Protocol):
 
 
 def for_single(codec: ImageCodec) -> ImageCodec:
-    """The tokenizer for calls with one image. A usual image tokenizer pads each call to a batch, so one image takes as
-    long as a whole batch."""
+    """The tokenizer for calls with one image each. A usual image tokenizer pads each call to a batch, so one image
+    takes as long as a whole batch."""
     return getattr(codec, "single", codec)
 
 
@@ -198,7 +198,7 @@ class NoImages:
 class CodesAlone(NoImages):
     """Takes the place of an image tokenizer that is not available. Images go in and come out as codes.
 
-    For image sizes, one code is one pixel.
+    Where the size of an image is needed in pixels, one code counts as one pixel.
     """
 
     no_decoder = (
@@ -369,7 +369,8 @@ def recoloured(pixels: np.ndarray, draw: Sequence[float]) -> np.ndarray:
 
     White and black do not change, and nearly white stays nearly white. uint8 [H, W, 3] -> the same shape.
 
-    draw: four numbers in [0, 1). They choose one of the six orders, and the exponent of each channel's curve, 1/2 to 2.
+    draw: four numbers in [0, 1). They choose one of the six orders of the channels, and for each channel the exponent
+    of its curve, from 1/2 to 2.
     """
     orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
     exponents = 4.0 ** (np.asarray(draw[1:]) - 0.5)

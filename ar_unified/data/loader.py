@@ -227,7 +227,7 @@ class PackedBatches:
             document = documents[i]
             if count := len(document.own_images):
                 rest = self.grammar.drop_context(document, int(image[i] % np.uint64(count)))
-                # If the document begins with the image, the new prompt would make it longer, and its row may be full.
+                # If the document begins with the image, the empty prompt would make it longer, and its row may be full.
                 documents[i] = rest if len(rest) <= len(document) else document
         return documents, tasks
 

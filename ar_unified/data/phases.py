@@ -20,8 +20,9 @@ class Phase:
             proportion to their rows in an epoch, so that the epochs of all sources end together.
         flip_pairs: probability that a pair of one text and one image is read in the other direction.
         condition_dropout: probability that a text-to-image document loses its prompt (`grammar.drop_prompt`), and that
-            an interleaved document loses everything before one of its images (`grammar.drop_context`). What remains is
-            what the unconditional context of classifier-free guidance sees. The gap in the row becomes padding.
+            an interleaved document loses everything before one of its images (`grammar.drop_context`). The document
+            then begins with an empty prompt, which is the unconditional context of classifier-free guidance. The gap in
+            the row becomes padding.
         sequence_length, batch_size: tokens of a row, and rows of a batch; None means the loader's. If rows are shorter
             than the longest rows of any phase, documents that are longer than a row are left out.
 
@@ -70,7 +71,7 @@ def mixtures(
         packings: maps a length of rows to the packing of each source. The longest rows have room for every document.
         weights: the weight of each source in each phase; used only if the phase has weights.
 
-    Raises UserError if no document of a source that a phase names fits into the rows of this phase.
+    Raises UserError if a phase names a source, and none of the source's documents fits into the rows of the phase.
     """
     found: list[Mixture] = []
     current = list(packings[max(packings)])  # `taken` counts the rows of these packings

@@ -70,7 +70,8 @@ class PreferenceBatches(PackedBatches):
         return PreferenceBatch(self.laid(phase, count, chosen), reference)
 
     def every(self) -> Iterator[tuple[str, PackedBatch, np.ndarray]]:
-        """Yields all pairs of all sources once, in full batches: a source's name, rows [B, T], and the pairs' numbers.
+        """Yields all pairs of all sources once, in full batches. Each batch is a source's name, rows [B, T], and the
+        pairs' numbers.
 
         The numbers are int64 [B, P], -1 where there is no pair. The last rows of a source may be padding.
         """

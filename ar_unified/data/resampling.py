@@ -1,15 +1,15 @@
 """The filters that resize an image: Pillow's, and the same ones computed with vector instructions.
 
 Pillow's own code does not use vector instructions. Reading a photograph of 1,536 x 1,152 pixels takes 20 ms, of which
-Lanczos takes 13. Filters whose names end in `_simd` use the Rust crate fast_image_resize (package cykooz-resizer). They
-take a sixth of the time or less (docs/data_at_scale.md). The crate rounds its weights to 16 bits (Pillow: 22), and
-filters columns before rows. So the crate's pixels differ from Pillow's. This is why its filters have their own names,
-and Pillow's filter remains the default.
+Lanczos takes 13 ms. Filters whose names end in `_simd` use the Rust crate fast_image_resize (package cykooz-resizer).
+They take a sixth of the time or less (docs/data_at_scale.md). The crate rounds its weights to 16 bits (Pillow: 22
+bits), and filters columns before rows. So the crate's pixels differ from Pillow's. This is why its filters have their
+own names, and Pillow's filter remains the default.
 
 The crate's bicubic filter is left out, because version 6.1 may read outside its buffer and crash. This happens where an
 image is enlarged and the first output pixel lies on the centre of an input pixel. There the weights of the neighbouring
-input pixels are 0, and the crate drops these pixels, but the next output pixel needs them. The weights of the other two
-filters are 0 only at their ends, so the first output pixel always needs the first input pixels.
+input pixels are 0, and the crate drops these pixels, but the next output pixel needs them. The weights of the two
+filters that are used here are 0 only at their ends, so the first output pixel always needs the first input pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 from ar_unified.errors import UserError
 
 Resample = Literal["lanczos", "bicubic", "bilinear", "lanczos_simd", "bilinear_simd"]
-# The crate's name of a filter, and how far the filter reaches beyond the box, in output pixels, as Pillow counts
+# The crate's name of a filter, and how far the filter reaches beyond the box in Pillow, in output pixels
 _VECTORS = {"lanczos_simd": ("lanczos3", 2.5), "bilinear_simd": ("bilinear", 0.5)}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 

@@ -184,7 +184,8 @@ def sprite(shape: str, size: str, cell: int) -> np.ndarray:
         half = 0.94 * radius
         draw.rectangle((middle - half, middle - half, middle + half, middle + half), fill=255)
     else:
-        # A triangle and a star are rings of corners; both are set a little low, where they look centred.
+        # A triangle and a star are polygons with vertices around a centre. Both are set a little low, where they look
+        # centred.
         corners, stretch, drop = {
             "triangle": ((1.0, 1.0, 1.0), 1.2, 0.22),
             "star": ((1.0, 0.42) * 5, 1.2, 0.06),
@@ -376,7 +377,8 @@ def _ask_presence(rng: np.random.Generator, scene: Scene, split: str) -> tuple[s
         shape, colour = _any(rng, scene).kind
         return f"Is there a {colour} {shape}?", "yes"
     absent = [k for k in KINDS if k not in present and (k not in UNSEEN or split == "unseen_combinations")]
-    # Half of these questions share a colour or a shape with an object of the scene, so one attribute is not enough.
+    # At least half of these questions name the colour or the shape of an object of the scene, so one attribute is not
+    # enough for the answer.
     close = [k for k in absent if any(k[0] == p[0] or k[1] == p[1] for p in present)]
     chosen = close if rng.random() < 0.5 else absent
     shape, colour = chosen[rng.integers(len(chosen))]

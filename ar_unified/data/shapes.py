@@ -106,7 +106,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(islice(_examples(config.kind, split, config.side), self.counts()[split]))
 
     def counts(self) -> dict[str, int]:
-        """Examples of each split."""
+        """The number of examples in each split."""
         config = self.builder_config
         return {split: config.train if split == "train" else config.held_out for split in scenes.SPLITS}
 
@@ -118,7 +118,7 @@ def captions_held_out(split: str) -> tuple[set[str], set[str]]:
 
 
 def _examples(kind: str, split: str, side: int) -> Iterator[dict[str, Any]]:
-    """Endless examples; a split takes the first of them."""
+    """Yields examples without end. A split takes the first ones."""
     make = {
         "captions": _captions,
         "questions": _questions,

@@ -44,7 +44,7 @@ INDEX = np.dtype(
 )
 CHOSEN, REJECTED = -1, -2
 _INDEX, _STARTS = "index.npy", "starts.npy"
-_OPEN, _THREADS = 128, 16  # how many shards of a source are open, and are read at the same time
+_OPEN, _THREADS = 128, 16  # how many shards of a source may be open; how many are read at the same time
 _QUICKLY = 0.05  # seconds; a batch that takes longer reads several shards at the same time
 _HEADER = struct.Struct("<Q")  # the item of the source from which the document was made
 
@@ -187,7 +187,7 @@ class Shards:
         if _STARTS in there:
             self.index, self._starts = _mapped(folder / _INDEX), np.load(storage.fetch(folder / _STARTS))
             self._facts: np.ndarray | Stored = Stored(folder / _INDEX)
-        else:  # an early version prepared the folder without the joint file, and it may be read-only
+        else:  # an early version prepared the folder without the joint file, and the folder may be read-only
             parts = [read_index(path) for path in _paths(folder, count)]
             self.index = np.concatenate([np.zeros(0, INDEX), *parts])
             self._starts = np.cumsum([0, *map(len, parts)])

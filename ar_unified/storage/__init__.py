@@ -81,7 +81,7 @@ def is_mirrored(path: Path) -> bool:
 
 
 def address(path: Path) -> str:
-    """The address of `path` for others: the URL for a store's file, else the path."""
+    """The address by which other processes find `path`: the URL for a store's file, else the path."""
     mirror = _of(path)
     return str(path) if mirror is None else mirror.address(path)
 
@@ -97,7 +97,7 @@ def exists(path: Path) -> bool:
 
 def fetch(path: Path) -> Path:
     """Downloads the file of a path, if there is one, and returns the path. Call it before opening a file of a lazy
-    folder.
+    folder (see `mirror`).
     """
     mirror = _of(path)
     return path if mirror is None else mirror.fetch(path)

@@ -40,8 +40,8 @@ class Steps:
         return [number for number in numbers if stores.facts(self._at(number, self._mark)) is not None]
 
     def put(self, step: int) -> None:
-        """Copies a local folder to the store, where it replaces what a killed process left, and removes the other local
-        folders."""
+        """Copies a local folder to the store, and removes the other local folders. The copy replaces what a killed
+        process left in the store."""
         self._clear(step)
         top = self.here / str(step)
         files = [path for path in sorted(top.rglob("*")) if path.is_file() and path != top / self._mark]

@@ -296,7 +296,7 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
 def _system(url: str) -> Any:
     scheme = url.partition("://")[0]
     where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
-    return _open(scheme, where, os.getpid())  # a forked process needs its own, because threads are not copied
+    return _open(scheme, where, os.getpid())  # a forked process needs its own client, because threads are not copied
 
 
 def _facts(row: dict[str, Any]) -> Facts:

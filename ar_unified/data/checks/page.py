@@ -22,8 +22,8 @@ from ar_unified.data.images import to_png, to_thumbnail
 from ar_unified.data.items import BadItem
 from ar_unified.workdir import write_text
 
-_SIDE = 224  # pixels of an image's longer side on the page
-_SMALL = 96  # an image of this longer side or less is shown pixel by pixel
+_SIDE = 224  # maximum number of pixels of an image's longer side on the page
+_SMALL = 96  # an image is shown pixel by pixel if its longer side has at most so many pixels
 _EXAMPLES = 12  # maximum number of bad items of one kind that are shown
 _CHARACTERS = 2000  # maximum number of characters of a text that are shown
 _BARS = 40  # maximum number of bars of a histogram

@@ -70,7 +70,7 @@ def look(
 
 
 def _count(found: Found, shards: Shards, folder: Path, count: int) -> None:
-    """Adds the counts of the index to `found`, and the items that were left out."""
+    """Adds to `found` the counts of the index and the items that were left out."""
     index = shards.index
     for i, task in enumerate(TASKS):
         if documents := int((index["task"] == i).sum()):

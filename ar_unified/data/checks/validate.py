@@ -231,7 +231,7 @@ def validate(
 def _opened(
     by_part: Mapping[str, Sequence[Mapping[str, Json]]],
 ) -> tuple[dict[str, dict[int, Source]], list[str]]:
-    """The sources of each set by their number, and a remark about each held-out source that is empty."""
+    """The sources of each set by their numbers in the set, and a remark about each held-out source that is empty."""
     opened: dict[str, dict[int, Source]] = {part: {} for part in by_part}
     notes = []
     for part, specs in by_part.items():

@@ -42,7 +42,8 @@ class Shown:
 
     Attributes:
         turns: in order, each speaker with the texts and images, uint8 [H, W, 3], of the turn. The speaker may be
-            "document" (there is no speaker), or "rejected" (the answer of a pair that the assistant should not give).
+            "document" (there is no speaker), or "rejected" (the answer of a preference pair that the assistant should
+            not give).
         count: how many tokens the document has; 0 if that is not known. `tokens` may be only the first of them.
     """
 

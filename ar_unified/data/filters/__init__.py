@@ -1,7 +1,7 @@
 """Filters decide what `prepare` leaves out of the training sources. By default nothing is left out.
 
 Filters that look at one item (sizes, length, language) are applied when the item is read. Filters that compare all
-items (copies, images that repeat too often, items that are also held out) are applied before, in one pass over all
+items (copies, images that repeat too often, items that are also held out) are applied beforehand, in one pass over all
 items, and their verdicts are kept in a file. So only the sources and the settings decide what is left out, not the
 order of reading.
 
@@ -47,7 +47,7 @@ class Filters:
         max_repeats: maximum number of items that an image may be in. An image in more items is probably a watermark or
             a placeholder.
         held_out: whether to leave out an item that shares an image with the validation set or a test. An item without
-            images is then left out if it has the same words as an item of these sets.
+            images is then left out if it has the same or nearly the same words as an item of these sets.
     """
 
     min_side: int = 0
@@ -220,7 +220,7 @@ def filtered(
 
 
 def _read(file: Path, plan: Mapping[str, Json], sources: Sequence[Source]) -> list[dict[int, tuple[str, str]]]:
-    """The verdicts of each source, if they were written for the same plan; else []."""
+    """The verdicts of each source, if the file has verdicts for the same sources and settings (`plan`); else []."""
     if not file.exists() or (found := workdir.read_json(file))["plan"] != json.loads(json.dumps(plan)):
         return []
     return [

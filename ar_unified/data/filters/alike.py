@@ -1,4 +1,4 @@
-"""Decides from two small pictures whether the images are copies of each other.
+"""Decides from small pictures of two images whether the images are copies of each other.
 
 A copy may be scaled, recompressed, or cropped a little. If the original is moved and stretched by a few percent, it
 equals the copy again. So one picture is aligned with the other (by Gauss-Newton steps that move its sides, as Lucas and
@@ -13,12 +13,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-SIDE = 32  # pixels of a small picture, whatever the image's shape
+SIDE = 32  # pixels of each side of a small picture, whatever the image's shape
 LARGEST_CUT = 0.12  # largest part of a side that may be missing in the smaller of two copies
-_MANY, _BATCH = 4096, 64  # pairs that are read at once, and computed at once (their arrays fit into the cache)
+_MANY, _BATCH = 4096, 64  # pairs read at once; pairs computed at once (their arrays fit into the cache)
 _STEPS = 5
 _USUAL_CUT, _NOISE = 0.05, 6  # usual crop as a share of a side; usual noise in grey values
-# Limits of `alike` that separate copies from look-alikes (photos and emoji): experiments/benchmarks/duplicates.py
+# Limits of `alike` that separate copies from look-alikes (photos and emoji); see experiments/benchmarks/duplicates.py
 _COARSE, _ROUGH, _LEFT, _TINT = 28.0, 22.0, 1.6, 5.0
 
 

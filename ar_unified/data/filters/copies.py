@@ -3,8 +3,8 @@
 An image is described by 33 numbers: the lowest frequencies of its luma and of two colour differences. Scaling and
 recompression do not change them, and small crops change them a little. In each hash table, the hash of an image has one
 bit for each of several random directions (Charikar, 2002). Copies often have the same hash in a table, and other images
-hardly ever. The few bits that are nearest to changing are also tried flipped (multi-probe, Lv et al., 2007), so few
-tables are enough. The work grows with the number of images, not of pairs.
+hardly ever do. Each table is also searched for hashes in which the least certain bits are flipped (multi-probe, Lv et
+al., 2007), so few tables are enough. The work grows with the number of images, not with the number of pairs.
 
 In memory, an image takes 33 x 2 bytes, and 16 more for the current table. Its small picture is read only if its hash
 equals that of another image.
@@ -21,11 +21,11 @@ import numpy as np
 from ar_unified.data.filters.alike import SIDE, alike
 
 _TABLES = 8
-_TURNED = 4  # bits of a hash that are tried both ways
+_TURNED = 4  # bits of a hash that are tried both as they are and flipped
 _SPARE = 6  # bits of a hash beyond log2(n), so that a table has several places for each image
 _BITS = 63
 _NEIGHBOURS = 12  # neighbours on each side that are compared, if many images share a hash
-_FAR = 4.6  # maximum distance between the numbers of copies, in standard deviations; about 8 for unrelated images
+_FAR = 4.6  # maximum distance between the numbers of copies, in standard deviations; unrelated images are about 8 apart
 _CHUNK = 1 << 16
 
 _LOW = [(i, j) for i in range(6) for j in range(6 - i)]

@@ -6,7 +6,7 @@ rows of a block are planned once (`fitting`), as slots of given lengths. In ever
 random to the slots of their length (`packing`).
 
 The plan is stored next to the shards, and readers load the part for one block at a time:
-<source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
+<source>/rows-4096.npy          uint16 [documents], the row of every slot (numbered within its block), block after block
          rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether planned by best-fit-decreasing; written
                                 last. If documents are longer than a row, a fourth column counts them
 """
@@ -214,7 +214,7 @@ def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str =
 def _planned(
     lengths: Stretches, blocks: Blocks, sequence_length: int, name: str, leave_out: bool
 ) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
-    """For every block: the row of each slot, uint16, and the block's line of the table."""
+    """For every block: the row of each slot, uint16, and the block's line of rows-*.blocks.npy."""
     for block in range(blocks.count):
         found = blocks.lengths(block, lengths)
         over = int((found > sequence_length).sum())

@@ -1,7 +1,7 @@
 """Chooses which documents share a row, from their lengths, so that few positions stay empty.
 
 There are two ways, and the way with fewer rows is taken. Best-fit-decreasing is nearly perfect if lengths differ much:
-less than a hundredth of the positions stay empty. But captions of images of one size have nearly the same length, and
+less than a hundredth of the positions stay empty. But captioned images of one size have nearly the same length, and
 a row that has only the longest of them ends with a large gap. In the second way, a row is filled with random documents,
 which have the average length, and ends with the two documents that fit best.
 """
@@ -95,7 +95,7 @@ class _Pool:
         self._there = sum(1 << length for length, left in enumerate(self._left) if left)
         self._turned = sum(1 << sequence_length - length for length, left in enumerate(self._left) if left)
         self._line = lengths[permute(np.arange(len(lengths)), len(lengths), key("line"))].tolist()
-        self._gone = [0] * (sequence_length + 1)  # for each length: how many are taken but still in `_line`
+        self._gone = [0] * (sequence_length + 1)  # for each length: how many documents are taken but still in `_line`
 
     def longest(self, room: int) -> int:
         """The greatest length that fits; 0 if none does."""

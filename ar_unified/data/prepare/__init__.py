@@ -31,7 +31,7 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import Json, ManifestMismatch, differences, require_same
 
 VERSION = 3
-CLAIMS = ".claims"  # a folder inside the prepared folder, while many processes work there
+CLAIMS = ".claims"  # a folder inside the prepared folder; it exists while many processes work there
 SKIPPED = "skipped.jsonl"  # a file in the prepared folder: a line for each item that was left out
 
 

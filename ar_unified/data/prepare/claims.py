@@ -47,8 +47,8 @@ class Claims:
     def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
         """Does pieces until all are done, here or by other processes.
 
-        This process does its own pieces first (piece i belongs to process i mod P). Then it takes, from the end, pieces
-        that others have not begun or have abandoned.
+        This process does its own pieces first (piece i belongs to process i mod P). Then it takes, from the end of the
+        list, pieces that others have not begun or have abandoned.
 
         Args:
             pieces: the names of the pieces. All processes have the same names, in the same order.
@@ -98,7 +98,7 @@ class Claims:
         if not storage.create(path, f"{self._me}, since {now:.3f}\n".encode()):
             try:
                 says = storage.read(path)
-            except FileNotFoundError:  # released just now
+            except FileNotFoundError:  # the claim was released just now
                 return False
             if self._seen.get(path, (b"", 0.0))[0] != says:
                 self._seen[path] = says, now

@@ -29,7 +29,7 @@ class Item:
     number: int
     document: Document | None
     bad: BadItem | None = None
-    images: list[bytes] = field(default_factory=list)  # digests, in order
+    images: list[bytes] = field(default_factory=list)  # the digests of the document's images, in order
 
 
 class Tokenizers:
@@ -155,7 +155,7 @@ class Encoder:
         """Takes finished batches, and waits while more than `most` are being encoded."""
         while self._going and (len(self._going) > most or self._going[0][1].done()):
             digests, future = self._going.popleft()
-            # Not strict, because a batch is padded.
+            # `zip` is not strict, because a batch is padded.
             self._codes.update(zip(digests, map(CodesPart, future.result()), strict=False))
             self._new += digests
             self._tokenizers.encoded += len(digests)

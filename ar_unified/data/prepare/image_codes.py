@@ -105,7 +105,7 @@ class ImageCodes:
         total = sum(len(_mapped(storage.fetch(file))[0]) for file in files)
         borders = np.linspace(0, 2.0**64, -(-total // _PART) + 1)[1:-1].astype(np.uint64)
         before = [path for path in self._named("index-*") if path.name < keys.name.split(".")[0]]
-        with whole(keys) as keys_file, whole(_places_of(keys)) as places_file:  # the keys appear last
+        with whole(keys) as keys_file, whole(_places_of(keys)) as places_file:  # the file of keys appears last
             _write_header(keys_file, np.dtype("<u8"), total)
             _write_header(places_file, _PLACE, total)
             for low, high in zip([None, *borders], [*borders, None], strict=True):

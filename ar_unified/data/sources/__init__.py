@@ -55,7 +55,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for all `files`, by
                 default captions, docs and vqa, if they exist.
             dict(kind="jsonl", path=..., root=None, columns=None, split=None): one file, compressed (.gz, .zst) or
-                not. Images are in it or under `root` (by default, the file's folder).
+                not. Images are in the file or under `root` (by default, the file's folder).
             dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files (see `Tables`).
             dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars (see `Tars`).
             dict(kind="pages", path=..., split=None): Markdown and HTML pages with the images they show, in reading
@@ -121,7 +121,8 @@ def kind_of(path: str | AnyPath, links: bool = False) -> str:
 
 
 def _refuse_datasets(root: AnyPath, infos: Sequence[str]) -> None:
-    """Raises UserError if one of these files below a folder describes a TFDS dataset. The message has the source.
+    """Raises UserError if one of these files below a folder describes a TFDS dataset. The message gives the source spec
+    that reads it.
 
     TFDS writes DATA_DIR/NAME[/CONFIG]/VERSION/dataset_info.json, so it is at most three folders below the root.
     """
@@ -151,7 +152,7 @@ def _refuse_datasets(root: AnyPath, infos: Sequence[str]) -> None:
 
 
 def _tfds(name: str, split: str = "train", **options: Any) -> Source:
-    from ar_unified.data.sources.named import TfdsSource  # TFDS takes a second to import, and only this needs it
+    from ar_unified.data.sources.named import TfdsSource  # importing TFDS takes a second, and only TfdsSource needs it
 
     return TfdsSource(name, split, **options)
 

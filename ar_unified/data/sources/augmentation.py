@@ -43,7 +43,7 @@ class Augmented:
             )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)  # if "views" were another word, the versions would change
+        self._stream = key("views", source.name)  # a seed; another word than "views" would change the versions
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:

@@ -32,8 +32,8 @@ class Clips:
     sorted by the numbers in their names.
 
     Raises:
-        UserError: if there is no such folder, no clip in it, `frames` is below 1, or there is a video and the package
-            `av` is missing.
+        UserError: if there is no such folder or no clip in it, if `frames` is below 1, or if there is a video and the
+            package `av` is missing.
     """
 
     def __init__(

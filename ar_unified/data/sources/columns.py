@@ -65,7 +65,7 @@ _WHOLES = (
     ("images",),
     ("image",),
 )
-_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT, LLaVA
+_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # in ShareGPT, LLaVA
 _PLACE = re.compile(r"\s*<image>\s*")
 _EXPECTED = (
     "image, text, caption, question and answer, instruction and edited_image, texts and images, messages, or prompt, "
@@ -142,8 +142,7 @@ class Columns:
         """Turns a record into a row for `document_from_json`, and returns the row and its images. In the row, the
         reference "0" means the first image.
 
-        pictures: False if images were not read and only texts are wanted; the row then has as many blank images as it
-        needs.
+        pictures: False if only texts are wanted and images were not read; blank images then take their places.
 
         Raises:
             DocumentError: "bad_row" if a value is not what its part needs, or if an image's text is inside an object
@@ -282,7 +281,7 @@ def _pair(found: Mapping[str, Any], images: _Images) -> dict[str, object]:
 
 
 def _show(row: dict[str, Any], key: str, references: Sequence[str]) -> None:
-    """Puts the images that no part of the row uses yet in front of the question. references: these images."""
+    """Puts the images that no part of the row uses yet in front of the question. references: refer to these images."""
     shown = [{"type": "image", "image": reference} for reference in references]
     holder: dict[str, Any] = row
     if is_conversation(row[key]):
@@ -341,8 +340,7 @@ def _messages(found: Mapping[str, object], images: _Images, whole: bool = True) 
 
 def _places(text: str, images: _Images, where: str) -> Any:
     """Splits a text into parts: each <image> in it becomes the next image. The text stays as it is if it contains no
-    <image>, or if the record has no images.
-    """
+    <image>, or if the record has no images."""
     if "<image>" not in text or not (images.left or images.values or images.endless):
         return text
     parts: list[dict[str, str]] = []
@@ -354,8 +352,7 @@ def _places(text: str, images: _Images, where: str) -> Any:
 
 def _parts(parts: Any, images: _Images, where: str) -> Any:
     """Replaces images in parts by references. An image inside a part is stored under its reference. An image part
-    without an image takes the record's next image.
-    """
+    without an image takes the record's next image."""
     if not isinstance(parts, list):
         raise DocumentError("bad_row", f"{where}: expected a list of parts, found {parts!r:.80}")
     out: list[Any] = []

@@ -176,7 +176,7 @@ class _Zstandard(_Forward):
             if self._step == 1:
                 reason = str(error).splitlines()[0]
                 raise OSError(f"the Zstandard data is broken or cut short: {reason}") from error
-            # The error also loses good bytes before the break. So the file is read again, and byte by byte from here.
+            # The error also loses good bytes before the break. So the file is read again, from here on byte by byte.
             stop = self._unpacked
             self._back(0)
             while self._unpacked < stop:

@@ -37,9 +37,9 @@ class Rows:
     item, and so is the rest of a file that is cut short. `files.Folder` has the rules for names and `links`.
 
     `split`, as in TFDS, is a name, a part in percent, or both; rows without the key "split" are "train". A part takes
-    whole images with all their rows, so the same image is never on both sides of a border. Rows without an image are
-    divided by their id, or by their line if they have no id (see `splits`). A row that cannot be read is in every
-    split, so that it is reported.
+    whole images with all their rows, so the same image is never on both sides of a border between parts. Rows without
+    an image are divided by their id, or by their line if they have no id (see `splits`). A row that cannot be read is
+    in every split, so that it is reported.
 
     Args:
         beside: files of other sources that have the same images. Their rows are counted too, so that all sources have

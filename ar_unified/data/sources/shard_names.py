@@ -28,7 +28,7 @@ def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) 
             {000..063} or {a,b}, where all files must exist; or a name with wildcards. It may be on disk or in a store.
 
     Raises:
-        UserError: if there are no files, or if a file that braces name is missing.
+        UserError: if there are no files, or if a file that the braces name is missing.
     """
     if isinstance(place := storage.path(path), Remote):
         return _in_store(place, endings)

@@ -42,7 +42,7 @@ class Tables(RecordSource):
         path: a file, a folder, or a name with braces or wildcards (`shards`).
         columns: maps a document part to a column; see `Columns`.
         split: "train" takes the files whose name or folder begins with it, if there are any. "train[:95%]" and "[95%:]"
-            are parts of the rows in their order, as in TFDS. Rows that must be on the same side must follow each other.
+            are parts of the rows in their order, as in TFDS. Rows that must be in the same part must follow each other.
 
     Raises:
         UserError: if there is no such file, no file can be read, the columns make no document, or no row is in `split`.

@@ -80,7 +80,7 @@ class Tars(RecordSource):
         # headers). For every member: where its data begins, its size, its kind.
         self._shard, self._member, self._headers = array("i"), array("q"), array("i")
         self._at, self._size, self._kind = array("q"), array("q"), array("H")
-        self._kinds: dict[str, int] = {}  # the number of each name of a member, such as "jpg"
+        self._kinds: dict[str, int] = {}  # maps a member's name, such as "jpg", to its number
         self._problems: dict[int, tuple[str, str]] = {}  # samples that are bad items: kind and reason
         self._digest = hashlib.sha256()
         for number, entry in enumerate(found):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ar_unified.data.files import LARGEST
 
-_RATIO = 256  # real data stays below this ratio: packed images stay as large, and texts shrink to about a tenth
+_RATIO = 256  # real data stays below this ratio: packing hardly shrinks images, and texts shrink to about a tenth
 _RECORD_BATCH = 3  # the number of this type of message
 
 
