@@ -6,7 +6,8 @@ checkpoint records the options that were really used. The purpose of each:
   async_collective_fusion, overlap_compute_collective_tc, enable_async_all_gather
       a gather of weights is split into steps, and runs inside a fusion that computes at the same time
   minor_sharding_for_major_trivial_input, relayout_group_size_threshold, assign_all_reduce_scatter_layout
-      gradients get a layout for which one reduce-scatter replaces an all-reduce of the whole gradient and a slice
+      gradients get a layout in which one reduce-scatter replaces two operations: an all-reduce of the whole gradient,
+      and a slice of the result
 
 Names and values come from MaxText's benchmarks/xla_flags_library.py. docs/tpu_training.md says how they affect our
 programs.

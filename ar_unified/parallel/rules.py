@@ -23,7 +23,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",  # every matrix has an axis of d_model, so this row shards all of them, as in ZeRO-3
     "vocab": "tensor",  # the largest matrix; the logits of a chunk of tokens stay split too
     "heads": "tensor",  # heads are independent in attention: no communication until the output projection
-    "kv_heads": "tensor",  # each is on the devices of the query heads that read it
+    "kv_heads": "tensor",  # each KV head is on the devices of the query heads that read it
     "mlp": "tensor",  # columns of the first matrix and rows of the second: one all-reduce per block
     "channels": "fsdp",  # output channels of a convolution: tokenizers are small, only their state is worth splitting
     "head_dim": None,  # summed inside a head: if split, every score would need an all-reduce

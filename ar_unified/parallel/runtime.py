@@ -261,12 +261,14 @@ def preempted() -> bool:
     """Whether all processes stop now, because one of them received SIGTERM and all have agreed to stop at this call.
 
     All processes must call it equally often, at the end of every step. It needs JAX's own handler of SIGTERM, so no
-    other may be installed. Always False for a single process.
+    other handler may be installed. Always False for a single process.
     """
     global _asked
     if _log is None:
         return False
-    _asked += 1  # counts calls, not steps: a second training starts at step 0 again, before the agreed step
+    # It counts calls, not steps: a second training in this process starts at step 0 again, which is before the step on
+    # which the processes may have agreed.
+    _asked += 1
     return multihost_utils.reached_preemption_sync_point(_asked)
 
 

@@ -32,8 +32,8 @@ class Trial(NamedTuple):
 
 
 def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], object]) -> Iterator[Trial]:
-    """Yields a Trial for each change that applies. Changes that slow training least come first. A program is compiled
-    only if it may fit."""
+    """Yields a Trial for each change that applies. The changes that slow training down least come first. A program is
+    compiled only if it may fit."""
     for change, variant, shape in _changes(run, mesh, job):
         try:
             other = target.mesh(shape)

@@ -4,8 +4,8 @@ They are read from the text of the optimised HLO, which is what will run. An ins
 each iteration. Replica groups are positions in the mesh (row-major), in any of the three notations that XLA prints.
 
 On TPUs, exchanges between slices are not written as collectives. Each device sends its share, already summed inside its
-slice, to its host, and the host's runtime (megascale) does the rest. The send names a collective, and is reported as
-that collective.
+slice, to its host, and the host's runtime (megascale) does the rest. The send instruction names a collective, and
+is reported as that collective.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of KINDS.
-      bytes: the size of the whole array, which is the input of reduce-scatter and the output of all others.
+      bytes: the size of the whole array, which is the input of reduce-scatter and the output of all other kinds.
       groups: int [groups, size], the mesh positions of the devices that exchange data; for a permute, the pairs
         (source, target).
       times: how often a step runs it.
@@ -58,7 +58,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     """The collectives of a module for `devices` devices. Those that connect fewer than two devices are left out.
 
     A collective that the TPU compiler overlaps appears in several fusions with the same channel, and is counted once.
-    The channel alone does not identify a collective, because all collectives of shard_map share one.
+    The channel alone does not identify a collective, because all collectives of shard_map share one channel.
     """
     computations, entry = parse(hlo)
     times, known = times_of(computations, entry)

@@ -67,7 +67,7 @@ def bytes_of(kind: str, last: bool = False) -> int:
         width = 8 if letters == "pred" else int(bits or 0)
         if width:
             arrays.append(math.prod(int(n) for n in shape.split(",") if n) * width // 8)
-    if last and len(arrays) > 1:  # (operands..., results...); a permute adds two u32 [] of context
+    if last and len(arrays) > 1:  # the arrays are operands, then results; a permute adds two u32 scalars
         arrays = [a for a in arrays if a > 4] or arrays
         arrays = arrays[len(arrays) // 2 :]
     return sum(arrays)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ar_unified.planning.hlo import Instruction, bytes_of, called_by, parse, source_of, times_of
 
 _COPIES = ("copy", "transpose", "reshape", "copy-start")
-_MOVES = (*_COPIES, "parameter", "bitcast", "fusion")  # a fusion of only these computes nothing
+_MOVES = (*_COPIES, "parameter", "bitcast", "fusion")  # a fusion that has only these instructions computes nothing
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 

@@ -248,7 +248,8 @@ class _Rows(NamedTuple):
 
     Attributes:
       pairs: preference pairs per row if all documents have the longest length; 0 if there are no pairs.
-      contexts, ranges: contexts per drawn answer, and ranges of ids from which a token is drawn; 0 if nothing is drawn.
+      contexts, ranges: the number of contexts per drawn answer, and the number of ranges of ids from which a token is
+        drawn; 0 if nothing is drawn.
       old: whether the batch includes the log-probabilities under the policy that drew the answers.
     """
 

@@ -1,9 +1,9 @@
 """Estimates the least time of a step from the time that it needs on each of four resources at data-sheet rates.
 
   matmuls   executed matrix FLOPs (recomputation included) / bf16 peak
-  memory     weights, operands of matmuls, optimizer state / HBM bandwidth
-  ICI        bytes sent inside a slice / the links that the group of each collective can use
-  DCN        bytes sent between slices / a device's share of its host's network
+  memory     bytes of weights, operands of matmuls and optimizer state / HBM bandwidth
+  ICI        bytes sent inside a slice / bandwidth of the links that each collective's group can use
+  DCN        bytes sent between slices / a device's share of its host's network bandwidth
 
 The lower bound of a step's time is the longest of the four, plus the time of the collectives that the compiled program
 does not overlap with computation. The upper estimate is the sum of all four, with matmuls at ATTAINABLE times the peak.

@@ -1,9 +1,9 @@
 """Finds the remat, rows per chip and mesh that train fastest on a target. It compiles a few candidates, and keeps the
 best that fits.
 
-Arithmetic orders the candidates: it leaves out those that cannot fit, and sorts the others by the least time per token.
-Compiling shows what arithmetic cannot: the extra memory that the compiler needs, and which collectives it overlaps with
-computation. If one candidate does not fit, candidates that need more memory are not tried.
+Arithmetic orders the candidates: it leaves out those that cannot fit, and sorts the others by the estimated time per
+token. Compiling shows what arithmetic cannot: the extra memory that the compiler needs, and which collectives it
+overlaps with computation. If one candidate does not fit, candidates that need more memory are not tried.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
     Attributes:
       changes: config keys and their new values.
       least: the least bytes per device, by arithmetic.
-      seconds: the least seconds per token, without collectives.
+      seconds: the estimated seconds per token, without collectives.
     """
 
     changes: dict[str, Any]
@@ -46,8 +46,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
     Args:
       compiled: how many candidates to compile. Each takes as long as a plan. If none of them fits, more are tried.
 
-    Raises ValueError if no candidate fits the mesh and, by arithmetic, the memory, or if none of the compiled ones
-    fits.
+    Raises ValueError if arithmetic finds no candidate that fits both the mesh and the memory, or if no compiled
+    candidate fits.
     """
     run = with_a_kernel(run, target)
     found = sorted(candidates(run, target), key=lambda each: each.seconds)

@@ -3,9 +3,9 @@
 exact_answer  1 if the answer's text is right; white space at its ends does not matter
 shapes        1 if the image shows the scene in the prompt's `meta` (evaluation/shapes.py)
 shapes_objects  intersection over union of the objects in that scene and the objects in the image; 1 if `shapes` is 1
-shapes_closeness  the mean over all places where that scene or the image has an object. Half of a place's value is for
-              the right object, and half for how close its pixels are. Unlike `shapes`, it also tells apart images that
-              are partly right, so it suits scenes that are rarely drawn right
+shapes_closeness  the mean value of all places where that scene or the image has an object. Half of a place's value is
+              for the right object, and half for how close its pixels are. Unlike `shapes`, it also tells apart images
+              that are partly right, so it suits scenes that are rarely drawn right
 easy_vqa      1 if the image shows the figure that the prompt names (evaluation/easy_vqa.py)
 brevity       -1 for each character of the answer's text: shorter is better
 length        the number of characters of the answer's text
@@ -52,7 +52,7 @@ def shapes_objects(prompt: Document, answer: Document) -> float:
 
 
 def shapes_closeness(prompt: Document, answer: Document) -> float:
-    """The mean over all places where one of the two scenes has an object. Half of a place's value is for the right
+    """The mean value of all places where at least one scene has an object. Half of a place's value is for the right
     object, and half for the fourth power of how close its pixels are.
 
     The fourth power separates right objects from nearly right ones: a square in place of a circle has a closeness of

@@ -6,9 +6,9 @@
     mjhq            CATEGORY/ID.png                                     MJHQ-30K, whose FID compares folders
     folder          ID_00_00.png and metadata.jsonl                     Hugging Face's `imagefolder`; FID on any set
 
-Only the first image of a sample is used; `folder` uses all. Where possible, the files are hard links to the job's own
-files, which take no space. A running job can be exported, and exported again when it has more samples, because an image
-always gets the same name.
+Only the first image of a sample is used, but `folder` uses all images. Where possible, the files are hard links to the
+job's own files, which take no space. A running job can be exported, and exported again when it has more samples,
+because an image always gets the same name.
 """
 
 from __future__ import annotations

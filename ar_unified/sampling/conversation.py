@@ -70,7 +70,7 @@ class Conversation:
         self.prefilled: tuple[int, ...] = ()
         self._kept: dict[
             tuple[str, str], _Kept
-        ] = {}  # by adapter and context; contexts that reset at each image are not kept
+        ] = {}  # keys: adapter and context; contexts that reset at each image are not kept
         self._params: Any = None  # the parameters that computed the caches
 
     def say(self, parts: Sequence[Part], **settings: object) -> Sample:
@@ -112,7 +112,7 @@ class Conversation:
         return np.concatenate([self.tokens, new])
 
     def kept(self, context: tuple[str, str], prefix: np.ndarray) -> tuple[int, Cache | None]:
-        """How many tokens of `prefix` are already in the context's cache, and this cache. The last token is always read
+        """How many tokens of `prefix` are already in the context's cache, and the cache. The last token is always read
         again."""
         found = self._kept.get(context)
         if found is None or self._params is not self.engine.params:
@@ -148,7 +148,7 @@ def say_all(asked: Sequence[tuple[Conversation, Request]]) -> list[Sample]:
     if len({id(each) for each, _ in asked}) < len(asked) or len({id(each.engine) for each, _ in asked}) > 1:
         raise ValueError("say_all: expected different conversations of one engine")
     samples: dict[int, Sample] = {}
-    pools: dict[int, list[tuple[int, Conversation, Plan]]] = {}  # by their number of contexts
+    pools: dict[int, list[tuple[int, Conversation, Plan]]] = {}  # key: the number of contexts
     for i, (conversation, request) in enumerate(asked):
         try:
             plan = conversation.plan(request)

@@ -84,7 +84,7 @@ def choose(
         keys: [B] from `row_keys`.
         position: int32 [B], the token's position in its sequence, prompt included.
     """
-    drawn = active & (filters.temperature > 0)  # these rows need noise; the others are done by argmax
+    drawn = active & (filters.temperature > 0)  # these rows need noise; for the others, argmax is enough
     nan = jnp.isnan(logits)
     broken = active & jnp.any(nan, axis=-1)
     logits = jnp.clip(jnp.where(nan, _FLOOR, logits), _FLOOR, -_FLOOR)

@@ -6,8 +6,8 @@ on the rest of its batch, on its slot, or on the time when it is drawn. For each
 Temperature, guidance, size, seed and budget are arrays, so no request makes the engine compile another program.
 
 Steps run in chunks. The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. For images of a given
-size, the host knows how many tokens a sample takes. So it knows in advance when the slot becomes free, ends the chunk
-there, and starts the next sample at once.
+size, the host knows how many tokens a sample takes. So it knows in advance when the sample's slot becomes free, ends
+the chunk there, and starts the next sample at once.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Engine:
             vector.
         weights_dtype: the dtype of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute
             dtype.
-        window: positions of an image that are drawn at once (`window.py`), one of sampling.pace.WINDOWS.
+        window: how many positions of an image are drawn at once (`window.py`), one of sampling.pace.WINDOWS.
         mesh: devices to decode on; its data axes split the samples and its tensor axis splits the heads (`parallel`).
         softmax: one of `language.syntax.SOFTMAXES`, the softmax that the model was trained with; `score` uses it.
         adapters: the adapters by the names that requests use (`low_rank`); a request without a name uses the model
@@ -152,7 +152,7 @@ class Engine:
         ways = ways_of(batch_size, mesh)
         self.weights_dtype = weights_dtype
         self.config, self.params, self.grammar = config, params, grammar
-        self.adapters = {name: number for number, name in enumerate(["", *(adapters or {})])}  # numbers by name
+        self.adapters = {name: number for number, name in enumerate(["", *(adapters or {})])}  # the number of each name
         self.adapter_hashes = {name: adapter.hash for name, adapter in (adapters or {}).items()}
         if adapters:
             loaded = list(adapters.values())
@@ -291,7 +291,7 @@ class Engine:
         batches = prompts.read([prefix for _, prefix in where])
         arrays = row_arrays(self.grammar.layout, shape, R, fresh, self.adapters)
         new = np.isin(np.arange(R), list(fresh))
-        for batch, rows in batches:  # each prefix's row in `batch`, in order; -1: it is in another batch
+        for batch, rows in batches:  # the row in `batch` of each prefix; -1: the prefix is in another batch
             there = [(slot, row) for (slot, _), row in zip(where, rows, strict=True) if row >= 0]
             slots, source = np.full(R * C, R * C, np.int32), np.zeros(R * C, np.int32)
             slots[: len(there)], source[: len(there)] = zip(*there, strict=True)

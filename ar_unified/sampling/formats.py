@@ -71,8 +71,8 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = F
     file.
 
     The name's suffix gives the format. Without a known suffix, a file whose lines begin with "{" is JSONL. `leave` is
-    called with the kind of everything that is not a prompt, such as "README.txt" or "members .cls". `links`: whether to
-    follow links that lead out of the requests' folder, to images and to prompts in a folder.
+    called with the kind of everything that is not a prompt, such as "README.txt" or "members .cls". `links`: whether
+    links to images, or to the prompts in a folder, may lead out of the requests' folder.
     """
     path = Path(path)
     suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)

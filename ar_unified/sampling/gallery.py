@@ -17,7 +17,10 @@ from ar_unified.workdir import write_text
 
 
 def write(folder: str | Path, title: str = "Samples") -> Path:
-    """Writes `folder`/index.html from a job's lines, finished or not; returns its path. Raises OSError, ValueError."""
+    """Writes `folder`/index.html from the lines of a job, even if the job is not finished. Returns the page's path.
+
+    Raises OSError, ValueError.
+    """
     folder = Path(folder)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for row in read(folder):

@@ -51,7 +51,7 @@ def advance(event: Event, position: Array, start: Array, resets: Array) -> tuple
     """Returns the place where each context writes a token, and the place of its next token, int32 [R, C] each.
 
     Args:
-        event: whether each row's token begins an image, belongs to one, or ends one, bool [R] each.
+        event: three arrays, bool [R]: whether each row's token begins an image, belongs to one, or ends one.
         position: int32 [R, C], the place after everything that each context has read so far.
         start: int32 [R, C], the place after each context's prefix.
         resets: bool [R, C]; False for context 0.

@@ -59,7 +59,7 @@ class JobReport:
     Attributes:
         samples, errors, tokens: how many there were in this run.
         seconds: how long the run took.
-        found: how many samples were done before.
+        found: how many samples were done before this run.
         complete: whether no process has anything left to do.
         first_error: the first error of this run, with its line, or "".
         tokens_a_step: the mean number of tokens that a sample got from one step of the engine; 1 without a window.
@@ -241,7 +241,7 @@ def _begin(output: Path, manifest: Mapping[str, Json], *, mend: bool) -> None:
     path = output / "manifest.json"
     if path.exists():
         for field, (a, b) in differences(read_json(path), manifest).items():
-            if field != "engine.batch_size":  # after running out of memory, a job may continue with another size
+            if field != "engine.batch_size":  # another size may be needed to continue after running out of memory
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "
@@ -372,7 +372,7 @@ def _images(line: Line) -> list[PromptImage]:
 
 
 def _ahead(prepare: _Preparation, windows: Iterable[list[Line]]) -> Iterator[list[_Ready]]:
-    """Yields the windows in order, while another thread prepares the next one."""
+    """Yields the prepared `windows` (lists of lines) in order, while another thread prepares the next one."""
     with ThreadPoolExecutor(1) as pool:
         going: deque[Future[list[_Ready]]] = deque()
         for window in windows:

@@ -4,7 +4,7 @@
     model.draw("a red circle", seed=3, n=4)          # four Pillow images
     model.ask(image, "How many circles are there?")
 
-Axes: B rows, T position, V vocabulary; H, W pixels of an image, h, w its codes.
+Axes: B rows, T position, V vocabulary; H, W pixels and h, w codes of an image.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def load(
         dtype: the dtype of the matrix products, "float32" or "bfloat16"; default: the bundle's.
         kv_dtype: the dtype of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
         weights_dtype: the dtype of the layers' matrices, one of weights.WEIGHT_DTYPES; default: `dtype`.
-        window: positions of an image that are drawn at once, one of pace.WINDOWS. A window takes fewer steps for the
-            same samples.
-        adapters: folders of LoRA adapters in PEFT's form (`ar-unified export --to peft`), by names of your choice. A
-            request names its adapter, as in draw("a circle", adapter="sketches"); without a name, it uses the model
-            alone.
+        window: how many positions of an image are drawn at once, one of pace.WINDOWS. A wider window draws the same
+            samples in fewer steps.
+        adapters: maps names of your choice to folders of LoRA adapters in PEFT's format, as from `ar-unified export
+            --to peft`. A request names its adapter, as in draw("a circle", adapter="sketches"); without a name, it
+            uses the model alone.
 
     Raises bundle.BundleError if the folder is not a bundle or is damaged, and UserError if a setting does not fit, or
     an adapter is broken or belongs to another model.
@@ -173,7 +173,7 @@ class Model:
         self.resize = resize or default_resize(self.grammar.layout, self.image_tokenizer)
         self.defaults, self.weights, self.warning = dict(defaults or {}), weights, warning
 
-    # ---- what it says and draws -------------------------------------------------------------------------------------
+    # ---- texts and images --------------------------------------------------------------------------------------------
 
     def draw(
         self,
@@ -189,7 +189,7 @@ class Model:
         Args:
             seed, n: draws n images. Image i of a seed does not depend on n.
             guidance: scale of classifier-free guidance; default: the bundle's.
-            size: in pixels, a side or (height, width), for models whose images may have any size.
+            size: of the images, in pixels: one side or (height, width). Only for models whose images may have any size.
             settings: further settings of a request (`sampling.request`), such as context="bos_boi".
 
         Raises RequestError that says what to change, if the request cannot be served.
@@ -314,8 +314,8 @@ class Model:
 
     @functools.cached_property
     def ids(self) -> Ids:
-        """Translates between the ids of this model and of the published model that it was made from. If there is none,
-        ids stay the same.
+        """Translates between this model's ids and those of the published model from which it was converted. Without a
+        published model, ids stay the same.
 
         model.logits(model.ids.ours(tokens))[..., model.ids.ours(range(V))] are the published model's logits.
         """

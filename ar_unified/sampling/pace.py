@@ -1,16 +1,16 @@
 """Chooses how many positions a pool draws at once: the number that the user set, or the fastest one.
 
-A wider window takes fewer steps, but each costs more. The number of saved steps depends on the model and on what it
-draws. The cost of a step depends on the device and the batch.
+A wider window takes fewer steps, but each step costs more. The number of saved steps depends on the model and on what
+it draws. The cost of a step depends on the device and the batch.
 
 The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
 `pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
 also guesses from its own draws after wrong guesses. How much more it gains is known only after a window was used. The
 cost of a step is measured by timing a few steps. If these steps say that a window is faster, the window is compared in
 real work with drawing one by one. The pool takes some chunks with the window and some without it, in turns, and the
-clock decides, because a few timed steps do not show everything that a window costs. A trial therefore costs these steps
-and the compile time, and a pool may spend only a small share of its time on trials. So a short job tries nothing.
-Nothing is measured twice in one process.
+measured speeds decide, because a few timed steps do not show everything that a window costs. A trial therefore costs
+these steps and the compile time, and a pool may spend only a small share of its time on trials. So a short job tries no
+window. Nothing is measured twice in one process.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _AFTER = 2 * CHUNK  # steps that a pool takes before the first measurement
 # Steps that are timed together: one-token steps, and wide steps. With these numbers, both timings take about equally
 # long. Otherwise a busy machine would slow the longer timing more.
 _ALONE, _WIDE = 16, 6
-_PROBES = 3  # timings of a width, alternating with width 1; the fastest counts
+_PROBES = 3  # how often a width is timed, alternating with width 1; the fastest timing counts
 _COMPILING = 5.0  # least seconds assumed for compiling, because the program of width 1 may have come from a cache
-_BLOCK, _PAIRS = 4 * CHUNK, 5  # of a comparison in real work: the steps of a block, and the number of pairs of blocks
-_HOPELESS = 0.8  # a speed, relative to drawing one by one, at which a comparison ends early
+_BLOCK, _PAIRS = 4 * CHUNK, 5  # steps of a block, and number of pairs of blocks, in a comparison in real work
+_HOPELESS = 0.8  # a comparison ends early below this speed, relative to drawing one by one
 _RISK = 0.2  # assumed loss by a comparison, as a share of the time with the wider window
 _AGAIN = 1024 * CHUNK  # steps until a window in use is compared again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # share of a pool's time for trials, with and without an expected gain
 _PROMISING = 1.3  # if at least this many tokens a step are expected, the greater share is allowed
 _BETTER = 1.1  # a window must be this many times faster than drawing one by one
-# Without a window, saw() gets the first 32 samples, then every 64th, because each call takes a fifth of the time of a
-# small image.
+# Without a window, saw() gets the first 32 samples, then every 64th, because each call takes a fifth of the time
+# that drawing a small image takes.
 _FIRST, _EACH = 32, 64
-_DECIDING = 4 * CHUNK  # steps between two decisions; a decision takes 1 % of the time of a small image
+_DECIDING = 4 * CHUNK  # steps between two decisions; a decision takes 1 % of the time to draw a small image
 _KEEP = 0.97, 0.9  # earlier counts are multiplied by these factors at each sample and at each chunk
 
 
@@ -85,7 +85,7 @@ class _Comparison:
     def __init__(self, width: int):
         self.width, self.turns = width, [1, width, width, 1] * (_PAIRS // 2) + [1, width] * (_PAIRS % 2)
         self.lost = 0.0
-        self._steps, self._sums = 0.0, np.zeros(2)  # of the present block; the sums are tokens and seconds
+        self._steps, self._sums = 0.0, np.zeros(2)  # of the present block; the sums are of tokens and seconds
         self._blocks: dict[int, list[np.ndarray]] = {1: [], width: []}
 
     def add(self, width: int, steps: float, tokens: int, seconds: float) -> None:
@@ -111,7 +111,7 @@ class _Comparison:
 
     @property
     def speed(self) -> float:
-        """The speed of the width, relative to drawing one by one: the median of the pairs."""
+        """The speed of the width, relative to drawing one by one: the median over the pairs of blocks."""
         return statistics.median(self._ratios)
 
 
@@ -134,7 +134,7 @@ class _Pool:
     # The tokens, and the steps that each width would take for them.
     foreseen: np.ndarray = field(default_factory=lambda: np.zeros(1 + len(WIDTHS)))
     drawn: dict[int, np.ndarray] = field(default_factory=dict)  # by width: tokens, and steps that samples took
-    # By width: the measured gain over the expected gain. The gain is the tokens of a step beyond one.
+    # By width: the measured gain divided by the expected gain. The gain is the tokens of a step beyond one.
     more: dict[int, float] = field(default_factory=dict)
 
     def tokens(self, width: int) -> float:

@@ -23,7 +23,7 @@ class Pairs:
     def __init__(self) -> None:
         self.table = np.full(SIZE, -1, np.int32)
         self._last = self.table.copy()
-        self._ahead = np.zeros(SIZE, np.int32)  # how often an entry was right, minus how often the code above was
+        self._ahead = np.zeros(SIZE, np.int32)  # how often an entry was right, minus how often the code above was right
 
     def learn(self, codes: np.ndarray) -> np.ndarray:
         """Adds an image's codes, int [h, w]; returns which of them the table would have guessed, bool [h * w]."""

@@ -1,5 +1,5 @@
-"""Reads prompts before their samples are drawn. It batches them by length, reads each once, and keeps the last
-batches."""
+"""Reads prompts before their samples are drawn. It batches them by length, reads each prompt once, and keeps
+the last batches."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Prompts:
         )  # the most recently used one is last
 
     def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
-        """Returns the batches that contain the prompts. Each comes with the row of every prompt, or -1 if that prompt
-        is in another batch."""
+        """Returns the batches that contain the prompts. Each batch comes with the row of every prompt, or -1 if that
+        prompt is in another batch."""
         wanted = {_key(prompt): prompt for prompt in prompts}
         kept = {id: batch for id, batch in self._batches.items() if wanted.keys() & batch[1].keys()}
         known = {key for _, rows in kept.values() for key in rows}
@@ -72,7 +72,7 @@ def _key(prompt: _Prompt) -> _Key:
 
 
 def prefill_rows(batch_size: int, ways: int) -> int:
-    """Prompts read at once by an engine of `batch_size` whose mesh splits rows over `ways` devices."""
+    """How many prompts an engine of `batch_size` reads at once, if its mesh splits rows over `ways` devices."""
     return -(-min(2 * batch_size, _PREFILL) // ways) * ways
 
 

@@ -61,8 +61,9 @@ class Request:
             (its first rows are given) or repairs it (all but a hole is given).
         guidance: scale of classifier-free guidance on image codes; 1: no guidance, at no cost.
         image_guidance: a second scale, for the effect of the prompt's images alone (InstructPix2Pix, arXiv
-            2211.09800; Chameleon's 3.0 and 1.2). The logits become u + image_guidance (i - u) + guidance (c - i), where
-            c are the logits of the request, u of `context` and i of the images alone. 0: only one scale.
+            2211.09800). The logits become u + image_guidance (i - u) + guidance (c - i), where c are the logits of the
+            request, u of `context` and i of the images alone. Chameleon uses guidance 3.0 and image_guidance 1.2.
+            With 0, there is only one scale.
         context: the unconditional context of guidance, one of CONTEXTS. The current image follows it.
             "empty_prompt": <bos> <eot>, as trained by condition dropout. "bos_boi": <bos> (Chameleon, LWM).
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
@@ -205,8 +206,8 @@ class Sample:
         tokens: int32 [n], the generated tokens, with <eos> unless a stop ended the sample.
         document: the document of these tokens, which has the parts after the prompt, with images as codes. None if
             there was an error.
-        finish_reason: "eos": the model ended it; "length": the budget ended it; "stop": one of `request.stop`
-            ended it; "error": see `error`.
+        finish_reason: what ended the answer. "eos": the model; "length": the budget; "stop": one of `request.stop`;
+            "error": see `error`.
         error: what went wrong, in words; "" if nothing.
         logprobs: float32 [n], the log-probability with which each token was drawn (`logprobs.py`), 0 where it was given
             or forced; None if the engine was not asked for them.

@@ -42,7 +42,7 @@ from ar_unified.sampling.openai_batch import Asked
 from ar_unified.sampling.request import CONTEXTS, MODES, Request, RequestError
 
 _MOST = {"n": 100_000, "seed": 2**32}  # upper bounds; other whole numbers must fit an int32
-_NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # from Python's names of types to JSON's
+_NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # maps Python's names of types to JSON's
 
 
 class PromptImageError(RequestError):
@@ -90,7 +90,7 @@ class Line:
         id: the row's id, or else its number.
         name: the name of its folder of images, which is the id if that can be a folder's name.
         content: the parts of the prompt: text, ids, and images.
-        history: the turns before, which may have images, too.
+        history: the earlier turns, which may have images, too.
         canvas: an image that the answer's first image completes.
         request: the request, still without parts and canvas; None if there is an `error`.
         retry: whether the request may succeed if the job is run again.
@@ -122,7 +122,7 @@ def read_requests(
     """Every request of the files, in order; requests that cannot be read have an `error`.
 
     Args:
-        paths: a file or folder that `formats.read_rows` reads, or several, with row numbers that continue across them.
+        paths: a file or folder that `formats.read_rows` reads, or several, whose rows are numbered consecutively.
         cells: the image tokenizer, or another object that knows how many pixels a code stands for.
         defaults: values for settings that a request does not give.
         links: whether to follow links that lead out of the requests' folder.

@@ -33,7 +33,7 @@ from ar_unified.workdir import clean, write_bytes
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
 THUMBNAIL = 256  # pixels of the longer side; a smaller image has no thumbnail
 _TOLD_EVERY = 30.0  # seconds between uploads to an object store; each one uploads all lines
-_PATIENCE = 5.0  # seconds that a finished sample may wait for others, to be decoded together
+_PATIENCE = 5.0  # seconds that a finished sample may wait for others, so that they are decoded together
 
 
 class JobBusy(UserError):

@@ -22,7 +22,7 @@ from ar_unified.model.transformer import Transformer
 from ar_unified.sampling.plan import part_tokens, prompt_tokens
 from ar_unified.sampling.request import Request
 
-_POSITIONS = 64  # positions whose logits [b, 64, V] exist at once
+_POSITIONS = 64  # number of positions whose logits, [b, 64, V], are in memory at once
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,11 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
 def forward(
     config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array, adapter: Array
 ) -> tuple[Array, Array]:
-    """For each token after the first, of tokens int32 [b, P]: its log-probability given the tokens before it, f32
-    [b, P - 1], and whether it was the likeliest id, bool [b, P - 1]. `used` and `split` are arguments of
-    `token_losses`; adapter: the number of each row's adapter, int32 [b].
+    """Returns two values for each token after the first of its row: its log-probability given the tokens before it,
+    f32 [b, P - 1], and whether it was the likeliest id, bool [b, P - 1].
+
+    tokens: int32 [b, P]. `used` and `split` are arguments of `token_losses`. adapter: the number of each row's adapter,
+    int32 [b].
     """
     model = Transformer.bind(config, params)
     b, P = tokens.shape

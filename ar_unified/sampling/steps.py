@@ -37,7 +37,7 @@ from ar_unified.sampling.drafts import Drafts, forgotten, no_drafts
 from ar_unified.sampling.head import Weights, code_logits, head_parts, text_ids, text_logits, with_head
 
 CHUNK = 64  # the most steps of a chunk
-FACTS = 3  # columns after the tokens of a chunk
+FACTS = 3  # columns after the tokens in the packed result of a chunk
 PIECE = 1024  # tokens of a long prompt that are read at once
 
 
@@ -206,7 +206,7 @@ def insert(
         prefix: the prompts.
         source: int32 [M], rows of `prefix`.
         slots: int32 [M], the rows of the pool, out of [R * C], that these prompts go to. One prompt may go to several
-            rows; a slot beyond the end is ignored.
+            rows; a number beyond the last row is ignored.
         fresh: bool [R], the slots whose sample is new. These slots get their part of `rows` and `position`, [R, ...]
             each, and their automaton resumes from `start`, i32 [R] each.
     """

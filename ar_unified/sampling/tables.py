@@ -55,7 +55,7 @@ def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
 
 
 def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Read]]:
-    """The rows of a Parquet file, numbered from 1. Columns of bytes are left out, with a call of `leave`."""
+    """The rows of a Parquet file, numbered from 1. Columns of bytes are left out; `leave` is called."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

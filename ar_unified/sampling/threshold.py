@@ -40,8 +40,8 @@ def threshold(ranks: Array, weight: Array | None, least: Array, used: Array) -> 
         used: bool [B].
 
     The search narrows a bracket around t. A pass over the logits tries one threshold, or three if tokens are only
-    counted, because a CPU counts twice as fast as it adds probabilities. The first pass divides the values in the
-    bracket equally. Later passes assume that the tokens' values are spread evenly over the bracket: they try the
+    counted, because a CPU counts twice as fast as it adds probabilities. The first pass divides the bracket into equal
+    ranges of values. Later passes assume that the tokens' values are spread evenly over the bracket: they try the
     expected t, and one standard deviation to both sides. Every second pass (every third, if tokens are only counted)
     divides the bracket into equal ranges of ranks, so the search ends after at most 64 passes, whatever the logits are.
     A row is done as soon as its bracket contains a single token. This takes 6 to 10 passes for a count, and 12 to 25

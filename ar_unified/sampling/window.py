@@ -245,7 +245,7 @@ def guess(
     Args:
         after: the automaton's state after the known tokens, [R] each.
         position, writes: int32 [R, C], from `guidance.advance`.
-        again: int32 [R, n], the tokens that the last step drew there; -1: none.
+        again: int32 [R, n], the tokens that the last step drew at these positions; -1: none.
         codes: as in `Drafts`.
         learned: the table of `pairs.Pairs`.
     """

@@ -30,7 +30,7 @@ class Harness:
     Args:
         model: the model; it decodes the prompts of one call together, in its slots.
         turn: whether prompts are answered (True) or continued (False).
-        max_tokens: the most tokens of an answer, if the harness does not say.
+        max_tokens: the most tokens of an answer, if the harness sets no limit.
 
     If a prompt cannot be served, for example because it is too long, this is logged, and the answer is "" or a
     likelihood of 0.

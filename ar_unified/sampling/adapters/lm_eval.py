@@ -22,7 +22,7 @@ class EngineLM(LM):
 
     Args:
         turn: whether prompts are answered (True) or texts are continued (False).
-        max_gen_toks: the most tokens of an answer, if the task does not say.
+        max_gen_toks: the most tokens of an answer, if the task sets no limit.
     """
 
     def __init__(self, model: Model, *, turn: bool = False, max_gen_toks: int = 256):
