@@ -60,10 +60,10 @@ def language_of(
     Args:
         names: published id of every piece of the text tokenizer.
         text: published ids that stand for text.
-        tables: the number of ids of text and of images; for a model of text alone, only the number of text.
+        tables: the number of text ids and the number of image ids; for a model of text alone, only the first.
         codebook: the number of image codes.
 
-    Raises UserError for missing names, a text id that is no piece, or a table of images that is too small.
+    Raises UserError for missing names, a text id without a piece, or a table of images that is too small.
     """
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     if len(tables) == 1:
