@@ -74,9 +74,9 @@ def evaluate(
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
         `image_to_text_exact/KIND`), `caption_exact`, `edit_exact` (and `edit_exact/KIND`), `story_change_exact`,
         `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
-        `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; in dB, means of PSNR:
+        `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; mean PSNR in dB:
         `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's images, both against
-        the real ones; `counts`, the number of questions of each; `skipped`, the number of left-out documents by
+        the real ones; `counts`, the number of questions of each metric; `skipped`, the number of left-out documents by
         reason. A metric is absent if nothing was asked for it. `note` says in words what was asked instead, if there
         were no captions, edits, questions or stories.
     """
