@@ -118,8 +118,7 @@ def language_of(
         size: number of ids, V.
         system: chameleon, lumina_mgpt or lumina_mgpt_2.
         largest: height and width of the largest image in codes; None means the published size.
-        told: the content of a tokenizer_config.json, which names the tokens that begin and end a text in Qwen's
-            tokenizer.
+        told: the content of a tokenizer_config.json. For Qwen's tokenizer, it names the begin and end tokens of a text.
         count: number of image codes; used for a Lumina-mGPT 2.0 whose text tokenizer has no names for them.
 
     Raises UserError for names that are missing or stand for wrong ids.

@@ -139,8 +139,8 @@ def open_gen(files: Files) -> Published:
 
 
 def open_emu3(files: Files, kind: str = "") -> Published:
-    """Opens Emu3 as BAAI publishes it, or in transformers' form. `kind` is gen, chat, or "" for what config.json says.
-    Raises UserError, which names the file, if something does not fit.
+    """Opens Emu3 as BAAI publishes it, or in transformers' form. `kind` is gen or chat; "" means the kind
+    that config.json says. Raises UserError, which names the file, if something does not fit.
     """
     where = str(files.folder)
     config = files.config.get("text_config", files.config)

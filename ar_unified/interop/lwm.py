@@ -3,9 +3,9 @@ the text's.
 
 The table of images has 8,448 ids: 8,192 codes, then 8192, which ends a frame, 8193, which ends a clip, and ids that are
 never written. The texts "<vision>" and "</vision>" surround an image. In training each table had its own softmax over
-all of its ids: text with <unk>, <s> and </s>, images with 8192, 8193 and the ids that are never written. A bundle has
-the same two softmaxes (`loss.softmax`, `Layout.image_side`). The ids of each table are consecutive in a bundle;
-`Published.record["tables"]` has the tables' lengths.
+all of its ids. The softmax of text includes <unk>, <s> and </s>; the softmax of images includes 8192, 8193 and the ids
+that are never written. A bundle has the same two softmaxes (`loss.softmax`, `Layout.image_side`). The ids of each table
+are consecutive in a bundle; `Published.record["tables"]` has the tables' lengths.
 
 No file beside the weights describes the model. The number of heads follows from the size, if the model is a published
 one, or from a config.json. RoPE's base follows from the name of the folder, from a config.json or from --rope-theta.

@@ -1,4 +1,4 @@
-"""Joins Meta's checkpoints of several files: each file has a part of the heads and of every matrix.
+"""Joins the files of a checkpoint by Meta. Each file has a part of the heads and of every matrix.
 
 The axis along which each tensor was cut, and the parts of fused matrices, come from facebookresearch/chameleon,
 loader.py. Rows are in the order of the files: file r of S has heads r·N/S to (r+1)·N/S - 1 of N. Matrices (wqkv, w13)

@@ -1,10 +1,10 @@
-"""The grammar as integer state: which id each row of a sampler may emit next, inside one compiled loop.
+"""The grammar as integer state. It says which ids each row of a sampler may emit next, and runs in a compiled loop.
 
 Every function is pure, elementwise over the batch, and made of comparisons. None needs a table over the vocabulary.
 
-One rule keeps every row within its budget: `remaining >= needed(state)` is true at the start, and a token that would
-make it false is not allowed. So a row starts only what it can finish: an image, a digit of its size, or another word
-before an image that was requested.
+One rule keeps every row within its budget of tokens: `remaining >= needed(state)` is true at the start, and a token
+that would make it false is not allowed. So a row starts only what it can finish: an image, a digit of its size, or
+another word before an image that was requested.
 
 Axes: `B` rows, `V` vocabulary. Heights and widths are in units of the layout (`ImageLayout.units`).
 """
