@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]  # (x, y), x ascending
-MAX_POINTS = 240  # maximum number of points of a series; more than a chart has pixels
+MAX_POINTS = 240  # maximum number of points of a series; enough for a chart, whose width is a few hundred pixels
 
 
 def line_chart(

@@ -2,7 +2,7 @@
 
 The user's turns come from a held-out document and the assistant's from the model, so the next turn is about what the
 model said or drew. An early mistake can make later answers wrong, as for a person who uses the model. All conversations
-take their next turn together (`say_all`), and each turn reads only what is new.
+take their next turn together (`say_all`), and for each turn the model reads only the new tokens.
 """
 
 from __future__ import annotations

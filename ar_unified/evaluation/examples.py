@@ -50,7 +50,7 @@ class Scores:
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
-    psnr: list[float] = field(default_factory=list)  # in dB, of images that were compared with the real image
+    psnr: list[float] = field(default_factory=list)  # PSNR in dB of the images that were compared with the real image
 
     def add(self, name: str, ok: bool) -> None:
         """Counts one question for the metric `name`, and its answer if it is right."""
@@ -71,7 +71,7 @@ class Codec:
         self.tokenizer, self.draws = tokenizer, not draws_none(tokenizer)
         self.codes: dict[str, np.ndarray] = {}  # by the hash of the pixels
         self.pixels: dict[str, np.ndarray] = {}  # by the hash of the codes
-        self.psnr: list[float] = []  # in dB, of each learnt image's reconstruction
+        self.psnr: list[float] = []  # PSNR in dB of each learnt image's reconstruction
 
     def learn_pixels(self, images: Iterable[np.ndarray]) -> None:
         """Encodes uint8 [H, W, 3] images, and decodes their codes, too."""

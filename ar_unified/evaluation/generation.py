@@ -1,12 +1,12 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-The kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text
-says; answer a question about an image; caption an image (the pairs of the first kind, reversed); and, in a story, draw
-the next image, which the protocol checks. Conversations proceed turn by turn (conversations.py). For other interleaved
-documents there is no checker, so the model is asked for the next image and the next text, which are compared with the
-document's own. The tokenizer's scores are reported together with the model's. If a checker fails on the reconstruction
-of a real image, it cannot pass a sampled image either, so `reconstruction_exact` is the upper limit of
-`text_to_image_exact`.
+The model is asked to draw the image of a text; to edit an image as a text says; to answer a question about an image; to
+caption an image (these are the pairs of the first kind, reversed); and, in a story, to draw the next image, which the
+protocol checks. All questions of one kind are sampled with one call of the engine. Conversations proceed turn by turn
+(conversations.py). For other interleaved documents there is no checker, so the model is asked for the next image and
+the next text, which are compared with the document's own. The tokenizer's scores are reported together with the
+model's. If a checker fails on the reconstruction of a real image, it cannot pass a sampled image either, so
+`reconstruction_exact` is the upper limit of `text_to_image_exact`.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -74,9 +74,9 @@ def evaluate(
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
         `image_to_text_exact/KIND`), `caption_exact`, `edit_exact` (and `edit_exact/KIND`), `story_change_exact`,
         `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
-        `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; in dB, means of PSNR:
+        `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; mean PSNR in dB:
         `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's images, both against
-        the real ones; `counts`, the number of questions of each; `skipped`, the number of left-out documents by
+        the real ones; `counts`, the number of questions of each metric; `skipped`, the number of left-out documents by
         reason. A metric is absent if nothing was asked for it. `note` says in words what was asked instead, if there
         were no captions, edits, questions or stories.
     """

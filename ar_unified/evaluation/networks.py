@@ -16,7 +16,7 @@ from ar_unified.manifests import Json
 
 
 def load_networks(files: Mapping[str, str]) -> dict[str, Json]:
-    """Loads the networks. Returns the arguments distances, extractors and weights of `evaluate_tokenizer`.
+    """Loads the networks. Returns the arguments `distances`, `extractors` and `weights` of `evaluate_tokenizer`.
 
     Args:
         files: the path of the weights for each name, "LPIPS" and "inception"; "" for none.

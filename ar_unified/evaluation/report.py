@@ -95,7 +95,7 @@ def write_report(
         evaluation: metrics as returned by generation.evaluate; further held-out sets are nested mappings by name. Other
             numbers (validation losses) are flat or nested. "tokenizer" has the numbers of tokenizer.evaluate_tokenizer
             by set.
-        examples: the examples of each set; "" or "held out" is the first set.
+        examples: the examples of each set, by its name; the name "" or "held out" means the first set.
         sheets: for each set, the images of evaluate_tokenizer.
         telemetry: for each model, "image_tokenizer" and "transformer", a metrics.jsonl (which may be missing) or its
             rows.
@@ -306,7 +306,7 @@ def tokenizer_charts() -> tuple[Chart, ...]:
 
 
 def transformer_charts(rows: Sequence[Mapping[str, Json]]) -> tuple[Chart, ...]:
-    """The curves of a transformer's training, one for each role and task in its rows."""
+    """The curves of a transformer's training, one for each role and task that the rows have metrics of."""
     keys = {key for row in rows for key in row}
     pairs = REWARDS + "margins" in keys
     return (

@@ -70,7 +70,7 @@ def _shapes_story(document: Document, i: int, before: np.ndarray, after: np.ndar
 
 
 def _shapes_edit(document: Document, after: np.ndarray) -> bool:
-    """Also compares sizes, because some instructions change only the size."""
+    """Compares the scenes with their sizes, because some instructions change only the size."""
     return shapes.edit_matches(after, scene_from_json(document.meta["edited_scene"]))
 
 

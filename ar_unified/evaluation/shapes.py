@@ -16,9 +16,9 @@ from ar_unified.data.scenes import COLOURS, PLACES, SHAPES, SIZES, Object, Scene
 
 UNCLEAR = "unclear"
 
-_EMPTY = 0.02  # a corner with a smaller share of marked pixels is empty; the smallest shape covers 0.06
+_EMPTY = 0.02  # a corner with a smaller share of marked pixels is empty; the smallest shape covers a share of 0.06
 _MIN_OVERLAP = 0.94  # minimum Dice overlap with the best shape; after an autoencoder at 27 dB, the overlap is 0.96
-_MAX_COLOUR_DISTANCE = 62.0  # RGB; the two closest colours of the palette are 124 apart
+_MAX_COLOUR_DISTANCE = 62.0  # in RGB; the two closest colours of the palette have a distance of 124
 
 
 @lru_cache(maxsize=8)
@@ -31,7 +31,7 @@ def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
     masks = []
     for shape, size in names:
         sharp = sprite(shape, size, cell)
-        soft = sharp  # blurred below, as by an autoencoder: a blurred square is closer to a circle than to a square
+        soft = sharp  # the loop blurs it like an autoencoder: a blurred square is closer to a circle than to a square
         for axis in (0, 1):
             soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
         masks += [np.roll(m, (dy, dx), (0, 1)).ravel() for m in (sharp, soft) for dy in steps for dx in steps]
@@ -122,8 +122,8 @@ def story_change_matches(
     scene_after: Scene,
     attributes: Sequence[str] = ("shape", "colour", "place"),
 ) -> bool:
-    """Whether the second image shows the scene after the change that the text tells, and differs from the first image's
-    scene."""
+    """Whether the second image shows the scene after the change that the text describes, and this scene differs from
+    the first image's."""
     after = read_scene(after_pixels)
     return scene_matches(after, scene_after, attributes) and not scene_matches(
         read_scene(before_pixels), after, attributes

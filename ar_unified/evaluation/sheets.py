@@ -13,8 +13,8 @@ from ar_unified.evaluation.charts import number
 from ar_unified.evaluation.figures import figure
 from ar_unified.manifests import Json
 
-AMPLIFIED = 4  # factor of the absolute difference; an error of 64 levels becomes white
-SHOWN = 256  # maximum pixels of a side on the page; the PNG has all pixels
+AMPLIFIED = 4  # the absolute difference is shown times this, so an error of 64 levels becomes white
+SHOWN = 256  # maximum side of an image on the page, in pixels; the PNG has images of full size
 
 
 def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:

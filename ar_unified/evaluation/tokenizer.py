@@ -40,7 +40,7 @@ _SCAN = 16  # maximum number of items of a source that are tried for each needed
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
-Probe = Callable[[np.ndarray], Mapping[str, Json]]  # int32 [N, h, w] -> "bits_per_id", and the budget
+Probe = Callable[[np.ndarray], Mapping[str, Json]]  # int32 [N, h, w] -> "bits_per_id" and the probe's "budget"
 
 
 class NoReadableImage(ValueError):
@@ -113,7 +113,7 @@ def evaluate_tokenizer(
         (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the images under "shown". The numbers
         are floats unless stated otherwise:
           protocol (PROTOCOL), crop [H, W], sources, images (int), seed, tokenizer (its sha256), skipped {reason: n},
-          enlarged (int: the number of images smaller than the crop), on which all other numbers depend;
+          enlarged (int: the number of images smaller than the crop); all other numbers depend on these;
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
           codebook_size, ids_per_image, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;

@@ -10,7 +10,7 @@ importing          converts published files into a bundle
 exporting          converts a bundle into published files
 images             reads an image tokenizer from published files
 peft               reads and writes LoRA adapters
-image_tokenizer    converts an image tokenizer without a model into the form that this project loads, and back
+image_tokenizer    converts an image tokenizer that has no model into the form that this project loads, and back
 """
 
 # What `ar-unified import --as` takes. `systems` says how each system is opened; `images` says where an image
@@ -35,7 +35,7 @@ IMAGE_SYSTEMS = ("chameleon_vq", "ibq", "llamagen_vq", "janus_vq", "emu3_vq", "s
 # What `ar-unified export --to` takes: FORMS for a model, DIALECTS (names of tensors) for an image tokenizer alone.
 FORMS = ("hf", "meta", "lwm")
 ADAPTER = "peft"  # for a model trained with LoRA: writes only the adapter
-BESIDE = "base"  # for an extended language model: writes the model that the adapter belongs to
+BESIDE = "base"  # for a language model extended by images and trained with LoRA: writes it without the adapter
 DIALECTS = (
     "taming", "chameleon_hf", "janus_hf", "llamagen", "janus", "showo", "lwm", "movqgan", "emu3", "emu3_hf",
 )  # fmt: skip

@@ -47,8 +47,8 @@ _LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")
 _FIRST_SIZE = 8800  # the number in the reserved name that stands for 0 units
 _MARKS = {"boi": "<racm3:break>", "eoi": "<eoss>", "eot": "<reserved08706>"}
 _LUMINA = _MARKS | {"eol": "<reserved08799>"}
-SIDE = 32  # codes along a side of Chameleon's images, 512 pixels
-_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # in codes: 2048 pixels at 16 pixels per code, 1536 at 8
+SIDE = 32  # codes along a side of Chameleon's images; a side has 512 pixels
+_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # codes along the longest side: 2048 / 16 and 1536 / 8 pixels
 _FIRST_CODE = 155000  # for Lumina-mGPT 2.0, if its text tokenizer has no names for codes
 _VQ = "model.vqmodel."
 _LENGTH = 4096
@@ -89,7 +89,7 @@ _UNTRAINED = (
     "This model was not trained to generate images: its head's rows for image codes {}, so images are noise. Anole's "
     "recipe trains these rows: experiments/published/fine_tune.py:recipe=anole."
 )
-_SIDE_2 = 768  # side of a square with the area of Lumina-mGPT 2.0's images, in pixels
+_SIDE_2 = 768  # pixels along a side of a square that has the area of Lumina-mGPT 2.0's images
 
 
 def codes_of(names: Mapping[str, int], where: str) -> range:
@@ -118,8 +118,7 @@ def language_of(
         size: number of ids, V.
         system: chameleon, lumina_mgpt or lumina_mgpt_2.
         largest: height and width of the largest image in codes; None means the published size.
-        told: the content of a tokenizer_config.json, which names the tokens that begin and end a text in Qwen's
-            tokenizer.
+        told: the content of a tokenizer_config.json. For Qwen's tokenizer, it names the begin and end tokens of a text.
         count: number of image codes; used for a Lumina-mGPT 2.0 whose text tokenizer has no names for them.
 
     Raises UserError for names that are missing or stand for wrong ids.
@@ -164,7 +163,7 @@ def _ends(names: Mapping[str, int], told: Mapping[str, Json], where: str) -> dic
 
 
 def open_anole(files: Files) -> Published:
-    """Opens Anole, which is Chameleon with trained rows of image codes in the head."""
+    """Opens Anole, which is a Chameleon whose head has trained rows for image codes."""
     found = open_chameleon(files)
     return dataclasses.replace(
         found, system="anole", sampling=_SAMPLING["anole"], record={**found.record, "system": "anole"}

@@ -30,7 +30,7 @@ from ar_unified.workdir import write_json
 
 _BESIDE = (".json", ".yaml", ".yml", ".txt", ".model", ".tiktoken", ".chk")
 _LARGEST = 1 << 28  # maximum bytes of a torch file's pickle, and of a file that is copied
-_MOST = 1 << 20  # maximum number of parts of the value in a pickle
+_MOST = 1 << 20  # maximum number of parts of a pickle's value
 _OLD_TORCH = 0x1950A86A20F9469CFC6C  # files that torch wrote before version 1.6 begin with this number
 _WRAPPERS = ("state_dict", "model", "module", "params")
 

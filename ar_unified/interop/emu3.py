@@ -3,9 +3,9 @@
 The table of ids has Qwen's text tokens, then 208 special tokens and the codes. Sizes are written in decimal digits as
 text. <|extra_200|> ends a row, <|extra_201|> ends the image; <|extra_203|> and <|extra_204|> begin and end a document.
 
-Chat is prompted with turns of a conversation, Gen and Stage1 with plain text, followed by words that ask for quality.
-The tensors and tables of all three have the same form, and two keys of config.json tell them apart; without those keys,
---as says which model it is.
+Chat's prompt is the turns of a conversation. The prompt of Gen and Stage1 is plain text, followed by words that ask for
+quality. The tensors and tables of all three have the same form. Two keys of config.json tell Chat from the others;
+without those keys, --as says which model it is.
 
 Sources: baaivision/Emu3, tokenization_emu3.py, processing_emu3.py and image_generation.py; transformers' Emu3.
 """
@@ -45,8 +45,8 @@ MARKS = {
 _EXTRAS = 205
 _CODE = re.compile(r"<\|visual token (\d+)\|>")
 _VQ = ("vqmodel.", "model.vqmodel.")
-# How prefixes of names differ from the original ones, for each form: the original, the port's files, the port in
-# memory.
+# How the prefixes of tensors' names differ from the original ones, for each of three forms: the original, the files of
+# transformers' port, and the port in memory.
 _PORTS: tuple[dict[str, str], ...] = (
     {},
     {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."},
@@ -59,7 +59,7 @@ _TOLD = {
     "max_position_embeddings": {9216: "gen", 131072: "chat"},
 }
 _LAYOUTS = {"chat": "emu3", "gen": "emu3_gen"}
-_SIDE = 720  # side of a square with the area that Emu3-Gen was trained on
+_SIDE = 720  # pixels along a side of a square that has the area of Emu3-Gen's training images
 # The published settings for generating images (image_generation.py).
 _SAMPLING = {
     "max_length": 10240,
@@ -104,7 +104,7 @@ def language_of(
         size: number of ids, V.
         largest: height and width of an image in codes.
         kind: the layout's kind.
-        controls: the published names of its control tokens, by our names.
+        controls: for each control token of the layout, by our name, its published name.
 
     Raises UserError for names that are missing or stand for wrong ids.
     """
@@ -139,8 +139,8 @@ def open_gen(files: Files) -> Published:
 
 
 def open_emu3(files: Files, kind: str = "") -> Published:
-    """Opens Emu3 as BAAI publishes it, or in transformers' form. `kind` is gen, chat, or "" for what config.json says.
-    Raises UserError, which names the file, if something does not fit.
+    """Opens Emu3 as BAAI publishes it, or in transformers' form. `kind` is gen or chat; "" means the kind
+    that config.json says. Raises UserError, which names the file, if something does not fit.
     """
     where = str(files.folder)
     config = files.config.get("text_config", files.config)
@@ -184,7 +184,7 @@ def open_emu3(files: Files, kind: str = "") -> Published:
 
 
 def _images(files: Files) -> Images:
-    """The vision tokenizer beside the model, or inside the port's file."""
+    """The vision tokenizer from a file beside the model, or from inside the file of transformers' port."""
     if files.image is not None:
         return open_images("emu3_vq", files.image)
     if not any(name.startswith(_VQ) for name in files.source.names()):

@@ -1,7 +1,7 @@
 """Emu3.5: Emu3's table of ids with more codes and other control tokens, Qwen3's transformer and IBQ's image tokenizer.
 
-Sizes are written in decimal digits as text. <|extra_200|> is between rows, not after the last, and there is no
-<|extra_201|>. An answer is between <|extra_100|> and <|extra_101|>.
+Sizes are written in decimal digits as text. <|extra_200|> is between rows, but not after the last row, and there
+is no <|extra_201|>. An answer is between <|extra_100|> and <|extra_101|>.
 
 Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Emu3.5's
 own class leaves out the QK-norm under attn_implementation="sdpa", but the weights need it.
@@ -36,7 +36,7 @@ _MARKS = {
     "bog": "<|extra_60|>",
     "eog": "<|extra_61|>",
 }
-_SIDE = 1024  # side of a square with the area of one image in the published configs
+_SIDE = 1024  # pixels along a side of a square that has the area of an image in the published configs
 _LENGTH = 10240  # tokens of two images of this area, and of their text
 # The published settings for generating one image from a text. Guidance is 5 for Emu3.5-Image, 2 for Emu3.5.
 _SAMPLING = {
@@ -87,7 +87,7 @@ def open_emu3_5(files: Files) -> Published:
 
 
 def _images(files: Files) -> Images:
-    """IBQ's tokenizer beside the model."""
+    """IBQ's image tokenizer, from a file beside the model."""
     if files.image is None:
         raise UserError(
             f"{files.folder}: expected an image tokenizer, found none: convert the folder of Emu3.5-VisionTokenizer "

@@ -1,5 +1,5 @@
-"""Writes a bundle, tensor by tensor, in the published form that it was imported from, or a model of our own in a form
-that other programs read.
+"""Writes bundles tensor by tensor. An imported model is written in the published form that it was imported from, and a
+model of our own in a form that other programs read.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class _Exported(NamedTuple):
 def export_published(
     bundle: Bundle, form: str, folder: Path, shard_bytes: int = SHARD_BYTES, license: str = ""
 ) -> None:
-    """Writes the published form of an imported model, or a model of our own as transformers reads it, whole or not at
-    all.
+    """Writes an imported model in its published form, or a model of our own in the form that transformers reads. The
+    folder is written whole or not at all.
 
     Args:
         form: "hf", "meta" or "lwm"; for an imported model, the form that it was imported from.

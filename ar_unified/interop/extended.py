@@ -1,5 +1,5 @@
-"""Writes a published language model that was extended with images here, in its published form. The rows of the new ids
-are last in its tables.
+"""Writes, in its published form, a published language model that this project extended with images. In its tables, the
+rows of the new ids come last.
 
 Existing ids keep their numbers. The tokenizer's file gets a name for each new id, so that transformers reads and writes
 them as tokens.
@@ -20,11 +20,11 @@ from ar_unified.interop.own import token_name
 from ar_unified.manifests import Json
 from ar_unified.workdir import write_json
 
-KEY = "extended"  # in published.json: the number of ids that the published table had
+KEY = "extended"  # this key of published.json has the number of ids of the published table
 
 
 def names_of(bundle: Bundle, first: int) -> dict[int, str]:
-    """The name of each published id from `first` on."""
+    """The name of each published id that is not below `first`."""
     border, vocabulary = bundle.border, bundle.grammar.vocabulary
     if border is None or not 0 < first <= border.size:
         raise UserError(f"{bundle.folder}: published.json: {KEY}: expected a number of ids, found {first!r:.40}")
@@ -39,7 +39,7 @@ def settings_of(bundle: Bundle, content: Mapping[str, Json]) -> dict[str, Json]:
 
 def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
     """Writes the text tokenizer's file with the new tokens, and the image tokenizer. If the file cannot hold new
-    tokens, it writes added_tokens.json, where transformers looks for them.
+    tokens, they are written to added_tokens.json, where transformers looks for them.
     """
     names, data = names_of(bundle, first), bundle.text_tokenizer.data
     if Path(file).suffix == ".json":

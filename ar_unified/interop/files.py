@@ -127,8 +127,8 @@ class Files:
         return {}
 
     def record(self) -> dict[str, object]:
-        """What an export needs: the content of the JSON files of _KEPT that exist, and the name of the text tokenizer's
-        file."""
+        """What an export needs: the content of each JSON file that is listed in _KEPT and exists, and the name of the
+        text tokenizer's file."""
         folder = self.folder if self.folder.is_dir() else self.folder.parent
         there = [name for name in _KEPT if (folder / name).exists()]
         return {
@@ -137,7 +137,7 @@ class Files:
         }
 
     def grammar(self, language: Language, image_hash: str = "") -> Grammar:
-        """The grammar of these ids, with the text tokenizer's ids mapped to them; warns if the tokenizer loses text."""
+        """The grammar of a language, in which the text tokenizer uses our ids. Warns if the tokenizer loses text."""
         vocabulary = language.vocabulary
         with about(str(self.text_file)):
             text = MappedCodec.of(

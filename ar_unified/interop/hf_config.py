@@ -84,7 +84,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
     Args:
         config: the keys of the language model, as in the file.
         where: the file, for messages.
-        fields: fields of TransformerConfig, which replace what the file says.
+        fields: values for fields of TransformerConfig; they replace what the file says.
 
     Raises UserError for a missing key, and for a setting that our transformer does not compute, with its key and value.
     """
@@ -118,7 +118,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
         raise wrong("attention_bias", "False, because biases of the output projection are not computed")
     act = config.get(family.act) or config.get("hidden_act")
     if family.act == "hidden_activation" and act == "gelu":
-        act = "gelu_pytorch_tanh"  # Gemma's class reads "gelu" as this
+        act = "gelu_pytorch_tanh"  # Gemma's class treats "gelu" as this function
     if act is not None and act not in _ACTIVATIONS:
         raise wrong(family.act, f"one of {', '.join(_ACTIVATIONS)}")
     found: dict[str, Any] = dict(

@@ -1,5 +1,5 @@
-"""Puts a published id space into our order, `[text | controls | size tokens | image codes | rest]`, by its tokens'
-names.
+"""Puts a published id space into our order, `[text | controls | size tokens | image codes | rest]`. The names of its
+tokens say what the ids mean.
 
 Axes: `V` ids.
 """
@@ -36,7 +36,7 @@ def language(
     codes: range = range(0),
     sizes: Sequence[int] = (),
 ) -> Language:
-    """The language of a table of `size` ids.
+    """The language of a published table that has `size` ids.
 
     Args:
         text: published ids that the text tokenizer uses; an id that also has another meaning does not count as text.

@@ -104,8 +104,8 @@ def read_images(
 
 
 def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of the file that a tokenizer was imported from. `record` is `Images.record`. Raises the errors of
-    `to_published`."""
+    """The tensors of the file that a tokenizer was imported from. `record` is `Images.record`. Raises the same errors
+    as `to_published`."""
     dtypes = record["image_dtypes"]
     return {
         record["image_prefix"] + name: array

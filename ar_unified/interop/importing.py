@@ -25,7 +25,7 @@ def import_model(
 
     Args:
         dtype: "float32" or "bfloat16" converts all tensors to this dtype. With "", every tensor keeps its own dtype, so
-            that an export gives it back.
+            that an export writes the published dtypes again.
 
     Raises UserError if `output` exists, or if the parts of one parameter have several dtypes. Raises OSError if reading
     or writing fails.

@@ -183,7 +183,7 @@ class Keys:
             raise ValueError(f"{self.dialect.name} have no tensor for {', '.join(unwritable)}")
 
     def slots(self) -> Iterator[Slot]:
-        """Every slot, layer by layer, so that a file is read once from its beginning."""
+        """Every slot, layer by layer, so that a file is read once, from its beginning to its end."""
         outside = [leaf for leaf in self._leaves if not leaf.startswith("layers.")]
         for leaf in outside:
             if leaf != "head":
@@ -225,7 +225,7 @@ class Keys:
     # ---- one leaf of one layer -----------------------------------------------------------------------------------
 
     def to_ours(self, slot: Slot, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Our array of a slot, from the published tensors, in the same dtype; rows of ids beyond V are zeros."""
+        """Our array of a slot, made from the published tensors, in their dtype. Rows after the first V are zeros."""
         last = slot.leaf.split(".")[-1]
         if slot.leaf in _ROWS:
             turned = slot.leaf == "head" and not self.dialect.out_first

@@ -3,9 +3,9 @@ the text's.
 
 The table of images has 8,448 ids: 8,192 codes, then 8192, which ends a frame, 8193, which ends a clip, and ids that are
 never written. The texts "<vision>" and "</vision>" surround an image. In training each table had its own softmax over
-all of its ids: text with <unk>, <s> and </s>, images with 8192, 8193 and the ids that are never written. A bundle has
-the same two softmaxes (`loss.softmax`, `Layout.image_side`). The ids of each table are consecutive in a bundle;
-`Published.record["tables"]` has the tables' lengths.
+all of its ids. The softmax of text includes <unk>, <s> and </s>; the softmax of images includes 8192, 8193 and the ids
+that are never written. A bundle has the same two softmaxes (`loss.softmax`, `Layout.image_side`). The ids of each table
+are consecutive in a bundle; `Published.record["tables"]` has the tables' lengths.
 
 No file beside the weights describes the model. The number of heads follows from the size, if the model is a published
 one, or from a config.json. RoPE's base follows from the name of the folder, from a config.json or from --rope-theta.
@@ -60,10 +60,10 @@ def language_of(
     Args:
         names: published id of every piece of the text tokenizer.
         text: published ids that stand for text.
-        tables: the number of ids of text and of images; for a model of text alone, only the number of text.
+        tables: the number of text ids and the number of image ids; for a model of text alone, only the first.
         codebook: the number of image codes.
 
-    Raises UserError for missing names, a text id that is no piece, or a table of images that is too small.
+    Raises UserError for missing names, a text id without a piece, or a table of images that is too small.
     """
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     if len(tables) == 1:

@@ -1,8 +1,9 @@
-"""Joins Meta's checkpoints of several files: each file has a part of the heads and of every matrix.
+"""Joins the files of a checkpoint by Meta. Each file has a part of the heads and of every matrix.
 
 The axis along which each tensor was cut, and the parts of fused matrices, come from facebookresearch/chameleon,
-loader.py. Rows are in the order of the files: file r has heads r·N/S to (r+1)·N/S of N. Matrices (wqkv, w13) are fused
-within each file. Each file has one vector of QK-norm weights for all of its heads; joined, the S vectors are [S, H].
+loader.py. Rows are in the order of the files: file r of S has heads r·N/S to (r+1)·N/S - 1 of N. Matrices (wqkv, w13)
+are fused within each file. Each file has one vector of QK-norm weights for all of its heads; joined, the S vectors are
+[S, H].
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _axis(name: str) -> int | None:
 
 
 def split(name: str, array: np.ndarray, files: int) -> list[np.ndarray]:
-    """The part of a tensor for each of `files` files. This is the inverse of `Joined.read`; matrices are not fused.
+    """The part of a tensor for each of `files` files: the inverse of `Joined.read`, except that it fuses no matrices.
 
     Raises ValueError if the tensor cannot be cut into this number of parts, or if the number of vectors of QK-norm
     weights does not divide the number of files.

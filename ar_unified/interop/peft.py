@@ -66,7 +66,7 @@ class Adapter(NamedTuple):
 
     Attributes:
         matrices: for each name in MATRICES, float32 A [L, I, r] and B [L, r, O]. r is the largest rank of the layers;
-            smaller ranks are filled up with zeros.
+            matrices of smaller rank are padded with zeros.
         ranks, scales: for each matrix and layer, its rank (0: no adapter) and the factor of the product A B.
         hash: sha256 of the files.
         rows: the adapter's own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head uses the
@@ -316,7 +316,8 @@ def write(
         name_of = {path: rf"{re.escape(beginning)}layers\.\d+\.{re.escape(_MODULES[path])}" for path in lora.matrices}
     modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
     within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
-    # target_modules needs only the last parts of names, unless an image tokenizer inside the model may have the same.
+    # target_modules needs only the last parts of names, unless modules of an image tokenizer inside the model may have
+    # the same last parts.
     target: Any = rf"{re.escape(beginning)}layers\.\d+\.({within})" if prefixes else modules
     try:
         with whole_folder(folder) as here:
@@ -351,5 +352,5 @@ def write(
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
-    """The matrices whose number (rank or alpha) is not the default, with this number, as PEFT's patterns."""
+    """PEFT's patterns for the matrices whose number (rank or alpha) is not the default, each with its number."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

@@ -69,7 +69,7 @@ class Storage(NamedTuple):
 
 
 class Strided(NamedTuple):
-    """A torch tensor: element `index` is the number at offset + sum of index · stride in its storage."""
+    """A torch tensor: the element at `index` is at position offset + sum(index · strides) in its storage."""
 
     storage: Storage
     offset: int
@@ -78,7 +78,7 @@ class Strided(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The index in the storage of the tensor's last number, plus 1."""
+        """The position after the tensor's last number, counted in numbers from the beginning of the storage."""
         return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
 

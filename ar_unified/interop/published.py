@@ -22,7 +22,7 @@ _FLOATS = ("BF16", "F32", "F16")
 
 @dataclass(frozen=True)
 class Published:
-    """A published model, as a system's module makes it from a person's files.
+    """A published model, as a system's module makes it from the user's files.
 
     Attributes:
         system: its name in `interop.SYSTEMS`.

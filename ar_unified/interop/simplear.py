@@ -1,4 +1,4 @@
-"""SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer after the last id of its text tokenizer.
+"""SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer, which follow the last id of SimpleAR's text tokenizer.
 
 A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image. Images are square: 1024 pixels, 64 x 64
 codes, unless --size says otherwise. The Cosmos tokenizer is for video clips (Cosmos-1.0-Tokenizer-DV8x16x16) and is not

@@ -115,7 +115,7 @@ class _Place(NamedTuple):
 
 
 class InFile:
-    """A source whose files have the numbers of each tensor one after another."""
+    """A source in whose files the numbers of each tensor are contiguous."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor. Subclasses define it."""

@@ -27,7 +27,7 @@ SCANNED = "scan_decoder"
 _NAMES = {name: kind for kind, name in DTYPES.items()}
 _CHUNK = 1 << 30  # maximum bytes of an array's piece, as in flax
 _CHUNKED = "__msgpack_chunked_array__"
-_LENGTHS = {  # first byte -> bytes of the length that follows
+_LENGTHS = {  # maps a value's first byte to the number of bytes of the length after it
     0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4,
 }  # fmt: skip
 _LONGEST = 1 << 12  # maximum bytes of a text, and maximum parts of a list or map
@@ -325,7 +325,7 @@ def _whole_array(kind: Kind) -> list[bytes | int]:
 
 def _sized(first: int, size: int) -> bytes:
     """A header with a length. `first` is the type byte for a one-byte length; the next two type bytes are for
-    two and four bytes."""
+    lengths of two and four bytes."""
     power = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([first + power]) + size.to_bytes(1 << power, "big")
 

@@ -3,7 +3,7 @@
 A generated image begins with <im_start> and a scale, and ends with <im_end>. The scale <S0> is 27 x 27 codes, <S1> 13 x
 13, <S2> 9 x 9; --size chooses one for all images. In the original, an image in a question has none of these marks; here
 it has them. Tar's chat format is Qwen's (layouts.TurnFrames): <|im_start|>, the speaker, the turn, <|im_end|>. TA-Tok
-(SigLIP2) and the second model, which decodes the codes to pixels, are not imported: images are codes alone.
+(SigLIP2) and the models that turn its codes into pixels are not imported, so the model's images are codes alone.
 
 Sources: csuhan/Tar, llava/model/llava_arch.py (names and their order), llava/data/dataset.py, t2i_inference.py (lengths
 by scale, filter) and i2t_inference.py.

@@ -26,7 +26,7 @@ _MARKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gemma": {"bos": ("<bos>",), "eos": ("<eos>",), "pad": ("<pad>",)},
 }
 PLAIN_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-_LENGTH = 4096  # default number of tokens of prompt and answer
+_LENGTH = 4096  # default maximum number of tokens of a prompt and its answer together
 
 
 def open_llama(files: Files) -> Published:

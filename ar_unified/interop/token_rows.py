@@ -1,9 +1,10 @@
 """Reads and writes an adapter's own rows of the embedding and the head in PEFT's form (`trainable_token_indices`).
+adapter_model.safetensors has the values that replace the rows:
 
-    base_model.model.MODULE.token_adapter.trainable_tokens_delta    [n, D], values that replace the rows
+    base_model.model.MODULE.token_adapter.trainable_tokens_delta    [n, D]
 
-in adapter_model.safetensors, where MODULE is the path of embed_tokens or lm_head. adapter_config.json has the ids of
-the rows (huggingface/peft, src/peft/utils/other.py, TrainableTokensWrapper). A tied head has the embedding's rows.
+MODULE is the path of embed_tokens or lm_head. adapter_config.json has the ids of the rows (huggingface/peft,
+src/peft/utils/other.py, TrainableTokensWrapper). A tied head has the embedding's rows.
 transformers' model must have these ids: `resize_token_embeddings` makes them.
 
 n rows, D model.

@@ -17,10 +17,10 @@ import numpy as np
 from ar_unified.language.border import Border
 from ar_unified.language.vocabulary import Role, Vocabulary
 
-_BLOCK = 4096  # rows that are in float64 at a time
+_BLOCK = 4096  # rows of the head that are converted to float64 at a time
 _CHANCE = 3.0  # the measures of random numbers stay below this, even with 64 rows and columns
-_SMALL = 0.01  # rows are nearly zero if they are shorter than this share of text's rows
-_ALIKE = 1e-3  # rows are alike if subtracting their mean leaves less than this share of their squares
+_SMALL = 0.01  # rows are nearly zero if their length is below this share of the text rows' length
+_ALIKE = 1e-3  # rows are alike if subtracting their mean leaves less than this share of their squared length
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The grammar as integer state: which id each row of a sampler may emit next, inside one compiled loop.
+"""The grammar as integer state. It says which ids each row of a sampler may emit next, and runs in a compiled loop.
 
 Every function is pure, elementwise over the batch, and made of comparisons. None needs a table over the vocabulary.
 
-One rule keeps every row within its budget: `remaining >= needed(state)` is true at the start, and a token that would
-make it false is not allowed. So a row starts only what it can finish: an image, a digit of its size, or another word
-before an image that was requested.
+One rule keeps every row within its budget of tokens: `remaining >= needed(state)` is true at the start, and a token
+that would make it false is not allowed. So a row starts only what it can finish: an image, a digit of its size, or
+another word before an image that was requested.
 
 Axes: `B` rows, `V` vocabulary. Heights and widths are in units of the layout (`ImageLayout.units`).
 """
@@ -87,7 +87,7 @@ class State(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Whether one token begins an image of its row, is inside an image, ends an image; bool [B] each."""
+    """For each row, whether one token begins an image, is inside an image, or ends an image; bool [B] each."""
 
     begins: jax.Array
     inside: jax.Array
@@ -95,8 +95,8 @@ class Event(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What may come next: the ids low..high-1 except `never`; the id `also`, which begins an image or follows a number,
-    if `has_also`; the document's end if `end`; the decimal `digits`. Each field is [B], but digits is [B, 10]."""
+    """What may come next: the ids low..high-1 except `never`; if `has_also`, the id `also`, which begins an image or
+    follows a number; if `end`, the document's end; the decimal `digits`. Each field is [B], but digits is [B, 10]."""
 
     low: jax.Array
     high: jax.Array
@@ -162,7 +162,7 @@ class Automaton:
         return state._replace(min_images=jnp.minimum(jnp.minimum(min_images, max_images), images + room))
 
     def halt(self, state: State, rows: jax.Array) -> State:
-        """The state after ending `rows`, bool [B], where they are now."""
+        """The state in which the selected rows have ended, whatever they have generated so far. rows: bool [B]."""
         return state._replace(phase=jnp.where(rows, DONE, state.phase).astype(jnp.int32))
 
     def fits(self, state: State, min_images: jax.Array) -> jax.Array:

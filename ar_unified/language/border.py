@@ -21,7 +21,7 @@ from ar_tokenizers.codec import Codec, Lossy
 from ar_tokenizers.lossless import Loss
 from ar_tokenizers.reading import codec
 
-_LARGEST = 1 << 24  # number of ids; more than any table has, yet few enough for memory
+_LARGEST = 1 << 24  # maximum number of ids; no published table has as many, and they fit in memory
 
 Run = tuple[int, int, int]  # first published id, our first id, length
 

@@ -80,8 +80,8 @@ class TokensPart:
 class Turn:
     """What one speaker says. The speaker "document" means that nobody speaks: plain or interleaved text without turns.
 
-    `trained`: whether the model learns to generate it. None means yes for documents and assistants, no for system and
-    user. Comparisons of turns ignore `trained`, because ids cannot store it.
+    `trained`: whether the model learns to generate the turn. None means yes for documents and assistants, no for system
+    and user. Comparisons of turns ignore `trained`, because ids cannot store it.
     """
 
     speaker: Speaker

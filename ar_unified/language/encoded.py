@@ -1,4 +1,5 @@
-"""Ids with their roles: `Grammar.encode` makes them, shards store them, and the loader changes them. All code is O(n).
+"""Ids with their roles: `Grammar.encode` makes them, shards store them, and the loader changes them. Every
+function takes time O(n).
 
 Each position has a mark of one byte: its role, its speaker, whether it is trained, and whether a turn or an image
 begins there. So later code does not have to search the ids for the end of a prompt.
@@ -77,7 +78,7 @@ class Encoded:
     @property
     def unlearned(self) -> np.ndarray:
         """bool [n]: positions that are marked as not learned ("weight": 0), although their speaker's turns usually
-        are."""
+        are learned."""
         speakers = self.speakers
         return ~self.trained & ((speakers == _ANSWERS[0]) | (speakers == _ANSWERS[1]))
 

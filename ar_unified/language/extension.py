@@ -2,8 +2,9 @@
 
     [ text | its controls | rest ]   becomes   [ text | controls of the layout | sizes | image codes | rest ]
 
-Controls of the same name become one. The rest contains the model's controls that the layout does not need, and the ids
-that the model's tokenizer never wrote. All these ids keep their rows, and the softmax still includes them.
+A control of the model and a control of the layout that have the same name become one. The rest contains the model's
+controls that the layout does not need, and the ids that the model's tokenizer never wrote. All these ids keep their
+rows, and the softmax still includes them.
 """
 
 from __future__ import annotations

@@ -317,7 +317,7 @@ class Grammar:
         opening = self.syntax.open
         return repr(self.text_codec.decode(opening)) if self.syntax.spelled else self.vocabulary.name(opening[0])
 
-    # ---- ids to ids: how data changes a document that is already encoded; all O(n) --------------------------------
+    # ---- ids to ids: how the data loader changes an encoded document; all O(n) ------------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
         """The empty prompt, followed by the last answer. Raises GrammarError if the document has no turns (for these

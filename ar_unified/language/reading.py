@@ -123,7 +123,7 @@ class Reader:
         return np.where(code & ~row_end, self.vocabulary.role(rest) == Role.IMAGE, rest == wanted)
 
     def _expected(self, where: int, h: int, w: int) -> str:
-        """Which id was expected there, in words."""
+        """The id that was expected, in words. `where` counts ids from the end of the image's header."""
         syntax, at = self.syntax, where - len(self.syntax.start)
         end, _ = syntax.layout.row_ends
         if at < 0:

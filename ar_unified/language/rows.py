@@ -2,7 +2,7 @@
 
     {"image": "a.png", "text": "a cat"}                                          a captioned image
     {"image": "a.png", "question": "What is it?", "answer": "A cat."}            a question
-    {"prompt": "What is a cat?", "answer": "An animal."}                         a prompt and its answer, of any parts
+    {"prompt": "What is a cat?", "answer": "An animal."}                         prompt and answer, each of any parts
     {"segments": [{"type": "text", "text": "..."}, {"type": "image", "image": "a.png"}], "prompt": 1}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}]}
     {"prompt": "Draw a cat.", "chosen": [{"type": "image", ...}], "rejected": "..."}   a preference pair
@@ -12,10 +12,10 @@ developer), user and assistant; content is a text or a list of parts, also in Op
 "image_url": {"url"}}).
 A message with "weight": 0 is only read, not learned. All other keys become the document's `meta`.
 
-The "prompt" of an answer or of a preference pair is a text, a list of parts or a list of messages (a pair may also call
-these "messages"). An answer is a text, a list of parts, or the assistant's message. Training on a pair learns only from
-its answers. If both answers are whole conversations, the last messages are the answers; the messages before them must
-be the same and are the prompt.
+The "prompt" of an answer or of a preference pair is a text, a list of parts or a list of messages (a pair may also have
+this list as "messages"). An answer is a text, a list of parts, or the assistant's message. Training on a pair learns
+only from its answers. If both answers are whole conversations, the last messages are the answers; the messages before
+them must be the same and are the prompt.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class ImageLayout:
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
         """The first id on the image side, if text and images have separate softmaxes; None means one softmax over all
-        ids. If the mean of the loss is taken per side (`TransformerTask.mean_split`), the sides are the same.
+        ids. A loss that is averaged per side (`TransformerTask.mean_split`) has the same two sides.
 
         The image side has the image codes, the ids after them, and the controls from the record's `image_side` on.
         Text, all other controls and size tokens are on the text side. Raises ValueError for an unknown softmax.
@@ -219,7 +219,7 @@ class Syntax:
         end, fewer = self.layout.row_ends
         rows = index // width
         if index == height * width:
-            rows -= fewer  # no row end after the last
+            rows -= fewer  # no row end after the last row
         return len(self.open) + self.layout.header(height, width) + len(self.start) + index + rows * end
 
     # ---- ids -----------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def answered(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> lis
 
 def counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
     """The turns of a document in which all turns end with the same id. A single turn has no speaker. If there are more
-    and their number is odd, the first is the system's."""
+    turns and their number is odd, the first is the system's."""
     if len(said) == 1:
         return [Turn("document", said[0])]
     odd = len(said) % 2

@@ -83,7 +83,7 @@ class Vocabulary:
 
     @property
     def size_offset(self) -> int:
-        """Id of the size token for 1."""
+        """Id of the size token for one unit."""
         return self.text_size + len(self.controls)
 
     @property
