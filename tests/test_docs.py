@@ -70,11 +70,38 @@ def lines(text: str) -> Iterator[list[str]]:
             yield shlex.split(part)
 
 
+PROGRAMS = ("ar-unified", "python", "make", "docker", "pip", "source", "echo")
+CODE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
+UNVISITED = ("CHANGELOG.md", "docs/tests_time.md", "docs/mutations.md")  # they tell what was, not what to do
+
+
+def commands() -> Iterator[tuple[str, str, list[str]]]:
+    """(page, line, words) of every command of the pages in order: of their blocks, and whole ones within sentences."""
+    for path in PAGES:
+        page, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        found = [(at.start(), at[3]) for at in FENCE.finditer(text) if at[2] in ("", "sh")]
+        if page not in UNVISITED:
+            sentences = FENCE.sub(lambda at: re.sub(r"[^\n]", " ", at[0]), text)  # at the same places
+            found += [(at.start(), at[1].replace("\n", " ")) for at in CODE.finditer(sentences) if whole(at[1])]
+        for place, code in sorted(found):
+            where = f"{page}:{text[:place].count(chr(10)) + 1}"
+            yield from ((page, where, words) for words in lines(code) if words and words[0] in PROGRAMS)
+
+
+def whole(code: str) -> bool:
+    """Whether code within a sentence is a command that a reader can give. Others are names of verbs, or options."""
+    words = next(lines(code.replace("\n", " ")), [])
+    if len(words) < 2 or "..." in words:
+        return False
+    if words[0] == "ar-unified":
+        return words[1] in ("demo", "--version") or bool({"--config", "--from", "validate"} & {*words[:-1]})
+    return words[0] != "make" or bool([word for word in words[1:] if "=" not in word and word[0] != "-"])
+
+
 COMMANDS = [
-    pytest.param(words, id=f"{block.id} {' '.join(words)[:90]}")
-    for block in [*snippets(""), *snippets("sh")]
-    for words in lines(block.values[0])
-    if words and words[0] in ("ar-unified", "python", "make")
+    pytest.param(words, id=f"{where} {' '.join(words)[:90]}")
+    for _, where, words in commands()
+    if words[0] in ("ar-unified", "python", "make")
 ]
 
 
@@ -103,6 +130,17 @@ def test_the_pages_have_commands_and_snippets():
     assert len(calls) > 60 and {call[0] for call in calls} == {"ar-unified", "python", "make"}
     said = {call[1] for call in calls if call[0] == "ar-unified"}
     assert said - {"VERB", "--version"} == VERBS.keys()
+
+
+def test_every_command_stands_where_it_is_looked_for():
+    """In a fenced block or in backticks: not in an indented block."""
+    lost = [
+        f"{page.name}: {line}"
+        for page in PAGES
+        for line in FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+        if re.match(rf"\s{{4,}}(?:{'|'.join(PROGRAMS)}) ", line)
+    ]
+    assert not lost
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -134,7 +172,8 @@ def check_config(file: str | None, overrides: list[str]) -> None:
     keys = [key.replace("=N", "=1") for key in keys if "fsq|vq" not in key]
     file = file or "experiments/shapes.py"
     file = ARGUMENT.sub(lambda match: STANDS_FOR.get(match[1], "bundle"), file)
-    file = file.replace("lpips=mine,", "").replace(",lpips=mine", "").replace("experiments/shapes.py:", "shapes:")
+    file = file.replace("s3://bucket/set", "mine").replace("lpips=mine,", "").replace(",lpips=mine", "")
+    file = file.replace("experiments/shapes.py:", "shapes:")
     if file in ("$C",):
         return
     load(file, keys)
@@ -144,7 +183,7 @@ def check_config(file: str | None, overrides: list[str]) -> None:
 def test_rows_of_the_pages_are_rows(text):
     for line in text.splitlines():
         row = json.loads(line)
-        if not {"prompt", "mode", "id"} & row.keys() and row.get("messages", [{}, {}])[1:]:
+        if ("chosen" in row or not {"prompt", "mode", "id"} & row.keys()) and row.get("messages", [{}, {}])[1:]:
             document_from_json(row, lambda name: np.zeros((16, 16, 3), np.uint8))
 
 

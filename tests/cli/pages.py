@@ -20,7 +20,9 @@ from tests.cli.conftest import SMALL as FOLDER
 from tests.test_wheel import FEW
 
 # Kinds of experiments, and a pattern of the arguments of each. The first kind that fits is taken.
-KINDS = {"text": "[:,]init=LLM", "init": "[:,](init|from)="}
+KINDS = {
+    "text": "[:,]init=LLM", "unseen": ",unseen=", "init": "[:,](init|from)=", "brought": r"image_tokenizer\.model=",
+}  # fmt: skip
 TWO_STEPS = {"training.steps": 2, "training.warmup_steps": 0, "image_tokenizer.steps": 2}
 OF_BUNDLE = {
     "training.steps": 2, "training.warmup_steps": 0, "training.validate_every": 2, "training.checkpoint_every": 2,
@@ -44,6 +46,9 @@ PHOTOS = {
     "data.image_size": "(32,32)", "image_tokenizer.crop": 32, "image_tokenizer.short_side": 32,
     "image_tokenizer.steps": 2, "image_tokenizer.batch_size": 8, "evaluation.tokenizer_probe_steps": 0,
 }  # fmt: skip
+PRETRAIN = dict(key.split("=", 1) for key in FEW if key.startswith("model.")) | {
+    "data.image_size": "(32,32)", "data.max_tokens": 64, "training.sequence_length": 64, "training.batch_size": 8,
+}  # fmt: skip
 # Keys for images that are smaller than those of a published model.
 PUBLISHED = {"data.image_size": "(16,16)", "data.max_tokens": 160, "sampling.max_length": 192}
 # Keys for a text model that learns small images.
@@ -59,11 +64,19 @@ SMALL: dict[str, Mapping[str, Any]] = {
     "folder": FOLDER | TWO_STEPS,
     "folder:init": OF_BUNDLE,
     "folder:text": OF_BUNDLE | EXTENDED,
+    "folder:brought": {key: value for key, value in FOLDER.items() if not key.startswith("image_tokenizer.")}
+    | {"training.steps": 2, "training.warmup_steps": 0},
     "text_tokenizer": {"text_tokenizer.vocab_size": 320},
     "fine_tune:init": OF_BUNDLE
     | {"training.accumulation": 1, "training.preview_every": 0, "training.sequence_length": 192},
     "lora:init": OF_BUNDLE | part(1),
     "grpo:init": OF_BUNDLE | part(1) | {"reward.group_size": 2, "reward.on_error": "skip"},
+    "grpo:unseen": OF_BUNDLE
+    | {key.replace("train[0]", "train[1]"): value for key, value in part(1, "unseen_combinations").items()}
+    | {"reward.group_size": 2, "reward.on_error": "skip"},
+    "apart": ALONE | part(1, "unseen_combinations"),
+    "mixture": FOLDER | TWO_STEPS,
+    "pretrain": PRETRAIN,
     "instruct:init": OF_BUNDLE | part(3, "unseen_combinations"),
     "edit": ALONE | part(2, "unseen_combinations"),
     "edit:init": OF_BUNDLE | part(3, "unseen_combinations"),
@@ -87,6 +100,8 @@ class Page:
         has: what the reader already has: names in tests.cli.readers.HAS, or parts of the demo.
         keys: keys for all commands with a config of this page.
         longer: each training has this many steps more than the one before.
+        more: further arguments of commands, by how their arguments begin.
+        rows: the file that the page's rows make, if the reader is to write them.
     """
 
     file: str
@@ -94,33 +109,76 @@ class Page:
     has: tuple[str, ...] = ()
     keys: Mapping[str, Any] = field(default_factory=dict)
     longer: int = 0
+    more: Mapping[str, str] = field(default_factory=dict)
+    rows: str = ""
 
 
 def page(file: str, *has: str, **told: Any) -> Any:
-    """A Page as a parameter of a test. told: in capitals, replacements (`Page.names`); all others: fields of Page."""
+    """A Page as a parameter of a test.
+
+    Args:
+        file: a page of docs/, or in capitals one beside it.
+        has: `Page.has`.
+        told: in capitals, replacements (`Page.names`); all others: fields of Page.
+    """
     names = {name: value for name, value in told.items() if name.isupper()}
     fields = {name: value for name, value in told.items() if name not in names}
     fields["names"] = MappingProxyType(names | fields.get("names", {}))
-    return pytest.param(Page(f"docs/{file}.md", has=has, **fields), id=file)
+    return pytest.param(Page(f"{'' if file.isupper() else 'docs/'}{file}.md", has=has, **fields), id=file)
 
 
 SHAPES_RUN = dict(FILE="shapes", DIR="workdirs/shapes")
 TEXT_RUN = dict(FILE="words.py:words", DIR="workdirs/words")
+# No TPU's compiler: eight CPU devices, for which a plan compiles the same program.
+PLANNED = {
+    "experiments/pretrain.py:model=chameleon_7b,chips=64": "experiments/pretrain.py:model=chameleon_7b,chips=8",
+    "--config.training.batch_size=256": "--config.training.batch_size=8",
+    "--config.training.sequence_length=2048": "--config.training.sequence_length=64",
+    **dict.fromkeys(("v5p:4x4x4", "v5p:2x2x1"), "h200:8"),
+}
 RUN = [
+    page("BUILD", "shapes"),
     page("start", "shapes", DIR="mine"),
-    page("your_data", DIR="mine"),
-    page("data", PATH="mine"),
+    page("your_data", DIR="mine", FILE="experiments/folder.py:path=mine"),
+    page("data", "sets", PATH="mine", DIR="sets"),
     page("data_checks", "shapes", DIR="mine", names={"workdirs/mine/data": "workdirs/shapes/data"}),
-    page("sampling", "shapes", "bundle", BUNDLE="bundle"),
+    page("sampling", "shapes", "bundle", BUNDLE="bundle", rows="prompts.jsonl"),
     page("evaluation", "shapes", "bundle", PHOTOGRAPHS="mine", BUNDLE="bundle", PATH="mine", **SHAPES_RUN),
-    page("tuning", "emu3", DIR="mine", keys=PUBLISHED),
+    page("tuning", "emu3", DIR="mine", keys=PUBLISHED, names=PLANNED),
+    page("planning", names=PLANNED),
+    page("pretraining", names=PLANNED),
+    page("object_stores", "store"),
     page("text_tokenizers", DIR="mine"),
-    page("lora", "bundle", "llm", "tokenizer", BUNDLE="bundle", LLM="llm", FOLDER="tokenizer", DIR="mine"),
-    page("rewards", "shapes", "bundle", BUNDLE="bundle", **SHAPES_RUN),
+    page(
+        "lora",
+        "bundle",
+        "llm",
+        "tokenizer",
+        BUNDLE="bundle",
+        LLM="llm",
+        FOLDER="tokenizer",
+        DIR="mine",
+    ),
+    page("rewards", "shapes", "bundle", BUNDLE="bundle", **SHAPES_RUN, names=PLANNED),
+    page(
+        "published_weights",
+        "chameleon",
+        "llamagen",
+        DIR="mine",
+        FILE="experiments/folder.py:path=mine",
+        names={"vqgan": "vqgan-of-meta"},
+        # Its rows of 4,096 tokens would take minutes.
+        more={
+            "evaluate --from": "--config.evaluation.limit=2 --config.sampling.max_length=192 "
+            "--config.training.batch_size=8 --config.training.sequence_length=192"
+        },
+        keys=PUBLISHED,
+    ),
     page(
         "workdirs",
         "words",
         **TEXT_RUN,
+        VERB="train",
         names={
             "--config.training.steps=10000": "--config.training.steps=4",
             "--config.training.keep_every=2000": "--config.training.keep_every=2",
@@ -129,10 +187,10 @@ RUN = [
         },
     ),
     page("preference_tuning", "bundle", "pairs", BUNDLE="bundle"),
-    page("troubleshooting", "words", **TEXT_RUN, longer=2),
+    page("troubleshooting", "words", "chameleon", **TEXT_RUN, PATH="mine", FOLDER="Chameleon", longer=2, names=PLANNED),
     page("instruction_tuning", "bundle", BUNDLE="bundle"),
     page("image_editing", "bundle", BUNDLE="bundle"),
-    page("image_tokenizers", DIR="mine", DIR2="mine"),
+    page("image_tokenizers", "llamagen", DIR="mine", DIR2="mine", FILE="vq_ds16_t2i.safetensors", FOLDER="llamagen"),
     page("from_llm", "qwen", "tokenizer", DIR="mine", BUNDLE="bundle", FOLDER="tokenizer", keys=EXTENDED),
     page("results", "shapes", "results"),
     page("benchmarks", "sets", DIR="sets", names={"FILE.json": "numbers.json"}),
@@ -157,19 +215,30 @@ BESIDE_TORCH = NotRun(
     "torch is not in the environment of these tests: run beside it in .venv-interop, on small models",
     ("tests/interop/test_benchmarks.py", "vs_transformers.main"),
 )
-PODS = NotRun("libtpu compiles even a tiny step of it for more than 20 s", ("tests/planning/test_plan.py", "v5e:"))
-UNSEEN = NotRun("half an hour: the prompts are made", ("tests/test_experiment_data.py", "make_unseen_prompts"))
 BUCKET = "it needs a bucket and a cluster"
+DEMO = NotRun("the verb of docs/start.md, in its default workdir", ("tests/test_wheel.py", '["demo"'))
+CI = "CI runs it"
 # (page, beginning of the command) -> why it is not run here.
 NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("", "make setup"): NotRun("it made the environment of this test", (".ci/run", "make setup")),
-    ("", "make test"): NotRun("it runs this test", (".ci/run", " test-slow ")),
-    ("", "make lint"): NotRun("another part of CI", (".ci/run", " lint ")),
+    ("", "make test-all"): NotRun("some hours: it runs this test"),
+    ("", "make test"): NotRun("it runs this test, or is a part of CI as this is", (".ci/run", " test-slow ")),
+    ("", "make lint"): NotRun(CI, (".ci/run", " lint ")),
+    ("", "make docs"): NotRun(CI, (".ci/run", " docs")),
+    ("", "make wheel"): NotRun(CI, (".ci/run", " wheel")),
+    ("", "make libtpu"): NotRun(CI, (".ci/run", " libtpu ")),
     ("", "make demo"): NotRun("25 minutes; the verb of docs/start.md, which is run", ("Makefile", "ar-unified demo")),
+    ("", "make plan"): NotRun("an hour: it compiles published shapes", ("tests/planning/test_plan.py", "v5e:")),
+    ("", "make mutate"): NotRun("up to an hour: it runs the quick tests", ("tests/test_mutations.py", "mutate")),
+    ("", "make check-hopper"): NotRun("it installs NVIDIA's compiler, 1.4 GB"),
     ("", "make check-gpu"): NotRun("eight minutes on a GPU", ("tests/test_check_gpu.py", "experiments.benchmarks.gpu")),
     ("", "source "): NotRun("it changes a shell; .ci/run names the environment's programs", (".ci/run", ".venv/bin")),
     ("", "pip install"): NotRun("an installation", ("tests/test_wheel.py", "wheel_alone.environment")),
     ("", "docker "): NotRun("there is no Docker here", ("tests/cli/test_launch.py", "the_image_installs_the_backend")),
+    ("CONTRIBUTING.md", "python tests/summary.py"): NotRun(CI, (".ci/run", "tests/summary.py --last")),
+    ("CONTRIBUTING.md", "ar-unified --version"): NotRun("docs/troubleshooting.md has it, too, and is run"),
+    ("README.md", "ar-unified demo"): DEMO,
+    ("BUILD.md", "ar-unified demo"): DEMO,
     ("docs/benchmarks.md", "python experiments/benchmarks/cpu_vs_transformers.py"): BESIDE_TORCH,
     ("docs/benchmarks.md", "python experiments/benchmarks/sampling_vs_transformers.py"): BESIDE_TORCH,
     ("docs/benchmarks.md", "python experiments/benchmarks/image_tokenizer.py"): NotRun(MEASURES),
@@ -193,6 +262,9 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("docs/benchmarks.md", "python experiments/benchmarks/import_memory.py"): NotRun(
         "68 GB: a file of its form is made small", ("tests/interop/test_import_memory.py", "generate")
     ),
+    ("docs/lora.md", "python -m experiments.benchmarks.lora_step"): NotRun(
+        "half a minute of compiling, even for the smallest model"
+    ),
     ("docs/data_at_scale.md", "ar-unified prepare --config FILE --workdir gs://bucket/run --beam=--runner=Dir"): NotRun(
         "it needs Apache Beam: run beside it in .venv-interop, on two processes",
         ("tests/cli/test_prepare_by_beam.py", "direct_num_workers=2"),
@@ -203,40 +275,21 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("docs/data_at_scale.md", "ar-unified prepare --config FILE --workdir gs://bucket/run --beam=--runner=Dat"): NotRun(
         BUCKET
     ),
-    ("docs/pretraining.md", "ar-unified plan"): PODS,
-    ("docs/planning.md", "ar-unified plan"): PODS,
     ("docs/pretraining.md", "ar-unified run"): NotRun(
         "both of its processes are started together", ("tests/cli/test_launch.py", "docs/pretraining.md")
     ),
-    ("docs/data.md", "ar-unified run --config experiments/mixture.py"): NotRun(
-        "five sets in a folder: trained on with small ones", ("tests/cli/test_mixture.py", "experiments/mixture.py")
-    ),
-    ("docs/data_checks.md", 'ar-unified validate {"kind": "tfds"'): NotRun(
-        "it builds a dataset in TFDS's own folder: other sources are looked at",
-        ("tests/cli/test_validate.py", "validate"),
-    ),
-    ("docs/rewards.md", "python experiments/data/make_unseen_prompts.py"): UNSEEN,
-    ("docs/rewards.md", "ar-unified run --config experiments/apart.py"): UNSEEN,
-    ("docs/rewards.md", "ar-unified export --workdir workdirs/apart"): UNSEEN,
-    ("docs/rewards.md", "ar-unified run --config experiments/grpo.py:from=apart"): UNSEEN,
-    ("docs/published_weights.md", "ar-unified"): NotRun(
-        "more than a minute of CPU: files of the same form are tuned and exported",
-        ("tests/cli/test_published.py", '"export"'),
-    ),
-    ("docs/workdirs.md", "ar-unified VERB"): NotRun("a pattern of commands", ("tests/test_wheel.py", '"--help"')),
 }
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """(page, words) of every command of every page, in order."""
-    for block in [*test_docs.snippets(""), *test_docs.snippets("sh")]:
-        for words in test_docs.lines(block.values[0]):
-            if words and words[0] in ("ar-unified", "python", "make", "docker", "pip", "source"):
-                yield str(block.id).partition(":")[0], words
+    yield from ((file, words) for file, _, words in test_docs.commands())
 
 
 def why_not(file: str, words: list[str]) -> NotRun | None:
     """Why a command is not run; None if it is run."""
+    if words[0] == "make":
+        words = [word for word in words if "=" not in word]
     line = " ".join(words)
     return next((why for (of, begins), why in NOT_RUN.items() if of in ("", file) and line.startswith(begins)), None)
 
@@ -262,4 +315,5 @@ def small(words: list[str], of: Page, trained: int = 0) -> list[str]:
         for before, after in zip(words[1:], told, strict=True)
         if after.startswith("--config.") and not (before == after and ".steps=" in after)
     }
+    told += next((more.split() for begins, more in of.more.items() if " ".join(told).startswith(begins)), [])
     return [*told, *(f"--config.{key}={value}" for key, value in keys.items() if key not in own)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ar_tokenizers.image import autoencoder, movq_weights
+from ar_tokenizers.image import autoencoder, movq_weights, published
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.published import settings_of
 from ar_tokenizers.image.tokenizer import ImageTokenizer
@@ -22,9 +23,9 @@ from safetensors.numpy import save_file
 from tests.bundles import fresh
 from tests.cli import test_from_llm, test_mixture, test_text_alone
 from tests.cli.conftest import ROOT
-from tests.interop import formats, tables
+from tests.interop import formats, tables, test_conversion
 from tests.interop.weights import Sizes, drawn, transformer_shapes
-from tests.tokenizers import test_movq
+from tests.tokenizers import test_movq, test_published_image
 
 
 def pairs(here: Path) -> None:
@@ -38,8 +39,17 @@ def pairs(here: Path) -> None:
 
 
 def sets(here: Path) -> None:
-    """The five sets of experiments/mixture.py."""
+    """The five sets of experiments/mixture.py, and three that docs/data.md names: a folder of `mine`, a tar, texts."""
     test_mixture.make(here / "sets")
+    shutil.copytree(here / "mine", here / "sets" / "photos", ignore=shutil.ignore_patterns("*.txt"))
+    (here / "sets" / "shards").mkdir()
+    with tarfile.open(here / "sets" / "shards" / "000.tar", "w") as tar:
+        for i in range(40):
+            tar.add(here / "mine" / f"{i}.png", f"{i:03}.png")
+            tar.add(here / "mine" / "en.txt", f"{i:03}.txt")
+    (here / "sets" / "books").mkdir()
+    for i in range(20):
+        (here / "sets" / "books" / f"{i}.txt").write_text(f"A square in chapter {i}.\n" * 20)
 
 
 def words(here: Path) -> None:
@@ -118,15 +128,69 @@ def emu3(here: Path) -> None:
     )
 
 
+def chameleon(here: Path) -> None:
+    """Chameleon in transformers' form; its VQGAN, pickled and as tensors; the tokenizer of Meta's download; and one
+    trained here that has such a network."""
+    table = tables.chameleon()
+    sizes = Sizes(table.size)
+    tensors = drawn(transformer_shapes(sizes, qk_norm="layer", groups=(sizes.N, sizes.K)), 0)
+    formats.chameleon_twin(here / "Chameleon-7b-hf", tensors, table, sizes)
+    tables.write_json(
+        here / "Chameleon-7b-hf",
+        tokenizer=table.byte_level(),
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
+    )
+    formats.chameleon_tokenizer(here / "vqgan")
+    pickled(here / "vqgan.ckpt", {"state_dict": formats.vqgan()})
+    formats.chameleon_tokenizer(here / "Chameleon" / "tokenizer")
+    (here / "Chameleon" / "tokenizer" / "vqgan.safetensors").unlink()
+    shutil.copy(here / "vqgan.ckpt", here / "Chameleon" / "tokenizer")
+    config = test_published_image.CHAMELEON_HF
+    ImageTokenizer(config, fresh(autoencoder.init, config, 0)).save(here / "workdirs" / "vqgan" / "image_tokenizer")
+
+
+def llamagen(here: Path) -> None:
+    """LlamaGen's VQ-16 with its number of codes but fewer levels, pickled and as tensors."""
+    config = published.config_of("llamagen_vq", {}, [f"encoder.conv_blocks.{i}." for i in range(len(LEVELS))])
+    tensors = published.to_published(ImageTokenizer(config, fresh(autoencoder.init, config, 0)), "llamagen")
+    pickled(here / "vq_ds16_t2i.pt", {"model": tensors})
+    save_file(tensors, here / "vq_ds16_t2i.safetensors")
+
+
+LEVELS = (1, 2, 2)
+
+
+def fewer_levels(patch: pytest.MonkeyPatch) -> None:
+    """LlamaGen's network of three levels is one of its own for a while; VQ-8 has four and VQ-16 five."""
+    small = dict(factor=4, width=32, multipliers=LEVELS, blocks=(1, 1, 1))
+    patch.setitem(published._LEVELS, len(LEVELS), published._LEVELS[5] | small)
+
+
+def pickled(path: Path, tree: dict[str, Any]) -> None:
+    """A torch file of these trees of arrays."""
+    numbers = {f"{i}": x for i, x in enumerate(x for part in tree.values() for x in part.values())}
+    keys = iter(numbers)
+
+    def tensor(x: np.ndarray) -> object:
+        strides = tuple(stride // x.itemsize for stride in np.ascontiguousarray(x).strides)
+        kind = {"float32": "FloatStorage", "int64": "LongStorage"}[x.dtype.name]
+        return test_conversion.tensor(next(keys), x.shape, strides, size=x.size, kind=kind)
+
+    named = {kind: {name: tensor(x) for name, x in part.items()} for kind, part in tree.items()}
+    test_conversion.torch_file(path, named, numbers)
+
+
 HAS: dict[str, Callable[[Path], None]] = {
-    each.__name__: each for each in (pairs, emu3, sets, words, results, tokenizer, llm, qwen)
+    each.__name__: each for each in (pairs, emu3, sets, words, results, tokenizer, llm, qwen, chameleon, llamagen)
 }
 
 
 @contextlib.contextmanager
 def machine(argv: Sequence[str]) -> Iterator[None]:
-    """Lets JAX see one device, or eight of those that are faked here if the command asks for a mesh of eight."""
+    """Lets JAX see one device, or all eight that are faked here if the command asks for a mesh or a target of eight."""
     count = 8 if any(word.startswith("--config.mesh.") and word.endswith("=8") for word in argv) else 1
+    if "h200:8" in argv:
+        count = 8
     with pytest.MonkeyPatch.context() as patch:
         for name in ("devices", "local_devices"):
             found = getattr(jax, name)()[:count]

@@ -48,7 +48,7 @@ def _chameleon_config(kind: str, table: Table, sizes: Sizes, dtype: str, **more:
     return _config(kind, "chameleon", table, sizes, dtype, vq_config=vq, **named, swin_norm=False) | more
 
 
-def _chameleon_twin(twin: Path, tensors: Tensors, table: Table, sizes: Sizes, **more: Any) -> None:
+def chameleon_twin(twin: Path, tensors: Tensors, table: Table, sizes: Sizes, **more: Any) -> None:
     """The tensors that ChameleonForConditionalGeneration reads: a row of QK-norm for each head, and an image
     encoder."""
     heads = {"q_norm": sizes.N, "k_norm": sizes.K}
@@ -179,7 +179,7 @@ def meta(
         save(models, part, dtype, "consolidated.safetensors" if count == 1 else f"consolidated.{i:02}.safetensors")
     write_json(models, params=params, consolidate_params=params)
     if twin is not None:
-        _chameleon_twin(twin, tensors, tables.chameleon(), sizes, swin_norm=swin)
+        chameleon_twin(twin, tensors, tables.chameleon(), sizes, swin_norm=swin)
     return folder
 
 
@@ -228,7 +228,7 @@ def _lumina(folder: Path, twin: Path | None, table: Table, groups: int, dtype: s
     more = {"model_parallel_size": groups, "mask_image_logits": False, "dropout": 0.05}
     write_json(folder, config=_chameleon_config(kind, table, sizes, dtype, **more))
     if twin is not None:
-        _chameleon_twin(twin, tensors, table, sizes)
+        chameleon_twin(twin, tensors, table, sizes)
     return folder
 
 
