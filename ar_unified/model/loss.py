@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary in chunks of tokens. Logits exist only for one chunk at a time.
 
-On a mesh (`jax.set_mesh`) each device combines its own tokens with its part of the vocabulary, and a chunk
-exchanges only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
+On a mesh (`jax.set_mesh`) each device combines its own tokens with its part of the vocabulary, and devices exchange
+only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
 scattered once. The compiler would do both inside the loop.
 
 B batch, T position, D model, V vocabulary (or a device's part of it), C chunks.
