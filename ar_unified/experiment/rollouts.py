@@ -165,8 +165,8 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
             return [dataclasses.replace(batch, old=self._old(params, batch)) for batch in batches]
 
     def _with_signal(self, drawing: int, slots: Sequence[int]) -> list[_Group]:
-        """A group for each slot. A group without a signal is replaced by the group of another prompt, up to `redraws`
-        times.
+        """A group for each prompt number in `slots`. A group without a signal is replaced by the group of another
+        prompt, up to `redraws` times.
         """
         groups = dict(zip(slots, self._ask(slots), strict=True))
         for attempt in range(self._policy.redraws):
