@@ -85,7 +85,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most this many; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from all text; training takes 20 to 90 times the memory
+    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from all text; needs 20 to 90 times this memory
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
     config.text_tokenizer.model = ""  # use this file instead: SentencePiece's, a tokenizer.json or *.tiktoken
     config.text_tokenizer.lossy = "refuse"  # what to do if that tokenizer loses text: refuse | warn
@@ -102,7 +102,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.image_tokenizer.batch_size = 64
     config.image_tokenizer.warmup_steps = 50  # or a tenth of the steps if that is less
     config.image_tokenizer.final_fraction = 0.02  # learning rate of the last step, as a share of the peak
-    config.image_tokenizer.checkpoint_every = 0  # in steps; also validates and shows images then; 0: four times
+    config.image_tokenizer.checkpoint_every = 0  # steps between checkpoints, with validation and images; 0: steps / 4
     config.image_tokenizer.crop = 0  # side of the random crops to train on; 0: whole images of image_size
     config.image_tokenizer.short_side = 0  # short side of images before they are cropped; 0: 5/4 of the crop
     config.image_tokenizer.mirror = False  # mirror half of the images left to right
@@ -322,7 +322,7 @@ def _of_file(path: str, error: BaseException) -> str:
 
 # ---- keys and types --------------------------------------------------------------------------------------------
 
-_OPEN = ("data.tests", "evaluation.thresholds")  # sections whose key names the experiment chooses
+_OPEN = ("data.tests", "evaluation.thresholds")  # sections in which the experiment chooses the names of the keys
 _PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # absent keys have defaults
 _ELEMENTS: dict[str, type] = {  # types of the elements of tuples that are empty by default
     "data.train": ConfigDict,

@@ -49,7 +49,8 @@ class DrawingConfig:
         temperature: the temperature for texts and images; the policy is the distribution at this temperature.
         guidance: the scale for images; the policy is the guided distribution. The context without the prompt needs one
             more row.
-        max_tokens: the most tokens of an answer; 0 means as many as its images need, or as there is room for.
+        max_tokens: the largest number of tokens in an answer; 0 means as many as its images need in mode "image", else
+            as many as there is room for.
 
     Raises ValueError, which names the field.
     """

@@ -42,7 +42,7 @@ class TransformerConfig:
       tie_embeddings: whether the output head is the embedding table.
       dropout: rate on the embeddings and on the output of each residual branch; active only with a dropout key.
       dtype: the dtype of matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
-      scan_layers: compile one layer for all (short compile times, TPU); False unrolls the layers (faster on CPU).
+      scan_layers: compile one layer for all layers (short compile times, TPU); False unrolls them (faster on CPU).
       remat: which results of a layer are kept for backward and which are computed again: a name in model/remat.py's
         POLICIES, from "none", which keeps everything, to "offload", which leaves the least on the device.
       attention: a backend of kernels/backend.py; "auto": the device's own kernel, or XLA if there is none.

@@ -42,7 +42,7 @@ def token_losses(
       targets: int32 [B, T], in 0 .. used - 1. Padding may have any of these ids; the caller gives it weight 0.
       chunk: how many of a device's tokens have logits at the same time; a chunk has the same positions of each row.
       used: rows of the head from this index on have no probability and no gradient; None means V.
-      split: ids below it have one softmax and ids from it on another, and each target uses the softmax of its side;
+      split: ids below it have one softmax, and ids from it on have another. Each target uses the softmax of its side.
         None means one softmax for all.
       spans: int32 [B, T, K, 2], K ranges [first id, one past the last] of the ids in a position's softmax; ranges may
         be empty. None means all ids that `used` and `split` allow.
