@@ -1,7 +1,7 @@
 """Train and sample autoregressive image+text models: `ar_unified.load(folder)` opens one.
 
-Importing this package has one effect: it prevents wrong sums by JAX on a CPU (`ar_tokenizers`). The names below import
-JAX when they are first used.
+Importing this package has one effect: it imports `ar_tokenizers`, which keeps JAX from computing wrong sums on a CPU.
+The names below import JAX when they are first used.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
                                          tokenizer comes from a published system, also the mapping to its ids
     text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json and text.tiktoken, unchanged
     image_tokenizer/                     weights.safetensors and config.json; a model of text alone has no such folder
-                                         published.safetensors: for an imported tokenizer, tensors that an export needs
+                                         an imported one may also have published.safetensors, for its export
     model-00001-of-0000N.safetensors     the transformer's parameters, named by their paths, in their original dtypes
     model.safetensors.index.json         which of those files has which parameter
     published.json                       for imported weights: settings that are only needed to export them again
@@ -107,9 +107,9 @@ def write(
         data: the experiment's image_size, resize, `Resize.way`, layout and max_tokens; for text alone, max_tokens.
         loss: the experiment's softmax; None means its default.
         sampling: the experiment's max_length, kv_dtype and defaults of requests (`sampling.request.DEFAULTS`).
-        published, kept: JSON values, and tensors by name, that only an export to the published form needs.
-        extends: "", or the hash of the bundle that this model extends: the parameters are those of that bundle, with
-            more rows in the tables of ids.
+        published, kept: JSON values, and tensors by name. Only an export to the published form needs them.
+        extends: the hash of the bundle that this model extends; "" for none. Both have the same parameters, but this
+            model has more rows in the tables of ids.
         shard_bytes: the largest size of a file of parameters; a parameter larger than this gets its own file.
 
     Raises UserError if `folder` exists, and OSError, for example for a full disk.
@@ -285,8 +285,8 @@ class Bundle:
         """The transformer's parameters. Each device reads only its own part of them.
 
         Args:
-            places: a tree of shardings like the parameters, on any mesh; None means this process's first device.
-            dtype: one dtype for all, or a tree of them like the parameters. None (also in a tree) keeps the stored one.
+            places: a tree with a sharding for each parameter, on any mesh; None means this process's first device.
+            dtype: one dtype, or a tree with one for each parameter. None (also in a tree) keeps the stored dtype.
             then: called with the path and value of each parameter as it is read; its result replaces the value.
         """
         shapes = self._shapes()

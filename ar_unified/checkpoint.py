@@ -6,9 +6,9 @@ folder and renames it when everything is on disk, so a half-written checkpoint i
 arrays are copied to the host before `save` returns, and written to disk during the next steps.
 
 In a job of many processes, each process writes its own shards, and all processes must open, save, wait and close
-together. Reading needs no other process: each restores only the parts for its own devices. A folder is local or a URL
-such as `gs://bucket/run`. Orbax writes arrays only to file systems and to gs://. For s3://, process 0 gathers the
-shards of all processes (`runtime.to_host`), writes the checkpoint to its local disk and then uploads it.
+together. Reading needs no other process: each process restores only the parts for its own devices. A folder is local
+or a URL such as `gs://bucket/run`. Orbax writes arrays only to file systems and to gs://. For s3://, process 0 gathers
+the shards of all processes (`runtime.to_host`), writes the checkpoint to its local disk and then uploads it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ar_unified.parallel import runtime
 _PART = 1 << 20  # bytes
 _COMMITTED = "commit_success.txt"  # in a bucket, only a folder with this file is a checkpoint
 
-# Orbax logs every save, and for a failed save pages of JSON. Its log is dropped, because failures are raised anyway.
+# Orbax logs every save, and pages of JSON if a save fails. Its log is dropped, because failures are raised anyway.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
@@ -52,7 +52,7 @@ class Checkpoints:
       folder: the folder of all checkpoints, on storage that all processes share.
       keep: how many of the newest checkpoints are kept.
       keep_every: also keep each step that is a multiple of this number; 0 keeps no such steps.
-      keep_best: also keep the step with the lowest validation loss, among the steps that were saved with one.
+      keep_best: also keep the step with the lowest validation loss, among the steps that were saved with such a loss.
       readonly: for a process that only reads, perhaps while another process writes. It creates, deletes and saves
         nothing, and never waits for other processes.
     """
@@ -191,7 +191,7 @@ class Checkpoints:
             old.rmtree()
 
     def close(self) -> None:
-        """Waits, raises like `wait`, and ends Orbax's threads."""
+        """Waits until the last save is on disk, and ends Orbax's threads. Raises SaveFailed."""
         try:
             self.wait()
         finally:
@@ -213,7 +213,7 @@ class Checkpoints:
 
         Args:
           step: the step to read; None means the latest.
-          manifest: the vocabulary manifest of the reader; a checkpoint of another vocabulary is refused.
+          manifest: the vocabulary manifest of the reader; a checkpoint with another vocabulary is refused.
           **targets: trees of jax.ShapeDtypeStruct with shardings. The mesh, the number of processes and the floating
             dtype (such as bfloat16 for saved float32) may differ from the writer's. If a target is None, the tree is
             read as it was saved, onto this process's first device.

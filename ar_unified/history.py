@@ -44,7 +44,7 @@ class Changeable:
     later: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     def among(self, fields: Sequence[str]) -> str:
-        """A sentence that names those of `fields` that may change; "" for none."""
+        """A sentence that says which of `fields` may change; "" if none may."""
         parts = []
         for words, names in (("at any time", self.cost), ("for the steps to come", self.extends)):
             if found := [name for name in names if any(_within(field, (name,)) for field in fields)]:

@@ -82,7 +82,7 @@ def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: in
 
 
 def _training(rows: Sequence[Mapping[str, Any]], step: int) -> float | None:
-    """The training loss at a step: the mean of the last lines up to it."""
+    """The training loss at a step: the mean over the last log lines up to this step."""
     losses = [row["loss"] for row in rows if _number(row, "loss") and row["step"] <= step][-_LINES:]
     return sum(losses) / len(losses) if losses else None
 

@@ -295,7 +295,7 @@ class Workdir:
             time.sleep(0.1)
 
     def await_file(self, path: Path, content: object = None, *, patience: float = 60.0) -> None:
-        """For a reader: waits until it sees a JSON file from the writer, with this `content` unless it is None.
+        """For a reader: waits until it sees a JSON file from the writer, which must have the `content` if one is given.
 
         Network file systems show new files late. After `patience` seconds, NotShared is raised.
         """
@@ -334,7 +334,7 @@ def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeabl
 
 
 def _as_json(value: object) -> Any:
-    """A value as `write_json` and `read_json` would return it."""
+    """The value that `read_json` returns after `write_json` wrote this one."""
     return json.loads(json.dumps(value, default=_plain))
 
 

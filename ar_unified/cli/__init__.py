@@ -1,4 +1,5 @@
-"""One module per verb. Importing this package makes the process keep its memory (`ar_tokenizers.host.keep_memory`)."""
+"""One module per verb. Importing this package makes the process keep all memory that it has allocated
+(`ar_tokenizers.host.keep_memory`)."""
 
 from ar_tokenizers.host import keep_memory
 

@@ -50,7 +50,8 @@ def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None
 def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
     """Adds --config, --workdir, and the options by which several processes find each other.
 
-    `recorded`: whether the workdir's own config is used without --config. `needed`: whether the verb requires both.
+    `recorded`: whether the workdir's own config is used if --config is not given. `needed`: whether the verb requires
+    both options.
     """
     parser.add_argument(
         "--config",

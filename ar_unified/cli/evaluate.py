@@ -5,7 +5,8 @@ has no checker for interleaved documents, the model is asked for the next image 
 config.sampling.checkpoint=best, the checkpoint with the lowest validation loss is used. Writes into the workdir:
   evaluation.json   every metric and the number of its items; each further held-out set is under its name
   report.html       the numbers, curves, reconstructions and samples on one self-contained page
-The tokenizer is scored first. --only tokenizer scores nothing else, and needs no model. In tokenizer_evaluation:
+The tokenizer is scored first. --only tokenizer scores nothing else, and needs no model. The scores are written into
+tokenizer_evaluation:
   evaluation.json   PSNR, SSIM, codebook usage and bits of every held-out set, and what these numbers depend on
   <set>.png         original, reconstruction and difference of a few images
   report.html       all of this on one page
@@ -233,6 +234,6 @@ def _validation(experiment: Experiment) -> dict[str, float]:
 
 
 def _show(bar: tqdm, kind: str, done: int, of: int) -> None:
-    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # the first call for a kind adds how many there are
+    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # the first call for a kind adds the number of its items
     bar.set_postfix_str(kind, refresh=False)
     bar.update()

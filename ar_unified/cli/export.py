@@ -14,7 +14,7 @@ or not at all:
 
 After training with LoRA (config.lora), the bundle's weights include the adapter. --to peft writes only the adapter, in
 PEFT's form, and any rows of ids that were trained with it. If the training has extended a language model by images,
---to base writes the extended model without the adapter; the adapter belongs to this bundle.
+--to base writes the extended model without the adapter, as the bundle for this adapter.
 
 With --from and --to, it writes a bundle in a form that other programs read. From an image tokenizer (an imported one,
 or image_tokenizer/ of a workdir or a bundle) it writes a file with the names of weights that its publishers use:

@@ -57,10 +57,10 @@ def _overview() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the process's exit status (ar_unified.errors says what each means).
 
-    Raises SystemExit where argparse ends the process: for --help, and for an argument that is wrong.
+    Raises SystemExit when argparse ends the process: for --help, and for an argument that is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):  # shows the number of a letter that the terminal lacks
+    for stream in (sys.stdout, sys.stderr):  # prints the number of a character that the terminal lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):

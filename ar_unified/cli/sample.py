@@ -13,7 +13,7 @@ output folder:
   index.html      a gallery
   batch_output.jsonl, batch_errors.jsonl   for a batch file: answers in OpenAI's format (sampling.batch_output)
 After an interruption, the same command continues. Many processes can share a job, and each serves a part of the
-requests. Processes that start together divide the requests by their numbers; others need --part K/N. The number of
+requests. Processes that start together divide the requests among themselves; others need --part K/N. The number of
 processes may change. --layout also writes the images into OUTPUT/LAYOUT in the form that a benchmark reads. Without
 --requests, it does this for the samples that are already in the output folder, even if the job is still running.
 --adapter loads LoRA adapters; each request may name one of them.

@@ -6,8 +6,9 @@ workdir:
   model/checkpoints       Orbax: parameters, optimizer state and the vocabulary's manifest. The last few checkpoints are
                           kept, and the one with the lowest validation loss (training.keep_best). With LoRA
                           (config.lora.rank above 0) they have only what is trained; config.init has the rest
-  model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
-                          model/tensorboard has the same, with sample images
+  model/metrics.jsonl     loss and log Z by role, loss by task, bits per image token and per byte of text, gradient
+                          norm, learning rate, speed, and attention between text and images; model/tensorboard has the
+                          same, with sample images
   model/goodput.json      how the wall time of every attempt was spent
   model/failed_rewards.jsonl   with rewards: every answer without a reward, with its prompt and the reason
   model/history.json      the settings that changed during the training, and at which steps

@@ -1,4 +1,5 @@
-"""Makes the model that an adapter's training gave, from the training's bundle (config.init) and its checkpoint."""
+"""Makes the model with a trained adapter, from the training's checkpoint and the bundle that it began with
+(config.init)."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _step(experiment: Experiment, origin: Path, step: int | None) -> int | None:
 
 
 def _begun(folder: Path) -> list[Path]:
-    """The record files of a stage that exist; the valid one comes first."""
+    """The existing record files of a stage; the valid one comes first."""
     return [path for name in ("done", "started") if (path := folder / f"{name}.json").exists()]
 
 

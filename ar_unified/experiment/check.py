@@ -303,7 +303,7 @@ def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[s
         return
     more = {}
     named = config.sampling.negative_prompt
-    if config.sampling.context == "negative_prompt" and not named:  # a person's own requests may each have one
+    if config.sampling.context == "negative_prompt" and not named:  # each of a person's own requests may have one
         if {"samples", "evaluation"} & set(stages) and "requests" not in stages:
             problems.say(
                 "sampling.context",

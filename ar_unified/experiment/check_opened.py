@@ -30,7 +30,7 @@ from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import ways_of
 from ar_unified.training.selection import NEW
 
-# For objectives that compare or generate images with the model that the training begins with.
+# For objectives that use images, or likelihoods of images, from the model that the training begins with.
 _NO_ROWS = (
     "has no rows for images yet, so the images that it draws and its likelihoods of images are random. Train the new "
     "rows first (experiments/from_llm.py), export, and begin with that bundle"

@@ -75,9 +75,9 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.data.validation = ()  # held out: for the validation loss, and for `evaluate`
     config.data.tests = ConfigDict()  # more held-out sets by name; each is reported under its name
     config.data.image_size = (64, 64)  # height and width of images; with resize="aspect" only the area counts
-    config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
+    config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of image_tokenizer.factor
     config.data.resample = "lanczos"  # the filter: lanczos | bicubic | bilinear; faster: lanczos_simd | bilinear_simd
-    config.data.decoding = "full"  # reduced: halves images of four times the size or more while decoding them
+    config.data.decoding = "full"  # full | reduced: first shrinks images with 4 times the target's sides or more
     config.data.layout = "grid"  # see language.layouts; grid: all images have one size | rows: each states its size
     config.data.filters = ConfigDict(_fields(Filters))  # what `prepare` leaves out of `train`
     config.data.max_tokens = 256  # cuts longer documents; leaves out longer questions and captions (data.cutting)
@@ -85,7 +85,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most this many; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from all text; training needs 20 to 90 times as much
+    config.text_tokenizer.max_bytes = 100_000_000  # read evenly from all text; needs 20 to 90 times this memory
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
     config.text_tokenizer.model = ""  # use this file instead: SentencePiece's, a tokenizer.json or *.tiktoken
     config.text_tokenizer.lossy = "refuse"  # what to do if that tokenizer loses text: refuse | warn
@@ -102,7 +102,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.image_tokenizer.batch_size = 64
     config.image_tokenizer.warmup_steps = 50  # or a tenth of the steps if that is less
     config.image_tokenizer.final_fraction = 0.02  # learning rate of the last step, as a share of the peak
-    config.image_tokenizer.checkpoint_every = 0  # in steps; then also validates and shows images; 0: four times
+    config.image_tokenizer.checkpoint_every = 0  # steps between checkpoints, with validation and images; 0: steps / 4
     config.image_tokenizer.crop = 0  # side of the random crops to train on; 0: whole images of image_size
     config.image_tokenizer.short_side = 0  # short side of images before they are cropped; 0: 5/4 of the crop
     config.image_tokenizer.mirror = False  # mirror half of the images left to right
@@ -138,7 +138,7 @@ def _add_training(config: ConfigDict) -> None:
     # exactly that mean.
     config.training.code_embedding_init = "random"
     config.training.fresh = ()  # parameters, named as in `only`, that begin at random although `init` has them
-    config.training.flip_pairs = Phase.flip_pairs  # probability that question and answer are swapped
+    config.training.flip_pairs = Phase.flip_pairs  # probability that a text-image pair is read in the other direction
     config.training.condition_dropout = Phase.condition_dropout  # probability that a prompt becomes empty
     # Later parts of the training: dicts of `begin` (a share of the steps) and the settings that change there: `weights`
     # ({source: share of the rows}), `flip_pairs`, `condition_dropout`, `sequence_length`, `batch_size` and `only` (the
@@ -220,8 +220,8 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config for evaluating a bundle: "FILE[:arg]" or the defaults, changed by all values that the bundle
-    decides and with "--config.key=value" applied. Raises like `load`, and BundleError.
+    """The locked config for evaluating a bundle. It begins as "FILE[:arg]" or the defaults, takes all values that the
+    bundle decides, and then "--config.key=value" is applied. Raises like `load`, and BundleError.
     """
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None) if file else defaults()
@@ -322,7 +322,7 @@ def _of_file(path: str, error: BaseException) -> str:
 
 # ---- keys and types --------------------------------------------------------------------------------------------
 
-_OPEN = ("data.tests", "evaluation.thresholds")  # sections whose key names the experiment chooses
+_OPEN = ("data.tests", "evaluation.thresholds")  # sections in which the experiment chooses the names of the keys
 _PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # absent keys have defaults
 _ELEMENTS: dict[str, type] = {  # types of the elements of tuples that are empty by default
     "data.train": ConfigDict,

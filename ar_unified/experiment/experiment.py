@@ -185,7 +185,7 @@ class Experiment:
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
         """The sources of a key of config.data. Raises UserError, which names the key, if a source cannot be opened.
 
-        With `held_out`, a source whose split is empty because there are too few groups is left out.
+        With `held_out`, a source whose split is empty because there are too few groups of items is left out.
         """
         opened = []
         for i, spec in enumerate(self.specs(specs)):
@@ -210,7 +210,7 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first. A set without items (too few groups) is left out."""
+        """Held-out sets by name; "validation" first. A set without items is left out, as in `sources`."""
         sets = self._held_out_specs()
         return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
@@ -290,7 +290,7 @@ class Experiment:
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
         """The workdir's image tokenizer, or a stand-in for text alone. Raises UserError if there is none yet."""
         if self.text_only:
-            record = self.workdir.text_tokenizer / LANGUAGE  # the model's images are codes alone
+            record = self.workdir.text_tokenizer / LANGUAGE  # exists if the model's images may be only codes
             codes = read_json(record)["codebook_size"] if record.exists() else 0
             return CodesAlone(codes) if codes else NoImages()
         path = self.workdir.image_tokenizer / "config.json"

@@ -32,7 +32,7 @@ def room(plan: Plan) -> int:
 def rows(
     grammar: Grammar, served: Sequence[tuple[Plan, Sample]], length: int, contexts: int, **of_samples: np.ndarray
 ) -> PolicyBatch[np.ndarray]:
-    """A batch of numpy arrays. A sample without tokens, such as that of a failed request, becomes a row of padding.
+    """A batch of numpy arrays. A sample without tokens, for example after a failed request, becomes a row of padding.
 
     Args:
         length: T, at least `room` of each plan.

@@ -1,11 +1,11 @@
 """The log-probabilities of every preference pair under the model that a training begins with. They are computed once,
 and kept in the workdir.
 
-reference/KEY/record.json       what the reference depends on (KEY is its hash), and the other files' sha256; written
-              last SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as in `data.batch.PreferenceBatch`
+reference/KEY/record.json   what the reference depends on (KEY is its hash), and the sha256 of the other files
+              SOURCE.npy    f32 [pairs, 2, R], in the order of the shards, as in `data.batch.PreferenceBatch`
 
-If something in a folder is missing or changed, the folder is made again. In a job of many processes, all compute and
-only process 0 writes.
+record.json is written last. If something in a folder is missing or changed, the folder is made again. In a job of many
+processes, all compute and only process 0 writes.
 """
 
 from __future__ import annotations

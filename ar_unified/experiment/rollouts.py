@@ -49,7 +49,8 @@ class DrawingConfig:
         temperature: the temperature for texts and images; the policy is the distribution at this temperature.
         guidance: the scale for images; the policy is the guided distribution. The context without the prompt needs one
             more row.
-        max_tokens: the most tokens of an answer; 0 means as many as its images need, or as there is room for.
+        max_tokens: the largest number of tokens in an answer; 0 means as many as its images need in mode "image", else
+            as many as there is room for.
 
     Raises ValueError, which names the field.
     """
@@ -165,8 +166,8 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
             return [dataclasses.replace(batch, old=self._old(params, batch)) for batch in batches]
 
     def _with_signal(self, drawing: int, slots: Sequence[int]) -> list[_Group]:
-        """A group for each slot. A group without a signal is replaced by the group of another prompt, up to `redraws`
-        times.
+        """A group for each prompt number in `slots`. A group without a signal is replaced by the group of another
+        prompt, up to `redraws` times.
         """
         groups = dict(zip(slots, self._ask(slots), strict=True))
         for attempt in range(self._policy.redraws):

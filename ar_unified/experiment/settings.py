@@ -229,7 +229,7 @@ def _axes_of(adapter: LoraConfig) -> Params:
 
 
 def state_of(settings: ConfigDict) -> dict[str, list[str]]:
-    """Names the parameters that have optimizer state if the phases train others than `training.only` does; else {}.
+    """{"trains": places of the parameters with optimizer state} if phases train others than `training.only`; else {}.
 
     A training that has begun cannot train other parameters, because it has no optimizer moments for them.
     """

@@ -98,7 +98,7 @@ def _rotated(x: jax.Array, rope: Rope, seen: Callable[..., jax.Array], *weights:
     """Rotates seen(x, *weights), where `seen` is elementwise and its result is float32.
 
     A TPU's vector has 128 lanes, and splitting it at lane 64 makes padded copies. So on a TPU the matrix unit swaps the
-    halves of x, exactly. On other devices a split costs nothing, and a product would double the work.
+    halves of x, without rounding. On other devices a split costs nothing, and a product would double the work.
     """
     cos, sin = rope
     half = x.shape[-1] // 2

@@ -7,5 +7,5 @@ embedding.py     the lookup in a table that is split over a mesh
 loss.py          cross-entropy that never stores all logits
 code_vectors.py  the initial rows of image codes
 
-It knows ids, positions and the borders of documents, but not the meaning of ids.
+The transformer knows ids, positions and the borders of documents, but not the meaning of ids.
 """

@@ -15,7 +15,7 @@ from ar_unified.kernels.decode_attention import quantize
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.rules import spec
 
-# Keys and values [B, K, S, H]; an int8 cache also has the scale of each, float32 [B, K, 1, S].
+# Keys and values [B, K, S, H]; an int8 cache also has a scale for each vector, float32 [B, K, 1, S].
 Layer = tuple[jax.Array, ...]
 Cache = tuple[Layer, ...]  # one entry per layer
 AXES = ("batch", "kv_heads", None, None)  # the logical axes of every array

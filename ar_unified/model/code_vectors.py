@@ -19,7 +19,7 @@ CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # kinds of initial rows; 
 
 
 def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:
-    """The parameters of `transformer.init` with new rows offset ... offset + K - 1 in "embedding" and, if untied, in
+    """The parameters of `transformer.init` with K new rows, from row `offset` on, in "embedding" and, if untied, in
     "head".
 
     Both tables get the same features, scaled as in `transformer.init`. Jittable.
@@ -51,7 +51,7 @@ def extended_tables(
     Args:
       params: f32, with "embedding" and, if untied, "head" [V_old, D].
       rows: int32 [V], for each row of the new tables the number of the old row that it copies; -1 for a new row.
-      codes: the rows of image codes.
+      codes: the rows of image codes in the new tables.
       text_size: number of text rows in the old tables; they are the first rows.
       how: one of CODE_EMBEDDING_INITS, for image codes: "mean", "random" (mean plus noise), or "codebook" (mean plus
           features of `vectors`, f32 [K, C]). All other new rows are the mean.

@@ -33,7 +33,7 @@ class TransformerConfig:
       norm_placement: "pre": x + f(norm(x));  "swin": x + norm(f(x)) (Chameleon-34B). Both have a final norm.
       rope_scaling: "linear" or "llama3": how rope_factor stretches the wavelengths for longer texts (model/rope.py,
         which explains rope_low, rope_high and rope_original_length); "none": no change.
-      norm_offset: added to the weights of the norms of the residual stream: 1 in Gemma.
+      norm_offset: added to the weights of each norm in the residual stream; 1 in Gemma.
       qk_norm: the norm of queries and keys over head_dim, before RoPE. "layernorm" has a bias.
       qk_norm_per_head: whether each head has its own weights for QK-norm. If not, all heads share one set.
       qkv_bias: whether the projections to queries, keys and values have a bias.
@@ -42,7 +42,7 @@ class TransformerConfig:
       tie_embeddings: whether the output head is the embedding table.
       dropout: rate on the embeddings and on the output of each residual branch; active only with a dropout key.
       dtype: the dtype of matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
-      scan_layers: compile one layer for all (short compile times, TPU); False unrolls the layers (faster on CPU).
+      scan_layers: compile one layer for all layers (short compile times, TPU); False unrolls them (faster on CPU).
       remat: which results of a layer are kept for backward and which are computed again: a name in model/remat.py's
         POLICIES, from "none", which keeps everything, to "offload", which leaves the least on the device.
       attention: a backend of kernels/backend.py; "auto": the device's own kernel, or XLA if there is none.
@@ -160,7 +160,7 @@ _GEMMA_7B = _sizes(3072, 28, 16, 16, 256, 24576, embedding_scale=3072**0.5, **_G
 
 # Presets of published systems have the size of the published vocabulary; `config_from` replaces it by yours.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours, named after the number of parameters in their layers. The CPU benchmark against transformers uses 25m.
+    # Ours, named after the number of parameters in their layers. The CPU benchmark uses 25m.
     "debug": _sizes(32, 2, 4, 2, 8, 64),
     "2m": _sizes(192, 4, 6, 6, 32, 512, qk_norm="rmsnorm", tie_embeddings=True),
     "5m": _sizes(256, 6, 8, 8, 32, 704, qk_norm="rmsnorm", tie_embeddings=True),
@@ -169,8 +169,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "350m": _sizes(1024, 24, 16, 16, 64, 2816, qk_norm="rmsnorm", **_BIG),
     "1b": _sizes(2048, 20, 16, 8, 128, 5632, qk_norm="rmsnorm", **_BIG),
     # Chameleon and Anole (arXiv 2405.09818; facebookresearch/chameleon): QK-norm has a vector for each head, as in the
-    # files of transformers. Lumina-mGPT (Alpha-VLLM/Lumina-mGPT) has one for each shard that Chameleon was trained in:
-    # one in the 7B; four in the 34B, for 16 heads each.
+    # files of transformers. Lumina-mGPT (Alpha-VLLM/Lumina-mGPT) has a vector for each shard of Chameleon's
+    # training: the 7B has one, and the 34B has four, each for 16 heads.
     "chameleon_7b": _sizes(*_7B, **_CHAMELEON),
     "chameleon_34b": _sizes(*_34B, norm_placement="swin", **_CHAMELEON),
     "lumina_mgpt_7b": _sizes(*_7B, **_CHAMELEON | dict(qk_norm_per_head=False)),

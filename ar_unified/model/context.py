@@ -1,14 +1,16 @@
 """Two ways to compute attention for rows split over the context axis in zigzag order (parallel/zigzag.py).
 
+In this order each device has two pieces of a row, an early one and a late one.
+
 `gather`: each device collects the keys and values of the whole row. It waits least, but needs memory for the keys of a
 whole row. `ring`: keys and values are passed round the devices, and the partial results of each device are merged by
 log-sum-exp (Ring Attention, arXiv 2310.01889). Memory does not grow with the number of devices, the transfer of a step
-overlaps with its computation, and pieces that share no document are skipped. However, a layer needs as many small
-kernels and transfers as there are devices.
+overlaps with its computation, and nothing is computed for a piece of queries and a piece of keys that share no
+document. However, a layer needs as many small kernels and transfers as there are devices.
 
 Both run on each device, inside `jax.shard_map`; gradients are exact.
 
-B batch, T position on a device, N query heads, K KV heads, H head dim; a device has two pieces of T / 2 positions.
+B batch, T position on a device, N query heads, K KV heads, H head dim. A piece has T / 2 positions.
 """
 
 from __future__ import annotations

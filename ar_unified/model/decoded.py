@@ -39,8 +39,9 @@ def unstacked(config: TransformerConfig, params: dict[str, Any], weights_dtype: 
 
 
 def as_decoded(name: str, leaf: jax.Array, width: int, weights_dtype: str | None) -> Any:
-    """Converts a leaf of one layer, given its last name, to the form for decoding, without a cast to the compute dtype.
+    """Converts a leaf of one layer to the form for decoding, without a cast to the compute dtype.
 
+    name: the last part of the leaf's path.
     width: width of the MLP. Channels that the leaf does not have are zeros.
     """
     if name not in MATRICES:

@@ -1,10 +1,10 @@
 """Looks up token vectors in a table that is split by id over tensor and by column over fsdp.
 
-Devices exchange tokens, not the table. Each device looks up its columns for the rows of its whole fsdp group. Then the
-devices of a tensor group add up their results (one has the vector, the others zeros). Last, an exchange over fsdp
-returns each row to its device. This moves as many bytes as the result has; the table of a large vocabulary is larger
-than that. These steps are explicit because, if sequences are split too, the compiler would collect the result of all
-devices on each device.
+Devices exchange tokens, not the table. Each device looks up its columns for the batch rows of its whole fsdp group.
+Then the devices of a tensor group add up their results (one has the vector, the others zeros). Last, an exchange over
+fsdp returns each row to its device. This moves as many bytes as the result has; the table of a large vocabulary is
+larger than that. These steps are explicit because, if sequences are split too, the compiler would collect the result
+of all devices on each device.
 
 B batch, T position, V vocabulary, D model.
 """

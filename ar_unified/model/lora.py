@@ -52,7 +52,7 @@ class LoraConfig:
       ranks, alphas: other values for some matrices, as PLACE=NUMBER, with places written like `targets`. If several
         name a matrix, the last is used.
       dropout: dropout rate on the input of A, drawn separately for each matrix.
-      targets: which of a layer's matrices have an adapter: names in MATRICES or of a group of them, where * matches
+      targets: which of a layer's matrices have an adapter: names in MATRICES, or names of groups, where * matches
         anything, such as "attention.query", "mlp", "*". QLoRA found that all of them are needed to match full tuning
         (Dettmers et al., arXiv:2305.14314, section 4).
       rslora: scale = alpha / sqrt(rank).
@@ -209,7 +209,7 @@ def _trained(
 def _chosen(
     adapter: jax.Array, x: jax.Array, pair: Mapping[str, jax.Array], path: str, keys: jax.Array | None
 ) -> jax.Array:
-    """(x A) B, where row i of x [B, T, I] uses adapter[i], and the pair is a [A, I, r] and b [A, r, O]."""
+    """(x A) B, where row i of x [B, T, I] uses adapter[i]. The pair has A as [A, I, r] and B as [A, r, O]."""
     low = jnp.einsum("BTI,BIR->BTR", x, pair["a"][adapter])
     return jnp.einsum("BTR,BRO->BTO", low, pair["b"][adapter])
 

@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary in chunks of tokens. Logits exist only for one chunk at a time.
 
-On a mesh (`jax.set_mesh`) each device combines its own tokens with its part of the vocabulary, and a chunk
-exchanges only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
+On a mesh (`jax.set_mesh`) each device combines its own tokens with its part of the vocabulary, and devices exchange
+only three numbers per token. The head is gathered over fsdp once, not once per chunk, and its gradient is
 scattered once. The compiler would do both inside the loop.
 
 B batch, T position, D model, V vocabulary (or a device's part of it), C chunks.
@@ -42,7 +42,7 @@ def token_losses(
       targets: int32 [B, T], in 0 .. used - 1. Padding may have any of these ids; the caller gives it weight 0.
       chunk: how many of a device's tokens have logits at the same time; a chunk has the same positions of each row.
       used: rows of the head from this index on have no probability and no gradient; None means V.
-      split: ids below it have one softmax and ids from it on another, and each target uses the softmax of its side;
+      split: ids below it have one softmax, and ids from it on have another. Each target uses the softmax of its side.
         None means one softmax for all.
       spans: int32 [B, T, K, 2], K ranges [first id, one past the last] of the ids in a position's softmax; ranges may
         be empty. None means all ids that `used` and `split` allow.

@@ -38,9 +38,9 @@ def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> 
 def _wavelengths(config: TransformerConfig) -> jax.Array:
     """The wavelengths divided by 2 pi: theta^(2i/H), float32 [H/2], stretched as the config says.
 
-    "linear" stretches all by the factor. "llama3" (Llama 3.1's model card and code) stretches wavelengths that turn
-    fewer than `rope_low` times in the original length by the factor, does not change those that turn more than
-    `rope_high` times, and blends in between.
+    "linear" multiplies all wavelengths by `rope_factor`. "llama3" (Llama 3.1's model card and code) does this only with
+    wavelengths that turn fewer than `rope_low` times in the original length. It does not change wavelengths that turn
+    more than `rope_high` times, and blends in between.
     """
     H = config.head_dim
     wavelengths = config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)

@@ -106,7 +106,7 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     Recipe: a matrix is normal with variance 1 / fan-in, so that its output is as large as its input at any width (LeCun
     et al., "Efficient BackProp", 1998); the two projections that write into the residual stream are smaller by sqrt(2
     L), so that its variance does not grow with depth (GPT-2). An untied embedding is normal with variance 1; a tied one
-    is initialised as a matrix. Norms start with the factor 1 and the bias 0.
+    is initialised like a matrix. Norms start with the factor 1 and the bias 0.
     """
     L, D, F, V = config.n_layers, config.d_model, config.d_mlp, config.vocab_size
     N, K, H = config.n_heads, config.n_kv_heads, config.head_dim

@@ -58,8 +58,8 @@ def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBa
 def layer_shares(
     query: jax.Array, key: jax.Array, doc_start: jax.Array, modality: jax.Array, room: int = _WEIGHTS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (sums of shares, sums of uniform shares, numbers of queries) over the queries of one layer that count:
-    f32 [M, M], [M, M] and [M].
+    """Returns (sums of shares, sums of uniform shares, numbers of queries), f32 [M, M], [M, M] and [M], for one layer.
+    Only queries that see keys of both modalities count.
 
     Args:
       query: [B, T, N, H], rotated.

@@ -16,7 +16,7 @@ class Diverged(RunError):
 
 
 class Watch:
-    """Takes the loss of every step. Raises Diverged if the running mean exceeds 1.5 x the loss at the beginning + 1.
+    """Takes the loss of every step. Raises Diverged if the running mean exceeds 1.5 * (loss at the beginning) + 1.
 
     The first losses are those of an untrained model. A model with a much higher loss is worse than untrained, and
     almost never recovers. The `+ 1` leaves room for a model that began with a low loss (fine-tuning).

@@ -242,7 +242,7 @@ def fit(
             return hand.submit(lambda: place_batch(mesh, source(step, *part), part))
         drawn: concurrent.futures.Future = concurrent.futures.Future()
         began = time.perf_counter()
-        drawn.set_result(source(step, params))  # on this thread, because all processes need the same order
+        drawn.set_result(source(step, params))  # on this thread, so that all processes run programs in the same order
         meter.waited += time.perf_counter() - began
         clock.add("drawing", time.perf_counter() - began)
         return drawn
@@ -259,7 +259,7 @@ def fit(
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in programs:
             began = time.perf_counter()
-            with clock.during("compile"), jax.set_mesh(mesh):  # only here, because previews may use other devices
+            with clock.during("compile"), jax.set_mesh(mesh):  # set only here, because previews may use other devices
                 programs[shapes] = train_step.lower(state, batch).compile()
             new = f" for batches of {' x '.join(map(str, shapes[0]))}" if len(programs) > 1 else ""
             telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s{new}")
@@ -323,7 +323,7 @@ def fit(
                 rows.append({"step": taken, VALIDATION_LOSS: scores["loss"]})
                 ends = taken == config.steps
                 words = turned(rows, finished=ends, kept=best[0] if config.keep_best and best else None)
-                if words and ends:  # the end repeats these words, even if they were printed before
+                if words and ends:  # printed after the last step, even if printed before
                     telemetry.say(f"{task.name}: {words}")
                 else:
                     turning.update({"turned": f"{task.name}: {words}"} if words else {})
@@ -334,7 +334,7 @@ def fit(
                     if runtime.first():
                         telemetry.images(taken, preview(taken, params) or {})
                     runtime.barrier("preview", timeout=3600)
-            if save:  # after the lines of this step, so that a run killed here prints them once
+            if save:  # after the lines of this step, so that metrics.jsonl has them once if the run is killed here
                 story = {"model": task.describe(), "training": dataclasses.asdict(config), "compiler_options": options}
                 with clock.during("checkpoint"):
                     telemetry.keep()  # before the checkpoint, so that a run resumed from it finds all lines

@@ -27,11 +27,12 @@ class OptimizerConfig:
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) updates the layers' matrices by their orthogonalised
     momentum. AdamW updates embeddings, head and norms (b1, b2 and eps are only for AdamW). Muon's updates are scaled to
-    the root mean square of AdamW's updates, 0.2 times the rate (Liu et al., arXiv:2502.16982). So a learning rate and a
-    decay for AdamW are a good first choice for Muon.
+    the root mean square of AdamW's updates, which is 0.2 times the rate (Liu et al., arXiv:2502.16982). So a learning
+    rate and a decay for AdamW are a good first choice for Muon.
 
     WSD means warm-up, stable, decay (arXiv:2404.06395). The decay can start from any checkpoint of the stable part.
-    `decay="sqrt"` falls as 1 - sqrt(x), the best shape in the comparison of arXiv:2405.18392.
+    With `decay="sqrt"` the rate falls as 1 - sqrt(x), where x goes from 0 to 1 during the decay. This was the best
+    shape in the comparison of arXiv:2405.18392.
 
     A restart repeats the whole schedule with its warm-up (Loshchilov & Hutter, arXiv:1608.03983), for training in
     stages.

@@ -36,7 +36,7 @@ from ar_unified.training.tasks import TransformerTask, ratios
 CHOICES = {"normalisation": ("token", "sequence", "constant")}
 
 _BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # histogram of differences: bins, bins per factor of 2, end of first bin
-_MANY = 0.999  # if a larger share of groups has equal rewards, the warning says that all have
+_MANY = 0.999  # if more than this share of groups has equal rewards, the warning says that all groups have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,9 @@ class PolicyConfig:
         right.
       kl: the weight of the KL divergence from the initial model. It needs a second forward pass. 0: no divergence.
       clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. DAPO: 0.2 and 0.28.
-      normalisation: how the loss is averaged. "token": all tokens have the same weight. "sequence": over the tokens of
-        each sample, then over samples, so a token of a long sample weighs less. "constant": the sum of each sample,
-        divided by the positions of a row.
+      normalisation: how the loss is averaged. "token": all tokens have the same weight. "sequence": a mean over the
+        tokens of each sample, then over samples, so a token of a long sample weighs less. "constant": the sum over each
+        sample, divided by the positions of a row.
       drop_flat: groups with equal rewards are left out of all means, because they would only dilute the means.
       redraws: how often, at most, groups that have a failed reward or only equal rewards are replaced by groups of
         other prompts.

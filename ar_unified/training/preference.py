@@ -118,8 +118,8 @@ class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
     """Preference pairs in packed rows (`data.batch.PreferenceBatch`); all other arguments are as in `TransformerTask`.
 
     The loss of a step is the mean over its pairs. A pair has the weight of its chosen answer's task. role_weights
-    multiply the log-probabilities, and so the part of each modality in the scores. Prompts are not part of the scores.
-    z_loss is computed on the tokens of the SFT term.
+    multiply the log-probabilities, and thereby the part of each modality in the scores. Prompts are not part of the
+    scores. z_loss is computed on the tokens of the SFT term.
     """
 
     preference: PreferenceConfig = PreferenceConfig()

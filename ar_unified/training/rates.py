@@ -4,8 +4,8 @@
     phases=((0, ("embedding[new]", "head[new]")), (200, ()))    from step 0 only these are trained, from step 200 all
 
 A factor scales the whole update, including decoupled weight decay, as a learning rate does. A part that is frozen in a
-phase has a gradient of zero there: its moments stay or decay, and its bits do not change. It still has optimizer state,
-because it is trained in another phase. Parts that are never trained are left out by `selection`.
+phase has a gradient of zero there: its moments stay or decay, and its values do not change. It still has optimizer
+state, because it is trained in another phase. Parts that are never trained are left out by `selection`.
 
 Axes: P phases, V rows of a table.
 """

@@ -328,9 +328,9 @@ class TransformerTask(Stateless[Batch]):
 
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
         counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not counted.
-        If only a part is trained, the backward pass counts what it computes. For the gradients of weights, this is 2
-        for each trained weight of a matmul. For the gradients of inputs, it is 2 for each weight from the first trained
-        one on. The matrices of an adapter count as matmuls, too.
+        If only a part is trained, the backward pass counts what it computes. Per token, these are 2 FLOPs for each
+        trained weight of a matmul (the gradients of weights), and 2 FLOPs for each weight from the first trained one on
+        (the gradients of inputs). The matrices of an adapter count as matmuls, too.
         """
         c, (layers, head) = self.config, matmul_parameters(self.config)
         looked_up, below_head = not c.tie_embeddings, self._trained.keys() - {"head"}

@@ -112,12 +112,12 @@ class Meter:
 
     def add(self, values: Metrics) -> None:
         """Adds the metric sums of one step, on the host."""
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), values)  # float32 is too small for long sums
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), values)  # float32 is not precise enough for long sums
         self.totals = jax.tree.map(np.add, self.totals, wide) if self.totals else wide
         self.steps += 1
 
     def skip(self, since: float) -> None:
-        """Excludes the time since `since` (of perf_counter), which was validation or previews and not training."""
+        """Excludes the time since `since` (of perf_counter), which was spent on validation or previews."""
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:

@@ -45,7 +45,7 @@ class _Lying(NamedTuple):
 def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
     if new.ndim == 2:
         return _Lying(cache, new.T.reshape(-1), 3)
-    if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why the axes are exchanged then
+    if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why the axes are exchanged in this case
         return _Lying(jnp.swapaxes(cache, 2, 3), new[..., None], 3, turned=True)
     wide = jnp.int32 if new.dtype == jnp.int8 else jnp.float32
     return _Lying(cache, jnp.swapaxes(new.astype(wide), 0, 1), 2)

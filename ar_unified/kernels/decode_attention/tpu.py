@@ -26,7 +26,7 @@ from ar_unified.kernels.decode_attention.spec import Cache, Spec
 BLOCK_BYTES = 512 * 1024  # bytes of keys in a step: a copy long enough to hide the step's fixed cost of 0.3 us
 HEADS = 8  # KV heads per step, at most; each is a separate product
 DTYPES = (jnp.float32, jnp.bfloat16)
-SMALL_DTYPES = (jnp.int8, jnp.float8_e4m3fn)  # only for a cache
+SMALL_DTYPES = (jnp.int8, jnp.float8_e4m3fn)  # only a cache may have these
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:

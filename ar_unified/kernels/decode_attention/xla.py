@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 from ar_unified.kernels.row_max import row_max
 
-PREFIXES = (8, 4, 2, 1)  # a prefix is the length / one of these; XLA copies it, so more choices do not pay
+PREFIXES = (8, 4, 2, 1)  # prefix = cache length / one of these; more would not help, because XLA copies it
 SHORTEST = 64  # the shortest prefix; prefixes except the whole cache are multiples of it
 _HIDDEN = -1e30  # added to the score of an unseen slot; finite, so that a row that sees no slot gives no NaN
 
