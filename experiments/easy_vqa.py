@@ -5,7 +5,7 @@ split.
     ar-unified run --config experiments/easy_vqa.py --workdir workdirs/easy_vqa
 
 Expected: vqa_accuracy 0.99 (target 0.97), text_to_image_exact 0.92 (target 0.90), after 27 minutes on two cores.
-docs/results.md says which settings it needs.
+docs/results.md says which settings this result needs.
 """
 
 from typing import Any

@@ -4,10 +4,10 @@ ar-unified run --config experiments/edit.py --workdir workdirs/edit
 ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit-on     # begins with a model of shapes
 
 Measured on 30 Nov 2026 on 2 shared cores of an EPYC, in 17 min 57 s with tokenizers, data and scores: edit_exact 0.892
-of 400 held-out instructions (the target is 0.85; objects added 1.0, removed 1.0, moved 0.944, recoloured 0.949,
-reshaped 0.896, resized 0.603), edit_reconstruction_exact 1.0, text_to_image_exact 1.0, caption_exact 1.0. On
+of 400 held-out instructions (the target is 0.85; by kind of edit: add 1.0, remove 1.0, move 0.944, recolour 0.949,
+reshape 0.896, resize 0.603), edit_reconstruction_exact 1.0, text_to_image_exact 1.0, caption_exact 1.0. On
 unseen_combinations edit_exact is 0.118, and with this image tokenizer it cannot be higher than 0.523. When training
-starts from the finished demo, edit_exact is 0.645, and 0.90 of the stories are right (29 Nov, in float32).
+starts from the finished demo, edit_exact is 0.645, and a share of 0.90 of the stories is right (29 Nov, in float32).
 docs/image_editing.md lists what was tried.
 """
 

@@ -5,16 +5,16 @@
 Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
 {"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate PATH` checks them first.
 PATH may also be a Parquet, Arrow or tar file (WebDataset), a folder of these, or "shards/{000..063}.tar"; docs/data.md
-says how columns and members must be named. The last twentieth of their rows is held out. In a folder of rows, one image
-in twenty (at least one, if there are two) is held out with all its rows. Images keep their aspect ratio: each document
-has an image's size and its codes row by row.
+says how columns and members must be named. The last twentieth of the rows of such files is held out. In a folder of
+rows, one image in twenty (at least one, if there are two) is held out with all its rows. Images keep their aspect
+ratio: a document has an image's size, followed by its codes row by row.
 
 Arguments, with defaults in brackets: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no,
 whether to follow links that lead out of PATH (no); init=BUNDLE, start from that model's weights, tokenizers and image
 layout (none).
 
-Expected for 348 recipes with 133 photographs: every sample parses, after 9 minutes on two cores, 3.3 GB. The 600 steps
-only check that everything works; they do not give a good model of cooking.
+Expected for 348 recipes with 133 photographs: every sample parses, after 9 minutes on two cores, with 3.3 GB of memory.
+The 600 steps only check that everything works; they do not give a good model of cooking.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""A text model learns to draw shapes, compared with the same small model from random weights.
+"""A text model learns to draw shapes, compared with the same small model trained from random weights.
 
     ar-unified run --config experiments/from_llm.py:part=text --workdir workdirs/llm
     ar-unified export --workdir workdirs/llm --output workdirs/llm_bundle
@@ -11,8 +11,8 @@ or from `ar-unified import --as llama | qwen | gemma`. images=FOLDER is an image
 here.
 
 Measured on 29 Nov 2026, 400 steps each, with the demo's image tokenizer. Held-out losses in nats per token: text 0.748
-before, 0.754 after (from scratch 0.771); captioned images 1.348 after 100 steps and 0.808 at the end (from scratch
-1.385 and 0.808). Each of the three trainings took 48 s of CPU time. docs/from_llm.md has both curves.
+before part=extend, 0.754 after it (part=scratch: 0.771); captioned images 1.348 after 100 steps and 0.808 at the end
+(part=scratch: 1.385 and 0.808). Each of the three trainings took 48 s of CPU time. docs/from_llm.md has both curves.
 """
 
 from ml_collections import ConfigDict
@@ -101,7 +101,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if part == "scratch":
         config.init = ""
         config.text_tokenizer.model = text_file(str(bundle))
-    else:  # at first only the new rows are trained
+    else:  # at first only the rows of the new ids are trained
         config.training.only = ("embedding[new]", "head[new]")
         config.training.phases = (ConfigDict(dict(begin=0.1, only=())),)
     return config

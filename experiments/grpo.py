@@ -3,12 +3,12 @@
     ar-unified run --config experiments/grpo.py:from=BUNDLE --workdir workdirs/grpo
 
 BUNDLE is an exported demo (`ar-unified export --workdir workdirs/shapes --output BUNDLE`), preferably one that was
-stopped early, because a finished demo draws 0.99 right and has little to learn.
+stopped early, because a finished demo draws a share of 0.99 right and has little to learn.
 
 Measured on 30 Nov 2026 with jax 0.10.2, from the demo after 504 of its 3,200 steps: the share of held-out captions that
-are drawn right rises from 0.735 (of 200) to 0.973 (of 400; temperature 0.25). caption_exact, which no reward measures,
-falls from 0.55 to 0.24. The run took 14 min 1 s on 2 cores that tests also used. docs/rewards.md has the curve. It
-also has the curve of the demo with its former image tokenizer, which rose from 0.565 to 0.850.
+are drawn right rises from 0.735 (of 200 captions) to 0.973 (of 400 captions; temperature 0.25). caption_exact, which no
+reward measures, falls from 0.55 to 0.24. The run took 14 min 1 s on 2 cores that tests also used. docs/rewards.md has
+the curve. It also has the curve of the demo with its former image tokenizer, which rose from 0.565 to 0.850.
 
     python experiments/data/make_unseen_prompts.py --output datasets/unseen-prompts
     ar-unified run --config experiments/grpo.py:from=BUNDLE,unseen=datasets/unseen-prompts --workdir workdirs/unseen
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data.train = (prompts, ConfigDict(dict(captions("train")[0], weight=0.6)))
         config.data.tests.unseen_combinations = captions("unseen_combinations")
         config.reward.function = "shapes_closeness"
-        config.reward.mode = "image"  # the default is the mode of the answer, but these prompts have none
+        config.reward.mode = "image"  # without this, the mode comes from a prompt's answer, but these prompts have none
     config.reward.group_size = 16
     config.reward.scale_rewards = False
     config.reward.clip_high = 0.28

@@ -5,7 +5,7 @@
     ar-unified run --config experiments/mixture.py:path=DIR,sources=photos@0.7+books@0.3 --workdir workdirs/mine
 
 Sources are folders below DIR, each named with its share of the packed rows after "@". As in experiments/folder.py, the
-files decide what kind of source it is. The defaults are recipes with photographs (based-cooking), photographs with
+files of a source decide its kind. The defaults are recipes with photographs (based-cooking), photographs with
 captions (clothing), emoji by name (noto-emoji), questions about drawn figures (easy-vqa) and one text in 29 languages
 (text/udhr). data/make_photos.py, make_emoji.py and make_easy_vqa.py make the first four from public sources that they
 name. In each source, one image in twenty is held out with all its rows; in texts, one file in twenty.

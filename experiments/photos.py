@@ -5,10 +5,11 @@
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/photos
 
 data/make_photos.py and data/make_emoji.py fill the folder `datasets` (or DIR of photos.py:path=DIR) from public sources
-that they name. clothing (1,000 photographs, short side 128), noto-emoji (1,644 images of 128 x 128) and based-cooking
-(133 photographs) are for training. kodak (8 photographs of 768 x 512) is for testing, and never seen in training.
+that they name. clothing (1,000 photographs, short side 128 pixels), noto-emoji (1,644 images of 128 x 128) and
+based-cooking (133 photographs) are for training. kodak (8 photographs of 768 x 512) is for testing, and never seen in
+training.
 
-Expected: 24.6 dB on kodak at 256 x 256, after 34 minutes on two cores (docs/image_tokenizers.md).
+Expected: a PSNR of 24.6 dB on kodak at 256 x 256, after 34 minutes on two cores (docs/image_tokenizers.md).
 
 Arguments: path=DIR, the folder above (datasets), or a folder of your own photographs to train on; validation=DIR2,
 another folder of photographs for scoring (default: kodak, or none for your own photographs).
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ar_unified.experiment.config import defaults, parse_arg
 
-TRAIN = {"clothing": 0.6, "based-cooking": 0.25, "noto-emoji": 0.15}  # shares of the crops
+TRAIN = {"clothing": 0.6, "based-cooking": 0.25, "noto-emoji": 0.15}  # shares of the crops for training
 MADE_BY = {
     "clothing": "make_photos.py --clothing CLONE --output {path}",
     "based-cooking": "make_photos.py --cooking CLONE --output {path}",

@@ -10,9 +10,9 @@ Arguments: model=chameleon_7b | chameleon_34b | emu3_8b | lwm_7b; chips=NUMBER o
 batch size; path=DIR, documents in the form that experiments/folder.py reads (only for training).
 
 The models' shapes and vocabularies are published, and for Chameleon also the optimizer (arXiv 2405.09818, table 1:
-learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp has at most half of its largest possible size,
-because over a whole 3-D slice libtpu gathers with all-reduces, which send twice the bytes. The rows per chip are
-chosen so that matmuls bound the time of a step. No such run has been made: these are plans, not results.
+learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. Its axis fsdp has at most half of its largest
+possible size, because over a whole 3-D slice libtpu gathers with all-reduces, which send twice the bytes. The rows per
+chip are chosen so that matmuls bound the time of a step. No such run has been made: these are plans, not results.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
     make demo      or      ar-unified demo --workdir workdirs/shapes
 
 Expected shares of right results for held-out scenes: drawings 1.0, questions 0.95, captions 0.99, stories 0.83, after
-12 to 25 minutes on two cores, 1.3 GB (docs/results.md).
+12 to 25 minutes on two cores, with 1.3 GB of memory (docs/results.md).
 """
 
 from ml_collections import ConfigDict
@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 32
     config.image_tokenizer.multipliers = (1, 2, 4)
-    # Blocks only at fine levels, so that a code depends little on other places. A code that depends on others is hard
-    # to predict.
+    # Residual blocks only at fine levels, so that a code depends little on other places. A code that depends on
+    # others is hard to predict.
     config.image_tokenizer.blocks = (2, 0, 0)
     config.image_tokenizer.levels = (8, 8, 8)
     config.image_tokenizer.activation = "ifsq"

@@ -188,8 +188,9 @@ def peer_decodes(peer, prompts: np.ndarray, new: int, dtype: str) -> dict[str, C
 
 
 def serve_peer(pipe, config: TransformerConfig, params, what: str, tokens: np.ndarray, new: int) -> None:
-    """The peer's process. For each name that it receives, it does that run and sends (wall seconds, CPU seconds,
-    result)."""
+    """The peer's process. For each name that it receives, it does the run of this name and sends (wall seconds, CPU
+    seconds, result).
+    """
     peer = make_peer(config, params)
     runs: Mapping[str, Callable]
     if what == "train":
@@ -210,7 +211,7 @@ def timed(run: Callable) -> tuple[float, float, Any]:
 def compare(ours: Callable, peers: tuple[str, ...], repeats: int, *peer_args) -> tuple[dict, dict]:
     """Runs ours and each peer in turns after a warm-up. Returns the medians of (wall, CPU) seconds, and all results.
 
-    The peer has its own process, so that allocator and threads of one side do not disturb the other.
+    The peer has its own process, so that the allocator and the threads of one side do not disturb the other.
     """
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()

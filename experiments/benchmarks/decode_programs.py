@@ -6,10 +6,10 @@ Compiles the sampler's decoding program with libtpu on this machine's CPU and pr
 
     copied       bytes of arrays of 4 MiB and more that one step copies from memory to memory
     temporaries  memory besides weights and cache, also as a percentage of the cache
-    XLA          the compiler's cycles, at CLOCK, of everything except the Pallas kernels: for a batch that draws words
-                 and images, and for one that draws only images
-    kernels      bytes that attention and cache writes move / memory bandwidth (computed here, because XLA has no
-                 estimate for kernels); every row is as long as the cache
+    XLA          the compiler's estimate, in cycles of CLOCK, of all but the Pallas kernels: first for a batch that
+                 draws words and images, then for one that draws only images
+    kernels      bytes that attention reads and that are written to the cache / memory bandwidth (computed here, because
+                 XLA has no estimate for kernels); every row is as long as the cache
     roofline     bytes of weights and cache, read once, / memory bandwidth
 
 Nothing is timed, because no TPU is used. --layers N takes N layers of the model; fewer compile faster. A case takes two
@@ -69,7 +69,7 @@ def measure(name: str, layers: int | None) -> str:
     )
     if hardware.name != "v5p":
         return said
-    written = 2 * 32 // jnp.dtype(kv_dtype or model.dtype).itemsize / run.max_length  # tiles of the cache
+    written = 2 * 32 // jnp.dtype(kv_dtype or model.dtype).itemsize / run.max_length  # written tiles / cache
     kernels = cache * (1 + written) / hardware.hbm_bandwidth
     least = roofline(program, run, hardware, []).seconds["memory"]
     both, alone = (each.cycles / CLOCK + kernels for each in (step, images))

@@ -58,7 +58,7 @@ def cut(pixels: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.ndarray:
-    """The pixels after one of EDITS, with random numbers."""
+    """The pixels after one of EDITS, with a random factor, quality and shares."""
     factor, quality, shares = random.uniform(0.5, 1.5), int(random.integers(30, 91)), random.uniform(0, 0.05, 4)
     if edit in ("cut", "all three"):
         pixels = cut(pixels, shares)
@@ -68,7 +68,7 @@ def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.nda
 
 
 def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Json]:
-    """Plants the copies of some sets and returns recall, precision and cost."""
+    """Plants copies of the images of some sets and returns recall, precision and cost."""
     files = [path for name in names for path in sorted((root / name / "images").rglob("*"))]
     files = [path for path in files if path.suffix.lower() in SUFFIXES][::every]
     search, random, seconds = Search(), np.random.default_rng(0), 0.0

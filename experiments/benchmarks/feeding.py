@@ -8,19 +8,19 @@ There are two tasks. Each side runs in its own process. All sides run in turns, 
     images   The data are --images JPEG files of --side pixels (cut from the photos in DIR) with captions, in tars
              (ours, webdataset), ArrayRecord (Grain) and TFRecord (tf.data). Each side decodes them in order, cuts out
              the central square, scales it to 256 x 256 as uint8, and makes batches of 64. Ours and tf.data do this
-             with Lanczos and with bilinear filters, also "reduced": the JPEG decoder halves images that have at least
-             four times the target's sides. Ours has Pillow's filters and those with names that end in `_simd`. Grain
-             and webdataset do what ours does by default.
+             with Lanczos and with bilinear filters. They do it again "reduced": then the JPEG decoder halves images
+             that have at least four times the target's sides. Ours has Pillow's filters and those with names that end
+             in `_simd`. Grain and webdataset do what ours does by default.
     tokens   The data are the documents of `loader_scale` (captions, texts, interleaved). Each side shuffles them, packs
-             them uncut into rows of 4,096, and makes batches of 64. Ours reads the shards that `prepare` writes, Grain
-             the same records in ArrayRecord, webdataset the same documents in tars. Ours makes eight fields; the others
-             make tokens, positions and segments.
+             them uncut into rows of 4,096 tokens, and makes batches of 64. Ours reads the shards that `prepare` writes,
+             Grain the same records in ArrayRecord, webdataset the same documents in tars. Ours makes eight fields; the
+             others make tokens, positions and segments.
 Grain and webdataset run in one thread, with two and with three processes, and Grain also with threads; tf.data chooses
 its number of threads (AUTOTUNE). Timing starts after the first --warm items. Two columns show items (images, or tokens
 without padding) per second of wall time and per second of CPU time of all processes of a side; both are medians. The
 other columns show ours divided by theirs for both rates, first with Pillow's filters, then with `_simd`. They are
-medians over the repeats. Each peer is compared with ours at the same settings or, if ours has no such run, at its
-defaults.
+medians over the repeats. Each peer is compared with our run at the same settings or, if there is none, with our
+run at the defaults.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def our_tokens(folder: Path) -> Batches:
 
 
 def grain_tokens(folder: Path, workers: str) -> Batches:
-    """Grain: a global shuffle, and first fit into 64 open rows."""
+    """Grain: a global shuffle, and first-fit packing into 64 open rows."""
     import grain
     from grain.experimental import FirstFitPackIterDataset
 

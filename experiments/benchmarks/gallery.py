@@ -60,7 +60,7 @@ def record(workdir: Path, name: str, note: str, docs: Path = DOCS) -> Path:
 
 
 def _environment(workdir: Path) -> dict[str, str]:
-    """The environment of `evaluate` from its report, or that of this process if there is no report."""
+    """The environment of `evaluate` from its report, or this process's environment if there is no report."""
     report = workdir / "report.html"
     if not report.exists():
         return environment()

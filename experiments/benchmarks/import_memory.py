@@ -1,19 +1,19 @@
 """How much memory and time an import of real size needs, with files of random numbers that are made here and not kept.
 
 The files are bfloat16 shards of a preset, with transformers' names. They repeat one block of random numbers, scaled to
-1/sqrt(width), so making them takes no longer than writing them. Everything that is not the transformer's (settings,
-tokenizers, other tensors) comes from --beside, a small model in the same format with the preset's vocabulary; its
-config.json gets the preset's sizes. Then `ar-unified import` runs in its own process. Two numbers are printed: seconds
-per GB read, and that process's peak of resident memory, minus the peak of a process that only imports the same modules.
-The bound for this peak is two shards + 2 GiB; the exit status is 1 if it is higher.
+1/sqrt(width), so making them takes no longer than writing them. Everything that is not part of the transformer
+(settings, tokenizers, other tensors) comes from --beside, a small model in the same format with the preset's
+vocabulary; its config.json gets the preset's sizes. Then `ar-unified import` runs in its own process. Two numbers are
+printed: seconds per GB read, and that process's peak of resident memory, minus the peak of a process that only imports
+the same modules. The bound for this peak is two shards + 2 GiB; the exit status is 1 if it is higher.
 
     python experiments/benchmarks/import_memory.py --model chameleon_34b --as chameleon --beside TINY --folder DIR
 
 The disk needs room for the files and for the bundle: 2 x 68 GB for chameleon_34b. --layers N takes fewer layers than
 the preset has. --holes makes files of zeros, which need no room but make times less meaningful. Works on Linux.
 
-Before this, a first import is started and killed after --kill-after seconds. The second import must remove the
-unfinished files of the first.
+Before the measured import, another import is started, and is killed after --kill-after seconds. The measured import
+must remove the unfinished files of the killed one.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.tensors import INDEX, Kind, TensorWriter
 
 _BLOCK = 1 << 22  # how many random numbers are made
-# Linux counts the parent's memory as the new process's, so a parent with little memory starts it.
+# Linux counts the parent's memory as the new process's, so the import is started by a parent with little memory.
 _PARENT = """
 import json, resource, subprocess, sys
 status = subprocess.call(sys.argv[2:])
 json.dump([status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], open(sys.argv[1], "w"))
 """
-# What a training or a sampler does when it loads the bundle on a host with that many devices.
+# What a training or a sampler does when it loads the bundle on a host with --devices devices.
 _LOAD = """
 import sys
 import jax
@@ -158,7 +158,7 @@ def generate(
 
 
 def numbers(shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
-    """bfloat16 numbers: for a matrix with variance 1/width, for a vector around 1."""
+    """bfloat16 numbers. For a matrix, their variance is 1/width; for a vector, they are around 1."""
     scaled = block / math.sqrt(shape[-1]) if len(shape) > 1 else 1 + 0.3 * block
     return np.resize(scaled.astype(ml_dtypes.bfloat16), shape)
 

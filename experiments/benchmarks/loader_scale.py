@@ -5,9 +5,10 @@
 DIR gets the files that `prepare` writes for one source, without the tokens: manifest, index, an empty file for every
 shard of 8,192 items, and the planned rows. They have 16 bytes per document, 16 GB for 10^9, and are removed at the end.
 
-Documents are simulated: a third captions with an image of 256 codes, a third texts, a third interleaved (log-normal).
-From 10^8 documents on, all runs of 4,096 documents have the lengths of the first run, so one block is planned instead
-of 15,259. The cost of planning is measured on the first 10^6 documents (`plan`).
+Documents are simulated: a third captions with an image of 256 codes, a third texts, a third interleaved. The
+lengths of captions, texts and interleaved documents are log-normal. From 10^8 documents on, all runs of 4,096 documents
+have the lengths of the first run, so one block is planned instead of 15,259. The cost of planning is measured on the
+first 10^6 documents (`plan`).
 
 Then files are dropped from the page cache, as after a restart, and a new process for each size opens the loader and
 makes batches of random steps. Columns:
@@ -197,7 +198,7 @@ def own() -> float:
 
 
 def mapped(folder: Path) -> float:
-    """MB of pages of files below a folder that this process has mapped and touched."""
+    """MB of pages that this process has mapped and touched, of files below a folder."""
     kilobytes, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if line.startswith("Rss:"):

@@ -26,7 +26,7 @@ NEW, WIDTH, TEXT, CODES = 257, 32, 2000, 4096
 
 
 def sampler(batch: int, scale: float, top_k: int):
-    """A function of a seed that draws `batch` images, ids [batch, 257]."""
+    """A function that takes a seed and draws `batch` images, ids [batch, 257]."""
     from lwm.vision_llama import FlaxVideoLLaMAForCausalLM, VideoLLaMAConfig
     from transformers import GenerationConfig
 

@@ -8,9 +8,9 @@
 A model is NAME=BUNDLE:CAPTIONS. CAPTIONS is a file of rows with a "text"; without it, captions are of embedded scenes.
 
 `exact` draws mixed requests with each window and counts the samples that differ from those of window 1. The requests
-are captions to images, questions about images, stories, edits and canvases with holes, with one to three contexts,
-temperatures from 0, top-k, top-p and penalties; there are more requests than slots. "restless" is an engine that
-changes the window at every chunk. The exit status is 1 if a sample differs.
+are captions to draw, questions about images, stories, edits and canvases with holes, with one to three contexts,
+temperatures of 0 and above, top-k, top-p and penalties; there are more requests than slots. "restless" is an engine
+that changes the window at every chunk. The exit status is 1 if a sample differs.
 
 `speed` draws images with the bundle's settings, with each window in turns after a warm-up, and compares every token.
 The line for each window has: tokens per step; wall and CPU time of window 1 divided by that of this window (medians of
@@ -168,7 +168,7 @@ def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> 
         tokens = {sample.request.id: sample.tokens.tolist() for sample in engine.generate(again)}
         return tokens, (time.perf_counter() - before[0], time.process_time() - before[1])
 
-    for engine in engines.values():  # compiles, and "auto" measures
+    for engine in engines.values():  # these calls compile, and "auto" measures
         drawn(engine, repeats)
         drawn(engine, repeats + 1)
     times: dict[Any, list[tuple[float, float]]] = {window: [] for window in engines}

@@ -73,7 +73,7 @@ def run(case: str) -> None:
 
 
 def table(plans: dict[str, dict[str, Any]]) -> str:
-    """The Markdown: a row for each plan, then the cases that do not fit, and how far each scales."""
+    """The Markdown: a table with a row for each case, then a table of how far each plan scales."""
     head = (
         "| model | target | mesh | remat | tokens a step | peak of HBM | parameters + optimizer | "
         "gradients + activations | ICI sent | DCN sent | matmuls | ICI | DCN | memory | step | MFU | compiled in |"

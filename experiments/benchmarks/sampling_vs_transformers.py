@@ -300,8 +300,9 @@ def peer_texts(peer: Any, prompt: np.ndarray) -> dict[str, Callable[[], np.ndarr
 
 
 def serve(pipe: Any, side: str, task: str, prompt: np.ndarray, state: Any, vocab: int, v: dict[str, int]) -> None:
-    """A side's process. For each name that it receives, it does that run and sends (wall seconds, CPU seconds,
-    tokens)."""
+    """A side's process. For each name that it receives, it does the run of this name and sends (wall seconds, CPU
+    seconds, tokens).
+    """
     if side == "ours":
         from ar_tokenizers.host import keep_memory
 
@@ -317,7 +318,7 @@ def serve(pipe: Any, side: str, task: str, prompt: np.ndarray, state: Any, vocab
 
 
 class Lwm:
-    """The process of lwm_sampler.py, with the methods of a pipe's end that `compare` uses."""
+    """The process of lwm_sampler.py. It has those methods of a pipe's end that `compare` calls."""
 
     def __init__(self, python: str, batch: int):
         script = str(Path(__file__).with_name("lwm_sampler.py"))

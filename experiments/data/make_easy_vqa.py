@@ -7,10 +7,10 @@ Without installing it: `pip download --no-deps easy-vqa`, then --source easy_vqa
 clone of github.com/vzhou842/easy-VQA, which has the same files.
 
 Writes the unchanged images/SPLIT/N.png (4,000 of train, 1,000 of test, 64 x 64 pixels), vqa.jsonl (48,248 questions)
-and captions.jsonl (4,980: "a blue rectangle"). The set has no captions, so they are made from its questions and
-answers. For 534 images the questions do not give both colour and shape, so the pixels decide. Of these images 20 get no
-caption, because the filled share of the figure's bounding box fits no shape clearly. The run that easy_vqa.py describes
-used these rows.
+and captions.jsonl (4,980 captions such as "a blue rectangle"). The set has no captions, so they are made from its
+questions and answers. For 534 images the questions do not give both colour and shape, so the pixels decide. Of these
+images 20 get no caption, because the filled share of the figure's bounding box fits no shape clearly. The run that
+easy_vqa.py describes used these rows.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
     python experiments/data/make_photos.py --clothing clothing-dataset-small --cooking based.cooking \\
         --kodak Kodak-Lossless-True-Color-Image-Suite --output datasets
 
-The last is a copy of r0k.us/graphics/kodak, whose photographs were "released by the Eastman Kodak Company for
-unrestricted usage". For each named source, the output folder gets:
-    clothing/images/train/CLASS/*.jpg   100 photographs of each of 10 classes, short side 128, JPEG quality 85; and
-                                        captions.jsonl, "a photo of a dress", for benchmarks/quantizers.py
-    based-cooking/images/*.jpg          the images that recipes show, long side at most 384, JPEG quality 90
+The last repository is a copy of r0k.us/graphics/kodak, whose photographs were "released by the Eastman Kodak Company
+for unrestricted usage". For each named source, the output folder gets:
+    clothing/images/train/CLASS/*.jpg   100 photographs of each of 10 classes, short side 128 pixels, JPEG quality 85;
+                                        and captions.jsonl, such as "a photo of a dress", for benchmarks/quantizers.py
+    based-cooking/images/*.jpg          the images that recipes show, long side at most 384 pixels, JPEG quality 90
     kodak/images/kodimNN.png            8 of the 24, unchanged: 01, 04, 07, 13, 15, 19, 20, 23
 
 Any other folder of photographs works too, because `photos.py` only needs images. The run that photos.py describes had
@@ -88,7 +88,7 @@ def clothing(source: Path, folder: Path, per_class: int = 100) -> int:
 
 
 def cooking(source: Path, folder: Path) -> int:
-    """Copies the images that recipes show, long side at most 384. Raises UserError, OSError."""
+    """Copies the images that recipes show, long side at most 384 pixels. Raises UserError, OSError."""
     shown: set[str] = set()
     for recipe in _inside(source, "content").glob("*.md"):
         shown.update(re.findall(r"/pix/([\w.-]+)", recipe.read_text(encoding="utf-8")))

@@ -8,8 +8,8 @@ scenes.
   pictures   a caption; chosen is the picture of its scene, rejected a picture in which one object has another colour,
              shape, size or place
   answers    a picture and a question; chosen is the right answer, rejected a wrong one from questions of that kind
-No picture has a shape in a colour that the embedded dataset keeps unseen. The file is made from a seed, so its bytes
-are the same everywhere.
+No picture has a (shape, colour) that the embedded dataset keeps for its split "unseen_combinations". The file is made
+from a seed, so its bytes are the same everywhere.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ar_unified.data.shapes import captions_held_out
 from ar_unified.workdir import write_text
 
 SPLIT = "unseen_combinations"
-ALONE = 0.85  # share of tries for a scene with one object; most of these fail, so they give four in ten prompts
+ALONE = 0.85  # share of tries for one object; most of these fail, so four in ten prompts have one object
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

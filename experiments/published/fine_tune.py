@@ -24,7 +24,7 @@ from ar_unified.data.sources import kind_of
 from ar_unified.errors import nearest
 from ar_unified.experiment.config import begin_with, defaults, parse_arg, whole
 
-ROWS = 8  # of a microbatch
+ROWS = 8  # rows of a microbatch
 # Keys of a config by section. PLAIN is used where a system's authors say nothing.
 PLAIN: dict[str, dict[str, Any]] = {
     "training": dict(learning_rate=1e-5, final_fraction=0.0, weight_decay=0.1, clip_norm=1.0),

@@ -51,7 +51,7 @@ class Codec(Protocol):
 
     @property
     def data(self) -> bytes:
-        """The content of that file."""
+        """The content of the tokenizer's file."""
 
     @property
     def symbols(self) -> list[str]:
@@ -59,7 +59,7 @@ class Codec(Protocol):
 
     @property
     def piece_bytes(self) -> np.ndarray:
-        """int32 [size], UTF-8 bytes that each id stands for."""
+        """int32 [size], the number of UTF-8 bytes that each id stands for."""
 
     def encode(self, text: str, /) -> list[int]:
         """The ids of a text. Raises ValueError for a text with a surrogate."""

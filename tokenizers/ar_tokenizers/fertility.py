@@ -20,8 +20,9 @@ class Fertility:
       bytes, characters, tokens: the numbers of UTF-8 bytes, Unicode code points and ids.
       byte_tokens: the number of ids that stand for one byte of a character without a piece.
       failed: the number of texts that decoding does not restore.
-      first_failure: a dict about the first such text: its "origin", and its part around the first difference, as it
-        was ("text") and as it comes back ("back"). Empty if nothing failed.
+      first_failure: a dict about the first text that decoding does not restore; empty if there is none. "origin" is
+        where the text is from; "text" and "back" are its part around the first difference, before encoding and after
+        decoding.
     """
 
     texts: int = 0

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-UNFINISHED = ".unfinished~"  # suffix of the name of a file that is being written
+UNFINISHED = ".unfinished~"  # a file has this suffix while it is being written
 # Each of these functions is called with the path of every file that `whole` has finished.
 when_whole: list[Callable[[Path], object]] = []
 

@@ -2,13 +2,13 @@
 
 Measured on 2 cores with jaxlib 0.10.2 (experiments/benchmarks/cpu_vs_transformers.py):
 
-* XLA CPU fuses some reductions into YNNPACK calls that return wrong numbers in jaxlib 0.10.2 (jax issue 39103: 0.10.1
-  and 0.12 are right; a related crash, 39257, is also in 0.11.0). The gradient of an RMSNorm under `vmap` was off by
-  0.24 without an error. With one XLA flag, XLA computes reductions itself. Importing ar_tokenizers or ar_unified sets
-  this flag.
-* XLA allocates all temporaries of a step as one block, which glibc maps from the system and gives back each time:
-  130,000 page faults, a quarter of the demo's step. The three `mallopt` values make glibc keep the block. They suit a
-  process that does nothing else, so only importing ar_unified.cli sets them.
+* XLA CPU fuses some reductions into YNNPACK calls that return wrong numbers in jaxlib 0.10.2 (jax issue 39103).
+  Versions 0.10.1 and 0.12 return right numbers; a related crash (issue 39257) is also in 0.11.0. The gradient of an
+  RMSNorm under `vmap` was off by 0.24 without an error. With one XLA flag, XLA computes reductions itself. Importing
+  ar_tokenizers or ar_unified sets this flag.
+* XLA allocates all temporaries of a step as one block, which glibc maps from the system and gives back each time.
+  This caused 130,000 page faults and took a quarter of the time of the demo's step. The three `mallopt` values make
+  glibc keep the block. They suit a process that does nothing else, so only importing ar_unified.cli sets them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _NAME, _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 1, 2, 3, 4
 _MODEL_TYPE, _BYTE_FALLBACK = 3, 35
 _CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
 
-# Texts that a model may lose. The parts of a text are encoded separately and decoded together.
+# The probes: texts that a model may lose. The parts of a text are encoded separately and decoded together.
 CHARACTERS = ("\uff46\uff55\uff4c\uff4c \ufb01 e\u0301 \u00e9 \u2126",)
 LINES = ("line\n\n\tindented\r\n",)
 SPACES = ("  two  spaces ",)
@@ -40,7 +40,8 @@ class Loss:
 
     Attributes:
       cause: the model's setting, and what it does.
-      text, back: an example, and the text that decoding gives back; both "" if no probe shows the loss.
+      text, back: an example, and the text that decoding gives back; both "" if no probe (a text of this module) shows
+        the loss.
     """
 
     cause: str
@@ -100,7 +101,7 @@ def shown(
     """A loss for each of `rules`, which are (cause, probes). Its example is the first probe that decoding does not
     restore.
 
-    If there are no rules, but decoding does not restore some probe of this module, that probe is the only loss.
+    If there are no rules, but decoding does not restore a probe of this module, the result is one loss with this probe.
     """
 
     def example(probes: Sequence[Sequence[str]]) -> tuple[str, str] | None:

@@ -63,7 +63,7 @@ class PublishedTokenizer:
         self._names = {id: name for name, id in tokenizer.get_vocab().items()}
         added = tokenizer.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special}
-        unknown = tokenizer.token_to_id(str(spec["model"].get("unk_token")))  # for characters without a piece
+        unknown = tokenizer.token_to_id(str(spec["model"].get("unk_token")))  # the id for characters without a piece
         self._unspelled = self._special - {unknown}
         self.symbols = [token.content for id, token in sorted(added.items()) if id not in self._special]
         self.size = max(self._names) + 1
@@ -138,7 +138,7 @@ class PublishedTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not self._unspelled.isdisjoint(ids):  # a merge in the file makes a special token
+        if not self._unspelled.isdisjoint(ids):  # this happens if a merge in the file makes a special token
             name = next(self._names[id] for id in ids if id in self._unspelled)
             raise ValueError(f"{text!r:.80}: a merge in {self.file} makes the special token {name!r} from this text")
         return ids

@@ -180,8 +180,8 @@ class TextTokenizer:
           model_type: "bpe", or "unigram" (many times slower).
           character_coverage: the share of characters that get a piece; others are encoded as bytes without loss.
           max_bytes: how many bytes of text are kept. Peak memory is this number times 22 (bpe) or 31 (unigram) for
-            words. For random Chinese characters, the worst case of text without spaces, it is this number times 93 or
-            19 (experiments/benchmarks/text_tokenizer.py).
+            text made of words. For random Chinese characters, the worst case of text without spaces, it is this number
+            times 93 or 19 (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: there is no text, or only line ends, tabs and the like; a text has a surrogate; or vocab_size is
@@ -201,7 +201,7 @@ class TextTokenizer:
                 sentence_iterator=iter(kept),
                 model_writer=model,
                 model_type=model_type,
-                vocab_size=max(vocab_size, 1),  # with fewer, SentencePiece does not say how many it needs
+                vocab_size=max(vocab_size, 1),  # with less than 1, SentencePiece does not say how many it needs
                 hard_vocab_limit=False,
                 normalization_rule_name="identity",
                 byte_fallback=True,
@@ -214,7 +214,7 @@ class TextTokenizer:
                 add_dummy_prefix=False,
                 required_chars=SPACE,  # spaces need a piece even if the corpus has none
                 character_coverage=character_coverage,
-                # They get their own pieces, because learned ones would join words and line ends.
+                # Line ends and tabs get their own pieces, because learned pieces would join them with words.
                 user_defined_symbols=["\n", "\t"],
                 unk_id=0,
                 unk_surface="\ufffd",

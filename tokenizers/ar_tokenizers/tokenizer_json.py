@@ -21,7 +21,7 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
 
     Args:
       tokenizer: a lossless tokenizer, such as `TextTokenizer.train` makes.
-      added: names of tokens that text never becomes, with ids from `size` on.
+      added: names of the special tokens. Their ids follow the ids of text, so they begin at `size`.
 
     Raises:
       ValueError: the tokenizer loses text (then export its published file instead), or a name is also a piece.

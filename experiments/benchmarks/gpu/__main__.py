@@ -1,7 +1,8 @@
 """Checks and measures one H100 or H200 in eight minutes, the most important things first: `make check-gpu`.
 
     parity      every case of the attention and decode kernels in bfloat16 against the reference, with gradients
-    attention   dense causal rows of 4k, 8k and 32k, and packed rows of 8 documents of 1k: ours, cuDNN, stock Pallas
+    attention   dense causal rows of 4k, 8k and 32k tokens, and packed rows of 8 documents of 1k tokens: ours, cuDNN,
+                stock Pallas
     decode      bytes per second of one step of attention over a bfloat16 and an int8 cache: ours, cuDNN, XLA
     training    steps of a 1B model and of some layers of a 7B model: tokens per second, MFU, peak memory
     sampling    images per second of a 7B model with guidance
@@ -9,16 +10,16 @@
 
 Each stage runs in its own process, because after a failed kernel nothing else works in that process. If a check ends
 the process, a new process goes on with the next check. Every result is written at once, one JSON object per line, to
-results/gpu_<device>_<time>.jsonl, with the clocks and the power before it. Each stage has a share of the time, and
-leaves unused time to the next stage; --seconds scales all shares.
+results/gpu_<device>_<time>.jsonl, with the clocks and the power that the device had before. Each stage has a share of
+the time, and leaves unused time to the next stage; --seconds scales all shares.
 
 Without an H100 or H200, everything runs on the CPU with tiny shapes and with XLA instead of our kernels, and results go
 to .cache/check_gpu. This only shows that the check itself works. Exit status 1 means that a case was wrong or a check
 failed.
 
-Results of the first run: docs/benchmarks.md. For comparison, TFLOP/s of causal attention on H100 SXM at 4k / 8k / 16k,
-from tokamax's recorded autotuning data: forward, cuDNN 595 / 629 / 645, tokamax Mosaic GPU 568 / 620 / 636; backward,
-tokamax 408 / 438 / 452.
+Results of the first run: docs/benchmarks.md. For comparison, TFLOP/s of causal attention on H100 SXM at 4k / 8k / 16k
+tokens, from tokamax's recorded autotuning data: forward, cuDNN 595 / 629 / 645, tokamax Mosaic GPU 568 / 620 / 636;
+backward, tokamax 408 / 438 / 452.
 """
 
 from __future__ import annotations

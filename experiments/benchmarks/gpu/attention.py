@@ -1,9 +1,10 @@
 """Attention forward and backward in bfloat16: dense causal rows, and rows of eight documents.
 
-FLOPs of the forward pass are 4 B N T S H / 2. T and S are the lengths of each document, and causal attention needs
-only half. The backward pass has 2.5 times as many. cuDNN has no packed rows, so a dense row is timed instead. Stock
-Pallas (jax.experimental.pallas.ops.gpu.attention: Triton, deprecated) has its default blocks, and as many KV heads as
-query heads.
+FLOPs of the forward pass are 4 B N T S H / 2, for B rows of T tokens, N query heads, documents of S tokens, and heads
+of H dimensions. The 2 is there because causal attention needs only half of the products. The backward pass has 2.5
+times as many. cuDNN has no packed rows, so a dense row is timed instead. Stock Pallas
+(jax.experimental.pallas.ops.gpu.attention: Triton, deprecated) has its default blocks, and as many KV heads as query
+heads.
 """
 
 from __future__ import annotations

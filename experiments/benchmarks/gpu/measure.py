@@ -13,7 +13,7 @@ from typing import Any
 from ar_unified.manifests import Json
 
 Check = tuple[str, Callable[[], dict[str, Json]]]
-_PER_SECOND = {"TFLOP/s": 1e9, "GB/s": 1e6}  # unit -> what work / milliseconds is divided by
+_PER_SECOND = {"TFLOP/s": 1e9, "GB/s": 1e6}  # unit -> the divisor of work / milliseconds
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Row:
       work: the useful FLOPs or bytes of one call.
       unit: "TFLOP/s", or "GB/s" if the work is bytes.
       arrays: makes the arguments of every contender.
-      contenders: functions by name; "ours" is ours.
+      contenders: functions by name; "ours" is this project's kernel.
     """
 
     work: float
@@ -108,7 +108,7 @@ def _ask(query: str) -> str | None:
 
 
 def line(result: dict[str, Any]) -> str:
-    """A result as a line for people."""
+    """A result as a readable line."""
     cells = []
     for name, times in result.get("milliseconds", {}).items():
         median = statistics.median(times)

@@ -48,7 +48,7 @@ class _Ahead:
         self.pool = ThreadPoolExecutor(self.cores)
 
     def __call__(self, number: int) -> Any:
-        """The programs of case `number`. Cases with lower numbers than that of the first call are not compiled, so
+        """The programs of case `number`. The cases before the first one that is asked for are not compiled, so
         cases that ended an earlier process are left out."""
         for each in range(number, min(number + self.cores, len(self.makers))):
             if each not in self.futures:

@@ -1,4 +1,4 @@
-"""Decode attention with other ring buffers in shared memory. The fastest should become the kernel's constants."""
+"""Decode attention with other ring buffers in shared memory. The fastest buffer's sizes should become the kernel's."""
 
 from __future__ import annotations
 

@@ -2,14 +2,15 @@
 
 Axes: B batch, H W pixels.
 
-Both networks learn from one forward pass, as in MAGVIT (arXiv:2212.05199). Write one function of both sets of
-parameters that returns both losses, and compute the gradient of each loss for its own parameters:
+The autoencoder and the discriminator learn from one forward pass, as in MAGVIT (arXiv:2212.05199). Write one function
+of both sets of parameters that returns both losses, and compute the gradient of each loss for its own parameters:
 
     (d_loss, g_loss), pull_back = jax.vjp(losses, d_params, g_params)
     d_grads, _ = pull_back((1.0, 0.0))
     _, g_grads = pull_back((0.0, 1.0))
 
-No stop_gradient is needed: the gradient of the discriminator's loss for the autoencoder is the dropped `_`.
+No stop_gradient is needed: the first `_` is the gradient of the discriminator's loss for the autoencoder, and it is
+dropped.
 
 Every loss and penalty here is float32 [B], one number for each image, so sums over microbatches and devices add up to
 the sum over the whole batch.
@@ -43,16 +44,16 @@ class AdversaryConfig:
     """The settings of an adversary. Raises ValueError if the numbers make no sense."""
 
     kind: Literal["none", "patch", "style"] = "none"
-    width: int = 64  # features of the finest layer; they double with every halving, up to eight times as many
+    width: int = 64  # number of features of the finest layer; every halving doubles it, up to 8 x width
     layers: int = 3  # how often the discriminator halves the image
     loss: Literal["hinge", "non_saturating"] = "hinge"
-    weight: float = 0.1  # weight of the generator's loss; the reconstruction losses have their own
+    weight: float = 0.1  # weight of the generator's loss; the reconstruction losses have their own weights
     adaptive: bool = False  # multiply `weight` by `adaptive_weight`; VQGAN does, with weight 0.8
     start: int = 5000  # the step at which the generator first feels the adversary
     warmup: int = 2000  # the discriminator starts to learn this many steps before `start`
-    ramp: int = 2000  # steps after `start` in which the weight rises to its full size
+    ramp: int = 2000  # the weight rises to its full size in this many steps after `start`
     r1: float = 0.0  # gamma of the R1 penalty, which is gamma / 2 |gradient|^2 (MAGVIT's "cost 10" is 20 here); 0: none
-    r1_every: int = 16  # steps from one R1 penalty to the next, which is multiplied by this number (lazy, StyleGAN2)
+    r1_every: int = 16  # R1 is computed once in this many steps, and multiplied by this number (lazy, StyleGAN2)
     lecam: float = 0.0  # weight of the LeCAM regulariser (0.05 in Open-MAGVIT2); 0: none
     learning_rate: float = 0.0  # learning rate of the discriminator; 0: the same as the autoencoder's
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, logits and losses are float32
@@ -160,8 +161,8 @@ def lecam_penalty(
     """lecam x (relu(real - average fake)^2 + relu(average real - fake)^2) -> float32 [B].
 
     Tseng et al. 2021, arXiv:2104.03310, with the relu of the authors' code. The penalty holds back a discriminator that
-    becomes sure, and is zero for one that is wrong. It uses each image's mean logit; MAGVIT uses the batch's mean,
-    which would depend on the size of a microbatch.
+    becomes too sure. It is zero for a discriminator that is wrong. It uses each image's mean logit; MAGVIT uses the
+    batch's mean, which would depend on the size of a microbatch.
     """
     real = jax.nn.relu(by_image(real_logits) - averages["fake"])
     fake = jax.nn.relu(averages["real"] - by_image(fake_logits))
@@ -171,8 +172,9 @@ def lecam_penalty(
 def lecam_update(
     averages: Mapping[str, jax.Array], real_sum: jax.Array, fake_sum: jax.Array, count: jax.Array | float
 ) -> dict[str, jax.Array]:
-    """The averages after a step. real_sum, fake_sum: the mean logits of all `count` images of the global batch, added
-    up."""
+    """The averages after a step. real_sum, fake_sum: the sums of `by_image(logits)` over the `count` images of the
+    global batch and over their reconstructions.
+    """
     means = {"real": real_sum / count, "fake": fake_sum / count}
     return {name: LECAM_DECAY * averages[name] + (1 - LECAM_DECAY) * mean for name, mean in means.items()}
 
@@ -202,7 +204,7 @@ def r1_weight(config: AdversaryConfig, step: jax.Array | int) -> jax.Array:
 def last_layer_gradients(
     layer: Callable[[Params], jax.Array], params: Params, reconstruction: jax.Array, adversarial: jax.Array
 ) -> tuple[Params, Params]:
-    """The gradients of two losses for the decoder's last layer, from one vjp of only that layer.
+    """The gradients of two losses for the parameters of the decoder's last layer, from one vjp of this layer alone.
 
     Args:
       layer: a function from its parameters to the pixels [B, H, W, 3], at a fixed input.

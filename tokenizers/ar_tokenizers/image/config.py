@@ -22,7 +22,7 @@ class AutoencoderConfig:
     # codes
     backbone: Literal["space_to_depth", "vqgan", "movq"] = "space_to_depth"
     factor: int = 16  # pixels along the side of one code
-    patch: int = 4  # the part of `factor` that the initial space-to-depth does; 1 in published vqgans
+    patch: int = 4  # the part of `factor` that comes from the initial space-to-depth; 1 in published vqgans
     width: int = 64  # features at the finest level
     # the features of each level divided by `width`, fine to coarse, for log2(factor / patch) + 1 levels
     multipliers: tuple[int, ...] = (1, 2, 2)
@@ -30,7 +30,7 @@ class AutoencoderConfig:
         0,
         1,
         2,
-    )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
+    )  # residual blocks per level of the encoder; vqgan's decoder has one more per level
     # vqgan, movq: multipliers of the decoder, fine to coarse; (): the same as in the encoder
     decoder_multipliers: tuple[int, ...] = ()
     # vqgan, movq: residual blocks per level of the decoder; (): one more per level than in the encoder
@@ -38,7 +38,7 @@ class AutoencoderConfig:
     # middle: only in the middle blocks, next to the codes; lowest: in every block at the lowest resolution
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan, movq; the cost grows as (HW / factor^2)^2
     z_channels: int = 256  # vqgan, movq: features between the last 3 x 3 convolution and the quantizer
-    temporal_blocks: int = 0  # movq: residual blocks on each side of the codes, from Emu3's layers over time
+    temporal_blocks: int = 0  # movq: residual blocks on each side of the codes, in place of Emu3's layers over time
     quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: "tanh" or "ifsq"
@@ -160,7 +160,8 @@ class AutoencoderConfig:
         return height // self.factor, width // self.factor * self.codes_per_position
 
 
-# Names in tokenizers that were saved earlier -> today's names; hashes use the old names, so that they stay the same.
+# Names in tokenizers that were saved earlier -> today's names. Hashes use the old names, so a tokenizer's hash stays
+# the same.
 _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 
 
@@ -196,7 +197,7 @@ def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -
 # Presets set only the backbone; an experiment chooses the quantizer and the losses. In an experiment file:
 # config.image_tokenizer.update(PRESETS["taming_f16"])
 PRESETS: dict[str, dict[str, object]] = {
-    # Our own, from 1M parameters. The benchmark against transformers uses vqgan_*_16m.
+    # Our own backbones, the smallest with 1M parameters. The benchmark against transformers uses vqgan_*_16m.
     "space_to_depth_f8": _space_to_depth(64, (1, 2), (1, 2)),
     "space_to_depth_f16": _space_to_depth(64, (1, 2, 2), (0, 1, 2)),
     "vqgan_f8_1m": _vqgan(32, (1, 1, 2, 2), 1, z_channels=64),

@@ -1,4 +1,4 @@
-"""The 3 x 3 convolutions of all backbones: to the same size, to half, and to double.
+"""The 3 x 3 convolutions of all backbones: they keep, halve or double the size.
 
 Axes: B batch, H W rows and columns, F features, F' features of the result; R = H/4 strips of four rows. Kernels are
 float32; the arithmetic and the result have the dtype of x.
@@ -41,7 +41,7 @@ def halving_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """conv3x3 of x enlarged twice (each position repeated 2 x 2 times): [B, H, W, F] * [3, 3, F, F'] -> [B, 2H, 2W,
+    """conv3x3 of x at double size (each position repeated 2 x 2 times): [B, H, W, F] * [3, 3, F, F'] -> [B, 2H, 2W,
     F'].
 
     Taps of the kernel that are multiplied by the same position of x are added first. So each of the four kinds of
@@ -67,14 +67,14 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     strips = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0))).reshape(b, h // 4 + 1, 4, w, f)
     data = [
         strips[:, :-1, i] if i < 4 else strips[:, 1:, i - 4] for i in range(6)
-    ]  # six rows of R strips, [B, R, W, F]
+    ]  # six arrays [B, R, W, F]: array i has row i of every strip
     taps = jnp.einsum("ti,ijfg->tjfg", _TAPS, kernel, precision="highest")
     products = [_conv(_combine(row, data), tap[None], [(0, 0), (1, 1)]) for row, tap in zip(_DATA, taps, strict=True)]
     return jnp.stack([_combine(row, products) for row in _RESULT], axis=2).reshape(b, h, w, -1)
 
 
 def _two_taps(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Adds three taps to two, because x repeats each position. Returns the kernels for its first and second copy."""
+    """Reduces three taps to two, by adding taps at copies of one position: the kernels for even and for odd results."""
     first, second, third = jnp.split(kernel, 3, axis)
     return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 

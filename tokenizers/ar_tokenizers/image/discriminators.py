@@ -64,9 +64,9 @@ class StyleDiscriminator(Discriminator):
     """Judges the whole image: one logit for each, [B].
 
     StyleGAN2's residual discriminator (Karras et al. 2019, arXiv:1912.04958), with which MaskGIT and MAGVIT train
-    tokenizers: `layers` residual blocks, each of which blurs and halves, and dense layers. The dense layers see
-    features averaged into 4 x 4 cells, so one set of parameters works for any H x W. log2(side / 4) blocks end at
-    exactly that size.
+    tokenizers. It has `layers` residual blocks, each of which blurs and halves, and then dense layers. The dense layers
+    see features averaged into 4 x 4 cells, so one set of parameters works for any H x W. After log2(side / 4) blocks,
+    the features have exactly 4 x 4 positions.
     """
 
     GRID = 4

@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-FID (Heusel et al. 2017, arXiv:1706.08500) compares features of one network with one set of weights: the TF-2015
-Inception, which mseitzer/pytorch-fid ported to torch and which everybody uses. torchvision's weights, or another
-resize, give a different number, which should be called FD-<name>.
+FID (Heusel et al. 2017, arXiv:1706.08500) compares the features of a certain network with certain weights. This is
+the TF-2015 Inception, which mseitzer/pytorch-fid ported to torch and which everybody uses. torchvision's weights, or
+another way to resize, give a different number, which should be called FD-<name>.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def fresh(key: jax.Array | None = None) -> nnx.Rngs:
 
     nnx.Rngs is not used because it is slow while JAX traces. The counter in an nnx.Rngs is an array, and flax asks for
     the sharding of this array at every key. JAX then raises an error with a message made from the whole program so
-    far, which took four fifths of the time to trace a large network.
+    far. Making these messages took four fifths of the time to trace a large network.
     """
     return cast(nnx.Rngs, _Keys(jax.random.key(0) if key is None else key))
 
@@ -55,7 +55,7 @@ class Conv3x3(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, F] -> [B, H, W, F'] (or with the sides that `convolution` gives), in `dtype`."""
+        """[B, H, W, F] -> [B, H, W, F'] in `dtype`; some kinds of `convolution` change H and W."""
         return self.convolution(x.astype(self.dtype), self.kernel[...]) + self.bias[...].astype(self.dtype)
 
 

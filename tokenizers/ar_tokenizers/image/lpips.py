@@ -13,12 +13,12 @@ import numpy as np
 
 from ar_tokenizers.image.weights import Params, Shapes, conv, conv_params, conv_shapes, max_pool
 
-# Features of the convolutions of each stage. Max pooling halves the image between stages.
+# The number of features of each convolution, by stage. Max pooling halves the image between stages.
 _VGG: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 def _vgg_names() -> list[list[str]]:
-    """torchvision numbers all layers in a row: convolution, relu, convolution, relu, pool, ..."""
+    """torchvision's names of the convolutions, by stage. All layers are numbered in a row, also relu and pooling."""
     index, names = 0, []
     for stage in _VGG:
         names.append([f"features.{index + 2 * i}" for i in range(len(stage))])
@@ -70,7 +70,7 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x / (|x| + 1e-10), with a finite gradient even at x = 0, where the square root has none."""
+    """x / (|x| + 1e-10), with a finite gradient even at x = 0, where the gradient of the square root is infinite."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     some = square > 0
     return x / (jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0) + 1e-10)

@@ -126,12 +126,12 @@ def usage(counts: np.ndarray) -> dict[str, float]:
 
 
 def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = "") -> str:
-    """A warning, with the numbers that show it, if only little of a codebook is used; "" if all is well.
+    """A warning with numbers if only a small part of a codebook is used; "" if all is well.
 
     Args:
       found: the result of `usage`. If few codes were counted, counted / 10 different ones are enough to avoid the
         warning.
-      quantizer: its name. "fsq" has no codebook that could collapse, so the advice for it is different.
+      quantizer: the quantizer's name. "fsq" has no codebook that could collapse, so the advice for it is different.
     """
     if not found:
         return ""

@@ -36,8 +36,8 @@ class Encoder(vqgan.Encoder):
 
 
 class Decoder(vqgan.Decoder):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: vqgan's decoder, with a SpatialNorm of the code vectors as every
-    norm."""
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: vqgan's decoder, in which every norm is a SpatialNorm and
+    reads the code vectors."""
 
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, dim, rngs=rngs, norm=functools.partial(SpatialNorm, dim, rngs=rngs))
@@ -56,8 +56,9 @@ class SpatialNorm(nnx.Module):
     """GroupNorm, whose result is scaled and shifted by the code at each position. At the start of training it is plain
     GroupNorm.
 
-    The original repeats the code vectors to the size of the level (nearest) before the two 1 x 1 convolutions, `gain`
-    and `shift`. Here the convolutions come first, which gives the same numbers with fewer products.
+    The original repeats the code vectors to the size of the level (nearest neighbour) before the two 1 x 1
+    convolutions, `gain` and `shift`. Here the convolutions come first, which gives the same numbers with fewer
+    products.
     """
 
     def __init__(self, dim: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

@@ -3,7 +3,7 @@
 movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. The plain weights are read, but not their moving
          averages (ema_*) or losses.
 emu3     BAAI/Emu3-VisionTokenizer (modeling_emu3visionvq.py): taming's names, and layers over time (temporal.py).
-emu3_hf  transformers' Emu3VQVAE: the norm of an attention layer is outside that layer, whose projections are linear.
+emu3_hf  transformers' Emu3VQVAE: the norm before attention is not in the attention layer, which has linear projections.
 """
 
 from __future__ import annotations

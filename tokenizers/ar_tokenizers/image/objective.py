@@ -32,7 +32,7 @@ class ObjectiveConfig:
 
     l1_weight: float = 0.0  # weight of the mean absolute error of pixels in [-1, 1]
     l2_weight: float = 1.0  # weight of the mean squared error
-    tolerance: float = 0.0  # pixel errors up to this cost nothing, so no code is used for faint tints
+    tolerance: float = 0.0  # pixel errors up to this size add no loss, so no code is used for faint tints
     perceptual: str = "none"  # none | ms_ssim | match | lpips | features (perceptual.Kind)
     perceptual_weight: float = 1.0
     adversary: AdversaryConfig = AdversaryConfig()
@@ -87,7 +87,7 @@ class Objective:
             model_state["average"] = params["autoencoder"]
         if self.config.adversary.lecam:
             model_state["lecam"] = adversaries.lecam_init()
-        if self.perceptual.params:  # in the state, weights are arguments of the compiled step, not constants
+        if self.perceptual.params:  # as part of the state, the weights are no constants in the compiled step
             model_state["perceptual"] = self.perceptual.params
         return model_state
 
@@ -105,8 +105,8 @@ class Objective:
           keys: PRNG keys [B], one for each image; None for held-out images, whose loss does not include the adversary.
 
         Returns:
-          (losses, metrics, sums). losses: float32 [], summed over the images, by the name of the parameters that each
-          loss trains. metrics: (sum, count) over the images, and `code_counts`, how often each code was used, int32
+          (losses, metrics, sums). losses: each float32 [], summed over the images, under the name of the parameters
+          that it trains. metrics: (sum, count) over the images, and `code_counts`, how often each code was used, int32
           [K]. sums: what `update_state` needs.
         """
         config, target = self.config, to_float(pixels)
@@ -206,7 +206,7 @@ class Objective:
         return jax.lax.cond(learning > 0, judge, nothing, params["discriminator"], made.pixels)
 
     def _balance(self, params: Params, codes: jax.Array, by_pixels: jax.Array, by_adversary: jax.Array) -> jax.Array:
-        """VQGAN's adaptive weight, computed from the gradients of both losses for the pixels."""
+        """VQGAN's adaptive weight, computed from the gradients of both losses with respect to the pixels."""
 
         def last_layer(head: Params) -> jax.Array:
             decoder = {**params["decoder"], "head": head}
@@ -230,7 +230,7 @@ class Objective:
             steps = model_state["steps"].astype(jnp.float32)
             decay = jnp.minimum(self.config.ema, steps / (steps + 9))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, model_state["average"], model)
-            if "quantizer" in model_state:  # not averaged, because a restarted code jumps
+            if "quantizer" in model_state:  # not averaged, because a restarted code has an unrelated new vector
                 average["quantizer"] = model["quantizer"]
             model_state["average"] = average
         if "lecam" in model_state:

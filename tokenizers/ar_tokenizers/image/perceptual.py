@@ -124,8 +124,8 @@ def ms_ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     for scale, weight in enumerate(weights):
         luminance, contrast = _similarity(x, y)
         similarity = luminance * contrast if scale == count - 1 else contrast
-        # A negative value (opposite structure) has no real power. The bound is below the value of any flat
-        # reconstruction, so training starts with a gradient.
+        # The lower bound is needed because a power of a negative value (opposite structure) is not real. The value of
+        # any flat reconstruction is above the bound, so training starts with a gradient.
         total *= jnp.maximum(similarity.mean((1, 2)), 1e-4) ** weight
         x, y = _halve(x), _halve(y)
     return total.mean(-1)

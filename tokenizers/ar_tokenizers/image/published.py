@@ -38,13 +38,13 @@ _PREFIXES = ("gen_vision_model.", "model.vqmodel.", "vqmodel.")
 
 
 def prefix_of(names: Iterable[str], dialect: str) -> str:
-    """The prefix of the tokenizer's names in a file that also holds a language model; "" in a separate file."""
+    """The prefix of the tokenizer's tensor names in a file that also holds a language model; "" in a separate file."""
     prefix = taming.DIALECTS[dialect].prefix if dialect in taming.DIALECTS else ""
     return prefix if prefix and any(name.startswith(prefix) for name in names) else ""
 
 
 def dialect_in(system: str, names: Iterable[str]) -> tuple[str, str]:
-    """The dialect of a system's file, and the prefix of the tokenizer's names ("" in a separate file).
+    """The dialect of a system's file, and the prefix of the names of the tokenizer's tensors ("" in a separate file).
 
     Raises:
       ValueError: the names are those of another system.
@@ -127,8 +127,8 @@ _JANUS = _CHAMELEON | dict(codes=16384, code_dim=8)  # LlamaGen's VQ-16
 _LEVELS: dict[int, dict[str, Any]] = {
     5: PRESETS["taming_f16"],
     4: PRESETS["taming_f8"],
-}  # LlamaGen's, by number of levels
-# Settings that have only one possible value here. A record may state them, and then must have this value.
+}  # number of levels -> LlamaGen's tokenizer with so many
+# Settings that have only one possible value here. If a record states them, they must have this value.
 _ONLY: dict[str, object] = {
     **dict.fromkeys(("double_z", "double_latent", "tanh_out", "cosine_similarity", "use_linear_attn"), False),
     **dict.fromkeys(("in_channels", "out_channels", "out_ch", "in_ch"), 3),
@@ -182,8 +182,8 @@ def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 51
     """The settings that `config_of` reads, in the form of that dialect's files; {} if the dialect publishes none.
 
     Args:
-      resolution: the side of the training images, in pixels. Where the network has attention, the settings list the
-        sides that its feature maps have for these images.
+      resolution: the side of the training images, in pixels. The setting attn_resolutions depends on it: it lists the
+        sides of the feature maps with attention.
     """
     if dialect in ("emu3", "emu3_hf"):
         return movq_weights.emu3_settings(config, dialect)
@@ -283,7 +283,8 @@ def _check(values: Mapping[str, Any], system: str) -> None:
 def _attention(values: Mapping[str, Any], levels: int, usual: int, system: str) -> str:
     """Where the network has attention: "none", "middle" or "lowest".
 
-    In the settings, attn_resolutions lists the sides of feature maps, for images of `resolution` pixels.
+    The setting attn_resolutions lists the sides of the feature maps with attention. It assumes images with sides of
+    `resolution` pixels.
     """
     if values.get("attn_type", "vanilla") in (None, "none"):
         return "none"

@@ -2,10 +2,10 @@
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
 
-Space-to-depth reduces the sides by `patch` (Cosmos, arXiv:2501.03575, has a Haar transform there), and convolutions of
-stride 2 do the rest of the factor. This makes small images cheap on a CPU. Levels, residual blocks and the mirrored
-decoder are as in VQGAN (Esser et al. 2020, arXiv:2012.09841). RMSNorm over the features of each position replaces
-GroupNorm, so a code depends on its surroundings and not on statistics of the whole image.
+Space-to-depth divides the sides by `patch` (Cosmos, arXiv:2501.03575, uses a Haar transform instead), and convolutions
+of stride 2 divide them by the rest of the factor. This makes small images cheap on a CPU. Levels, residual blocks and
+the mirrored decoder are as in VQGAN (Esser et al. 2020, arXiv:2012.09841). RMSNorm over the features of each position
+replaces GroupNorm, so a code depends on its surroundings and not on statistics of the whole image.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
 
 
 def receptive_radius(config: AutoencoderConfig) -> int:
-    """How many pixels beyond its own edge a code depends on or influences."""
+    """A code depends on pixels, and changes pixels, up to this distance in pixels from the edge of its own cell."""
     blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # each has two convolutions
     return config.patch * (1 + blocks)
 

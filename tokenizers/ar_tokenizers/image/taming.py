@@ -3,7 +3,8 @@
 taming        taming-transformers (model.py): Chameleon's vqgan.ckpt by Meta, and model.ckpt of Emu3.5's IBQ.
 chameleon_hf  transformers' ChameleonVQVAE: taming's names, without a decoder.
 janus_hf      transformers' JanusVQVAE: taming's names, but the decoder's levels are counted from the coarsest.
-llamagen      LlamaGen's VQ-8 and VQ-16: levels are conv_blocks (the decoder's from the coarsest), the middle is a list.
+llamagen      LlamaGen's VQ-8 and VQ-16: levels are conv_blocks (the decoder's are counted from the coarsest), and the
+              middle is a list.
 janus         deepseek-ai/Janus, gen_vision_model of its file: the names of LlamaGen's VQ-16.
 showo         showlab/magvitv2: taming's names, but the convolutions around the codes are inside encoder and decoder,
               and the first digit of a code is the highest (here it is the lowest).
@@ -199,8 +200,8 @@ def to_taming(
 def dialect_of(names: Iterable[str]) -> str:
     """The dialect, a key of DIALECTS, that has these names. Raises ValueError if there is none.
 
-    For the names of LlamaGen and Janus, which are the same, the result is "llamagen". For the names of dialects that
-    use taming's names, it is "taming".
+    LlamaGen and Janus have the same names, so for both the result is "llamagen". For all files with the names of
+    taming-transformers, such as Chameleon's vqgan.ckpt and IBQ's, the result is "taming".
     """
     names = set(names)
     starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
@@ -222,7 +223,7 @@ def dialect_of(names: Iterable[str]) -> str:
 
 def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
     """The buffers that the dialect's class saves besides weights: a log of used codes, or a table computed from the
-    digits.
+    digits of the codes.
     """
     if dialect in ("llamagen", "janus"):
         return {"quantize.codebook_used": np.zeros(65536, np.float32)}
@@ -356,7 +357,7 @@ def _plain(leaf: Any) -> np.ndarray:
 
 
 def out_first(leaf: np.ndarray) -> np.ndarray:
-    """[3, 3, F, F'] or [F, F'] (a 1 x 1 convolution there) -> [F', F, 3, 3] or [F', F, 1, 1]."""
+    """[3, 3, F, F'] or [F, F'] (in published files, a 1 x 1 convolution) -> [F', F, 3, 3] or [F', F, 1, 1]."""
     return leaf if leaf.ndim == 1 else leaf.reshape((1, 1) * (leaf.ndim == 2) + leaf.shape).transpose(3, 2, 0, 1)
 
 

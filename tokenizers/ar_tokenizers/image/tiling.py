@@ -2,10 +2,10 @@
 
 Axes: B batch, H W pixels, h w codes. Lengths are in codes unless another unit is named.
 
-A window does not see beyond its edge, so its results are wrong near an edge that lies inside the image, as far as the
-network's receptive field reaches. Each code is taken from the window in which it is nearer to the middle, so each
-window discards half of the overlap. Pixels are blended over the middle half of each overlap, and the quarter on each
-side is discarded.
+A window does not see beyond its edges. So near an edge that lies inside the image, its results are wrong up to the
+distance that the network's receptive field reaches. Each code is taken from the window in which it is nearer to the
+middle, so each window discards half of the overlap. Pixels are blended over the middle half of each overlap, and the
+quarter on each side is discarded.
 """
 
 from __future__ import annotations

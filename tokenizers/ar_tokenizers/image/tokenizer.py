@@ -95,7 +95,7 @@ class ImageTokenizer:
         return digest.hexdigest()
 
     def on(self, device: jax.Device) -> ImageTokenizer:
-        """The same tokenizer on this device. Its programs are compiled again; its codes are the same."""
+        """The same tokenizer on the given device. Its programs are compiled again; its codes are the same."""
         params = jax.device_put(self.params, device)
         return ImageTokenizer(self.config, params, batch_size=self.batch_size, published=self.published)
 

@@ -10,10 +10,10 @@ transposing. Differences: residual branches start at zero, the 1 x 1 convolution
 
 GroupNorm uses the whole image, and attention uses every position. So a code depends weakly on all pixels.
 
-Video clips are not supported. The network itself would need little change: frames in the batch, and after each block a
-temporal convolution over past frames, in a residual branch that starts at zero, so that a single frame is treated
-exactly like an image. Halving over time (1 + 2n frames to 1 + n) is missing too, and so are clips in documents, data,
-grammar and sampling.
+Video clips are not supported. The network itself would need little change. The frames would be part of the batch, and a
+temporal convolution over past frames would follow each block. It would be in a residual branch that starts at zero, so
+a single frame would be treated exactly like an image. Halving over time (1 + 2n frames to 1 + n) is missing too, and so
+are clips in documents, data, grammar and sampling.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
 
 def conv_shapes(name: str, fan_in: int, fan_out: int, kernel: tuple[int, int], norm: str = "") -> Shapes:
-    """The names of a convolution's arrays in a file: with a bias, or with no bias and a batch norm called `norm`."""
+    """Names and shapes of a convolution's arrays in a file: with a bias, or, if `norm` is given, that batch norm."""
     weight: Shapes = {f"{name}.weight": (fan_out, fan_in, *kernel)}
     if not norm:
         return weight | {f"{name}.bias": (fan_out,)}

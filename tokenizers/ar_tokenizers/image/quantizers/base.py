@@ -9,7 +9,7 @@ FSQ loses half its codebook (lucidrains/vector-quantize-pytorch#114).
 
 Some quantizers also have a state besides their parameters, for example how often each code was used. Three functions
 handle it: `init_state` makes it, every training pass returns `sums` over its positions, and `update_state` updates it
-once per step. So it is the same on any mesh, and is saved and restored with the rest of the training.
+once per step. So the state is the same on any mesh, and is saved and restored with the rest of the training.
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ class Quantizer(nnx.Module):
 def straight_through(latents: jax.Array, vectors: jax.Array) -> jax.Array:
     """[..., C] twice -> the value of the second with the gradient of the first (Bengio et al. 2013, arXiv:1308.3432).
 
-    The difference in brackets is exactly zero, so the value is exactly the code's. The usual `z + stop_gradient(vectors
+    `latents` minus itself is exactly zero, so the value is exactly the code's. The usual `z + stop_gradient(vectors
     - z)` has a rounding error.
     """
     return jax.lax.stop_gradient(vectors) + (latents - jax.lax.stop_gradient(latents))
 
 
 def rotation(latents: jax.Array, vectors: jax.Array) -> jax.Array:
-    """As straight_through, but the gradient is rotated and scaled by the map that turns the latent into its code.
+    """Like `straight_through`, but the gradient is rotated and scaled by the map that turns the latent into its code.
 
     The rotation trick of Fifty et al. 2024, arXiv:2410.06424: two reflections, treated as constants.
     """

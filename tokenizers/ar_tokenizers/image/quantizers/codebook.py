@@ -164,12 +164,14 @@ class CodebookQuantizer(Quantizer):
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-        """`count` [K] and `latent` [K, C]: the number and the sum of the latents that chose each code. `drawn_*`: the
-        same for a code that is drawn at random for each latent.
+        """`count` [K] and `latent` [K, C]: the number and the sum of the latents that chose each code.
+
+        `drawn_weight` [K] and `drawn_latent` [K, C]: the sum of the weights, and the weighted sum, of the latents that
+        drew each code.
 
         A restarted code should become one latent, not the mean of many, and the draws must not depend on how a batch is
-        split. So each latent draws a code and a weight. The weights have such a long-tailed distribution that the
-        heaviest latent makes up nearly all of a code's sum.
+        split. So each latent draws a random code and a random weight. The weights have such a long-tailed distribution
+        that the heaviest latent makes up nearly all of a code's sum.
         """
         zeros, sums = jnp.zeros((self.codebook_size, self.dim)), {}
         if self.restart or self.codebook_update == "ema":
@@ -224,7 +226,7 @@ def check_sizes(name: str, codes: int, dim: int) -> None:
 
 
 def check_gradient(gradient: str) -> None:
-    """Raises ValueError unless it is a name of GRADIENTS."""
+    """Raises ValueError unless `gradient` is a key of GRADIENTS."""
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 

@@ -16,8 +16,8 @@ class FSQ(Quantizer):
     """Finite scalar quantisation: each of C numbers is rounded to one of levels[C] values, and K = prod(levels).
 
     It has no codebook that could collapse, and no loss. Mentzer et al. 2023, arXiv:2309.15505. The shift that maps a
-    zero latent to the middle level is atanh, the inverse of the bound (the paper's code has tan, which is slightly
-    wrong).
+    zero latent to the middle level is computed with atanh, the inverse of the tanh in `bound` (the paper's code uses
+    tan, which is slightly wrong).
 
     Args:
       activation: "tanh" as in the paper, or "ifsq", 2 * sigmoid(1.6 z) - 1, which spreads normally distributed latents
@@ -42,7 +42,8 @@ class FSQ(Quantizer):
 
     def bound(self, z: jax.Array) -> jax.Array:
         """Maps latents smoothly into the range of each axis's levels; -1 and 1 are the outermost levels."""
-        # An even number L of levels has no middle one: they are -L/2 ... L/2 - 1, half a step below a symmetric range.
+        # An even number L of levels has no middle one: the levels are -L/2 ... L/2 - 1, half a step below a symmetric
+        # range.
         reach = [(level - 1) / 2 for level in self.levels]
         offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]
         shift = [math.atanh(o / r) for o, r in zip(offset, reach, strict=True)]

@@ -28,7 +28,8 @@ class IBQ(Quantizer):
     def __init__(self, codes: int, dim: int, *, beta: float = 0.25, entropy: float = 0.1, rngs: nnx.Rngs) -> None:
         check_sizes("IBQ", codes, dim)
         self.dim, self.codebook_size, self.beta, self.entropy = dim, codes, beta, entropy
-        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))  # like latents
+        # normally distributed, like latents
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))
 
     def bound(self, z: jax.Array) -> jax.Array:
         """The unchanged latents, in float32."""

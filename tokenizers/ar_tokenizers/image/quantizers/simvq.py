@@ -17,7 +17,7 @@ class SimVQ(Quantizer):
     lookup uses the layer (the authors' code forgets it in `get_codebook_entry`). The codebook can collapse with the
     rotation gradient (lucidrains/vector-quantize-pytorch#177). It can also collapse with many dimensions, because few
     random codes lie near the encoder's first outputs: with 32 dimensions, only 10 of 1,024 codes stayed in use
-    (experiments/benchmarks/quantizers.py). So the default is 8, as for vq.
+    (experiments/benchmarks/quantizers.py). So the default is 8 dimensions, as for vq.
     """
 
     def __init__(
@@ -26,7 +26,8 @@ class SimVQ(Quantizer):
         check_sizes("SimVQ", codes, dim)
         check_gradient(gradient)
         self.dim, self.codebook_size, self.beta, self.gradient = dim, codes, beta, gradient
-        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))  # like latents
+        # normally distributed, like latents
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))
         self.layer = nnx.Linear(dim, dim, param_dtype=jnp.float32, precision="highest", rngs=rngs)
 
     def table(self) -> jax.Array:
