@@ -21,6 +21,7 @@ from ar_unified.kernels import device
 from ar_unified.kernels.attention import attention, attention_gradients, blocks, recomputed, tpu, tpu_steps
 from ar_unified.kernels.attention.bounds import make_bounds
 from ar_unified.kernels.attention.spec import Spec
+from experiments.benchmarks import attention_cycles
 from tests.kernels.cases import CASES
 from tests.kernels.test_attention import HASTILY, relative, run
 from tests.kernels.topologies import TPUS, needs_libtpu
@@ -192,3 +193,28 @@ def test_the_compiled_backward_pass_has_one_kernel(topology, N, K, T, dtype, fus
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     backward = ["attention_backward"] if fused else ["attention_dkey", "attention_dquery"]
     assert kernels(compiled.as_text()) == Counter(["attention_forward", *backward])
+
+
+# A loop over visits with a loop over the heads of a masked step and one of a clean step, as libtpu writes them.
+SCHEDULE = """
+     0   :  { %s1 = sld [smem:[#allocation0]] }
+   0x1 LB: > { %s2 = sadd.s32 1, %s1 }
+   0x2   : > { %s3 = sadd.s32 1, %s2 }
+   0x3 PF: > { %7 = vst [vmem:%s3] %v1 }
+   0x4 LB: >> { %9 = vpow2.f32 %v1  ;;  %10 = vmatmul.bf16.gmra.mxu0 %v2  ;;  %11 = vmatmul.bf16.gmra.mxu1 %v2 }
+   0x5   : >> { %12 = vmatmul.bf16.gmra.mxu1 %v3 }
+   0x6 PF: > { %s4 = sadd.s32 1, %s3 }
+   0x7 LB: >> { %13 = vpow2.f32 %v4 }
+"""
+
+
+def test_cycles_of_a_schedule_are_its_bundles_or_the_time_of_its_products():
+    found, case = list(attention_cycles.pieces(SCHEDULE)), attention_cycles.Case(N=2, K=2, T=256, document=256)
+    assert [(each.depth, each.bundles, each.products) for each in found] == [
+        (1, 2, 0), (1, 1, 0), (2, 2, 2), (1, 1, 0), (2, 1, 0)
+    ]  # fmt: skip
+    tile = dict(queries=128, keys=128, heads=1, cores=1, parts=1)
+    # Two heads; three visits of three bundles, of which two have a mask and one has none.
+    for occupied, masked in ((16, 32), (0, 2)):
+        cycles = attention_cycles.cycles(found, "attention_backward", tile, case, occupied)
+        assert cycles == 2 * (3 * 3 + 2 * (1 + masked) + 1)
