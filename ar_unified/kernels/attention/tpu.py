@@ -116,7 +116,8 @@ def backward(
 
     def rows(visits, bounds, query, key, value, lse, delta, dout):
         ins = dict(bounds=bounds, query=query, key=key, value=value, lse=lse, delta=delta, dout=dout)
-        return gradients(spec, tile, *visits, ins)
+        by_query, by_key = visits
+        return gradients(spec, tile, by_query, by_key, ins)
 
     T, S = tile.padded
     per_query = (
@@ -132,7 +133,7 @@ def backward(
 
 
 def _forward(spec, tile, outer, inner, cuts, bounds, query, key, value, out, lse, sums, highest, total):
-    *_, word = steps.visit(outer, inner, cuts)
+    word = steps.visit(outer, inner, cuts)[2]
 
     @pl.when(word & lists.FIRST != 0)
     def _():

@@ -56,7 +56,7 @@ def gradients(
 
 
 def _dquery(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta, dout, dq, sums):
-    *_, word = visit(outer, inner, cuts)
+    word = visit(outer, inner, cuts)[2]
 
     @pl.when(word & lists.FIRST != 0)
     def _():
@@ -77,7 +77,7 @@ def _dquery(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delt
 
 
 def _dkey(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta, dout, dk, dv, key_sums, value_sums):
-    _, block, word = visit(outer, inner, cuts)
+    block, word = visit(outer, inner, cuts)[1:]
     part = pl.program_id(2)
 
     @pl.when((word & lists.FIRST != 0) & (part == 0))

@@ -202,7 +202,7 @@ def call(
 
 
 def visit(outer, inner, cuts):
-    """The outer block of this step, and this step's word of `inner`, or 0 (nothing to do) after the core's last
+    """The row and the outer block of this step, and its word of `inner`, or 0 (nothing to do) after the core's last
     visit."""
     at, live = _entry(pl.program_id(0) // (pl.num_programs(0) // (cuts.shape[0] - 1)), pl.program_id(1), cuts)
     return lists.row(outer[at]), lists.outer_block(outer[at]), jnp.where(live, inner[at], 0)
