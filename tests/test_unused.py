@@ -14,6 +14,7 @@ CALLED = {
     "ar_unified.kernels.*: forward": "kernels.backend imports the module of a device by its name",
     "ar_unified.kernels.*: backward": "likewise",
     "ar_unified.kernels.*: prepare": "likewise",
+    "ar_unified.kernels.*: recomputed": "likewise",
     "ar_unified.kernels.*: unsupported": "likewise",
     "ar_unified.sampling.adapters.*: Engine*": "an evaluation harness is given the class",
     "ar_unified.language.rows: document_to_json": "who writes documents as rows for the readers of data/",

@@ -13,11 +13,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from ar_unified.kernels.attention import attention
+from ar_unified.kernels.attention import attention, recomputed
 from ar_unified.kernels.decode_attention import decode_attention
 from ar_unified.model import context as contexts
 from ar_unified.model.cache import AXES, Layer
+from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.rules import spec
 
 FEW = 8  # most new positions per row for which the decoding kernel is used; more are treated as a prompt
@@ -59,6 +61,21 @@ def attend_to_documents(
     return jax.shard_map(part, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         query, key, value, doc_start
     )
+
+
+def recomputed_products(config: TransformerConfig, mesh: Mesh, length: int) -> int:
+    """The number of attention's matrix products that the backward pass of `attend_to_documents` computes again on a
+    device of this mesh, for rows of `length` tokens; see `kernels.attention.recomputed`."""
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    queries = length // (2 * context) if context > 1 else length
+    keys = queries if config.context == "ring" else length
+    kv_heads = config.n_kv_heads * (tensor // math.gcd(config.n_kv_heads, tensor))
+    q, k = (
+        jax.ShapeDtypeStruct((1, positions, heads // tensor, config.head_dim), config.dtype)
+        for positions, heads in ((queries, config.n_heads), (keys, kv_heads))
+    )
+    with jax.set_mesh(mesh):
+        return recomputed(q, k, config.attention)
 
 
 def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: str = "auto") -> jax.Array:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ar_unified.model.attention import recomputed_products
 from ar_unified.model.config import layer_matrices, matmul_parameters
 from ar_unified.model.remat import made_again
 from ar_unified.parallel.hardware import Hardware
@@ -192,7 +193,9 @@ def _train(run: Run, program: Program) -> _Work:
     deep = task.through_layers
     sizes = layer_matrices(c)
     again = deep * c.n_layers * sum(math.prod(sizes[name]) for name in made_again(c.remat, c.norm_placement == "swin"))
-    scores = 3.0 * deep  # the backward kernels compute scores twice and dP twice
+    # CPUs stand in for GPUs, whose backward kernels compute scores twice and dP twice.
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    scores = deep * (recomputed_products(c, mesh, run.sequence_length) if on_tpu else 3)
     # The loss of documents multiplies with the head once in each pass; other losses compute logits again in backward.
     logits = 0.0 if run.preference is None and run.policy is None else head
     executed = model + 2.0 * (again + logits) * tokens + scores * attention + _orthogonal(run)

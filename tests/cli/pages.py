@@ -256,6 +256,9 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("docs/benchmarks.md", "python experiments/benchmarks/loader_scale.py"): NotRun(
         "another test runs it, with a million documents", ("tests/data/test_loader_scale.py", '"--documents"')
     ),
+    ("docs/benchmarks.md", "python experiments/benchmarks/attention_cycles.py"): NotRun(
+        "two minutes: it compiles kernels for TPUs", ("tests/kernels/test_tpu_backward.py", "attention_cycles")
+    ),
     ("docs/benchmarks.md", "python experiments/benchmarks/decode_programs.py"): NotRun(
         "twenty minutes: it compiles Chameleon's layers for TPUs", ("tests/planning/test_decoding_on_tpu.py", "decode")
     ),

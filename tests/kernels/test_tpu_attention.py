@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
-from ar_unified.kernels.attention import attention, tpu, visits
+from ar_unified.kernels.attention import attention, tpu_steps, visits
 from ar_unified.kernels.attention.bounds import key_ranges, make_bounds, pad_queries, query_ranges
-from ar_unified.kernels.attention.spec import Spec
 from tests.kernels.cases import CASES, Case
 from tests.kernels.test_attention import HASTILY, relative, run
 
@@ -117,28 +115,10 @@ def test_steps_are_the_pairs_of_blocks_that_meet_in_both_directions(monkeypatch,
             assert len(flags) == np.maximum(turn(some).sum(2), 1).sum()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["multi-query", "nothing but padding"])
-def test_copies_race_with_nothing(name):
-    case = CASES[name]
-    q, k, v, bar = case.arrays()
-    bounds = make_bounds(jnp.asarray(case.doc_start), case.T)
-    spec = Spec(case.head_dim**-0.5, shift=0, interpret=pltpu.InterpretParams(detect_races=True))
-    expected = run(case, "reference")
-    work = tpu.prepare(spec, q, k, bounds)
-    out, lse = tpu.forward(spec, q, k, v, work)
-    assert relative(np.asarray(out), expected["out"]) < 1e-5
-    delta = jnp.einsum("BTNH,BTNH->BNT", out, bar)
-    assert all(np.isfinite(x).all() for x in tpu.backward(spec, q, k, v, work, lse, delta, bar))
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # `races` has no public name
-
-    assert not interpreter.races.races_found
-
-
 def test_rows_whose_steps_do_not_fit_scalar_memory_go_in_groups(monkeypatch):
     case = Case(((100, 60), (150,), (20, 30), ()), 160, kv_heads=1)
     expected = run(case, "reference")
-    monkeypatch.setattr(tpu, "VISITS", 20)  # two rows of at most 3 + 2 + 2 steps
+    monkeypatch.setattr(tpu_steps, "VISITS", 20)  # two rows of at most 3 + 2 + 2 steps
     for what, value in run(case, "tpu_interpret").items():
         finite = np.isfinite(expected[what])
         assert relative(value[finite], expected[what][finite]) < 1e-5, what

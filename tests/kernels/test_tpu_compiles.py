@@ -56,7 +56,7 @@ def test_both_cores_of_v5p_have_a_part_of_every_grid(heads, kv_heads):
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, kv, kv, jax.ShapeDtypeStruct((2, 4096), jnp.int32))
     grids = [each.params["grid_mapping"].grid for each in _calls(jaxpr.jaxpr)]
-    assert len(grids) == 3 and all(grid[0] % 2 == 0 for grid in grids)
+    assert len(grids) == 2 and all(grid[0] % 2 == 0 for grid in grids)
 
 
 def _calls(jaxpr):
@@ -84,4 +84,4 @@ def _calls(jaxpr):
 )
 def test_compiles(topology, batch, length, heads, kv_heads, head_dim, dtype, options):
     compiled = gradients(topology, batch, length, heads, kv_heads, head_dim, dtype, **options)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= 3  # forward, dQ, dK and dV
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= 2  # forward and backward

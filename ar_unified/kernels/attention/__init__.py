@@ -3,7 +3,8 @@
 reference.py  what it computes, in a few lines
 bounds.py     finds the mask and the blocks that every kernel must read, from `doc_start`
 xla.py        XLA, in chunks: any platform and shape
-tpu.py        Pallas for TPU, over the list of blocks that visits.py makes
+tpu.py        Pallas for TPU, over the list of blocks that visits.py makes, with tpu_steps.py, tpu_scores.py and
+              tpu_backward.py
 hopper.py     Pallas for Hopper GPUs, built from warpgroup.py, copies.py and tile.py (the arithmetic)
 blocks.py     block sizes by device and shape, each with its origin
 """
@@ -104,6 +105,18 @@ def attention_gradients(
     )
     lse, delta = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
     return backends.module(__name__, backend).backward(spec, q, k, v, work, lse, delta, dout)
+
+
+def recomputed(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, backend: str = "auto") -> int:
+    """The number of matrix products that backward has beyond its four gradients: it computes scores again, and two
+    kernels compute scores and the gradient of the weights twice.
+
+    Args:
+      q, k: the shapes and the dtype of `attention`'s arguments on one device.
+      backend: as for `attention`.
+    """
+    backend = backends.choose(__name__, backend, q, k)
+    return 0 if backend == "reference" else backends.module(__name__, backend).recomputed(q, k)
 
 
 def _prepare(

@@ -94,12 +94,37 @@ _HOPPER = [
 
 TABLE = [*_TPU, *_HOPPER]
 
+# The bytes of a core's VMEM in which the fused backward kernel may sum the gradients of queries, by the beginning of
+# the device kind. A kernel has 16 MiB by default, which is all that v4 has. On the others the sums come on top: they
+# have 64 MiB (v5p, 7x) or 128 MiB (v5e, v6e; pltpu.get_tpu_info). The rest is left to XLA, which keeps arrays in VMEM
+# between kernels.
+MiB = 1 << 20
+VMEM = 16 * MiB
+ROOM = {
+    "TPU v4": 4 * MiB,
+    "TPU v5 lite": 64 * MiB,
+    "TPU v5": 32 * MiB,
+    "TPU v6": 64 * MiB,
+    "TPU7": 32 * MiB,
+    "cpu": MiB,
+}
+
 
 def cores(device: str) -> int:
     """The number of TensorCores of a device, which share the first axis of a grid: two on v4 and v5p, and in tests on a
     CPU.
     """
     return 2 if device.startswith(("TPU v4", "TPU v5", "cpu")) and not device.startswith("TPU v5 lite") else 1
+
+
+def room_for_sums(device: str) -> int:
+    """The bytes of ROOM for a device; 0 if it is unknown."""
+    return next((room for kind, room in ROOM.items() if device.startswith(kind)), 0)
+
+
+def vmem_limit(device: str, sums: int) -> int | None:
+    """The bytes of VMEM of a kernel that has sums of this many bytes besides its blocks; None: the default."""
+    return None if device.startswith("TPU v4") else VMEM + sums
 
 
 def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dtype_bytes: int = 2) -> Tile:
