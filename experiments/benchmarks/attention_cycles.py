@@ -164,8 +164,9 @@ def schedules(target: str, name: str, two: bool) -> tuple[dict[str, int], dict[s
         said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         found = {}
         for path in Path(folder).glob("*-attention_*final_bundles.txt"):
-            if "schedule-analysis" not in path.name:
-                found[re.search(r"-(attention_[a-z]+)", path.name)[1]] = list(pieces(path.read_text()))
+            kernel = re.search(r"-(attention_[a-z]+)", path.name)
+            if kernel and "schedule-analysis" not in path.name:
+                found[kernel[1]] = list(pieces(path.read_text()))
     return json.loads(said.splitlines()[-1]), found
 
 
