@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
         ("--config.model.remat=full", "--config.loss.chunk=1024", "--config.mesh.fsdp=128"),
     ),
     "lwm_7b-v5p-512": ("lwm_7b", 512, "v5p:8x8x8", ()),
+    "chameleon_7b-7x-64": ("chameleon_7b", 128, "tpu7x:4x4x4", ()),  # a chip has two devices
     "emu3_8b-lora-v5e-16": ("emu3_8b", 16, "v5e:4x4", (*_LORA, "--config.model.remat=full")),
     "emu3_8b-full-v5e-16": (
         "emu3_8b",
