@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-OCCUPIED = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 8, "tpu7x": 8}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+OCCUPIED = {"v5e": 16, "v5p": 16, "v6e": 8, "tpu7x": 8}
 
 
 @dataclasses.dataclass(frozen=True)
