@@ -142,7 +142,7 @@ def _dpg(job: Path, report: ExportReport) -> None:
             continue
         if asked.n > 4 or "." in asked.id:
             raise ExportError(
-                f"request {asked.id}: dpg takes at most 4 samples (n) and an id without dots, found {asked.n} samples"
+                f"request {asked.id}: dpg takes at most 4 samples and an id without dots, found n={asked.n} and this id"
             )
         images = [Image.open(asked.images[i]) for i in range(asked.n)]
         if len({image.size for image in images}) > 1 or images[0].width != images[0].height:
