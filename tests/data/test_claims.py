@@ -85,6 +85,14 @@ def test_a_claim_that_is_renewed_is_left_alone_and_one_that_is_not_is_taken_over
     assert not list((job.folder / ".claims").iterdir())
 
 
+def test_a_claim_that_is_still_empty_is_taken_over_as_late_as_any(job: Job) -> None:
+    """Its owner was killed, or is slow, between creating the file and writing to it."""
+    killed(job, 0, PIECES[0]).write_bytes(b"")
+    began = time.monotonic()
+    job.claims(1, lease=0.3).work(PIECES[:1], **job.does(1))
+    assert job.by == {PIECES[0]: [1]} and time.monotonic() - began >= 0.3
+
+
 def test_who_waits_for_others_can_be_stopped(job: Job) -> None:
     killed(job, 0, PIECES[0])
     calls = []

@@ -100,9 +100,10 @@ class Claims:
                 says = storage.read(path)
             except FileNotFoundError:  # the claim was released just now
                 return False
-            if self._seen.get(path, (b"", 0.0))[0] != says:
-                self._seen[path] = says, now
-            if now - self._seen[path][1] < self._team.lease:
+            seen = self._seen.get(path)
+            if seen is None or seen[0] != says:  # a claim just created may still be empty
+                self._seen[path] = seen = says, now
+            if now - seen[1] < self._team.lease:
                 return False
             storage.write(path, f"{self._me}, taken over at {now:.3f}\n".encode())
         self._seen.pop(path, None)
