@@ -292,7 +292,7 @@ def train_program(run: Run, mesh: Mesh) -> Program:
     # `abstract_state` and `make_train_step` run small programs. They must not see the mesh, because nothing can run on
     # it.
     state = abstract_state(task, tx, mesh)
-    options = compiler_options(mesh, run.compiler_options)
+    options = compiler_options(mesh, run.compiler_options, task.products)
     step = make_train_step(
         task,
         tx,
@@ -413,7 +413,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     head = {name: read_as(config, mesh)[name] for name in ("head",) if name in params}
     shape = steps.Shape(run.contexts, S)
     width = Pace(run.window).most
-    state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, run.kv_dtype, width)))
+    state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, run.kv_dtype or config.dtype, width)))
     b = prefill_rows(R, mesh.shape["data"] * mesh.shape["fsdp"])
     prompts = by_row((jax.ShapeDtypeStruct((b, S // 2), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32)))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ar_unified.model.cache import default_dtype
 from ar_unified.sampling.engine import Engine
 
 
@@ -20,7 +21,7 @@ class MemoryTime:
 
     def __init__(self, engine: Engine, rate: float):
         config = engine.config
-        element = 1 if engine.kv_dtype == "int8" else jnp.dtype(engine.kv_dtype or config.dtype).itemsize
+        element = 1 if engine.kv_dtype == "int8" else jnp.dtype(engine.kv_dtype or default_dtype(config)).itemsize
         self._position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * element
         # A step reads the weights, in the compute dtype or in fewer bits, once for all samples that are decoded
         # together.

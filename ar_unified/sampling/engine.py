@@ -104,8 +104,8 @@ class Engine:
         grammar: the grammar of documents, and its vocabulary.
         batch_size: R, the number of samples decoded at once (with guidance, each takes two or three rows).
         max_length: the most tokens of prompt and answer together, and so the length of the longest KV cache.
-        kv_dtype: the dtype of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each
-            vector.
+        kv_dtype: the dtype of the KV cache, one of KV_DTYPES; None: `model.cache.default_dtype`. int8 has a scale for
+            each vector.
         weights_dtype: the dtype of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute
             dtype.
         window: how many positions of an image are drawn at once (`window.py`), one of sampling.pace.WINDOWS.

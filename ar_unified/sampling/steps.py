@@ -181,7 +181,7 @@ def prefill(
         here = states[jnp.arange(b), jnp.clip(at, 0, width - 1)]
         return (cache, jnp.where(((0 <= at) & (at < width))[:, None], here, hidden)), None
 
-    carry = init_cache(config, b, P), jnp.zeros((b, config.d_model), config.dtype)
+    carry = init_cache(config, b, P, config.dtype), jnp.zeros((b, config.d_model), config.dtype)
     if width == P:
         (cache, hidden), _ = read(carry, jnp.int32(0))
     else:

@@ -175,7 +175,7 @@ def fit(
         checkpoints.close()
         logger(f"{task.name}: finished already, {start} of {config.steps} steps")
         return task.inference_params(state.params, state.model_state)
-    options = compiler_options(mesh, config.compiler_options)
+    options = compiler_options(mesh, config.compiler_options, task.products)
     train_step = make_train_step(
         task,
         tx,

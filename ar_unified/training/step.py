@@ -81,6 +81,10 @@ class TrainingTask(Protocol[Batch]):
         """The metric that counts work: "tokens" or "images"."""
 
     @property
+    def products(self) -> str | None:
+        """The dtype of a transformer's matrix products (parallel/compiler.py); None for other models."""
+
+    @property
     def batch(self) -> BatchOfStep[object] | Drawing[object]:
         """Gives the global batch of a step or a part of it, or is a `Drawing`, which uses the parameters."""
 
@@ -146,6 +150,11 @@ class TrainingTask(Protocol[Batch]):
 
 class Stateless(Generic[Batch]):
     """For tasks without a model state and with a loss that is a sum over rows."""
+
+    @property
+    def products(self) -> str | None:
+        """No transformer."""
+        return None
 
     def of_whole(self, batch: Batch) -> Self:
         """The task itself: the loss of a part does not depend on the whole batch."""

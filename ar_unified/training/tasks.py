@@ -148,6 +148,11 @@ class TransformerTask(Stateless[Batch]):
         params["lora"] = lora.init(self.config, self.lora, jax.random.fold_in(key, 2))
         return self.selection(params).fixed(params, self.lora.base_dtype)
 
+    @property
+    def products(self) -> str:
+        """The dtype of the model's matrix products."""
+        return self.config.dtype
+
     @functools.cached_property
     def _shapes(self) -> Params:
         """Shapes of the parameters. The key is made inside, as explained in `transformer.abstract_params`."""
@@ -360,6 +365,7 @@ class TokenizerTask:
     rates: Sequence[str] = ()
     name: str = "image_tokenizer"
     unit: str = "images"
+    products: None = None  # convolutions
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters of the autoencoder and of its discriminator."""

@@ -32,6 +32,8 @@ from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.model.decoded import unstacked
 from ar_unified.model.loss import weighted_loss
 from ar_unified.model.transformer import Transformer, init
+from ar_unified.parallel.compiler import compiler_options
+from ar_unified.parallel.mesh import make_mesh
 
 SIZES = {  # preset, vocabulary, (batch, length) in training
     "25m": ("25m", 16384, (8, 512)),
@@ -59,7 +61,9 @@ def our_train_step(config: TransformerConfig, params, tokens: np.ndarray, chunk:
         loss, *_ = weighted_loss(hidden, model.head(), batch["targets"], batch["weights"], chunk=chunk)
         return loss / batch["weights"].sum()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    mesh = make_mesh(dict(data=-1), jax.devices()[:1])
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options(mesh, (), config.dtype))
     def step(params, state, batch):
         loss, grads = jax.value_and_grad(loss_of)(params, batch)
         updates, state = optimizer.update(grads, state, params)

@@ -76,7 +76,7 @@ def test_prefill_and_decode_run_the_kernels():
     mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
     config, rows, whole = MODEL, P("data"), P()
     params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    cache = jax.eval_shape(lambda: init_cache(config, 4, 1024))
+    cache = jax.eval_shape(lambda: init_cache(config, 4, 1024, config.dtype))
 
     def place(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from ar_unified.errors import UserError
@@ -54,6 +55,15 @@ def test_an_option_of_ours_that_a_compiler_does_not_know_is_left_out_and_one_of_
     as_v5p(**{LEVEL: "0"})
     with pytest.raises(UserError, match="config.training.compiler_options: .*xla_tpu_mistyped"):
         compiler.compiler_options(mesh, ["xla_tpu_mistyped=true"])
+
+
+def test_a_float32_transformer_on_a_cpu_is_compiled_without_ynnpack_unless_the_user_says_otherwise(mesh):
+    ((name, value),) = compiler.compiler_options(mesh, (), "float32").items()
+    product, with_it = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))), "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    texts = [str(product.compile(compiler_options={name: each}).as_text()) for each in (value, with_it)]
+    assert ["ynn_fusion" in text for text in texts] == [False, True]
+    assert compiler.compiler_options(mesh, (), "bfloat16") == {} == compiler.compiler_options(mesh)
+    assert compiler.compiler_options(mesh, [f"{name}={with_it}"], "float32") == {name: with_it}
 
 
 @needs_libtpu

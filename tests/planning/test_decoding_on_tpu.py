@@ -94,7 +94,7 @@ def by_row(mesh, *trees):
 def loop(kv_dtype=None, weights_dtype=None):
     """The compiled steps of decoding, and the bytes of a device's keys."""
     mesh, config, params = narrow(weights_dtype)
-    cache = jax.eval_shape(lambda: init_cache(config, 32, 4096, kv_dtype))
+    cache = jax.eval_shape(lambda: init_cache(config, 32, 4096, kv_dtype or config.dtype))
 
     def decode(params, cache, tokens, start):
         def step(state):
