@@ -59,7 +59,7 @@ class Pieces:
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):
             raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
         if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
-            raise ValueError(f"{name} {list(kind.shape)}: expected each index once, found {at} again or out of range")
+            raise ValueError(f"{name} {list(kind.shape)}: expected each index once, found {at} twice or out of range")
         self._put.add((name, at))
         self._left[name] -= array.nbytes
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, (at or 0) * array.nbytes

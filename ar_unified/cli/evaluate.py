@@ -225,7 +225,8 @@ def _write(
 
 
 def _validation(experiment: Experiment) -> dict[str, float]:
-    """The last validation losses that training wrote up to the step that is evaluated, by role and by task.
+    """The validation losses at the evaluated step, by role and by task: the last ones that training wrote before or at
+    this step.
 
     Shares of attention are only in metrics.jsonl, because a table of them by layer would hide the other numbers.
     """

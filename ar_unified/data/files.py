@@ -107,7 +107,7 @@ class Folder:
             raise FileError("missing_image", str(error.strerror)) from error
 
     def path(self, name: str) -> Path:
-        """The file that a row means by `name`. Raises FileError if it is outside the folder or missing."""
+        """The file that a row names with `name`. Raises FileError if it is outside the folder or missing."""
         if "\0" in name:
             raise FileError("missing_image", "a name cannot have a zero byte")
         full = os.path.normpath(os.path.join(self._lexical, name))

@@ -340,7 +340,8 @@ def resize(
     gap: float = _GAP["full"],
     whole: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Scales the largest centred window with the aspect of height x width to this size: uint8 [height, width, 3].
+    """Cuts out the largest centred window that has the aspect ratio of height x width, and scales it to uint8 [height,
+    width, 3].
 
     gap: a large image is first shrunk by whole factors, to at least `gap` times height and width.
     whole: as in `Resize.__call__`.

@@ -44,7 +44,7 @@ class NothingReadable(UserError):
 
 
 class Chosen(NamedTuple):
-    """The items (documents or preference pairs) from one epoch of a source that fill the rows `at` of a batch."""
+    """The items (documents or preference pairs) for the rows `at` of a batch, all from one epoch of a source."""
 
     source: int
     epoch: int

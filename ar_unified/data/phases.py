@@ -63,7 +63,7 @@ def mixtures(
     packings: Mapping[int, Sequence[Packing]],
     weights: Sequence[Sequence[float]],
 ) -> list[Mixture]:
-    """The stream of rows of each phase. Every source continues where the phase before stopped.
+    """The stream of rows of each phase. In each phase, every source continues where it was when the last phase ended.
 
     Args:
         phases: each with its batch_size and sequence_length.

@@ -1,4 +1,4 @@
-"""Shows an image tokenizer's reconstructions next to their originals, and its numbers, as a PNG and as HTML."""
+"""Shows an image tokenizer's metrics, and its reconstructions next to the originals, as a PNG and as HTML."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Unfinished:
             )
 
     def _keep_whole(self, every: int) -> None:
-        """Keeps the complete parts of `every` lines each, and cuts off everything after them."""
+        """Keeps the parts that are complete (a part has `every` lines), and cuts off the rest of the file."""
         self._file.seek(0)
         ends = [0]
         with open(self.folder / _LINES, "rb") as file:

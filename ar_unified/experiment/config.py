@@ -160,9 +160,7 @@ def _add_sampling_and_evaluation(config: ConfigDict) -> None:
     config.sampling.checkpoint = "last"  # the checkpoint that samples and evaluation use: last | best
     config.sampling.batch_size = 64  # rows per process; a multiple of the number of devices that split rows
     config.sampling.max_length = 256  # of prompt and answer together
-    config.sampling.kv_dtype = (
-        ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's, on a CPU float32
-    )
+    config.sampling.kv_dtype = ""  # cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's, on a CPU float32
     config.sampling.weights_dtype = ""  # dtype of the layers' matrices: int8 | float8_e4m3fn; "" is the model's dtype
     config.sampling.window = "1"  # positions of an image per step: 1 | 2 | 4 | 8 | auto; same tokens, more speed
     # The defaults of requests; ar_unified.sampling.request says what each means.

@@ -1,4 +1,4 @@
-"""The numbered prompts of a training by rewards, made from the documents of the training sources.
+"""The numbered prompts for training by rewards, made from the documents of the training sources.
 
 Prompt number n is the same in every process, so the groups of answers do not depend on the number of processes. Every
 epoch of a source has each of its documents once. A document that asks nothing, is bad or does not fit is left out,

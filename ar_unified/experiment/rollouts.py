@@ -294,7 +294,7 @@ def fitting(engine: Engine, length: int) -> Callable[[Request], Plan]:
         found = engine.plan(request)
         if (needed := room(found)) > length:
             raise TooLong(
-                f"prompt, answer and the contexts of its guidance need {needed} positions, and a row has {length}: "
+                f"the prompt, answer and contexts for guidance need {needed} positions, and a row has {length}: "
                 "raise config.training.sequence_length or lower config.reward.max_tokens"
             )
         return found

@@ -75,7 +75,7 @@ def _train(
 ) -> tuple[TextTokenizer, dict[str, float]]:
     """A tokenizer trained on the training sources, and how often each source was read.
 
-    `reserved` gets, for each of its characters, the number of texts that contain it.
+    `reserved` counts for each character how many texts contain it.
     """
     settings, sources = experiment.config.text_tokenizer, experiment.train
     times = passes(sources, temperature=settings.temperature, max_bytes=settings.max_bytes)

@@ -209,7 +209,9 @@ def _sorted(path: Path, found: object, joint: str) -> Pickled:
         if not isinstance(value, Strided | np.ndarray):
             other[name] = value
         elif name in tensors or name == "__metadata__":
-            raise UserError(f"{path}: {name!r:.120}: expected a different name for each tensor, not __metadata__")
+            raise UserError(
+                f"{path}: {name!r:.120}: expected a name that no other tensor has and that is not __metadata__"
+            )
         else:
             tensors[name] = value
     if not tensors:

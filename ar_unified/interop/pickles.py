@@ -276,7 +276,7 @@ def _type(spelled: Any, *_: Any) -> _Type:
     if isinstance(spelled, Global) and spelled.name == "bfloat16":
         spelled = "bfloat16"
     if not isinstance(spelled, str):
-        raise TypeError("it has a dtype that is no text")
+        raise TypeError("its dtype is not a string")
     return _Type(spelled)
 
 

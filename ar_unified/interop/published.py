@@ -84,7 +84,7 @@ def check_tensors(
         raise UserError(f"{where}: missing {_listed(missing)}{more}")
     if left:
         raise UserError(
-            f"{where}: this model has no place for {_listed(left)}: is --as the right system, and does the "
+            f"{where}: this model has no place for {_listed(left)}: does --as name the right system, and does the "
             "config belong to these files?"
         )
     for name, shape in wanted.items():

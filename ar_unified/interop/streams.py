@@ -181,7 +181,7 @@ class _Reader:
         return {self.value(): self.value() for _ in range(size)}
 
     def inside(self, span: _Span) -> Any:
-        """Reads the value in a span, which must fill the span."""
+        """Reads the value in a span. The value must fill the span."""
         back, end = self.at, self.end
         self.go(span.begin)
         self.end = span.begin + span.size
@@ -198,7 +198,7 @@ def _entries(reader: _Reader) -> list[tuple[tuple[str, ...], _Stored]]:
     while reader.at < reader.end:
         key, value = reader.value()
         if not isinstance(key, list) or not key or not all(isinstance(part, str) for part in key):
-            raise ValueError(f"it has a name that is no list of texts: {key!r:.80}")
+            raise ValueError(f"its name is not a list of strings: {key!r:.80}")
         inner = reader.inside(value)
         if key[0] != "params" and not _is_array(inner):
             continue  # part of a training's state, such as the step number

@@ -83,7 +83,7 @@ def read(folder: Path, source: Source, said: object, width: int) -> dict[str, To
     found = {_NAME.fullmatch(name)["module"]: name for name in source.names() if is_name(name)}  # type: ignore[index]
     if found.keys() != said.keys():
         one, other = ", ".join(said) or "none", ", ".join(found) or "none"
-        raise UserError(f"{folder}: {KEY}: expected rows of each module in it ({one}), found {other}")
+        raise UserError(f"{folder}: {KEY}: expected rows of the modules that it names ({one}), found {other}")
     rows = {}
     for table, module in _MODULES.items():
         if module not in said:

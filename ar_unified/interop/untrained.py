@@ -55,7 +55,7 @@ class _Rows:
 
 
 def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
-    """Says how the image codes' rows in a published head [V, D] look, if they look untrained; "" if they do not."""
+    """Describes the image codes' rows in a published head [V, D] if they look untrained; otherwise ""."""
     kind = vocabulary.role(border.ours)
     image, text = (_sums(head, kind == role) for role in (Role.IMAGE, Role.TEXT))
     if image.size <= _SMALL**2 * text.size:

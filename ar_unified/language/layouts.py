@@ -1,4 +1,5 @@
-"""How each system writes images and turns: one table with a record for each of our layouts and each published one.
+"""How each system writes images and the turns of a conversation: one table, with a record for each of our layouts and
+each published one.
 
     image      open [size] start (codes [row end])*h close
     document   begin parts end                                   no turn

@@ -55,9 +55,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     inner = math.prod(size for axis, size in sizes.items() if axis != "data")
     if len(slices[0]) % inner:
         raise ValueError(
-            f"mesh {_shown(sizes)}: fsdp, tensor and context multiply to {inner}, which does not divide the "
-            f"{len(slices[0])} devices of each of the {len(slices)} slices; these axes stay inside a slice, so choose "
-            f"a product of them that divides {len(slices[0])}, and let data span the slices"
+            f"mesh {_shown(sizes)}: fsdp, tensor and context stay inside a slice, but their product {inner} does not "
+            f"divide the {len(slices[0])} devices of each of the {len(slices)} slices; choose sizes whose product "
+            f"divides {len(slices[0])}, and let data span the slices"
         )
     shape_of_slice = (sizes["data"] // len(slices), *(sizes[axis] for axis in MESH_AXES[1:]))
     # If the axes of a TPU's network do not match these sizes, one of them may be split into two axes of the mesh.

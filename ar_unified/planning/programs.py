@@ -335,7 +335,7 @@ def gradient_bytes(run: Run, mesh: Mesh) -> int:
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
-    """Bytes that a device keeps from the forward pass for the backward pass, without parameters.
+    """Bytes that a device keeps from the forward pass for the backward pass; parameters do not count.
 
     JAX's trace gives the arrays that `jax.vjp` of the loss closes over. They are divided among the devices that split
     rows and sequence. XLA may drop or share some; with remat "full" there is little to drop. Arrays that a remat policy

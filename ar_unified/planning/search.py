@@ -85,7 +85,7 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
 
 
 def candidates(run: Run, target: Target) -> Iterator[Candidate]:
-    """All combinations with sizes that divide each other, in no particular order."""
+    """All combinations that a mesh of the target can run, in no particular order."""
     for remat, rows, wider in itertools.product(POLICIES, _ROWS, _FSDP):
         fsdp = int(run.mesh.get("fsdp", 1) * wider)
         changes: dict[str, Any] = {

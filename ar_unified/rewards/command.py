@@ -90,7 +90,7 @@ class Command:
 
 
 def _row(stem: Path, prompt: Document, answer: Document) -> dict[str, Json]:
-    """The JSON that a command reads for an answer. The names of image files begin with `stem`."""
+    """The JSON that describes an answer to the command. The names of image files begin with `stem`."""
     count = 0
 
     def save(pixels: np.ndarray) -> str:

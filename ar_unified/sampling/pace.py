@@ -3,14 +3,14 @@
 A wider window takes fewer steps, but each step costs more. The number of saved steps depends on the model and on what
 it draws. The cost of a step depends on the device and the batch.
 
-The gain of a window can be estimated without using one. The codes that were drawn one by one show which of them
-`pairs.Pairs` would have guessed, and so how many steps a window would have taken. A real window gains more, because it
-also guesses from its own draws after wrong guesses. How much more it gains is known only after a window was used. The
-cost of a step is measured by timing a few steps. If these steps say that a window is faster, the window is compared in
-real work with drawing one by one. The pool takes some chunks with the window and some without it, in turns, and the
-measured speeds decide, because a few timed steps do not show everything that a window costs. A trial therefore costs
-these steps and the compile time, and a pool may spend only a small share of its time on trials. So a short job tries no
-window. Nothing is measured twice in one process.
+The gain of a window can be estimated without using one. From codes that were drawn one by one it follows how many steps
+a window would have taken: a guess of `pairs.Pairs` saves a step if it is the code that was drawn. A real window gains
+more, because it also guesses from its own draws after wrong guesses. How much more it gains is known only after a
+window was used. The cost of a step is measured by timing a few steps. If a window seems faster by these steps, real
+work is done with the window and one by one, and the two are compared. The pool takes some chunks with the window and
+some without it, in turns, and the measured speeds decide, because a few timed steps do not show everything that a
+window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a small share of its
+time on trials. So a short job tries no window. Nothing is measured twice in one process.
 """
 
 from __future__ import annotations

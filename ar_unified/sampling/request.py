@@ -147,7 +147,7 @@ class Request:
             raise RequestError(f"context: expected one of {', '.join(CONTEXTS)}, found {self.context!r}")
         if (self.context == "negative_prompt") != bool(self.negative_prompt):
             raise RequestError(
-                'negative_prompt: expected a text with context "negative_prompt", and none with another; '
+                'negative_prompt: expected a text if the context is "negative_prompt", and no text otherwise; '
                 f"found {self.negative_prompt!r:.80} with {self.context!r}"
             )
         if self.image_guidance and self.context == "image_only":

@@ -275,8 +275,8 @@ def read_on(
 
 
 def first_slots(width: int, state: State) -> Cache:
-    """The slots in each row of the cache that decoding overwrites after the row has ended. width: the most positions of
-    a row that are drawn at once.
+    """For each row of the cache, the slots that decoding overwrites after the row has ended. width: the most positions
+    of a row that are drawn at once.
     """
     return tuple(slots_of(layer, slice(width)) for layer in state.cache)
 

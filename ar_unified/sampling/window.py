@@ -1,12 +1,12 @@
 """Decodes several positions of an image at once, and gives the same tokens as decoding one by one.
 
 Noise depends only on (seed, sample, position), so a token is a function of the tokens before it. A step guesses the
-next w - 1 tokens of a row, reads them in one forward after the known token, and draws at each of the w positions. The
-first draw is right; each further draw is right if all guesses before it equal the tokens that were drawn there. (This
-is Jacobi iteration as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi
-Decoding", arXiv 2410.01699; here all draws at a position have the same noise, so a guess is either right or wrong and
-no distribution changes.) So a step gives between 1 and w tokens. In exact arithmetic, they equal the tokens of
-`steps.step`.
+next w - 1 tokens of a row. One forward pass reads the known token and these guesses, and the step draws at each of the
+w positions. The first draw is right; each further draw is right if all guesses before it equal the tokens that were
+drawn there. (This is Jacobi iteration as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free
+Speculative Jacobi Decoding", arXiv 2410.01699; here all draws at a position have the same noise, so a guess is either
+right or wrong and no distribution changes.) So a step gives between 1 and w tokens. In exact arithmetic, they equal the
+tokens of `steps.step`.
 
 The last step also drew tokens after its first wrong guess; the next step uses these draws as guesses. For other
 positions, `pairs.py` looks up the code before and the code above: the guess is the code that last followed the

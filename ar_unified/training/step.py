@@ -133,7 +133,9 @@ class TrainingTask(Protocol[Batch]):
         """The parameters for validation, previews and later use: the trained ones, or their averages."""
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
-        """Metric sums of a held-out batch that the loss does not compute, from an extra pass. {} if there are none."""
+        """Metric sums of a held-out batch, from an extra pass, because the loss does not compute them. {} if there are
+        none.
+        """
 
     def warning(self, line: Mapping[str, float]) -> str:
         """A warning about a log line (the `summary` of some steps), or ""."""

@@ -321,7 +321,9 @@ class TransformerTask(Stateless[Batch]):
 
     @property
     def through_layers(self) -> bool:
-        """Whether the backward pass goes through the layers, because something in them or below is trained."""
+        """Whether the backward pass goes through the layers. It does if anything in the layers or in the embedding is
+        trained.
+        """
         return self.trains("layers.", "lora.", "embedding")
 
     def trains(self, *beginnings: str) -> bool:

@@ -113,7 +113,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("sampling.max_length", 1, "at least 2"),
         ("sampling.guidance", "inf", "a finite number"),
         ("sampling.context", "negative_prompt", "held-out documents have none"),
-        ("sampling.negative_prompt", "blurry", "a text with context .negative_prompt., and none with another"),
+        ("sampling.negative_prompt", "blurry", "a text if the context is .negative_prompt., and no text otherwise"),
         ("sampling.image_guidance", "inf", "a finite number"),
         ("sampling.repetition_penalty", 0, "a number > 0"),
         ("training.eps", 0, "more than 0"),

@@ -111,7 +111,7 @@ def test_rows_of_ids_are_written_as_peft_has_them_and_read(bundle, tmp_path) -> 
     for settings, said in (
         (
             [3, 7],
-            r"expected rows of each module in it \(embed_tokens\), found embed_tokens, lm_head|found lm_head",
+            r"expected rows of the modules that it names \(embed_tokens\), found embed_tokens, lm_head|found lm_head",
         ),
         ("x", "expected lists of ids by module, found 'x'"),
         ({"embed_tokens": [3, -1], "lm_head": [9]}, "embed_tokens: expected a list of ids, found"),

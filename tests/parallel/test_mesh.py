@@ -47,7 +47,7 @@ def test_slices_are_the_outer_part_of_data(chips):
     for group in mesh.devices.reshape(8, 4):
         steps = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in zip(group, group[1:], strict=False)]
         assert max(steps) <= 2
-    with pytest.raises(ValueError, match="fsdp=32: .* multiply to 32, .* 16 devices of each of the 2 slices"):
+    with pytest.raises(ValueError, match="fsdp=32: .* product 32 .* 16 devices of each of the 2 slices"):
         make_mesh(dict(fsdp=32), devices)
 
 

@@ -27,6 +27,7 @@ from ar_unified.data.batch import PackedBatch
 from ar_unified.evaluation.report import transformer_charts, write_report
 from ar_unified.manifests import ManifestMismatch
 from ar_unified.metrics import read_metrics
+from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.training.loop import NonFinite, Preempted
@@ -175,7 +176,8 @@ def test_the_checkpoint_says_what_it_is(tmp_path):
         tiny.run(tmp_path, manifest=tiny.VOCABULARY.manifest(), task=tiny.task(batch=dying(4)), **own)
     stored = Checkpoints(tmp_path / "checkpoints", readonly=True).metadata()
     assert stored["step"] == 3 and stored["model"]["d_model"] == 32 and stored["training"]["steps"] == 8
-    assert stored["compiler_options"] == {"xla_backend_optimization_level": "0"}
+    options = compiler_options(make_mesh(), ("xla_backend_optimization_level=0",), tiny.MODEL.dtype)
+    assert stored["compiler_options"] == options and options["xla_backend_optimization_level"] == "0"
     other = dataclasses.replace(tiny.VOCABULARY, text_size=41).manifest()
     with pytest.raises(ManifestMismatch, match="'text_size': this run has 41, checkpoint checkpoints/3 has 40"):
         tiny.run(tmp_path, manifest=other)

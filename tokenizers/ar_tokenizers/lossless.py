@@ -139,7 +139,7 @@ def reachable_symbols(model_bytes: bytes) -> list[str]:
 
 
 def only_spelling(model_bytes: bytes, text_ids: Collection[int]) -> bytes:
-    """The model, with every user-defined symbol that is not in `text_ids` made a control piece like <s>.
+    """The model after each user-defined symbol that is not in `text_ids` has become a control piece like <s>.
 
     Text that looks like a control piece is then spelled with other pieces.
     """

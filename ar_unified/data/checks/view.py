@@ -77,8 +77,8 @@ class View:
         return None if blank is None or self.grammar is None else self.grammar.encode(blank)
 
     def lengths(self, document: Document, found: Encoded, max_tokens: int | None) -> list[int]:
-        """The number of tokens of each document that `prepare` would make of `document`; `found` is what `encoded` gave
-        for it.
+        """How many tokens each of the documents has that `prepare` would make from `document`. `found`: the result of
+        `encoded` for it.
         """
         blank = self._blank(document)
         if not max_tokens or len(found) <= max_tokens or blank is None or not can_be_split(document):

@@ -1,11 +1,11 @@
 """Decides the order of rows and the documents in each row, as pure functions of the documents' lengths and a seed.
 
 A source is planned in blocks (`blocks`). The documents of a block never change, nor do the lengths of the documents
-that share a row. A slot is the place of one document in a row. Three things are random in every epoch: which slot of
-its length and block each document fills, the order of the blocks, and the order of the rows within each window of
-WINDOW blocks. So a source of one block or one window is shuffled as a whole. From a larger source, only the files of
-one window are read at a time. Each epoch of a source has each of its documents exactly once, and any row can be made
-without the rows before it.
+that share a row. A slot is the place of one document in a row. Three things are random in every epoch: the slot that a
+document fills, among those of its length in its block; the order of the blocks; and the order of the rows within each
+window of WINDOW blocks. So a source of one block or one window is shuffled as a whole. From a larger source, only the
+files of one window are read at a time. Each epoch of a source has each of its documents exactly once, and any row can
+be made without the rows before it.
 
 Sources are mixed row by row, so `weights` are shares of rows. If rows are full, the weights are also shares of tokens.
 """

@@ -342,7 +342,7 @@ def _ended(folder: Path) -> bool:
         return True
     storage.refresh(folder / "plan.json")
     if not (folder / "plan.json").exists():
-        raise NothingLeft(f"{folder}: no document is left of a source; the message of another process names the source")
+        raise NothingLeft(f"{folder}: a source has no document left; the message of another process names this source")
     return False
 
 

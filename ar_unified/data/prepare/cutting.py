@@ -95,8 +95,8 @@ def characters(text: str) -> list[str]:
     """Splits a text into what a reader sees as single characters: accents, joiners and skin tones stay with the
     character before them.
 
-    It follows the common rules of Unicode's grapheme clusters (UAX #29), but may cut flags, and Korean written in
-    single letters.
+    It follows the common rules of Unicode's grapheme clusters (UAX #29). But it may cut inside a flag, or inside a
+    Korean syllable that is written as single letters.
     """
     found: list[str] = []
     for character in text:

@@ -1,8 +1,8 @@
 """Attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU: blocks outside a query's document are never read.
 
 One thread block has three warpgroups. The last one only issues TMA copies into a ring of shared memory; the other two
-multiply (wgmma) 64 rows each. When a thread block starts, it reads from the ranges of bounds.py which blocks it must
-visit. It first visits the blocks that need a mask and then the clean ones, so only one of the two loops computes a
+multiply (wgmma) 64 rows each. When a thread block starts, it reads the blocks that it must visit from the ranges of
+bounds.py. It first visits the blocks that need a mask and then the clean ones, so only one of the two loops computes a
 mask.
 
 forward   one block of queries, over its blocks of keys

@@ -89,9 +89,9 @@ def forward_tile(q: jax.Array, k: jax.Array) -> Tile:
 
 
 def backward_tile(q: jax.Array, k: jax.Array) -> Tile:
-    """The tile of backward. It is fused with as many heads as have room for the gradients of their queries, but with no
-    more than forward has. If a single head has too little room, or if the heads cannot be shared evenly among the
-    cores, backward has two kernels.
+    """The tile of backward. It is fused if VMEM has room. A step has as many heads as there is room for, but no more
+    than a step of the forward kernel. If a single head has too little room, or if the heads cannot be shared evenly
+    among the cores, backward has two kernels.
     """
     tile = forward_tile(q, k)
     for heads, kv_heads in _heads(tile.N, tile.K):

@@ -69,8 +69,9 @@ def read_walk(ranges_ref, repeat: int = 1) -> Walk:
 
 
 def stacked(ranges: BlockRanges) -> jax.Array:
-    """The ranges as one array, int32 [B, blocks, 4]. If no block is clean, the whole range counts as left of the clean
-    blocks."""
+    """The ranges as one array, int32 [B, blocks, 4]. If no block is clean, the whole range belongs to the part before
+    the clean blocks.
+    """
     clean_begin = jnp.clip(ranges.clean_begin, ranges.begin, ranges.end)
     empty = ranges.clean_begin >= ranges.clean_end
     clean_begin = jnp.where(empty, ranges.end, clean_begin)

@@ -103,7 +103,7 @@ class ImageTokenizer:
     def single(self) -> ImageTokenizer:
         """The same tokenizer for calls with one image, which it does not pad to a batch.
 
-        If two codes are equally near up to rounding, it may choose a different one than a batch does.
+        If two codes are equally near up to rounding, it may choose one of them and a batch the other.
         """
         return ImageTokenizer(self.config, self.params, batch_size=1, published=self.published)
 

@@ -23,7 +23,9 @@ class LFQ(Quantizer):
 
     def __init__(self, codes: int, *, beta: float = 0.25, entropy: float = 0.1) -> None:
         if codes < 4 or codes & (codes - 1):
-            raise ValueError(f"{type(self).__name__} needs a power of two of codes, at least 4, got {codes}")
+            raise ValueError(
+                f"{type(self).__name__} needs a number of codes that is a power of two and at least 4; got {codes}"
+            )
         self.dim, self.codebook_size, self.beta, self.entropy = codes.bit_length() - 1, codes, beta, entropy
         self.length = 1.0  # absolute value of each component of a code vector
 
