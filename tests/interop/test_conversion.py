@@ -279,7 +279,7 @@ TORCH = {
     "without end": (raw(endless()), "without an end"),
     "a length of more": (raw(b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\0\0."), "cut short"),
     "an array of other bytes": (raw(pickle.dumps({"w": np.ones(3, ">f4")})), "in the order"),
-    "two names in one": (raw(pickle.dumps({"a": {"b": W}, "a/b": W})), "a different name for each"),
+    "two names in one": (raw(pickle.dumps({"a": {"b": W}, "a/b": W})), "a name that no other tensor has"),
 }
 
 
