@@ -25,8 +25,8 @@ AXES = ("batch", "kv_heads", None, None)  # the logical axes of every array
 def default_dtype(config: TransformerConfig) -> str:
     """The dtype of a cache if none is asked for: the compute dtype, but never bfloat16 on a CPU.
 
-    XLA on a CPU converts a bfloat16 cache to float32 in each step, to read it and (jaxlib 0.10) to write into it, which
-    takes half the time of decoding 16 rows with a model of 25M parameters.
+    XLA on a CPU (jaxlib 0.10) converts a bfloat16 cache to float32 in each step, to read it and to write into it. This
+    took half the time of decoding 16 rows with a model of 25M parameters.
     """
     return "float32" if device.current().platform == "cpu" else config.dtype
 

@@ -32,7 +32,7 @@ def test_a_tpu_keeps_them_in_the_compute_dtype():
 
 
 def test_a_step_on_a_cpu_converts_no_cache():
-    """In bfloat16 it converts all keys and values to read them, and twice more to write one of each row."""
+    """In bfloat16 jaxlib 0.10 converts all keys and values to read them, and twice more to write one of each row."""
     params = jax.eval_shape(lambda: unstacked(BFLOAT16, init(BFLOAT16, jax.random.key(0))))
 
     def step(params, cache, token, start):
@@ -47,4 +47,5 @@ def test_a_step_on_a_cpu_converts_no_cache():
         shape = ",".join(map(str, cache[0][0].shape))
         return re.findall(rf"(?:f32|bf16)\[{shape}\]\S* convert\(", text or "")
 
-    assert converted("bfloat16") and not converted(None)
+    assert not converted(None)
+    assert converted("bfloat16") or jax.__version_info__ >= (0, 12)
