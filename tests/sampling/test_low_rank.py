@@ -142,7 +142,7 @@ def test_rows_of_its_own_go_with_an_adapter(tied, form) -> None:
             each.score([(dataclasses.replace(request, adapter=which), answer)])
             for each, which in ((several, name), (alone, ""))
         )
-        assert found.log_likelihood == pytest.approx(single.log_likelihood, rel=1e-6)
+        assert found.log_likelihood == pytest.approx(single.log_likelihood, abs=1e-4)
     mixed = [row for rows in zip(*(asked(name) for name in ("", *LORAS)), strict=True) for row in rows]
     together = collect(several.generate(mixed))
     assert together.keys() == expected.keys() and not any(sample.error for sample in together.values())
@@ -181,7 +181,7 @@ def test_scores_and_conversations_have_the_adapter_of_their_request() -> None:
             each.score([(dataclasses.replace(request, adapter=which), answer)])
             for each, which in ((several, name), (own, ""))
         )
-        assert found.log_likelihood == pytest.approx(single.log_likelihood, rel=1e-6)
+        assert found.log_likelihood == pytest.approx(single.log_likelihood, abs=1e-4)
     talk = Conversation(several)
     for turn, name in enumerate(("a", "b", "a")):
         talk.say((TextPart("gh"),), mode="text", text=GREEDY["text"], max_tokens=5, adapter=name, seed=turn)
