@@ -34,6 +34,9 @@ CONFIG = TransformerConfig(
 )
 
 
+ENLARGED = 6  # the matrices of random_params, by the ones that init draws
+
+
 def random_params(seed: int = 0, config: TransformerConfig = CONFIG):
     """Weights large enough that logits differ by several nats and contexts matter."""
     return _random_params(config, seed)
@@ -41,4 +44,4 @@ def random_params(seed: int = 0, config: TransformerConfig = CONFIG):
 
 @partial(jax.jit, static_argnums=0)  # without jit there is a program for every shape
 def _random_params(config, seed):
-    return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(config, jax.random.key(seed)))
+    return jax.tree.map(lambda p: p * ENLARGED if p.ndim > 1 else p, init(config, jax.random.key(seed)))
