@@ -1,6 +1,6 @@
 """How fast images and tokens are read from files, compared with tf.data, Grain, and webdataset with torch's DataLoader.
 
-    pip install 'ar_unified[simd]'
+    pip install 'ar_unified[simd]'      # without it, ours has Pillow's filters alone
     python -m venv PEERS && PEERS/bin/pip install grain webdataset torch tensorflow pillow   # only for the peers
     python experiments/benchmarks/feeding.py --photos DIR --folder DIR2 --peers PEERS/bin/python --output FILE.json
 
@@ -39,6 +39,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +371,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, nargs=2, default=[1536, 20_000_000], help="images, tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--task", choices=list(SIDES), nargs="+", default=list(SIDES))
-    parser.add_argument("--sides", nargs="+", default=[""], help="run ours, and the peers whose names begin with this")
+    parser.add_argument(
+        "--sides", nargs="+", default=[""], help="run ours and the peers that begin with this; `ours`: no peer"
+    )
     parser.add_argument("--output", type=Path, help="write raw numbers to this file, as JSON")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one side, run in this process
     arguments = parser.parse_args()
@@ -384,13 +387,17 @@ def main() -> None:
 
     again = [__file__, *sys.argv[1:]]
     if "images" in arguments.task and not (places["images"] / "images.tfrecord").exists():
-        make_images(arguments.photos, places["images"], arguments.images, arguments.side)
-        subprocess.run([arguments.peers, *again, "--run", "convert"], check=True)
+        if not any(places["images"].glob("*.tar")):
+            make_images(arguments.photos, places["images"], arguments.images, arguments.side)
+        if not all(side.startswith("ours") for side in arguments.sides):
+            subprocess.run([arguments.peers, *again, "--run", "convert"], check=True)
     if "tokens" in arguments.task and not (places["tokens"] / "manifest.json").exists():
         make_tokens(places["tokens"], arguments.documents)
     raw: dict[str, dict[str, list[list[float]]]] = {task: {} for task in arguments.task}
     for task, _ in itertools.product(arguments.task, range(arguments.repeats)):
         for side in (name for name in SIDES[task] if name.startswith(("ours", *arguments.sides))):
+            if side.endswith("simd") and not find_spec("cykooz_resizer"):
+                continue
             python = sys.executable if side.startswith("ours") else arguments.peers
             done = subprocess.run([python, *again, "--task", task, "--run", side], capture_output=True, text=True)
             if done.returncode:

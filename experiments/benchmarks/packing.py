@@ -1,6 +1,6 @@
 """How full rows of 4,096 tokens are, and what packing costs: ours compared with Grain's first fit and best fit.
 
-    pip install grain          # in an environment of its own
+    pip install grain          # in an environment of its own; without it, only ours is measured
     python experiments/benchmarks/packing.py --data DIR [--folder DIR] [--documents N] [--open N ...]
 
 DIR has based-cooking, clothing, noto-emoji, easy-vqa (folders of images and JSONL) and text/udhr. They are prepared
@@ -25,9 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
-from grain.experimental import BestFitPackIterDataset, FirstFitPackIterDataset
 from loader_scale import Bytes, lengths
 
 from ar_unified.data.loader import pack
@@ -42,7 +40,14 @@ from ar_unified.language.vocabulary import Vocabulary
 
 LENGTH, BATCH = 4096, 64
 WEIGHTS = {"based-cooking": 0.2, "clothing": 0.2, "noto-emoji": 0.1, "easy-vqa": 0.3, "udhr": 0.2}
-METHODS = {"first fit": FirstFitPackIterDataset, "best fit": BestFitPackIterDataset}
+METHODS: dict[str, Any] = {}
+try:
+    import grain
+    from grain.experimental import BestFitPackIterDataset, FirstFitPackIterDataset
+
+    METHODS |= {"first fit": FirstFitPackIterDataset, "best fit": BestFitPackIterDataset}
+except ImportError:
+    pass
 
 
 class Greys:
@@ -136,9 +141,8 @@ def main() -> None:
             for name, found in prepared(arguments.data, arguments.folder or Path(folder) / "data").items()
         }
         contenders = [(method, rows) for method in METHODS for rows in arguments.open]
-        print(
-            "source, documents; fill and microseconds per document: ours,", ", ".join(f"{m} {n}" for m, n in contenders)
-        )
+        columns = ", ".join(["ours", *(f"{m} {n}" for m, n in contenders)])
+        print(f"source, documents; fill and microseconds per document: {columns}")
         fills: dict[str, tuple[float, float]] = {}
         for name, found in sources.items():
             fills[name] = ours(found)
@@ -147,8 +151,7 @@ def main() -> None:
         weight = np.array([WEIGHTS[name] for name in sources])
         spent = each_weight(sources) @ np.array([fills[name][1] for name in sources])
         mine = (float(weight @ np.array([fills[name][0] for name in sources])), float(spent))
-        stream = mixed(sources)
-        rivals = {f"{m}{n}": theirs(stream, arguments.documents, m, n) for m, n in contenders}
+        rivals = {f"{m}{n}": theirs(mixed(sources), arguments.documents, m, n) for m, n in contenders}
         line("mixture", arguments.documents, {"ours": mine, **rivals})
         simulated = lengths(arguments.documents, 0)
         rivals = {f"{m}{n}": theirs(shuffled(simulated), len(simulated), m, n) for m, n in contenders}

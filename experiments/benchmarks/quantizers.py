@@ -5,9 +5,9 @@
 
 DIR (datasets) has clothing and noto-emoji with their captions.jsonl, made by ../data/make_photos.py and
 make_emoji.py. One image in twenty of each is held out and scored: 135 images of 128 x 128 pixels. Each quantizer, with
-its default settings, trains the network of experiments/photos.py from the same seed on the same crops, for STEPS steps
-of 16 images, with only the pixels' squared error as loss. Then a transformer of 1M parameters, the probe, learns the
-ids of 1,200 training images for PROBE steps, and its bits per id are measured on held-out images.
+its default settings, trains the network of experiments/photos.py from the same seed on the same crops, for --steps
+steps of 16 images, with only the pixels' squared error as loss. Then a transformer of 1M parameters, the probe, learns
+the ids of 1,200 training images for --probe steps, and its bits per id are measured on held-out images.
 
 The table, and which quantizer to choose: docs/image_tokenizers.md.
 """
@@ -28,7 +28,6 @@ from ml_collections import ConfigDict
 from ar_unified.experiment.config import defaults, parse_arg
 from ar_unified.manifests import Json
 
-STEPS, PROBE = 1000, 150
 CANDIDATES: dict[str, dict[str, Json]] = {
     "fsq": dict(quantizer="fsq"),
     "fsq, ifsq": dict(quantizer="fsq", activation="ifsq"),
@@ -45,8 +44,8 @@ CANDIDATES: dict[str, dict[str, Json]] = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The experiment for one quantizer. arg: "path=DIR,name=NAME", with a name in CANDIDATES."""
-    args = parse_arg(arg, path="datasets", name="fsq")
+    """The experiment for one quantizer. arg: "path=DIR,name=NAME,steps=N,probe=N", with a name in CANDIDATES."""
+    args = parse_arg(arg, path="datasets", name="fsq", steps=1000, probe=150)
     config = defaults()
     config.name = f"bake-off: {args['name']}"
 
@@ -59,22 +58,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.train = images("[:95%]")
     config.data.validation = images("[95%:]")
     config.data.image_size = (128, 128)
-    config.evaluation.tokenizer_probe_steps = PROBE
+    config.evaluation.tokenizer_probe_steps = int(args["probe"])
 
     tokenizer = config.image_tokenizer
     tokenizer.factor, tokenizer.patch = 8, 4
     tokenizer.width, tokenizer.multipliers, tokenizer.blocks = 64, (1, 2), (1, 2)
     tokenizer.crop, tokenizer.short_side, tokenizer.mirror = 64, 128, True
-    tokenizer.steps, tokenizer.batch_size = STEPS, 16
-    tokenizer.checkpoint_every = STEPS
+    tokenizer.steps, tokenizer.batch_size = int(args["steps"]), 16
+    tokenizer.checkpoint_every = tokenizer.steps
     tokenizer.update(CANDIDATES[str(args["name"]).replace("+", ", ")])
     return config
 
 
-def measured(name: str, path: str, folder: Path) -> dict[str, Json]:
-    """Trains and scores one quantizer in separate processes. Finished stages are skipped."""
+def measured(name: str, told: str, folder: Path) -> dict[str, Json]:
+    """Trains and scores one quantizer in separate processes. Finished stages are skipped. told: other arguments of
+    `get_config`."""
     label = name.replace(", ", "+")  # a comma ends an argument
-    config = ["--config", f"{__file__}:path={path},name={label}", "--workdir", str(folder / label)]
+    config = ["--config", f"{__file__}:{told},name={label}", "--workdir", str(folder / label)]
     began, before = time.perf_counter(), os.times()
     for verb in (["tokenizer", "--only", "image"], ["evaluate", "--only", "tokenizer"]):
         subprocess.run([sys.executable, "-m", "ar_unified.cli.main", *verb, *config], check=True)
@@ -97,10 +97,13 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/bake_off"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each tokenizer")
+    parser.add_argument("--probe", type=int, default=150, help="steps of each probe")
     arguments = parser.parse_args()
+    told = f"path={arguments.path},steps={arguments.steps},probe={arguments.probe}"
     results: dict[str, Any] = {}
     for name in arguments.only:
-        found = measured(name, arguments.path, arguments.workdir)
+        found = measured(name, told, arguments.workdir)
         if arguments.output.exists():  # may have the results of other processes
             results = json.loads(arguments.output.read_text())
         results[name] = found

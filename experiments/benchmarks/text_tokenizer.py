@@ -5,7 +5,7 @@
 Encoding: one model encodes the text of FILE, unchanged and with spaces instead of line ends, with
 `TextTokenizer.encode` (in blocks) and with SentencePiece (as a whole) in turns; the result is the best CPU time of 5.
 Training: the peak memory of a new process minus its memory at the start, for 8 MB of text made of 200,000 words, or of
-3,000 Chinese characters without spaces.
+3,000 Chinese characters without spaces. Models have 8,192 pieces. Both numbers are options.
 
 The results: docs/benchmarks.md.
 """
@@ -25,23 +25,25 @@ import numpy as np
 import sentencepiece
 from ar_tokenizers.text import TextTokenizer
 
-_MB = 8
-
 
 def main() -> None:
     """Prints the speed of encoding and the memory of training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="UTF-8 text of about 1 MB")
-    text = parser.parse_args().file.read_text(encoding="utf-8-sig")
+    parser.add_argument("--pieces", type=int, default=8192, help="size of the vocabularies")
+    parser.add_argument("--megabytes", type=float, default=8, help="text to train on, to measure the memory")
+    arguments = parser.parse_args()
+    text = arguments.file.read_text(encoding="utf-8-sig")
     for model_type in ("bpe", "unigram"):
-        tokenizer = TextTokenizer.train(text.splitlines(), 8192, model_type=model_type)
+        tokenizer = TextTokenizer.train(text.splitlines(), arguments.pieces, model_type=model_type)
         for name, shown in (("lines", text), ("one line", text.replace("\n", " "))):
             print(f"encode {model_type:8}{name:10}" + encoding(tokenizer, shown), flush=True)
+    sizes = (arguments.pieces, arguments.megabytes)
     for model_type in ("bpe", "unigram"):
         for kind in ("words", "characters"):
             context = multiprocessing.get_context("spawn")
             with context.Pool(1) as pool:
-                print(f"train  {model_type:8}{kind:10} " + pool.apply(training, (model_type, kind)), flush=True)
+                print(f"train  {model_type:8}{kind:10} " + pool.apply(training, (model_type, kind, *sizes)), flush=True)
 
 
 def encoding(tokenizer: TextTokenizer, text: str) -> str:
@@ -63,11 +65,11 @@ def encoding(tokenizer: TextTokenizer, text: str) -> str:
     return f"{speed['blocks']:5.1f} / {speed['whole']:5.1f} MB/s = {speed['blocks'] / speed['whole']:.2f}  {same}"
 
 
-def training(model_type: Any, kind: str) -> str:
+def training(model_type: Any, kind: str, pieces: int, megabytes: float) -> str:
     """A line with the memory that training a model on such a corpus needs."""
     before = peak()
-    TextTokenizer.train(corpus(kind), 8192, model_type=model_type)
-    return f"{peak() - before:5.0f} MB = {(peak() - before) / _MB:.0f} times the text"
+    TextTokenizer.train(corpus(kind, pieces, megabytes), pieces, model_type=model_type)
+    return f"{peak() - before:5.0f} MB = {(peak() - before) / megabytes:.0f} times the text"
 
 
 def peak() -> float:
@@ -76,12 +78,12 @@ def peak() -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6  # type: ignore[index]
 
 
-def corpus(kind: str) -> Iterator[str]:
-    """Lines of made-up text, 8 MB: of "words" or of "characters"."""
+def corpus(kind: str, pieces: int, megabytes: float) -> Iterator[str]:
+    """Lines of made-up text for so many pieces: of "words" or of "characters"."""
     draw, size = random.Random(0), 0
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 10))) for _ in range(200_000)]
-    characters = [chr(0x4E00 + i) for i in range(3000)]
-    while size < _MB * 1e6:
+    characters = [chr(0x4E00 + i) for i in range(min(3000, pieces // 2))]
+    while size < megabytes * 1e6:
         text = " ".join(draw.choices(words, k=12)) if kind == "words" else "".join(draw.choices(characters, k=40))
         size += len(text.encode())
         yield text

@@ -193,7 +193,26 @@ RUN = [
     page("image_tokenizers", "llamagen", DIR="mine", DIR2="mine", FILE="vq_ds16_t2i.safetensors", FOLDER="llamagen"),
     page("from_llm", "qwen", "tokenizer", DIR="mine", BUNDLE="bundle", FOLDER="tokenizer", keys=EXTENDED),
     page("results", "shapes", "results"),
-    page("benchmarks", "sets", DIR="sets", names={"FILE.json": "numbers.json"}),
+    page(
+        "benchmarks",
+        "sets",
+        "bundle",
+        "book",
+        DIR="sets",
+        names={
+            "FILE": "book.txt",
+            "FILE.json": "numbers.json",
+            "NAME=BUNDLE:CAPTIONS": "shapes=bundle:sets/noto-emoji/captions.jsonl",
+        },
+        more={
+            "experiments/benchmarks/text_tokenizer.py": "--pieces 600 --megabytes 0.1",
+            "experiments/benchmarks/quantizers.py": "--only fsq --steps 2 --probe 2",
+            "experiments/benchmarks/packing.py": "--documents 200",
+            "experiments/benchmarks/feeding.py": "--images 192 --side 64 --documents 2000 --warm 1 1 --most 2 2 "
+            "--repeats 1 --sides ours",
+            "experiments/benchmarks/parallel_decoding.py": "--images 2 --batches 1 --windows 2 --repeats 1",
+        },
+    ),
 ]
 
 
@@ -210,7 +229,6 @@ class NotRun:
     test: tuple[str, str] = ("", "")
 
 
-MEASURES = "it measures beside torch, tf.data, Grain or webdataset, which are not in the environment of these tests"
 BESIDE_TORCH = NotRun(
     "torch is not in the environment of these tests: run beside it in .venv-interop, on small models",
     ("tests/interop/test_benchmarks.py", "vs_transformers.main"),
@@ -241,17 +259,8 @@ NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("BUILD.md", "ar-unified demo"): DEMO,
     ("docs/benchmarks.md", "python experiments/benchmarks/cpu_vs_transformers.py"): BESIDE_TORCH,
     ("docs/benchmarks.md", "python experiments/benchmarks/sampling_vs_transformers.py"): BESIDE_TORCH,
-    ("docs/benchmarks.md", "python experiments/benchmarks/image_tokenizer.py"): NotRun(MEASURES),
-    ("docs/benchmarks.md", "python experiments/benchmarks/packing.py"): NotRun(MEASURES),
-    ("docs/benchmarks.md", "python experiments/benchmarks/feeding.py"): NotRun(MEASURES),
-    ("docs/benchmarks.md", "python experiments/benchmarks/text_tokenizer.py"): NotRun(
-        "minutes: it trains four tokenizers on 8 MB of text each"
-    ),
-    ("docs/benchmarks.md", "python experiments/benchmarks/quantizers.py"): NotRun(
-        "eleven trainings of seven minutes each, in processes of their own"
-    ),
-    ("docs/benchmarks.md", "python experiments/benchmarks/parallel_decoding.py"): NotRun(
-        "minutes: engines with every window, seven times", ("tests/sampling/test_window.py", "window")
+    ("docs/benchmarks.md", "python experiments/benchmarks/image_tokenizer.py"): NotRun(
+        BESIDE_TORCH.why, ("tests/interop/test_benchmarks.py", "image_tokenizer.theirs")
     ),
     ("docs/benchmarks.md", "python experiments/benchmarks/loader_scale.py"): NotRun(
         "another test runs it, with a million documents", ("tests/data/test_loader_scale.py", '"--documents"')

@@ -52,6 +52,14 @@ def sets(here: Path) -> None:
         (here / "sets" / "books" / f"{i}.txt").write_text(f"A square in chapter {i}.\n" * 20)
 
 
+def book(here: Path) -> None:
+    """book.txt, a text of 50 kB."""
+    random = np.random.default_rng(0)
+    some = ["".join(random.choice([*"etaoinshrdlu"], 7)) for _ in range(300)]
+    lines = [" ".join(random.choice(some, 12)) for _ in range(500)]
+    (here / "book.txt").write_text("\n".join(lines))
+
+
 def words(here: Path) -> None:
     """words.py, an experiment with text alone; its texts; and prompts for its model."""
     (here / "words").mkdir()
@@ -181,7 +189,7 @@ def pickled(path: Path, tree: dict[str, Any]) -> None:
 
 
 HAS: dict[str, Callable[[Path], None]] = {
-    each.__name__: each for each in (pairs, emu3, sets, words, results, tokenizer, llm, qwen, chameleon, llamagen)
+    each.__name__: each for each in (pairs, emu3, sets, book, words, results, tokenizer, llm, qwen, chameleon, llamagen)
 }
 
 

@@ -6,9 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments.benchmarks import cpu_vs_transformers, sampling_vs_transformers
+from experiments.benchmarks import cpu_vs_transformers, image_tokenizer, sampling_vs_transformers
 
 pytestmark = pytest.mark.interop
 
@@ -34,3 +35,12 @@ def test_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]["images b=1"]
     assert runs.keys() == {"ours", "hf", "tuned", "loop"} and all(len(times) == 1 for times in runs.values())
     assert "images/min" in capsys.readouterr().out
+
+
+def test_image_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_tokenizer, "SIDE", 32)
+    for task, bound in (("encode", 0), ("decode", 1e-3)):
+        made = [side("f16", task, 1)() for side in (image_tokenizer.ours, image_tokenizer.theirs)]
+        np.testing.assert_allclose(*made, rtol=0, atol=bound, err_msg=task)
+        assert made[0].shape == made[1].shape
+        assert len(np.unique(made[0])) > 1
