@@ -40,7 +40,6 @@ def test_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_image_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_tokenizer, "SIDE", 32)
     for task, bound in (("encode", 0), ("decode", 1e-3)):
-        made = [side("f16", task, 1)() for side in (image_tokenizer.ours, image_tokenizer.theirs)]
-        np.testing.assert_allclose(*made, rtol=0, atol=bound, err_msg=task)
-        assert made[0].shape == made[1].shape
-        assert len(np.unique(made[0])) > 1
+        ours, theirs = image_tokenizer.ours("f16", task, 1)(), image_tokenizer.theirs("f16", task, 1)()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=task)
+        assert ours.shape == theirs.shape and len(np.unique(ours)) > 1
