@@ -192,12 +192,12 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files except the card."""
+        """The size in bytes of all files that bundle.json lists: all except bundle.json and the card."""
         return sum(size for size, _ in self._files.values())
 
     @property
     def has_images(self) -> bool:
-        """Whether the model has an image tokenizer; without one it is a model of text alone."""
+        """Whether the model has an image tokenizer. A model without one is for text only."""
         return _IMAGE[0] in self._files
 
     @cached_property
@@ -211,7 +211,7 @@ class Bundle:
 
     @cached_property
     def config(self) -> TransformerConfig:
-        """The transformer's shape. Raises BundleError if config.json has no valid one."""
+        """The transformer's shape. Raises BundleError if the shape in config.json is missing or invalid."""
         with self._reading(CONFIG):
             return typed(TransformerConfig, self.sections["model"], "model")
 
@@ -317,7 +317,7 @@ class Bundle:
             return abstract_params(self.config)
 
     def _tensors(self, shapes: Params) -> dict[str, _Tensor]:
-        """Each tensor, by name. Checks that names, shapes and dtypes are what they should be."""
+        """Each tensor, by name. Checks that names and shapes fit the model, and that dtypes are supported."""
         leaves, index = named(shapes), self._index(named(shapes))
         found = {}
         for file in sorted(set(index.values())):
@@ -384,7 +384,7 @@ class Bundle:
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
     def _path(self, name: str) -> Path:
-        """The path of a file of the bundle. If it is a link into the Hugging Face cache, this is the linked file."""
+        """The path of a file of the bundle. A link into the Hugging Face cache gives the linked file's path."""
         try:
             path = self._inside.path(name)
         except FileError as error:
@@ -419,7 +419,7 @@ class Bundle:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """A context for using the values of a file: an error in them becomes a BundleError that names the file."""
+        """A context in which values of a file are used. An error in it becomes a BundleError that names the file."""
         try:
             yield
         except BundleError:
@@ -436,7 +436,7 @@ T = typing.TypeVar("T")
 
 
 def typed(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Makes a dataclass `kind`, whose fields are numbers, strings and booleans, from unchecked values.
+    """Makes an instance of the dataclass `kind` from unchecked values. Its fields are numbers, strings and booleans.
 
     Raises ValueError for an unknown field or a wrong type. The message begins with `where` and the field's name.
     """

@@ -42,7 +42,8 @@ class SaveFailed(RunError):
 
 
 class CheckpointMismatch(UserError):
-    """The checkpoint has other arrays than those asked for. The message names the first leaf that differs."""
+    """The arrays of the checkpoint differ from those that were asked for. The message names the first leaf that
+    differs."""
 
 
 class Checkpoints:
@@ -288,8 +289,8 @@ def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
     """Puts checkpoint `step` of `origin` into `folder`, whole or not at all. Nothing changes if `folder` has that step.
 
     On the same file system the files are shared by hard links, because nobody writes into a checkpoint; otherwise they
-    are copied. Call it only while no training uses `folder`. Raises FileNotFoundError if `origin` does not have the
-    step or it is deleted meanwhile, and OSError.
+    are copied. Call it only while no training uses `folder`. Raises OSError. It is a FileNotFoundError if `origin` does
+    not have the step, or if the step is deleted meanwhile.
     """
     there, here = (Checkpoints(path, readonly=True).folder for path in (origin, _made(folder)))
     if step not in steps_in(there):

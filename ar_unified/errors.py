@@ -7,7 +7,7 @@
     70   any other error: a bug of ours, shown with its traceback
     129, 130, 143   stopped by SIGHUP, Ctrl-C or SIGTERM; a training has saved a checkpoint
 
-Modules raise these errors, or ValueError if only a programmer can have made the mistake. Only `ar_unified.cli.main`
+Modules raise these errors (or ValueError, for a mistake that only a programmer can make). Only `ar_unified.cli.main`
 prints them and ends the process.
 """
 
@@ -44,8 +44,8 @@ class RunError(RuntimeError):
 def about(where: str) -> Iterator[None]:
     """A context that turns a ValueError or OSError into a UserError whose message begins with `where`.
 
-    `where` names what the user gave, such as a config key or a file. The code inside checks the value without knowing
-    that name.
+    `where` names what the user gave, such as a config key or a file. The code inside the context checks the value and
+    need not know that name.
     """
     try:
         yield
@@ -54,13 +54,13 @@ def about(where: str) -> Iterator[None]:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The end of a message that refuses `word`: "; did you mean 'adamw'?", or "" if no choice is near."""
+    """The end of a message that refuses `word`, such as "; did you mean 'adamw'?"; it is "" if no choice is similar."""
     found = difflib.get_close_matches(str(word), list(choices), 1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def outside(settings: Any, **intervals: str) -> list[str]:
-    """A message for each field of a dataclass or config whose value is outside its interval.
+    """The problems of a dataclass or config: one message for each field with a value outside its interval.
 
     Each message is one line and begins with the field's name.
 
@@ -86,7 +86,8 @@ def several(problems: Sequence[str]) -> str:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """The message for the user about an error, and the exit status. None for a bug of ours, which needs a traceback."""
+    """The message for the user about an error, and the exit status. Returns None if the error is a bug of ours, which
+    is then shown with its traceback."""
     if isinstance(error, UserError | RunError):
         return str(error), error.exit_status
     if isinstance(error, OSError):

@@ -1,4 +1,5 @@
-"""Changes while a stage is made: which fields of its fingerprint may change, and the file that records the changes.
+"""Changes of settings while a stage is made: which fields of its fingerprint may change, and the file that records the
+changes.
 
 `history.json` in a stage's folder is a list, oldest first, of {"when": UTC, "step": steps taken then, "kind": one of
 the kinds below, "changed": {field: [old, new]}}:
@@ -26,7 +27,7 @@ DECIDING = ("extended", "branched")  # the kinds that are needed to reproduce a 
 
 @dataclass(frozen=True)
 class Changeable:
-    """The fields whose values may differ from those that a stage began with. All other fields determine its result.
+    """The fields that may have other values than at the start of the stage. All other fields determine its result.
 
     A field is a dotted name, such as "training.steps". The name of a section means all fields in it.
 

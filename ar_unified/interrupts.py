@@ -1,4 +1,5 @@
-"""Handles Ctrl-C, SIGTERM and a closed terminal (SIGHUP): work stops where nothing is lost, and one line says so.
+"""Handles Ctrl-C, SIGTERM and a closed terminal (SIGHUP): work stops at a point where nothing is lost, and one line
+reports this.
 
 A signal that the process was told to ignore (`nohup`, a job in the background) stays ignored. In a job of many
 processes JAX chooses the step at which all stop, and it listens only to SIGTERM. `forward_to_sigterm` turns the other
@@ -29,7 +30,8 @@ class Interrupted(SystemExit):
 
 
 class Preempted(Interrupted):
-    """A signal stopped a training between two steps, with a checkpoint. The training has already printed this."""
+    """A signal stopped a training between two steps, and a checkpoint was saved. The training has already reported
+    this."""
 
 
 @contextmanager
@@ -45,8 +47,8 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Callable[[], int]]:
-    """A context for work in steps. It yields a function that returns the signal that has come, or 0. A second signal
-    raises Interrupted.
+    """A context for work in steps. It yields a function that returns the number of the signal that has arrived, or 0 if
+    there is none. A second signal raises Interrupted.
 
     Call the function after every step. Outside the main thread no signal is noticed.
     """

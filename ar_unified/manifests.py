@@ -16,7 +16,7 @@ Changes = dict[str, list[Any]]  # {dotted field: [old, new]}
 
 
 class Mismatch(UserError):
-    """Two records that should be equal are not. `field`: the dotted name of the first field that differs."""
+    """Two records differ, although they should be equal. `field`: the dotted name of the first field that differs."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)
@@ -43,7 +43,7 @@ def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Mapping[str, Json], new: Mapping[str, Json]) -> Changes:
-    """The fields in which two records differ, in the order of `new`. Fields that only `old` has come last."""
+    """The fields in which two records differ, in the order of `new`. Fields that exist only in `old` come last."""
     a, b = dict(flat(old)), dict(flat(new))
     pairs = {field: [a.get(field, ABSENT), b.get(field, ABSENT)] for field in (b | a)}
     return {field: [x, y] for field, (x, y) in pairs.items() if x != y}

@@ -1,5 +1,5 @@
-"""The contents of metrics.jsonl: the names that training writes and the report reads, its rows, and conclusions from
-them.
+"""The contents of metrics.jsonl: its rows, the names that training writes and the report reads, and conclusions from
+the rows.
 
 A training "has turned" if it overfits: the loss on held-out data rises while the loss on training data still falls.
 """
@@ -53,9 +53,10 @@ def last_validation(rows: Sequence[Mapping[str, Json]]) -> dict[str, Any]:
 def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: int | None = None) -> str:
     """A sentence with the lowest and the last validation loss, if the training has turned (overfits); else "".
 
-    A training has turned if the last validation loss is more than 1 % above the lowest while the training loss has not
-    risen since. If both losses rise, the training is unstable, which is a different problem. A single high validation
-    loss may be chance, so before the end of the training, at least two validations must follow the lowest one.
+    A training has turned if the last validation loss is more than 1 % above the lowest one, and the training loss has
+    not risen since the step of the lowest one. If both losses rise, the training is unstable, which is a different
+    problem. A single high validation loss may be chance, so before the end of the training, at least two validations
+    must follow the lowest one.
 
     Args:
       rows: rows of metrics.jsonl in order of steps, with "loss" (of training) and "validation/loss" in nats per token.

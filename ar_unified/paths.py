@@ -20,15 +20,18 @@ def home(path: str | os.PathLike[str]) -> str:
     found = os.path.expanduser(os.fspath(path))
     if found.startswith("~"):
         person = found.partition("/")[0]
-        raise ValueError(f"{path}: {person} has no home folder here; if a folder has that name, write ./{person}")
+        raise ValueError(
+            f"{path}: {person} is not a user's home folder here; if you mean a folder of that name, write ./{person}"
+        )
     return found
 
 
 def experiment_file(given: str) -> str:
-    """The "FILE[:arg]" that `given` means: an existing file, or an experiment that comes with the package.
+    """Resolves `given` to "FILE[:arg]", where FILE is an existing file or an experiment that comes with the package.
 
-    "shapes", "folder:path=DIR" and "image_tokenizers/ibq:path=DIR" name such an experiment wherever the command runs.
-    So does "experiments/shapes.py" if there is no such file. An existing file of the user always comes first.
+    An experiment of the package is found from any current folder by its name: "shapes", "folder:path=DIR" or
+    "image_tokenizers/ibq:path=DIR". "experiments/shapes.py" works too, if there is no such file. An existing file of
+    the user always comes first.
 
     Raises:
         ValueError: if a single word is neither a file nor the name of an experiment. The message lists the names.

@@ -67,7 +67,7 @@ class Pieces:
     def require_all(self) -> None:
         """Raises AssertionError, which names the tensor, if bytes of a tensor are missing."""
         if wrong := [name for name, left in self._left.items() if left]:
-            raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
+            raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of this tensor were not written")
 
 
 class TensorWriter:
@@ -155,10 +155,10 @@ class TensorWriter:
 
 
 def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The bytes of a file at each (begin, length), one after another, as uint8.
+    """Reads the piece of a file at each (begin, length). Returns the bytes of all pieces, one after another, as uint8.
 
-    They are read and not mapped, because the pages of a mapped file count as memory of this process while it is mapped.
-    Raises OSError, also if the file ends too early.
+    The pieces are read and not mapped, because the pages of a mapped file count as memory of this process while it is
+    mapped. Raises OSError, also if the file ends too early.
     """
     out = np.empty(sum(length for _, length in pieces), np.uint8)
     view = memoryview(out.data)

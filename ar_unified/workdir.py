@@ -45,8 +45,8 @@ _KEPT = re.compile(r"tfds|.+/checkpoints")
 
 @contextmanager
 def opened(path: str) -> Iterator[Path]:
-    """A context that gives a workdir as a local folder. For the URL of an object store, this is its mirror; for a path,
-    it is the path itself.
+    """A context that gives a workdir as a local folder. If `path` is the URL of an object store, the local folder is
+    its mirror; otherwise it is the path itself.
 
     When it ends, everything that was written is in the store. Raises UserError, storage.StoreRefused,
     storage.StoreFailed.
@@ -69,7 +69,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value that `write_json` wrote. Raises OSError, and UserError if the file contains something else."""
+    """The value that `write_json` wrote. Raises OSError, and UserError if the file does not contain JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # from UTF-8 or JSON
@@ -128,7 +128,7 @@ class Stage:
         return read_history(self.folder)
 
     def begin(self, *entries: Mapping[str, Any]) -> None:
-        """Writes `entries` to the history, and then the record of the present settings. After this, the stage is not
+        """Writes `entries` to the history, and then the record of the present settings. It also marks the stage as not
         done.
 
         Raises StageBusy if another process is making the stage.
@@ -162,7 +162,7 @@ class Stage:
         self.done = True
 
     def made_nothing(self) -> bool:
-        """Whether it was begun, but has not made anything so far."""
+        """Whether the stage has made nothing yet: its folder has no files except started.json and unfinished ones."""
         files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
         return not {name for name in files - {"started.json"} if not name.endswith(UNFINISHED)}
 
@@ -200,7 +200,8 @@ def own(folder: Path) -> None:
         try:
             storage.lock(path)
         except storage.Held as held:
-            raise StageBusy(f"{storage.address(folder)} is being made by {held}: wait for it, or end it") from None
+            at = storage.address(folder)
+            raise StageBusy(f"{at} is being made by {held}: wait until that process ends, or stop it") from None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")
@@ -212,7 +213,7 @@ def own(folder: Path) -> None:
         file.close()
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             return  # some network file systems have no locks
-        raise StageBusy(f"{folder} is being made by {holder}: wait for it, or end it") from None
+        raise StageBusy(f"{folder} is being made by {holder}: wait until that process ends, or stop it") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
@@ -277,7 +278,7 @@ class Workdir:
         return stage
 
     def undecided(self, name: str, fingerprint: Mapping[str, Json], may: Changeable) -> Stage:
-        """A stage as it would be made, regardless of its folder. Nothing is read or written."""
+        """A new stage with these settings, whatever its folder contains. Nothing is read or written."""
         return Stage(name, self.path / name, *history.divide(_as_json(fingerprint), may.cost))
 
     def _await_record(self, stage: Stage, may: Changeable, patience: float = 60.0) -> None:
@@ -295,7 +296,8 @@ class Workdir:
             time.sleep(0.1)
 
     def await_file(self, path: Path, content: object = None, *, patience: float = 60.0) -> None:
-        """For a reader: waits until it sees a JSON file from the writer, which must have the `content` if one is given.
+        """For a reader: waits until it sees a JSON file from the writer. If `content` is given, it waits until the file
+        has this content.
 
         Network file systems show new files late. After `patience` seconds, NotShared is raised.
         """
@@ -304,8 +306,9 @@ class Workdir:
             if time.monotonic() > deadline:
                 found = "has other content" if path.exists() else "is not there"
                 raise NotShared(
-                    f"process 0 has written {path.absolute()}, but for this process, on {os.uname().nodename}, it "
-                    f"{found}: --workdir must be on storage that all processes share, and all need the same config"
+                    f"process 0 has written {path.absolute()}, but for this process on {os.uname().nodename} the file "
+                    f"{found}: --workdir must be on storage that all processes share, and all processes need the same "
+                    "config"
                 )
             time.sleep(0.1)
 
@@ -317,7 +320,8 @@ def _now(path: Path) -> Path:
 
 
 def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeable) -> dict[str, Changes]:
-    """The allowed differences from a record, by kind. Raises StageMismatch for a difference that is not allowed."""
+    """The allowed differences between the record `found` and the stage, by kind. Raises StageMismatch for a difference
+    that is not allowed."""
     refused, changed = history.compare(found, stage.fingerprint, stage.cost, may)
     if refused is not None:
         old, new = changed["extended"][refused]
@@ -334,12 +338,12 @@ def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeabl
 
 
 def _as_json(value: object) -> Any:
-    """The value that `read_json` returns after `write_json` wrote this one."""
+    """Converts a value to what `read_json` would return if `write_json` had written the value."""
     return json.loads(json.dumps(value, default=_plain))
 
 
 def _plain(value: object) -> Any:
-    """numpy scalars and arrays, and paths, as JSON values."""
+    """Converts numpy scalars and arrays, and paths, to JSON values."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Path):

@@ -144,7 +144,7 @@ def shorter() -> bytes:
 TOKENIZER = "text_tokenizer/tokenizer.json"
 HOSTILE = {
     "edited": (edited, f"{TOKENIZER}: expected sha256 .* the file was changed"),
-    "no JSON": (replaced(b"\x80\x04."), f"{TOKENIZER}: expected a tokenizer.json, found no JSON"),
+    "no JSON": (replaced(b"\x80\x04."), f"{TOKENIZER}: expected a tokenizer.json, found a file that is not JSON"),
     "another kind": (replaced(b'{"model": {"type": "WordPiece"}}'), f"{TOKENIZER}: model.type: expected BPE"),
     "fewer pieces than the border has": (
         replaced(shorter()),

@@ -139,7 +139,8 @@ def test_a_stage_that_another_process_makes_is_refused_until_that_process_ends(t
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(
-            StageBusy, match=f"model is being made by process {other.pid} on .*: wait for it, or end it"
+            StageBusy,
+            match=f"model is being made by process {other.pid} on .*: wait until that process ends, or stop it",
         ):
             Workdir(tmp_path).stage("model", {"a": 1})
         assert not Workdir(tmp_path).stage("data", {"a": 1}).done  # another stage is not locked

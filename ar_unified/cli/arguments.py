@@ -1,4 +1,4 @@
-"""The arguments of every verb. They have their own module so that `VERB --help` and a mistyped flag need no import of
+"""The arguments of every verb. They have their own module so that `VERB --help` and an error in a flag do not import
 JAX."""
 
 from __future__ import annotations

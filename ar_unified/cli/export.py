@@ -1,8 +1,8 @@
 """Write the trained model as a bundle: one folder with the complete model.
 
-Reads only what the stages have written into the workdir, no sources. Without --config, it uses the config with which
-the workdir was last started. config.sampling.checkpoint chooses the checkpoint: last or best. Writes into FOLDER, whole
-or not at all:
+Reads what the stages have written into the workdir, but no sources. Without --config, it uses the config with which the
+workdir was last started. config.sampling.checkpoint chooses the checkpoint: last or best. Writes into FOLDER, whole or
+not at all:
   model-*.safetensors and their index   the transformer's weights, with their dtypes
   text_tokenizer/  image_tokenizer/     both tokenizers (for text alone: only the first)
   config.json                           the model's shape, how its data were made, and the defaults of requests
@@ -14,7 +14,7 @@ or not at all:
 
 After training with LoRA (config.lora), the bundle's weights include the adapter. --to peft writes only the adapter, in
 PEFT's form, and any rows of ids that were trained with it. If the training has extended a language model by images,
---to base writes the extended model without the adapter, as the bundle for this adapter.
+--to base writes the extended model without the adapter, as a bundle. This bundle is the base model of the adapter.
 
 With --from and --to, it writes a bundle in a form that other programs read. From an image tokenizer (an imported one,
 or image_tokenizer/ of a workdir or a bundle) it writes a file with the names of weights that its publishers use:
@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     shard_bytes = (arguments.shard_mib or bundle.SHARD_BYTES >> 20) << 20
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
-            raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
+            raise UserError("--from BUNDLE needs no workdir or config: leave out --workdir, --config and config keys")
         refuse_unread(arguments, "with --from", *PROCESSES)
         if image_tokenizer.is_one(Path(arguments.source)):
             refuse_unread(arguments, "for an image tokenizer", "license", "shard_mib")
@@ -167,7 +167,7 @@ def export_adapter(experiment: Experiment, output: str) -> None:
 
 
 def _require_extended(experiment: Experiment) -> str:
-    """The hash of the language model that was extended. Raises UserError if other parameters than the adapter and its
+    """The hash of the language model that was extended. Raises UserError if parameters other than the adapter and its
     rows were trained, or if no language model was extended."""
     _, trained, base = trained_adapter(experiment)
     if experiment.before is None:
@@ -187,7 +187,7 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
             f"--to {form}: expected a training of only an adapter and rows of ids, but this one also trained all of "
-            f"{', '.join(more)} (config.training.only): leave out --to to write everything as a bundle"
+            f"{', '.join(more)} (config.training.only): without --to, everything is written as a bundle"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}
     for table in TABLES:
@@ -200,8 +200,8 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
 
 
 def _published(experiment: Experiment, path: Path) -> dict[str, Json] | None:
-    """What an export to the published form needs, if there is such a form. A head that this training trained is no
-    longer marked as untrained.
+    """What an export to the published form needs, if there is such a form. If this training trained the head, the head
+    is no longer marked as untrained.
     """
     if not path.exists():
         return None

@@ -32,7 +32,7 @@ from ar_unified.model.config import parameter_count
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Makes a bundle or an image tokenizer from published files; returns the exit status. Raises UserError."""
     if overrides:
-        raise UserError(f"import has no config: {overrides[0]} does nothing")
+        raise UserError(f"{overrides[0]} does nothing with import, which reads no config: leave it out")
     if arguments.shard_mib < 1:
         raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
     if arguments.system in IMAGE_SYSTEMS:

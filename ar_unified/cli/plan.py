@@ -2,10 +2,10 @@
 
 Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`), but no data and no tokenizers. With
 --workdir, the size of the vocabulary comes from the tokenizers there; otherwise it is the largest that the config
-allows. Prints for each device its memory and what uses it, the collectives by kind with the bytes they send, FLOPs, and
-an estimate of the time of a step with its assumptions. If a program does not fit, prints the memory that the compiler
-needs and the changes that would make it fit; the exit status is then 1. --search looks for the fastest training: it
-compiles some choices of remat policy, rows per chip and fsdp, and plans the best one that fits. --output writes:
+allows. Prints for each device the memory and what uses it, the bytes that each kind of collective sends, the FLOPs, and
+an estimated time per step with its assumptions. If a program does not fit, prints the memory that the compiler needs
+and the changes that would make it fit; the exit status is then 1. --search looks for the fastest training: it compiles
+some choices of remat policy, rows per chip and fsdp, and plans the best one that fits. --output writes:
   plan.json    all numbers
   index.html   the same numbers, and a chart of what uses the memory
 
@@ -90,8 +90,8 @@ def save(plan: PlanReport, folder: str | Path) -> None:
 
 
 def use_cpu(target: Target) -> None:
-    """Sets up this process to compute constants on the CPU and nothing else, with enough CPU devices for a GPU
-    target."""
+    """Makes this process use only the CPU, which computes constants. For a GPU target, the process gets as many CPU
+    devices as the target has chips."""
     try:
         jax.config.update("jax_platforms", "cpu")
         if not target.is_tpu:
@@ -104,9 +104,9 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     """Everything that decides a config's programs.
 
     The size of the vocabulary comes from the tokenizers in the workdir. Without any, it is the largest that the config
-    allows. If `training.phases` has several shapes of batches, the shape with most tokens is planned, and among equals
-    the shape with the longest rows, because the memory for this shape is enough for the others. Raises ValueError for
-    settings with which no program can be made.
+    allows. If `training.phases` has several shapes of batches, the shape with the most tokens is planned. If several
+    have equally many, the one with the longest rows is planned. Its memory is enough for the other shapes. Raises
+    ValueError for settings with which no program can be made.
     """
     training, sampling = config.training, config.sampling
     batch_size, length = max(settings.shapes(training).values(), key=lambda shape: (shape[0] * shape[1], shape[1]))

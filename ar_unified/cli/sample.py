@@ -5,9 +5,9 @@ Each line of a file of requests is a JSON object (ar_unified.sampling.requests l
   {"messages": [...]}          asks for the next turn of a conversation
   {"content": [...], "mode": "text" | "image" | "interleaved" | "free", ...}   asks for anything else
 It also reads text files of prompts, tables with a column of prompts (CSV, TSV, Parquet), OpenAI batch files of
-/v1/chat/completions and /v1/images/generations, WebDataset shards, and the prompt files of benchmarks. Their other
-columns are copied to the samples. Without --requests, prompts are taken from the held-out documents. Writes into the
-output folder:
+/v1/chat/completions and /v1/images/generations, WebDataset shards, and the prompt files of benchmarks. Other columns of
+these files are copied to the samples. Without --requests, prompts are taken from the held-out documents. Writes into
+the output folder:
   samples.jsonl   one line per sample: text, and the names of its images; a bad request has a line with the reason
   images/         PNG files
   index.html      a gallery
@@ -15,7 +15,7 @@ output folder:
 After an interruption, the same command continues. Many processes can share a job, and each serves a part of the
 requests. Processes that start together divide the requests among themselves; others need --part K/N. The number of
 processes may change. --layout also writes the images into OUTPUT/LAYOUT in the form that a benchmark reads. Without
---requests, it does this for the samples that are already in the output folder, even if the job is still running.
+--requests, --layout does this for the samples that are already in the output folder, even if the job is still running.
 --adapter loads LoRA adapters; each request may name one of them.
 
 A bundle, exported or imported, needs no workdir. It is sampled with its own settings, as its authors published them:
@@ -121,7 +121,7 @@ def _made_of(
 def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward: Reward | None) -> int:
     """Serves requests with a bundle and its own settings, on all devices of this process."""
     if overrides or arguments.config or arguments.workdir:
-        raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
+        raise UserError("--from BUNDLE needs no workdir or config: leave out --workdir, --config and config keys")
     refuse_unread(arguments, "with --from, where --part K/N shares the requests", *PROCESSES)
     for flag in ("requests", "output"):
         if not getattr(arguments, flag):

@@ -1,4 +1,4 @@
-"""Write how likely the model finds given documents, prompts with answers, or preference pairs.
+"""Write how likely documents, prompts with answers, or preference pairs are under the model.
 
 PATH is a file or folder of documents in any form that `ar-unified validate` reads. JSONL is the simplest:
   {"prompt": "a red circle", "answer": [{"type": "image", "image": "a.png"}]}
@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
-            raise UserError("--from BUNDLE has no workdir: leave out --workdir, --config and config keys")
+            raise UserError("--from BUNDLE needs no workdir or config: leave out --workdir, --config and config keys")
         refuse_unread(arguments, "with --from", *PROCESSES)
         if arguments.batch_size is not None and arguments.batch_size < 1:
             raise UserError(f"--batch-size: expected at least 1, found {arguments.batch_size}")

@@ -57,9 +57,9 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
-    """A name for the page, and what is in a folder, a file, or sources as JSON."""
+    """Returns a name for the page, and what is in the data: a folder, a file, or sources as JSON."""
     if overrides:
-        raise UserError(f"a folder has no config: {overrides[0]} does nothing")
+        raise UserError(f"{overrides[0]} does nothing without --config: leave it out")
     options = dict(show=arguments.show, first=arguments.first)
     if arguments.data.lstrip()[:1] in ("{", "["):
         refuse_unread(arguments, "with sources as JSON, which have their own key `links`", "links")

@@ -46,11 +46,11 @@ def text_bytes(source: Source) -> float:
 
 
 def indices(items: int, times: float, name: str) -> Iterator[int]:
-    """Yields the indices to read, in order, so that `items` items are read `times` times: first in whole passes, then
-    in part. The part is evenly spread.
+    """Yields the indices to read, in order: int(times) passes over all items, and then a part of the items for the rest
+    of `times`. The part is evenly spread.
 
-    A tenth, for example, is one random item from every ten successive items; `name` is the seed. So the part is spread
-    over the whole source, has no item twice, and needs no memory.
+    For a tenth, for example, one random item is read from every ten successive items. `name` is the seed. So the part
+    covers the whole source and contains no item twice, and no list of indices is kept in memory.
     """
     whole, count = int(times), round((times - int(times)) * items)
     for _ in range(whole):

@@ -1,4 +1,4 @@
-"""The fields of a batch of packed rows. The loader makes batches. The planning of memory needs only their shapes."""
+"""The fields of a batch of packed rows. The loader makes batches. Memory planning needs only the fields' shapes."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
 
 
 def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The transparent colour of a PNG without a palette, in the values of Pillow's pixels; None if there is none.
+    """The transparent colour of a PNG without a palette, as Pillow's pixels store it; None if there is none.
 
     A PNG stores the colour in the bit depth of the file. Pillow scales 2 and 4 bits to 8, and in 16 bit RGB it keeps
     the upper 8 bits. So the colour is converted in the same way.

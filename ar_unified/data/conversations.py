@@ -1,5 +1,5 @@
-"""Conversations about a picture of a scene (`scenes`): several turns, most of which need an earlier turn to be
-understood.
+"""Conversations about a picture of a scene (`scenes`): several turns. Most turns can only be understood with an earlier
+turn.
 
     describe    What is in the picture?             In the top left there is a small red circle.
     draw        Draw this: top left: a red star.    a picture
@@ -105,8 +105,8 @@ def sample_conversation(rng: np.random.Generator, split: str) -> Conversation:
 
 
 def _plan(rng: np.random.Generator, most: int) -> tuple[str, ...]:
-    """The kinds of questions, in order. They are chosen before the scene, so that rare edits come as often as common
-    ones. `most` is the largest number of edits.
+    """The kinds of questions, in order. They are chosen before the scene, so that edits that few scenes allow are as
+    frequent as other edits. `most` is the maximum number of edits.
     """
     length = int(rng.integers(2, 5))
     plan = ["draw"] if rng.random() < _DRAWN_FIRST else []
@@ -141,7 +141,7 @@ def _plan(rng: np.random.Generator, most: int) -> tuple[str, ...]:
 
 
 def _carried_out(rng: np.random.Generator, plan: tuple[str, ...], state: _State) -> tuple[Exchange, ...]:
-    """The exchanges that follow a plan, about the scene of `state`; () if this scene does not allow them."""
+    """Carries out a plan on the scene of `state`. Returns the exchanges; () if this scene does not allow them."""
     exchanges: list[Exchange] = []
     for way in plan:
         name, _, kind = way.partition(" ")

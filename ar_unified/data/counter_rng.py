@@ -1,8 +1,8 @@
 """Random numbers as functions of a stream and a counter. Element i is the same for every caller and in any order.
 
 A stream is named by `key(seed, source, epoch, ...)`. Nothing here has state, so the batch, permutation or choice of any
-step can be computed without the steps before it. The numbers never change between versions, so a training
-continues in the same order after an update.
+step can be computed without the steps before it. The numbers never change between versions, so training continues in
+the same order after an update.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def uniform(stream: np.uint64, counter: Any) -> np.ndarray:
 
 
 def permute(index: Any, size: Any, stream: Any) -> np.ndarray:
-    """The places, int64, to which a random permutation of 0..size-1 sends `index`. The permutation is never stored.
+    """Returns the place, int64, to which a random permutation of 0..size-1 moves each element of `index`. The
+    permutation is never stored.
 
     A Feistel network permutes the numbers below the next power of four. It is repeated until the result is below
     `size`. `index`, `size` and `stream` (uint64) are broadcast. Every size has its own permutation. Each call has many

@@ -5,9 +5,9 @@
     move      Move the star to the bottom right.     remove   Remove the large square.
               Move the star down.
 
-The content of an edit decides its split. Both of its scenes belong to that split. A tenth of all actions (`action_of`:
-what is done to which object) never occur in training, and validation uses only these. For example, no model has read in
-training that the yellow circle becomes blue.
+The content of an edit decides its split. Both of its scenes belong to that split. An action is what is done to which
+object (`action_of`). A tenth of all actions never occur in training instructions, and validation uses only these
+actions. For example, no training instruction makes the yellow circle blue. (But shapes/stories holds out no actions.)
 """
 
 from __future__ import annotations

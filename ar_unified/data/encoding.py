@@ -2,8 +2,8 @@
 
 The same rule applies to rows, corpora, prompts and members of archives. The mark is skipped at the beginning of a file,
 and nowhere else. UTF-16 and UTF-32 are recognised by their marks, or by the zero bytes in Latin text. Single-byte
-encodings cannot be told apart, so the error shows how the bytes would read in Windows-1252. A zero byte is an error
-too. No encoding is ever guessed.
+encodings cannot be distinguished, so the error shows the bytes decoded as Windows-1252. A zero byte is an error too. No
+encoding is ever guessed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def no_content(data: bytes) -> str:
 
 
 def foreign(head: bytes) -> str:
-    """The encoding or format that a file's first `HEAD` bytes show, if it is not UTF-8; else ""."""
+    """The encoding or format that a file's first `HEAD` bytes show; "" if they show none, as with UTF-8."""
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name

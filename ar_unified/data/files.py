@@ -94,7 +94,7 @@ class Folder:
         return found if isinstance(found, bytes) else self.read_file(found)
 
     def read_file(self, name: str) -> bytes:
-        """The bytes of the file that a path means. Raises FileError."""
+        """The bytes of the file that a path names. Raises FileError."""
         path = self.path(name)
         try:
             status = path.stat()
@@ -122,7 +122,7 @@ class Folder:
         return self.root / below
 
     def _spelled(self, name: str, parts: Sequence[str]) -> str:
-        """The path of a file whose name has another Unicode form on disk. Raises FileError if there is none."""
+        """The path of a file whose name is stored in another Unicode form. Raises FileError if there is none."""
         near, exact = "", True
         for part in parts:
             here = os.path.join(near, part)
@@ -241,7 +241,7 @@ class Bucket:
         return found if isinstance(found, bytes) else self.read_file(found)
 
     def read_file(self, name: str) -> bytes:
-        """The bytes of the object that a path means. Raises FileError."""
+        """The bytes of the object that a path names. Raises FileError."""
         path = self.path(name)
         try:
             return path.read_bytes(LARGEST)
@@ -251,7 +251,7 @@ class Bucket:
             raise FileError("missing_image", f"no such object: {path}") from error
 
     def path(self, name: str) -> Remote:
-        """The object that a row means by `name`. A missing object is noticed only when it is read. Raises FileError."""
+        """The object that a row names. A missing object is noticed only when it is read. Raises FileError."""
         if "\0" in name:
             raise FileError("missing_image", "a name cannot have a zero byte")
         below = posixpath.normpath(name)
@@ -329,8 +329,9 @@ def _is_below(path: str, top: str) -> bool:
 
 
 def _blobs(real: str) -> str | None:
-    """The folder in which the Hugging Face cache keeps the files of a snapshot; `real` is the snapshot or is
-    inside it."""
+    """The folder where the Hugging Face cache keeps the files of a snapshot. `real` is the path of the snapshot, or a
+    path inside it.
+    """
     for folder in (Path(real), *Path(real).parents):
         if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
             return str(blobs)

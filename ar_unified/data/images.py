@@ -80,7 +80,7 @@ def decode(data: bytes, limits: Limits = LIMITS, resize: Resize | None = None) -
 
 
 def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
-    """At most `most` images of an animation, spaced `evenly`, each uint8 [H, W, 3]. Raises ImageError."""
+    """At most `most` images of an animation, evenly spaced (`evenly`), each uint8 [H, W, 3]. Raises ImageError."""
     with _opened(data, limits) as image:
         count = getattr(image, "n_frames", 1)
         if count > _MOST_FRAMES:
@@ -95,7 +95,7 @@ def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most `most` numbers below `count`, evenly spaced, with the first and the last."""
+    """Evenly spaced numbers from 0 to count - 1, at most `most` of them. If `most` is 1, the only number is 0."""
     chosen = min(count, most)
     return [round(i * (count - 1) / max(chosen - 1, 1)) for i in range(chosen)]
 
@@ -178,8 +178,9 @@ class ImageCodec(Cells, Protocol):
 
 
 def for_single(codec: ImageCodec) -> ImageCodec:
-    """The tokenizer for calls with one image each. A usual image tokenizer pads each call to a batch, so one image
-    takes as long as a whole batch."""
+    """The tokenizer to use for calls with a single image. Most image tokenizers pad each call to a full batch, so one
+    image takes as long as a whole batch.
+    """
     return getattr(codec, "single", codec)
 
 
@@ -196,7 +197,7 @@ class NoImages:
 
 
 class CodesAlone(NoImages):
-    """Takes the place of an image tokenizer that is not available. Images go in and come out as codes.
+    """Takes the place of an image tokenizer that is not available. Images enter and leave the model as codes.
 
     Where the size of an image is needed in pixels, one code counts as one pixel.
     """
@@ -220,7 +221,7 @@ def draws_none(tokenizer: ImageCodec) -> str:
     """The reason why a tokenizer cannot decode codes to images, and what to do; "" if it can. A tokenizer from a file
     may have no decoder.
 
-    Call it before a model samples codes that nothing could decode.
+    Call it before sampling, because a model should not sample codes that cannot be decoded.
     """
     return getattr(tokenizer, "no_decoder", "")
 
@@ -287,7 +288,7 @@ class Resize:
 
     @property
     def way(self) -> dict[str, str]:
-        """`resample` and `decoding` where they differ from the defaults. Old records have neither."""
+        """The fields `resample` and `decoding`, each only if it differs from its default. Old records have neither."""
         known = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: found for name in WAY if (found := getattr(self, name)) != known[name]}
 
@@ -370,8 +371,8 @@ def recoloured(pixels: np.ndarray, draw: Sequence[float]) -> np.ndarray:
 
     White and black do not change, and nearly white stays nearly white. uint8 [H, W, 3] -> the same shape.
 
-    draw: four numbers in [0, 1). They choose one of the six orders of the channels, and for each channel the exponent
-    of its curve, from 1/2 to 2.
+    draw: four numbers in [0, 1). The first chooses one of the six orders of the channels. Each of the others chooses
+    the exponent of one channel's curve, from 1/2 to 2.
     """
     orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
     exponents = 4.0 ** (np.asarray(draw[1:]) - 0.5)

@@ -32,7 +32,7 @@ class BadItem(Exception):
 
 
 def printable(text: str) -> str:
-    """A text with escapes in place of control characters and lone surrogates, which names of files may contain."""
+    """Replaces control characters and lone surrogates, which file names may contain, by escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -59,7 +59,7 @@ def _require_kind(name: str, counts: Mapping[str, Json], answers: int) -> None:
         kinds = {1: ("documents", "likelihood"), 2: ("preference pairs", "preference")}
         raise UserError(
             f"source {name!r}: expected {kinds[answers][0]}, found {kinds[found][0]}: "
-            f"config.training.objective = {kinds[found][1]!r} trains on {kinds[found][0]}"
+            f"set config.training.objective = {kinds[found][1]!r} to train on {kinds[found][0]}"
         )
 
 
@@ -68,8 +68,8 @@ class PackedBatches:
 
     Every epoch of a source has each of its documents once. Each epoch chooses again, at random, which documents are
     flipped and which lose their condition (`Phase`). In a new phase, a source continues where the previous phase
-    stopped. If the length of rows changes, it continues with its next window (`Packing.after`); for a small source that
-    is its next epoch.
+    stopped. If the length of rows changes, it continues with its next window (`Packing.after`). A small source has only
+    one window, so it continues with its next epoch.
 
     Args:
         folder: the folder that one `prepare` wrote.
@@ -159,9 +159,11 @@ class PackedBatches:
         self.shares = [dict(zip(self.names, mixture.shares, strict=True)) for mixture in self._mixtures]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """For every source: rows per epoch, fill of the rows, and its share of the rows in each phase.
+        """For every source: its rows per epoch, the share of their positions that have a token (`fill`), and its share
+        of the rows in each phase.
 
-        If phases have rows of several lengths, `by_length` has rows, fill and left-out documents for each length.
+        If phases have rows of several lengths, `by_length` has for each length the rows, the fill and the number of
+        left-out documents.
         """
         packed = summary(dict(zip(self.names, self.packings, strict=True)))
         found = {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self.names}
@@ -371,8 +373,8 @@ class ImageBatches:
         )
 
     def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
-        """One image. draw: random integers that choose one of the document's images, the top and left of the window,
-        and mirroring.
+        """One image. draw: four random integers. They choose an image of the document, the top and the left of the
+        window, and whether the image is mirrored.
         """
         count = len(self.sources[source])
         for attempt in range(_LOOKED_AT):

@@ -12,7 +12,7 @@ from ar_unified.errors import UserError
 
 @dataclass(frozen=True)
 class Phase:
-    """How documents are mixed and read, from a step of the training until the next phase begins.
+    """How documents are mixed and read from one training step until the next phase begins.
 
     Attributes:
         from_step: the first step of the phase.

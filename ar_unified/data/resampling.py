@@ -64,7 +64,9 @@ def scaled(image: Image.Image, height: int, width: int, box: Box, resample: Resa
 
 
 def _shrunk(image: Image.Image, height: int, width: int, box: Box, reach: float, gap: float) -> tuple[Image.Image, Box]:
-    """Does what Pillow's `reducing_gap` does before the filter: averages blocks of pixels, only where needed."""
+    """Averages blocks of pixels before the filter, as Pillow's `reducing_gap` does, in the region that the filter
+    needs.
+    """
     left, top, right, bottom = box
     across, down = (right - left) / width, (bottom - top) / height
     times = max(int(across / gap), 1), max(int(down / gap), 1)

@@ -82,7 +82,7 @@ def split_of(scene: Scene) -> str:
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A random scene of `split`; one, two or three objects, about equally often."""
+    """A random scene of `split`. Scenes of one, two and three objects are about equally frequent."""
     while True:
         count = int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
         places = sorted(rng.permutation(len(PLACES))[:count])

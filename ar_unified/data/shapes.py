@@ -112,13 +112,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
 
 def captions_held_out(split: str) -> tuple[set[str], set[str]]:
-    """The captions of shapes/captions in a split other than "train", and their scenes (`scenes.scene_to_json`)."""
+    """All captions of shapes/captions in a split (not "train"), and their scenes (`scenes.scene_to_json`)."""
     examples = list(islice(_examples("captions", split, 64), _HELD_OUT["captions"]))
     return {example["text"] for example in examples}, {example["scene"] for example in examples}
 
 
 def _examples(kind: str, split: str, side: int) -> Iterator[dict[str, Any]]:
-    """Yields examples without end. A split takes the first ones."""
+    """Yields examples without end. A split consists of the first of them."""
     make = {
         "captions": _captions,
         "questions": _questions,

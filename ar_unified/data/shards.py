@@ -1,4 +1,5 @@
-"""Documents as tokens on disk, in ArrayRecord shards. Each has an index of what a loader must know before reading.
+"""Documents as tokens on disk, in ArrayRecord shards. Each shard has an index of what a loader must know before it
+reads documents.
 
 <folder>/manifest.json                     what the tokens mean and what is in the folder; written last
          <source>/00000.array_record       one record per document: its item's number, int32 tokens, uint8 marks
@@ -143,8 +144,8 @@ def join_indexes(folder: Path, count: int) -> np.ndarray:
 
 
 class Lengths:
-    """int32 [n], the number of tokens in each group of `answers` documents that always share a row; `answers` is 2 for
-    preference pairs. Slices are read when they are needed.
+    """The number of tokens in each group of documents that always share a row, int32 [n]. A group has `answers`
+    documents: 2 for preference pairs, else 1. Slices are read when they are needed.
     """
 
     def __init__(self, index: np.ndarray | Stored, answers: int):
@@ -171,7 +172,7 @@ def _mapped(path: Path) -> np.ndarray:
 class Shards:
     """The documents of one prepared source, by index. Safe to read from many threads.
 
-    It takes little memory: only the needed part of the index is read, and only the shards used last are open.
+    It takes little memory: only the needed part of the index is read, and only the most recently used shards are open.
 
     Attributes:
         index: INDEX [n], mapped from its file, for code that needs all of it.
@@ -250,7 +251,7 @@ class Shards:
 
 
 class _Records:
-    """The records of an open shard, `count` of them. Many threads may use it; one of them reads at a time.
+    """The records of an open shard. `count` is their number. Many threads may use it; one of them reads at a time.
 
     Records are read one by one, without read-ahead and without ArrayRecord's threads. These threads wait for one
     another, which takes two thirds of the processor time when a list of records is read.

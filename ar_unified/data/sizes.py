@@ -8,8 +8,8 @@ from ar_unified.language.syntax import ImageLayout
 
 def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
     """The resize that fits a layout. If the layout has one size, images are cropped to it. If it allows many sizes,
-    images keep their aspect and get about as many pixels as an image with half the layout's largest sides
-    (`Resize.largest`).
+    images keep their aspect ratio. They get about as many pixels as an image whose sides are half of the layout's
+    largest sides (`Resize.largest`).
     """
     factor = tokenizer.factor * layout.units[0]
     height, width = (side * factor for side in layout.most)

@@ -1,7 +1,8 @@
 """An array in a .npy file that is read in slices, when they are needed.
 
 The file could be mapped into memory instead, but the pages that were touched would count as memory of the process. With
-10^9 documents, an epoch touches all 14 GB of the index. Here, only copies of slices are in memory, while they are used.
+10^9 documents, an epoch touches all 14 GB of the index. Here, memory holds only copies of slices, and only while they
+are used.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def require(name: str) -> None:
 
 
 def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
-    """At most `most` frames of a video file, `evenly` spaced and in order, each as read-only uint8 [H, W, 3].
+    """At most `most` frames of a video file, evenly spaced (`evenly`) and in order, each as read-only uint8 [H, W, 3].
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (frames outside `limits`, or too many), "unreadable_image"
@@ -94,7 +94,9 @@ def _decoded(file: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int],
 
 
 def _upright(frame: Any) -> np.ndarray:
-    """A frame as a player shows it. A phone stores frames as its camera was held, and the rotation separately."""
+    """A frame as a player shows it. A phone does not rotate the frames that it stores; it stores the rotation
+    separately.
+    """
     pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
     pixels.flags.writeable = False
     return pixels

@@ -59,7 +59,8 @@ def converse(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Example]:
-    """Has the conversations. Returns one example of each: its first wrong turn, or its last turn if all are right.
+    """Has the conversations. Returns one example per conversation: its first wrong turn, or its last turn if all are
+    right.
 
     Args:
         codec: a codec that has learnt the documents' pixels.

@@ -97,7 +97,7 @@ class Codec:
         return self.pixels[_key(codes)]
 
     def encoded(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """The parts with codes in place of pixels, which must have been given to `learn_pixels`."""
+        """The parts with codes in place of pixels. The pixels must have been given to `learn_pixels`."""
         return tuple(CodesPart(self.encode(part.pixels)) if isinstance(part, ImagePart) else part for part in parts)
 
 

@@ -50,7 +50,7 @@ def summary(config: Mapping[str, Json]) -> dict[str, str]:
 
 
 def _batches(train: Mapping[str, Any]) -> str:
-    """The batches of a training: how many steps have batches of which size, and the total number of tokens."""
+    """The batches of a training: the number of steps for each size of batches, and the total number of tokens."""
     shape = train["batch_size"], train["sequence_length"]
     found = [(0, *shape)]  # for each part of the training: first step, rows of a batch, tokens of a row
     for change in train.get("phases", ()):

@@ -1,8 +1,8 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-The model is asked to draw the image of a text; to edit an image as a text says; to answer a question about an image; to
-caption an image (these are the pairs of the first kind, reversed); and, in a story, to draw the next image, which the
-protocol checks. All questions of one kind are sampled with one call of the engine. Conversations proceed turn by turn
+The model is asked to draw the image of a text, to caption an image (with the same pairs, reversed), to edit an image as
+a text says, and to answer a question about an image. In a story, it is asked to draw the next image, which the protocol
+checks. All questions of one kind are sampled with one call of the engine. Conversations proceed turn by turn
 (conversations.py). For other interleaved documents there is no checker, so the model is asked for the next image and
 the next text, which are compared with the document's own. The tokenizer's scores are reported together with the
 model's. If a checker fails on the reconstruction of a real image, it cannot pass a sampled image either, so

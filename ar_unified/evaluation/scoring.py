@@ -1,4 +1,4 @@
-"""Writes how likely a model finds given documents, as lines of JSON: in total, by part and by modality.
+"""Writes the likelihood of documents under a model as lines of JSON: in total, by part and by modality.
 
     {"line": 3, "id": "3", "origin": "a.jsonl:3", "log_likelihood": -41.2, "tokens": 19, "greedy": false,
      "text": {"log_likelihood": -9.1, "tokens": 3}, "image": {...}, "parts": [{"type": "image", ...}], "eos": {...}}

@@ -23,8 +23,8 @@ _MAX_COLOUR_DISTANCE = 62.0  # in RGB; the two closest colours of the palette ha
 
 @lru_cache(maxsize=8)
 def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Masks, f32 [N, cell^2], of every shape and size, sharp and soft, at their place and up to two pixels away; and
-    the (shape, size) of each mask."""
+    """Masks, f32 [N, cell^2], and the (shape, size) of each mask. They show every shape and size, sharp and soft
+    (blurred), at its place and moved by up to two pixels."""
     reach = 2
     steps = range(-reach, reach + 1)
     names = [(shape, size) for shape in SHAPES for size in SIZES]
@@ -122,8 +122,8 @@ def story_change_matches(
     scene_after: Scene,
     attributes: Sequence[str] = ("shape", "colour", "place"),
 ) -> bool:
-    """Whether the second image shows the scene after the change that the text describes, and this scene differs from
-    the first image's."""
+    """Whether the second image shows the scene after the change in the text, and the first image shows a different
+    scene."""
     after = read_scene(after_pixels)
     return scene_matches(after, scene_after, attributes) and not scene_matches(
         read_scene(before_pixels), after, attributes

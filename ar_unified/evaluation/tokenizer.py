@@ -130,7 +130,7 @@ def evaluate_tokenizer(
     """
     distances, extractors, weights = dict(distances or {}), dict(extractors or {}), dict(weights or {})
     if unnamed := sorted((distances.keys() | extractors.keys()) - weights.keys()):
-        raise ValueError(f"weights: expected the sha256 of the weight file of every network, found none for {unnamed}")
+        raise ValueError(f"weights: expected a sha256 for each network's weight file, found none for {unnamed}")
     skipped = Counter[str]()
     tally = _Tally(tokenizer, _measures(size) | distances, extractors, seed)
     drawn = draw_images(sources, size, limit, seed, skipped)
@@ -139,7 +139,7 @@ def evaluate_tokenizer(
         progress(len(batch))
     if not tally.done:
         names = ", ".join(source.name for source in sources)
-        raise NoReadableImage(f"no readable image in {names or 'no source'}; left out: {dict(skipped)}")
+        raise NoReadableImage(f"no readable image in {names or 'an empty list of sources'}; left out: {dict(skipped)}")
     numbers: dict[str, object] = {
         "protocol": PROTOCOL,
         "crop": list(size),
@@ -192,7 +192,7 @@ class _Tally:
         self.shown = _kept(self.shown)
 
     def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Json]:
-        """The numbers of `evaluate_tokenizer` that follow from the images, which have `pixels` pixels each."""
+        """The numbers of `evaluate_tokenizer` that are computed from the images. Each image has `pixels` pixels."""
         ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
         measured = {name: np.array(found) for name, found in self._values.items()}
         of = np.array([image.source for image in self.done])

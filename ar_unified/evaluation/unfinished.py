@@ -43,7 +43,7 @@ class Unfinished:
         self.output, self.done = Path(output), 0
         self.folder = self.output.with_name(f"{self.output.name}.unfinished")
         if self.output.exists():
-            raise UserError(f"{output}: exists, and no file is overwritten: name another --output, or delete it")
+            raise UserError(f"{output} exists and is not overwritten: name another --output, or delete this file")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / _LINES, "a+b", buffering=0)  # closed in __exit__
         try:
@@ -85,7 +85,9 @@ class Unfinished:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"{self.folder} is being written by another process: wait for it, or end it") from None
+                raise UserError(
+                    f"{self.folder} is being written by another process: wait until that process ends, or stop it"
+                ) from None
             # other errors are ignored, because some network file systems have no locks
         if os.fstat(self._file.fileno()).st_nlink == 0:
             raise UserError(f"{self.output} was finished by another process meanwhile: nothing is left to do")

@@ -1,4 +1,5 @@
-"""Opens a config and a workdir, and what they name. Every verb of the command line begins here; a notebook can, too.
+"""Opens a config and a workdir, and the sources, tokenizers and model that they name. Every verb of the command line
+begins here; a notebook can begin here, too.
 
 config.py      every key with its default; how a config file is read
 settings.py    makes the dataclasses that packages take from the parts of a config

@@ -119,10 +119,10 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
 def grown(
     tables: Params, rows: np.ndarray, places: Any, text_size: int = 1, codes: range = range(0), **how: Any
 ) -> Params:
-    """The tables of a language model with rows for new ids (`model.code_vectors.extended_tables`), sharded as in
-    `places`.
+    """The tables of a language model (embedding and head), extended by rows for new ids
+    (`model.code_vectors.extended_tables`) and sharded as in `places`.
 
-    `how` gives the other arguments of that function. By default all new rows are equal; the caller then sets their
+    `how`: the other arguments of `extended_tables`. By default all new rows are equal; the caller then sets their
     values.
     """
     how = {"how": "mean", "vectors": None, "key": jax.random.key(0)} | how
@@ -167,7 +167,7 @@ def read_base(bundle: Bundle, abstract: Params) -> Params:
 
 
 def tables_before(bundle: Bundle, abstract: Params) -> Params:
-    """`abstract` with the bundle's sizes for the tables of ids, for a language model that is extended by images."""
+    """`abstract`, but the tables of ids have the bundle's sizes, as before the language model is extended by images."""
     place = abstract["embedding"].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
     before = abstract_params(bundle.config, mesh)

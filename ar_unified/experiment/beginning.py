@@ -106,5 +106,5 @@ def _hand_out(tree: Any, places: Any) -> Any:
 
 
 def _adapter(task: TransformerTask, key: jax.Array) -> Params:
-    """The adapter's random values. Under jit, nothing else of `init` is computed."""
+    """The adapter's random values. Under jit, the rest of `init` is not computed, because nothing uses it."""
     return {"lora": task.init(key)["lora"]}

@@ -121,7 +121,8 @@ def _checkpoint_folder(origin: Path) -> str:
 
 
 def _share(there: Path, here: Path) -> None:
-    """Makes `here` share the files of a finished folder, whole or not at all. If `here` exists, nothing happens."""
+    """Shares all files of the finished folder `there` with `here`, or none of them. If `here` exists, nothing
+    happens."""
     if here.exists():
         return
     unfinished = here.with_name(f".{here.name}.branch~")

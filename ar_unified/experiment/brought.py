@@ -1,4 +1,5 @@
-"""An image tokenizer from elsewhere: `image_tokenizer.model` decides the other keys of its section of the config."""
+"""An image tokenizer from elsewhere: the folder in `image_tokenizer.model` decides the keys of config.image_tokenizer
+that describe the network."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ KEY = "config.image_tokenizer"
 
 
 def describe(section: ConfigDict, asked: Collection[str]) -> None:
-    """Sets the network of config.image_tokenizer to the network in the folder `model`, which is not trained.
+    """Sets the keys of config.image_tokenizer to the shape of the network in the folder `model`, and `steps` to 0,
+    because this network is not trained.
 
     Args:
         asked: keys of the section that a person has set, other than `model`.

@@ -1,7 +1,8 @@
 """Checks whether a config can be run, before the first stage, and names every problem that can be known then.
 
-The rules themselves are elsewhere: allowed choices in the module that defines them, allowed numbers in the dataclass
-that has them. This module collects all problems, and names the key to change at the beginning of each.
+Most rules are elsewhere. The module that defines a choice lists what is allowed, and a dataclass checks the numbers in
+its fields. RANGES has the ranges of numbers that no dataclass checks. This module collects all problems, and names the
+key to change at the beginning of each.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ def _check_shapes(config: ConfigDict, problems: Problems) -> None:
 
 
 def _longest(config: ConfigDict, problems: Problems) -> int:
-    """Tokens of the longest rows of all phases, or of the first phase if the section has problems."""
+    """The number of tokens in the longest rows of all phases, or only of the first phase if the section has
+    problems."""
     part = config.training
     return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 

@@ -2,7 +2,7 @@
 
 An experiment file defines `get_config(arg=None)`, takes `defaults()` and changes what it needs. On the command line
 `--config experiments/folder.py:path=DIR` passes `path=DIR` to it and `--config.training.steps=100` changes one key.
-Config files are Python, and run because you named them; a config's values are never evaluated as code.
+A config file is Python code, and runs because you named it; a config's values are never evaluated as code.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _add_sampling_and_evaluation(config: ConfigDict) -> None:
 
 
 def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, object]:
-    """The fields of a dataclass with their defaults and `changes`; `only` or `without` choose among the fields."""
+    """Fields of a dataclass with their defaults and `changes`; `only` or `without` says which fields."""
     names = {*only, *changes} if only else {field.name for field in dataclasses.fields(kind)} - set(without)
     return {field.name: field.default for field in dataclasses.fields(kind) if field.name in names} | changes
 
@@ -220,8 +220,8 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config for evaluating a bundle. It begins as "FILE[:arg]" or the defaults, takes all values that the
-    bundle decides, and then "--config.key=value" is applied. Raises like `load`, and BundleError.
+    """The locked config for evaluating a bundle. It begins as "FILE[:arg]" or the defaults. The bundle then decides
+    some of the values, and "--config.key=value" is applied last. Raises like `load`, and BundleError.
     """
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None) if file else defaults()
@@ -242,7 +242,7 @@ def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises UserError if there is no such file, or it is not the config of an experiment.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file; name the experiment by --config, or a workdir in which it has run")
+        raise UserError(f"{path}: no such file; give --config, or a workdir in which the experiment has run")
     found = read_json(path)
     config = defaults()
     try:

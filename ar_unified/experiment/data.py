@@ -35,7 +35,7 @@ def prepare(experiment: Experiment, pipeline: str | None = None) -> None:
     of this job make them. Raises UserError or RunError.
     """
     if pipeline is not None and jax.process_count() > 1:
-        raise UserError(f"--beam: expected one process, which begins the pipeline; found {jax.process_count()}")
+        raise UserError(f"--beam: expected one process, which starts the pipeline; found {jax.process_count()}")
     filters = settings.filters(experiment.config)
     keys = ("image_size", "resize", *WAY, "layout", "max_tokens", *(("filters",) if filters.used else ()))
     with experiment.leaving_nothing():

@@ -144,7 +144,7 @@ class Experiment:
 
     @contextmanager
     def leaving_nothing(self) -> Iterator[None]:
-        """A context for the work of a stage: if it fails before it has made anything, its folder is removed."""
+        """A context for a stage's work: if the work fails before it makes anything, the stage's folder is removed."""
         self._stage = None
         try:
             yield
@@ -169,7 +169,7 @@ class Experiment:
     # ---- data -----------------------------------------------------------------------------------------------------
 
     def specs(self, specs: Sequence[Mapping[str, manifests.Json]]) -> list[dict[str, Any]]:
-        """Specs as plain dicts. TFDS datasets are stored in the workdir, unless the spec says where."""
+        """Specs as plain dicts. TFDS datasets are stored in the workdir, unless the spec has a `data_dir`."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
@@ -185,7 +185,7 @@ class Experiment:
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
         """The sources of a key of config.data. Raises UserError, which names the key, if a source cannot be opened.
 
-        With `held_out`, a source whose split is empty because there are too few groups of items is left out.
+        With `held_out`, a source is left out if its split is empty because there are too few groups of items.
         """
         opened = []
         for i, spec in enumerate(self.specs(specs)):
@@ -314,7 +314,7 @@ class Experiment:
 
     @cached_property
     def before(self) -> Vocabulary | None:
-        """The grammar of the language model that is extended; None if no model is extended."""
+        """The vocabulary of the language model that is extended; None if no model is extended."""
         brought = grammar_in(self.workdir.text_tokenizer, self.text_tokenizer)
         extends = brought is not None and self.grammar.vocabulary.codebook_size > brought.vocabulary.codebook_size
         return brought.vocabulary if extends and brought is not None else None

@@ -40,7 +40,7 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def of_override(config: ConfigDict, error: str) -> str:
-    """Says in our words what ml_collections says about a value that it cannot read."""
+    """Rewords ml_collections' message about a value that it cannot read."""
     match = re.match(r"flag --config\.(\S+?)=(.*?): ", error, re.DOTALL)
     if match is None:
         return f"--config: {error}"

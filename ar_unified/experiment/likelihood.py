@@ -31,8 +31,8 @@ def likelihood(experiment: Experiment) -> Objective:
 
 
 def held_out_batches(experiment: Experiment, phases: Sequence[Phase]) -> PackedBatches | None:
-    """Batches of data/validation with unchanged documents, but text-image pairs come in both directions if a phase of
-    the training flips pairs. Returns None and prints a line if no document is held out.
+    """Batches of data/validation. Documents are unchanged, but if a phase of the training flips pairs, text-image pairs
+    come in both directions. Returns None and prints a line if no document is held out.
     """
     both = any(phase.flip_pairs for phase in phases)  # so that both directions have the same weight
     as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)

@@ -86,7 +86,7 @@ def validation(held_out: PackedBatches | None) -> list[Any]:
 
 
 def facts(experiment: Experiment, own: Mapping[str, Json]) -> dict[str, object]:
-    """What decides the trained model in addition to the config. `own` has the facts of one objective."""
+    """What decides the trained model in addition to the config. `own`: the facts that only this objective has."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
     adapter = {"lora": _adapter(experiment)} if experiment.config.lora.rank else {}

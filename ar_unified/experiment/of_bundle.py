@@ -61,7 +61,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def text_only(self) -> bool:
-        """Whether there is no image tokenizer, because the model has no images or has them only as codes."""
+        """True if there is no image tokenizer: the model has no images, or has them only as codes."""
         return not self.own.has_images
 
     @cached_property
@@ -114,8 +114,8 @@ class OfBundle(Experiment):
         return held_out_scores(task, self._as_trained(), self.mesh)
 
     def _as_trained(self) -> Params:
-        """The parameters, sharded as in a training. Matrices keep their dtype: a training has them in float32, but
-        multiplies in the model's dtype, so the numbers are the same."""
+        """The parameters, sharded as in a training. Matrices keep their dtype. A training has them in float32 but
+        multiplies in the model's dtype, so the losses are the same."""
         shapes = abstract_params(self.model, self.mesh)
         vectors = jax.tree_util.tree_map_with_path(lambda path, x: x.dtype if is_vector(path) else None, shapes)
         return self.own.params(jax.tree.map(lambda x: x.sharding, shapes), vectors)

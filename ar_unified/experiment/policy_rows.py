@@ -1,7 +1,7 @@
 """Turns samples into rows for training a policy: one sample per row, with the ids that each token could have been.
 
-A sample with guidance has a row for each context. The codes of an image are in the same columns of all these rows, so
-the hidden states that were mixed to draw a code are in one column.
+A sample with guidance has a row for each context. The codes of an image are in the same columns of all these rows. So
+the hidden states that guidance mixes to draw a code are all in one column.
 
 Axes: B samples, T positions, C contexts, n tokens of a sample.
 """

@@ -1,8 +1,8 @@
 """The numbered prompts for training by rewards, made from the documents of the training sources.
 
 Prompt number n is the same in every process, so the groups of answers do not depend on the number of processes. Every
-epoch of a source has each of its documents once. A document that asks nothing, is bad or does not fit is left out,
-counted and named; the next document of its source replaces it.
+epoch of a source has each of its documents once. A document that asks nothing, is bad or does not fit is left out. It
+is counted and named, and the next document of its source replaces it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _LOOKED_AT = 1000  # maximum number of consecutive documents that are tried to f
 
 @dataclass(frozen=True)
 class Asked:
-    """A document that asks something, with its images in the size in which they are encoded, and the plan of its
-    answer."""
+    """A document that asks something, and the plan of its answer. The document's images already have the size in which
+    they are encoded."""
 
     document: Document
     plan: Plan

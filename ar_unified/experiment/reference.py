@@ -5,7 +5,7 @@ reference/KEY/record.json   what the reference depends on (KEY is its hash), and
               SOURCE.npy    f32 [pairs, 2, R], in the order of the shards, as in `data.batch.PreferenceBatch`
 
 record.json is written last. If something in a folder is missing or changed, the folder is made again. In a job of many
-processes, all compute and only process 0 writes.
+processes, all of them compute the log-probabilities, and only process 0 writes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The objective "reward": makes its task, and the sampling of answers, from a config and a workdir."""
+"""The objective "reward". Makes its task, and the engine that samples answers, from a config and a workdir."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def reward(experiment: Experiment) -> Objective:
 
 
 def _facts(experiment: Experiment) -> dict[str, Json]:
-    """What decides the trained policy in addition to the config: the prompts, their order, and what guidance compares
-    with."""
+    """What decides the trained policy in addition to the config: the prompts, their order, and, with guidance, the
+    unconditional context."""
     sampling = experiment.config.sampling
     compared = dict(context=sampling.context, negative_prompt=sampling.negative_prompt)
     guided = compared if experiment.config.reward.guidance != 1 else {}

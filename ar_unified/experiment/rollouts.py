@@ -192,7 +192,7 @@ class Rollouts(Drawing[PolicyBatch[jax.Array]]):
         return [_Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)]
 
     def _judged(self, prompts: Sequence[Document], samples: Sequence[Sample]) -> list[Verdict]:
-        """For each sample its reward, or, if the sample has an error, this error."""
+        """For each sample, its reward, or a Failure that says why it has none."""
         codes = [part.codes for sample in samples for part in _parts(sample) if isinstance(part, CodesPart)]
         pixels = iter(by_size(self._tokenizer.decode, codes) if codes else ())
         answers = {}
@@ -261,7 +261,7 @@ class _Group:
 
     @property
     def scored(self) -> bool:
-        """Whether every answer has a reward. If one lacks it, the group's mean reward is not known."""
+        """Whether every answer has a reward. If one reward is missing, the group's mean reward is not known."""
         return not any(isinstance(verdict, Failure) for verdict in self.verdicts)
 
     @property
@@ -282,8 +282,7 @@ def require_groups(policy: PolicyConfig, batch_size: int, parts: int = 1) -> Non
     if batch_size % (policy.group_size * parts):
         of = f" for each of {parts} processes" if parts > 1 else ""
         raise ValueError(
-            f"batch_size: expected whole groups of {policy.group_size} (config.reward.group_size){of}, found "
-            f"{batch_size}"
+            f"batch_size: expected a multiple of {policy.group_size} (config.reward.group_size){of}, found {batch_size}"
         )
 
 

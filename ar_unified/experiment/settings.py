@@ -73,15 +73,15 @@ def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
         if aspect:
             sized = " or ".join(repr(name) for name, record in LAYOUTS.items() if record.size is not None)
             raise ValueError(
-                f"layout: expected {sized} with resize 'aspect', whose images have many sizes; found {kind!r}"
+                f"layout: expected {sized} with resize 'aspect', because its images vary in size; found {kind!r}"
             )
         return ImageLayout(kind, height, width, image.codes_per_position)
     return ImageLayout(kind, *image.grid(*resize(config).largest), image.codes_per_position)
 
 
 def fits(ours: ImageLayout, theirs: ImageLayout) -> bool:
-    """Whether images of the layout `ours` can be written in the layout `theirs`. Images of a fixed size must have the
-    same size; others may not be larger."""
+    """Whether images of the layout `ours` can be written in the layout `theirs`. If images of `theirs` have a fixed
+    size, those of `ours` must have the same size; otherwise those of `ours` may not be larger."""
     if not theirs.sized:
         return ours == theirs
     same = (ours.kind, ours.depth) == (theirs.kind, theirs.depth)
@@ -229,7 +229,8 @@ def _axes_of(adapter: LoraConfig) -> Params:
 
 
 def state_of(settings: ConfigDict) -> dict[str, list[str]]:
-    """{"trains": places of the parameters with optimizer state} if phases train others than `training.only`; else {}.
+    """If phases train parameters other than `training.only`, {"trains": places of the parameters with optimizer state};
+    otherwise {}.
 
     A training that has begun cannot train other parameters, because it has no optimizer moments for them.
     """
@@ -275,8 +276,8 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
         if unknown or isinstance(begin, bool) or not isinstance(begin, float | int) or not 0 < begin < 1:
             near = nearest(unknown[0], names) if unknown else ""
             raise UserError(
-                f"config.training.phases[{i}]: expected a `begin` between 0 and 1 (of the steps) and "
-                f"any of {', '.join(names)}; found {dict(begin=begin) | change}{near}"
+                f"config.training.phases[{i}]: expected a `begin` between 0 and 1 (a share of the steps) "
+                f"and any of {', '.join(names)}; found {dict(begin=begin) | change}{near}"
             )
         only = change.pop("only", [])
         if not isinstance(only, list) or not all(isinstance(place, str) for place in only):

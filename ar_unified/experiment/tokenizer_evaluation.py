@@ -63,7 +63,8 @@ def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None
     """Scores the image files of a folder in place of the held-out sets. The result has its own folder, and is made
     again each time.
 
-    `crop` is the side of square crops in pixels; None means config.data.image_size. `links` is as for a source.
+    `crop` is the side of square crops in pixels; None means config.data.image_size. `links` is the same as the key
+    `links` of a source.
     """
     with about("--images"):
         source = open_source(dict(kind="images", path=images, links=links))
@@ -162,8 +163,8 @@ def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:
         return None
     if not experiment.train:
         raise UserError(
-            "config.evaluation.tokenizer_probe_steps: expected 0 without config.data.train, whose images the "
-            f"probe learns from; found {steps}"
+            "config.evaluation.tokenizer_probe_steps: expected 0, because the probe learns from the images of "
+            f"config.data.train, which has no sources; found {steps}"
         )
     height, width = tokenizer.config.grid(*size)
     wanted = images_wanted(steps, height * width)

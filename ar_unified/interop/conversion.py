@@ -140,7 +140,7 @@ def _torch(path: Path) -> Any:
             raise ValueError(f"{pickle} has {sizes[pickle]} bytes, expected at most {_LARGEST}")
         order = archive.read(f"{top}/byteorder").strip() if f"{top}/byteorder" in begins else b"little"
         if order != b"little":
-            raise ValueError(f"its bytes are in the order {order!r:.20}, expected b'little'")
+            raise ValueError(f"its byte order is {order!r:.20}, expected b'little'")
         data = archive.read(pickle)
 
     def storage(found: object) -> Storage:
@@ -169,9 +169,9 @@ def _begins(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
         for each in sorted(archive.infolist(), key=lambda each: each.header_offset):
             name = each.filename
             if name.startswith("/") or "\\" in name or ".." in name.split("/") or name in begins:
-                raise ValueError(f"the zip has a file {name!r:.80}, whose name leads out of the zip or occurs twice")
+                raise ValueError(f"the zip has a file {name!r:.80}, whose name points outside the zip or occurs twice")
             if each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size or each.flag_bits & 1:
-                raise ValueError(f"{name!r:.80} is compressed, which torch does not do")
+                raise ValueError(f"{name!r:.80} is compressed, but torch writes files without compression")
             file.seek(each.header_offset)
             head = file.read(30)
             if len(head) != 30 or head[:4] != b"PK\3\4" or each.header_offset < ends:
@@ -191,7 +191,7 @@ def _begins(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
 
 def _sorted(path: Path, found: object, joint: str) -> Pickled:
     if not isinstance(found, dict):
-        raise UserError(f"{path}: expected tensors by name, found a {type(found).__name__}")
+        raise UserError(f"{path}: expected a dictionary from names to tensors, found a {type(found).__name__}")
     tensors: dict[str, Any] = {}
     other: dict[str, Any] = {}
     left: list[str] = []
@@ -227,7 +227,7 @@ def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         parts, value = waiting.pop()
         count += 1
         if count > _MOST or len(parts) > 100:
-            raise ValueError(f"it has more than {_MOST} parts, or parts within parts without an end")
+            raise ValueError(f"it has more than {_MOST} parts, or its parts are nested too deeply")
         if isinstance(value, dict):
             waiting += [((*parts, str(key)), inner) for key, inner in reversed(list(value.items()))]
         elif isinstance(value, list | tuple) and not isinstance(value, Strided | Storage | Global):

@@ -118,7 +118,7 @@ def kind_of(config: Mapping[str, Json], text_config: Mapping[str, Json], where: 
     said = {key: value for key in _TOLD if (value := {**text_config, **config}.get(key)) is not None}
     found = {_TOLD[key].get(value, "") if type(value) is int else "" for key, value in said.items()}
     if len(found) != 1 or not all(found):
-        expected = "; ".join(
+        expected = ", or ".join(
             f"{key} {' or '.join(f'{value} ({kind})' for value, kind in told.items())}" for key, told in _TOLD.items()
         )
         raise UserError(

@@ -1,5 +1,5 @@
-"""Writes, in its published form, a published language model that this project extended with images. In its tables, the
-rows of the new ids come last.
+"""Writes a published language model after this project has extended it with images. The result has the published form.
+In its tables, the rows of the new ids come last.
 
 Existing ids keep their numbers. The tokenizer's file gets a name for each new id, so that transformers reads and writes
 them as tokens.
@@ -24,7 +24,7 @@ KEY = "extended"  # this key of published.json has the number of ids of the publ
 
 
 def names_of(bundle: Bundle, first: int) -> dict[int, str]:
-    """The name of each published id that is not below `first`."""
+    """The name of each published id from `first` on."""
     border, vocabulary = bundle.border, bundle.grammar.vocabulary
     if border is None or not 0 < first <= border.size:
         raise UserError(f"{bundle.folder}: published.json: {KEY}: expected a number of ids, found {first!r:.40}")

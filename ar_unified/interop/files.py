@@ -67,8 +67,8 @@ class Files:
         flags = {"theta": "--rope-theta"}
         if unread := [name for name, value in self._given.items() if value is not None and name not in self._read]:
             raise UserError(
-                f"{flags.get(unread[0], f'--{unread[0]}')} does nothing for {self.folder}, because its files say this "
-                "themselves or do not need it: leave it out"
+                f"{flags.get(unread[0], f'--{unread[0]}')} does nothing for {self.folder}, because the files there "
+                "already give this value or do not need it: leave the flag out"
             )
 
     @cached_property
@@ -137,7 +137,7 @@ class Files:
         }
 
     def grammar(self, language: Language, image_hash: str = "") -> Grammar:
-        """The grammar of a language, in which the text tokenizer uses our ids. Warns if the tokenizer loses text."""
+        """The grammar of a language. Its text tokenizer uses our ids. Warns if the tokenizer loses text."""
         vocabulary = language.vocabulary
         with about(str(self.text_file)):
             text = MappedCodec.of(

@@ -149,7 +149,7 @@ def _rope(config: Mapping[str, Json], family: Family, where: str) -> dict[str, J
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise UserError(f"{where}: {key}: expected numbers by key, the same for all layers; found {rope!r:.80}")
+        raise UserError(f"{where}: {key}: expected one set of keys and values for all layers; found {rope!r:.80}")
     if rope.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
         raise UserError(
             f"{where}: {key}.partial_rotary_factor: expected 1, found {rope['partial_rotary_factor']!r:.40}"
@@ -193,7 +193,7 @@ def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str
     for name, value in expected.items():
         if (found := getattr(config, name)) != value:
             raise UserError(
-                f"model.{name}: {family.architecture} of transformers has {value!r}, this model has {found!r}"
+                f"model.{name}: expected {value!r}, as in {family.architecture} of transformers; found {found!r}"
             )
     activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "swish"}[config.activation]
     made: dict[str, object] = {

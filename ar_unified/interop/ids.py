@@ -52,7 +52,7 @@ def language(
     for what, ids in (("size token", sizes), ("image code", codes)):
         for number, id in enumerate(ids):
             if id in others:
-                raise UserError(f"ids: {what} {number} and {others[id]} are both id {id} of the published table")
+                raise UserError(f"ids: {what} {number} and {others[id]} both have id {id} in the published table")
             others[id] = f"{what} {number}"
     pieces = sorted(set(text) - others.keys())
     taken = others.keys() | set(pieces)

@@ -114,7 +114,9 @@ def _record(folder: Path) -> dict[str, Any]:
     found = read_json(path)
     for key, kind in _RECORD.items():
         if not isinstance(found.get(key), kind):
-            raise UserError(f"{path}: {key}: expected what an import wrote, found {found.get(key)!r:.80}")
+            raise UserError(
+                f"{path}: {key}: expected a value that `ar-unified import` wrote, found {found.get(key)!r:.80}"
+            )
     known = [name for names in SETTINGS.values() for name in names]
     wrong = [
         *(name for name in (found["file"],) if Path(name).name != name or Path(name).suffix != ".safetensors"),
@@ -123,7 +125,9 @@ def _record(folder: Path) -> dict[str, Any]:
         *(name for name in (found["image_dialect"],) if name not in DIALECTS),
     ]
     if wrong or "" not in found["image_dtypes"]:
-        raise UserError(f"{path}: expected what an import wrote, found {[*wrong, 'no dtype'][0]!r:.80}")
+        raise UserError(
+            f"{path}: expected only values that `ar-unified import` wrote, found {[*wrong, 'no dtype'][0]!r:.80}"
+        )
     return found
 
 

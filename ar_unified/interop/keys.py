@@ -1,8 +1,8 @@
 """Converts tensors of a published transformer to ours and back: a table of names for each dialect, and a conversion for
 each leaf.
 
-All dialects have the same transformer block. They differ in the names of tensors, in the order of a matrix's axes,
-[out, in] (torch) or [in, out] (flax), in the pairs of numbers that RoPE rotates, and in the order of ids.
+All dialects have the same transformer block. They differ in four ways: the names of tensors, the order of a matrix's
+axes ([out, in] in torch, [in, out] in flax), the pairs of numbers that RoPE rotates, and the order of ids.
 
 Axes: D model, N query heads, K KV heads, H head dim, F MLP, V ids, G groups of heads, each with its own QK-norm
 weights.
@@ -180,7 +180,7 @@ class Keys:
         object.__setattr__(self, "tables", self.tables or (self.border.size,))
         object.__setattr__(self, "_leaves", named(abstract_params(self.config)))
         if unwritable := [leaf for leaf in self._leaves if leaf not in self.dialect.names]:
-            raise ValueError(f"{self.dialect.name} have no tensor for {', '.join(unwritable)}")
+            raise ValueError(f"there is no tensor in {self.dialect.name} for {', '.join(unwritable)}")
 
     def slots(self) -> Iterator[Slot]:
         """Every slot, layer by layer, so that a file is read once, from its beginning to its end."""

@@ -71,8 +71,8 @@ def language_of(
     first, images = tables
     if images < codebook + 2:
         raise UserError(
-            f"{where}: expected {codebook} codes and two marks (the ends of a frame and of a clip) in the table of "
-            f"images, found {images} ids"
+            f"{where}: expected at least {codebook} + 2 ids in the table of images (the codes, the end of a frame and "
+            f"the end of a clip), found {images}"
         )
     if missing := sorted(set(range(first)) - {*text, *marks.values()}):
         raise UserError(f"{where}: expected a piece for each of {first} ids of text, found none for id {missing[0]}")
@@ -81,7 +81,7 @@ def language_of(
 
 
 def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> float:
-    """RoPE's base, from the first of these that says it: `given`, a config.json, the name of a published model.
+    """RoPE's base, from the first of these that has it: `given`, a config.json, the name of a published model.
 
     Raises UserError if nothing says it, because a wrong base gives wrong numbers that look right.
     """
@@ -95,8 +95,8 @@ def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> floa
             return THETAS[match[1].upper()]
     known = ", ".join(f"{theta:g} for {name}" for name, theta in THETAS.items())
     raise UserError(
-        f"{folder}: expected RoPE's base in config.json or in the folder's published name (LWM-Chat-1M-Jax), found "
-        f"none: give it with --rope-theta: {known}, or 5e+07 for every model with images"
+        f"{folder}: expected RoPE's base in config.json or in the folder's published name (as in LWM-Chat-1M-Jax), "
+        f"found none: give --rope-theta, which is {known}, or 5e+07 for every model with images"
     )
 
 

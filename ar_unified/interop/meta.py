@@ -2,8 +2,8 @@
 
 The axis along which each tensor was cut, and the parts of fused matrices, come from facebookresearch/chameleon,
 loader.py. Rows are in the order of the files: file r of S has heads r·N/S to (r+1)·N/S - 1 of N. Matrices (wqkv, w13)
-are fused within each file. Each file has one vector of QK-norm weights for all of its heads; joined, the S vectors are
-[S, H].
+are fused within each file. Each file has one vector of QK-norm weights for all of its heads. The vectors of all files
+are joined as [S, H].
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Joined:
             for number in range(1, len(self._files)):
                 if self._read(number, name).tobytes() != first.tobytes():
                     raise UserError(
-                        f"{name}: expected the same numbers in every file, found others in file {number + 1} of "
-                        f"{len(self._files)}: are all files from one checkpoint?"
+                        f"{name}: expected the same numbers in every file, found different ones in file {number + 1} "
+                        f"of {len(self._files)}: are all files from one checkpoint?"
                     )
             return first
         out = np.empty(self.shape(name), first.dtype)

@@ -1,5 +1,5 @@
-"""Writes a model that was trained with this project, in a form that other programs read: as a Llama or Qwen3, which
-have the same blocks, with a tokenizer.json.
+"""Writes a model that was trained with this project in a form that other programs read. It is written as a Llama or a
+Qwen3, which have the same transformer blocks, with a tokenizer.json.
 
 For other programs the model is a language model whose last ids are image codes. The card says how to read them.
 """

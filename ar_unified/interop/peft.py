@@ -229,7 +229,7 @@ def _header(weights: Path) -> dict[str, str]:
         with safe_open(weights, framework="numpy") as opened:
             return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: {error}: the file was cut short, or is no safetensors file") from error
+        raise UserError(f"{weights}: {error}: the file was cut short, or is not a safetensors file") from error
 
 
 def _pairs(
@@ -257,7 +257,7 @@ def _pairs(
             raise UserError(f"{folder}: {name}: expected {wanted}; found {found}: the adapter is for another model")
         array = source.read(name).astype(np.float32)
         if not np.isfinite(array).all():
-            raise UserError(f"{folder}: {name}: expected finite numbers, found some that are not")
+            raise UserError(f"{folder}: {name}: expected finite numbers, found NaN or infinity")
         if path not in pairs:
             pairs[path] = np.zeros((L, inputs, most), np.float32), np.zeros((L, most, outputs), np.float32)
             ranks[path], scales[path] = [0] * L, [0.0] * L

@@ -197,7 +197,7 @@ class _Machine:
         elif word == "STACK_GLOBAL":
             module, name = self.stack[-2:]
             if not isinstance(module, str) or not isinstance(name, str):
-                raise TypeError("it has a name that is no text")
+                raise TypeError("it has a name that is not a string")
             self.stack[-2:] = [_allowed(Global(module, name))]
         elif word in ("REDUCE", "NEWOBJ"):
             called, arguments = self.stack[-2:]
@@ -235,7 +235,7 @@ def _build(made: Any, state: Any) -> None:
         made.value = _array(data, kind, shape, "F" if fortran else "C")
     elif isinstance(made, _Type):
         if state[1] not in ("<", "|", "="):
-            raise Forbidden(f"an array of bytes in the order {state[1]!r:.10}")
+            raise Forbidden(f"an array with the byte order {state[1]!r:.10}")
     elif not isinstance(made, _Dict):
         raise Forbidden(f"attributes of a {type(made).__name__}")
 
@@ -252,7 +252,7 @@ def _strided(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> St
         raise TypeError("it has a tensor without a storage")
     numbers = (offset, *shape, *strides)
     if any(type(number) is not int or number < 0 for number in numbers) or len(shape) != len(strides):
-        raise ValueError(f"it has a tensor of shape {shape!r:.80} and strides {strides!r:.80}")
+        raise ValueError(f"it has a tensor with invalid numbers: shape {shape!r:.80}, strides {strides!r:.80}")
     tensor = Strided(storage, offset, tuple(shape), tuple(strides))
     # With strides of zero, a tensor could have any number of elements, so that number is limited too.
     if math.prod(shape) > storage.size or (math.prod(shape) and tensor.last > storage.size):
@@ -262,7 +262,7 @@ def _strided(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> St
 
 def _parameter(tensor: Any, *_: Any) -> Any:
     if not isinstance(tensor, Strided):
-        raise TypeError("it has a parameter that is no tensor")
+        raise TypeError("it has a parameter that is not a tensor")
     return tensor
 
 
@@ -283,7 +283,7 @@ def _type(spelled: Any, *_: Any) -> _Type:
 def _array(data: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
     """The finished array. Raises ValueError if the number of bytes does not fit the shape."""
     if not isinstance(kind, _Type) or not isinstance(data, bytes | bytearray) or order not in ("C", "F"):
-        raise TypeError("it has an array of unknown numbers")
+        raise TypeError("it has an array whose dtype, bytes or order is not known")
     return np.frombuffer(data, np.dtype(kind.name)).reshape(shape, order=order)
 
 

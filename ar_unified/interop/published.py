@@ -99,7 +99,8 @@ def _require_tied(source: Source, where: str, head: str, embedding: str) -> None
     """Checks that a tied head equals the embedding, if the file has both."""
     if embedding in source.names() and source.read(head).tobytes() != source.read(embedding).tobytes():
         raise UserError(
-            f"{where}: {head}: expected the same numbers as {embedding}, as tie_word_embeddings says; found others"
+            f"{where}: {head}: expected the same numbers as in {embedding}, because tie_word_embeddings is true; "
+            "found different numbers"
         )
 
 

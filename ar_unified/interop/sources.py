@@ -115,7 +115,7 @@ class _Place(NamedTuple):
 
 
 class InFile:
-    """A source in whose files the numbers of each tensor are contiguous."""
+    """A source whose files store the numbers of each tensor one after another."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor. Subclasses define it."""
@@ -189,7 +189,7 @@ def _places(path: Path) -> dict[str, _Place]:
             begin = file.read(4)
         if path.suffix in PICKLED or begin == b"PK\3\4" or (begin[:1] == b"\x80" and path.suffix != ".safetensors"):
             raise UserError(f"{path}: it {_CONVERT}") from error
-        raise UserError(f"{path}: {error}: the file was cut short, or is no safetensors file") from error
+        raise UserError(f"{path}: {error}: the file was cut short, or is not a safetensors file") from error
     return {
         name: _Place(
             path, header[name]["dtype"], tuple(header[name]["shape"]), 8 + length + header[name]["data_offsets"][0]

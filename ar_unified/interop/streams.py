@@ -167,7 +167,7 @@ class _Reader:
         elif first <= 0xBF:
             size, first = (first & 0x1F, 0xD9) if first >= 0xA0 else (first & 0xF, 0xDC if first >= 0x90 else 0xDE)
         else:
-            raise ValueError(f"it has a value that begins with byte {first:#x}")
+            raise ValueError(f"it has a value that begins with the unknown byte {first:#x}")
         if first <= 0xC6:
             return self._span(size)
         if first <= 0xC9:
@@ -215,21 +215,23 @@ def _is_array(value: object) -> bool:
 def _stored(reader: _Reader, value: Any) -> _Stored:
     """An array as flax writes it. Raises ValueError for any other value, and if the bytes do not fit the shape."""
     if not _is_array(value):
-        raise ValueError("it has a value that is no array")
+        raise ValueError("it has a value that is not an array")
     if isinstance(value, dict):
         shape = _listed(value["shape"])
         parts = [_stored(reader, part) for part in _listed(value["chunks"])]
         stored = _Stored(tuple(shape), parts[0].dtype, tuple(span for part in parts for span in part.pieces))
         if any(part.dtype != stored.dtype for part in parts):
-            raise ValueError("it has an array in pieces of several dtypes")
+            raise ValueError("it has an array whose pieces have different dtypes")
     else:
         shape, dtype, span = reader.inside(value[1])
         stored = _Stored(tuple(shape), dtype, (span,))
     if not all(type(n) is int and n >= 0 for n in stored.shape) or not isinstance(stored.dtype, str):
-        raise ValueError(f"it has an array of shape {shape!r:.80}")
+        raise ValueError(f"it has an array with an invalid shape or dtype; the shape is {shape!r:.80}")
     size = sum(piece.size for piece in stored.pieces)
     if stored.dtype in _NAMES and Kind(stored.shape, stored.dtype).nbytes != size:
-        raise ValueError(f"it has {size} bytes in an array of {stored.dtype} {list(stored.shape)}")
+        raise ValueError(
+            f"it has the wrong number of bytes, {size}, for an array of {stored.dtype} {list(stored.shape)}"
+        )
     return stored
 
 
@@ -300,7 +302,8 @@ class StreamWriter:
 
 
 def _array_parts(kind: Kind) -> list[bytes | int]:
-    """An array as flax writes it. In place of its numbers there is an int, their length in bytes."""
+    """An array as flax writes it. Each int in the result stands for numbers of the array, and is their length in
+    bytes."""
     if kind.nbytes <= _CHUNK:
         return _whole_array(kind)
     per_chunk = _CHUNK // np.dtype(kind.dtype).itemsize

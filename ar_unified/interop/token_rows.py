@@ -55,7 +55,7 @@ def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[d
 
 
 def in_memory(name: str) -> str:
-    """Converts a module's name in files, or the beginning of one, to its name in transformers."""
+    """Converts a module's name, or the beginning of the name, from the form in files to the form in transformers."""
     for theirs, loaded in _IN_MEMORY.items():
         if name.startswith(theirs):
             return loaded + name.removeprefix(theirs)
@@ -79,11 +79,11 @@ def read(folder: Path, source: Source, said: object, width: int) -> dict[str, To
     """
     said = {"embed_tokens": said} if isinstance(said, list) else said or {}
     if not isinstance(said, Mapping):
-        raise UserError(f"{folder}: {KEY}: expected lists of ids by module, found {said!r:.80}")
+        raise UserError(f"{folder}: {KEY}: expected a list of ids for each module, found {said!r:.80}")
     found = {_NAME.fullmatch(name)["module"]: name for name in source.names() if is_name(name)}  # type: ignore[index]
     if found.keys() != said.keys():
         one, other = ", ".join(said) or "none", ", ".join(found) or "none"
-        raise UserError(f"{folder}: {KEY}: expected rows of the modules that it names ({one}), found {other}")
+        raise UserError(f"{folder}: {KEY}: expected rows for the modules {one}, found rows for {other}")
     rows = {}
     for table, module in _MODULES.items():
         if module not in said:
@@ -96,7 +96,7 @@ def read(folder: Path, source: Source, said: object, width: int) -> dict[str, To
             raise UserError(f"{folder}: {name}: expected {wanted}; found {list(source.shape(name))} for {len(ids)} ids")
         values = source.read(name).astype(np.float32)
         if not np.isfinite(values).all():
-            raise UserError(f"{folder}: {name}: expected finite numbers, found some that are not")
+            raise UserError(f"{folder}: {name}: expected finite numbers, found NaN or infinity")
         order = np.argsort(ids)
         rows[table] = TokenRows(np.asarray(ids, np.int64)[order], values[order])
     return rows

@@ -1,9 +1,9 @@
-"""Checks whether a head's rows of image codes were ever trained. In the Chameleon that Meta released they were not.
+"""Checks whether a head's rows of image codes were ever trained. Meta released Chameleon without training these rows.
 
 Images sampled with untrained rows are noise, and there is no error (facebookresearch/chameleon issues 11 and 37).
 A table of random numbers differs from a trained head in three ways: its rows have no common direction, and the lengths
-of its rows and the sizes of its columns differ only by chance. There is a measure for each way, which is about 1 for
-random numbers.
+of its rows and the sizes of its columns differ only by chance. There are three measures, one for each way. Each is
+about 1 for random numbers.
 
 Axes: D model.
 """

@@ -25,9 +25,10 @@ def choose(package: str, backend: str, *args: Any) -> str:
     """Returns the backend that computes the op in `package` for `args`. `unsupported(*args)` of a backend's module says
     whether that backend can compute them.
 
-    "auto" is the kernel of the current device. On CPUs it is xla. If there is no kernel, or the kernel cannot compute
-    `args`, it is xla with a warning. A backend asked for by name is used or refused with ValueError, never replaced.
-    tpu_interpret and hopper_interpret emulate the kernels on a CPU; hopper_interpret needs JAX 0.12 or later.
+    "auto" is the kernel of the current device. On CPUs it is xla. If the device has no kernel, or the kernel cannot
+    compute `args`, "auto" is xla, with a warning. If the caller names a backend, this backend is used or ValueError is
+    raised; no other backend replaces it. tpu_interpret and hopper_interpret emulate the kernels on a CPU;
+    hopper_interpret needs JAX 0.12 or later.
     """
     op = package.rpartition(".")[2]
     if backend != "auto":

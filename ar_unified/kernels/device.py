@@ -15,7 +15,7 @@ class Device(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        """Whether it has compute capability 9.0, which kernels with wgmma and TMA need."""
+        """Whether the device has compute capability 9.0, which kernels with wgmma and TMA need."""
         return any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
 
 

@@ -81,7 +81,7 @@ _op.defvjp(_forward, _backward)
 
 
 def _mean(x: jax.Array, bias: jax.Array | None) -> jax.Array | None:
-    """float32 [B, T, N, 1], for LayerNorm; RMSNorm has no mean."""
+    """The mean over H for LayerNorm, float32 [B, T, N, 1]; None for RMSNorm, which has no mean."""
     return None if bias is None else x.astype(jnp.float32).mean(-1, keepdims=True)
 
 
@@ -95,7 +95,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _rotated(x: jax.Array, rope: Rope, seen: Callable[..., jax.Array], *weights: jax.Array) -> jax.Array:
-    """Rotates seen(x, *weights), where `seen` is elementwise and its result is float32.
+    """Rotates the result of seen(x, *weights), which is float32. The function `seen` is elementwise.
 
     A TPU's vector has 128 lanes, and splitting it at lane 64 makes padded copies. So on a TPU the matrix unit swaps the
     halves of x, without rounding. On other devices a split costs nothing, and a product would double the work.

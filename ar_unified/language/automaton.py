@@ -95,8 +95,8 @@ class Event(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What may come next: the ids low..high-1 except `never`; if `has_also`, the id `also`, which begins an image or
-    follows a number; if `end`, the document's end; the decimal `digits`. Each field is [B], but digits is [B, 10]."""
+    """What may come next: ids low..high-1 except `never`, and the decimal `digits`. `has_also` allows `also`, which
+    begins an image or follows a number; `end` allows the document's end. Each field is [B], but digits is [B, 10]."""
 
     low: jax.Array
     high: jax.Array
@@ -225,7 +225,7 @@ class Automaton:
         return Event(begins, inside | begins, ends)
 
     def advance(self, state: State, token: jax.Array) -> State:
-        """The state after one more generated token, int [B], which must be an allowed one."""
+        """The state after one more generated token, int [B]. The token must be allowed."""
         syntax, phase = self.syntax, state.phase
         begins, _, ends = self.event(state, token)
         stops = (phase == PARTS) & (token == syntax.end)
@@ -314,7 +314,7 @@ class Automaton:
         return self.syntax.layout.body(*self._codes(state.height, state.width)) + len(self.syntax.close)
 
     def _borders(self, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """For the phase BODY, each [B]: whether the next id belongs to `start`, is a row end, belongs to `close`."""
+        """For the phase BODY, bool [B] each: whether the next id is part of `start`, a row end, or part of `close`."""
         end, _ = self.syntax.layout.row_ends
         close = state.written >= self.syntax.layout.body(*self._codes(state.height, state.width))
         start = state.written < 0

@@ -62,7 +62,7 @@ class Border:
 
     @property
     def size(self) -> int:
-        """V, the same on both sides."""
+        """V, the number of ids, which is the same on both sides."""
         return sum(count for _, _, count in self.runs)
 
     @cached_property

@@ -44,9 +44,9 @@ class TextCodec(Protocol):
 
 
 class Break(NamedTuple):
-    """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside an `open` that is text, the
-    position where that image or `open` begins; if not, the prompt's length. `opened`: the automaton's state at the
-    end of the prompt.
+    """Where a prompt breaks off. `begin`: the position where an unfinished image at the prompt's end begins, or an
+    unfinished `open` that is text; if there is neither, the prompt's length. `opened`: the automaton's state at the end
+    of the prompt.
     """
 
     begin: int
@@ -247,15 +247,12 @@ class Grammar:
         return Document(turns)
 
     def breaks_off(self, tokens: np.ndarray) -> Break:
-        """Where ids [n], the beginning of a document, break off. Raises GrammarError if no document can begin with
-        them."""
+        """Where the first ids of a document, [n], break off. Raises GrammarError if no document can begin with them."""
         _, _, found = self._read(np.asarray(tokens), whole=False)
         return found
 
     def texts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """The beginning and end of each run of text in ids [n], the beginning of a document. Digits of a size are not
-        text.
-        """
+        """(begin, end) of each run of text in the first ids of a document, [n]. Digits of a size are not text."""
         return [(item.begin, item.end) for item in Reader(self.syntax, tokens).items(1) if item.kind == "text"]
 
     def _read(self, ids: np.ndarray, whole: bool) -> tuple[tuple[Turn, ...] | None, int, Break]:
@@ -364,7 +361,7 @@ class Grammar:
 
     @cached_property
     def automaton(self) -> Automaton:
-        """The same grammar as integer state, for constrained decoding on the device."""
+        """The same grammar as an automaton with integer state, for constrained decoding on the device."""
         return Automaton(self.syntax)
 
     def manifest(self) -> dict[str, Json]:

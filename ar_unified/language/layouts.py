@@ -60,8 +60,7 @@ class TurnMarks:
 
 @dataclass(frozen=True)
 class TurnTemplate:
-    """Turns separated by text. They cannot be recovered: decoding ids gives a document of one turn with everything in
-    it.
+    """Turns separated by text. Decoding cannot recover them: it gives a document of one turn with everything in it.
 
     Attributes:
         user: the text around a user's turn; the parts of the turn replace {}. Then come the answer and the document's

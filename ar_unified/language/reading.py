@@ -30,7 +30,7 @@ class GrammarError(ValueError):
 
 
 class Item(NamedTuple):
-    """A run of text pieces, an image, or any other single id, from `begin` to before `end`.
+    """A run of text pieces, an image, or any other single id, at positions `begin` to `end` - 1.
 
     `codes`: int32 [h, w], for a whole image. `opened`: the automaton's state at the end of the ids, for an
     incomplete image.

@@ -224,11 +224,12 @@ def is_conversation(value: object) -> bool:
 def parted(
     asked: Mapping[str, Any], said: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The question and the two answers of a pair, whose answers are conversations that differ only in the last message.
+    """The question and the two answers of a pair whose row has two conversations. These differ only in the last
+    message.
 
     If the conversations have more than one message, the messages before the last are the question. The row may then
-    repeat the question: as a prompt that is the text of one of these messages, or as messages that equal the question
-    or one of the two conversations.
+    repeat the question. A prompt may be the text of one of these messages; "messages" may equal the question or one of
+    the two conversations.
 
     Args:
         asked: the row's "prompt" and "messages"; a key that the row lacks is absent.

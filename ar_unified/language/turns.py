@@ -94,7 +94,7 @@ def counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
 
 
 def joined_texts(parts: Sequence[Part], between: str = "") -> tuple[Part, ...]:
-    """The parts, with adjacent texts joined into one text, with `between` between them."""
+    """The parts; adjacent texts are joined into one text and separated by `between`."""
     out: list[Part] = []
     for part in parts:
         if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):

@@ -64,7 +64,7 @@ class Vocabulary:
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
         if len(set(self.controls)) < len(self.controls) or not {"pad", "bos", "eos"} <= set(self.controls):
-            raise ValueError(f"controls: expected pad, bos, eos and others, each once; found {self.controls}")
+            raise ValueError(f"controls: expected pad, bos and eos, and each control only once; found {self.controls}")
 
     def control(self, name: str) -> int:
         """The id of a control token. Raises ValueError, which lists the control tokens that exist."""

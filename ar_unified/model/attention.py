@@ -64,8 +64,8 @@ def attend_to_documents(
 
 
 def recomputed_products(config: TransformerConfig, mesh: Mesh, length: int) -> int:
-    """The number of attention's matrix products that the backward pass of `attend_to_documents` computes again on a
-    device of this mesh, for rows of `length` tokens; see `kernels.attention.recomputed`."""
+    """The number of matrix products that the backward pass of `attend_to_documents` computes again. It is for one
+    device of this mesh and for rows of `length` tokens; see `kernels.attention.recomputed`."""
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     queries = length // (2 * context) if context > 1 else length
     keys = queries if config.context == "ring" else length

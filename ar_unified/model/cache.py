@@ -48,8 +48,8 @@ def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = 
 
 
 def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, backend: str = "auto") -> Layer:
-    """A layer's cache with T more positions in each row, from start[b] on. Positions beyond the cache's end
-    are not written.
+    """Writes T positions into each row b of a layer's cache, from start[b] on, and returns the cache. Positions beyond
+    the cache's end are not written.
 
     Args:
       key, value: [B, T, K, H].
@@ -82,7 +82,8 @@ def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, b
 
 
 def with_rows(layer: Layer, rows: jax.Array, key: jax.Array, value: jax.Array) -> Layer:
-    """A layer's cache after copying key and value [M, K, S', H], S' <= S, to the first slots of `rows`, int32 [M].
+    """Copies key and value [M, K, S', H], S' <= S, to the first slots of `rows`, int32 [M], and returns the layer's
+    cache.
 
     Row numbers beyond the last row are ignored.
     """

@@ -1,8 +1,9 @@
 """Initial values for the rows of image codes in the embedding and the head: codes with similar vectors get similar
 rows.
 
-The number of a code has no meaning, but its image tokenizer has a vector for it. A transformer with random rows must
-learn from its data which codes are similar. The rows made here show this from the start, and training may change them.
+The number of an image code has no meaning, but the image tokenizer has a vector for each code. A transformer with
+random rows must learn from its data which codes are similar. The rows made here contain this similarity from the start,
+and training may change them.
 
 K codes, C length of a code's vector, V vocabulary, D model.
 """
@@ -19,8 +20,8 @@ CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # kinds of initial rows; 
 
 
 def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:
-    """The parameters of `transformer.init` with K new rows, from row `offset` on, in "embedding" and, if untied, in
-    "head".
+    """The parameters of `transformer.init` with new values in K rows, from row `offset` on. These rows are in
+    "embedding" and, if untied, also in "head".
 
     Both tables get the same features, scaled as in `transformer.init`. Jittable.
 
@@ -41,12 +42,12 @@ def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax
 def extended_tables(
     params: Params, rows: np.ndarray, text_size: int, codes: range, how: str, vectors: jax.Array | None, key: jax.Array
 ) -> Params:
-    """The parameters of a language model with new rows in its tables. The new rows start near the mean of its text
-    rows.
+    """The parameters of a language model with new rows in its tables. The new rows of a table start near the mean of
+    its text rows.
 
     A new id is then as likely as an average text piece; with rows of zeros it would have a logit of 0 (Hewitt,
-    "Initializing new word embeddings for pretrained language models", 2021). New rows that are not equal to the mean
-    differ from it as much as the text rows do. Jittable.
+    "Initializing new word embeddings for pretrained language models", 2021). If new rows differ from the mean, they are
+    about as far from it as the text rows are. Jittable.
 
     Args:
       params: f32, with "embedding" and, if untied, "head" [V_old, D].
@@ -76,7 +77,8 @@ def extended_tables(
 
 
 def random_features(vectors: jax.Array, width: int, key: jax.Array) -> jax.Array:
-    """f32 [K, C] -> f32 [K, width], with mean square 1. The product of two rows / width is about exp(-distance^2 / 2).
+    """f32 [K, C] -> f32 [K, width], with mean square 1. The dot product of two rows, divided by `width`, is about
+    exp(-distance^2 / 2).
 
     Distances between vectors are in units of the codebook's radius (the root of the mean squared distance to their
     mean), so that two random codes are about sqrt(2) apart. Random Fourier features: Rahimi & Recht, "Random features

@@ -200,8 +200,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def config_from(
     preset: str | Mapping[str, object], vocab_size: int | None = None, **overrides: object
 ) -> TransformerConfig:
-    """Makes a config from a preset's name or a mapping of fields, which may itself name a `preset`. `overrides` replace
-    fields.
+    """Makes a config from a preset's name or from a mapping of fields. The mapping may also name a `preset`.
+    `overrides` replace fields.
 
     `vocab_size` may be None only if the preset has one. Raises ValueError for an unknown preset, an unknown field or a
     value out of range.
@@ -218,12 +218,12 @@ def config_from(
         raise ValueError(f"model: unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
     required = {f.name for f in dataclasses.fields(TransformerConfig) if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(fields)):
-        raise ValueError(f"model: {', '.join(missing)} not given, neither by the preset nor by the config")
+        raise ValueError(f"model: neither the preset nor the config gives {', '.join(missing)}")
     return TransformerConfig(**fields)
 
 
 def layer_matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of a layer's matrices, by the name of the product."""
+    """(rows, columns) of each matrix of a layer, by the name of the matrix."""
     D, N, K, F = (config.d_model, *(n * config.head_dim for n in (config.n_heads, config.n_kv_heads)), config.d_mlp)
     return {
         "query": (D, N), "key": (D, K), "value": (D, K), "output": (N, D), "gate": (D, F), "up": (D, F), "down": (F, D),
@@ -231,7 +231,7 @@ def layer_matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
 
 
 def summed(name: str) -> tuple[int, ...]:
-    """The axes that each product sums over in the stacked matrices of the layers, by the product's name."""
+    """The axes that a product sums over, in the stacked matrices that are called `name`."""
     return (1, 2) if name == "output" else (1,)
 
 
@@ -246,7 +246,8 @@ def offloaded_bytes(config: TransformerConfig) -> int:
 
 
 def matmul_parameters(config: TransformerConfig) -> tuple[int, int]:
-    """(all layers, head): the number of weights that a token is multiplied with, without embedding table and norms."""
+    """The numbers of weights that a token is multiplied with: (in all layers, in the head). The embedding table and the
+    norms do not count."""
     layer = sum(rows * columns for rows, columns in layer_matrices(config).values())
     return config.n_layers * layer, config.vocab_size * config.d_model
 

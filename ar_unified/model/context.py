@@ -2,11 +2,12 @@
 
 In this order each device has two pieces of a row, an early one and a late one.
 
-`gather`: each device collects the keys and values of the whole row. It waits least, but needs memory for the keys of a
-whole row. `ring`: keys and values are passed round the devices, and the partial results of each device are merged by
-log-sum-exp (Ring Attention, arXiv 2310.01889). Memory does not grow with the number of devices, the transfer of a step
-overlaps with its computation, and nothing is computed for a piece of queries and a piece of keys that share no
-document. However, a layer needs as many small kernels and transfers as there are devices.
+`gather`: each device collects the keys and values of the whole row. Devices wait less than with `ring`, but each needs
+memory for the keys and values of a whole row. `ring`: keys and values are passed round the devices, and the partial
+results of each device are merged by log-sum-exp (Ring Attention, arXiv 2310.01889). Memory does not grow with the
+number of devices, and the transfer of a step overlaps with its computation. If a piece of queries and a piece of keys
+share no document, nothing is computed for this pair. However, a layer needs as many small kernels and transfers as
+there are devices.
 
 Both run on each device, inside `jax.shard_map`; gradients are exact.
 
@@ -106,10 +107,11 @@ ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, jax.Array]]]:
-    """Yields the pairs of a piece of this device's queries and a piece of the keys that it has after `step` turns.
+    """Yields pairs of pieces: a piece of this device's queries, and a piece of the keys that the device has after
+    `step` turns.
 
     Each pair is (own, visiting, whether a query of `own` may see a key of `visiting`, the arguments of `attention` for
-    them), where `own` and `visiting` are 0 for an early piece and 1 for a late one.
+    this pair). `own` and `visiting` are 0 for an early piece and 1 for a late one.
     """
     ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     first = _halves(doc_start)

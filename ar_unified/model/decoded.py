@@ -78,7 +78,8 @@ def mlp_width(config: TransformerConfig) -> int:
     """The width F of the MLP in the matrices that decoding reads, for the mesh in scope.
 
     A TPU's part of F is padded to whole lanes of the matrix unit. A quarter of Llama-7B's MLP has 2,752 channels. A
-    product that sums over them costs 2.6 times the cycles of a product that sums over 2,816 (docs/tpu_programs.md).
+    product that sums over 2,752 channels costs 2.6 times the cycles of a product that sums over 2,816
+    (docs/tpu_programs.md).
     """
     mesh = jax.sharding.get_abstract_mesh()
     lanes = _LANES * (1 if mesh.empty else mesh.shape["tensor"])

@@ -24,13 +24,13 @@ def cast(params: Any, dtype: str) -> Any:
 
 
 def is_vector(path: KeyPath) -> bool:
-    """Whether the leaf at that path is a norm's weight or a bias, which are float32 in every computation."""
+    """Whether the leaf at `path` is a norm's weight or a bias. Such leaves are float32 in every computation."""
     return any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
 
 
 def held(path: KeyPath, leaf: jax.Array, dtype: str) -> Any:
-    """The form in which a leaf of stacked parameters is stored if it is not trained: in `dtype`, but norms and biases
-    unchanged.
+    """Converts a leaf of stacked parameters to the form in which it is stored if it is not trained. Norms and biases do
+    not change; all other leaves are converted to `dtype`.
 
     With "int8" the layers' matrices are `Quantized`. The tables (embedding and head) are bfloat16, because
     rounding to 8 bits harms them more than the matrices.

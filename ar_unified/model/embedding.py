@@ -2,9 +2,9 @@
 
 Devices exchange tokens, not the table. Each device looks up its columns for the batch rows of its whole fsdp group.
 Then the devices of a tensor group add up their results (one has the vector, the others zeros). Last, an exchange over
-fsdp returns each row to its device. This moves as many bytes as the result has; the table of a large vocabulary is
-larger than that. These steps are explicit because, if sequences are split too, the compiler would collect the result
-of all devices on each device.
+fsdp returns each row to its device. These steps move as many bytes as the result has, and the table of a large
+vocabulary has more bytes. They are written out here, because the compiler alone would collect the result of all devices
+on each device if sequences are split too.
 
 B batch, T position, V vocabulary, D model.
 """

@@ -6,7 +6,7 @@ A is initialised as in PEFT (Kaiming-uniform with a = sqrt(5), which is uniform 
 that the first step starts from the base model. `rslora`: scale = alpha / sqrt(r), so that the size of updates does not
 depend on the rank (Kalajdzievski, arXiv:2312.03732). The matrix W + scale A B is only made for an export (`merged`).
 
-The parameters of adapters have two forms. A training has one adapter, params["lora"], with the layers stacked:
+The parameters of adapters have two forms. In training there is one adapter, params["lora"], with the layers stacked:
 {"attention": {"query": {"a": [L, I, r], "b": [L, r, O]}}, ...}. A sampler may have several adapters,
 params["adapters"], and each row of a batch chooses one. There "a" is [L, A, I, r] (or a list of layers [A, I, r]), and
 "b" includes the scale. Adapter 0 is zeros and means no adapter.
@@ -86,7 +86,7 @@ class LoraConfig:
             _require_place("targets", target)
         for name in ("ranks", "alphas"):
             if getattr(self, name) and not self.rank:
-                raise ValueError(f"{name}: expected none with rank 0, because no matrix has an adapter then")
+                raise ValueError(f"{name}: expected none, because no matrix has an adapter with rank 0")
             for each in getattr(self, name):
                 place, number = _of_place(name, each)
                 if not any(path in self.matrices for path in MATRICES if _under(path, place)):
@@ -96,15 +96,15 @@ class LoraConfig:
                     raise ValueError(f"{name}: {each!r}: expected {expected}, found {number:g}")
 
     def rank_of(self, path: str) -> int:
-        """The rank of one of MATRICES."""
+        """The rank of the adapter of a matrix. path: one of MATRICES."""
         return int(_last(self.ranks, path, self.rank))
 
     def alpha_of(self, path: str) -> float:
-        """The numerator of the scale of one of MATRICES."""
+        """The alpha of the adapter of a matrix, which is the numerator of its scale. path: one of MATRICES."""
         return _last(self.alphas, path, self.alpha)
 
     def scale_of(self, path: str) -> float:
-        """The factor of the adapter's product for one of MATRICES."""
+        """The scale of the adapter of a matrix, which multiplies (x A) B. path: one of MATRICES."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (rank**0.5 if self.rslora else rank)
 
@@ -122,7 +122,7 @@ def _under(name: str, target: str) -> bool:
 def _require_place(key: str, place: str) -> None:
     if not any(_under(name, place) for name in MATRICES):
         near = nearest(place, MATRICES)
-        raise ValueError(f"{key}: {place!r} names none of a layer's matrices ({', '.join(MATRICES)}){near}")
+        raise ValueError(f"{key}: {place!r} matches no matrix of a layer ({', '.join(MATRICES)}){near}")
 
 
 def _of_place(key: str, said: str) -> tuple[str, float]:
@@ -139,7 +139,7 @@ def _of_place(key: str, said: str) -> tuple[str, float]:
 
 
 def _last(said: Sequence[str], path: str, default: float) -> float:
-    """The number of the last PLACE=NUMBER that names a matrix."""
+    """The NUMBER of the last PLACE=NUMBER in `said` whose PLACE contains `path`; `default` without one."""
     numbers = [float(each.rpartition("=")[2]) for each in said if _under(path, each.rpartition("=")[0])]
     return numbers[-1] if numbers else default
 
@@ -177,7 +177,7 @@ def logical_axes(matrices: Mapping[str, tuple[str, ...]], tree: Any) -> Any:
 
 
 def with_adapters(params: Params) -> Any:
-    """The layers of a transformer (stacked or a list), with the adapters of each layer under its key "beside"."""
+    """The layers of a transformer (stacked or a list). The key "beside" of a layer has the adapters of this layer."""
     layers = params["layers"]
     beside = next((params[name] for name in ADAPTING if name in params), None)
     if beside is None:
@@ -188,7 +188,7 @@ def with_adapters(params: Params) -> Any:
 
 
 def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Adapt | None:
-    """The function that computes what a layer adds to its product with an adapted matrix; None without adapters.
+    """Returns the function that computes an adapter's addition to a matrix product of a layer; None without adapters.
 
     lora: in training, the adapter's config. adapter: in serving, the number of each row's adapter, int32 [B].
     """

@@ -86,7 +86,7 @@ def weighted_loss(
 
 
 def _checked(head: jax.Array, used: int | None, split: int | None) -> int | None:
-    """`used`, or None if it is all rows. Raises ValueError."""
+    """Returns `used`, or None if it includes all rows of the head. Raises ValueError."""
     if used is not None and not 0 < used <= head.shape[0]:
         raise ValueError(f"used: expected 1 to {head.shape[0]}, the number of rows of the head; found {used}")
     ids = used or head.shape[0]
@@ -103,7 +103,7 @@ def in_softmax(
     split: int | None = None,
     spans: jax.Array | None = None,
 ) -> jax.Array:
-    """The logits [..., V] of ids [V], set to -inf for ids outside the softmax of the position's target [...].
+    """Sets the logits [..., V] of ids [V] to -inf if the id is outside the softmax of the position's target [...].
 
     `used`, `split` and `spans` [..., K, 2] are as in `token_losses`.
     """
@@ -219,11 +219,12 @@ class _Placement:
         return collective(x, "tensor") if self.sharded else x
 
     def local(self, ids: Any, size: int) -> Any:
-        """Ids relative to the first of this device's `size` ids; outside 0 .. size - 1 if another device has them."""
+        """Counts ids from the first of this device's `size` ids on. Other devices' ids get numbers outside 0 .. size -
+        1."""
         return ids - jax.lax.axis_index("tensor") * size if self.sharded else ids
 
     def ids(self, head: jax.Array) -> jax.Array:
-        """The ids that this device's rows of the head stand for."""
+        """The ids of the head's rows that are on this device."""
         return jnp.arange(head.shape[0]) - self.local(0, head.shape[0])
 
     def logits(self, hidden: jax.Array, head: jax.Array, targets: jax.Array, spans: jax.Array | None) -> jax.Array:

@@ -1,6 +1,6 @@
 """Table rows that belong to one adapter of a sampler, such as rows for ids that the language model lacked.
 
-params["rows"]: {"embedding": {"at": i32 [V], which of the own rows an id has, or -1; "own": [A, n, D]},
+params["rows"]: {"embedding": {"at": i32 [V], the number of the own row of an id, or -1; "own": [A, n, D]},
                  "head": {part: {"at": i32 [n], ascending ids; "own": [A, n, D]}}}, parts as in PARTS.
 
 Adapter 0 means no adapter: its own rows are copies of the model's rows.

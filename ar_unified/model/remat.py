@@ -42,8 +42,8 @@ POLICIES: dict[str, Policy | None] = {
 
 
 def rematerialised(layer: Callable, policy: str, scanned: bool) -> Callable:
-    """Wraps `layer`, (x, ...) -> x, so that it keeps only what `policy` says for backward. scanned: whether it is the
-    body of a scan."""
+    """Wraps `layer`, (x, ...) -> x, so that `policy` decides which of its results are kept for backward. scanned:
+    whether it is the body of a scan."""
     found = POLICIES[policy]
     if found is None:
         return layer
@@ -59,8 +59,8 @@ def rematerialised(layer: Callable, policy: str, scanned: bool) -> Callable:
 
 
 def made_again(policy: str, swin: bool) -> tuple[str, ...]:
-    """The products with weights that backward computes again. swin: whether a norm follows the MLP; that norm's
-    backward pass needs the MLP's output."""
+    """The matrix products that backward computes again, by the names of their weights. swin: whether a norm follows the
+    MLP; that norm's backward pass needs the MLP's output."""
     found = POLICIES[policy]
     if found is None:
         return ()

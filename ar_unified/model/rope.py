@@ -22,7 +22,7 @@ def rope_angles(config: TransformerConfig, positions: jax.Array) -> Rope:
 
 
 def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> Rope:
-    """`rope_angles` looked up in a table of `length` positions; NaN for a position beyond it.
+    """The same result as `rope_angles`, from a table of `length` positions; NaN for a position beyond the table.
 
     This is for XLA CPU, which would compute cos and sin of `rope_angles` again for each head of each layer.
     """
@@ -38,9 +38,9 @@ def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> 
 def _wavelengths(config: TransformerConfig) -> jax.Array:
     """The wavelengths divided by 2 pi: theta^(2i/H), float32 [H/2], stretched as the config says.
 
-    "linear" multiplies all wavelengths by `rope_factor`. "llama3" (Llama 3.1's model card and code) does this only with
-    wavelengths that turn fewer than `rope_low` times in the original length. It does not change wavelengths that turn
-    more than `rope_high` times, and blends in between.
+    "linear" multiplies all wavelengths by `rope_factor`. "llama3" (Llama 3.1's model card and code) multiplies only the
+    wavelengths that have fewer than `rope_low` turns in the original length. It does not change wavelengths with more
+    than `rope_high` turns, and it blends the two in between.
     """
     H = config.head_dim
     wavelengths = config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)

@@ -104,9 +104,9 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; works under `jax.jit` (with `out_shardings`) and `jax.eval_shape`.
 
     Recipe: a matrix is normal with variance 1 / fan-in, so that its output is as large as its input at any width (LeCun
-    et al., "Efficient BackProp", 1998); the two projections that write into the residual stream are smaller by sqrt(2
-    L), so that its variance does not grow with depth (GPT-2). An untied embedding is normal with variance 1; a tied one
-    is initialised like a matrix. Norms start with the factor 1 and the bias 0.
+    et al., "Efficient BackProp", 1998). The two projections that write into the residual stream are divided by sqrt(2
+    L), so that the variance of the stream does not grow with depth (GPT-2). An untied embedding is normal with variance
+    1; a tied one is initialised like a matrix. Norms start with the factor 1 and the bias 0.
     """
     L, D, F, V = config.n_layers, config.d_model, config.d_mlp, config.vocab_size
     N, K, H = config.n_heads, config.n_kv_heads, config.head_dim
@@ -151,7 +151,7 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = None) -> Params:
     """Shapes and dtypes of the parameters, and their shardings on a mesh. Nothing is allocated or computed.
 
-    The key is made inside, so that nothing is computed. A config is checked with this before the processes of a job
+    The key is made inside, so that nothing is computed. This function checks a config before the processes of a job
     join, and a process that has already computed something cannot join.
     """
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
@@ -200,7 +200,7 @@ class Attention(nnx.Module):
 
 
 def _flat(weight: jax.Array | Quantized, inputs: int = 1) -> jax.Array | Quantized:
-    """Reshapes [I, N, H] to [I, O], or any matrix whose first `inputs` axes are summed over."""
+    """Reshapes a matrix to [I, O]. Its first `inputs` axes become I: a product sums over them."""
     if isinstance(weight, Quantized):
         return weight.flat(inputs)
     return weight.reshape(math.prod(weight.shape[:inputs]), -1)
@@ -278,10 +278,9 @@ class Transformer(nnx.Module):
 
     @classmethod
     def bind(cls, config: TransformerConfig, params: Params, lora: LoraConfig | None = None) -> Transformer:
-        """A module that uses `params`, which still belong to the caller. Binding is cheap; do it inside a traced
-        function.
+        """A module that uses `params`; the caller still owns them. Binding is cheap; do it inside a traced function.
 
-        lora: the config of params["lora"]. Raises ValueError if only one of the two is given.
+        lora: the config of params["lora"]. Raises ValueError if there is only one of `lora` and params["lora"].
         """
         return cls(config, params, lora)
 
@@ -293,7 +292,7 @@ class Transformer(nnx.Module):
         dropout_keys: jax.Array | None = None,
         adapter: jax.Array | None = None,
     ) -> jax.Array:
-        """The teacher-forced forward over packed rows.
+        """The teacher-forced forward pass over packed rows.
 
         Args:
           tokens, positions: int32 [B, T]; positions count from the beginning of each document.
@@ -331,7 +330,7 @@ class Transformer(nnx.Module):
         return unzigzag(rms_norm(x, _norm(config, self.norm[...]), config.norm_eps))
 
     def observe(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array, look: Callable[..., Any]) -> Any:
-        """A forward like `__call__` without dropout. It returns the results of `look` for the attention of each layer.
+        """A forward pass like `__call__`, without dropout. It calls `look` in each layer and returns the results.
 
         Args:
           tokens, positions, doc_start: as in `__call__`.
@@ -353,7 +352,9 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, self._look_up(tokens, "sequence", None), self.layers)[1]
 
     def _begin(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array) -> tuple[Any, ...]:
-        """Tokens, positions, doc_start and columns, int32 [B, T] in zigzag order on a mesh, and RoPE's angles."""
+        """Returns tokens, positions, doc_start and columns, int32 [B, T] and in zigzag order on a mesh, and RoPE's
+        angles.
+        """
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         tokens, positions, doc_start, columns = (zigzag(x) for x in (tokens, positions, doc_start, columns))
         rope = rope_table(self.config, positions, tokens.shape[1])
@@ -406,8 +407,8 @@ class Transformer(nnx.Module):
         return (self.embedding if self.output is None else self.output)[...]
 
     def logits(self, hidden: jax.Array, adapter: jax.Array | None = None) -> jax.Array:
-        """float32 [B, ..., V] of hidden states [B, ..., D]. For sampling; a loss uses `head` and never stores all
-        logits.
+        """The logits of hidden states [B, ..., D], float32 [B, ..., V]. This is for sampling; a loss uses `head` and
+        never stores all logits.
 
         adapter: as in `__call__`.
         """

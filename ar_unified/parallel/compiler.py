@@ -13,7 +13,7 @@ Names and values for TPUs come from MaxText's benchmarks/xla_flags_library.py. d
 our programs.
 
 A transformer's training step in float32 on a CPU is compiled without YNNPACK, the library that XLA uses for products by
-default, and is 13% to 23% faster (docs/benchmarks.md). In bfloat16 and for the few rows of decoding YNNPACK is faster.
+default, and is 13% to 23% faster (docs/benchmarks.md). YNNPACK is faster in bfloat16, and for the few rows of decoding.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = (), products: str | None =
       own: strings "name=value". Each is added to OPTIONS, or replaces the option of this name.
       products: the dtype of a transformer's matrix products; None: the model is no transformer.
 
-    Options set by LIBTPU_INIT_ARGS are not changed. An option of ours that this compiler does not know is left out with
-    a warning, because the next libtpu may rename options. Raises UserError if the compiler does not know one of `own`
-    or cannot read its value.
+    Options set by LIBTPU_INIT_ARGS are not changed. If this compiler does not know one of our own options, this option
+    is left out with a warning, because the next libtpu may rename options. Raises UserError if the compiler does not
+    know one of `own` or cannot read its value.
     """
     device = mesh.devices.flat[0]
     hardware = of_kind(device.device_kind)

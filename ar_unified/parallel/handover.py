@@ -40,7 +40,7 @@ def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
 
 
 def _like(mesh: Mesh, process: int) -> np.ndarray:
-    """The devices of another process, in the arrangement that `mesh` has for this process's devices."""
+    """The devices of another process, arranged like this process's devices in `mesh`."""
     mine, theirs = (
         sorted((d for d in jax.devices() if d.process_index == each), key=lambda d: d.id)
         for each in (jax.process_index(), process)

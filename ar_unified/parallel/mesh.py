@@ -41,7 +41,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
     rest = [axis for axis, size in sizes.items() if size == -1]
     if wrong or len(rest) > 1:
-        raise ValueError(f"mesh: expected positive sizes, or -1 for one axis (all the rest); found {sizes}")
+        raise ValueError(f"mesh: expected positive sizes, or -1 for one axis (the remaining devices); found {sizes}")
     product = math.prod(size for size in sizes.values() if size != -1)
     if rest and len(devices) % product == 0:
         sizes[rest[0]] = len(devices) // product
@@ -83,7 +83,7 @@ def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
         slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
     if len({len(part) for part in slices.values()}) > 1:
         raise ValueError(
-            f"mesh: expected slices of one size; their sizes are {[len(part) for part in slices.values()]}"
+            f"mesh: expected slices of the same size, found sizes {[len(part) for part in slices.values()]}"
         )
     return [slices[index] for index in sorted(slices)]
 

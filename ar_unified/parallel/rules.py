@@ -60,7 +60,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
         if size % ways:
             if axis not in MAY_STAY_WHOLE:
                 raise ValueError(
-                    f"{name}: axis {axis!r} has size {size}, which mesh {' x '.join(parts)} = {ways} does not divide; "
+                    f"{name}: axis {axis!r} has size {size}, not a multiple of mesh {' x '.join(parts)} = {ways}; "
                     f"choose a size of {axis!r} that is a multiple of {ways}, or a smaller {' or '.join(parts)}"
                 )
             target = None
@@ -97,7 +97,8 @@ def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
     """Returns (index, count): if a batch is cut into `count` equal parts, all rows on this process's devices are in
     part `index`.
 
-    It is (0, 1), the whole batch, for a single process, or if the mesh spreads a process's rows over several parts.
+    The result is (0, 1), the whole batch, for a single process. It is also (0, 1) if the mesh spreads a process's rows
+    over several parts.
     """
     sharding = NamedSharding(mesh, spec(mesh, ("batch",), (rows,), "batch"))
     indices = sharding.addressable_devices_indices_map((rows,)).values()

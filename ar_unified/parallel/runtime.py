@@ -187,7 +187,8 @@ def _stop() -> None:
 
 
 def _fail(error: Exception) -> None:
-    """Says why, and ends this process without waiting for the others: they may be waiting for this one."""
+    """Reports the error and ends this process. It does not wait for the others, because they may be waiting for this
+    one."""
     assert _log is not None
     explained = errors.explain(error)
     try:
@@ -241,7 +242,8 @@ def say(line: str) -> None:
 def barrier(name: str, timeout: float = 600.0) -> None:
     """Waits until every process is at the barrier of this name. It uses the coordination service and no device.
 
-    After the barrier, this process sees what the others wrote into the workdir before it, in an object store too.
+    After the barrier, this process sees what the others wrote into the workdir before the barrier, even if the workdir
+    is in an object store.
 
     Raises ProcessesMissing after `timeout` seconds, naming those that did not arrive.
     """

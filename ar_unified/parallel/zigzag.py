@@ -17,7 +17,8 @@ from ar_unified.parallel.rules import spec
 
 
 def zigzag(x: jax.Array) -> jax.Array:
-    """Changes [B, T, ...] from sequence order to zigzag order; unchanged if the mesh in scope does not split sequences.
+    """Changes [B, T, ...] from sequence order to zigzag order. If the mesh in scope does not split sequences, nothing
+    changes.
 
     Raises ValueError if T is not a multiple of 2C.
     """
@@ -30,8 +31,8 @@ def unzigzag(x: jax.Array) -> jax.Array:
 
 
 def pieces(device: jax.Array, ways: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """The columns of the sequence at which the early and the late piece of a device begin, for `ways` devices and
-    pieces of `width` columns."""
+    """The columns of the sequence at which a device's early piece and its late piece begin. There are `ways` devices,
+    and each piece has `width` columns."""
     return device * width, (2 * ways - 1 - device) * width
 
 

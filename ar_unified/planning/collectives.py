@@ -47,7 +47,8 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in one step. A ring sends (n - 1) / n of the array, for all-reduce twice that."""
+        """Bytes that a device sends in one step. In a ring it sends (n - 1) / n of the array, and twice as much for
+        all-reduce."""
         n = self.groups.shape[1]
         if self.kind == "collective-permute":
             return float(self.bytes * self.times)
@@ -103,7 +104,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """Counts the loops that run and for which the number of iterations is not known."""
+    """Counts the loops that run with an unknown number of iterations."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(

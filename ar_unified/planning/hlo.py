@@ -59,7 +59,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def bytes_of(kind: str, last: bool = False) -> int:
-    """Bytes of a type. All arrays of a tuple count. last: whether to count only the results. It is for start
+    """Bytes of a type. In a tuple, all arrays count. last: whether only the results count; this is for start
     instructions, whose type also includes the operands.
     """
     arrays = []
@@ -101,8 +101,8 @@ def called_by(each: Instruction) -> list[str]:
 
 
 def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """The number of iterations of a loop, as XLA states it, or else the constant with which the loop's counter (from 0,
-    in steps of 1) is compared.
+    """The number of iterations of a loop. XLA states it, or else it is the constant with which the loop compares its
+    counter (from 0, in steps of 1).
 
     If the condition compares anything else, the loop may end earlier. Then the number is not known, and the result is
     None.

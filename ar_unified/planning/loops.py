@@ -63,7 +63,8 @@ def turn(hlo: str, without: str = "") -> Turn:
 
 
 def _reached(computations: dict[str, list[Instruction]], names: list[str], without: str) -> Iterator[str]:
-    """Yields the computations with these names and all that they run, each once, but not what is inside fusions."""
+    """Yields the computations with these names and all computations that they run, each once. It does not look inside
+    fusions."""
 
     def runs(each: Instruction) -> bool:
         left_out = without and each.opcode == "conditional" and f"/{without}/" in source_of(each)

@@ -97,14 +97,14 @@ def make_plan(
 
 
 def with_a_kernel(run: Run, target: Target) -> Run:
-    """The run with an attention that can be compiled for the target. XLA's attention replaces the kernel for GPUs,
-    because CPUs stand in for GPUs.
+    """The run with an attention that can be compiled for the target. For GPUs, XLA's attention replaces the kernel,
+    because the programs are compiled for CPUs instead of GPUs.
     """
     wanted, theirs = run.model.attention.removesuffix("_interpret"), "tpu" if target.is_tpu else "hopper"
     if wanted in ("tpu", "hopper") and wanted != theirs:
         raise TargetError(
             f"config.model.attention: expected auto, xla, reference or {theirs} for {target.name}; "
-            f"found {run.model.attention!r}, which is a kernel of other hardware"
+            f"found {run.model.attention!r}, which is a kernel for other hardware"
         )
     if wanted != "hopper":
         return run

@@ -312,8 +312,8 @@ def train_program(run: Run, mesh: Mesh) -> Program:
 
 
 def _resident(run: Run, mesh: Mesh) -> Any:
-    """The sampler's weights. Training by rewards keeps them on each process's devices together with the trained
-    parameters."""
+    """The sampler's weights. In training by rewards, each process keeps these weights on its devices, together with the
+    trained parameters."""
     axes = dict(data=mesh.size // mesh.shape["tensor"], fsdp=1, tensor=mesh.shape["tensor"], context=1)
     sampler = Mesh(mesh.devices.reshape([axes[name] for name in mesh.axis_names]), mesh.axis_names)
     params = transformer.abstract_params(run.model)
@@ -393,7 +393,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Returns two programs: prefill of as many prompts as the engine reads at once, each half as long as the cache, and
     decode with a full pool.
 
-    Besides the weights that it reads, the engine keeps in memory the whole head (for scores) and the prompts that it
+    The engine keeps the weights that it reads in memory, and also the whole head (for scores) and the prompts that it
     has read. The pool stays in memory while prompts are read (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length

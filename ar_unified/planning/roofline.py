@@ -1,4 +1,5 @@
-"""Estimates the least time of a step from the time that it needs on each of four resources at data-sheet rates.
+"""Estimates the least time of a step. For each of four resources, it computes the time that the step needs at the data
+sheet's rate.
 
   matmuls   executed matrix FLOPs (recomputation included) / bf16 peak
   memory     bytes of weights, operands of matmuls and optimizer state / HBM bandwidth
@@ -73,7 +74,7 @@ class Roofline(NamedTuple):
 
     @property
     def fastest(self) -> float:
-        """Seconds of a step if everything overlaps that can overlap in the compiled module."""
+        """Seconds of a step if the compiled module overlaps everything that it can."""
         hidden = self.seconds["ICI"] + self.seconds["DCN"] - self.exposed
         return max(self.seconds["matmuls"], self.seconds["memory"], hidden) + self.exposed
 
@@ -240,8 +241,8 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token; with a
-    window, one or more.
+    """The work of one step of decode. It reads all weights and the whole cache. Every row gets one token, or with a
+    window one or more tokens.
     """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)

@@ -2,9 +2,9 @@
 at which matmuls still bound a step.
 
 A device computes and reads the same amount at every size, and sends the same amount over the axes fsdp, tensor and
-context. Over the axis data it sends (n - 1) / n of its gradients twice, which hardly grows. In a larger slice, the axes
-of a group may not be rings, and then the group has half the links. Beyond the largest slice, gradients are sent between
-slices, over the slowest network.
+context. Over the axis data (of size n) it sends (n - 1) / n of its gradients twice, and this amount hardly grows with
+n. In a larger slice, the axes of a group may not be rings, and then the group has half the links. Beyond the largest
+slice, gradients are sent between slices, over the slowest network.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 best that fits.
 
 Arithmetic orders the candidates: it leaves out those that cannot fit, and sorts the others by the estimated time per
-token. Compiling shows what arithmetic cannot: the extra memory that the compiler needs, and which collectives it
-overlaps with computation. If one candidate does not fit, candidates that need more memory are not tried.
+token. Compiling shows two things that arithmetic does not know: the extra memory that the compiler needs, and the
+collectives that it overlaps with computation. If one candidate does not fit, candidates that need more memory are not
+tried.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
     if not fitting:
         least = min((each.least for each in found), default=0.0)
         raise ValueError(
-            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; by arithmetic, "
-            f"the least needs {least / 2**30:.1f} GiB, and a device has {target.hardware.hbm / 2**30:.1f} GiB: "
+            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}: the "
+            f"smallest needs at least {least / 2**30:.1f} GiB, and a device has {target.hardware.hbm / 2**30:.1f} GiB; "
             "raise config.mesh.fsdp or config.mesh.tensor, or use a smaller model"
         )
     tried: list[dict[str, Json]] = []
@@ -116,8 +117,8 @@ def said(changes: dict[str, Json]) -> str:
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether a candidate is at least as large as `other`, which did not fit: by arithmetic it needs as much memory or
-    more, it has as many rows or more, and it is split over as many devices or fewer.
+    """Whether a candidate is at least as large as `other`, which did not fit. This is so if by arithmetic it needs at
+    least as much memory, has at least as many rows, and is split over at most as many devices (fsdp).
     """
     return (
         each.least >= other.least

@@ -1,7 +1,8 @@
-"""Hardware by name, such as "v5p:8x8x8,slices=2", and devices to compile for on a host without that hardware.
+"""Hardware by name, such as "v5p:8x8x8,slices=2", and its devices, for which programs can be compiled on a host without
+that hardware.
 
-libtpu compiles for TPUs. It is the complete compiler and needs no TPU. For GPUs, JAX's CUDA plugin compiles if it is
-installed. Otherwise the same number of CPU devices stands in, and all numbers from the compiler come from XLA for CPUs.
+libtpu compiles for TPUs. It is the complete compiler and needs no TPU. For GPUs, the same number of CPU devices stands
+in, and all numbers from the compiler come from XLA for CPUs.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Target:
                 ).devices
             )
         except jax.errors.JaxRuntimeError as error:
-            raise TargetError(f"target {self.name}: libtpu knows no such slice: {error}") from error
+            raise TargetError(f"target {self.name}: libtpu does not know this slice: {error}") from error
 
     def process(self) -> Target:
         """The target of one process of a job: the devices of one host."""
@@ -145,7 +146,7 @@ def _cpu_devices(target: Target) -> list[jax.Device]:
     devices = jax.devices("cpu")
     if len(devices) < target.chips:
         raise TargetError(
-            f"target {target.name}: expected {target.chips} CPU devices to stand in for it, found {len(devices)}; "
+            f"target {target.name}: expected {target.chips} CPU devices in place of its chips, found {len(devices)}; "
             f"set JAX_NUM_CPU_DEVICES={target.chips} before the process starts"
         )
     return list(devices[: target.chips])

@@ -40,7 +40,7 @@ class Command:
         except ValueError as error:
             raise UserError(f"command {line!r}: {error}") from error
         if not self.words or shutil.which(self.words[0]) is None:
-            raise UserError(f"command {line!r}: found no program {(self.words or [''])[0]!r} that can be run")
+            raise UserError(f"command {line!r}: program {(self.words or [''])[0]!r} does not exist or cannot be run")
         self.timeout = timeout
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:

@@ -1,7 +1,7 @@
 """What a reward is.
 
-A reward is asked about many answers at once. For each it gives a number or says what went wrong. If it raises, hangs or
-returns NaN for one answer, the other answers keep their numbers, and the caller decides what to do.
+A reward gets many answers in one call. For each answer, it returns a number or says what went wrong. If it raises,
+hangs or returns NaN for one answer, the other answers keep their numbers, and the caller decides what to do.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 exact_answer  1 if the answer's text is right; white space at its ends does not matter
 shapes        1 if the image shows the scene in the prompt's `meta` (evaluation/shapes.py)
 shapes_objects  intersection over union of the objects in that scene and the objects in the image; 1 if `shapes` is 1
-shapes_closeness  the mean value of all places where that scene or the image has an object. Half of a place's value is
-              for the right object, and half for how close its pixels are. Unlike `shapes`, it also tells apart images
-              that are partly right, so it suits scenes that are rarely drawn right
+shapes_closeness  the mean value of all places where that scene or the image has an object. The right object gives half
+              of a place's value; the closeness of its pixels gives the other half. Unlike `shapes`, it also tells apart
+              images that are partly right, so it suits scenes that are rarely drawn right
 easy_vqa      1 if the image shows the figure that the prompt names (evaluation/easy_vqa.py)
 brevity       -1 for each character of the answer's text: shorter is better
 length        the number of characters of the answer's text
@@ -27,7 +27,7 @@ def exact_answer(prompt: Document, answer: Document) -> float:
     """
     expected = (text_of(prompt, answer=True) if prompt.asks else "") or str(prompt.meta.get("expected", ""))
     if not expected:
-        raise ValueError('the prompt has no right answer that is text: give it one, or a column "expected"')
+        raise ValueError('the prompt has no right answer as text: add an answer to it, or a column "expected"')
     return float(same_text(expected, text_of(answer)))
 
 
@@ -44,7 +44,9 @@ def _pixels(protocol: str) -> Callable[[Document, Document], float]:
 
 
 def shapes_objects(prompt: Document, answer: Document) -> float:
-    """Intersection over union of the wanted and the drawn objects. Objects are equal if shape, colour and place are."""
+    """Intersection over union of the wanted and the drawn objects. Two objects are equal if they have the same shape,
+    colour and place.
+    """
     if (scenes := _wanted_and_found(prompt, answer)) is None:
         return 0.0
     wanted, found = ({(each.shape, each.colour, each.place) for each in objects} for objects in scenes)
@@ -52,8 +54,8 @@ def shapes_objects(prompt: Document, answer: Document) -> float:
 
 
 def shapes_closeness(prompt: Document, answer: Document) -> float:
-    """The mean value of all places where at least one scene has an object. Half of a place's value is for the right
-    object, and half for the fourth power of how close its pixels are.
+    """The mean value of all places where at least one scene has an object. The right object gives half of a place's
+    value. The fourth power of the closeness of its pixels gives the other half.
 
     The fourth power separates right objects from nearly right ones: a square in place of a circle has a closeness of
     0.91.

@@ -1,4 +1,4 @@
-"""Turns the tokens of an answer into a Sample: finds where the answer ends, which document it is, and why it ended."""
+"""Turns the tokens of an answer into a Sample: finds where and why the answer ends, and parses it into a document."""
 
 from __future__ import annotations
 

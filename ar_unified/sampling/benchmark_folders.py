@@ -6,9 +6,9 @@
     mjhq            CATEGORY/ID.png                                     MJHQ-30K, whose FID compares folders
     folder          ID_00_00.png and metadata.jsonl                     Hugging Face's `imagefolder`; FID on any set
 
-Only the first image of a sample is used, but `folder` uses all images. Where possible, the files are hard links to the
-job's own files, which take no space. A running job can be exported, and exported again when it has more samples,
-because an image always gets the same name.
+Layout `folder` uses all images of a sample; the other layouts use only the first image. Where possible, the files are
+hard links to the job's own files, which take no space. A running job can be exported, and exported again when it has
+more samples, because an image always gets the same name.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request of a job: its name (its id, if that can be a file's name), its line, and the first image of each
-    finished sample, by sample number.
+    """A request of a job. `id` is the request's id, or its name if the id cannot be a file's name; `line` is its line
+    number. `images` maps the number of each finished sample that has an image to the sample's first image.
     """
 
     id: str
@@ -120,7 +120,9 @@ def _put(source: Path, target: Path, report: ExportReport) -> None:
 
 
 def _geneval(job: Path, report: ExportReport) -> None:
-    """Folder N is for line N of evaluation_metadata.jsonl, and its metadata.jsonl repeats that line."""
+    """Folder 00000 is for the first line of evaluation_metadata.jsonl, and so on. Each folder's metadata.jsonl repeats
+    its line.
+    """
     for asked in _asked(job, report):
         missing = {"tag", "include", "prompt"} - asked.meta.keys()
         if missing:
@@ -205,7 +207,9 @@ def _folder(job: Path, report: ExportReport) -> None:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`n`: how many samples of each request the benchmark needs. `write`: writes its files, called as (job, report)."""
+    """`n`: how many samples of each request the benchmark needs. `write`: the function (job, report) that writes the
+    files.
+    """
 
     n: int
     write: Callable[[Path, ExportReport], None]

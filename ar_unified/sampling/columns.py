@@ -3,8 +3,8 @@ the row's id.
 
 A key that is clearly not a setting ("category", "prompt_id") is the row's own column and is kept in `meta`. A key that
 resembles a setting ("guidence", "imageSize"), or is another system's name for it ("guidance_scale"), is an error that
-names our setting. Tables and the metadata of shards were not written for this program. So in them only misspellings are
-errors, and keys that are other systems' names for settings are kept in `meta`, too.
+names our setting. Tables and the metadata of shards were not written for this program. In these files, only
+misspellings are errors; other systems' names for settings are kept in `meta`, too.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def check_keys(row: Mapping[str, Json], known: Iterable[str], where: str) -> Non
 
 
 def elsewhere(key: str) -> str:
-    """Our setting that other systems call `key`, or ""."""
+    """Our name for the setting that other systems call `key`; "" if there is none."""
     return _ELSEWHERE.get(_plain(key), "")
 
 

@@ -42,8 +42,9 @@ _BEFORE = (Turn("user"), Turn("assistant"))  # stands for all earlier turns
 
 
 class _Kept(NamedTuple):
-    """The tokens that a context has read, int32 [n], and the context's row of the cache, whose first n slots are for
-    these tokens."""
+    """The tokens that a context has read, int32 [n], and the context's row of the cache. The first n slots of this row
+    belong to these tokens.
+    """
 
     tokens: np.ndarray
     cache: Cache
@@ -112,8 +113,8 @@ class Conversation:
         return np.concatenate([self.tokens, new])
 
     def kept(self, context: tuple[str, str], prefix: np.ndarray) -> tuple[int, Cache | None]:
-        """How many tokens of `prefix` are already in the context's cache, and the cache. The last token is always read
-        again."""
+        """Returns how many tokens of `prefix` the context's cache already contains, and this cache. The last token is
+        always read again."""
         found = self._kept.get(context)
         if found is None or self._params is not self.engine.params:
             return 0, None
@@ -122,7 +123,7 @@ class Conversation:
         return int(other[0]) if len(other) else most, found.cache
 
     def answered(self, plan: Plan, sample: Sample, caches: Sequence[Cache]) -> None:
-        """Adds an answer and keeps the rows of the cache that drew it, one for each context."""
+        """Adds an answer. `caches` has the cache row of each context; rows of contexts that reset are not kept."""
         assert sample.document is not None
         grammar = self.engine.grammar
         # The last token of an answer is drawn, but no context reads it.
@@ -187,7 +188,7 @@ def _programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) ->
 
 
 def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[Sample]:
-    """Serves one turn of each of at most R conversations, whose plans have equally many contexts."""
+    """Serves one turn of each of at most R conversations. All their plans have the same number of contexts."""
     R, C = engine.batch_size, len(group[0][1].prefixes)
     own = _programs(engine.config, engine.grammar, engine.mesh)
     jobs = {i: Job(plan, 0, None) for i, (_, plan) in enumerate(group)}

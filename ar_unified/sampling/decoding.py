@@ -107,8 +107,8 @@ def choose(
 
 
 def log_probability(logits: Array, allowed: Array | None, filters: Filters, token: Array) -> Array:
-    """f32 [B]: the log-probability with which `choose` draws `token`, int32 [B]; 0 at temperature 0. The other
-    arguments are those of `choose`. The result is arbitrary for an id outside the logits."""
+    """Returns the log-probability, f32 [B], with which `choose` draws `token`, int32 [B]. It is 0 at temperature 0. The
+    other arguments are those of `choose`. The result is arbitrary for an id outside the logits."""
     drawn = filters.temperature > 0
     scaled = jnp.clip(logits, _FLOOR, -_FLOOR) / jnp.where(drawn, filters.temperature, 1.0)[:, None]
     if allowed is not None:
@@ -130,7 +130,8 @@ def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
 
 
 def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Which tokens stay, bool [B, V]: the top_k of a row, and of these the smallest set with probability top_p or more.
+    """Returns which tokens stay, bool [B, V]. top_k keeps the k most likely tokens of a row. Of these, top_p keeps the
+    smallest set with a total probability of top_p or more.
 
     logits f32 [B, V] (-inf: not allowed), top_k i32 [B] (0: off), top_p f32 [B] (1: off; probabilities are renormalised
     after top_k). If logits tie at the threshold, all of them stay. A filter that no row uses costs nothing.

@@ -18,7 +18,7 @@ from ar_unified.model.config import TransformerConfig
 
 
 class Drafts(NamedTuple):
-    """n guesses of the tokens after each row's next token. `window.py` makes, reads and checks them."""
+    """n guesses for each row: the tokens that may follow its next token. `window.py` makes, reads and checks them."""
 
     tokens: Array  # i32 [R, n]; -1: no guess here or at any later place
     hidden: Array  # [R * C, n, D], the hidden state after each guess
@@ -28,7 +28,7 @@ class Drafts(NamedTuple):
 
 
 def no_drafts(config: TransformerConfig, grammar: Grammar, slots: int, contexts: int, width: int) -> Drafts | None:
-    """The empty drafts of a pool that begins to draw `width` positions at once. None if it draws one by one."""
+    """Returns empty drafts for a pool that begins to draw `width` positions at once, or None if `width` is 1."""
     if width == 1:
         return None
     n, machine = width - 1, grammar.automaton.resume(Opened(jnp.zeros(slots, jnp.int32)), Wanted())
@@ -42,7 +42,7 @@ def no_drafts(config: TransformerConfig, grammar: Grammar, slots: int, contexts:
 
 
 def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None:
-    """Removes the drafts of `rows`, bool [R], because these rows now have other next tokens than the drafts assume."""
+    """Removes the drafts of `rows`, bool [R], because they no longer fit the next tokens of these rows."""
     if drafts is None:
         return None
     gone = jnp.broadcast_to(rows, drafts.tokens.shape[:1])[:, None]

@@ -1,8 +1,8 @@
 """Turns many requests into many samples by continuous batching.
 
 Requests are served in pools (`steps.Shape`). The pool depends on the number of contexts of a request and on the cache
-length that it needs. Both follow from the request alone, and no row depends on another, so a sample does not depend
-on the rest of its batch, on its slot, or on the time when it is drawn. For each pool, three programs are compiled.
+length that it needs. Both follow from the request alone, and no row depends on another. So a sample does not depend on
+the rest of its batch, on its slot, or on the time when it is drawn. For each pool, three programs are compiled.
 Temperature, guidance, size, seed and budget are arrays, so no request makes the engine compile another program.
 
 Steps run in chunks. The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. For images of a given
@@ -172,7 +172,7 @@ class Engine:
         """Yields all samples of all requests as they finish, which is not the order of the requests.
 
         A request that cannot be served gives one sample with an `error`, and the other requests go on. `requests` is
-        read as slots become free, so it may be endless. A Plan (from `plan`) is not planned again.
+        read as slots become free, so it may be endless. A Plan (from `plan`) in it is served as it is.
         """
         counted = ((asked, asked.request.n if isinstance(asked, Plan) else asked.n) for asked in requests)
         return self.draw((asked, index) for asked, n in counted for index in range(max(n, 1)))
@@ -189,9 +189,9 @@ class Engine:
     def score(self, items: Iterable[Scored]) -> list[Score]:
         """Log-likelihoods of the items. Returns one Score for each item, in the same order.
 
-        An item is a document, or a pair of a request and the parts of a possible answer. In a document, the last answer
-        is scored; without turns, all of it is scored. Log-probabilities are the model's own, over all ids of the
-        softmax.
+        An item is a document, or a pair of a request and the parts of a possible answer. The last answer of a document
+        is scored; a document without turns is scored as a whole. Log-probabilities are over all ids of the softmax,
+        without grammar, temperature or filters.
 
         Raises GrammarError or RequestError for the first item that cannot be tokenized, or has more than max_length
         tokens.
@@ -326,9 +326,7 @@ class Engine:
         self._pace.drew(shape, rows.shape[1] // CHUNK, *many)
 
     def _learn(self, shape: Shape, sample: Sample) -> None:
-        """Learns from a sample's codes for later guesses, and tells `_pace` which of them the table would have
-        guessed.
-        """
+        """Tells `_pace` which codes of a sample `_pairs` would have guessed, and adds the codes to `_pairs`."""
         if sample.document is not None and self._pace.asks(shape):
             images = [part.codes for part in sample.document.parts if isinstance(part, CodesPart)]
             self._pace.saw(shape, len(sample.tokens), [self._pairs.learn(codes) for codes in images])
@@ -378,8 +376,9 @@ class Engine:
         return self._prepared[1]
 
     def _made(self, program: Any, *args: Any) -> Any:
-        """Arrays from a program without inputs, committed to a device if the weights are. Arrays computed from the
-        weights are committed, too; for uncommitted arrays, JAX would compile each program once more."""
+        """The arrays from a program without inputs. They are committed to a device if the weights are, like all arrays
+        that are computed from the weights. For uncommitted arrays, JAX would compile each program again.
+        """
         made, leaf = self.call(program, *args), jax.tree.leaves(self.weights)[0]
         if self.mesh is None and getattr(leaf, "committed", False) and len(leaf.devices()) == 1:
             return jax.device_put(made, *leaf.devices())

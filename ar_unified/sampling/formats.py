@@ -1,5 +1,4 @@
-"""Reads rows from files of requests. Each format has a small reader that returns what a line of our own JSONL would
-say.
+"""Reads rows from files of requests. Each format has a small reader, which returns rows with the keys of our own JSONL.
 
     *.jsonl   a line is a request of ours, a plain {"prompt"}, a line of an OpenAI batch or of GenEval's metadata
     *.txt     a line is a prompt, as in T2I-CompBench's files
@@ -10,8 +9,9 @@ say.
 
 An unreadable row becomes a row with an error, and the following rows are still read. The following never become
 prompts: the header of a table, other members of a tar, README and LICENSE files, hidden files, and files that macOS
-adds to archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Rows name their images, which are read later: files
-under the folder of the requests (`data.files`), members of the tar, or data: URLs. Nothing is downloaded.
+adds to archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Rows only name their images, which are read later. An
+image is a file under the folder of the requests (`data.files`), a member of the tar, or a data: URL. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = F
     file.
 
     The name's suffix gives the format. Without a known suffix, a file whose lines begin with "{" is JSONL. `leave` is
-    called with the kind of everything that is not a prompt, such as "README.txt" or "members .cls". `links`: whether
-    links to images, or to the prompts in a folder, may lead out of the requests' folder.
+    called for everything that is left out because it is not a prompt, except hidden files. Its argument is the kind,
+    such as "README.txt" or "members .cls". `links`: whether to follow links that lead out of the requests' folder. Such
+    a link may be an image, or a prompt in a folder.
     """
     path = Path(path)
     suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)
@@ -117,7 +118,7 @@ def _rows(
 
 
 def _hidden(name: str) -> bool:
-    """Whether a path in an archive or folder is a file made by operating systems: .DS_Store, ._a.txt, __MACOSX/a."""
+    """Whether a path in an archive is hidden or made by an operating system: .DS_Store, ._a.txt, __MACOSX/a."""
     return any(hidden(part) for part in name.split("/") if part not in ("", "."))
 
 
@@ -155,7 +156,9 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
-    """Each line is a prompt, unless the first line is the header of a table."""
+    """Each line is a prompt. A header in the first line is left out. If the header has tabs, the file is read as a
+    table.
+    """
     try:
         first = _text(next((line for _, line in _lines(path)), b"")).strip()
     except RequestError:
@@ -338,7 +341,7 @@ def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> by
     if isinstance(found, bytes):
         return found
     if found not in members:
-        raise RequestError(f"expected one of the sample's members {', '.join(members)}")
+        raise RequestError(f"expected the name of a file in the sample ({', '.join(members)}), found {found!r:.80}")
     member = members[found]
     if member.size > LARGEST:
         raise RequestError(f"expected at most {LARGEST} bytes, found {member.size}")

@@ -1,9 +1,9 @@
 """Classifier-free guidance: an image's logits are a weighted sum over the C contexts of its request.
 
-Context 0 is the request itself. The others are unconditional contexts to compare with. Each is a prefix followed by
-images alone. A context "resets" if each new image starts again from the prefix. The context "image_only" does not
-reset: it keeps the earlier images. Only image codes are guided: text, sizes and control tokens come from the request's
-own logits, and unconditional contexts never see text.
+Context 0 is the request itself. The others are unconditional contexts to compare with. Each has a prefix and then only
+images. A context "resets" if each new image starts again from the prefix. The context "image_only" does not reset: it
+keeps the earlier images. Only image codes are guided: text, sizes and control tokens come from the request's own
+logits. After its prefix, an unconditional context never reads text.
 
 All contexts of a request run in one forward, as rows side by side: [R * C]. So mixing is a reshape, and all contexts of
 a request are on one device, no matter how rows are split over devices.

@@ -1,6 +1,6 @@
 """Computes logits with only the part of the head that a step needs: text, controls and sizes, or image codes.
 
-Axes: R rows, C contexts, D model, W text pieces, control tokens and sides.
+Axes: R rows, C contexts, D model, W ids of text pieces, control tokens and size tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> t
 
 
 def with_head(layers: Params, text: Array, image: Array) -> Weights:
-    """Makes Weights from `decoded.unstacked` parameters, which are not copied, and the parts of the head."""
+    """Makes Weights from `decoded.unstacked` parameters and the parts of the head. The parameters are not copied."""
     return Weights({name: leaf for name, leaf in layers.items() if name != "head"}, text, image)
 
 

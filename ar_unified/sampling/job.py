@@ -169,7 +169,7 @@ def _count(line: Line) -> int:
 
 
 def _undone(line: Line, done: Done) -> list[int]:
-    """Samples of a line that must still be drawn, or [0] for an error that must still be written."""
+    """The samples of a line that must still be drawn, or [0] if the line is an error that must still be written."""
     if line.request is None:
         return [] if done.has(line.number, None) else [0]
     return [i for i in range(line.request.n) if not done.has(line.number, i)]
@@ -280,7 +280,7 @@ class _Preparation:
         return [self._ready(line, images, [next(codes) for _ in images], mask) for line, images, mask in opened]
 
     def _open(self, line: Line) -> tuple[Line, list[np.ndarray], np.ndarray | None]:
-        """The images of a line, with the canvas last, and which of the canvas's codes must be drawn, bool [h, w]."""
+        """Returns the line, its images (the canvas last), and which codes of the canvas must be drawn, bool [h, w]."""
         try:
             if not self._engine.grammar.vocabulary.codebook_size:
                 if line.canvas or _images(line):

@@ -1,10 +1,10 @@
 """The log-probability with which each token was drawn, for training on samples.
 
-The distribution is the one that the token was drawn from: it mixes the contexts, covers the ids that the grammar
-allows, and includes temperature and filters. A token that the grammar forces has probability 1. This needs one more
-product with the head for each step, so an engine computes it only on request.
+The log-probability is that of the final distribution: contexts are mixed, only ids that the grammar allows count, and
+temperature and filters are applied. A token that the grammar forces has probability 1. This needs one more product with
+the head for each step, so an engine computes it only on request.
 
-Axes: R slots, C contexts, V vocabulary, W text pieces, control tokens and sides.
+Axes: R slots, C contexts, V vocabulary, W ids of text pieces, control tokens and size tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ar_unified.sampling.steps import CHUNK, State
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, count: Array
 ) -> tuple[State, Array]:
-    """Like `steps.decode_chunk`, but the bits of the log-probabilities, float32 [R, CHUNK], are packed in front of the
-    result.
+    """Like `steps.decode_chunk`, but the packed result begins with the log-probabilities, float32 [R, CHUNK]. Their
+    bits are stored as int32.
     """
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
     keys = decoding.row_keys(state.rows.seed, state.rows.sample)
@@ -49,8 +49,9 @@ def decode_chunk(
 
 
 def of_token(grammar: Grammar, weights: Weights, state: State, token: Array) -> Array:
-    """The log-probability, f32 [R], of `token`, int32 [R], in `state`, the state before the token. It is 0 if the token
-    was forced or given."""
+    """The log-probability of `token`, int32 [R], as f32 [R]; 0 if the token was forced or given. `state` is the state
+    before the token.
+    """
     machine, vocabulary, rows = grammar.automaton, grammar.vocabulary, state.rows
     R, C = state.position.shape
     hidden = state.hidden.reshape(R, C, -1)

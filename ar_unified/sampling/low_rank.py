@@ -1,7 +1,7 @@
 """Several LoRA adapters for one model, in the form that the sampler reads. Each row of a batch has its own adapter.
 
-The adapters of a matrix are stacked. Number 0 means no adapter. It is all zeros, so a row without an adapter gets the
-model's own results. Ranks smaller than the largest are padded with zeros. The scale is multiplied into B.
+The adapters of a matrix are stacked. Number 0 means no adapter. Its entries are all zeros, so a row without an adapter
+gets the model's own results. Ranks smaller than the largest are padded with zeros. The scale is multiplied into B.
 
 L layers, A adapters, I inputs, O outputs, r the largest rank.
 """
@@ -55,8 +55,8 @@ def number(adapters: Mapping[str, int], name: str) -> int:
 
 def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
     """Makes params["adapters"] (model/lora.py), in the compute dtype: a [L, A + 1, I, r] and b [L, A + 1, r, O] for
-    each matrix that any adapter changes. For parameters from `weights.settled`, it is a list with [A + 1, ...] for each
-    layer.
+    each matrix that any adapter changes. If `params` come from `weights.settled`, it is a list with one tree for each
+    layer, whose arrays are [A + 1, ...].
     """
     rank = max(a.shape[-1] for adapter in adapters for a, _ in adapter.matrices.values())
     stacked: dict[str, Any] = {}
@@ -90,8 +90,8 @@ def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], m
     """Makes params["rows"] (model/own_rows.py) from the adapters that have their own rows of the embedding or the head;
     {} if no adapter has such rows.
 
-    Rows that an adapter lacks, and all rows for number 0 (no adapter), are the model's. Raises UserError if an
-    adapter's rows belong to another vocabulary.
+    If an adapter lacks a row, the model's row is used. Number 0 (no adapter) has only the model's rows. Raises
+    UserError if an adapter's rows belong to another vocabulary.
     """
     rows_of = [own_rows(adapter, grammar) for adapter in adapters]
     tables: dict[str, Any] = {}

@@ -128,7 +128,9 @@ def _length(sampling: Mapping[str, Json]) -> int:
 
 
 def _none_needed(defaults: Mapping[str, Json]) -> dict[str, Json]:
-    """Settings to add if the default context needs a negative prompt and the defaults have none."""
+    """Settings with a placeholder for the negative prompt, if the default context needs one and the defaults have none;
+    else {}.
+    """
     needs_one = defaults.get("context") == "negative_prompt" and not defaults.get("negative_prompt")
     return {"negative_prompt": "-"} if needs_one else {}
 
@@ -184,7 +186,7 @@ class Model:
         size: int | tuple[int, int] | None = None,
         **settings: object,
     ) -> list[Image.Image]:
-        """Draws images for a prompt of texts, and of images too, if the model was trained to edit them.
+        """Draws images for a prompt of texts. The prompt may also have images, if the model was trained to edit images.
 
         Args:
             seed, n: draws n images. Image i of a seed does not depend on n.

@@ -80,7 +80,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What the answer to a line repeats from the line: its id, the kind of answer, and the model's name."""
+    """The parts of a line that its answer repeats: the id, the kind of answer, and the model's name."""
 
     custom_id: Any
     endpoint: Literal["chat", "images"]
@@ -88,7 +88,7 @@ class Asked:
 
 
 def asked(row: Mapping[str, Json]) -> Asked | None:
-    """What a line of a batch asks for; None for a line of any other kind."""
+    """The `Asked` of a row, or None if the row is not a line of a batch."""
     if "custom_id" not in row and not {"url", "body"} <= row.keys():
         return None
     body = row.get("body")
@@ -126,7 +126,9 @@ def _endpoint(url: Any) -> Literal["chat", "images"] | None:
 
 
 def _check(body: dict[str, Json], endpoint: str) -> None:
-    """Removes keys from the body if their value changes nothing; raises RequestError for any other value."""
+    """Removes keys that have no counterpart in our own lines, if their value changes nothing. Raises RequestError for
+    any other value of such a key, and for an unknown key.
+    """
     ours = (*SETTINGS, "canvas")
     known = (*_READ[endpoint], *_NEUTRAL[endpoint], *ours)
     for key, value in list(body.items()):
@@ -149,13 +151,13 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
         most = body.pop("max_completion_tokens")
         if body.setdefault("max_tokens", most) != most:
             found = f"{body['max_tokens']!r} and {most!r}"
-            raise RequestError(f"body.max_tokens and body.max_completion_tokens: expected one of them, found {found}")
+            raise RequestError(f"body.max_tokens and body.max_completion_tokens: expected one number, found {found}")
     drawn = {key: body.pop(key) for key in ("temperature", "top_p", "top_k") if key in body}
     if drawn and isinstance(body.setdefault("text", {}), dict):
         body["text"] = {**drawn, **body["text"]}
     modalities = body.pop("modalities", [])
     if not isinstance(modalities, list) or any(kind not in ("text", "image") for kind in modalities):
-        raise RequestError(f'body.modalities: expected "text" and "image" in a list, found {modalities!r:.80}')
+        raise RequestError(f'body.modalities: expected a list of "text", "image" or both, found {modalities!r:.80}')
     if modalities and "mode" not in body:
         body["mode"] = modalities[0] if len(set(modalities)) == 1 else "free"
     return {"messages": messages, **_common(body)}

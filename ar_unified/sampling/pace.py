@@ -3,14 +3,14 @@
 A wider window takes fewer steps, but each step costs more. The number of saved steps depends on the model and on what
 it draws. The cost of a step depends on the device and the batch.
 
-The gain of a window can be estimated without using one. From codes that were drawn one by one it follows how many steps
-a window would have taken: a guess of `pairs.Pairs` saves a step if it is the code that was drawn. A real window gains
-more, because it also guesses from its own draws after wrong guesses. How much more it gains is known only after a
-window was used. The cost of a step is measured by timing a few steps. If a window seems faster by these steps, real
-work is done with the window and one by one, and the two are compared. The pool takes some chunks with the window and
-some without it, in turns, and the measured speeds decide, because a few timed steps do not show everything that a
-window costs. A trial therefore costs these steps and the compile time, and a pool may spend only a small share of its
-time on trials. So a short job tries no window. Nothing is measured twice in one process.
+The gain of a window can be estimated without using one. Codes that were drawn one by one show how many steps a window
+would have taken: each right guess of `pairs.Pairs` saves a step. A real window gains more, because its draws after a
+wrong guess serve as further guesses. How much more it gains is known only after a window was used. The cost of a step
+is measured by timing a few steps. A few timed steps do not show everything that a window costs. So if a window seems
+faster, it is compared in real work: the pool takes some chunks with the window and some without it, in turns, and the
+measured speeds decide. A trial costs the timed steps and the compile time. A pool may spend only a small share of its
+time on trials. So a short job tries no window. Engines with the same programs share their measurements. A window in use
+is compared again after many steps.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ _COSTS: dict[Hashable, Costs] = {}  # as measured in this process
 
 
 class _Comparison:
-    """Compares a width with drawing one by one in real work: the pool takes blocks of chunks with the width and
-    blocks with width 1, in turns.
+    """Compares drawing with a width to drawing one by one, in real work. The pool takes blocks of chunks with the width
+    and blocks with width 1, in turns.
 
     A block's first chunk does not count, because it includes the change of the width.
 
@@ -89,8 +89,9 @@ class _Comparison:
         self._blocks: dict[int, list[np.ndarray]] = {1: [], width: []}
 
     def add(self, width: int, steps: float, tokens: int, seconds: float) -> None:
-        """Adds a chunk: its steps and tokens, and the seconds since the end of the chunk before, which had the same
-        width."""
+        """Adds a chunk: its steps, its tokens, and the seconds since the end of the previous chunk. Both chunks have
+        the same width.
+        """
         if width != self.turns[0]:
             return
         self._steps, self._sums = self._steps + steps, self._sums + (tokens, seconds)
@@ -192,8 +193,9 @@ class _Pool:
         self.found = {}
 
     def compared(self, comparison: _Comparison) -> None:
-        """Takes the result of a comparison: sets the cost of the width's steps to the value that gives the measured
-        speed."""
+        """Uses the result of a comparison: sets the cost of a step of this width so that the expected speed equals the
+        measured speed.
+        """
         width = comparison.width
         self.costs.step[width] = self.tokens(width) * self.costs.step[1] / comparison.speed
         self.costs.used.add(width)
@@ -250,7 +252,7 @@ class Pace:
         return width, steps, False
 
     def begins(self) -> None:
-        """Says that a pool begins to draw. The time since the last chunk then does not count."""
+        """Must be called when a pool begins to draw. The time since the last chunk is then ignored."""
         self._before = None
 
     def expected(self, shape: Shape) -> float:
@@ -301,8 +303,9 @@ class Pace:
             pool.more[width] = (count[0] / count[1] - 1) / max(foreseen, _LEAST)
 
     def asks(self, shape: Shape) -> bool:
-        """Whether the next finished sample goes to `saw`. Learning from every sample would cost as much as it may
-        gain."""
+        """Whether `saw` needs the next finished sample. While the pool draws one by one, `saw` gets only some samples,
+        because learning from all would cost as much as it may gain.
+        """
         if not self.guesses:
             return False
         pool = self._pool(shape)
@@ -310,11 +313,11 @@ class Pace:
         return pool.width > 1 or not self._measured or pool.samples <= _FIRST or pool.samples % _EACH == 0
 
     def saw(self, shape: Shape, tokens: int, images: Sequence[np.ndarray]) -> None:
-        """Adds a sample: how many tokens it has, and for each of its images, which codes would have been guessed, bool
-        [codes].
+        """Adds a sample with `tokens` tokens. `images` tells for each of its images which codes would have been guessed
+        right, bool [codes].
 
-        A step keeps its first draw, and each further draw as long as the guess before it was right. So a wrong guess
-        ends the step, and if the last code was guessed right, the step also draws the end of the image.
+        A step keeps its first draw, and then one more draw after each right guess. A wrong guess ends the step. If the
+        last code was guessed right, the step also draws the end of the image.
         """
         ends = [np.flatnonzero(~right) for right in images]
         runs = [np.diff([-1, *end, len(right)]) for end, right in zip(ends, images, strict=True)]

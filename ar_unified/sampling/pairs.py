@@ -1,9 +1,9 @@
 """A table from which `window.py` guesses codes. A pair is the code before a position and the code above it. For each
 pair, the table has the code that last followed the pair.
 
-The host learns the table from images as they are drawn, and passes it to the device with the weights. If the code above
-has been right more often than the code that last followed the pair, the table has no entry for this pair, and the code
-above is the guess. A wrong entry only costs a step that could have been saved, so several pairs may share an entry.
+The host learns the table from images as they are drawn, and passes it to the device with the weights. The table has no
+entry for a pair if the code above was right more often than the code that last followed the pair. The guess is then the
+code above. Several pairs may share an entry: if an entry is wrong, a step is not saved, but all tokens stay the same.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def _ids(part: TokensPart, size: int) -> np.ndarray:
 
 
 def _sides(layout: ImageLayout, opened: Opened, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width, in codes, of the image that was begun: as in the prompt, else as requested, else the
-    smallest.
+    """Height and width, in codes, of the image that the prompt begins. Each side is taken from the prompt, else from
+    the request; else it is the smallest possible.
     """
     said, wanted = [opened.height, opened.width], size or (0, 0)
     sides = []
@@ -200,7 +200,7 @@ def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> 
 def without_text(grammar: Grammar, tokens: np.ndarray) -> np.ndarray:
     """Removes the text from ids [n] that begin a document, for the context "image_only".
 
-    It also removes the mark for the end of a question if the layout's `unconditional` has none, as in Chameleon.
+    It also removes the mark that ends a question, if the layout's `unconditional` lacks this mark, as in Chameleon.
     """
     record = grammar.layout.record
     kept = np.ones(len(tokens), bool)
@@ -273,7 +273,7 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
 
 
 def cache_length(max_length: int, part: int = 1) -> int:
-    """The number of slots of a cache for max_length / part tokens."""
+    """The length of a KV cache for max_length / part tokens, rounded up to a multiple of 64."""
     return -(-max_length // (_SLOTS * part)) * _SLOTS
 
 

@@ -24,7 +24,7 @@ from ar_unified.sampling.steps import Start
 
 
 def replay(grammar: Grammar, served: Sequence[tuple[Plan, Sample]], length: int) -> tuple[np.ndarray, ...]:
-    """Finds, for samples and their plans, which ids each token was drawn from.
+    """Finds which ids were allowed when each token was drawn. `served` has samples with their plans.
 
     Args:
         length: n, an upper bound on the tokens of a sample.

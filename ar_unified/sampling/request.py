@@ -104,7 +104,7 @@ class Request:
 
     @classmethod
     def asking(cls, document: Document, **settings: Any) -> Request:
-        """The request for the last answer of a document; if the document has no turns, the request draws all of it."""
+        """The request for the last answer of a document. Without turns, it is for the whole document."""
         asked = document.asked[-1].parts if document.asks else ()
         named = {"id": document.id} | settings
         return cls(parts=asked, turn=document.asks, history=document.asked[:-1], **named)
@@ -116,7 +116,7 @@ class Request:
 
     @property
     def asked(self) -> tuple[Part | TokensPart, ...]:
-        """The prompt, with `prompt_suffix` after it if it ends with text."""
+        """The prompt. In mode "image" with `turn` True, `prompt_suffix` is added if the prompt ends with text."""
         *before, last = self.parts or (None,)
         if not (self.prompt_suffix and self.turn and self.mode == "image" and isinstance(last, TextPart)):
             return self.parts

@@ -12,8 +12,8 @@ are files under the requests' folder, or data: URLs. Sizes are in pixels. Every 
 "messages"; all other keys are optional. `sampling.request` explains the settings, and the `defaults` of a job have the
 same keys.
 
-A row's own columns are kept in "meta", with one warning for each file (`sampling.columns` says which keys they are). An
-id may be any text; the request's folder of images is named after it.
+A row's own columns (`sampling.columns`) are kept in "meta", with one warning for each file. An id may be any text; the
+request's folder of images is named after it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class PromptImage:
 
 @dataclass(frozen=True)
 class Canvas:
-    """An image to be completed: below its first `top` pixels, or where `mask` is white."""
+    """An image that the model completes. It draws the part below the first `top` rows of pixels, or the part where
+    `mask` is white.
+    """
 
     image: PromptImage
     mask: PromptImage | None = None

@@ -1,4 +1,4 @@
-"""Writes and reads the lines in a job's folder. Each process appends to its own file, and every sample is read once.
+"""Writes and reads the lines in a job's folder. Each process appends to its own file. `read` yields each sample once.
 
     samples.jsonl                    of a job of one process
     samples-00003-of-00016.jsonl     of process 3 of 16
@@ -81,7 +81,7 @@ class Done:
     failed: dict[int, str] = field(default_factory=dict)
 
     def has(self, line: int, sample: int | None) -> bool:
-        """Whether a sample is already written, or its whole line is an error."""
+        """Whether the files have this sample, or an error for its whole line."""
         return (line, sample) in self.samples or (line, None) in self.samples
 
     @classmethod
@@ -124,7 +124,9 @@ def _own(file: IO[bytes], path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise JobBusy(f"{path} is being written by another process: wait for it, or end it") from None
+            raise JobBusy(
+                f"{path} is being written by another process: wait until that process ends, or stop it"
+            ) from None
         # some network file systems do not support locks
     size, block = file.seek(0, os.SEEK_END), 1 << 16
     end = size
@@ -252,8 +254,8 @@ class Writer:
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
-    """Writes a PNG. A large image first gets a thumbnail, so if the PNG exists, both files are complete. Raises
-    OSError.
+    """Writes a PNG. The thumbnail of a large image is written first. So if the PNG exists, both files are complete.
+    Raises OSError.
     """
     if max(pixels.shape[:2]) > THUMBNAIL:
         write_bytes(thumbnail(path), to_thumbnail(pixels, THUMBNAIL))

@@ -1,6 +1,6 @@
 """Log-likelihoods of given parts under a model, by teacher forcing.
 
-Axes: b rows of a batch, P bucket, D model, V vocabulary.
+Axes: b rows of a batch, P their padded length, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     """The token ids of the prompt, of each part to be scored, and of <eos>. Raises GrammarError or RequestError.
 
     For a Document, the prompt is everything before its last answer; if it has no turns, all parts are scored. For a
-    request and an answer, it is the request's prompt. If the request's `turn` is False, the answer continues the
-    prompt's text.
+    pair of a request and an answer, the prompt is the request's. If the request's `turn` is False, the answer continues
+    the prompt's text.
     """
     if isinstance(item, Document):
         grammar.encode(item)  # an error here names a wrong part by its index in the document
@@ -121,7 +121,7 @@ def adapter_of(item: Scored) -> str:
 
 
 def batches(items: Iterable[tuple[int, list[np.ndarray]]], width: int, bucket: Any) -> Iterator[tuple[int, list[Any]]]:
-    """Yields pairs of a bucket and up to `width` items of that bucket, in the order of the items."""
+    """Groups items by their padded length (`bucket`). Yields pairs of a padded length and up to `width` items."""
     waiting: dict[int, list[Any]] = {}
     for item in items:
         size = bucket(sum(map(len, item[1])))

@@ -7,8 +7,8 @@ Each step first asks the automaton what to draw. A forced token needs no logits.
 image-code rows, for all contexts; text needs the other rows, for the request's own context. So the state keeps hidden
 states, and each part of the head is computed only if some row needs it.
 
-Axes: R slots, C contexts, rows side by side [R * C]; b rows of a prefill, P its bucket; S cache length; D model;
-W text pieces, control tokens and sides; K KV heads, H head dim.
+Axes: R slots, C contexts, rows side by side [R * C]; b prompts of a prefill, P their padded length; S cache length; D
+model; W ids of text pieces, control tokens and size tokens; K KV heads, H head dim.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ PIECE = 1024  # tokens of a long prompt that are read at once
 
 
 class Shape(NamedTuple):
-    """The sizes C and S for which a pool is compiled, besides the sizes of the engine."""
+    """The sizes C and S of a pool. Its programs are compiled for these sizes and for the sizes of the engine."""
 
     contexts: int
     length: int
 
 
 class Start(NamedTuple):
-    """Where the automaton of a sample begins; ints, or i32 [R] each."""
+    """The state from which the automaton of a sample starts; ints, or i32 [R] each."""
 
     opened: Opened = Opened()
     wanted: Wanted = Wanted()
@@ -275,14 +275,14 @@ def read_on(
 
 
 def first_slots(width: int, state: State) -> Cache:
-    """For each row of the cache, the slots that decoding overwrites after the row has ended. width: the most positions
-    of a row that are drawn at once.
+    """The content of the first slots of each cache row, which decoding overwrites after the row has ended. width: the
+    most positions of a row that are drawn at once.
     """
     return tuple(slots_of(layer, slice(width)) for layer in state.cache)
 
 
 def take(state: State, first: Cache, row: Array) -> Cache:
-    """Takes one row of the cache for `put`, with its first slots restored from `first`."""
+    """Returns one row of the cache in the form that `put` takes. Its first slots are restored from `first`."""
     kept, first = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (state.cache, first))
     width = first[0][0].shape[2]
     return tuple(with_slots(layer, slice(width), slots) for layer, slots in zip(kept, first, strict=True))
@@ -325,7 +325,7 @@ def packed(grammar: Grammar, state: State, tokens: Array, taken: Array) -> Array
 def step(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, keys: Array
 ) -> tuple[Array, State]:
-    """One token for every row, int32 [R], drawn or forced by the grammar, and then fed to all contexts of its row."""
+    """Draws the next token of every row, int32 [R], unless it is `known`. Then feeds it to all contexts of the row."""
     machine, rows = grammar.automaton, state.rows
     token, broken = placed(draw(grammar, weights, state, keys))
     after = machine.halt(machine.advance(state.automaton, token), broken)
@@ -352,7 +352,7 @@ def step(
 def known(grammar: Grammar, state: automaton.State, canvas: Array) -> Array:
     """Returns the next token of every row, int32 [R], or -1 if the token must be drawn.
 
-    A token is known if the grammar leaves one choice, or the row's canvas, int32 [R, codes], has the code.
+    A token is known if the grammar allows only one id, or if the row's canvas, int32 [R, codes], gives the code.
     """
     machine = grammar.automaton
     given = jnp.take_along_axis(canvas, machine.code(state)[:, None], axis=1, mode="clip")[:, 0]

@@ -1,8 +1,8 @@
 """Reads rows from tables of prompts: CSV, TSV and Parquet files with a column named prompt, caption or text.
 
 The first line of a CSV or TSV file names the columns. A TSV cell is the text between two tabs, because PartiPrompts.tsv
-has prompts that contain a quotation mark. If the whole cell is quoted and its inner quotes are doubled, the quotes are
-removed. If cells span lines, the file is read like CSV. Columns with the names of settings are settings, and all other
+has prompts that contain a quotation mark. If a whole cell is in quotes and has doubled quotes inside, it is unquoted as
+in CSV. If cells span lines, the file is read like CSV. Columns with the names of settings are settings, and all other
 columns are kept in `meta`. An empty cell counts as absent.
 """
 
@@ -55,7 +55,7 @@ def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
 
 
 def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Read]]:
-    """The rows of a Parquet file, numbered from 1. Columns of bytes are left out; `leave` is called."""
+    """The rows of a Parquet file, numbered from 1. Columns of bytes are left out, and `leave` is called for each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -30,8 +30,8 @@ def _floats(ranks: Array) -> Array:
 
 
 def threshold(ranks: Array, weight: Array | None, least: Array, used: Array) -> Array:
-    """For each row that is `used`: a threshold t, uint32 [B], such that {rank >= t} is the smallest set of this form
-    with weight `least` or more. If all tokens together weigh less, the set has all tokens above -inf.
+    """Returns a threshold t, uint32 [B], for each row that is `used`. {rank >= t} is then the smallest set of this form
+    that has weight `least` or more. If all tokens together weigh less, the set has all tokens above -inf.
 
     Args:
         ranks: uint32 [B, V], from `ranked`.
@@ -39,13 +39,13 @@ def threshold(ranks: Array, weight: Array | None, least: Array, used: Array) -> 
         least: f32 [B].
         used: bool [B].
 
-    The search narrows a bracket around t. A pass over the logits tries one threshold, or three if tokens are only
-    counted, because a CPU counts twice as fast as it adds probabilities. The first pass divides the bracket into equal
-    ranges of values. Later passes assume that the tokens' values are spread evenly over the bracket: they try the
-    expected t, and one standard deviation to both sides. Every second pass (every third, if tokens are only counted)
-    divides the bracket into equal ranges of ranks, so the search ends after at most 64 passes, whatever the logits are.
-    A row is done as soon as its bracket contains a single token. This takes 6 to 10 passes for a count, and 12 to 25
-    for a probability.
+    The search narrows a bracket around t. A pass over the logits tries one threshold. If tokens are only counted, it
+    tries three, because a CPU counts tokens twice as fast as it adds probabilities. The first pass divides the bracket
+    into equal ranges of values. Later passes assume that the tokens' values are spread evenly over the bracket, and try
+    the expected t. For a count, they also try one standard deviation below and above it. Every second pass (for a
+    count, every third) divides the bracket into equal ranges of ranks, so the search ends after at most 64 passes,
+    whatever the logits are. A row is done as soon as its bracket contains a single token. This takes 6 to 10 passes for
+    a count, and 12 to 25 for a probability.
     """
     if weight is None:
         around, cycle, scale, value = jnp.array([-1.0, 0.0, 1.0]), 3, lambda x: x, lambda x: x

@@ -1,8 +1,8 @@
 """Converts weights from a checkpoint to the form that the sampler reads, without two full copies in memory.
 
 Training keeps float32 parameters, stacked by layers. The sampler reads a list of layers in the compute dtype, or in 8
-bits. The weights are read from disk directly in the compute dtype. Then each stack of matrices in turn is split into
-layers and freed, so only one stack at a time is in memory twice.
+bits. The weights are read from disk directly in the compute dtype. Then one stack of matrices after another is split
+into layers and freed. So only one stack at a time is in memory twice.
 
 L layers.
 """
@@ -80,7 +80,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
 
 
 def _place(path: KeyPath, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
-    """How the result of `form` for one layer is sharded, as a hashable value. None means the default."""
+    """The shardings of what `form` returns for one layer, as a hashable value. None means the default."""
     if mesh is None:
         return None
     tree: Any = jax.eval_shape(form, jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype))

@@ -8,11 +8,11 @@ Speculative Jacobi Decoding", arXiv 2410.01699; here all draws at a position hav
 right or wrong and no distribution changes.) So a step gives between 1 and w tokens. In exact arithmetic, they equal the
 tokens of `steps.step`.
 
-The last step also drew tokens after its first wrong guess; the next step uses these draws as guesses. For other
-positions, `pairs.py` looks up the code before and the code above: the guess is the code that last followed the
-same pair in earlier images. If there is none, the guess is the code above. Tokens that the grammar forces or a canvas
+A step also draws tokens after its first wrong guess. The next step uses these draws as guesses. For other positions,
+`pairs.py` looks up the code before and the code above: the guess is the code that last followed the same pair in
+earlier images. If the table has no such code, the guess is the code above. Tokens that the grammar forces or a canvas
 gives are known, so they need no guess. Text is not guessed: if all rows are in text, `steps.step` takes the step.
-Guesses end where the contexts of a row would no longer write to consecutive places, such as after an image.
+The guesses of a row end where one of its contexts would not write to the next place, such as after an image.
 
 Wrong guesses leave entries in the cache after the row's end. They are overwritten before anything reads them.
 
@@ -49,8 +49,8 @@ def decode_chunk(
     """Takes `count` (at most CHUNK) more steps of every row, with 1 to `width` tokens each. It stops early once all
     rows have ended.
 
-    Arguments and results are those of `steps.decode_chunk`, but the tokens are int32 [R, CHUNK * width]. The state has
-    drafts of this width. learned: the table of `pairs.Pairs`.
+    Arguments and results are those of `steps.decode_chunk`, but the tokens are int32 [R, CHUNK * width]. The drafts of
+    `state` must have this width. learned: the table of `pairs.Pairs`.
     """
     machine, R = grammar.automaton, len(halted)
     state = state._replace(automaton=machine.halt(state.automaton, halted))

@@ -67,7 +67,7 @@ def refuse(path: str | os.PathLike[str] | None, what: str) -> None:
     """Raises UserError if a user gives a URL instead of a path of this machine."""
     if path is not None and is_url(path):
         raise UserError(
-            f"{what}: expected a path of this machine, found {path}: only --workdir and sources may be URLs"
+            f"{what}: expected a path on this machine, found {path}: only --workdir and sources may be URLs"
         )
 
 
@@ -113,7 +113,7 @@ def refresh(path: Path | None = None) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    """The names of a folder's entries, or, in a store, only of its files. Empty if there is no folder."""
+    """The names of a folder's entries. In a store, these are only its files. Empty if there is no folder."""
     mirror = _of(folder)
     if mirror is not None:
         return mirror.names(folder)
@@ -176,8 +176,8 @@ def names_in(folder: Remote) -> list[str]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes a file unless it exists. Returns whether this call wrote it. If many try, exactly one succeeds. Each
-    writer must use different `data`.
+    """Writes a file unless it exists. Returns whether this call wrote it. If several processes try, exactly one
+    succeeds. Each writer must use different `data`.
     """
     mirror = _of(path)
     if mirror is not None:
@@ -210,7 +210,9 @@ def write(path: Path, data: bytes) -> None:
 
 
 def lock(path: Path) -> None:
-    """Takes the lock of this name in the store until this process ends. Raises Held if another process has it."""
+    """Takes the lock of this name in the store. The lock is released when the context of `mirrored` ends. Raises Held
+    if another process has it.
+    """
     mirror = _of(path)
     if mirror is None or path in _locks:
         return

@@ -1,4 +1,4 @@
-"""Locks for one process at a time. They use one operation of a store: it creates an object unless the object exists.
+"""Locks for one process at a time. They use one operation of a store, which creates an object unless it exists.
 
 A lock is a series of objects, NAME.000001, NAME.000002, and so on. The process that creates the next one has the lock.
 This process, the holder, writes to its object again and again. If it writes nothing new for the length of a lease
@@ -89,7 +89,9 @@ class Lock:
             # another process was faster: look again, to find out which one and whether it is alive
 
     def _await(self, number: int) -> None:
-        """Waits until the holder of a number has gone. Raises Held if it is alive."""
+        """Waits until the holder with this number has ended, or has written nothing for a lease. Raises Held if the
+        holder still writes.
+        """
         first = self._read(number)
         if _is_gone(first):
             return

@@ -83,8 +83,8 @@ class Mirror:
             list(pool.map(self._download, changed))
 
     def fetch(self, path: Path, *, fresh: bool = False) -> Path:
-        """Downloads a file, unless it is here, and returns its path. If the store has no such file, the path does not
-        exist.
+        """Downloads a file, unless it is here, and returns its path. If the store has no such file, a local file of
+        this name is removed.
 
         fresh: whether to ask the store even if this process has already downloaded or uploaded the file.
         """
@@ -144,7 +144,7 @@ class Mirror:
     # ---- removing and renaming ------------------------------------------------------------------------------------
 
     def remove(self, path: Path) -> None:
-        """Deletes a file here and its object."""
+        """Deletes a local file and its object in the store."""
         stores.delete(self._url(self.name(path)))
         path.unlink(missing_ok=True)
         self._tags.pop(self.name(path), None)
@@ -188,7 +188,7 @@ class Mirror:
     # ---- names --------------------------------------------------------------------------------------------------
 
     def name(self, path: Path) -> str:
-        """The path below the folder, with "/" between its parts; "" is the folder."""
+        """The path relative to the folder, with "/" between its parts; "" for the folder itself."""
         name = path.relative_to(self.root).as_posix()
         return "" if name == "." else name
 
@@ -236,7 +236,7 @@ def _look(path: Path) -> tuple[int, int]:
 
 
 def _travels(name: str) -> bool:
-    """Whether a file belongs to the store. Unfinished files, and files for this machine alone, do not."""
+    """Whether a file belongs to the store. Unfinished files and hidden files do not belong to it."""
     return not (name.endswith((UNFINISHED, ".tmp")) or any(part.startswith(".") for part in name.split("/")))
 
 

@@ -112,7 +112,7 @@ def path(text: str | os.PathLike[str] | Remote) -> AnyPath:
 
 
 def size_of(path: AnyPath) -> int:
-    """Bytes of a file or an object. Raises OSError."""
+    """The size of a file or an object, in bytes. Raises OSError."""
     if isinstance(path, Path):
         return os.path.getsize(path)
     found = stores.facts(str(path))
@@ -147,7 +147,7 @@ class Opened:
             os.close(self._descriptor)
 
     def read(self, at: int, size: int) -> bytes:
-        """Reads `size` bytes from byte `at` on. It returns fewer only at the end of the file."""
+        """Reads `size` bytes, beginning with byte `at`. It returns fewer bytes only at the end of the file."""
         if not self._url:
             return os.pread(self._descriptor, size, at)
         stop = min(at + size, self.size)

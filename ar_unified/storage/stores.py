@@ -64,7 +64,7 @@ class Facts:
 
 
 def is_url(path: str | os.PathLike[str] | object) -> bool:
-    """Whether a path is in an object store. Only this function decides which stores there are."""
+    """Whether a path is in an object store. This function alone decides which URLs belong to a store."""
     return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
 
 
@@ -153,10 +153,11 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Writes an object unless it exists. Returns whether this call wrote it. If many try, exactly one succeeds.
+    """Writes an object unless it exists. Returns whether this call wrote it. If several processes try, exactly one
+    succeeds.
 
-    Each writer must use different `data`. If the answer to a request is lost, the repeated request then recognises by
-    the data whether the first one succeeded.
+    Each writer must use different `data`. If the store's answer is lost, the request is repeated. The data in the store
+    then shows whether the first request succeeded.
     """
     tries = 0
 
@@ -226,7 +227,7 @@ def file_md5(path: Path) -> Any:
 
 
 def is_md5(tag: str) -> bool:
-    """Whether a tag is the MD5 of the content, which is false for an object that was written in parts."""
+    """Whether a tag is the MD5 of the content. If an object was written in parts, its tag is not the MD5."""
     return re.fullmatch(r"[0-9a-f]{32}", tag) is not None
 
 
@@ -258,8 +259,8 @@ def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
 
 
 def _pauses() -> Iterator[float | None]:
-    """Yields the seconds to wait before each next try, and None after the last. They are partly random, because many
-    processes may fail together.
+    """Yields the pause, in seconds, before each further try, and None when the time for tries is over. Pauses are
+    partly random, because many processes may fail at the same time.
     """
     until, pause = time.monotonic() + patience(), 0.1
     while time.monotonic() + pause < until:
@@ -315,7 +316,7 @@ def _require_whole(known: Facts, size: int, md5: Callable[[], Any]) -> None:
 
 
 def _below(url: str, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a listing, with their paths below a folder."""
+    """The rows of a listing that are in a folder, each with its path relative to the folder."""
     top = url.partition("://")[2].rstrip("/") + "/"
     named = ((row["name"], row) for row in rows)
     return [(name.removeprefix(top).rstrip("/"), row) for name, row in named if name.startswith(top)]

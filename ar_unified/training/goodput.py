@@ -1,9 +1,9 @@
 """Goodput: the fraction of a run's wall time spent on steps that were kept, and what used the rest of the time.
 
-Every second since the first attempt at a run counts for one activity. Time that counts for no other activity counts for
-"step", in which the devices work on a step. "down" is the time between two attempts. "redone" is the time of steps that
-came after the checkpoint from which the next attempt started. The attempts are stored in `goodput.json` next to the
-metrics, so they survive interruptions.
+Every second since the first attempt at a run counts for one activity. Time without another activity counts for "step"
+(the devices work on a step), or for "start" if the attempt has not taken a step yet. "down" is the time between two
+attempts. "redone" is the time of steps that came after the checkpoint from which the next attempt started. The attempts
+are stored in `goodput.json` next to the metrics, so they survive interruptions.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def shares(attempts: list[dict[str, Any]]) -> dict[str, float]:
     """Fractions of the wall time of all attempts, as `Goodput.write` returns them. Activities that took no time are
     left out.
 
-    An attempt has the keys `began` and `seen` (its start and its last record, Unix seconds), `first` and `last` (steps
-    taken at these times), `seconds` (by activity) and `finished`.
+    An attempt has the keys `began` and `seen` (the times of its start and of its last record, in Unix seconds), `first`
+    and `last` (the numbers of steps taken at these two times), `seconds` (by activity) and `finished`.
     """
     total = dict.fromkeys(("step", *ACTIVITIES), 0.0)
     for attempt, following in itertools.zip_longest(attempts, attempts[1:]):

@@ -1,9 +1,9 @@
 """The one training loop, for every task. Read it once from top to bottom.
 
 A run is a folder, and `fit` continues what it finds there. If training has finished, it only returns the parameters. An
-interrupted training continues from its last checkpoint and ends with the same parameters as without the interruption
-(bit for bit in fp32 on a CPU), because the state contains everything except the data, and the data is a function of the
-step. Every process of a job runs this loop. Only process 0 writes the shared files and prints.
+interrupted training continues from its last checkpoint. It ends with the same parameters as without the interruption
+(bit for bit in fp32 on a CPU): the state contains everything except the data, and the data is a function of the step.
+Every process of a job runs this loop. Only process 0 writes the shared files and prints.
 """
 
 from __future__ import annotations
@@ -362,7 +362,7 @@ def fit(
 
 
 def held_out_scores(task: TrainingTask[Batch], params: Params, mesh: Mesh) -> dict[str, float]:
-    """The validation scores that `fit` writes, except those of `task.inspect`, for parameters on `mesh`."""
+    """The validation scores of parameters on `mesh`, as `fit` writes them, but without those of `task.inspect`."""
     with jax.set_mesh(mesh):
         return task.summary(_held_out(task, make_eval_step(task, mesh), mesh, params, task.init_state(params)))
 

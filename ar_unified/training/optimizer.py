@@ -74,7 +74,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of step s (0-based) of a training of `steps` steps, as a jittable function.
+    """The learning rate as a jittable function of the step, counted from 0, if training has `steps` steps.
 
     Raises ValueError if restarts are out of order, or if warm-up and decay are longer than the steps.
     """
@@ -109,7 +109,7 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_decayed(path: Sequence[Any], leaf: Any) -> bool:
-    """Matrices have weight decay. Norms, biases and codebooks have none, because their size has a meaning."""
+    """Matrices have weight decay. Norms, biases and codebooks do not, because their size has a meaning."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     axes = leaf.ndim - (names[0] == "layers")
     return axes >= 2 and not any(word in name for name in names for word in ("norm", "bias", "codebook"))

@@ -1,13 +1,13 @@
 """Training by rewards: groups of samples, their advantages, and the clipped policy gradient (GRPO).
 
 Group relative policy optimisation (Shao et al., arXiv:2402.03300) compares the samples of a prompt with each other and
-needs no value network. Later variants are options. From DAPO (Yu et al., arXiv:2503.14476): a higher upper clip, the
-mean over tokens, and no groups with equal rewards, which give no signal. From Dr. GRPO (Liu et al., arXiv:2503.20783):
-no division by the standard deviation, and division by a constant instead of by lengths.
+needs no value network. Later variants are options. DAPO (Yu et al., arXiv:2503.14476) has a higher upper clip, takes
+the mean over tokens, and leaves out groups with equal rewards, because they give no signal. Dr. GRPO (Liu et al.,
+arXiv:2503.20783) does not divide by the standard deviation, and divides by a constant instead of by lengths.
 
-The policy is exactly the distribution from which samples were drawn. It includes the mix of contexts by guidance, the
-temperature, and the restriction to the ids that the grammar allows. So the ratio of new and old probability starts at
-exactly 1.
+The policy is exactly the distribution from which samples were drawn. This distribution includes guidance (the mix of
+contexts), the temperature, and the restriction to the ids that the grammar allows. So the ratio of new and old
+probability starts at exactly 1.
 
 Axes: B samples, T positions, C contexts, K ranges of ids, D model, P prompts, G samples of a group.
 """
@@ -214,8 +214,8 @@ class PolicyTask(TransformerTask[PolicyBatch[jax.Array]]):
     """The policy gradient on samples with rewards: `batch` is a `step.Drawing` of PolicyBatches.
 
     Dropout is off, as it is when samples are drawn. The weights of roles, tasks and prompts are not used, because the
-    advantage is the weight of a sample. With `policy.kl`, the initial parameters are the model state, so they are in
-    the checkpoint and a resumed training compares with the same reference.
+    advantage is the weight of a sample. With `policy.kl`, the model state contains the trained parameters from before
+    the first step. So they are in the checkpoint, and a resumed training compares with the same reference.
     """
 
     policy: PolicyConfig = PolicyConfig()

@@ -59,7 +59,7 @@ class PreferenceConfig:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the loss compares with the model before training."""
+        """Whether the loss uses a reference: the model before training."""
         return self.loss != "simpo"
 
     @property
@@ -104,7 +104,7 @@ def by_answer(values: Array, batch: PackedBatch[jax.Array], pairs: int) -> Array
 
 
 class Pairs(NamedTuple):
-    """The numbers of a batch's pairs that the loss and the metrics use."""
+    """Values of the pairs in a batch. The loss and the metrics use them."""
 
     logps: Array  # f32 [B, P, 2, R], weighted by role
     scored: Array  # f32 [B, P, 2, R], the parts of each answer's score
@@ -118,8 +118,8 @@ class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
     """Preference pairs in packed rows (`data.batch.PreferenceBatch`); all other arguments are as in `TransformerTask`.
 
     The loss of a step is the mean over its pairs. A pair has the weight of its chosen answer's task. role_weights
-    multiply the log-probabilities, and thereby the part of each modality in the scores. Prompts are not part of the
-    scores. z_loss is computed on the tokens of the SFT term.
+    multiply the log-probabilities, so they also scale the part of each modality in the scores. Prompts are not part of
+    the scores. z_loss is computed on the tokens of the SFT term.
     """
 
     preference: PreferenceConfig = PreferenceConfig()
@@ -168,8 +168,8 @@ class PreferenceTask(TransformerTask[PreferenceBatch[jax.Array]]):
 
 
 def _told(config: PreferenceConfig, pairs: Pairs) -> Metrics:
-    """Means over pairs under the usual names. Their parts by modality, `/text` and `/image`, are means over the pairs
-    with this modality in an answer.
+    """Means over pairs under the usual names. The metrics with `/text` or `/image` at the end are for one modality.
+    They are means over the pairs with this modality in an answer.
 
     `logps/` are sums of log-probabilities in nats, and `rewards/` are beta times the scores. `rewards/margins` is the
     chosen reward minus the rejected reward. `rewards/accuracies` is the share of pairs with a margin above 0.

@@ -18,9 +18,9 @@ class Profiler:
         self._tracing = False
 
     def at(self, taken: int, state: Any) -> bool:
-        """Must be called before every step, with the number of steps taken and the state after them. Returns whether a
-        trace was finished by this call. At the start and at the end of a trace it waits for `state`, so that the trace
-        contains exactly its own steps.
+        """Call this function before every step, with the number of steps taken and the state after them. Returns
+        whether a trace was finished by this call. At the start and at the end of a trace it waits for `state`, so that
+        the trace contains exactly its own steps.
         """
         if self.window is None:
             return False

@@ -41,8 +41,8 @@ def read_rate(rate: str) -> tuple[str, float]:
 
 
 def trained_in(only: Sequence[str], phases: Sequence[tuple[int, Sequence[str]]]) -> tuple[str, ...]:
-    """The places that are ever trained: the places of `only`, or of all phases if there are phases; () means
-    everything.
+    """The places that are trained in any step: the places of all phases, or those of `only` if there are no phases. ()
+    means everything.
     """
     if not phases:
         return tuple(only)
@@ -128,7 +128,10 @@ def make_rates(
         except ValueError as error:
             raise ValueError(f"rates: {error}") from error
         if not _meet(found, selection):
-            raise ValueError(f"rates: {place!r} names no trained parameters: `only` or `phases` leaves them out")
+            raise ValueError(
+                f"rates: {place!r}: these parameters are not trained, because `only` or `phases` leaves them out: "
+                "leave out this rate too"
+            )
         for path, runs in found.items():
             put(path, runs, factor, slice(None))
     for at, (_, places) in enumerate(phases):
@@ -148,7 +151,8 @@ def make_rates(
 
 
 def _taken(factor: np.ndarray, runs: Rows) -> np.ndarray:
-    """Takes the factors of the trained rows, [P, trained rows], from [P, V] or [P, 1]; [P] if all rows are equal."""
+    """Takes the factors of the trained rows from [P, V] or [P, 1]. The result is [P, trained rows], or [P] if all rows
+    have the same factors."""
     if factor.shape[1] > 1 and runs:
         factor = np.concatenate([factor[:, begin:end] for begin, end in runs], axis=1)
     return factor[:, 0] if (factor == factor[:, :1]).all() else factor

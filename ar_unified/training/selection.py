@@ -61,7 +61,7 @@ class Selection:
         return whole
 
     def fixed(self, params: Params, dtype: str) -> Params:
-        """`params`, with matrices and tables that are not trained cast to a dtype by the rules of `dtypes.held`."""
+        """`params` with each untrained matrix and table cast to `dtype` by the rules of `dtypes.held`."""
         trained = params if self.parts is None else self.take(params)
         kept = {path for path, _ in _leaves(trained)}
 
@@ -76,7 +76,8 @@ class Selection:
         return self._taken(axes, lambda found, rows: (None, *found[1:]))
 
     def _taken(self, tree: Params, of_rows: Callable[[Any, Rows], object]) -> Params:
-        """The selected leaves of a tree like the parameters; for a leaf with selected rows, the result of `of_rows`."""
+        """The selected leaves of a tree like the parameters. If rows of a leaf are selected, `of_rows` gives the new
+        leaf."""
         if self.parts is None:
             return tree
         taken: Params = {}
@@ -128,7 +129,7 @@ def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Col
             known = ", ".join(dict.fromkeys(path.partition(".")[0] for path in paths))
             near = nearest(match[1] if match else place, sorted({*paths, *above}))
             near = "; its head is its embedding" if match and match[1] == "head" else near
-            raise ValueError(f"{place!r} names none of this model's parameters ({known}){near}")
+            raise ValueError(f"{place!r} matches no parameter of this model ({known}){near}")
         ids = _ids(place, match[2], [path for path in found if paths[path][0] != "vocab"], vocabulary, new)
         for path in found:
             before = parts.get(path, set())
@@ -160,7 +161,7 @@ def _ids(
     if kind not in known:
         raise ValueError(f"{place!r}: expected one of {', '.join(known)}; found {kind!r}{nearest(kind, known)}")
     if others:
-        raise ValueError(f"{place!r}: {others[0]} has no rows of ids; only embedding and head have them")
+        raise ValueError(f"{place!r}: {others[0]} does not have a row for each id; only embedding and head do")
     if kind == NEW and not new:
         raise ValueError(f"{place!r}: no ids are new, because this training does not extend a language model")
     if not (ids := new if kind == NEW else vocabulary.ids(Role[kind.upper()])):

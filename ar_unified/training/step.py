@@ -86,11 +86,12 @@ class TrainingTask(Protocol[Batch]):
 
     @property
     def batch(self) -> BatchOfStep[object] | Drawing[object]:
-        """Gives the global batch of a step or a part of it, or is a `Drawing`, which uses the parameters."""
+        """A function that gives the global batch of a step or a part of it; or a `Drawing`, which also uses the
+        parameters."""
 
     @property
     def validation(self) -> Sequence[object]:
-        """Held-out batches, always the same. Like those of `batch`, they may be numpy arrays."""
+        """Held-out batches, always the same. They may be numpy arrays, like the batches from `batch`."""
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
@@ -113,8 +114,8 @@ class TrainingTask(Protocol[Batch]):
         """
 
     def of_whole(self, batch: Batch) -> TrainingTask[Batch]:
-        """A copy of this task with facts about the whole global batch. Its loss needs them if it gets only a part of
-        the batch. For a whole batch, `loss` finds them itself.
+        """A copy of this task that contains facts about the whole global batch. `loss` needs these facts if it gets
+        only a part of the batch. If it gets the whole batch, it finds them itself.
         """
 
     def loss(
@@ -151,7 +152,7 @@ class TrainingTask(Protocol[Batch]):
 
 
 class Stateless(Generic[Batch]):
-    """For tasks without a model state and with a loss that is a sum over rows."""
+    """A base class for tasks that have no model state and whose loss is a sum over rows."""
 
     @property
     def products(self) -> str | None:
@@ -159,7 +160,7 @@ class Stateless(Generic[Batch]):
         return None
 
     def of_whole(self, batch: Batch) -> Self:
-        """The task itself: the loss of a part does not depend on the whole batch."""
+        """Returns the task itself, because the loss of a part of a batch does not depend on the whole batch."""
         return self
 
     def selection(self, params: Params) -> Selection:
@@ -276,7 +277,8 @@ def gradients(
     """Returns (loss or losses, gradients of the trained part, metric sums) of one global batch, computed in
     `accumulation` sequential parts.
 
-    Each row has its own random key, fold_in(key, row of the global batch), so the numbers do not depend on the parts.
+    Each row has its own random key, fold_in(key, row of the global batch), so the random numbers do not depend on
+    `accumulation`.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))

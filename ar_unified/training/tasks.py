@@ -46,7 +46,7 @@ def ratios(totals: Totals) -> dict[str, float]:
 
 
 def _plain(totals: Totals, name: str) -> np.ndarray | float:
-    """A sum that has no count."""
+    """The value of a plain sum: one that has no count."""
     value = totals[name]
     assert not isinstance(value, tuple), name
     return value
@@ -168,7 +168,7 @@ class TransformerTask(Stateless[Batch]):
 
     def selection(self, params: Params) -> Selection:
         """The parameters that `only` or a phase names. If there is an adapter, its parameters and the rows of new ids
-        are added. Without any of these, all parameters.
+        are added. Without places and an adapter, all parameters are selected.
         """
         places = trained_in(self.only, self.phases)
         places = beside_adapter(places, params, self.new) if self.lora is not None else places
@@ -226,7 +226,7 @@ class TransformerTask(Stateless[Batch]):
         return self.chunk, self.vocabulary.used, self.split
 
     def of_whole(self, batch: Batch) -> Self:
-        """This task with the weight of each side in a global batch, which the two means of `mean_split` need."""
+        """This task with the factors of text and images in a global batch, which `mean_split` needs."""
         if self.mean_split is None:
             return self
         return dataclasses.replace(self, side_factors=self._side_factors(self.rows(batch)))
@@ -236,8 +236,9 @@ class TransformerTask(Stateless[Batch]):
         return batch.targets >= self.mean_split
 
     def _side_factors(self, batch: PackedBatch[jax.Array]) -> jax.Array:
-        """The factors of weights for text and for images, f32 [2]. With them, each side has half of the total weight.
-        If one side has no targets, it has no mean, and the other side still counts half, as in LargeWorldModel/LWM.
+        """The factors that multiply the weights of text and of images, f32 [2]. With them, each side has half of the
+        total weight. If one side has no targets, it has no mean, and the other side still counts half, as in
+        LargeWorldModel/LWM.
         """
         weight, image = self.weights(batch), self._of_images(batch)
         sides = jnp.stack([jnp.sum(jnp.where(side, weight, 0.0)) for side in (~image, image)])
@@ -327,7 +328,7 @@ class TransformerTask(Stateless[Batch]):
         return self.trains("layers.", "lora.", "embedding")
 
     def trains(self, *beginnings: str) -> bool:
-        """Whether a trained path begins with one of these."""
+        """Whether the path of a trained parameter begins with one of `beginnings`."""
         return any(path.startswith(beginnings) for path in self._trained)
 
     def flops(self, totals: Totals) -> float:
@@ -335,9 +336,9 @@ class TransformerTask(Stateless[Batch]):
 
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
         counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not counted.
-        If only a part is trained, the backward pass counts what it computes. Per token, these are 2 FLOPs for each
-        trained weight of a matmul (the gradients of weights), and 2 FLOPs for each weight from the first trained one on
-        (the gradients of inputs). The matrices of an adapter count as matmuls, too.
+        If only a part is trained, the result includes only what the backward pass computes. Per token, these are 2
+        FLOPs for each trained weight of a matmul (the gradients of weights), and 2 FLOPs for each weight that the
+        backward pass goes through (the gradients of inputs). The matrices of an adapter count as matmuls, too.
         """
         c, (layers, head) = self.config, matmul_parameters(self.config)
         looked_up, below_head = not c.tie_embeddings, self._trained.keys() - {"head"}
@@ -374,7 +375,7 @@ class TokenizerTask:
         return self.objective.init(key)
 
     def of_whole(self, batch: Pixels) -> TokenizerTask:
-        """The task itself: the loss of a part does not depend on the whole batch."""
+        """Returns the task itself, because the loss of a part of a batch does not depend on the whole batch."""
         return self
 
     def selection(self, params: Params) -> Selection:

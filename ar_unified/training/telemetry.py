@@ -28,7 +28,7 @@ def peak_flops() -> tuple[float, str]:
     once.
 
     The measured peak is the best of a few fp32 products of 1024 x 1024 matrices on one device. Simulated CPU devices
-    share one processor, so for them it is not multiplied by their number.
+    share one processor, so their peak is not multiplied by the number of devices.
     """
     device = jax.devices()[0]
     if (known := of_kind(device.device_kind)) is not None:
@@ -117,7 +117,7 @@ class Meter:
         self.steps += 1
 
     def skip(self, since: float) -> None:
-        """Excludes the time since `since` (of perf_counter), which was spent on validation or previews."""
+        """Leaves out the time from `since` (of perf_counter) until now, which was spent on validation or previews."""
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:

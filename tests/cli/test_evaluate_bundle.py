@@ -162,7 +162,7 @@ def test_what_cannot_be_evaluated_is_refused_and_nothing_is_left(own: Path, data
     refused(arguments(own, data, out, "--config.init=/else"), f"config.init: expected '{own}', the bundle .*'/else'")
     refused(arguments(own, data, out, "--config.training.batch_size=3"), "config.training.batch_size: .*3")
     probed = arguments(own, data, out, "--config.evaluation.tokenizer_probe_steps=2")
-    refused(probed, "config.evaluation.tokenizer_probe_steps: expected 0 without config.data.train")
+    refused(probed, "config.evaluation.tokenizer_probe_steps: expected 0, because the probe learns")
     bare = "from ar_unified.experiment.config import defaults\n\n\ndef get_config():\n    return defaults()\n"
     (tmp_path / "bare.py").write_text(bare)
     given = ["--from", str(own), "--config", str(tmp_path / "bare.py"), "--output", str(out)]

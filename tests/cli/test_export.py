@@ -180,7 +180,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
         (["--config.modle.d_model=1"], "config.modle.d_model: there is no such key"),
     ):
         refused(export(workdir, output, *changes), words)
-    refused(export(Workdir(tmp_path / "none"), output), "config.json: no such file; name the experiment by --config")
+    refused(export(Workdir(tmp_path / "none"), output), "config.json: no such file; give --config")
     record = read_json(workdir.config)
     write_json(workdir.config, record | {"modle": {}})
     refused(export(workdir, output), "config.json, which another .*--config.*: config.modle: there is no such key")

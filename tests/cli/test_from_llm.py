@@ -136,7 +136,10 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
             dict(text_tokenizer__model=__file__),
             "config.text_tokenizer.model: expected none, because the bundle in config.init has one",
         ),
-        (dict(training__only="('layer',)"), "config.training.only: 'layer' names none.*did you mean 'layers'"),
+        (
+            dict(training__only="('layer',)"),
+            "config.training.only: 'layer' matches no parameter.*did you mean 'layers'",
+        ),
         (
             dict(training__objective="preference", training__sequence_length=320),
             "config.training.objective: expected likelihood, because .* has no rows for images yet",
@@ -145,7 +148,10 @@ def test_new_rows_learn_alone_and_text_is_as_it_was(folder, text, images, tmp_pa
             dict(training__objective="reward", reward__function="length"),
             "config.training.objective: expected likelihood, because .* the images that it draws .* are random",
         ),
-        (dict(training__rates="('layer=2',)"), "config.training.rates: 'layer' names none.*did you mean 'layers'"),
+        (
+            dict(training__rates="('layer=2',)"),
+            "config.training.rates: 'layer' matches no parameter.*did you mean 'layers'",
+        ),
     ],
 )
 def test_what_does_not_go_with_the_language_model_is_refused_before_anything_runs(

@@ -113,7 +113,7 @@ def test_what_cannot_be_adapted_is_said(bundle, folder, tmp_path) -> None:
         refused(arguments("train", folder, bundle, tmp_path / "w", **changes), words)
 
     said("config.lora.rank: expected at least 0, found -1", lora__rank=-1)
-    said("config.lora.targets: 'mlp.op' names none of a layer's matrices", lora__targets="('mlp.op',)")
+    said("config.lora.targets: 'mlp.op' matches no matrix of a layer", lora__targets="('mlp.op',)")
     said("config.lora.base_dtype: expected one of float32, bfloat16, int8; found 'int4'", lora__base_dtype="int4")
     without = ["train", "--config", f"{ROOT}/experiments/folder.py:path={folder}", "--workdir", str(tmp_path / "w")]
     refused([*without, "--config.lora.rank=2"], "config.lora.rank: expected 0 without config.init")

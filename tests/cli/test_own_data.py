@@ -57,7 +57,7 @@ def test_a_folder_that_is_not_there_is_one_sentence(tmp_path, capsys):
     shutil.copytree(ROOT / "docs", tmp_path / "set")
     (tmp_path / "set" / "Captions.JSONL").write_text("{}")
     assert main(["validate", str(tmp_path / "set")]) == 2
-    assert "Captions.JSONL: expected a name in small letters" in capsys.readouterr().err
+    assert "Captions.JSONL: expected a name in lower case" in capsys.readouterr().err
 
 
 def test_files_that_differ_in_their_ending_are_rows_of_their_own(tmp_path):

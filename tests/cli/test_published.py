@@ -137,4 +137,7 @@ def test_a_tokenizer_json_may_be_brought_without_a_bundle(tmp_path, capsys):
     assert main(run("qwen.json", files.byte_level("NFC"), "--config.text_tokenizer.lossy=warn")) == 0
     assert "this text tokenizer loses text: normalizer NFC" in capsys.readouterr().out
     assert main(run("my.tiktoken", files.tiktoken_file(files.ranks()))) == 0
-    refused(run("broken.json", b"{"), "text_tokenizer.model: .*broken.json: expected a tokenizer.json, found no JSON")
+    refused(
+        run("broken.json", b"{"),
+        "text_tokenizer.model: .*broken.json: expected a tokenizer.json, found a file that is not JSON",
+    )

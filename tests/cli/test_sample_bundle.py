@@ -51,8 +51,8 @@ def test_a_bundle_draws_what_it_draws_in_a_notebook(
 
 def test_what_goes_with_a_bundle_and_what_does_not(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused(arguments(folder, out, "--workdir", str(tmp_path)), "--from BUNDLE has no workdir")
-    refused(arguments(folder, out, "--config.seed=1"), "--from BUNDLE has no workdir")
+    refused(arguments(folder, out, "--workdir", str(tmp_path)), "--from BUNDLE needs no workdir")
+    refused(arguments(folder, out, "--config.seed=1"), "--from BUNDLE needs no workdir")
     refused(arguments(folder, out, "--processes", "2"), "--processes does nothing with --from, where --part K/N shares")
     of_bundle = ["sample", "--from", str(folder / "bundle")]
     refused([*of_bundle, "--output", str(out)], "expected --requests FILE and --output DIR .* found no --requests")

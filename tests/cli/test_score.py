@@ -83,7 +83,7 @@ def test_nothing_is_written_over_and_nothing_half(folder: Path, lines: list[dict
     of_bundle = ["score", "--from", str(folder / "bundle")]
     refused(
         [*of_bundle, "--data", str(folder / "rows.jsonl"), "--output", str(folder / "scores.jsonl")],
-        "exists, and no file is overwritten",
+        "exists and is not overwritten",
     )
     refused(
         [*of_bundle, "--data", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "s")], r"--data .*no such file"

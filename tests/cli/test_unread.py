@@ -27,7 +27,7 @@ HERE = ["--config", "none.py", "--workdir", "none"]
         (["sample", *HERE, "--output", "out", "--layout", "geneval", "--part", "1/2"], "--part does nothing"),
         (["evaluate", *HERE, "--links"], "--links does nothing without --images"),
         (["validate", "none", "--workdir", "w"], "--workdir does nothing with a folder"),
-        (["validate", "none", "--config.seed=1"], "a folder has no config: --config.seed=1 does nothing"),
+        (["validate", "none", "--config.seed=1"], "--config.seed=1 does nothing without --config"),
         (["validate", "--config", "none.py", "--links"], "--links does nothing with --config"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_name_is_found_in_either_unicode_form_and_never_guessed(tmp_path: Path
 def test_rows_in_other_letters_are_told_and_not_taken_for_texts(folder: Path) -> None:
     (folder / "captions.jsonl").rename(folder / "Captions.jsonl")
     for open_ in (lambda: open_source(dict(kind="folder", path=folder)), lambda: validate(folder, show_progress=False)):
-        with pytest.raises(UserError, match="Captions.jsonl: expected a name in small letters: rename it to capt"):
+        with pytest.raises(UserError, match="Captions.jsonl: expected a name in lower case: rename it to capt"):
             open_()
     with pytest.raises(UserError, match=r"captions.jsonl: no such file; did you mean 'Captions.jsonl'\?"):
         open_source(dict(kind="folder", path=folder, files=("captions",)))

@@ -86,7 +86,7 @@ def test_a_mapping_in_the_config(tmp_path: Path) -> None:
     assert source[0].parts == (TextPart("Rex, a dog"), ImagePart(PICTURE)) and source.language(0) == "eng"
     with pytest.raises(UserError, match="expected a column 'titel', .*; did you mean 'title'"):
         open_source(spec | dict(columns=dict(image="photo", text="titel")))
-    with pytest.raises(UserError, match="expected the parts .*; found 'txt'"):
+    with pytest.raises(UserError, match="expected one of the parts .*; found 'txt'"):
         open_source(spec | dict(columns=dict(txt="title")))
 
 

@@ -176,7 +176,9 @@ def test_columns_of_other_names_are_mapped_in_tables_and_in_jsonl(tmp_path: Path
     assert one.turns == other.turns and one.rejected == other.rejected
     assert one.turns[0].parts == (TextPart("Be brief.\n\ndraw"),)
     assert (one.answer[0].pixels == Kit.image(0)).all() and (one.rejected.parts[0].pixels == Kit.image(1)).all()
-    with pytest.raises(UserError, match="columns: expected the parts prompt, chosen, rejected, .*; found 'choosen'"):
+    with pytest.raises(
+        UserError, match="columns: expected one of the parts prompt, chosen, rejected, .*; found 'choosen'"
+    ):
         open_source(specs[0] | dict(columns=dict(choosen="good")))
     with pytest.raises(UserError, match="rejected: expected a column 'worse', found the columns"):
         open_source(specs[1] | dict(columns=columns | dict(rejected="worse")))

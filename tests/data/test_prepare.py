@@ -88,7 +88,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
     assert any(broken.rglob("*.array_record")) and not any(broken.rglob("*~"))
     assert any(killed.rglob("*~"))
     for begun in (broken, killed):
-        with pytest.raises(FileNotFoundError, match="run `prepare` to its end"):
+        with pytest.raises(FileNotFoundError, match="run `prepare` until it finishes"):
             load_report(begun)
         again = kit.Tokenizer()
         run(sources(), grammar, again, begun)

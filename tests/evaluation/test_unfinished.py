@@ -33,7 +33,7 @@ def test_it_goes_on_behind_the_last_whole_part_and_appears_whole(tmp_path: Path)
         lines.finish()
     assert [json.loads(line)["i"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 5]
     assert [each.name for each in path.parent.iterdir()] == ["out.jsonl"]
-    with pytest.raises(UserError, match="exists, and no file is overwritten"):
+    with pytest.raises(UserError, match="exists and is not overwritten"):
         Unfinished(path, FACTS, 2)
 
 

@@ -58,11 +58,11 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("text_tokenizer.vocab_size", 0, "at least 1"),
         ("text_tokenizer.temperature", 0.5, "at least 1, found 0.5"),
         ("text_tokenizer.model", "no.model", "no.model: no such file"),
-        ("image_tokenizer.factor", 15, "patch x a power of two"),
+        ("image_tokenizer.factor", 15, "patch times a power of two"),
         ("image_tokenizer", {"blocks": "(1,2)"}, "make 3 levels, fine to coarse, but blocks has 2"),
         ("image_tokenizer", {"levels": "(2,3)"}, "levels of at least 3"),
         ("image_tokenizer", {"quantizer": "lfq", "activation": "tanh", "codes": 1000}, "power of two"),
-        ("image_tokenizer.codebook_update", "ema", "is only for vq or rq; quantizer fsq needs 'gradient'"),
+        ("image_tokenizer.codebook_update", "ema", "is only for vq or rq; for quantizer fsq it must be 'gradient'"),
         ("image_tokenizer.beta", "nan", "at least 0, found nan"),
         ("image_tokenizer.l2_weight", -1, "0 or more"),
         ("image_tokenizer.ema", 1, r"in \[0, 1\)"),
@@ -117,7 +117,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("sampling.image_guidance", "inf", "a finite number"),
         ("sampling.repetition_penalty", 0, "a number > 0"),
         ("training.eps", 0, "more than 0"),
-        ("training.only", "('layer',)", "'layer' names none of this model's parameters .*did you mean 'layers'"),
+        ("training.only", "('layer',)", "'layer' matches no parameter of this model .*did you mean 'layers'"),
         ("sampling.text.temperature", -1, "a finite number >= 0"),
         ("sampling.image.top_k", -1, "a whole number >= 0"),
         ("sampling.image.top_p", 0, "0 < top_p <= 1"),
@@ -205,7 +205,7 @@ def test_the_longest_rows_of_all_phases_hold_a_document():
 def test_each_shape_of_batches_must_go_onto_the_mesh(tmp_path):
     made = experiment(tmp_path, training__batch_size=16)
     made.config.training.phases = (ConfigDict(dict(begin=0.5, batch_size=12)),)
-    with pytest.raises(UserError, match=r"training.phases\[0\].batch_size: .*size 12.* = 8 does not divide"):
+    with pytest.raises(UserError, match=r"training.phases\[0\].batch_size: .*size 12, not a multiple of .* = 8"):
         check_devices(made)
 
 
@@ -307,7 +307,7 @@ def test_every_experiment_passes(tmp_path):
 def test_the_home_folder_wherever_a_path_comes_in(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert home("~/a") == str(tmp_path / "a") and home("a/~b") == "a/~b" and home("gs://a/b") == "gs://a/b"
-    with pytest.raises(ValueError, match="~nobody-of-this-name has no home folder"):
+    with pytest.raises(ValueError, match="~nobody-of-this-name is not a user's home folder"):
         home("~nobody-of-this-name/x")
     (tmp_path / "own.py").write_text(Path(ROOT / "experiments" / "folder.py").read_text())
     config = configs.load(
@@ -335,8 +335,8 @@ def experiment(tmp_path: Path, **changes: Any) -> Experiment:
             dict(mesh__context=2, training__sequence_length=258, data__max_tokens=256),
             "config.training.sequence_length: .*multiple of 4",
         ),
-        (dict(mesh__tensor=8), "config.mesh: .*'heads' has size 4, which mesh tensor = 8"),
-        (dict(training__batch_size=12), "config.training.batch_size: .*size 12.* = 8 does not divide"),
+        (dict(mesh__tensor=8), "config.mesh: .*'heads' has size 4, not a multiple of mesh tensor = 8"),
+        (dict(training__batch_size=12), "config.training.batch_size: .*size 12, not a multiple of .* = 8"),
         (dict(training__batch_size=8, training__accumulation=2), "config.training.batch_size: .*size 4"),
         (dict(image_tokenizer__batch_size=12), "config.image_tokenizer.batch_size: .*size 12"),
         (dict(sampling__batch_size=12), "config.sampling.batch_size: .*8 data devices, found 12"),

@@ -204,7 +204,7 @@ def test_any_number_of_processes_draws_the_same_batch(params, monkeypatch):
         monkeypatch.setattr(module, "batch_part", lambda mesh, rows, index=index: (index, 2))
         parts.append(rewarded.rollouts()(3, params))
     jax.tree.map(lambda x, a, b: np.testing.assert_array_equal(x, np.concatenate([a, b])), batch, *parts)
-    with pytest.raises(ValueError, match=r"whole groups of 4 .* for each of 8 processes, found 16"):
+    with pytest.raises(ValueError, match=r"a multiple of 4 .* for each of 8 processes, found 16"):
         require_groups(rewarded.POLICY, 16, 8)
 
 

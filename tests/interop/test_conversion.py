@@ -252,7 +252,7 @@ def endless():
 TORCH = {
     "packed, as a bomb is": (deflated, "is compressed"),
     "cut short": (cut, "damaged"),
-    "leads out": (of({"w": tensor("0", (4, 6), (6, 1))}, **{"archive/../../x": b""}), "leads out"),
+    "leads out": (of({"w": tensor("0", (4, 6), (6, 1))}, **{"archive/../../x": b""}), "points outside the zip"),
     "a storage of more than there is": (
         of({"w": tensor("0", (5, 6), (6, 1), size=30)}),
         "has 96 bytes, expected 30 numbers",
@@ -268,17 +268,17 @@ TORCH = {
     "beyond its storage": (of({"w": tensor("0", (4, 6), (6, 1), 1)}), "in a storage of 24"),
     "before its storage": (of({"w": tensor("0", (4,), (-1,), 5)}), "strides"),
     "a tensor that grows": (of({"w": tensor("0", (1 << 40,), (0,))}), "in a storage of 24"),
-    "big numbers first": (of({"w": tensor("0", (4, 6), (6, 1))}, order=b"big"), "in the order"),
+    "big numbers first": (of({"w": tensor("0", (4, 6), (6, 1))}, order=b"big"), "its byte order is"),
     "a program": (of({"w": 1}, **{"archive/constants.pkl": b""}), "TorchScript"),
     "no tensors": (of({"w": 1}), "found none"),
-    "a list": (of([1, 2]), "by name"),
+    "a list": (of([1, 2]), "from names to tensors"),
     "an old torch file": (raw(pickle.dumps(0x1950A86A20F9469CFC6C, 2)), "torch before 1.6"),
     "a pickle of protocol 0": (raw(pickle.dumps({"w": W}, 0)), "of protocol 2 or later"),
     "a picture": (raw(b"\x89PNG\r\n\x1a\n"), "damaged"),
     "empty": (raw(b""), "damaged"),
-    "without end": (raw(endless()), "without an end"),
+    "without end": (raw(endless()), "nested too deeply"),
     "a length of more": (raw(b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\0\0."), "cut short"),
-    "an array of other bytes": (raw(pickle.dumps({"w": np.ones(3, ">f4")})), "in the order"),
+    "an array of other bytes": (raw(pickle.dumps({"w": np.ones(3, ">f4")})), "the byte order"),
     "two names in one": (raw(pickle.dumps({"a": {"b": W}, "a/b": W})), "a name that no other tensor has"),
 }
 

@@ -72,10 +72,13 @@ def test_what_a_class_fixes_needs_no_key() -> None:
         ({"num_local_experts": 8}, "num_local_experts: expected None or 0 or 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "the same for all layers"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "expected one set of keys and values for all layers",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: expected default, linear or llama3"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number above 0, found None"),
-        ({"rope_scaling": [1.0]}, "rope_scaling: expected numbers by key"),
+        ({"rope_scaling": [1.0]}, "rope_scaling: expected one set of keys and values"),
         ({"rope_theta": -1.0}, "rope_theta: expected a number above 0, found -1.0"),
         ({"hidden_act": "relu"}, "hidden_act: expected one of silu"),
     ],
@@ -99,10 +102,10 @@ def test_what_is_written_is_read_as_the_same_shape(family: Family) -> None:
 @pytest.mark.parametrize(
     "changes, family, said",
     [
-        ({"qk_norm": "rmsnorm"}, LLAMA, "model.qk_norm: LlamaForCausalLM of transformers has 'none'"),
-        ({"norm_placement": "swin"}, LLAMA, "model.norm_placement: LlamaForCausalLM"),
-        ({"qk_norm": "none"}, QWEN3, "model.qk_norm: Qwen3ForCausalLM of transformers has 'rmsnorm'"),
-        ({"activation": "gelu_tanh"}, LLAMA, "model.activation: LlamaForCausalLM"),
+        ({"qk_norm": "rmsnorm"}, LLAMA, "model.qk_norm: expected 'none', as in LlamaForCausalLM of transformers"),
+        ({"norm_placement": "swin"}, LLAMA, "model.norm_placement: expected 'pre', as in LlamaForCausalLM"),
+        ({"qk_norm": "none"}, QWEN3, "model.qk_norm: expected 'rmsnorm', as in Qwen3ForCausalLM of transformers"),
+        ({"activation": "gelu_tanh"}, LLAMA, "model.activation: expected 'silu', as in LlamaForCausalLM"),
         ({"embedding_scale": 2.0}, LLAMA, "model.embedding_scale"),
     ],
 )

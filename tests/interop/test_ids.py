@@ -120,7 +120,7 @@ def test_lwms_tables_are_one() -> None:
         found.layout.split(found.vocabulary, "by_side") == text
         and found.layout.split(found.vocabulary, "joint") is None
     )
-    with pytest.raises(UserError, match="expected 8192 codes and two marks"):
+    with pytest.raises(UserError, match="expected at least 8192 [+] 2 ids in the table of images"):
         lwm.language_of(names, [*range(3, 32000)], (32000, 8193), 8192, "here")
     with pytest.raises(
         UserError, match="here: expected a piece for each of 32000 ids of text, found none for id 31990"
@@ -158,7 +158,7 @@ def test_names_that_are_wrong_are_refused_by_the_first() -> None:
         "",
         "image code 5: expected id 9, because ids must be consecutive; found 10",
     )
-    refused({"<eoss>": 100}, "", "image code 96 and <eoi> are both id 100")
+    refused({"<eoss>": 100}, "", "image code 96 and <eoi> both have id 100")
     with pytest.raises(UserError, match="expected a table of at least 65536 ids"):
         chameleon.language_of(names, text, 60000, "chameleon", "here", None)
 

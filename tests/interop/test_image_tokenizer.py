@@ -226,7 +226,7 @@ def test_a_pickled_file_is_sent_to_the_verb_that_reads_it(
         ({"image_dtypes": {"": "F8"}}, "found 'F8'"),
         ({"image_dtypes": {}}, "found 'no dtype'"),
         ({"image_dialect": "mine"}, "found 'mine'"),
-        ({"image_prefix": None}, "image_prefix: expected what an import wrote, found None"),
+        ({"image_prefix": None}, "image_prefix: expected a value that `ar-unified import` wrote, found None"),
     ],
 )
 def test_a_record_that_was_changed_leads_nowhere(

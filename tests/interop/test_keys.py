@@ -104,5 +104,5 @@ def test_norms_of_heads_turn_with_the_heads() -> None:
 
 
 def test_what_a_dialect_has_no_name_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="LWM's streams have no tensor for layers.attention.key_norm.bias"):
+    with pytest.raises(ValueError, match="no tensor in LWM's streams for layers.attention.key_norm.bias"):
         Keys(LWM, CONFIG, BORDER, tables=SIDES)

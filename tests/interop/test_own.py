@@ -44,7 +44,7 @@ def test_what_the_form_cannot_say_is_refused(tmp_path: Path, capsys: pytest.Capt
     command = ["export", "--from", str(tmp_path / "b"), "--output", str(tmp_path / "out"), "--to"]
     assert (
         main([*command, "hf"]) == 2
-        and "model.norm_placement: Qwen3ForCausalLM of transformers has 'pre'" in capsys.readouterr().err
+        and "model.norm_placement: expected 'pre', as in Qwen3ForCausalLM of transformers" in capsys.readouterr().err
     )
     assert main([*command, "meta"]) == 2 and "expected hf" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

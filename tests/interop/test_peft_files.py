@@ -111,9 +111,9 @@ def test_rows_of_ids_are_written_as_peft_has_them_and_read(bundle, tmp_path) -> 
     for settings, said in (
         (
             [3, 7],
-            r"expected rows of the modules that it names \(embed_tokens\), found embed_tokens, lm_head|found lm_head",
+            r"expected rows for the modules embed_tokens, found rows for embed_tokens, lm_head|found rows for lm_head",
         ),
-        ("x", "expected lists of ids by module, found 'x'"),
+        ("x", "expected a list of ids for each module, found 'x'"),
         ({"embed_tokens": [3, -1], "lm_head": [9]}, "embed_tokens: expected a list of ids, found"),
         ({"embed_tokens": [3, 3], "lm_head": [9]}, r"expected \[1, 32\], a row for each different id; found \[2, 32\]"),
         ({"embed_tokens": [3], "lm_head": [9]}, r"expected \[1, 32\], a row for each different id; found \[2, 32\]"),

@@ -180,7 +180,7 @@ def test_a_head_beside_the_table_it_is_tied_to_must_be_that_table() -> None:
     tensors = {slot.names[0]: np.ones(slot.shapes[0], np.float32) for slot in slots}
     table = tensors["model.embed_tokens.weight"]
     check_tensors(InMemory(tensors | {"lm_head.weight": table.copy()}), "here", [HF], config, border)
-    with pytest.raises(UserError, match="lm_head.weight: expected the same numbers as model.embed_tokens.weight"):
+    with pytest.raises(UserError, match="lm_head.weight: expected the same numbers as in model.embed_tokens.weight"):
         check_tensors(InMemory(tensors | {"lm_head.weight": table * 2}), "here", [HF], config, border)
 
 

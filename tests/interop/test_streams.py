@@ -78,7 +78,10 @@ BROKEN = {
     "a pickle": (b"\x80\x04K\x01.", "damaged"),
     "an object": (msgpack.packb((("w",), b"\xc1")), "damaged"),
     "twice": (GOOD + GOOD, "'w': expected each tensor once"),
-    "a shape of more": (GOOD.replace(b"\x91\x04", b"\x91\x05"), "16 bytes in an array of float32"),
+    "a shape of more": (
+        GOOD.replace(b"\x91\x04", b"\x91\x05"),
+        r"the wrong number of bytes, 16, for an array of float32 \[5\]",
+    ),
     "a length of more": (b"\x92\x91\xa1w\xc6\xff\xff\xff\xff", "cut short"),
     "nested without end": (b"\x91" * 100000, "damaged"),
 }

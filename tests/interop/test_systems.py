@@ -226,7 +226,7 @@ def test_theta_is_that_of_the_published_name(name: str, theta: float, tmp_path: 
 
 
 def test_what_no_file_of_lwm_says_is_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match="give it with --rope-theta: 1e.07 for 128K"):
+    with pytest.raises(UserError, match="give --rope-theta, which is 1e.07 for 128K"):
         lwm.theta_of(tmp_path / "mine", {}, None)
     folder = formats.lwm(tmp_path / "mine", vision=False)
     assert run("import", "--from", folder, "--as", "lwm", "--rope-theta", "1e7", "--output", tmp_path / "b") == 2

@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_in_words():
         (dict(q=arrays["q"][:, :3]), "K dividing N"),
         (dict(lengths=arrays["lengths"][:1]), "expected lengths int32"),
         (dict(k=int8["k"], v=int8["v"], v_scale=int8["v_scale"]), "found a cache in int8 without k_scale"),
-        (dict(k_scale=int8["k_scale"]), "expected scales for an int8 cache, and for no other"),
+        (dict(k_scale=int8["k_scale"]), "an int8 cache needs scales, and other caches must have none"),
         (dict(int8, k_scale=int8["k_scale"][..., :3]), "expected k_scale float32"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -39,7 +39,7 @@ def test_controls_are_the_layout_s_own_and_asked_for_by_name():
         own.control("eot")
     assert Vocabulary.from_manifest(json.loads(json.dumps(own.manifest()))) == own
     for wrong in (("pad", "bos"), ("pad", "bos", "eos", "bos")):
-        with pytest.raises(ValueError, match="controls: expected pad, bos, eos and others, each once"):
+        with pytest.raises(ValueError, match="controls: expected pad, bos and eos, and each control only once"):
             replace(V, controls=wrong)
 
 

@@ -62,7 +62,7 @@ def test_rules_place_axes_by_name():
 @pytest.mark.parametrize(
     "axes, shape, message",
     [
-        (("embed", "mlp"), (6, 8), "w: axis 'embed' has size 6, which mesh fsdp = 4 does not divide"),
+        (("embed", "mlp"), (6, 8), "w: axis 'embed' has size 6, not a multiple of mesh fsdp = 4"),
         (("heads", "mlp"), (8, 8), "w: logical axes 'heads' and 'mlp' both need mesh axis 'tensor'"),
         (("embed", "width"), (8, 8), "w: unknown logical axis 'width'"),
         (("embed",), (8, 8), "w: expected one logical axis per dimension"),

@@ -53,5 +53,5 @@ def test_the_best_that_fits_is_planned_and_says_why(monkeypatch):
 
 def test_nothing_that_fits_is_an_error_with_the_least(monkeypatch):
     small = replace(TARGET, hardware=replace(TARGET.hardware, hbm=1000.0))
-    with pytest.raises(ValueError, match=r"none of \d+ combinations .* the least needs"):
+    with pytest.raises(ValueError, match=r"none of \d+ combinations .* the smallest needs"):
         searching.search(SMALL, small, say=quiet)

@@ -151,7 +151,7 @@ def test_a_command_that_fails_says_so(program, message):
 
 
 def test_a_command_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="found no program 'no-such-program' that can be run"):
+    with pytest.raises(UserError, match="program 'no-such-program' does not exist or cannot be run"):
         of("command:no-such-program --fast")
 
 

@@ -107,7 +107,7 @@ def test_what_asks_for_nothing_is_taken_and_settings_are_used(tmp_path):
         (chat("a", modalities=["audio"]), "body.modalities"),
         (chat("a", temprature=1), "body: unknown key 'temprature': did you mean 'temperature'?"),
         (chat("a", size="12x8"), "body: unknown key 'size'"),
-        (chat("a", max_tokens=3, max_completion_tokens=4), "expected one of them"),
+        (chat("a", max_tokens=3, max_completion_tokens=4), "expected one number, found 3 and 4"),
         (chat("a", temperature="hot"), "text.temperature: expected int or float"),
         (chat("a") | {"n": 2}, "unknown key 'n': put it into body"),
         (chat("a") | {"metod": "POST"}, "unknown key 'metod': did you mean 'method'?"),

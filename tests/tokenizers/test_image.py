@@ -284,11 +284,11 @@ def test_save_and_load(tmp_path):
     other.save(tmp_path)  # over an existing one
     assert ImageTokenizer.load(tmp_path).hash == other.hash
     (tmp_path / "config.json").write_bytes(mixed)
-    with pytest.raises(ValueError, match=f"{tokenizer.hash[:12]}, but those found have {other.hash[:12]}"):
+    with pytest.raises(ValueError, match=f"{tokenizer.hash[:12]}, but those in the folder have hash {other.hash[:12]}"):
         ImageTokenizer.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(ValueError, match='"format": expected 2, found 9'):
         ImageTokenizer.load(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match="the last file, config.json, is missing"):
         ImageTokenizer.load(tmp_path)

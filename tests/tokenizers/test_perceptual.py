@@ -225,7 +225,7 @@ def test_torchs_files_become_ours(lpips_arrays, tmp_path, capsys):
 
     output.unlink()
     torch.save({"model": vgg}, tmp_path / "vgg16.pth")
-    with pytest.raises(SystemExit, match="no state dict"):
+    with pytest.raises(SystemExit, match="not a state dict"):
         convert_perceptual.main(given)
     with pytest.raises(SystemExit):
         convert_perceptual.main(given[2:])
@@ -255,7 +255,7 @@ def test_wrong_files_are_refused_by_name(lpips_arrays, lpips_file, tmp_path):
     for kind, path, message in (
         ("lpips", "", "needs a weight file"),
         ("ms_ssim", lpips_file, "has no weights"),
-        ("vgg", "", "is one of"),
+        ("vgg", "", "perceptual distance: expected one of"),
     ):
         with pytest.raises(ValueError, match=message):
             Perceptual.load(kind, path)

@@ -220,9 +220,7 @@ def test_the_lowest_digit_first_changes_codes():
     _, codes = run(from_published(here.config, other, "showo"), here.pictures)
     assert (codes != here.codes).mean() > 0.5
     other["quantize.power_vals"] = other["quantize.power_vals"][::-1]
-    with pytest.raises(
-        ValueError, match="quantize.power_vals: expected the values of a code's digits, the highest first"
-    ):
+    with pytest.raises(ValueError, match="quantize.power_vals: expected the values that the codes' digits give"):
         from_published(here.config, other, "showo")
 
 

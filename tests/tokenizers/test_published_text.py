@@ -306,16 +306,16 @@ def model(**changes: Any) -> bytes:
 
 BROKEN = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 HOSTILE = {
-    "not JSON": (b"\x80\x04.", "expected a tokenizer.json, found no JSON"),
-    "nested": (b"[" * 100_000, "expected a tokenizer.json, found no JSON"),
+    "not JSON": (b"\x80\x04.", "expected a tokenizer.json, found a file that is not JSON"),
+    "nested": (b"[" * 100_000, "expected a tokenizer.json, found a file that is not JSON"),
     "a list": (b"[]", "found no model"),
     "no model": (b'{"version": "1.0"}', "found no model"),
     "another model": (model(type="WordLevel"), "model.type: expected BPE or Unigram, found 'WordLevel'"),
     "no pieces": (model(vocab=[]), r"model.vocab: expected pieces and their ids, found \[\]"),
-    "a text for an id": (model(vocab={"a": "0"}), "'a': expected as its id a whole number below .*, found '0'"),
-    "a truth for an id": (model(vocab={"a": True}), "'a': expected as its id .*, found True"),
-    "below 0": (model(vocab={"a": -1}), "'a': expected as its id .*, found -1"),
-    "a huge id": (model(vocab={"a": 0, "b": 1 << 40}), "'b': expected as its id .*, found 1099511627776"),
+    "a text for an id": (model(vocab={"a": "0"}), "'a': expected a whole number below .* as the id, found '0'"),
+    "a truth for an id": (model(vocab={"a": True}), "'a': expected a whole number below .*, found True"),
+    "below 0": (model(vocab={"a": -1}), "'a': expected a whole number below .*, found -1"),
+    "a huge id": (model(vocab={"a": 0, "b": 1 << 40}), "'b': expected a whole number below .*, found 1099511627776"),
     "an id twice": (model(vocab={"a": 0, "b": 0}), "'b' and 'a' have the same id, 0"),
     "a merge of nothing": (model(merges=[["a", "\u2603"]]), "package cannot read: .*vocabulary"),
     "merges of numbers": (model(merges=[[1, 2]]), "found a file that the `tokenizers` package cannot read"),

@@ -427,12 +427,12 @@ def test_restart_revives_codes_that_nothing_chooses(name):
         (dict(quantizer="vq", gradient="gumbel"), "straight_through, rotation, got 'gumbel'"),
         (dict(quantizer="vq", codebook_update="sgd"), "gradient, ema, got 'sgd'"),
         (dict(quantizer="vq", space="torus"), "sphere, euclidean, got 'torus'"),
-        (dict(quantizer="rq", space="euclidean"), "space='euclidean' is only for vq; quantizer rq needs 'sphere'"),
-        (dict(quantizer="vq", restart=1.0), r"in \[0, 1\), got 1.0"),
+        (dict(quantizer="rq", space="euclidean"), "='euclidean' is only for vq; for quantizer rq it must be 'sphere'"),
+        (dict(quantizer="vq", restart=1.0), r"restart must be in \[0, 1\), .* got 1.0"),
         (dict(quantizer="lfq", codes=1000), "a power of two and at least 4; got 1000"),
         (dict(quantizer="rq", depth=0), "depth of at least 1, got 0"),
-        (dict(quantizer="simvq", codebook_update="ema"), "is only for vq or rq; quantizer simvq needs 'gradient'"),
-        (dict(quantizer="lfq", code_dim=9), "=9 is only for vq or simvq or ibq or rq; quantizer lfq needs 0"),
+        (dict(quantizer="simvq", codebook_update="ema"), "for vq or rq; for quantizer simvq it must be 'gradient'"),
+        (dict(quantizer="lfq", code_dim=9), "=9 is only for vq or simvq or ibq or rq; for quantizer lfq it must be 0"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

@@ -321,5 +321,5 @@ def test_save_and_load(tokenizer, tmp_path):
     assert (loaded.hash, loaded.size) == (tokenizer.hash, tokenizer.size)
     assert [path.name for path in tmp_path.iterdir()] == ["text.model"]
     (tmp_path / "text.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="no SentencePiece model"):
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
         TextTokenizer.load(tmp_path / "text.model")

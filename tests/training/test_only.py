@@ -127,12 +127,12 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits_and_says_what_it_trains(
 @pytest.mark.parametrize(
     "place, said",
     [
-        ("heads", "'heads' names none of this model's parameters.*did you mean 'head'"),
+        ("heads", "'heads' matches no parameter of this model.*did you mean 'head'"),
         ("layers.mlp.uo", "did you mean 'layers.mlp.up'"),
         ("head[images]", r"'head\[images\]': expected one of text, control, size, image, new; found 'images'.*'image'"),
-        ("layers.mlp[image]", "layers.mlp.down has no rows of ids"),
-        ("head[image", r"'head\[image' names none"),
-        ("", "'' names none"),
+        ("layers.mlp[image]", "layers.mlp.down does not have a row for each id"),
+        ("head[image", r"'head\[image' matches no parameter"),
+        ("", "'' matches no parameter"),
     ],
 )
 def test_a_place_that_names_nothing_is_refused_by_its_name(place, said):

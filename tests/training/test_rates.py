@@ -128,14 +128,14 @@ def test_a_run_that_is_stopped_in_a_phase_goes_on_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     "task, said",
     [
-        (dict(rates=("layer=0.1",)), "rates: 'layer' names none of this model's parameters.*did you mean 'layers'"),
+        (dict(rates=("layer=0.1",)), "rates: 'layer' matches no parameter of this model.*did you mean 'layers'"),
         (dict(rates=("layers",)), "rates: expected PLACE=FACTOR, as in layers=0.1.*found 'layers'"),
         (dict(rates=("layers=0",)), "with a factor above 0; found 'layers=0'"),
         (dict(rates=("layers=nan",)), "with a factor above 0; found 'layers=nan'"),
         (dict(rates=("=2",)), "found '=2'"),
-        (dict(rates=("head[text]=2",), only=("head[image]",)), "'head\\[text\\]' names no trained parameters"),
+        (dict(rates=("head[text]=2",), only=("head[image]",)), "'head\\[text\\]': these parameters are not trained"),
         (dict(rates=("head[new]=2",)), "'head\\[new\\]': no ids are new, because this training does not"),
-        (dict(phases=((0, ("heads",)), (2, ()))), "'heads' names none"),
+        (dict(phases=((0, ("heads",)), (2, ()))), "'heads' matches no parameter"),
     ],
 )
 def test_a_rate_that_says_nothing_is_refused_by_its_name(task, said):

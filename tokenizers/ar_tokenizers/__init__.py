@@ -1,4 +1,5 @@
-"""Image and text tokenizers. Importing the package prevents wrong sums by JAX on a CPU (`host.right_reductions`)."""
+"""Image and text tokenizers. Importing this package keeps JAX from computing wrong sums on a CPU
+(`host.right_reductions`)."""
 
 from ar_tokenizers.host import right_reductions
 

@@ -1,7 +1,6 @@
-"""The interface of all text tokenizers, ours and published ones, and `find`, which finds a tokenizer's file in a
-folder.
+"""The interface of all text tokenizers, ours and published ones. `find` finds the tokenizer's file in a folder.
 
-A folder has at most one of the files in `FILES`, byte for byte as it was made or published.
+A folder has at most one of the files in `FILES`. This file has exactly the bytes that were made or published.
 """
 
 from __future__ import annotations
@@ -87,5 +86,5 @@ def refuse_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"position {error.start} of {text[:80]!r} is the surrogate U+{ord(text[error.start]):04X}, "
-            "which is no character; decode the text's source with errors='replace', or leave the text out"
+            "which is not a character; decode the text's source with errors='replace', or leave the text out"
         ) from error

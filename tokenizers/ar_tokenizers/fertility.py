@@ -69,7 +69,8 @@ class Fertility:
 
 
 def table(rows: Mapping[str, Fertility]) -> str:
-    """A table with one line per name, and one more for the first text that decoding does not restore."""
+    """A table with one line per name. Below, each name with failed texts has one more line, which shows the first
+    failed text."""
     width = max([8, *map(len, rows)])
     lines = [f"{'':<{width}}     bytes    tokens  bytes/token  tokens/char  byte tokens  come back"]
     for name, row in rows.items():

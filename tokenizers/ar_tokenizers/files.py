@@ -28,7 +28,7 @@ def unfinished(path: Path) -> Path:
 
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file that appears under its name when the block ends without an error, or not at all. Raises OSError.
+    """Opens a new file for writing. It appears under its name only if the block ends without an error. Raises OSError.
 
     Once the file appears, its content is safe even if the machine stops. Until then, the former file stays.
     """
@@ -50,7 +50,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a folder to fill, which appears under its name when the block ends without an error, or not at all.
+    """Makes a folder to fill. It appears under its name only if the block ends without an error.
 
     First it removes unfinished folders of killed processes, because they may be as large as a model.
 
@@ -107,7 +107,7 @@ def _remove_unless_held(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Writes a folder's new names to disk. They are only safe when the folder itself is written."""
+    """Writes the folder itself to disk. Without this, a new name in it may be lost if the machine stops."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

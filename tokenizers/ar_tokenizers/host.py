@@ -59,8 +59,8 @@ def keep_memory() -> None:
 
 
 def _jaxlib_version() -> tuple[int, ...] | None:
-    """jaxlib's version, read from its file. Importing jaxlib, or using importlib.metadata, would take most of a
-    --help's time."""
+    """jaxlib's version, read from its file. Importing jaxlib, or using importlib.metadata, would take most of the time
+    of a command with --help."""
     found = importlib.util.find_spec("jaxlib")
     if found is None or found.origin is None:
         return None

@@ -1,5 +1,5 @@
-"""Finds the ways in which a SentencePiece model loses text. Its settings are the causes; short texts that decoding does
-not restore are the examples.
+"""Finds the ways in which a SentencePiece model loses text. The causes are the model's settings; the examples are short
+texts that decoding does not restore.
 
 Every model file contains the settings. Their field numbers are in sentencepiece_model.proto
 (github.com/google/sentencepiece). This module reads them from the bytes, because the reader in SentencePiece works only
@@ -55,7 +55,8 @@ class Loss:
 def find_losses(
     model_bytes: bytes, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
 ) -> tuple[Loss, ...]:
-    """All settings of a SentencePiece model that lose text, each with an example. A model without any is lossless.
+    """All settings of a SentencePiece model that lose text, each with an example. If the result is empty, the model is
+    lossless.
 
     A setting is listed even if no probe shows its effect. A text that is not restored is listed even if no setting
     explains it.
@@ -98,8 +99,7 @@ def shown(
     encode: Callable[[str], Sequence[int]],
     decode: Callable[[Sequence[int]], str],
 ) -> tuple[Loss, ...]:
-    """A loss for each of `rules`, which are (cause, probes). Its example is the first probe that decoding does not
-    restore.
+    """One Loss for each (cause, probes) in `rules`. Its example is the first probe that decoding does not restore.
 
     If there are no rules, but decoding does not restore a probe of this module, the result is one loss with this probe.
     """
@@ -118,7 +118,7 @@ def shown(
 
 
 def refusal(losses: Sequence[Loss]) -> str:
-    """The message that refuses a tokenizer that loses text: why, and what to do."""
+    """The message for a tokenizer that is refused because it loses text. It says how it loses text, and what to do."""
     return (
         "this text tokenizer loses text.\n"
         + "".join(f"  {loss}\n" for loss in losses)
@@ -130,8 +130,8 @@ def refusal(losses: Sequence[Loss]) -> str:
 def reachable_symbols(model_bytes: bytes) -> list[str]:
     """The user-defined symbols that text can spell, except those made only of spaces.
 
-    They lose nothing, and are ordinary text here, because begin, end and image tokens have ids of their own. But a
-    language model that was trained to treat such a piece as a command will do so when a user writes it.
+    They lose no text. Here they are ordinary text, because begin, end and image tokens have ids of their own. But a
+    language model may have learned to treat such a piece as a command. Then it also obeys when a user writes the piece.
     """
     pieces = (dict(_fields(piece)) for field, piece in _fields(model_bytes) if field == 1)
     symbols = [piece[1].decode() for piece in pieces if piece.get(3) == _USER_DEFINED]
@@ -139,7 +139,8 @@ def reachable_symbols(model_bytes: bytes) -> list[str]:
 
 
 def only_spelling(model_bytes: bytes, text_ids: Collection[int]) -> bytes:
-    """The model after each user-defined symbol that is not in `text_ids` has become a control piece like <s>.
+    """Returns the model with the types of some pieces changed: each user-defined symbol that is not in `text_ids`
+    becomes a control piece, as <s> is.
 
     Text that looks like a control piece is then spelled with other pieces.
     """
@@ -173,7 +174,8 @@ def _settings(model_bytes: bytes, part: int) -> dict[int, Any]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The number and the value of every field of a protocol buffer. Whole numbers are int, all other values bytes."""
+    """The number and the value of every field of a protocol buffer. Whole numbers are int; all other values are
+    bytes."""
     at = 0
 
     def number() -> int:

@@ -1,12 +1,13 @@
 """Text tokenizers from published files: tokenizer.json of the `tokenizers` package, and tiktoken's ranks.
 
-A text never becomes a special token: "<s>" is three characters and does not begin a document. Nothing is added before
-or after it, nothing is cut or padded, and no merge is dropped at random, even if the file asks for it.
+A text never becomes a special token: "<s>" is three characters and does not begin a document. Even if the file asks for
+it, nothing is added before or after a text, nothing is cut or padded, and no merge is dropped at random.
 
-In tiktoken, a word that is a piece stays whole. Otherwise, the two neighbours whose joined piece has the lowest rank
-are joined, again and again. A BPE of `tokenizers` does the same if it has a merge for every way to make each piece, in
-the order of the ranks. The pattern that cuts a text into words is not in the file. It is Qwen's, which Emu3 uses
-(baaivision/Emu3, tokenization_emu3.py). Qwen's normalisation (NFC) loses text and is left out.
+In tiktoken, a word that is a piece stays whole. Any other word begins as single bytes. Then the two neighbours that
+make the piece with the lowest rank are joined, until no neighbours make a piece. A BPE of `tokenizers` does the same if
+its merges are all pairs that make a piece, in the order of the ranks of these pieces. The pattern that cuts a text into
+words is not in the file. We use Qwen's pattern, as Emu3 does (baaivision/Emu3, tokenization_emu3.py). Qwen's
+normalisation (NFC) loses text and is left out.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class PublishedTokenizer:
         """Makes the tokenizer of a tiktoken file (each line has a piece in base64 and its rank). Texts are cut into
         words as in Qwen.
 
-        text_ids is ignored, because such a file has no special tokens. Raises ValueError if the data is no such file.
+        text_ids is ignored, because such a file has no special tokens. Raises ValueError if the data is not a tiktoken
+        file.
         """
         ranks = _ranks(data)
         signs = _signs()
@@ -209,7 +211,8 @@ def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str
 
 
 def _steps(part: object) -> Iterator[Mapping[str, object]]:
-    """The steps of a part of the file. For a sequence: itself, and then each of its steps."""
+    """Yields the steps of a part of the file. If the part is a sequence, the sequence itself comes first, then each of
+    its steps."""
     if isinstance(part, Mapping):
         yield part
         for name in ("normalizers", "pretokenizers", "decoders"):
@@ -229,7 +232,7 @@ def _checked(data: bytes) -> dict[str, Any]:
     try:
         spec = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a tokenizer.json, found no JSON: {error}") from error
+        raise ValueError(f"expected a tokenizer.json, found a file that is not JSON: {error}") from error
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise ValueError("expected a tokenizer.json, found no model in this file")
     kind, vocab = spec["model"].get("type", "BPE"), spec["model"].get("vocab")
@@ -250,7 +253,7 @@ def _checked(data: bytes) -> dict[str, Any]:
     seen: dict[int, Any] = {}
     for name, id in ids:
         if type(id) is not int or not 0 <= id < _LARGEST:
-            raise ValueError(f"{name!r:.40}: expected as its id a whole number below {_LARGEST}, found {id!r:.40}")
+            raise ValueError(f"{name!r:.40}: expected a whole number below {_LARGEST} as the id, found {id!r:.40}")
         if seen.setdefault(id, name) is not name:
             raise ValueError(f"{name!r:.40} and {seen[id]!r:.40} have the same id, {id}")
     return spec
@@ -290,8 +293,8 @@ def _ranks(data: bytes) -> dict[bytes, int]:
 
 @functools.cache
 def _signs() -> tuple[str, ...]:
-    """The character that stands for each byte in a byte-level vocabulary: the byte itself if it is printable, else the
-    next free one from U+0100 on. From GPT-2 (openai/gpt-2, encoder.py).
+    """The character that stands for each byte in a byte-level vocabulary: the character with the same number if it is
+    printable, else the next unused character from U+0100 on. From GPT-2 (openai/gpt-2, encoder.py).
     """
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))

@@ -14,8 +14,8 @@ from ar_tokenizers.text import TextTokenizer
 def codec(file: str, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None) -> Codec:
     """The tokenizer in `data`. The file's name says its format: *.json, *.tiktoken, or else SentencePiece.
 
-    text_ids: the ids that text may be encoded with; None: those that the file allows for text. Raises ValueError if the
-    data is not a tokenizer, or if it loses text and `lossy` does not allow that.
+    text_ids: the ids that text may be encoded with; None means all ids that the file allows for text. Raises ValueError
+    if the data is not a tokenizer, or if it loses text and `lossy` does not allow that.
     """
     if file.endswith(".json"):
         return PublishedTokenizer.from_json(data, lossy=lossy, text_ids=text_ids)

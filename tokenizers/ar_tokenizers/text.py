@@ -6,10 +6,11 @@ vocabulary, so no text can produce them.
 
 SentencePiece writes a space as U+2581 and reads every U+2581 in a piece back as a space. A U+2581 in the text is
 therefore encoded as its three bytes, which come back as they were. SentencePiece reserves U+2581 and U+2585
-(`lossless.RESERVED`), so training texts are cut there as at a line end, which no piece crosses.
+(`lossless.RESERVED`). So training texts are cut at these characters, as at line ends, and no piece crosses a cut.
 
 The settings are those of LLaMA's tokenizers (BPE, identity normalisation, byte fallback, split digits) without the
-dummy prefix. So the ids of parts of a text, put together, decode to the text.
+dummy prefix. So if the parts of a text are encoded separately, their ids, one part after another, decode to the whole
+text.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class TextTokenizer:
             if self._model != model_bytes:
                 self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise ValueError(f"these {len(model_bytes)} bytes are no SentencePiece model: {error}") from error
+            raise ValueError(f"these {len(model_bytes)} bytes are not a SentencePiece model: {error}") from error
         self.model_bytes = model_bytes
         self.hash = hashlib.sha256(model_bytes).hexdigest()
         self.size = int(self._processor.get_piece_size())
@@ -116,7 +117,7 @@ class TextTokenizer:
 
     @property
     def data(self) -> bytes:
-        """The content of its file, which is the model."""
+        """The content of the tokenizer's file: the model."""
         return self.model_bytes
 
     @property
@@ -239,7 +240,8 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> TextTokenizer:
-        """Reads the file of `save`, or any SentencePiece model. Raises OSError, or ValueError with the file's name."""
+        """Reads a file that `save` wrote, or any SentencePiece model. Raises OSError, or ValueError with the file's
+        name."""
         try:
             return cls(Path(path).read_bytes(), lossy=lossy)
         except ValueError as error:

@@ -1,8 +1,8 @@
 """Converts a SentencePiece model to a tokenizer.json, which the `tokenizers` package and transformers read.
 
 Both tokenizers encode every text with the same ids, with two exceptions. The `tokenizers` package reads a U+2581 in a
-text as a space (here it is encoded as bytes). And it turns text that spells one of `added` into that token, unless it
-is told to split special tokens.
+text as a space (here it is encoded as bytes). It also turns text that spells the name of a token in `added` into that
+token, unless it is told to split special tokens.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
 
 
 def _merges(pieces: Sequence[str], scores: Sequence[float], plain: Sequence[int]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, in the order in which SentencePiece would join them: pairs for the best
-    piece first.
+    """Every pair of pieces that makes a piece. The order is that in which SentencePiece would join them: pairs that
+    make the piece with the best score come first.
     """
     known = {pieces[id]: id for id in plain}
     pairs = []

@@ -1,4 +1,5 @@
-"""Types of nested dicts of arrays that both packages pass on. Importing this module does not import JAX."""
+"""Types for nested dicts of arrays, which both ar_tokenizers and ar_unified use. Importing this module does not import
+JAX."""
 
 from __future__ import annotations
 

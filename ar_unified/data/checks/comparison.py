@@ -24,7 +24,9 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way in which documents are alike: a phrase for it, how many documents (`count` out of `of`), and examples."""
+    """One way in which documents are alike: a phrase that describes it, the number of such documents (`count` out of
+    `of`), and examples.
+    """
 
     says: str
     count: int = 0
@@ -61,7 +63,7 @@ class Comparison:
         self._where.append((source, i, held_out))
 
     def found(self) -> Alike:
-        """Finds which of all added documents are alike."""
+        """Finds which of the added documents are alike."""
         if not self._where:
             return Alike([])
         found = self._search.found()

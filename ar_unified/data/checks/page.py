@@ -30,7 +30,7 @@ _BARS = 40  # maximum number of bars of a histogram
 
 
 def write(path: str | Path, validation: Validation, title: str) -> None:
-    """Writes the page, whole or not at all."""
+    """Writes the page. The file appears complete or not at all."""
     sections = [(_name(found), _source(found, validation.sequence_length)) for found in validation.sources]
     if validation.alike is not None:
         sections.append(("Copies", _alike(validation.alike)))

@@ -82,8 +82,8 @@ class Found:
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
-        """Counts a good document. found: the document's ids, if there are tokenizers. lengths: the number of tokens of
-        each piece into which the document is cut.
+        """Counts a good document. found: the document's ids, if there are tokenizers. lengths: the number of tokens in
+        each piece of the document, after it is cut.
         """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
@@ -102,15 +102,17 @@ class Found:
                 self.roles[Role(role).name.lower()] += count
 
     def fill(self, sequence_length: int) -> float | None:
-        """Share of the positions of packed rows that have a token; None if lengths are not known, or a document is
-        longer than a row."""
+        """The share of positions in packed rows that hold a token; None if lengths are not known, or if a document is
+        longer than a row.
+        """
         if not self.tokens or max(self.tokens) > sequence_length:
             return None
         return Packing(np.array(self.tokens), sequence_length, seed=0, name=self.name).fill
 
     def lines(self, most_bad: int, sequence_length: int | None) -> list[str]:
-        """What to print about the source: counts, lengths, at most `most_bad` bad items, how full packed rows would
-        be."""
+        """What to print about the source: counts, lengths, at most `most_bad` bad items, and the share of positions in
+        packed rows that would hold a token.
+        """
         good = sum(self.tasks.values())
         tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
         whole = f"{self.part}: {self.name}" if self.part else self.name
@@ -231,7 +233,9 @@ def validate(
 def _opened(
     by_part: Mapping[str, Sequence[Mapping[str, Json]]],
 ) -> tuple[dict[str, dict[int, Source]], list[str]]:
-    """The sources of each set by their numbers in the set, and a remark about each held-out source that is empty."""
+    """Opens the sources of each set. Returns them by their numbers in the set, and a remark about each held-out source
+    that is empty.
+    """
     opened: dict[str, dict[int, Source]] = {part: {} for part in by_part}
     notes = []
     for part, specs in by_part.items():
@@ -282,8 +286,7 @@ def _looked_at(
 
 
 def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
-    """A remark about a folder that has images but was read as text alone, because no row names them; "" for other
-    data."""
+    """A remark if a folder has images but only its text was read, because no row names an image; otherwise ""."""
     if not isinstance(data, str | Path | Remote) or not storage.path(data).is_dir() or any(map(has_images, sources)):
         return ""
     count = len(folder_at(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))

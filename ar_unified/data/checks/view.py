@@ -23,7 +23,8 @@ from ar_unified.language.vocabulary import Role
 
 @dataclass(frozen=True)
 class Token:
-    """One id, or all codes of an image as one token, with its text, its Role, and whether it is learned.
+    """One id of a document, or all codes of an image. A token has a text, a Role, and a flag that says whether it is
+    learned.
 
     original, image: uint8 [H, W, 3], only for an image token. `original` is the image that was encoded, and `image` is
         what its codes decode to. Each is None for other tokens, or if this image is not known or cannot be made.
@@ -70,15 +71,15 @@ class View:
         self._known: tuple[Document, Document] | None = None  # the last document of `_real`, and its result
 
     def encoded(self, document: Document) -> Encoded | None:
-        """Ids and marks of the document with blank images, because only their sizes matter; None without a grammar or a
-        size.
+        """The ids and marks of the document; None without a grammar, or if the document has images and there is no
+        size. The images are blank, because only their sizes matter.
         """
         blank = self._blank(document)
         return None if blank is None or self.grammar is None else self.grammar.encode(blank)
 
     def lengths(self, document: Document, found: Encoded, max_tokens: int | None) -> list[int]:
-        """How many tokens each of the documents has that `prepare` would make from `document`. `found`: the result of
-        `encoded` for it.
+        """The number of tokens in each of the documents that `prepare` would make from `document`. found: the result of
+        `encoded` for `document`.
         """
         blank = self._blank(document)
         if not max_tokens or len(found) <= max_tokens or blank is None or not can_be_split(document):

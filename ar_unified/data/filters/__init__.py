@@ -2,7 +2,7 @@
 
 Filters that look at one item (sizes, length, language) are applied when the item is read. Filters that compare all
 items (copies, images that repeat too often, items that are also held out) are applied beforehand, in one pass over all
-items, and their verdicts are kept in a file. So only the sources and the settings decide what is left out, not the
+items. Their verdicts are kept in a file. So what is left out depends only on the sources and the settings, not on the
 order of reading.
 
 Each item that is left out becomes a BadItem, which is counted and listed with the others. Its kind is "filtered_size",
@@ -116,7 +116,7 @@ class Filters:
 class Filtered:
     """A source without the items that the filters leave out. The other items keep their indices.
 
-    verdicts: maps an item to (kind, reason), if it is left out because of other items.
+    verdicts: maps each item that is left out because of other items to (kind, reason).
     """
 
     def __init__(self, source: Source, filters: Filters, verdicts: Mapping[int, tuple[str, str]], decided_by: Any):
@@ -130,7 +130,9 @@ class Filtered:
 
     @property
     def fingerprint(self) -> Mapping[str, Json]:
-        """The source's fingerprint, with the filters and with what decided their verdicts."""
+        """The source's fingerprint, the settings of the filters, and the fingerprints of the sources that were
+        compared.
+        """
         decided = {"decided_by": self._decided_by} if self._decided_by else {}
         return dict(self.source.fingerprint) | {"filters": asdict(self.filters)} | decided
 
@@ -139,7 +141,7 @@ class Filtered:
 
     @property
     def together(self) -> int:
-        """How many items of the source are best read at once."""
+        """The best number of items of the source to read at once."""
         return getattr(self.source, "together", TOGETHER)
 
     def __getitem__(self, i: int) -> Document:

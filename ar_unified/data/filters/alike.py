@@ -36,8 +36,9 @@ def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     First, the root mean square of the remaining difference in grey values must be less than _COARSE at a quarter of the
     size, and less than _ROUGH at half of the size. Then two conditions must be true at full size, in every colour. At
-    every place, the difference, averaged over 3 x 3 pixels, is less than _LEFT times (16 grey values + the height of
-    the edges there), because edges are never aligned exactly. And the median difference is less than _TINT grey values.
+    every place, the difference (averaged over 3 x 3 pixels) is less than _LEFT times (16 grey values + the height of
+    the edges there). This limit is higher at edges, because they are never aligned exactly. And the median difference
+    is less than _TINT grey values.
     """
     found = np.zeros(len(a), bool)
     for at in range(0, len(a), _MANY):
@@ -60,7 +61,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The checks of `alike` after the first, for pictures float32 [P, C, N, N]."""
+    """All checks of `alike` except the first one, for pictures float32 [P, C, N, N]."""
     found = np.zeros(len(a), bool)
     grey_a, grey_b = _half(_grey(a)), _half(_grey(b))
     still = np.zeros((len(a), 4), np.float32)
@@ -77,7 +78,9 @@ def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _could_be(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which pairs, float32 [P, N, N] each, may match after the best small move: a quick estimate from their slopes."""
+    """Which pairs, float32 [P, N, N] each, may match after the best small move. This is a quick estimate from the
+    slopes of the pictures.
+    """
     slopes = _slopes((a + b) / 2)
     left = (a - b).reshape(len(a), -1, 1)
     pull = slopes @ left

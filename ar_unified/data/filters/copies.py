@@ -47,7 +47,7 @@ def frequencies(small: np.ndarray) -> np.ndarray:
 
 
 def copies(small: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Nearly all pairs that are copies of each other: int64 [m, 2], indices into `which`, i < j, sorted.
+    """Nearly all pairs of images that are copies of each other: int64 [m, 2], indices into `which`, i < j, sorted.
 
     Args:
         small: uint8 [N, SIDE, SIDE, 3], the small pictures of all images; may be a file (`np.memmap`).
@@ -83,8 +83,8 @@ def candidates(numbers: np.ndarray) -> np.ndarray:
 def _met(
     numbers: np.ndarray, mean: np.ndarray, deviation: np.ndarray, directions: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields pairs of images i and j, int64 [m] each, whose hashes in one table are equal after some bits of the hash
-    of i are flipped.
+    """Yields pairs of images i and j, int64 [m] each. Their hashes in one table are equal after some bits (or none) of
+    the hash of i are flipped.
 
     The hash is the upper part of a code of 63 bits. Images with the same hash are sorted by the lower bits, so that
     neighbours in that order are the most alike.

@@ -26,7 +26,7 @@ _NEIGHBOURS = 12  # a text is compared with at most this many texts that equal i
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in their order, NFKC and without case. Texts with equal lists of words are copies."""
+    """The words of a text in order, NFKC-normalized and case-folded. Texts with equal lists of words are copies."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 

@@ -1,11 +1,11 @@
 """Decides the order of rows and the documents in each row, as pure functions of the documents' lengths and a seed.
 
-A source is planned in blocks (`blocks`). The documents of a block never change, nor do the lengths of the documents
-that share a row. A slot is the place of one document in a row. Three things are random in every epoch: the slot that a
-document fills, among those of its length in its block; the order of the blocks; and the order of the rows within each
-window of WINDOW blocks. So a source of one block or one window is shuffled as a whole. From a larger source, only the
-files of one window are read at a time. Each epoch of a source has each of its documents exactly once, and any row can
-be made without the rows before it.
+A source is planned in blocks (`blocks`). Two things never change: the documents of a block, and the lengths of the
+documents that share a row. A slot is the place of one document in a row. Three things are random in every epoch. Within
+a block, each document gets a random slot of its own length. The blocks get a random order. The rows get a random order
+within each window of WINDOW blocks. So a source of one block or one window is shuffled as a whole. From a larger
+source, only the files of one window are read at a time. Each epoch of a source has each of its documents exactly once,
+and any row can be made without the rows before it.
 
 Sources are mixed row by row, so `weights` are shares of rows. If rows are full, the weights are also shares of tokens.
 """
@@ -74,7 +74,7 @@ class Packing:
         self._epochs = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def documents(self, epoch: int, rows: np.ndarray) -> list[np.ndarray]:
-        """The documents, int64 [k], of each of `rows` of an epoch. The longest document of a row comes first."""
+        """For each of these rows of an epoch, its documents, int64 [k]. The longest document of a row comes first."""
         order, ends, starts = self._epochs(epoch)
         window = np.searchsorted(starts, rows, "right") - 1
         start = starts[window]
@@ -105,8 +105,8 @@ class Packing:
         return found.tolist()
 
     def after(self, other: Packing, taken: int) -> int:
-        """How many rows of this packing to treat as read, if `taken` rows of `other` were read. `other` is the same
-        source in rows of another length.
+        """The number of rows of this packing that count as read after `taken` rows of `other` were read. `other` is the
+        same source in rows of another length.
 
         At any length of rows, the windows of an epoch have the same documents, so reading continues with the next
         window. The documents of the current window that were not read come in the next epoch.
@@ -192,7 +192,9 @@ class Mixture:
 
 
 def _apportion(shares: np.ndarray) -> np.ndarray:
-    """Divides PERIOD turns by the largest-remainder method. A source with a weight above 0 gets at least one turn."""
+    """Divides PERIOD turns among the sources by the largest-remainder method. A source with a weight above 0 gets at
+    least one turn.
+    """
     exact = shares / shares.sum() * PERIOD
     counts = np.where(shares > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
     while counts.sum() < PERIOD:
@@ -203,5 +205,7 @@ def _apportion(shares: np.ndarray) -> np.ndarray:
 
 
 def summary(packings: Mapping[str, Packing]) -> dict[str, dict[str, object]]:
-    """Rows per epoch and fill of every source, which a user wants to know before training."""
+    """For every source, its rows per epoch and the share of their positions that have a token. A user wants to know
+    both before training.
+    """
     return {name: {"rows": packing.rows, "fill": round(packing.fill, 4)} for name, packing in packings.items()}

@@ -68,8 +68,9 @@ class Blocks:
 
 
 class Places(NamedTuple):
-    """Slots of some rows, row by row, the longest of a row first. In each epoch, documents of the same length exchange
-    their slots."""
+    """The slots of some rows, row by row. In each row, the longest slot comes first. In each epoch, documents of the
+    same length exchange their slots.
+    """
 
     counts: np.ndarray  # int64 [rows]: number of slots in each row
     first: np.ndarray  # int64 [k]: how many documents of the block are longer than this slot
@@ -171,7 +172,7 @@ class Plans:
         self.decreasing = bool(decreasing.all())
 
     def slots(self, block: int) -> Slots:
-        """The rows of a block. The lengths of its documents are read again."""
+        """The rows of a block. Each call reads the lengths of the block's documents again."""
         lengths, documents = self._blocks.lengths(block, self._lengths), self._blocks.documents(block)
         row = self._rows[self._blocks.starts[block] : self._blocks.starts[block + 1]]
         if self.left_out:

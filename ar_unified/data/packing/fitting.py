@@ -36,8 +36,8 @@ def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit-decreasing: each document goes into the row with the least room, among rows with enough room. Takes
-    lengths and gives rows as `rows_of` does.
+    """Best-fit-decreasing: each document goes into the row with the least room, among rows with enough room. The
+    arguments and the returned rows are as in `rows_of`.
     """
     rows = []
     space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # rows by their number of free tokens
@@ -60,8 +60,8 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """The longest document opens a row, random documents follow, and the two that leave the least room end the row.
-    Takes lengths and gives rows as `rows_of` does.
+    """The longest document opens a row, random documents follow, and the two that leave the least room end the row. The
+    arguments and the returned rows are as in `rows_of`.
     """
     pool = _Pool(lengths, sequence_length)
     packed: list[int] = []
@@ -108,7 +108,9 @@ class _Pool:
         return self._line[-1]
 
     def pair(self, room: int, more: int) -> tuple[int, int] | None:
-        """The lengths of the two documents that fill the most of `room`; None if no two fill more than `more`."""
+        """The lengths of the two documents that fill `room` best. None if they would fill at most `more`, or leave
+        _TRIES positions or more empty.
+        """
         for both in range(room, max(more, room - _TRIES, 2 * _lowest(self._there) - 1), -1):
             found = self._there & self._turned >> self._most - both  # bit i: documents of lengths i and both - i exist
             if both % 2 == 0 and self._left[both // 2] == 1:

@@ -66,7 +66,7 @@ class NothingLeft(UserError):
 
 @dataclass
 class Report:
-    """The reports of all sources. `str` gives them as text for a terminal."""
+    """The reports of all sources. `str` formats them for a terminal."""
 
     sources: dict[str, SourceReport]
 
@@ -108,14 +108,14 @@ def prepare(
 ) -> Report:
     """Writes every source's documents as tokens under `folder` (see `shards`), or continues an interrupted run.
 
-    Many processes may call it with the same arguments and a `team`: each makes shards that no other makes, and returns
-    when all are there. The bytes of a shard do not depend on the process that made it.
+    Many processes may call it with the same arguments and a `team`. They divide the shards among themselves, and each
+    call returns when all shards exist. The bytes of a shard do not depend on the process that made it.
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it is a single question, because half an answer is useless.
     Other documents are split (see `cutting.split`), and only an image, a character or a question that is too long by
     itself is left out ("too_long_part"). A preference pair is left out as a whole if one answer is too long, or if both
-    are the same tokens ("same_answers"). A text that a lossy text tokenizer changes is left out ("text_lost").
+    answers have the same tokens ("same_answers"). A text that a lossy text tokenizer changes is left out ("text_lost").
 
     Args:
         sources: the sources. Their names must differ.
@@ -235,7 +235,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = storage.fetch(Path(folder) / "manifest.json")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not there; run `prepare` to its end first")
+        raise FileNotFoundError(f"{path}: no such file; run `prepare` until it finishes")
     return workdir.read_json(path)
 
 
@@ -246,8 +246,8 @@ def load_report(folder: str | Path) -> Report:
 
 
 def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
-    """Plans which documents share a row of this length (`blocks`), unless there is such a plan. The plan of a
-    source is stored next to its shards.
+    """Plans which documents share a row of this length (`blocks`), unless such a plan exists. The plan of a source is
+    stored next to its shards.
 
     With the plan, a loader of such rows starts at once. Planning takes a second or two for 10^6 documents. Both answers
     of a preference pair are in one row. leave_out: whether documents that are longer than a row are left out.
@@ -268,9 +268,10 @@ def folder_name(source: str) -> str:
 
 
 def same_names(sets: Mapping[str, Mapping[int, Source]]) -> list[str]:
-    """A message about each source with the same folder as an earlier source of its set; [] if all folders differ.
+    """A message about each source whose folder is also the folder of an earlier source in its set; [] if all folders
+    differ.
 
-    sets: the sources of each set of a config ("train", "validation", a test's name), by their number in the set.
+    sets: for each set of a config ("train", "validation", a test's name), its sources by their numbers in the set.
     """
     found = []
     for part, sources in sets.items():
@@ -349,8 +350,8 @@ def _ended(folder: Path) -> bool:
 def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_be_lost: bool) -> None:
     """Counts the shards, plans the rows and writes the manifest.
 
-    Removes all shards if a source has no document (then it raises NothingLeft), or if a source mixes preference pairs
-    with other documents (UserError).
+    If a source has no document and `may_be_lost` is False, removes all shards and raises NothingLeft. If a source mixes
+    preference pairs with other documents, removes all shards and raises UserError.
     """
     places = {name: [piece for piece in pieces if piece.folder == folder / name] for name in plan["sources"]}
     report = Report({name: _count(mine) for name, mine in places.items()})

@@ -1,5 +1,5 @@
-"""Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark). It runs on many hosts without accelerators, which
-are not started together as one job.
+"""Makes shards in an Apache Beam pipeline (Dataflow, Flink, Spark). It runs on many hosts without accelerators. These
+hosts need not start together as one job.
 
 A shard depends on nothing but its items, so the elements of the pipeline are names of shards. A shard that is made
 twice, because the runner tried again, has the same bytes.
@@ -21,8 +21,8 @@ _one_at_a_time = threading.Lock()  # one shard at a time in this process, becaus
 
 
 def run(names: Sequence[str], opener: Opener, options: str) -> None:
-    """Runs a pipeline whose workers call the function that `opener` returns, at least once with each of `names`.
-    Returns when the pipeline ends.
+    """Runs a pipeline. At least once with each of `names`, a worker calls the function that `opener` returns. Returns
+    when the pipeline ends.
 
     Args:
         opener: returns the function. `opener` must be hashable, and is sent to the workers as a pickle. Each process

@@ -20,7 +20,7 @@ from ar_unified import storage
 
 @dataclass(frozen=True)
 class Team:
-    """The number of this process, and how many there are. A process that is alone claims nothing.
+    """The number of this process, and the number of all processes. A process that is alone claims nothing.
 
     Attributes:
         lease: seconds after which anyone may take a claim that was not renewed. It must be longer than the longest time
@@ -45,7 +45,7 @@ class Claims:
         self._seen: dict[Path, tuple[bytes, float]] = {}  # others' claims: the text, and when it was first seen
 
     def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
-        """Does pieces until all are done, here or by other processes.
+        """Does pieces of work until all pieces are done, by this process or by others.
 
         This process does its own pieces first (piece i belongs to process i mod P). Then it takes, from the end of the
         list, pieces that others have not begun or have abandoned.
@@ -87,7 +87,7 @@ class Claims:
         return True
 
     def clear(self) -> None:
-        """Removes all claims. Call it only when nobody works, or nothing is left to do."""
+        """Removes all claims. Call it only when no process is working, or when no work is left."""
         storage.remove_tree(self._folder)
 
     def _take(self, name: str) -> bool:

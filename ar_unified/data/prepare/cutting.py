@@ -84,7 +84,7 @@ def _texts(document: Document, fitting: Callable[[Document], bool], max_tokens: 
 
 
 def _units(text: str, short: Callable[[str], bool]) -> Iterator[str]:
-    """Splits a text into units that are never cut; joined, they are the text again."""
+    """Splits a text into units that are never cut. The units in order, joined, give the text again."""
     for paragraph in filter(None, re.split(r"(?<=\n\n)", text)):
         for line in [paragraph] if short(paragraph) else paragraph.splitlines(keepends=True):
             for word in [line] if short(line) else _WORD.findall(line):
@@ -109,10 +109,10 @@ def characters(text: str) -> list[str]:
 
 
 def _runs(units: Sequence[Unit], fits: Callable[[Sequence[Unit]], bool]) -> Iterator[Sequence[Unit]]:
-    """Groups of successive units, each as large as possible, but of at least one unit. Sizes are found by doubling and
-    halving, because there may be millions of units.
+    """Yields groups of successive units. Each group has at least one unit, and is as large as possible. Sizes are found
+    by doubling and halving, because there may be millions of units.
 
-    The search assumes that every part of a group that fits also fits. This may be wrong by a token or two, so a group
+    The search assumes that if a group fits, every part of it fits, too. This may be wrong by a token or two, so a group
     may be a little shorter than possible, but never too long.
     """
     at = 0
@@ -144,7 +144,7 @@ def _joined(units: Sequence[Part]) -> list[Part]:
 
 
 def _stripped(parts: list[Part], origin: str) -> Document:
-    """A piece without line ends at its edges, because the cut takes their place."""
+    """A piece without the line ends at its start and end, because the cut replaces them."""
     parts = list(parts)
     for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
         if parts and isinstance(part := parts[edge], TextPart):

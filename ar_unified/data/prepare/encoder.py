@@ -73,11 +73,11 @@ class Tokenizers:
 
 
 class Encoder:
-    """Encodes the images of one shard, each in its size. Equal images are encoded once, because an image often comes
-    with many questions.
+    """Encodes the images of one shard, each at its own size. Equal images are encoded once, because an image often
+    comes with many questions.
 
-    Only the items decide which image is in which batch. All batches have the same size, so each size of images compiles
-    once.
+    Timing does not matter: the items and the known codes decide which images are in a batch. All batches have the same
+    size, so each size of images compiles once.
     """
 
     def __init__(self, tokenizers: Tokenizers, batch_size: int):
@@ -152,7 +152,7 @@ class Encoder:
         self._settle(2 * self._tokenizers.devices)
 
     def _settle(self, most: int) -> None:
-        """Takes finished batches, and waits while more than `most` are being encoded."""
+        """Takes the codes of finished batches. Waits while more than `most` batches are being encoded."""
         while self._going and (len(self._going) > most or self._going[0][1].done()):
             digests, future = self._going.popleft()
             # `zip` is not strict, because a batch is padded.

@@ -113,7 +113,7 @@ class ShardMaker:
 
 
 def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
-    """Writes those documents of an item that fit, and the reasons why others are left out."""
+    """Writes the documents of an item that fit. For each of the others, writes the reason why it is left out."""
     if item.document is None:
         assert item.bad is not None
         shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)

@@ -172,7 +172,7 @@ def row_files(root: str | AnyPath) -> list[str]:
     for name in names:
         meant = name.lower()
         if name != meant and meant.removesuffix(".jsonl") in FOLDER_FILES and meant.endswith(".jsonl"):
-            raise UserError(f"{root / name}: expected a name in small letters: rename it to {meant}")
+            raise UserError(f"{root / name}: expected a name in lower case: rename it to {meant}")
     return [file for file in FOLDER_FILES if f"{file}.jsonl" in names]
 
 

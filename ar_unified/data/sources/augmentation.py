@@ -25,9 +25,9 @@ class Augmented:
     The moves depend only on the source's name, the item and k, so all readers see the same versions: an image tokenizer
     is trained on them, and `prepare` encodes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
-    The texts must stay true. Do not use `mirror` if they say left or right, or `shift` if they say where something is.
-    A shift cuts off what is near an edge. With `whole`, an image moves only as far as its flat background allows, so
-    the figure on it is never cut off; then a shift near 1 may put the figure anywhere.
+    The texts must stay true. Do not use `mirror` if the texts say left or right, or `shift` if they say where something
+    is. A shift cuts off what is near an edge. With `whole`, an image moves only as far as its flat background allows,
+    so the figure on it is never cut off; then a shift near 1 may put the figure anywhere.
 
     Raises:
         UserError: if count is below 1 or shift is outside [0, 1), or if shift or mirror is set with a count of 1, which
@@ -76,7 +76,7 @@ class Augmented:
         )
 
     def texts(self, i: int) -> list[str]:
-        """The texts of an item that is version 0; [] for other versions, whose texts are the same."""
+        """The texts of an item that is version 0; [] for other versions, because their texts are the same."""
         return [] if i % self.count else self.source.texts(i // self.count)
 
     def fetch_texts(self, indices: Sequence[int]) -> list[list[str] | BadItem]:
@@ -92,8 +92,8 @@ class Augmented:
 def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *, whole: bool = False) -> np.ndarray:
     """Moves an image by shares of its height and width, rounded to whole pixels, and then mirrors it if `mirror`.
 
-    The gap is filled by repeating the edge pixels. With `whole`, pixels that leave at one side come in at the other;
-    within `room` these are only background. uint8 [H, W, 3] -> the same shape.
+    The gap is filled by repeating the edge pixels. With `whole`, pixels that leave on one side come in on the opposite
+    side. If the move stays within `room`, these pixels are only background. uint8 [H, W, 3] -> the same shape.
     """
     H, W = pixels.shape[:2]
     rows, columns = np.arange(H) - round(down * H), np.arange(W) - round(right * W)
@@ -102,7 +102,7 @@ def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *
 
 
 def room(pixels: np.ndarray) -> np.ndarray:
-    """How far an image, uint8 [H, W, 3], can move up, down, left and right before more than background is lost.
+    """How far an image, uint8 [H, W, 3], can move up, down, left and right while it loses only background.
 
     The background is the colour of the first pixel. Returns float64 [4]: two shares of the height, two of the width.
     """

@@ -94,7 +94,7 @@ class Columns:
         for part, place in dict(columns or {}).items():
             if part not in PARTS:
                 raise UserError(
-                    f"{argument}: expected the parts {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}"
+                    f"{argument}: expected one of the parts {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}"
                 )
             if not isinstance(place, str) or not place:
                 raise UserError(f"{argument}: expected the name of a column for {part!r}, found {place!r}")
@@ -120,7 +120,7 @@ class Columns:
         return {part: name for part, name in found.items() if part in _OF_PAIRS}
 
     def names(self, names: Sequence[str], where: str) -> dict[str, list[str]]:
-        """Maps each part to the columns that it is made from. Raises UserError if these columns make no document."""
+        """Maps each part to the columns that it uses. Raises UserError if these columns cannot make a document."""
         places, whole, _ = self._plan(tuple(names))
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
@@ -142,7 +142,7 @@ class Columns:
         """Turns a record into a row for `document_from_json`, and returns the row and its images. In the row, the
         reference "0" means the first image.
 
-        pictures: False if only texts are wanted and images were not read; blank images then take their places.
+        pictures: False if only texts are wanted and images were not read. Each returned image is then None.
 
         Raises:
             DocumentError: "bad_row" if a value is not what its part needs, or if an image's text is inside an object
@@ -190,7 +190,7 @@ class Columns:
         """Returns the place of each part, the part that makes the record a document ("" if none does), and the names
         of the record that are used.
 
-        pictures: False if the names of images may be missing, because they were not read.
+        pictures: False if images were not read. Their names may then be missing.
         """
         places = self.places(names)
         there = {*places, *(() if pictures else PICTURES)}
@@ -224,7 +224,7 @@ def _refuse_below(unused: Mapping[str, object], argument: str) -> None:
 
 
 class _Images:
-    """The images of one record. `next` gives them out in order."""
+    """The images of one record. `next` returns a reference to the next image."""
 
     def __init__(self, found: Mapping[str, object], pictures: bool, required: bool):
         self.values: list[Any] = []
@@ -281,7 +281,7 @@ def _pair(found: Mapping[str, Any], images: _Images) -> dict[str, object]:
 
 
 def _show(row: dict[str, Any], key: str, references: Sequence[str]) -> None:
-    """Puts the images that no part of the row uses yet in front of the question. references: refer to these images."""
+    """Puts images before the question. references: refer to these images, which no part of the row uses yet."""
     shown = [{"type": "image", "image": reference} for reference in references]
     holder: dict[str, Any] = row
     if is_conversation(row[key]):
@@ -298,7 +298,7 @@ def _answer(value: object, images: _Images, where: str) -> Any:
 
 
 def _content(value: object, images: _Images, where: str) -> Any:
-    """Turns a text, an image, or a list of these or of parts into what `read_parts` reads."""
+    """Turns a text, an image, or a list of texts, images and parts into what `read_parts` reads."""
     if isinstance(value, str):
         return _places(value, images, where)
     if isinstance(value, bytes | Mapping):
@@ -439,7 +439,7 @@ _WRITERS = {
 
 
 def _meta(values: Mapping[str, object]) -> dict[str, object]:
-    """The short values whose names mean nothing in a row."""
+    """The short values whose names have no meaning of their own in a row."""
     taken = {"image", "text", "question", "answer", "segments", "prompt", "messages", "id"}
     return {name: value for name, value in values.items() if name not in taken and _short(value)}
 

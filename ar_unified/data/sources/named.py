@@ -35,8 +35,8 @@ class TfdsSource(RecordSource):
     """A TFDS dataset, given by its name. If the dataset is missing, it is built or downloaded first.
 
     The features' names, or `columns` (`Columns`), say which feature is which part of a document; the columns of a few
-    datasets are built in. A class label becomes the name of its class. TensorFlow is never needed. A dataset whose own
-    code needs it must be prepared already.
+    datasets are built in. A class label becomes the name of its class. TensorFlow is never needed. If a dataset's own
+    code needs TensorFlow, the dataset must be prepared already.
 
     Raises:
         UserError: if there is no such dataset, configuration or split, if it cannot be downloaded, or if its features

@@ -30,8 +30,9 @@ def unpacked(path: AnyPath) -> AnyPath:
 def open_binary(path: AnyPath) -> BinaryIO:
     """Opens a file for reading; unpacks it if its ending says that it is compressed.
 
-    To go back in a gzip file, reading starts from the nearest of up to 256 evenly spaced places, which are noted during
-    the first reading. In a Zstandard file it starts from the beginning. Reading in order costs nothing extra.
+    Going back in a gzip file unpacks it again from the nearest earlier one of up to 256 evenly spaced places. These
+    places are noted during the first reading. A Zstandard file is unpacked again from its beginning. Reading in order
+    costs nothing extra.
 
     Raises:
         OSError: if the file is missing. Reading also raises it if the file is cut short, broken, or compressed in
@@ -87,7 +88,7 @@ class _Forward(io.RawIOBase):
         if whence == io.SEEK_CUR:
             at += self._at
         elif whence != io.SEEK_SET:
-            raise OSError("the end of a packed file is not known")
+            raise OSError("a packed file cannot be read from its end, because its size is not known")
         if at < self._at:
             self._at, self._ready = self._back(at), memoryview(b"")
         while self._at < at and (data := self._next()):

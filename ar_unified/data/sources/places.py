@@ -1,5 +1,6 @@
-"""Finds a value by its place in a record: a column, a path into it, a list's element by its number, or a text made of
-several values."""
+"""Finds a value by its place in a record. A place is a column, a path into a column, the number of an element in a
+list, or a text made of several values.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,9 @@ class RecordSource(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """Reads these records, or only what their texts need if not `pictures`. Safe to call from many threads."""
+        """Reads these records. If `pictures` is False, reads only what their texts need. Safe to call from many
+        threads.
+        """
 
     def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
         """See `items.fetched`."""

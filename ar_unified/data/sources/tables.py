@@ -31,7 +31,8 @@ _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 
 
 class Tables(RecordSource):
-    """The rows of Parquet and Arrow files, in order. Arrow files may be IPC files or, as from `save_to_disk`, streams.
+    """The rows of Parquet and Arrow files, in order. Arrow files may be IPC files, or streams such as `save_to_disk`
+    writes.
 
     Opening reads only the metadata and the last 64 KiB of each file, and keeps 24 bytes for every group of rows. A row
     is read together with its neighbours, so reading in order is fast, but a random read has to read a part of a group.
@@ -264,8 +265,8 @@ class _Cursor:
         self._error: Exception | None = None
 
     def row(self, row: int) -> dict[str, object]:
-        """Row `row` of the group. It may not be before `start`. If reading fails, the error is raised for that row and
-        all rows after it.
+        """Row `row` of the group. It must not be before `start`, because rows are only read forward. If reading fails,
+        the error is raised for that row and all rows after it.
         """
         while self._batch is None or row >= self.start + len(self._batch):
             if self._error:

@@ -35,9 +35,9 @@ class Tars(RecordSource):
     """The samples in tar files. A sample is a run of members whose paths are equal up to the first dot of their names.
 
     000.jpg and 000.txt are a captioned image. 001.0.jpg, 001.1.jpg and 001.txt are a text with two images, in the order
-    of the members. A .json member is an object. Its keys are treated as members (caption, question, messages, ...), and
-    the argument `keys` may name them below `json` ("json/caption"). A member's name is the part of its path after this
-    first dot, in lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
+    of the members. A .json member is an object. Its keys are treated as members (caption, question, messages, ...). The
+    argument `keys` may name a key by a path below `json`, such as "json/caption". A member's name is the part of its
+    path after this first dot, in lower case. If several have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
     Opening reads all headers once. Nothing is written to disk, so a member's name can do no harm. An index in memory,
     18 bytes for each member and 16 for each sample, lets any sample be read directly. Tars may be compressed (.tar.gz,
@@ -125,8 +125,9 @@ class Tars(RecordSource):
         return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
 
     def _name_of(self, sample: int) -> str:
-        """The name that a sample's members share up to the dot, from the headers of the first member; "" if there is
-        none."""
+        """The name that a sample's members share, up to the dot. It is read from the headers of the first member; "" if
+        there is no such member or name.
+        """
         if self._member[sample] == self._member[sample + 1]:
             return ""
         at, size = self._at[self._member[sample]], self._headers[sample]
@@ -232,7 +233,7 @@ _SUFFIXES = tuple(suffix[1:] for suffix in images.SUFFIXES)
 
 
 class _Cut(Exception):
-    """A file is not a tar, or is a tar that is cut short. `sample`: whether it ends within a member."""
+    """A file is not a tar, or is a tar that is cut short. `sample`: whether the tar ends within a member."""
 
     def __init__(self, reason: str, sample: bool = False):
         super().__init__(reason)
@@ -261,7 +262,7 @@ class _Headers:
 
 
 def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar. Raises _Cut if the file is no tar, or if it does not end as a tar must."""
+    """The members of a tar. Raises _Cut if the file is not a tar, or if the end of the tar is missing or broken."""
     whole = None if packed.is_packed(path) else storage.size_of(path)
     with packed.open_binary(path) as file:
         if other := encoding.no_content(_begin(file)):

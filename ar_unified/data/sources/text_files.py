@@ -32,11 +32,11 @@ _LARGEST = 1 << 26  # the most bytes of a document
 class TextFiles:
     """The texts of the files under `path`, in the order of their names. They may be far larger than memory.
 
-    Opening reads the files once, or twice if `split` is a part. It keeps in memory their names and 40 bytes for every
-    16 KiB of text, at least 40 bytes per file. Line ends are not part of a line, a byte order mark is not part of a
-    text, and blank lines are not items; nothing else is changed. A file that is not UTF-8 (`encoding`) or cannot be
-    read is one bad item. So is the rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short; this rest
-    begins up to 16 KiB before the cut.
+    Opening reads the files once, or twice if `split` is a part. It keeps in memory the names of the files and 40 bytes
+    for every 16 KiB of text, at least 40 bytes per file. Line ends are not part of a line, a byte order mark is not
+    part of a text, and blank lines are not items; nothing else is changed. A file that is not UTF-8 (`encoding`) or
+    cannot be read is one bad item. The rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short is one bad
+    item, too; this rest begins up to 16 KiB before the cut.
 
     `split` is as for `Rows`. Whole files and lines belong to the split "train". The name of a whole file decides its
     part; for lines, the text decides.
@@ -311,7 +311,9 @@ def _is_jsonl(file: AnyPath) -> bool:
 
 
 def languages(files: Sequence[AnyPath]) -> list[str]:
-    """A short name for each of several files: without its ending, unless another file would have the same name."""
+    """A short name for each file: its name without the ending. If another file of its folder would get the same short
+    name, the ending is kept.
+    """
     stems = Counter((file.parent, file.stem) for file in files)
     return [file.stem if stems[file.parent, file.stem] == 1 else file.name for file in files]
 

@@ -90,7 +90,7 @@ def attention_gradients(
     kv_offset: jax.Array | int = 0,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of attention to a part of the keys, if the output was merged (kernels/merge.py) from several parts.
+    """Gradients of attention to one part of the keys. The output was merged (kernels/merge.py) from several such parts.
 
     The gradient of q is this part's share, and must be summed over all parts. The gradients of k and v are complete.
 
@@ -108,8 +108,8 @@ def attention_gradients(
 
 
 def recomputed(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, backend: str = "auto") -> int:
-    """The number of matrix products that backward has beyond its four gradients: it computes scores again, and two
-    kernels compute scores and the gradient of the weights twice.
+    """The number of matrix products in backward besides its four gradients. Backward computes the scores again. If it
+    has two kernels, each computes the scores and the gradient of the weights.
 
     Args:
       q, k: the shapes and the dtype of `attention`'s arguments on one device.

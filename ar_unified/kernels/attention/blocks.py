@@ -110,14 +110,14 @@ ROOM = {
 
 
 def cores(device: str) -> int:
-    """The number of TensorCores of a device, which share the first axis of a grid: two on v4 and v5p, and in tests on a
-    CPU.
+    """The number of TensorCores of a device; they share the first axis of a grid. It is 2 on v4, on v5p and (for tests)
+    on a CPU.
     """
     return 2 if device.startswith(("TPU v4", "TPU v5", "cpu")) and not device.startswith("TPU v5 lite") else 1
 
 
 def room_for_sums(device: str) -> int:
-    """The bytes of ROOM for a device; 0 if it is not there."""
+    """The bytes of ROOM for a device; 0 if ROOM has no entry for it."""
     return next((room for kind, room in ROOM.items() if device.startswith(kind)), 0)
 
 

@@ -25,8 +25,8 @@ class Bounds(NamedTuple):
 
 
 class BlockRanges(NamedTuple):
-    """For each block of one kind (queries or keys): the range begin <= j < end of the blocks of the other kind that it
-    needs, int32 [B, blocks].
+    """For each block of queries, the range begin <= j < end of the blocks of keys that it needs, int32 [B, blocks]; or
+    the same with queries and keys exchanged.
 
     All queries of the block see all keys of the blocks clean_begin <= j < clean_end, so these need no mask. They lie
     between the left edge of a document and the diagonal.
@@ -57,7 +57,7 @@ def make_bounds(
 
 
 def pad_queries(bounds: Bounds, length: int, keys: int) -> Bounds:
-    """Bounds of `length` queries; the added queries at the end see nothing."""
+    """Pads the bounds to `length` queries. The added queries at the end see nothing."""
     pad = [(0, 0), (0, length - bounds.first.shape[1])]
     return Bounds(jnp.pad(bounds.first, pad, constant_values=keys), jnp.pad(bounds.last, pad, constant_values=-1))
 
@@ -79,9 +79,9 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
     """The blocks of queries that need each block of keys, [B, J], from `key_ranges`.
 
-    The ranges are exact if bounds do not decrease along the row. If they do, or if padding lies between documents, a
-    range may be wider than needed, and blocks count as clean only if all blocks between the first and the last clean
-    block are clean.
+    The ranges are exact if bounds do not decrease along the row. If they do decrease, or if padding lies between
+    documents, a range may be wider than needed. In these cases, clean blocks count as clean only if all blocks between
+    the first and the last of them are clean.
     """
 
     def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # broadcasts a vector o
 
 
 def factor(spec: Spec) -> float:
-    """The factor of a tile of `scores` before exp2."""
+    """The factor that multiplies the result of `scores` before exp2."""
     return (spec.scale if spec.soft_cap is None else spec.soft_cap) * LOG2_E
 
 
@@ -49,7 +49,7 @@ def log_sum_exp(highest: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def weights(spec: Spec, scores: jax.Array, lse: jax.Array) -> jax.Array:
-    """The weights of a tile, computed again from the base-2 log-sum-exp in the tile's shape; 0 in rows with a
+    """Computes the weights of a tile again, from the base-2 log-sum-exp in the tile's shape. They are 0 in rows with a
     log-sum-exp of +inf."""
     return jnp.exp2(scores * factor(spec) - lse)
 

@@ -8,8 +8,9 @@ empty for documents of 1k in a row of 8k. A loop inside the kernel with its own 
 each block of queries. The list costs scalar memory, 8 bytes per visit; if the rows of a batch do not all fit, they are
 computed in groups.
 
-A step computes several query heads, if possible all of one KV head. So keys are fetched and masks computed once for all
-of them, and a step is long enough to hide its fixed cost even with the short blocks that documents need.
+A step computes several query heads, if possible all of one KV head. So keys are fetched once and masks are computed
+once for all these heads, and a step is long enough to hide its fixed cost even with the short blocks that documents
+need.
 
 Scores are [S, T], so the numbers of a query (its bounds, maximum, log-sum-exp) lie along lanes and need not be copied
 over 128 lanes.
@@ -167,8 +168,8 @@ def _forward(spec, tile, outer, inner, cuts, bounds, query, key, value, out, lse
 
 
 def _lay(x: jax.Array, length: int) -> jax.Array:
-    """Changes [B, T, N, H] to [B, N, length, H], with zeros after T, because a weight of zero times an arbitrary value
-    may be NaN.
+    """Changes [B, T, N, H] to [B, N, length, H]. Positions from T on are zeros, because a weight of zero times an
+    arbitrary value may be NaN.
     """
     x = jnp.moveaxis(x, 1, 2)
     return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)]) if length > x.shape[2] else x
@@ -179,7 +180,7 @@ def _unlay(x: jax.Array, length: int) -> jax.Array:
 
 
 def _by_rows(function: Callable, visits: Any, arrays: Any) -> Any:
-    """Calls function(visits, *arrays) for one group of rows after the other. Given are arrays [B, ...] and visits
+    """Calls function(visits, *arrays) for one group of rows after the other. `arrays` are [B, ...], and `visits` are
     [groups, ...]."""
     groups = len(jax.tree.leaves(visits)[0])
     if groups == 1:

@@ -1,11 +1,11 @@
 """The backward kernels of attention on TPU.
 
 Two kernels take seven products: `_dquery` walks the list of query blocks, `_dkey` the list of key blocks, and both
-compute scores, weights and their gradients. `_backward` takes five products: it walks the list of key blocks, sums the
-gradients of a key block's keys and values until its last visit, as `_dkey` does, and the gradients of all queries of
-the row until the row's last visit. These sums stay in VMEM, so nothing is read back from memory, and the order of the
-additions is always the same. Copies from VMEM write the gradients of queries, because the blocks of a pipeline would be
-as large as the sums, twice.
+compute scores, weights and their gradients. `_backward` takes five products and walks the list of key blocks. It sums
+the gradients of a block's keys and values until the block's last visit, as `_dkey` does. It sums the gradients of all
+queries of a row until the row's last visit. These sums stay in VMEM, so nothing is read back from memory, and the order
+of the additions is always the same. The kernel copies the gradients of queries out of VMEM itself, because a pipeline
+would need two blocks that are each as large as the sums.
 
 If VMEM has too little room for the queries of all G heads of a KV head, a step has fewer heads. Then each part of the
 heads has its own sums for keys and values, which XLA adds. The two cores of a chip share the heads in the same way.
@@ -30,7 +30,7 @@ from ar_unified.kernels.attention.tpu_steps import Tile, call, each_head, masked
 def gradients(
     spec: Spec, tile: Tile, by_query: lists.Visits, by_key: lists.Visits, ins: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of queries, keys and values, laid out as they are and in their dtypes.
+    """Gradients of queries, keys and values. Each has the layout and the dtype of its input.
 
     ins: bounds, query (scaled), key, value, lse (with base 2), delta, dout, as `call` takes them.
     """
@@ -159,7 +159,7 @@ def _backward(
 
 
 def _weights(spec, p, r, query, key, value, lse, delta, dout, seen):
-    """`weights_of` query head r and KV head p."""
+    """Calls `weights_of` for query head r and KV head p."""
     return weights_of(spec, key[p], value[p], query[r], dout[r], lse[pl.ds(r, 1)], delta[pl.ds(r, 1)], seen)
 
 
@@ -169,5 +169,5 @@ def _of_query(spec, sums, dtype):
 
 
 def _of_key(spec, sums, query_dtype):
-    """The gradient of keys from its sums, which are with scaled queries."""
+    """The gradient of keys from its sums, which were computed with scaled queries."""
     return sums * (spec.scale / factors(spec, query_dtype)[0])

@@ -1,7 +1,6 @@
 """The arithmetic of one head in a step of the TPU kernels: scores, weights and their gradients, [S, T].
 
-Exponentials have base 2. Except for float32, the scale and log2(e) multiply the H numbers of a query, and not its S
-scores.
+Exponentials have base 2. The scale and log2(e) multiply the H numbers of a query, or in float32 its S scores.
 
 T queries and S keys of a step, H head dim.
 """
@@ -21,8 +20,8 @@ LOG2E = math.log2(math.e)
 
 
 def factors(spec: Spec, dtype: DTypeLike) -> tuple[float, float]:
-    """The factors for queries and for scores. With them, scores have base 2 or, with a soft cap, are the argument of
-    tanh.
+    """The factors for queries and for scores. The products with both factors are the scores in base 2 or, with a soft
+    cap, the argument of tanh.
 
     float32 queries are not scaled, to avoid one more rounding: float32 is used when precision matters.
     """
@@ -37,7 +36,7 @@ def scaled(spec: Spec, q: jax.Array) -> jax.Array:
 
 
 def scores_of(spec, key, query, seen):
-    """Scores times log2(e), [S, T], from scaled queries, and the derivative of the soft cap (None: 1)."""
+    """Scores times log2(e), [S, T], from scaled queries, and the derivative of the soft cap (None means 1)."""
     scores, slope = dot(key, query, transposed=True), None
     if (on_scores := factors(spec, query.dtype)[1]) != 1.0:
         scores *= on_scores

@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """How many steps the query heads of a KV head take."""
+        """The number of steps for the query heads of one KV head."""
         return self.N * self.kv_heads // (self.K * self.heads)
 
     @property
@@ -63,7 +63,8 @@ class Tile(NamedTuple):
         return self.padded[0] // self.queries, self.heads, self.H, self.queries
 
     def per_query(self, rows: int) -> jax.ShapeDtypeStruct:
-        """The shape of one number per query, grouped by the heads of a step, so that a block has whole rows."""
+        """The shape of an array with one number per query and head. Heads are grouped by step, so that a block has
+        whole rows."""
         shape = (rows, self.N // self.heads, self.heads, self.padded[0])
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -72,13 +73,13 @@ class Tile(NamedTuple):
         return lists.most(self.T, self.S, self.queries, self.keys, shift)
 
     def rows(self, spec: Spec, rows: int) -> int:
-        """The number of rows in a call: the largest divisor of `rows` whose visits fit into scalar memory."""
+        """The number of rows in a call: the largest divisor of `rows` for which the visits fit into scalar memory."""
         most = VISITS // self.visits(spec.shift)
         return max(b for b in range(1, min(rows, most) + 1) if rows % b == 0)
 
 
 def forward_tile(q: jax.Array, k: jax.Array) -> Tile:
-    """The tile of forward, and of backward by two kernels."""
+    """The tile of the forward kernel, and of the backward kernels if there are two."""
     (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G = N // K
     # Without a TPU it is interpreted, or compiled for no particular target, with the smallest blocks.
@@ -89,9 +90,9 @@ def forward_tile(q: jax.Array, k: jax.Array) -> Tile:
 
 
 def backward_tile(q: jax.Array, k: jax.Array) -> Tile:
-    """The tile of backward. It is fused if VMEM has room. A step has as many heads as there is room for, but no more
-    than a step of the forward kernel. If a single head has too little room, or if the heads cannot be shared evenly
-    among the cores, backward has two kernels.
+    """The tile of backward. Backward is one fused kernel if VMEM has room. A step has as many heads as there is room
+    for, but no more than a step of the forward kernel. If a single head has too little room, or if the heads cannot be
+    shared evenly among the cores, backward has two kernels.
     """
     tile = forward_tile(q, k)
     for heads, kv_heads in _heads(tile.N, tile.K):
@@ -137,7 +138,7 @@ def list_visits(spec: Spec, forward: Tile, backward: Tile, bounds: Bounds) -> tu
 
 
 def _inner(tile: Tile, outer_is_keys: bool) -> int:
-    """The size of the innermost axis of a grid: the parts that add to the same gradients of keys and values."""
+    """The size of a grid's innermost axis: the number of parts that add to the same gradients of keys and values."""
     return tile.parts if outer_is_keys and not tile.fused else 1
 
 
@@ -202,8 +203,8 @@ def call(
 
 
 def visit(outer, inner, cuts):
-    """The row and the outer block of this step, and its word of `inner`, or 0 (nothing to do) after the core's last
-    visit."""
+    """The row, the outer block and the word of `inner` for this step. After the core's last visit the word is 0
+    (nothing to do)."""
     at, live = _entry(pl.program_id(0) // (pl.num_programs(0) // (cuts.shape[0] - 1)), pl.program_id(1), cuts)
     return lists.row(outer[at]), lists.outer_block(outer[at]), jnp.where(live, inner[at], 0)
 
@@ -217,8 +218,8 @@ def _entry(core, step, cuts):
 
 
 def each_head(tile: Tile) -> Callable[[Callable], None]:
-    """Calls body(p, r) for each query head of a step. Two at a time would take 4% fewer cycles by libtpu's schedules,
-    but twice as long to compile."""
+    """Calls body(p, r) for each query head of a step. With two heads at a time, a step would take 4% fewer cycles by
+    libtpu's schedules, but the kernel would take twice as long to compile."""
 
     def run(body: Callable) -> None:
         pl.loop(0, tile.heads)(lambda r: body(r * tile.kv_heads // tile.heads, r))
@@ -227,7 +228,8 @@ def each_head(tile: Tile) -> Callable[[Callable], None]:
 
 
 def masked_or_clean(add: Callable, word, tile: Tile, bounds, key_block) -> None:
-    """Calls `add` with the mask, bool [S, T], at the left edge and the diagonal; with None if all keys are seen."""
+    """Calls `add` with the mask, bool [S, T], if the step is at the left edge or at the diagonal. Calls it with None if
+    all keys are seen."""
 
     @pl.when(word & lists.MASKED != 0)
     def _():

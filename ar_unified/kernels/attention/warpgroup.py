@@ -1,7 +1,7 @@
 """The parts of the Hopper kernels: the walk over blocks, and the products and tiles of one warpgroup.
 
-A tile is [64, columns] in the registers of the 128 threads of a warpgroup, in the layout of wgmma's results; a vector
-over its rows or its columns has this layout, reduced over the other axis.
+A tile is [64, columns] in the registers of the 128 threads of a warpgroup, in the layout of wgmma's results. A vector
+over a tile's rows or columns has the same layout, reduced over the other axis.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Walk(NamedTuple):
     repeat: int
 
     def block(self, at: jax.Array) -> jax.Array:
-        """The block of masked visit number `at`, counted within one repeat."""
+        """The block of a masked visit. at: the number of the visit within one repeat."""
         return jnp.where(at < self.left, self.begin + at, self.clean_end + at - self.left)
 
     def fold(self, step: Callable, carry: tuple) -> tuple:
@@ -175,7 +175,7 @@ def across(x: jax.Array, tile: jax.Array) -> jax.Array:
 
 
 def opaque(index: jax.Array | int) -> jax.Array:
-    """Hides from the compiler that the index is constant in a loop. Otherwise it would compute the addresses of all
-    slices of an operand before the loop, need too many registers, and spill.
+    """Hides from the compiler that an index does not change in a loop. Otherwise the compiler would compute the
+    addresses of all slices of an operand before the loop, need too many registers, and spill.
     """
     return lax.optimization_barrier(jnp.asarray(index, jnp.int32))

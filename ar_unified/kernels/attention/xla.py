@@ -168,7 +168,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _pieces(length: int, chunk: int, shift: int | None, keys: int) -> Iterator[tuple[int, int, int]]:
-    """Yields (begin, end, seen): a range of queries, of whole chunks, that can see only the first `seen` keys."""
+    """Yields (begin, end, seen): queries begin .. end - 1 are whole chunks and see only the first `seen` keys."""
     chunks = length // chunk
     count = min(chunks, PREFIXES) if shift is not None else 1
     edges = [chunks * i // count * chunk for i in range(count + 1)]

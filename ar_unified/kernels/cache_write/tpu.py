@@ -27,8 +27,8 @@ class _Lying(NamedTuple):
     """An array in its layout in memory, [B, K, *, *], and its new entries. `axis`: the axis of slots; `turned`: whether
     axes 2 and 3 of the cache are exchanged in memory.
 
-    `new` is [K, B, *] with elements of 32 bits: a projection to heads has this layout, and one row of it can be read
-    alone. For a turned cache it is [B, K, H, 1]. New scales are [K * B]; the kernel reads them as scalars.
+    `new` is [K, B, *] with elements of 32 bits. The result of a projection to heads has this layout, and the kernel can
+    read one row alone. For a turned cache it is [B, K, H, 1]. New scales are [K * B]; the kernel reads them as scalars.
     """
 
     cache: jax.Array
@@ -71,8 +71,8 @@ def _heads(layer: tuple[jax.Array, ...]) -> int:
 
 
 def _rows(layer: tuple[jax.Array, ...]) -> int | None:
-    """The number of rows in a group: enough for their new entries to fill whole tiles, or all rows. Returns None if not
-    even the smallest group fits into memory.
+    """The number of rows in a group: a multiple of 8, so that the group's new entries fill whole tiles, or all rows.
+    Returns None if not even the smallest group fits into memory.
     """
     B, _, _, H = layer[0].shape
     window = (LANES if H % LANES else 32 // layer[0].dtype.itemsize) * H * layer[0].dtype.itemsize

@@ -42,10 +42,10 @@ def decode_attention(
 
     Row b's query is at position lengths[b] - 1 and sees the slots max(0, lengths[b] - window) <= s < lengths[b]. A row
     of length 0 gets exact zeros, and a log-sum-exp of -inf. The values of unseen slots do not matter but must be
-    finite. If a row has several queries, all this describes the last one; each earlier query is one position before
-    the next. Queries beyond the cache get an unspecified finite value. XLA reads the cache once for all queries;
-    the kernels read it once per query. This function cannot be differentiated; the attempt raises TypeError.
-    `attention` with q_offset = lengths - 1 computes the same, and can be differentiated.
+    finite. If a row has several queries, all of this is true for the last one. The other queries are at the positions
+    directly before it, in order. Queries beyond the cache get an unspecified finite value. XLA reads the cache once for
+    all queries; the kernels read it once per query. This function cannot be differentiated; the attempt raises
+    TypeError. `attention` with q_offset = lengths - 1 computes the same, and can be differentiated.
 
     Args:
       q: [B, N, H], or [B, T, N, H], rotated, not scaled.
@@ -105,8 +105,8 @@ def _check(q, k, v, lengths, k_scale, v_scale, window) -> None:
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (x is not None) != (k.dtype == jnp.int8):
             raise ValueError(
-                f"decode_attention: expected scales for an int8 cache, and for no other; found a cache in {k.dtype} "
-                f"{'without' if x is None else 'with'} {name}"
+                "decode_attention: an int8 cache needs scales, and other caches must have none; found a cache in "
+                f"{k.dtype} {'without' if x is None else 'with'} {name}"
             )
         shape = (B, k.shape[1], 1, k.shape[2])
         if x is not None and (x.shape != shape or x.dtype != jnp.float32):

@@ -6,8 +6,8 @@ through its share in blocks that TMA copies into a ring of shared memory. After 
 block begins. While one thread block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to its 64 rows. The padding costs no time: an SM of an H100 gets 15
-bytes per clock from HBM, which are 7.5 bfloat16 numbers. With 64 multiply-adds for each of them, it uses a quarter of
-the 2048 multiply-adds that its tensor cores can do per clock (a third on an H200). CUDA cores, with 128 lanes, would
+bytes per clock from HBM, which are 7.5 bfloat16 numbers. With 64 multiply-adds for each number, the SM uses a quarter
+of the 2048 multiply-adds that its tensor cores can do per clock (a third on an H200). CUDA cores, with 128 lanes, would
 have to widen each number and then use it G times. At G = 8 this would take half of their throughput, and with int8 all
 of it, even without the softmax.
 

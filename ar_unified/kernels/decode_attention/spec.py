@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 
 class Cache(NamedTuple):
-    """A cache and the slots that queries see. In row b these are begin[b] <= s < end[b], possibly none.
+    """A cache and the slots that queries see. In row b, queries see the slots begin[b] <= s < end[b]; there may be
+    none.
 
     Attributes:
       k, v: [B, K, S, H].
@@ -31,7 +32,7 @@ class Cache(NamedTuple):
         return (self.begin[:, None] <= s) & (s < self.end[:, None])
 
     def before(self, n: int) -> Cache:
-        """The cache for queries that are n positions before the present ones. `self.end` may lie beyond the cache."""
+        """The same cache for queries that are n positions earlier. `self.end` may lie beyond the cache."""
         end = jnp.clip(self.end - n, 0, self.k.shape[2])
         return self._replace(begin=jnp.maximum(self.begin - n, 0), end=end)
 

@@ -83,8 +83,8 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
 
 
 def _tiles(K: int, S: int, H: int, itemsize: int) -> tuple[int, int]:
-    """KV heads and slots per step: at most half of the heads, so that two cores can share them, and BLOCK_BYTES of
-    keys."""
+    """The numbers of KV heads and of slots per step. A step has at most half of the heads, so that two cores can share
+    them, and about BLOCK_BYTES of keys."""
     heads = max(n for n in range(1, max(K // 2, 1) + 1) if K % n == 0 and n <= HEADS)
     fit = BLOCK_BYTES // (heads * max(H, 128) * itemsize)  # a power of two if the head dim is a power of two
     return heads, min(S, max(fit // 128 * 128, 128))

@@ -32,8 +32,8 @@ class Harness:
         turn: whether prompts are answered (True) or continued (False).
         max_tokens: the most tokens of an answer, if the harness sets no limit.
 
-    If a prompt cannot be served, for example because it is too long, this is logged, and the answer is "" or a
-    likelihood of 0.
+    If a prompt cannot be served, for example because it is too long, a warning is logged. The answer is then "", and
+    the log-likelihood is -inf.
     """
 
     def __init__(self, model: Model, *, turn: bool = True, max_tokens: int = 256):

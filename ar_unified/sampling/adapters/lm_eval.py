@@ -49,8 +49,9 @@ class EngineLM(LM):
         return self._model.likelihoods(pairs)
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """For each (text,): the log-likelihood of the whole text. In a long text, every token counts once, and its
-        context is as much of the text before it as fits.
+        """For each (text,): the log-likelihood of the whole text. A long text is cut into pieces as large as fit, and
+        every token counts once. The context of a token is the part of its piece before it. If the last piece is
+        shorter, as many earlier tokens as fit come before it.
         """
         pairs, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):

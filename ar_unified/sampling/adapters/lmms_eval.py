@@ -75,7 +75,9 @@ class EngineLMM(lmms):
 
 
 def _content(context: str, visuals: list[Any] | None) -> Prompt:
-    """The prompt with each image at its mark in the text, or before the text if it has no marks."""
+    """The prompt, with each image at its `<image>` mark in the text. If the text does not have one mark for each image,
+    all images come before the text.
+    """
     images = list(visuals or ())
     if any(not isinstance(image, Image.Image) for image in images):
         raise ValueError(f"expected images, found {type(images[0]).__name__}: video and sound cannot be read")

@@ -18,7 +18,7 @@ from ar_unified.sampling.model import Model
 
 
 class EngineVLM(BaseModel):
-    """A model in the form that the kit calls; `settings` are the settings that `Harness.answers` reads."""
+    """Wraps a model for VLMEvalKit. `settings` are the settings that `Harness.answers` reads."""
 
     INTERLEAVE = True
     allowed_types = ["text", "image"]

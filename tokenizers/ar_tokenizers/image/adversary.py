@@ -9,8 +9,8 @@ of both sets of parameters that returns both losses, and compute the gradient of
     d_grads, _ = pull_back((1.0, 0.0))
     _, g_grads = pull_back((0.0, 1.0))
 
-No stop_gradient is needed: the first `_` is the gradient of the discriminator's loss for the autoencoder, and it is
-dropped.
+No stop_gradient is needed, because the two gradients named `_` are not used. The first `_` is the gradient of the
+discriminator's loss with respect to the autoencoder's parameters.
 
 Every loss and penalty here is float32 [B], one number for each image, so sums over microbatches and devices add up to
 the sum over the whole batch.
@@ -130,8 +130,8 @@ def discriminator_loss(config: AdversaryConfig, real_logits: jax.Array, fake_log
 def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array:
     """The loss of the autoencoder, without its weight: logits [B, ...] of reconstructions -> float32 [B].
 
-    hinge: -fake. non_saturating: -log sigmoid(fake), whose gradient is largest for the reconstructions that the
-    discriminator recognises most surely.
+    hinge: -fake. non_saturating: -log sigmoid(fake). Its gradient is largest where the discriminator is most certain
+    that a reconstruction is fake.
     """
     return by_image(-fake_logits) if config.loss == "hinge" else by_image(jax.nn.softplus(-fake_logits))
 
@@ -161,8 +161,8 @@ def lecam_penalty(
     """lecam x (relu(real - average fake)^2 + relu(average real - fake)^2) -> float32 [B].
 
     Tseng et al. 2021, arXiv:2104.03310, with the relu of the authors' code. The penalty holds back a discriminator that
-    becomes too sure. It is zero for a discriminator that is wrong. It uses each image's mean logit; MAGVIT uses the
-    batch's mean, which would depend on the size of a microbatch.
+    becomes too sure. It is zero for a discriminator that is wrong. It uses the mean logit of each image. MAGVIT uses
+    the mean of the batch, which here would depend on the size of a microbatch.
     """
     real = jax.nn.relu(by_image(real_logits) - averages["fake"])
     fake = jax.nn.relu(averages["real"] - by_image(fake_logits))

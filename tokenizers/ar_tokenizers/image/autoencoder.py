@@ -54,7 +54,7 @@ class Autoencoder(nnx.Module):
     def bind(config: AutoencoderConfig, params: Params) -> Autoencoder:
         """Puts `params`, in the form of `init`, into a module. Call it inside the traced function.
 
-        If the params have no "decoder", neither has the module.
+        If the params have no "decoder", the module has no decoder.
         """
         graph, state = _abstract(config, "decoder" in params)
         state = jax.tree.map(lambda leaf: leaf, state)  # a copy
@@ -95,7 +95,8 @@ def init(config: AutoencoderConfig, key: jax.Array) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def shapes(config: AutoencoderConfig) -> Params:
-    """What `init` makes, as shapes and dtypes. Do not change the result: the next caller gets the same dict."""
+    """The shapes and dtypes of the parameters that `init` makes. Do not change the result: the next caller gets the
+    same dict."""
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 

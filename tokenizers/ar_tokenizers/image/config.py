@@ -58,7 +58,9 @@ class AutoencoderConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         depth = (self.factor // max(self.patch, 1)).bit_length()
         if self.patch < 1 or depth < 1 or self.factor != self.patch << (depth - 1):
-            raise ValueError(f"factor must be patch x a power of two, got factor {self.factor} and patch {self.patch}")
+            raise ValueError(
+                f"factor must be patch times a power of two, got factor {self.factor} and patch {self.patch}"
+            )
         for name in PER_LEVEL:
             if len(getattr(self, name)) != depth and (getattr(self, name) or not name.startswith("decoder_")):
                 raise ValueError(
@@ -101,15 +103,16 @@ class AutoencoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
-        """Makes a config of JSON values. Raises ValueError, which names keys that are not fields."""
+        """Makes a config of JSON values. Raises ValueError if a key is not a field; the message names such keys."""
         values = {_NAMED_BEFORE.get(name, name): _renamed(value, _NAMED_BEFORE) for name, value in values.items()}
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"an AutoencoderConfig has no {unknown}; it has {known}")
+            raise ValueError(f"AutoencoderConfig: unknown fields {unknown}; the fields are {known}")
         return cls(**values)
 
     def identity(self) -> str:
-        """All settings as one line of JSON, under the names that they had at first. A tokenizer's hash includes it."""
+        """The settings as one line of JSON, under their oldest names. A setting is left out if it has its value in
+        `_ADDED`. A tokenizer's hash includes this line."""
         first = {now: before for before, now in _NAMED_BEFORE.items()}
         settings = dataclasses.asdict(self)
         named = {

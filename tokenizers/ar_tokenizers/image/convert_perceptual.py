@@ -32,13 +32,13 @@ def read_torch(path: str) -> Arrays:
 
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict (a mapping of names to tensors): save model.state_dict() instead")
+        raise ValueError(f"{path} is not a state dict (names and their tensors): save model.state_dict() instead")
     return {name: value.float().numpy() for name, value in state.items()}
 
 
 def convert(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]], output: str | Path) -> str:
-    """Writes the arrays that `shapes` names. The state dicts together must have them. Returns the sha256 of the new
-    file.
+    """Writes the arrays that `shapes` names. Each of them must be in one of the state dicts. Returns the sha256 of the
+    new file.
 
     Raises:
       ValueError: an array is missing or of another shape; nothing is written.

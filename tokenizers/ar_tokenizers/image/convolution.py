@@ -60,8 +60,8 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H, W, F'], padded with zeros on all sides; H is a multiple of 4.
 
     Only the rows are transformed: whole rows are added in memory order, and an ordinary 1 x 3 convolution does the
-    columns. If the columns were transformed too, the additions, which XLA does one by one, would cost more than the
-    products.
+    columns. If the columns were transformed too, the additions would cost more than the products, because XLA does them
+    one by one.
     """
     b, h, w, f = x.shape
     strips = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0))).reshape(b, h // 4 + 1, 4, w, f)
@@ -74,7 +74,8 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _two_taps(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Reduces three taps to two, by adding taps at copies of one position: the kernels for even and for odd results."""
+    """Returns the kernels for even and for odd results. Each has two taps instead of three, because taps at copies of
+    the same position are added."""
     first, second, third = jnp.split(kernel, 3, axis)
     return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 

@@ -1,5 +1,5 @@
-"""The discriminators, which tell images from reconstructions. PatchGAN judges patches, StyleGAN's judges the whole
-image.
+"""The discriminators, which distinguish images from reconstructions. PatchGAN judges patches, StyleGAN's judges the
+whole image.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
@@ -34,9 +34,9 @@ class Discriminator(nnx.Module):
 class PatchDiscriminator(Discriminator):
     """Judges overlapping patches, each by itself: logits [B, h, w]. With 3 layers, a patch has 70 x 70 pixels.
 
-    After pix2pix (Isola et al. 2016, arXiv:1611.07004), as VQGAN and LlamaGen use it: `layers` convolutions of stride
-    2, one of stride 1 and one that gives the logits, all 4 x 4. Their batch norm is replaced by a group norm, for the
-    reason above.
+    It follows pix2pix (Isola et al. 2016, arXiv:1611.07004), as used by VQGAN and LlamaGen: `layers` convolutions of
+    stride 2, then one of stride 1, then one that gives the logits. All kernels are 4 x 4. A group norm replaces their
+    batch norm, because an image must not influence the logits of another.
     """
 
     def __init__(self, width: int, layers: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -63,10 +63,10 @@ class PatchDiscriminator(Discriminator):
 class StyleDiscriminator(Discriminator):
     """Judges the whole image: one logit for each, [B].
 
-    StyleGAN2's residual discriminator (Karras et al. 2019, arXiv:1912.04958), with which MaskGIT and MAGVIT train
-    tokenizers. It has `layers` residual blocks, each of which blurs and halves, and then dense layers. The dense layers
-    see features averaged into 4 x 4 cells, so one set of parameters works for any H x W. After log2(side / 4) blocks,
-    the features have exactly 4 x 4 positions.
+    StyleGAN2's residual discriminator (Karras et al. 2019, arXiv:1912.04958). MaskGIT and MAGVIT train tokenizers with
+    it. It has `layers` residual blocks, followed by dense layers. Each block blurs and halves the features. The dense
+    layers see features averaged into 4 x 4 cells, so one set of parameters works for any H x W. After log2(side / 4)
+    blocks, the features have exactly 4 x 4 positions.
     """
 
     GRID = 4
@@ -123,7 +123,8 @@ def blur_and_halve(x: jax.Array) -> jax.Array:
 
 
 def average_into(x: jax.Array, grid: int) -> jax.Array:
-    """[B, h, w, F] -> [B, grid, grid, F]: cell i of n averages positions floor(i h / n) to ceil((i + 1) h / n)."""
+    """[B, h, w, F] -> [B, grid, grid, F]. With n = grid, cell i is the mean of the positions from floor(i h / n) to
+    ceil((i + 1) h / n) - 1."""
 
     def cells(size: int) -> jax.Array:
         position, cell = jnp.arange(size), jnp.arange(grid)[:, None]

@@ -2,7 +2,7 @@
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-FID (Heusel et al. 2017, arXiv:1706.08500) compares the features of a certain network with certain weights. This is
+FID (Heusel et al. 2017, arXiv:1706.08500) compares the features of one specific network with specific weights. This is
 the TF-2015 Inception, which mseitzer/pytorch-fid ported to torch and which everybody uses. torchvision's weights, or
 another way to resize, give a different number, which should be called FD-<name>.
 """
@@ -46,7 +46,8 @@ def _largest(x: jax.Array) -> jax.Array:
 
 
 def _average(x: jax.Array) -> jax.Array:
-    """The mean over 3 x 3. At the border it is the mean over positions inside, as in TF-2015 and unlike torchvision."""
+    """The mean over windows of 3 x 3 positions. At the border, only positions inside the image count, as in TF-2015 and
+    unlike torchvision."""
 
     def add(x: jax.Array) -> jax.Array:
         return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
@@ -184,7 +185,7 @@ def pool3(params: Params, pixels: jax.Array) -> jax.Array:
         8 bits.
     """
     if pixels.dtype != jnp.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-        raise ValueError(f"FID's images are uint8 [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        raise ValueError(f"FID needs images uint8 [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
     x = pixels.astype(jnp.float32) / 255
     size = (len(x), SIDE, SIDE, 3)
     x = jax.image.resize(x, size, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)

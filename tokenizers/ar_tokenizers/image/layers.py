@@ -1,4 +1,4 @@
-"""The layers of both backbones.
+"""The layers that the backbones share.
 
 Axes: B batch, H W rows and columns, F features. Parameters are float32, arithmetic is in `dtype`.
 """
@@ -28,7 +28,8 @@ class _Keys:
 
 
 def fresh(key: jax.Array | None = None) -> nnx.Rngs:
-    """Keys for the parameters of new layers, the same as `nnx.Rngs(params=key)` gives. For shapes alone, omit the key.
+    """Keys for the parameters of new layers, the same as `nnx.Rngs(params=key)` gives. If you need only shapes, omit
+    the key.
 
     nnx.Rngs is not used because it is slow while JAX traces. The counter in an nnx.Rngs is an array, and flax asks for
     the sharding of this array at every key. JAX then raises an error with a message made from the whole program so
@@ -38,7 +39,7 @@ def fresh(key: jax.Array | None = None) -> nnx.Rngs:
 
 
 class Conv3x3(nnx.Module):
-    """A 3 x 3 convolution of convolution.py, by default the one that keeps the size, and a bias."""
+    """A 3 x 3 convolution with a bias. `convolution` is a function of convolution.py; the default keeps the size."""
 
     def __init__(
         self,

@@ -18,7 +18,8 @@ _VGG: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512
 
 
 def _vgg_names() -> list[list[str]]:
-    """torchvision's names of the convolutions, by stage. All layers are numbered in a row, also relu and pooling."""
+    """torchvision's names of the convolutions, by stage. torchvision numbers all layers in one sequence, including relu
+    and pooling."""
     index, names = 0, []
     for stage in _VGG:
         names.append([f"features.{index + 2 * i}" for i in range(len(stage))])
@@ -48,8 +49,8 @@ def arrange(arrays: Mapping[str, np.ndarray]) -> Params:
 def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """LPIPS of VGG16, version 0.1, of two batches of images: float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B].
 
-    Zhang et al. 2018, arXiv:1801.03924. The activations after each of five stages are normalised at each position,
-    their squared differences are weighted by learned heads, averaged over positions and added over stages.
+    Zhang et al. 2018, arXiv:1801.03924. The activations after each of five stages are normalised at each position.
+    Their squared differences are weighted by learned heads, averaged over positions and summed over stages.
 
     Raises:
       ValueError: images have less than 16 pixels a side, so nothing is left after four halvings.

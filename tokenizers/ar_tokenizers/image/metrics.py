@@ -35,8 +35,8 @@ def l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of each image, in dB: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Tokenizer papers report its mean over images; `decibels` of the mean error over a data set is lower. Identical
-    images have 100 dB, so a mean over images stays finite.
+    Tokenizer papers report the mean of this number over images. The PSNR of a data set's mean squared error
+    (`decibels`) is lower. Identical images have 100 dB, so a mean over images stays finite.
     """
     return decibels(mse(a, b))
 
@@ -110,7 +110,7 @@ def usage(counts: np.ndarray) -> dict[str, float]:
     """
     counts = np.asarray(counts, np.float64).ravel()
     if not counts.size or counts.sum() <= 0:
-        raise ValueError(f"no code was counted, in a histogram of shape {counts.shape}")
+        raise ValueError(f"expected at least one counted code, found none in a histogram of shape {counts.shape}")
     p = counts[counts > 0] / counts.sum()
     entropy = float(-(p * np.log2(p)).sum()) + 0.0
     top = np.sort(counts)[::-1][: -(-counts.size // 100)]

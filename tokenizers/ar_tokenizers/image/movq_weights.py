@@ -104,7 +104,7 @@ def config_from_emu3(values: Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def emu3_settings(config: AutoencoderConfig, dialect: str) -> dict[str, Any]:
-    """The settings that `config_from_emu3` reads, with the names of "emu3" or "emu3_hf"."""
+    """The settings that `config_from_emu3` reads, under the names that the dialect ("emu3" or "emu3_hf") uses."""
     port = dialect == "emu3_hf"
     values = {ours: getattr(config, ours) for ours in _SETTINGS}
     values["multipliers"], values["blocks"] = list(config.multipliers), config.temporal_blocks
@@ -138,7 +138,7 @@ def dialect_of(names: Iterable[str]) -> str:
 def from_published(
     config: AutoencoderConfig, state: Mapping[str, Any], dialect: str
 ) -> tuple[Params, dict[str, np.ndarray]]:
-    """Converts arrays with published names to (parameters, arrays that the network has no place for).
+    """Converts arrays with published names to parameters. Also returns the arrays that have no place in the network.
 
     Args:
       state: all arrays of a file that holds the tokenizer alone, of any float dtype.
@@ -179,17 +179,17 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            f"layers over time: expected all published arrays, but these are missing or unknown: {some(differ)}. "
-            f"The network has only the effect of these layers on a single image, so only an imported tokenizer can be "
+            f"temporal layers: expected all published arrays, but these are missing or unknown: {some(differ)}. "
+            "The network keeps only what these layers do to a single image, so only an imported tokenizer can be "
             f"exported as {dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))
         if moved := {name for name, leaf in folded.items() if not np.array_equal(np.asarray(ours[name]), leaf)}:
             raise ValueError(
-                f"layers over time: the published layers do not give the network's weights {some(moved)}: the network "
-                "was trained after the import, so its layers for a video are unknown. Export the tokenizer as it was "
-                "imported"
+                f"temporal layers: the network's weights {some(moved)} differ from those of the published layers: the "
+                "network was trained after the import, so its layers for a video are unknown. Export the tokenizer as "
+                "it was imported"
             )
     found = {
         place.name: np.ascontiguousarray(_to_theirs(place.name, np.asarray(ours[name], np.float32)))
@@ -206,7 +206,8 @@ class _Place(NamedTuple):
 
 @functools.cache
 def _expected(config: AutoencoderConfig, dialect: str) -> tuple[dict[str, _Place], dict[str, tuple[int, ...]]]:
-    """The place of each parameter in a file, by our name; and the names and shapes of the layers over time."""
+    """Returns the place of each parameter in a file, by our name, and the shape of each array of the layers over time,
+    by published name."""
     if dialect not in DIALECTS:
         raise ValueError(f"names of weights: expected one of {', '.join(DIALECTS)}; found {dialect!r}")
     blocks = config.temporal_blocks

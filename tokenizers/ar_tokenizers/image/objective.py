@@ -114,8 +114,8 @@ class Objective:
         count = float(target.shape[0])
 
         def similar(fake: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            """The weighted sum of the losses that compare an image with its original, and each of these losses by name:
-            float32 [B]."""
+            """The weighted sum of the losses that compare a reconstruction with its image, and each of these losses by
+            name: float32 [B]."""
             error = fake - target
             parts = mean_errors(error)
             # The metrics count all errors; the loss counts only errors beyond the tolerance.
@@ -158,7 +158,8 @@ class Objective:
         made: Reconstruction,
         similar: Callable[[jax.Array], jax.Array],
     ) -> Judged:
-        """The adversary's losses for a batch. Before the first step in which it is used, nothing is computed."""
+        """The adversary's losses for a batch. Before the first step in which the discriminator learns, nothing is
+        computed and all results are 0."""
         config, matching = self.config.adversary, self.config.perceptual_weight * (self.config.perceptual == "match")
         weight, learning = adversaries.gates(config, model_state["steps"])
 

@@ -1,4 +1,5 @@
-"""Perceptual distances: how different a reconstruction looks from its image, as losses besides the pixel loss.
+"""Perceptual distances. They measure how different a reconstruction looks from its image, and are losses in addition to
+the pixel loss.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
@@ -53,7 +54,7 @@ class Perceptual:
           ValueError: there is no such kind, or the file does not have the weights of that kind.
         """
         if kind not in get_args(Kind):
-            raise ValueError(f"a perceptual distance is one of {get_args(Kind)}, got {kind!r}")
+            raise ValueError(f"perceptual distance: expected one of {get_args(Kind)}, got {kind!r}")
         require_fitting(kind, path)
         if kind not in NETWORKS:
             return cls(kind, {}, "", dtype)  # type: ignore[arg-type]
@@ -62,7 +63,7 @@ class Perceptual:
 
     @property
     def name(self) -> str:
-        """The name to print with a number, with the first digits of the sha256 of the weights."""
+        """The name of the distance, to print next to its value. It includes the first digits of the weights' sha256."""
         names = {"lpips": "LPIPS-VGG16", "features": "ResNet-50 logits", "ms_ssim": "1 - MS-SSIM"}
         return names.get(self.kind, self.kind) + (f" ({self.hash[:12]})" if self.hash else "")
 
@@ -139,7 +140,7 @@ def feature_matching(a: Features, b: Features) -> jax.Array:
     if not a or len(a) != len(b):
         raise ValueError(
             "feature matching needs the discriminator's activations for both images (the second result of "
-            f"adversary.logits), from equally many layers; got {len(a)} and {len(b)} layers"
+            f"adversary.logits), with the same number of layers; got {len(a)} and {len(b)} layers"
         )
     layers = [jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).mean((1, 2, 3)) for x, y in zip(a, b, strict=True)]
     return sum(layers[1:], layers[0]) / len(layers)

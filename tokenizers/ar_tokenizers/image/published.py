@@ -4,9 +4,9 @@
     tokenizer = from_published(config, tensors, "llamagen")
     tensors = to_published(tokenizer, "llamagen")
 
-A system (a key of SYSTEMS) says which names its settings have in published files, and gives the values of settings that
-the files leave out. A dialect (taming.DIALECTS, movq_weights.DIALECTS) says which names its weights have. Import and
-export are exact: every array keeps its name and its bits.
+A system (a key of SYSTEMS) defines the names of the settings in published files, and the values of settings that the
+files leave out. A dialect (taming.DIALECTS, movq_weights.DIALECTS) defines the names of the weights. Import and export
+are exact: every array keeps its name and its bits.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
 
 
 def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 512) -> dict[str, object]:
-    """The settings that `config_of` reads, in the form of that dialect's files; {} if the dialect publishes none.
+    """The settings that `config_of` reads, in the form that files of the dialect use; {} if these files have no
+    settings.
 
     Args:
       resolution: the side of the training images, in pixels. The setting attn_resolutions depends on it: it lists the
@@ -230,8 +231,9 @@ def _llamagen(record: Mapping[str, Any], names: Iterable[str]) -> AutoencoderCon
 
 
 def _janus(record: Mapping[str, Any]) -> AutoencoderConfig:
-    """Reads config.json of the original or of transformers. In one point, transformers is not followed: it finds the
-    nearest code without normalising but decodes with normalised codes. The original normalises in both, as we do.
+    """Reads config.json of the original or of transformers. We differ from transformers in one point: transformers does
+    not normalise when it finds the nearest code, but decodes with normalised codes. The original normalises in both
+    cases, and so do we.
     """
     if "gen_vision_config" in record:
         part = record["gen_vision_config"]

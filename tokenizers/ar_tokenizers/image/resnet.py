@@ -53,7 +53,7 @@ def logits(params: Params, pixels: jax.Array, dtype: jnp.dtype = jnp.float32) ->
 
     The mean squared difference of logits is the perceptual loss of MAGVIT (arXiv:2212.05199) and MaskBit
     (arXiv:2409.16211). Images are prepared as in MaskBit: resized to 224 x 224 pixels, bilinear and antialiased, and
-    normalised with ImageNet's mean and deviation. In a bottleneck, the 3 x 3 convolution has the stride, as in
+    normalised with ImageNet's mean and deviation. The stride of a bottleneck block is in its 3 x 3 convolution, as in
     torchvision.
     """
     mean, deviation = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])

@@ -69,7 +69,8 @@ class Decoder(nnx.Module):
 
 
 def receptive_radius(config: AutoencoderConfig) -> int:
-    """A code depends on pixels, and changes pixels, up to this distance in pixels from the edge of its own cell."""
+    """The reach of a code, in pixels from the edge of its own cell. A code depends only on pixels within this reach,
+    and changes only these pixels."""
     blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # each has two convolutions
     return config.patch * (1 + blocks)
 

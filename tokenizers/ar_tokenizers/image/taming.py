@@ -10,7 +10,7 @@ showo         showlab/magvitv2: taming's names, but the convolutions around the 
               and the first digit of a code is the highest (here it is the lowest).
 lwm           LWM's VQGAN, a flax tree with names joined by "/". Kernels are [3, 3, F, F'], like ours.
 
-The names are in tables that are read in both directions. movq_weights.py has the descendants of MoVQ.
+Import and export use the same tables of names. The descendants of MoVQ are in movq_weights.py.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect:
         if kept[name].shape != extra[name].shape:
             raise ValueError(f"{name}: expected {list(extra[name].shape)}, found {list(kept[name].shape)}")
         if extra[name].any() and not np.array_equal(kept[name], extra[name]):
-            raise ValueError(f"{name}: expected the values of a code's digits, the highest first; found other values")
+            raise ValueError(
+                f"{name}: expected the values that the codes' digits give, the highest digit first; found other values"
+            )
     ours = {}
     for name, place in places.items():
         if name.startswith("decoder.") and not spoken.decoder:
@@ -241,7 +243,7 @@ def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
 
 
 class Place(NamedTuple):
-    """Where a published file has one of our parameters."""
+    """The place of one of our parameters in a published file."""
 
     name: str  # in the published file
     shape: tuple[int, ...]  # in the published file
@@ -257,7 +259,7 @@ def known(dialect: str) -> str:
 
 @functools.cache
 def _places(config: AutoencoderConfig, dialect: str) -> dict[str, Place]:
-    """The place of each parameter in a published file, by our name."""
+    """The place of each parameter in a published file. The keys are our names."""
     spoken = DIALECTS[dialect]
     for name, value in {**spoken.demands, "backbone": "vqgan", "patch": 1}.items():
         if (found := getattr(config, name)) != value:
@@ -320,7 +322,7 @@ def check_names(
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """The first few of many names."""
+    """The names as text: the first few if there are many."""
     names = sorted(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
@@ -346,7 +348,8 @@ def _to_ours(spoken: Dialect, name: str, place: Place, leaf: np.ndarray) -> np.n
 
 
 def _digits(spoken: Dialect, name: str, leaf: np.ndarray) -> np.ndarray:
-    """Reverses the order of the digits in a layer that makes or reads the digits of codes."""
+    """Reverses the order of a code's digits in the layers that make or read them, if the dialect has the highest digit
+    first."""
     axes = {"encoder.to_code.kernel": 1, "encoder.to_code.bias": 0, "decoder.from_code.kernel": 0}
     return np.flip(leaf, axes[name]) if spoken.highest_first and name in axes else leaf
 

@@ -15,7 +15,7 @@ Every convolution pads two zero frames before the first frame, so it is known in
 
 Batch norms use fixed statistics from training, so each is a scale and a shift.
 
-`fold` computes these sums. The taps cannot be recovered from them, so the original layers are kept for an export.
+`fold` computes these sums. The taps cannot be recovered from the sums, so the original layers are kept for an export.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def published_shapes(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
 
 
 def fold(published: Mapping[str, np.ndarray], blocks: int) -> dict[str, dict[str, object]]:
-    """Converts the arrays of `published_shapes` to the arrays of our encoder and decoder that replace them, float32.
+    """Converts the arrays of `published_shapes` to the float32 arrays that replace them in our encoder and decoder.
 
     Returns:
       {"encoder": {"temporal": BeforeCodes, "to_code": ...}, "decoder": {"temporal": AfterCodes, "from_code": ...}}

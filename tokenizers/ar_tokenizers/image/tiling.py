@@ -2,10 +2,10 @@
 
 Axes: B batch, H W pixels, h w codes. Lengths are in codes unless another unit is named.
 
-A window does not see beyond its edges. So near an edge that lies inside the image, its results are wrong up to the
-distance that the network's receptive field reaches. Each code is taken from the window in which it is nearer to the
-middle, so each window discards half of the overlap. Pixels are blended over the middle half of each overlap, and the
-quarter on each side is discarded.
+A window does not see beyond its edges. So its results are wrong near an edge that lies inside the image, as far as the
+network's receptive field reaches. Each code is taken from the window in which it is nearer to the middle, so each
+window discards half of the overlap. Pixels are blended over the middle half of each overlap, and the quarter on each
+side is discarded.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _join(pieces: Iterable[np.ndarray], starts: Sequence[int], axis: int, blend: bool) -> np.ndarray:
-    """Joins overlapping pieces that begin at `starts` along an axis (1 or 2 of at least 3)."""
+    """Joins overlapping pieces that begin at `starts` along `axis`, which is 1 or 2. The pieces have at least 3
+    axes."""
     finished: list[np.ndarray] = []
     begin = 0  # start of the last piece in `finished`
     for start, piece in zip(starts, pieces, strict=True):

@@ -101,9 +101,9 @@ class ImageTokenizer:
 
     @functools.cached_property
     def single(self) -> ImageTokenizer:
-        """The same tokenizer for calls with one image, which it does not pad to a batch.
+        """The same tokenizer with batch size 1, for calls with one image: it does not pad the image to a larger batch.
 
-        If two codes are equally near up to rounding, it may choose one of them and a batch the other.
+        If two codes are equally near up to rounding, its choice may differ from the choice in a larger batch.
         """
         return ImageTokenizer(self.config, self.params, batch_size=1, published=self.published)
 
@@ -196,8 +196,8 @@ class ImageTokenizer:
         tokenizer = cls(config, params, batch_size=batch_size, published=published)
         if tokenizer.hash != record.get("hash"):
             raise ValueError(
-                f"{folder}: {CONFIG} was written with weights and settings of hash {record.get('hash')!s:.12}, but "
-                f"those found have {tokenizer.hash[:12]}: a file was changed or comes from another tokenizer"
+                f"{folder}: {CONFIG} expects weights and settings with hash {record.get('hash')!s:.12}, but those in "
+                f"the folder have hash {tokenizer.hash[:12]}: a file was changed or comes from another tokenizer"
             )
         return tokenizer
 
@@ -257,7 +257,7 @@ def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     """The config in config.json, and the whole content of that file."""
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no image tokenizer: there is no {CONFIG}, which is written last")
+        raise FileNotFoundError(f"{folder} has no complete image tokenizer: the last file, {CONFIG}, is missing")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -272,7 +272,7 @@ def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
 
 
 def _published(folder: Path, digest: str) -> dict[str, np.ndarray]:
-    """The `published` arrays. Raises ValueError if they are missing or are not those that were saved."""
+    """The `published` arrays. Raises ValueError if their file is missing or has changed since it was saved."""
     if not (folder / PUBLISHED).is_file():
         raise ValueError(f"{folder}: expected {PUBLISHED}, which {CONFIG} names; found none")
     kept = (folder / PUBLISHED).read_bytes()

@@ -12,8 +12,8 @@ GroupNorm uses the whole image, and attention uses every position. So a code dep
 
 Video clips are not supported. The network itself would need little change. The frames would be part of the batch, and a
 temporal convolution over past frames would follow each block. It would be in a residual branch that starts at zero, so
-a single frame would be treated exactly like an image. Halving over time (1 + 2n frames to 1 + n) is missing too, and so
-are clips in documents, data, grammar and sampling.
+a single frame would be treated exactly like an image. Halving over time (1 + 2n frames to 1 + n) is missing too.
+Documents, data, grammar and sampling do not support clips either.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Level(nnx.Module):
                 setattr(self, f"attention{index}", Attention(width, dtype=dtype, rngs=rngs, norm=norm))
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> [B, h', w', F']; codes: for the norms of MoVQ."""
+        """[B, h', w', F] -> [B, h', w', F']. `codes` go to the norms of MoVQ."""
         for index in range(self.blocks):
             x = getattr(self, f"block{index}")(x, *codes)
             if self.attention:
@@ -145,7 +145,7 @@ class Middle(nnx.Module):
         self.block2 = Block(width, width, dtype=dtype, rngs=rngs, norm=norm)
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> the same shape; codes: for the norms of MoVQ."""
+        """[B, h', w', F] -> the same shape. `codes` go to the norms of MoVQ."""
         x = self.block1(x, *codes)
         return self.block2(self.attention(x, *codes) if self.attention else x, *codes)
 

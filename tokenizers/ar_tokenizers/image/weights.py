@@ -28,7 +28,7 @@ Padding = Literal["SAME", "VALID"] | int
 
 
 def read_weights(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Arrays, str]:
-    """The named arrays, float32, and the sha256 of the file, from a .safetensors or an .npz file.
+    """Reads a .safetensors or .npz file. Returns the arrays that `shapes` names, in float32, and the file's sha256.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -92,7 +92,8 @@ def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
 
 def conv_shapes(name: str, fan_in: int, fan_out: int, kernel: tuple[int, int], norm: str = "") -> Shapes:
-    """Names and shapes of a convolution's arrays in a file: with a bias, or, if `norm` is given, that batch norm."""
+    """Names and shapes of a convolution's arrays in a file: the kernel and the bias. If `norm` is given, the arrays of
+    this batch norm replace the bias."""
     weight: Shapes = {f"{name}.weight": (fan_out, fan_in, *kernel)}
     if not norm:
         return weight | {f"{name}.bias": (fan_out,)}

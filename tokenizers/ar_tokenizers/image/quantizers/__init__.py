@@ -1,4 +1,4 @@
-"""The quantizers, made by name from one flat set of settings.
+"""The quantizers. `make` builds one by name, from one flat set of settings.
 
 fsq     a grid of any size, no codebook that could collapse                     arXiv:2309.15505, 2601.17124
 vq      a learned codebook, by default on the unit sphere                       arXiv:1711.00937, 2110.04627
@@ -48,7 +48,8 @@ def make(
     restart: float = 0.1,
     rngs: nnx.Rngs,
 ) -> Quantizer:
-    """Makes the quantizer of that name. Under nnx.eval_shape, no arrays are made, but the result still has its sizes.
+    """Makes the quantizer of that name. Under nnx.eval_shape, it makes no arrays, but the sizes of the result (`dim`,
+    `codebook_size`, `depth`) are still numbers.
 
     Args:
       levels, activation: for fsq.
@@ -76,7 +77,7 @@ def make(
     ):
         if value != plain and quantizer not in heeded_by:
             raise ValueError(
-                f"{name}={value!r} is only for {' or '.join(heeded_by)}; quantizer {quantizer} needs {plain!r}"
+                f"{name}={value!r} is only for {' or '.join(heeded_by)}; for quantizer {quantizer} it must be {plain!r}"
             )
     dim = code_dim or USUAL_DIM.get(quantizer, 0)
     entropy = entropy if entropy >= 0 else USUAL_ENTROPY.get(quantizer, 0.0)

@@ -3,9 +3,9 @@
 Axes: B batch, C code dim, K codebook size.
 
 A quantizer has three functions: `bound` maps a latent into the space of the codes, `nearest` finds the code, `vectors`
-looks up its vector. The training pass uses the same three, so in training the decoder gets exactly the bits that it
-later gets from codes. All arithmetic is float32 and int32, whatever the dtype of the networks is: with bfloat16 indices
-FSQ loses half its codebook (lucidrains/vector-quantize-pytorch#114).
+looks up its vector. The training pass uses the same three functions. So in training, the decoder gets the same vectors
+that it later gets from codes, bit for bit. All arithmetic is float32 and int32, whatever the dtype of the networks is.
+With bfloat16 indices, FSQ would lose half of its codebook (lucidrains/vector-quantize-pytorch#114).
 
 Some quantizers also have a state besides their parameters, for example how often each code was used. Three functions
 handle it: `init_state` makes it, every training pass returns `sums` over its positions, and `update_state` updates it
@@ -56,8 +56,8 @@ class Quantizer(nnx.Module):
         """Codes int32 [...] in [0, K) -> float32 [..., C]."""
 
     def alone(self) -> jax.Array:
-        """float32 [K, C]: the vector of each code. If the depth is above 1, it is the code's part of the position's
-        vector."""
+        """float32 [K, C]: the vector of each code. If the depth is above 1, this is what the code adds to the vector of
+        its position."""
         return self.vectors(jnp.arange(self.codebook_size))
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:

@@ -61,7 +61,8 @@ def log_partition(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0)
 def soft_lookup(x: jax.Array, table: jax.Array) -> jax.Array:
     """x [N, C], table [K, C] -> [N, C]: the mean of the codes under softmax(x . t).
 
-    The gradient flows only through the softmax, to x and to all codes. It does not flow through the looked-up values.
+    The gradient flows only through the softmax, to x and to all codes. It does not flow through the code vectors that
+    are averaged.
     """
 
     @jax.checkpoint
@@ -79,8 +80,8 @@ def entropy_penalty(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.
     nats.
 
     It is small if each position is sure of its code and all codes are used equally (Yu et al. 2023, arXiv:2310.05737).
-    The mean is over the positions of this call, so the mean of this value over parts of a batch differs a little from
-    the value of the whole batch.
+    Both means are over the positions of one call. So if a batch is split, the mean of the parts' values differs a
+    little from the value of the whole batch.
     """
 
     @jax.checkpoint
@@ -149,7 +150,7 @@ class CodebookQuantizer(Quantizer):
         if codebook_update not in UPDATES:
             raise ValueError(f"codebook_update must be one of {', '.join(UPDATES)}, got {codebook_update!r}")
         if not 0 <= restart < 1:
-            raise ValueError(f"restart, a share of the mean use of a code, must be in [0, 1), got {restart}")
+            raise ValueError(f"restart must be in [0, 1), because it is a share of a code's mean use; got {restart}")
         self.dim, self.codebook_size, self.beta, self.restart = dim, codes, beta, restart
         self.codebook_update, self.gradient = codebook_update, gradient
         self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32) / math.sqrt(dim))
@@ -160,14 +161,14 @@ class CodebookQuantizer(Quantizer):
         return jax.lax.stop_gradient(codebook) if self.codebook_update == "ema" else codebook
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """The codes' vectors, with the kind of gradient that `gradient` names."""
+        """The codes' vectors. The setting `gradient` decides how gradients reach the latents."""
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         """`count` [K] and `latent` [K, C]: the number and the sum of the latents that chose each code.
 
-        `drawn_weight` [K] and `drawn_latent` [K, C]: the sum of the weights, and the weighted sum, of the latents that
-        drew each code.
+        `drawn_weight` [K] and `drawn_latent` [K, C]: for each code, the sum of the weights of the latents that drew it,
+        and the weighted sum of these latents.
 
         A restarted code should become one latent, not the mean of many, and the draws must not depend on how a batch is
         split. So each latent draws a random code and a random weight. The weights have such a long-tailed distribution
@@ -191,7 +192,8 @@ class CodebookQuantizer(Quantizer):
         return sums
 
     def init_state(self, params: Params) -> State:
-        """The moving averages that are needed: of each code's uses, and of the latents that chose it."""
+        """For each code, the moving averages of its number of uses and of the sum of the latents that chose it, if the
+        settings need them."""
         state = {}
         if self.restart or self.codebook_update == "ema":
             state["count"] = jnp.zeros(self.codebook_size)
@@ -200,7 +202,8 @@ class CodebookQuantizer(Quantizer):
         return state
 
     def update_state(self, params: Params, state: State, sums: dict[str, jax.Array]) -> tuple[Params, State]:
-        """Updates the averages, then the codes that follow them, and restarts unused codes."""
+        """Updates the moving averages. Then it computes the codes from them if `codebook_update` is "ema", and restarts
+        unused codes."""
         state = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in state.items()}
         codebook = params["codebook"]
         if self.codebook_update == "ema":  # both averages start at zero with the same bias, which cancels

@@ -13,7 +13,8 @@ ACTIVATIONS = {"tanh": 1.0, "ifsq": 0.8}  # the slope of the tanh: 2 * sigmoid(1
 
 
 class FSQ(Quantizer):
-    """Finite scalar quantisation: each of C numbers is rounded to one of levels[C] values, and K = prod(levels).
+    """Finite scalar quantisation: number i of the C numbers is rounded to one of levels[i] values, and K =
+    prod(levels).
 
     It has no codebook that could collapse, and no loss. Mentzer et al. 2023, arXiv:2309.15505. The shift that maps a
     zero latent to the middle level is computed with atanh, the inverse of the tanh in `bound` (the paper's code uses
@@ -51,7 +52,7 @@ class FSQ(Quantizer):
         return steps / jnp.array(self._half, jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
-        """The code of the nearest levels, which are its digits in a mixed base."""
+        """Rounds each number to its nearest level. These levels are the digits of the code, in a mixed base."""
         half = jnp.array(self._half, jnp.int32)
         digits = jnp.round(bounded * half.astype(jnp.float32)).astype(jnp.int32) + half
         return jnp.sum(digits * jnp.array(self._basis, jnp.int32), axis=-1, dtype=jnp.int32)

@@ -13,13 +13,13 @@ TEMPERATURE = 0.1  # of the entropy penalty's softmax; the authors' 0.01 affects
 
 
 class IBQ(Quantizer):
-    """Index backpropagation: chooses the code with the largest dot product, with the gradient of a softmax over all
-    codes.
+    """Index backpropagation: it chooses the code with the largest dot product. The gradient is that of a softmax over
+    all codes.
 
     Shi et al. 2024, arXiv:2412.02692. The straight-through estimator is applied to the one-hot choice, not to the
     vector, so the latent and every code get gradients through the scores of all K codes. IBQ needs its entropy penalty.
-    The softmax works through blocks of codes (codebook.py), so all [N, K] scores never exist at one time, forward or
-    backward.
+    The softmax works on one block of codes after another (codebook.py). So the full [N, K] array of scores never
+    exists, neither in the forward nor in the backward pass.
 
     A code has 32 dimensions by default, because with the authors' 256 the codebook collapses on other data
     (TencentARC/SEED-Voken#59).

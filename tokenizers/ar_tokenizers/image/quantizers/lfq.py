@@ -60,8 +60,8 @@ class LFQ(Quantizer):
 class BSQ(LFQ):
     """Binary spherical quantisation: LFQ with latents and codes on the unit sphere, so both are bounded.
 
-    Zhao et al. 2024, arXiv:2406.07548. For the entropy penalty, latents are divided by 1 / sqrt(C), the size of a
-    code's components, so digits are as sure as in LFQ for any C.
+    Zhao et al. 2024, arXiv:2406.07548. For the entropy penalty, latents are divided by the size of a code's components,
+    1 / sqrt(C). So the probabilities of the digits are like those in LFQ, for any C.
     """
 
     def __init__(self, codes: int, *, beta: float = 0.25, entropy: float = 0.1) -> None:

@@ -72,7 +72,7 @@ class RQ(CodebookQuantizer):
         return Quantized(self.through(bounded, self.vectors(codes)), codes, loss, sums)
 
     def _without_depth(self, codes: jax.Array) -> jax.Array:
-        """Removes the depth axis if the depth is 1, as in quantizers with one code per position."""
+        """Removes the depth axis if the depth is 1, so that codes have the same shape as in the other quantizers."""
         return codes[..., 0] if self.depth == 1 else codes
 
     def _descend(self, bounded: jax.Array) -> tuple[jax.Array, jax.Array]:

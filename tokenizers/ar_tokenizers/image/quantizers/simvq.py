@@ -14,10 +14,10 @@ class SimVQ(Quantizer):
     """Vector quantisation with codes that move together: K fixed random vectors, and one trained linear layer.
 
     Every choice moves all codes through the layer, which keeps them in use. Zhu et al. 2024, arXiv:2411.02038. The
-    lookup uses the layer (the authors' code forgets it in `get_codebook_entry`). The codebook can collapse with the
-    rotation gradient (lucidrains/vector-quantize-pytorch#177). It can also collapse with many dimensions, because few
-    random codes lie near the encoder's first outputs: with 32 dimensions, only 10 of 1,024 codes stayed in use
-    (experiments/benchmarks/quantizers.py). So the default is 8 dimensions, as for vq.
+    lookup of vectors applies the layer too; the authors' code forgets this in `get_codebook_entry`. The codebook can
+    collapse with the rotation gradient (lucidrains/vector-quantize-pytorch#177). It can also collapse with many
+    dimensions, because few random codes lie near the encoder's first outputs: with 32 dimensions, only 10 of 1,024
+    codes stayed in use (experiments/benchmarks/quantizers.py). So the default is 8 dimensions, as for vq.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SimVQ(Quantizer):
         return self.table()[codes]
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """The codes' vectors, with the kind of gradient that `gradient` names."""
+        """The codes' vectors. The setting `gradient` decides how gradients reach the latents."""
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
