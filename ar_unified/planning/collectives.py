@@ -6,6 +6,9 @@ each iteration. Replica groups are positions in the mesh (row-major), in any of 
 On TPUs, exchanges between slices are not written as collectives. Each device sends its share, already summed inside its
 slice, to its host, and the host's runtime (megascale) does the rest. The send instruction names a collective, and
 is reported as that collective.
+
+On tpu7x, the SparseCores run collectives while the TensorCore computes. Such a collective is in a computation of its
+own, which a call-start instruction begins and a call-done instruction awaits.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Collective(NamedTuple):
       times: how often a step runs it.
       known: False if it is in a loop whose length depends on data; such a loop counts as one iteration.
       overlapped: whether the compiler runs it at the same time as computation. The computation is in the same fusion,
-        or between its start and its done instruction.
+        or between its start and its done instruction, or between those of the call that runs it.
       source: the name of the operation that needs the collective (`hlo.source_of`).
     """
 
@@ -63,7 +66,9 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     """
     computations, entry = parse(hlo)
     times, known = times_of(computations, entry)
-    callers = {callee: each for part in computations.values() for each in part for callee in CALLED.findall(each.rest)}
+    callers = {
+        callee: (each, part) for part in computations.values() for each in part for callee in CALLED.findall(each.rest)
+    }
     found: dict[Any, Collective] = {}
     for name, instructions in computations.items():
         if not times[name]:
@@ -86,10 +91,13 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             if groups.shape[1] > 1:
-                source = source_of(each) or (source_of(callers[name]) if name in callers else "")
+                caller, around = callers.get(name, (None, ()))
+                source = source_of(each) or (source_of(caller) if caller else "")
                 overlapped = name.startswith("async_collective_fusion") or _beside(each, instructions)
+                if caller and caller.opcode == "call-start":
+                    overlapped = _beside(caller, around)
                 channel = re.search(r"channel_id=(\d+)", each.rest)
-                fused = name in callers and callers[name].opcode == "fusion"
+                fused = caller is not None and caller.opcode == "fusion"
                 key: Any = (name, len(found))
                 if channel and (between or fused):
                     key = (bool(between), channel.group(1), kind, size, groups.tobytes(), source_of(each))
@@ -116,6 +124,7 @@ def unknown_loops(hlo: str) -> int:
 
 
 _WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call", "conditional")
+_NO_WORK = re.compile(r'custom_call_target="(PrepareAsyncCall|AllocateBuffer)')  # custom calls that compute nothing
 
 
 def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
@@ -127,7 +136,7 @@ def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
     for each in behind:
         if each.opcode.endswith("-done") and done.match(each.rest):
             return False
-        if each.opcode in _WORK:
+        if each.opcode in _WORK and not _NO_WORK.search(each.rest):
             return True
     return False
 

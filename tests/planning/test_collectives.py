@@ -115,6 +115,39 @@ def test_a_start_whose_done_follows_at_once_overlaps_with_nothing():
     assert [(each.bytes, each.overlapped) for each in collectives(text, 4)] == [(64, False), (128, True)]
 
 
+def test_what_a_sparse_core_runs_overlaps_with_what_is_computed_before_its_call_is_done():
+    text = """%called.1 (p: bf16[1,8], t: token[]) -> bf16[4,8] {
+  %t = token[] parameter(1)
+  %p = bf16[1,8]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[4,8]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%called.2 (p: bf16[1,16], t: token[]) -> bf16[4,16] {
+  %t = token[] parameter(1)
+  %p = bf16[1,16]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[4,16]{1,0} all-gather(%p), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[1,8], y: bf16[1,16]) -> bf16[4,16] {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %y = bf16[1,16]{1,0} parameter(1)
+  %ready.1 = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %gather.1.call-start = ((bf16[1,8]{1,0}, token[]), bf16[4,8]{1,0}) call-start(%x, %ready.1), async_execution_thread="sparsecore", to_apply=%called.1, metadata={op_name="first"}
+  %begun.2 = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %ready.2 = token[] custom-call(%begun.2), custom_call_target="PrepareAsyncCallDone"
+  %gather.2.call-start = ((bf16[1,16]{1,0}, token[]), bf16[4,16]{1,0}) call-start(%y, %ready.2), async_execution_thread="sparsecore", to_apply=%called.2, metadata={op_name="second"}
+  %gather.1.call-done = bf16[4,8]{1,0} call-done(%gather.1.call-start)
+  %product = bf16[4,8]{1,0} fusion(%gather.1.call-done), kind=kOutput, calls=%nothing
+  ROOT %gather.2.call-done = bf16[4,16]{1,0} call-done(%gather.2.call-start)
+}
+"""  # noqa: E501
+    found = collectives(text, 4)
+    assert [(each.source, each.bytes, each.times, each.overlapped) for each in found] == [
+        ("first", 64, 1, False),
+        ("second", 128, 1, True),
+    ]
+
+
 def test_what_slices_exchange_is_a_send_to_the_host():
     send = """ENTRY %main (x: f32[8,128]) -> token[] {
   %x = f32[8,128]{1,0} parameter(0)
