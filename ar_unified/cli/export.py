@@ -187,7 +187,7 @@ def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dic
     if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
         raise UserError(
             f"--to {form}: expected a training of only an adapter and rows of ids, but this one also trained all of "
-            f"{', '.join(more)} (config.training.only): without --to, everything is written as a bundle"
+            f"{', '.join(more)} (config.training.only). Leave out --to to write all of the model as a bundle"
         )
     border, found = getattr(experiment.grammar.text_codec, "border", None), {}
     for table in TABLES:

@@ -59,7 +59,9 @@ def _open(files: Files, system: str, families: Mapping[str, Family]) -> Publishe
     found = {control: id for control, id in marks.items() if id is not None}
     if absent := [control for control in ("bos", "eos") if control not in found]:
         expected = " or ".join(_MARKS[system][absent[0]])
-        raise UserError(f"{files.text_file}: expected a token {expected}, found none: does --as name the right system?")
+        raise UserError(
+            f"{files.text_file}: expected a token {expected}, found none. Check that --as names the right system"
+        )
     ids = language(config.vocab_size, files.text_ids, found)
     return without_images(files, system, config, ids)
 

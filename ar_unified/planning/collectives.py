@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ar_unified.planning.hlo import CALLED, Instruction, bytes_of, parse, source_of, times_of, trips_of
+from ar_unified.planning.hlo import CALLED, Instruction, bytes_of, called_by, parse, source_of, times_of, trips_of
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -35,8 +35,8 @@ class Collective(NamedTuple):
         (source, target).
       times: how often a step runs it.
       known: False if it is in a loop whose length depends on data; such a loop counts as one iteration.
-      overlapped: whether the compiler runs it at the same time as computation. The computation is in the same fusion,
-        or between its start and its done instruction, or between those of the call that runs it.
+      overlapped: whether the compiler runs it at the same time as a matrix product or a kernel. This product is in the
+        same fusion, or between its start and its done instruction, or between those of the call that runs it.
       source: the name of the operation that needs the collective (`hlo.source_of`).
     """
 
@@ -93,9 +93,8 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             if groups.shape[1] > 1:
                 caller, around = callers.get(name, (None, ()))
                 source = source_of(each) or (source_of(caller) if caller else "")
-                overlapped = name.startswith("async_collective_fusion") or _beside(each, instructions)
-                if caller and caller.opcode == "call-start":
-                    overlapped = _beside(caller, around)
+                start, among = (caller, around) if caller and caller.opcode == "call-start" else (each, instructions)
+                overlapped = name.startswith("async_collective_fusion") or _beside(start, among, computations)
                 channel = re.search(r"channel_id=(\d+)", each.rest)
                 fused = caller is not None and caller.opcode == "fusion"
                 key: Any = (name, len(found))
@@ -123,12 +122,10 @@ def unknown_loops(hlo: str) -> int:
     )
 
 
-_WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call", "conditional")
-_NO_WORK = re.compile(r'custom_call_target="(PrepareAsyncCall|AllocateBuffer)')  # custom calls that compute nothing
-
-
-def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
-    """Whether there is computation between a start and its done instruction, in the order of execution."""
+def _beside(
+    start: Instruction, instructions: Sequence[Instruction], computations: Mapping[str, Sequence[Instruction]]
+) -> bool:
+    """Whether there is a product or a kernel between a start and its done instruction, in the order of execution."""
     if not start.opcode.endswith("-start"):
         return False
     behind = instructions[instructions.index(start) + 1 :]
@@ -136,9 +133,19 @@ def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
     for each in behind:
         if each.opcode.endswith("-done") and done.match(each.rest):
             return False
-        if each.opcode in _WORK and not _NO_WORK.search(each.rest):
+        if _computes(each, computations):
             return True
     return False
+
+
+def _computes(each: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> bool:
+    """Whether an instruction is a matrix product, a loop or a Pallas kernel, or a fusion or call that has one."""
+    if each.opcode in ("convolution", "dot", "while", "conditional"):
+        return True
+    if each.opcode == "custom-call":
+        return 'custom_call_target="tpu_custom_call"' in each.rest
+    inside = called_by(each) if each.opcode in ("fusion", "call") else []
+    return any(_computes(part, computations) for name in inside for part in computations.get(name, ()))
 
 
 # ---- which devices exchange ---------------------------------------------------------------------------------------

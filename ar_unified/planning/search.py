@@ -117,8 +117,8 @@ def said(changes: dict[str, Json]) -> str:
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether a candidate is at least as large as `other`, which did not fit. This is so if by arithmetic it needs at
-    least as much memory, has at least as many rows, and is split over at most as many devices (fsdp).
+    """Whether a candidate is at least as large as `other`, which did not fit. It is if it needs at least as much memory
+    (by arithmetic), has at least as many rows, and is split over no more devices (fsdp) than `other`.
     """
     return (
         each.least >= other.least

@@ -89,7 +89,8 @@ def test_places_that_name_nothing_are_refused_before_anything_is_done(systems: P
     here = ["--config", f"{FILE}:init={systems / 'chameleon'},path={tmp_path}", "--workdir", str(tmp_path / "w")]
     refused(
         ["train", *here, "--config.training.only=('head[images]',)", "--config.training.fresh=('haed',)"],
-        r"(?s)2 problems.*config.training.only: 'head\[images\]': expected one of.*config.training.fresh: 'haed' names",
+        r"(?s)2 problems.*config.training.only: 'head\[images\]': expected one of"
+        r".*config.training.fresh: 'haed' matches no parameter",
     )
     alone = ["--config", f"{ROOT}/experiments/folder.py:path={tmp_path}", "--workdir", str(tmp_path / "w")]
     refused(["train", *alone, "--config.training.fresh=('head',)"], "fresh: expected none without config.init")

@@ -101,22 +101,44 @@ def test_what_runs_beside_computation_counts_once():
 
 
 def test_a_start_whose_done_follows_at_once_overlaps_with_nothing():
-    text = """ENTRY %main (x: f32[8]) -> f32[16] {
+    text = """%product (a: f32[16]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  ROOT %dot = f32[16]{0} dot(%a, %a)
+}
+
+%small (a: f32[16]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  ROOT %twice = f32[16]{0} add(%a, %a)
+}
+
+ENTRY %main (x: f32[8]) -> f32[16] {
   %x = f32[8]{0} parameter(0)
   %start.1 = (f32[8]{0}, f32[16]{0}) all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}
   %done.1 = f32[16]{0} all-gather-done(%start.1)
   %start.12 = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
   %moved = f32[16]{0} copy(%done.1)
-  %worked = f32[16]{0} fusion(%moved), kind=kLoop, calls=%nothing
+  %worked = f32[16]{0} fusion(%moved), kind=kOutput, calls=%product
   %done.12 = f32[32]{0} all-gather-done(%start.12)
+  %start.3 = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %added = f32[16]{0} fusion(%worked), kind=kLoop, calls=%small
+  %done.3 = f32[64]{0} all-gather-done(%start.3)
   ROOT %out = f32[16]{0} slice(%done.12), slice={[0:16]}
 }
 """
-    assert [(each.bytes, each.overlapped) for each in collectives(text, 4)] == [(64, False), (128, True)]
+    assert [(each.bytes, each.overlapped) for each in collectives(text, 8)] == [
+        (64, False),
+        (128, True),
+        (256, False),  # an addition hides nothing
+    ]
 
 
 def test_what_a_sparse_core_runs_overlaps_with_what_is_computed_before_its_call_is_done():
-    text = """%called.1 (p: bf16[1,8], t: token[]) -> bf16[4,8] {
+    text = """%product (a: bf16[4,8]) -> bf16[4,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  ROOT %multiplied = bf16[4,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%called.1 (p: bf16[1,8], t: token[]) -> bf16[4,8] {
   %t = token[] parameter(1)
   %p = bf16[1,8]{1,0} parameter(0)
   ROOT %gather.1 = bf16[4,8]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
@@ -137,7 +159,7 @@ ENTRY %main (x: bf16[1,8], y: bf16[1,16]) -> bf16[4,16] {
   %ready.2 = token[] custom-call(%begun.2), custom_call_target="PrepareAsyncCallDone"
   %gather.2.call-start = ((bf16[1,16]{1,0}, token[]), bf16[4,16]{1,0}) call-start(%y, %ready.2), async_execution_thread="sparsecore", to_apply=%called.2, metadata={op_name="second"}
   %gather.1.call-done = bf16[4,8]{1,0} call-done(%gather.1.call-start)
-  %product = bf16[4,8]{1,0} fusion(%gather.1.call-done), kind=kOutput, calls=%nothing
+  %product = bf16[4,8]{1,0} fusion(%gather.1.call-done), kind=kOutput, calls=%product
   ROOT %gather.2.call-done = bf16[4,16]{1,0} call-done(%gather.2.call-start)
 }
 """  # noqa: E501

@@ -182,7 +182,7 @@ def test_space_to_depth_keeps_neighbours_together_and_inverts():
         ({"backbone": "resnet"}, "one of"),
         ({"attention": "middle"}, "'space_to_depth' has no attention"),
         ({"backbone": "vqgan"}, "blocks: expected at least 1"),
-        ({"witdh": 3}, "no \\['witdh'\\]"),
+        ({"witdh": 3}, "unknown fields \\['witdh'\\]"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -240,7 +240,9 @@ def test_what_was_trained_since_is_not_exported_as_published():
         movq_weights.to_published(config, params, {}, "emu3")
     moved = jax.tree.map(np.array, params)
     moved["decoder"]["temporal"]["double1"]["kernel"][1, 1, 0, 0] += 1e-3
-    with pytest.raises(ValueError, match="weights decoder.temporal.double1.kernel: the network was trained"):
+    with pytest.raises(
+        ValueError, match="weights decoder.temporal.double1.kernel differ .*: the network was trained after the import"
+    ):
         movq_weights.to_published(config, moved, kept, "emu3")
     moved = jax.tree.map(np.array, params)
     moved["decoder"]["head"]["bias"] += 1  # not a layer over time

@@ -31,8 +31,8 @@ class EmptySplit(UserError):
 class Split:
     """One split. It finds its borders from the rows.
 
-    If it is a part (`by_part`), call `has` with every row twice: before `settle`, to count groups, and after `settle`,
-    for the answer.
+    If it is a part (`by_part`), `has` must be called twice with every row. The calls before `settle` count the groups,
+    and the calls after it return the answers.
 
     Attributes:
         names: the names of all splits in the rows.

@@ -6,8 +6,8 @@ after a row's end, are not fetched and not visited. While the last block of a ro
 next row is being copied. A core runs its steps one after the other and carries the running softmax along, so no row is
 split into parts that must be merged. If a chip has two cores (v4, v5p), each takes half of the KV heads.
 
-If the last axis of an array does not fill rows of 128 lanes, XLA puts the axis before it along the lanes. So a cache of
-head dim 64 is passed as [B, K, H, S], which is its layout in memory: no copy is made.
+A register has 128 lanes. If the last axis of an array is shorter, XLA lays out the axis before it along the lanes. So
+a cache of head dim 64 is passed as [B, K, H, S]. This is its layout in memory, so no copy is made.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
