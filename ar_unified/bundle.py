@@ -197,7 +197,7 @@ class Bundle:
 
     @property
     def has_images(self) -> bool:
-        """Whether the model has an image tokenizer. A model without one is for text only."""
+        """Whether the bundle has an image tokenizer. A model without one is for texts, and perhaps for image codes."""
         return _IMAGE[0] in self._files
 
     @cached_property

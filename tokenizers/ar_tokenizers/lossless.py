@@ -55,8 +55,8 @@ class Loss:
 def find_losses(
     model_bytes: bytes, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
 ) -> tuple[Loss, ...]:
-    """All settings of a SentencePiece model that lose text, each with an example. If the result is empty, the model is
-    lossless.
+    """All settings of a SentencePiece model that lose text, each with an example if one was found. If the result is
+    empty, the model is lossless.
 
     A setting is listed even if no probe shows its effect. A text that is not restored is listed even if no setting
     explains it.

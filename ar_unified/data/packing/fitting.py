@@ -15,7 +15,7 @@ import numpy as np
 from ar_unified.data.counter_rng import key, permute
 
 _FULL = 0.99  # if best-fit-decreasing fills this share of the positions, the second way is not tried
-_TRIES = 64  # maximum number of tokens that a pair may leave free
+_TRIES = 64  # a pair must leave fewer tokens free than this
 
 
 def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool]:

@@ -27,7 +27,7 @@ class Clips:
     """Every clip under `path`, in the order of their names: a .gif or .webp file, a video (`videos`), or a folder of
     frames in other image formats.
 
-    A clip becomes at most `frames` images, evenly spaced, including the first and the last. NAME.txt beside NAME.gif or
+    A clip becomes at most `frames` images, evenly spaced from the first to the last. NAME.txt beside NAME.gif or
     beside the folder NAME is the text of the clip. Without this file, the clip has no text. Frames in a folder are
     sorted by the numbers in their names.
 
