@@ -8,7 +8,8 @@ slice, to its host, and the host's runtime (megascale) does the rest. The send i
 is reported as that collective.
 
 On tpu7x, the SparseCores run collectives while the TensorCore computes. Such a collective is in a computation of its
-own, which a call-start instruction begins and a call-done instruction awaits.
+own, which a call-start instruction begins and a call-done instruction awaits. XLA writes async-start and async-done in
+the same way.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     computations, entry = parse(hlo)
     times, known = times_of(computations, entry)
     callers = {
-        callee: (each, part) for part in computations.values() for each in part for callee in CALLED.findall(each.rest)
+        callee: (each, part)
+        for part in computations.values()
+        for each in part
+        if not each.opcode.endswith(("-update", "-done"))  # a start instruction has called the computation
+        for callee in CALLED.findall(each.rest)
     }
     found: dict[Any, Collective] = {}
     for name, instructions in computations.items():
@@ -93,7 +98,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             if groups.shape[1] > 1:
                 caller, around = callers.get(name, (None, ()))
                 source = source_of(each) or (source_of(caller) if caller else "")
-                start, among = (caller, around) if caller and caller.opcode == "call-start" else (each, instructions)
+                start, among = (caller, around) if caller and caller.opcode.endswith("-start") else (each, instructions)
                 overlapped = name.startswith("async_collective_fusion") or _beside(start, among, computations)
                 channel = re.search(r"channel_id=(\d+)", each.rest)
                 fused = caller is not None and caller.opcode == "fusion"

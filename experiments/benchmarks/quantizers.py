@@ -45,7 +45,7 @@ CANDIDATES: dict[str, dict[str, Json]] = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment for one quantizer. arg: "path=DIR,name=NAME,steps=N,probe=N", with a name in CANDIDATES."""
-    args = parse_arg(arg, path="datasets", name="fsq", steps="1000", probe="150")
+    args = parse_arg(arg, path="datasets", name="fsq", steps=None, probe=None)
     config = defaults()
     config.name = f"bake-off: {args['name']}"
 
@@ -58,13 +58,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.train = images("[:95%]")
     config.data.validation = images("[95%:]")
     config.data.image_size = (128, 128)
-    config.evaluation.tokenizer_probe_steps = int(str(args["probe"]))
+    config.evaluation.tokenizer_probe_steps = int(args["probe"] or 150)
 
     tokenizer = config.image_tokenizer
     tokenizer.factor, tokenizer.patch = 8, 4
     tokenizer.width, tokenizer.multipliers, tokenizer.blocks = 64, (1, 2), (1, 2)
     tokenizer.crop, tokenizer.short_side, tokenizer.mirror = 64, 128, True
-    tokenizer.steps, tokenizer.batch_size = int(str(args["steps"])), 16
+    tokenizer.steps, tokenizer.batch_size = int(args["steps"] or 1000), 16
     tokenizer.checkpoint_every = tokenizer.steps
     tokenizer.update(CANDIDATES[str(args["name"]).replace("+", ", ")])
     return config

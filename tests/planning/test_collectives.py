@@ -150,7 +150,12 @@ def test_what_a_sparse_core_runs_overlaps_with_what_is_computed_before_its_call_
   ROOT %gather.2 = bf16[4,16]{1,0} all-gather(%p), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
 }, execution_thread="sparsecore"
 
-ENTRY %main (x: bf16[1,8], y: bf16[1,16]) -> bf16[4,16] {
+%called.3 (p: bf16[1,32]) -> bf16[4,32] {
+  %p = bf16[1,32]{1,0} parameter(0)
+  ROOT %gather.3 = bf16[4,32]{1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: bf16[1,8], y: bf16[1,16], z: bf16[1,32]) -> bf16[4,16] {
   %x = bf16[1,8]{1,0} parameter(0)
   %y = bf16[1,16]{1,0} parameter(1)
   %ready.1 = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
@@ -159,7 +164,10 @@ ENTRY %main (x: bf16[1,8], y: bf16[1,16]) -> bf16[4,16] {
   %ready.2 = token[] custom-call(%begun.2), custom_call_target="PrepareAsyncCallDone"
   %gather.2.call-start = ((bf16[1,16]{1,0}, token[]), bf16[4,16]{1,0}) call-start(%y, %ready.2), async_execution_thread="sparsecore", to_apply=%called.2, metadata={op_name="second"}
   %gather.1.call-done = bf16[4,8]{1,0} call-done(%gather.1.call-start)
+  %z = bf16[1,32]{1,0} parameter(2)
+  %begin.3 = ((bf16[1,32]{1,0}), bf16[4,32]{1,0}) async-start(%z), calls=%called.3, metadata={op_name="third"}
   %product = bf16[4,8]{1,0} fusion(%gather.1.call-done), kind=kOutput, calls=%product
+  %end.3 = bf16[4,32]{1,0} async-done(%begin.3), calls=%called.3
   ROOT %gather.2.call-done = bf16[4,16]{1,0} call-done(%gather.2.call-start)
 }
 """  # noqa: E501
@@ -167,6 +175,7 @@ ENTRY %main (x: bf16[1,8], y: bf16[1,16]) -> bf16[4,16] {
     assert [(each.source, each.bytes, each.times, each.overlapped) for each in found] == [
         ("first", 64, 1, False),
         ("second", 128, 1, True),
+        ("third", 256, 1, True),
     ]
 
 
