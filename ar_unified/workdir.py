@@ -48,10 +48,13 @@ def opened(path: str) -> Iterator[Path]:
     """A context that gives a workdir as a local folder. If `path` is the URL of an object store, the local folder is
     its mirror; otherwise it is the path itself.
 
-    When it ends, everything that was written is in the store. Raises UserError, storage.StoreRefused,
+    When it ends, everything that was written is in the store. Raises UserError (also if a file is in the way), storage.StoreRefused,
     storage.StoreFailed.
     """
     if not storage.is_url(path):
+        for part in (Path(path), *Path(path).parents):
+            if part.exists() and not part.is_dir():
+                raise UserError(f"--workdir {path}: expected a folder; found the file {part}")
         yield Path(path)
         return
     with storage.mirrored(path, lazy=_LAZY, kept=_KEPT) as root:

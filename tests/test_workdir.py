@@ -11,12 +11,14 @@ import pytest
 from ar_tokenizers.files import whole
 
 from ar_unified.data.shards import ShardWriter
+from ar_unified.errors import UserError
 from ar_unified.workdir import (
     NotShared,
     StageBusy,
     StageMismatch,
     Workdir,
     clean,
+    opened,
     read_json,
     write_bytes,
     write_json,
@@ -37,6 +39,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     with pytest.raises(OSError, match="disk full"):
         write_bytes(tmp_path / "deep" / "a.txt", b"new")
     assert [(p.name, p.read_bytes()) for p in (tmp_path / "deep").iterdir()] == [("a.txt", b"old\r\n")]
+
+
+@pytest.mark.parametrize("path", ["taken", "taken/below"])
+def test_a_file_in_the_place_of_a_workdir_is_refused(tmp_path, path):
+    (tmp_path / "taken").write_text("notes")
+    with pytest.raises(UserError, match="expected a folder; found the file .*taken$"), opened(str(tmp_path / path)):
+        pass
+    assert (tmp_path / "taken").read_text() == "notes"
 
 
 def test_json_takes_what_numpy_gives(tmp_path):

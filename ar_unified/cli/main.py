@@ -121,7 +121,7 @@ def _workdir(arguments: argparse.Namespace) -> Iterator[None]:
         if name not in ("workdir", "data", "config"):
             for path in value if isinstance(value, list) else [value]:
                 storage.refuse(path if isinstance(path, str) else None, f"--{name.replace('_', '-')}")
-    if not storage.is_url(getattr(arguments, "workdir", None)):
+    if getattr(arguments, "workdir", None) is None:
         yield
         return
     with workdir.opened(arguments.workdir) as here:

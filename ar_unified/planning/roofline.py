@@ -1,15 +1,16 @@
-"""Estimates the least time of a step. For each of four resources, it computes the time that the step needs at the data
+"""Estimates the least time of a step. For each of five resources, it computes the time that the step needs at the data
 sheet's rate.
 
   matmuls   executed matrix FLOPs (recomputation included) / bf16 peak
   memory     bytes of weights, operands of matmuls and optimizer state / HBM bandwidth
   ICI        bytes sent inside a slice / bandwidth of the links that each collective's group can use
   DCN        bytes sent between slices / a device's share of its host's network bandwidth
+  host       bytes that a remat policy writes to the host's memory in forward and reads in backward / PCIe bandwidth
 
-The lower bound of a step's time is the longest of the four, plus the time of the collectives that the compiled program
-does not overlap with computation. The upper estimate is the sum of all four, with matmuls at ATTAINABLE times the peak.
-The real time lies between. Nothing here was timed. Latency, small kernels, the host and stragglers are left out; they
-matter more if steps are small.
+The lower bound of a step's time is the longest of the five, plus the time of the collectives that the compiled program
+does not overlap with computation. The upper estimate is the sum of all five, with matmuls at ATTAINABLE times the peak.
+The real time lies between. Nothing here was timed. Latency, small kernels, the host's work and stragglers are left out;
+they matter more if steps are small.
 
 Axes: B batch, T position, D model, N query heads, K KV heads, H head dim, F MLP, L layers, V vocabulary.
 """
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ar_unified.model.attention import recomputed_products
-from ar_unified.model.config import layer_matrices, matmul_parameters
+from ar_unified.model.config import layer_matrices, matmul_parameters, offloaded_bytes
 from ar_unified.model.remat import made_again
 from ar_unified.parallel.hardware import Hardware
 from ar_unified.planning.collectives import Collective
@@ -44,7 +45,9 @@ ASSUMPTIONS = (
     "backward pass; they also include Muon's iterations, spread over all devices",
     "every matmul reads and writes its operands in memory once; gathered weights are written and read once in each "
     "pass, and the head's float32 gradient once for each chunk of the loss",
-    "the optimizer reads and writes its state once; what a remat policy sends to the host and back is not timed",
+    "the optimizer reads and writes its state once",
+    "what a remat policy sends to the host is written once and read once, at the PCIe bandwidth of one direction; in the "
+    "fastest case, this runs at the same time as the matmuls",
     "a collective sends by the ring algorithm over every link that its group can use: in both directions of an axis "
     "that is a closed ring, in one direction of any other axis; collectives do not share links with each other",
     "data for other slices is summed inside a slice first, and then each of its devices sends a part",
@@ -55,7 +58,7 @@ class Roofline(NamedTuple):
     """Seconds of one step (in decode, of one token in each row) by resource, and the numbers that they come from.
 
     Attributes:
-      seconds: seconds by resource: "matmuls", "memory", "ICI", "DCN".
+      seconds: seconds by resource: "matmuls", "memory", "ICI", "DCN", "host".
       model_flops: FLOPs of all devices, as MFU counts them; `executed` includes recomputation.
       exposed: seconds of the collectives that the compiled program does not overlap with computation.
       open_ici: seconds on ICI if no axis of the network formed a ring.
@@ -76,7 +79,7 @@ class Roofline(NamedTuple):
     def fastest(self) -> float:
         """Seconds of a step if the compiled module overlaps everything that it can."""
         hidden = self.seconds["ICI"] + self.seconds["DCN"] - self.exposed
-        return max(self.seconds["matmuls"], self.seconds["memory"], hidden) + self.exposed
+        return max(self.seconds["matmuls"], self.seconds["memory"], self.seconds["host"], hidden) + self.exposed
 
     @property
     def slowest(self) -> float:
@@ -86,7 +89,7 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """The resource that takes longest: "matmuls", "memory", "ICI" or "DCN"."""
+        """The resource that takes longest: one of the names of `seconds`."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     def mfu(self, seconds: float) -> float:
@@ -154,6 +157,7 @@ def roofline(program: Program, run: Run, hardware: Hardware, found: Sequence[Col
         "memory": work.moved / hardware.hbm_bandwidth,
         "ICI": sum(move.seconds_ici for move in moves),
         "DCN": sum(move.seconds_dcn for move in moves),
+        "host": work.offloaded / hardware.pcie,
     }
     sent = {"ICI": sum(move.ici for move in moves), "DCN": sum(move.dcn for move in moves)}
     alone = [move for move, each in zip(moves, found, strict=True) if not each.overlapped]
@@ -168,12 +172,14 @@ class _Work(NamedTuple):
       model, executed: FLOPs of all devices, as MFU counts them and as executed.
       moved: bytes that one device reads and writes in its memory.
       tokens: tokens on all devices.
+      offloaded: bytes that one device writes to its host's memory and reads from it.
     """
 
     model: float
     executed: float
     moved: float
     tokens: float
+    offloaded: float = 0.0
 
 
 def _operands(run: Run, tensor: int) -> float:
@@ -215,7 +221,9 @@ def _train(run: Run, program: Program) -> _Work:
     held = program.local_bytes()
     # The trained parameters, their gradients (of the same size) and their moments are read and written.
     state = 4.0 * gradient_bytes(run, mesh) + 2.0 * held["optimizer"]
-    return _Work(model, executed, weights + passes * _operands(run, tensor) * tokens / ways + state, tokens)
+    offloaded = deep * 2.0 * offloaded_bytes(c) * tokens / ways  # once to the host and once back
+    moved = weights + passes * _operands(run, tensor) * tokens / ways + state + offloaded
+    return _Work(model, executed, moved, tokens, offloaded)
 
 
 def _orthogonal(run: Run) -> float:

@@ -41,9 +41,10 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     matmuls, per_chip = seconds["matmuls"], estimate.tokens / mesh.size
     needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / matmuls
     if (worst := estimate.bound) != "matmuls":
-        breaks = (
-            f"{worst} takes {seconds[worst] / matmuls:.2f} times as long as the matmuls; with "
-            f"{needed:,.0f} tokens per chip, both would take the same time"
+        breaks = f"{worst} takes {seconds[worst] / matmuls:.2f} times as long as the matmuls; " + (
+            "more tokens do not help: send less to the host (config.model.remat)"  # it grows with the tokens
+            if worst == "host"
+            else f"with {needed:,.0f} tokens per chip, both would take the same time"
         )
         return Scaling(0, per_slice, breaks, needed)
 

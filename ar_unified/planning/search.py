@@ -24,7 +24,7 @@ from ar_unified.planning.roofline import roofline
 from ar_unified.planning.scaling import CRITICAL_TOKENS
 from ar_unified.planning.targets import Target
 
-_ROWS, _FSDP = (1, 2, 4), (0.5, 1, 2)  # factors that multiply the config's values
+_ROWS, _FSDP = (1, 2, 3, 4), (0.5, 1, 2)  # factors that multiply the config's values
 
 
 class Candidate(NamedTuple):

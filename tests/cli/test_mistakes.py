@@ -108,6 +108,13 @@ def workdir_is_a_file(p: Place) -> list[str]:
     return p.verb("tokenizer")
 
 
+def workdir_below_a_file(p: Place) -> list[str]:
+    """The embedded data are drawn into the workdir, before any stage."""
+    p.work.mkdir(parents=True, exist_ok=True)
+    (p.work / "notes").write_text("a list")
+    return ["tokenizer", "--config", "shapes", "--workdir", str(p.work / "notes" / "run")]
+
+
 def two_processes_without_a_coordinator(p: Place) -> list[str]:
     return p.verb("train", "--processes", "2")
 
@@ -169,7 +176,8 @@ FRESH: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda p: p.verb("tokenizer", image_tokenizer__perceptual="lpips", image_tokenizer__perceptual_file="x.st"),
         "x.st",
     ),
-    "a workdir that is a file": (workdir_is_a_file, "work"),
+    "a workdir that is a file": (workdir_is_a_file, "--workdir .*expected a folder; found the file"),
+    "a workdir below a file": (workdir_below_a_file, "--workdir .*expected a folder; found the file .*notes"),
     "prepare before the tokenizers": (lambda p: p.verb("prepare"), "run `ar-unified tokenizer`"),
     "train before prepare": (lambda p: p.verb("train"), "run `ar-unified"),
     "sample before train": (lambda p: p.verb("sample", "--requests", p.file("a.txt", b"a\n")), "run `ar-unified"),

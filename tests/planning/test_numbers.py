@@ -1,7 +1,7 @@
 """The numbers of a plan equal sums done by hand: FLOPs, bytes of memory and of the network, seconds, tokens.
 
 Rates are from the data sheet of TPU v5e: 197 TFLOP/s, 819 GB/s of memory, 4 links of 50 GB/s one way, DCN 3.125 GB/s
-per chip.
+per chip, 15 GB/s to and from the host.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ar_unified.planning.memory import PARTS, memory
 from ar_unified.planning.programs import Compiled, Run, local_bytes, programs
 from ar_unified.planning.report import text
 from ar_unified.planning.roofline import roofline, traffic
+from ar_unified.planning.scaling import scaling
 from ar_unified.planning.targets import parse_target
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.weights import read_as, settled
@@ -297,6 +298,23 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
     said = text(_plan_of(program.name, estimate))
     low, high = (float(n.replace(",", "")) for n in re.search(r"([\d,]+) to ([\d,]+) tokens/s", said).groups())
     assert high == pytest.approx(256 / estimate.fastest, rel=1e-6) and low < high
+
+
+@pytest.mark.parametrize("remat, columns", [("offload", 64 + 64), ("offload_attention", 64 + 64 + 32 + 32 + 64 + 64)])
+def test_what_goes_to_the_host_and_back_takes_time(remat, columns):
+    """The input and attention's output of a layer; or also queries, keys, values and the result of `output`."""
+    run = replace(RUN, model=replace(MODEL, remat=remat))
+    program, estimate = planned(run, "train")
+    each_way = 2 * columns * 2 * TOKENS / 4  # two layers, bfloat16, one of four devices
+    assert estimate.seconds["host"] == pytest.approx(2 * each_way / 15e9, rel=1e-9)
+    rest = estimate.seconds["memory"] + estimate.seconds["matmuls"] / 0.7
+    assert estimate.slowest == pytest.approx(estimate.seconds["host"] + rest, rel=1e-9)
+    slow = estimate._replace(seconds={**estimate.seconds, "host": 1.0})
+    assert slow.bound == "host" and slow.fastest == 1.0
+    assert "send less to the host" in scaling(program, run, parse_target("v5e:2x2"), slow).breaks
+    assert "host" in text(_plan_of(program.name, estimate))
+    full = planned(replace(RUN, model=replace(MODEL, remat="full")), "train")[1]
+    assert full.seconds["host"] == 0.0
 
 
 def _plan_of(name, estimate):
