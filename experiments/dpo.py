@@ -3,7 +3,7 @@
     python experiments/data/make_shape_pairs.py --output datasets/shape-pairs
     ar-unified run --config experiments/dpo.py:from=BUNDLE --workdir workdirs/dpo
 
-BUNDLE is an export of experiments/shapes.py that was stopped early; here, after 504 of its 3,200 steps.
+BUNDLE is an export of experiments/shapes.py that was stopped early; here, after 504 of 3,200 steps.
 Measured on 30 Nov 2026 with jax 0.10.2 on two cores that other processes shared, in 6 min 7 s: on 400 captions and 400
 questions of the embedded validation split, text_to_image_exact rose from 0.753 to 0.905, and image_to_text_exact from
 0.770 to 0.790. The learning rate is the best of three on these scores. docs/preference_tuning.md has the other two

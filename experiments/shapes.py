@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.image_tokenizer.l1_weight = 0.5
     config.image_tokenizer.recolour = 0.3  # so that no code stands for only one combination of shape and colour
     config.image_tokenizer.tolerance = 0.04
-    config.image_tokenizer.steps = 2000
+    config.image_tokenizer.steps = 1500
     config.image_tokenizer.batch_size = 16
     config.image_tokenizer.learning_rate = 4e-3
 
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.loss.roles.text = 0.5
     config.loss.tasks.image_to_text = 6.0
     config.loss.z_loss = 1e-4
-    config.training.steps = 3200
+    config.training.steps = 2900
     config.training.batch_size = 8
     config.training.sequence_length = 256
     config.training.optimizer = "muon"
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     config.training.flip_pairs = 0.35
     config.training.condition_dropout = 0.05
     config.training.log_every = 50
-    config.training.validate_every = 500
+    config.training.validate_every = 1000
     config.training.checkpoint_every = 500
 
     config.sampling.max_length = 192

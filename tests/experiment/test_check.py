@@ -96,7 +96,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("loss.prompt", -0.1, "at least 0"),
         ("loss.chunk", 0, "at least 1"),
         ("training.steps", -5, "at least 1, found -5"),
-        ("training.warmup_steps", 5000, "do not fit into 3200 steps"),
+        ("training.warmup_steps", 5000, "do not fit into 2900 steps"),
         ("training.warmup_steps", -1, "at least 0"),
         ("training.decay_fraction", 1.5, r"in \[0, 1\]"),
         ("training.restarts", "(0.9,0.5)", "ascending fractions"),
