@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from ar_unified import interrupts
 from ar_unified.cli.arguments import module_of, parser_of
+from ar_unified.cli.telling import continues, plain_warnings, tell, tell_stop
 from ar_unified.errors import FAULT, UNUSABLE, explain, nearest
 from ar_unified.version import version
 
@@ -78,24 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parser.parse_known_args(rest)
     if stray := [word for word in overrides if not (word.startswith("--config.") and "=" in word)]:
         parser.error(f"unknown arguments {' '.join(stray)} (a config key is changed by --config.KEY=VALUE)")
+    debug = arguments.debug or bool(os.environ.get("AR_UNIFIED_DEBUG"))
     try:
-        with interrupts.raised():
+        with interrupts.raised(), contextlib.nullcontext() if debug else plain_warnings(verb):
             return _run(verb, arguments, overrides)
     except interrupts.Interrupted as stop:
         if not isinstance(stop, interrupts.Preempted):  # `Preempted` was already reported
-            _tell(verb, f"stopped by {stop.name}. Finished work is kept, and the same command continues from there")
+            tell_stop(verb, arguments, stop)
         return int(stop.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
         return _BROKEN_PIPE
     except Exception as error:
-        explained = explain(error)
-        if explained is None or arguments.debug or os.environ.get("AR_UNIFIED_DEBUG"):
+        explained = explain(error, continues=continues(verb, arguments))
+        if explained is None or debug:
             traceback.print_exc()
         if explained is None:
-            _tell(verb, "this is a fault of ar-unified, not of yours: please report it with the lines above")
+            tell(verb, "this is a fault of ar-unified, not of yours: please report it with the lines above")
             return FAULT
-        _tell(verb, explained[0])
+        tell(verb, explained[0])
         return explained[1]
 
 
@@ -127,10 +129,6 @@ def _workdir(arguments: argparse.Namespace) -> Iterator[None]:
     with workdir.opened(arguments.workdir) as here:
         arguments.workdir = str(here)
         yield
-
-
-def _tell(verb: str, message: str) -> None:
-    print(f"ar-unified {verb}: {message}", file=sys.stderr, flush=True)
 
 
 def _quiet_libraries() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,7 +24,9 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tokenizer import saved_config
 from ml_collections import ConfigDict
 
+from ar_unified import interrupts
 from ar_unified.bundle import Bundle
+from ar_unified.cli.telling import tell_stop
 from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
@@ -45,6 +48,11 @@ from ar_unified.training.rates import trained_in
 from ar_unified.training.selection import NEW
 from ar_unified.workdir import write_json
 
+COMPILING = (
+    "compiling takes seconds for a small model, and 1.5 to 9 minutes for one of 7B parameters if the CPU does nothing "
+    "else; Ctrl-C ends it at once"
+)
+
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prints the plan. If it does not fit, prints what would fit, and returns 1. Raises UserError."""
@@ -59,7 +67,9 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             print(
                 f"batches: {said}; planned for {run.batch_size} rows of {run.sequence_length}, the largest", flush=True
             )
-        plan = _plan(run, target, arguments)
+        print(COMPILING, flush=True)
+        with interrupts.at_once(partial(tell_stop, "plan", arguments)):
+            plan = _plan(run, target, arguments)
     except UserError:
         raise
     except ValueError as error:
