@@ -38,16 +38,19 @@ def _overview() -> str:
     lines = [f"  {verb:<14} {what}" for verb, what in VERBS.items()]
     return "\n".join(
         [
-            "usage: ar-unified VERB --config FILE[:arg] --workdir DIR [--config.key=value ...]",
+            "usage: ar-unified VERB --config FILE[:arg] --workdir DIR [--config.KEY=VALUE ...]",
+            "       ar-unified VERB --help",
             "       ar-unified --version",
             "",
             "Train and sample autoregressive image+text models.",
             "",
             *lines,
             "",
-            "`ar-unified VERB --help` says what a verb reads, what it writes into the workdir, and its options.",
-            "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
-            "On many hosts, give the same command on each. FILE may be an experiment of the package, such as shapes.",
+            "`ar-unified VERB --help` says what a verb reads, what it writes, and its options. FILE is an experiment",
+            "in Python, or the name of one of the package: shapes (as in demo), folder:path=DIR (your own data).",
+            "import, convert-pickle and bundles (--from) need none. On many hosts, give the same command on each.",
+            "A verb that was killed can be started again. A verb that works in a workdir skips what is finished",
+            "and continues; import, export, convert-pickle, plan and validate start from the beginning.",
             "",
             "Exit status: 0 done; 1 a plan does not fit, or data are bad (validate); 2 an input is not usable; 3 a run",
             "stopped by itself; 70 an error of ar-unified, with a traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",

@@ -3,13 +3,15 @@
 Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`), but no data and no tokenizers. With
 --workdir, the size of the vocabulary comes from the tokenizers there; otherwise it is the largest that the config
 allows. Prints for each device the memory and what uses it, the bytes that each kind of collective sends, the FLOPs, and
-an estimated time per step with its assumptions. If a program does not fit, prints the memory that the compiler needs
-and the changes that would make it fit; the exit status is then 1. --search looks for the fastest training: it compiles
-some choices of remat policy, rows per chip and fsdp, and plans the best one that fits. --output writes:
+an estimated time per step with its assumptions. Compiling takes seconds for a small model and minutes for a large one.
+For GPUs, the program is compiled for as many CPU devices. If a program does not fit, prints the memory that the
+compiler needs and the changes that would make it fit; the exit status is then 1. --search looks for the fastest
+training: it compiles some choices of remat policy, rows per chip and fsdp, and plans the best one that fits. --output
+writes:
   plan.json    all numbers
   index.html   the same numbers, and a chart of what uses the memory
 
-    ar-unified plan --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
+    ar-unified plan --config pretrain:model=chameleon_7b,chips=64 --target v5p:4x4x4
 """
 
 from __future__ import annotations

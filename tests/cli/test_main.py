@@ -4,6 +4,7 @@ cleanly."""
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import pytest
 
 from ar_unified import interrupts
 from ar_unified.cli import main as program
-from ar_unified.cli.arguments import parser_of
+from ar_unified.cli.arguments import module_of, parser_of
 from ar_unified.cli.main import VERBS, main
 from ar_unified.errors import RunError, UserError, about, explain
 
@@ -220,6 +221,16 @@ def test_after_work_that_ends_at_once_signals_are_handled_as_before():
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_a_parser_that_says_what_the_module_says(verb):
     assert parser_of(verb).description
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_offers_config_keys_only_to_verbs_that_take_them(verb):
+    takes = verb not in ("import", "convert-pickle")
+    assert ("--config.KEY=VALUE" in parser_of(verb).format_help()) == takes
+    if not takes:
+        with pytest.raises(UserError, match=r"--config.x=1 does nothing"):
+            arguments = parser_of(verb).parse_args(WORDS[verb])
+            importlib.import_module(f"ar_unified.cli.{module_of(verb)}").main(arguments, ["--config.x=1"])
 
 
 def test_words_that_are_wrong_by_themselves_are_refused_at_once(capsys):
