@@ -85,20 +85,24 @@ def several(problems: Sequence[str]) -> str:
     return "\n  ".join([f"{len(problems)} problems:", *problems]) if len(problems) > 1 else problems[0]
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
+def explain(error: BaseException, *, continues: bool = True) -> tuple[str, int] | None:
     """The message for the user about an error, and the exit status. Returns None if the error is a bug of ours, which
-    is then shown with its traceback."""
+    is then shown with its traceback.
+
+    continues: whether the work is one that continues from its finished part when it is started again.
+    """
     if isinstance(error, UserError | RunError):
         return str(error), error.exit_status
     if isinstance(error, OSError):
         stopped = error.errno in _DISK
-        more = ". Finished work is kept: free some space and run the same command again" if stopped else ""
+        kept = "Finished work is kept: free" if continues else "Free"
+        more = f". {kept} some space and run the same command again" if stopped else ""
         return in_words(error) + more, STOPPED if stopped else UNUSABLE
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
         return (
             f"out of memory: {_first_line(error)}. Try model.remat=full, a smaller loss.chunk or sampling.batch_size, "
             "or more training.accumulation. None of these changes the results: repeat the command with one "
-            "of them as --config.KEY=VALUE, and the run continues",
+            f"of them as --config.KEY=VALUE{', and the run continues' if continues else ''}",
             STOPPED,
         )
     if isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error)):

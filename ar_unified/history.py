@@ -122,11 +122,12 @@ def same(a: Mapping[str, Json], b: Mapping[str, Json]) -> bool:
 
 
 def told(found: Mapping[str, Any]) -> str:
-    """An entry in a few words, such as "at step 24 training.steps 24 -> 48"."""
+    """An entry in a few words, such as "at step 24: training.steps 24 -> 48"."""
     changes = ", ".join(f"{field} {old!s:.60} -> {new!s:.60}" for field, (old, new) in found["changed"].items())
     where = f"at step {found['step']}" if found["step"] is not None else ""
     whence = f"branched from {found['from']}" if "from" in found else ""
-    return " ".join(filter(None, (where, whence, changes)))
+    beside = " (this does not change the result)" if found["kind"] == "cost" else ""
+    return ": ".join(filter(None, (" ".join(filter(None, (where, whence))), changes + beside)))
 
 
 def _within(field: str, names: Sequence[str]) -> bool:

@@ -65,6 +65,40 @@ def noted() -> Iterator[Callable[[], int]]:
         yield lambda: came[0] if came else 0
 
 
+@contextmanager
+def at_once(say: Callable[[Interrupted], object]) -> Iterator[None]:
+    """A context for long calls into compiled code: a signal calls `say` and ends the process, without waiting for the
+    call to return. Python runs its own handlers only after that.
+
+    Nothing is cleaned up, so the work must have written nothing yet. The compiled code must release the GIL, as XLA's
+    compilers do. Outside the main thread this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] in _SIGNALS:
+                stop = Interrupted(number[0])
+                say(stop)
+                os._exit(int(stop.code or 0))
+
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    previous = signal.set_wakeup_fd(writer)  # a signal's number is written there as soon as the signal arrives
+    try:
+        with _handling(lambda *_: None):
+            yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
 def forward_to_sigterm() -> None:
     """Turns Ctrl-C and SIGHUP into SIGTERM for the rest of this process."""
     for number in (signal.SIGINT, signal.SIGHUP):

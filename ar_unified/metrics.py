@@ -72,9 +72,9 @@ def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: in
     if since < (1 if finished else 2) or last <= lowest + _RISE * abs(lowest):
         return ""
     before, now = _training(rows, best), _training(rows, step)
-    if before is not None and now is not None and now > before:
+    if before is not None and now is not None and now[0] > before[0]:
         return ""
-    beside = f"; training loss {now:.4g}" if now is not None else ""
+    beside = f"; training loss {now[0]:.4g}, the mean of steps {now[1]} to {now[2]}" if now is not None else ""
     use = f"; training.keep_best keeps step {kept}, which sampling.checkpoint=best uses" if kept is not None else ""
     return (
         f"validation loss is lowest at step {best} ({lowest:.4g}) and has risen since ({last:.4g} at step {step}"
@@ -82,10 +82,15 @@ def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: in
     )
 
 
-def _training(rows: Sequence[Mapping[str, Any]], step: int) -> float | None:
-    """The training loss at a step: the mean over the last log lines up to this step."""
-    losses = [row["loss"] for row in rows if _number(row, "loss") and row["step"] <= step][-_LINES:]
-    return sum(losses) / len(losses) if losses else None
+def _training(rows: Sequence[Mapping[str, Any]], step: int) -> tuple[float, int, int] | None:
+    """The training loss at a step: the mean over the last log lines up to this step, and the first and the last step
+    that these lines are of."""
+    lines = [(row["step"], row["loss"]) for row in rows if _number(row, "loss") and row["step"] <= step]
+    last = lines[-_LINES:]
+    if not last:
+        return None
+    first = lines[-_LINES - 1][0] + 1 if len(lines) > _LINES else 1  # a line is of all steps since the line before it
+    return sum(loss for _, loss in last) / len(last), first, last[-1][0]
 
 
 def _number(row: Mapping[str, Json], key: str) -> bool:

@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from ar_tokenizers.image import quantizers
 from ml_collections import ConfigDict
 from PIL import Image
 
 from ar_unified import bundle
 from ar_unified.cli.arguments import parser_of
 from ar_unified.cli.main import VERBS
-from ar_unified.data.sources import kind_of
+from ar_unified.data.sources import kind_of, open_source
+from ar_unified.errors import UserError
+from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import settings
 from ar_unified.experiment.config import defaults, load
+from ar_unified.interop import IMAGE_SYSTEMS, SYSTEMS
 from ar_unified.language.document import Document, ImagePart
 from ar_unified.language.rows import document_from_json
 from ar_unified.model.lora import LoraConfig
@@ -307,6 +311,62 @@ def test_every_kind_of_error_has_its_cure():
     assert len(kinds) > 15 and not [kind for kind in sorted(kinds) if f"`{kind}`" not in text]
 
 
+def stems(pattern: str) -> list[str]:
+    return [path.stem for path in ROOT.glob(pattern) if not path.stem.startswith("_")]
+
+
+def kinds_of_data() -> list[str]:
+    with pytest.raises(UserError) as refused:
+        open_source(dict(kind="none"))
+    return re.findall(r"'(\w+)'", str(refused.value).partition("; found")[0])
+
+
+# What can be added -> the files that name each one, so that a reader finds it; docs/extending.md tells this.
+LISTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "a quantizer": (
+        [*quantizers.NAMES],
+        (
+            "README.md",
+            "docs/image_tokenizers.md",
+            "tokenizers/ar_tokenizers/image/quantizers/__init__.py",
+        ),
+    ),
+    "a recipe of an image tokenizer": (stems("experiments/image_tokenizers/*.py"), ("docs/image_tokenizers.md",)),
+    "a kernel": (stems("ar_unified/kernels/*"), ("ar_unified/kernels/__init__.py",)),
+    "a kind of data": (kinds_of_data(), ("docs/data.md",)),
+    "a protocol": ([*PROTOCOLS], ("docs/evaluation.md",)),
+    "a published system": ([*SYSTEMS, *IMAGE_SYSTEMS], ("docs/published_weights.md",)),
+    "a verb": ([*VERBS], ("docs/workdirs.md",)),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_what_can_be_added_is_named_where_it_is_looked_for(kind):
+    named, places = LISTS[kind]
+    told = {place: (ROOT / place).read_text(encoding="utf-8") for place in places}
+    if kind == "a quantizer":  # other words of the module are no list
+        told[places[2]] = ast.get_docstring(ast.parse(told[places[2]])) or ""
+    missing = [
+        f"{place}: {name}"
+        for place in places
+        for name in named
+        if not re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", told[place], re.IGNORECASE)
+    ]
+    assert named and not missing
+
+
+@pytest.mark.parametrize("file", ["tests/tokenizers/test_quantizers.py", "experiments/benchmarks/quantizers.py"])
+def test_an_added_quantizer_is_tested_and_compared(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert not [name for name in quantizers.NAMES if f'quantizer="{name}"' not in text]
+
+
+def test_every_experiment_is_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name not in UNVISITED)
+    scripts = [*stems("experiments/*.py"), *stems("experiments/benchmarks/*.py"), *stems("experiments/published/*.py")]
+    assert len(scripts) > 25 and not [name for name in scripts if name not in text]
+
+
 def test_every_kind_of_bad_item_is_explained():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     kinds = set()
@@ -318,13 +378,40 @@ def test_every_kind_of_bad_item_is_explained():
     assert len(kinds) > 8 and not sorted(kind for kind in kinds if f"`{kind}`" not in text)
 
 
-def test_words_of_messages_that_the_pages_quote_are_said():
-    """Every quoted message of the troubleshooting page, like **"not finite at step"**, is in the code."""
-    quoted = re.findall(r'\*\*"([^"]+)"\*\*', (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
-    source = "".join(path.read_text(encoding="utf-8") for path in files("ar_unified", "tokenizers"))
-    told = re.sub(r"\"\s*\n\s*f?\"", "", source) + "no such file No space left on device Unable to initialize backend"
-    parts = [part.strip(" ;,") for each in quoted for part in each.split("...")]
-    assert len(quoted) > 15 and not [part for part in parts if part and part not in told]
+OTHERS = ("No space left on device", "Unable to initialize backend")  # messages of the system and of JAX
+
+
+def test_messages_that_troubleshooting_quotes_are_said():
+    """Every quoted message, like **"rows of ... would lose"** or one in a heading, is one string of the code, where the
+    dots stand for values. The file has a kind of error that the page names beside it, if it names any."""
+    said = {path: list(strings(tree(path))) for path in files("ar_unified", "tokenizers")}
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    found, wrong = 0, []
+    for item in re.findall(r"^(?:- |#+ ).*?(?=^- |^#|\Z)", text, re.MULTILINE | re.DOTALL):
+        first = item.partition("\n")[0] if item.startswith("#") else item
+        quoted = re.findall(r'"([^"]+)"' if item.startswith("#") else r'\*\*"([^"]+)"\*\*', first)
+        kinds = re.findall(r"`(\w+)`", "".join(re.findall(r"\*\*[^*]*?(\([^)]*\))", item)))
+        for words in quoted:
+            found += 1
+            parts = [re.escape(part.strip()) for part in words.split("...") if part.strip(" ,;")]
+            pattern = re.compile(".*".join(parts), re.IGNORECASE if item.startswith("#") else 0)
+            places = [path for path in said if any(map(pattern.search, said[path]))]
+            known = [path for path in places if not kinds or any(map(path.read_text(encoding="utf-8").count, kinds))]
+            if not known and words not in OTHERS:
+                wrong.append(words)
+    assert found > 50 and not wrong
+
+
+def strings(module: ast.Module) -> Iterator[str]:
+    """The strings of a file as they are printed, with {} for values: not its docstrings, nor its comments."""
+    left_out = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+    for node in ast.walk(module):
+        if isinstance(node, ast.JoinedStr):
+            left_out |= set(map(id, node.values))
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)  # type: ignore[misc]
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+            yield node.value
 
 
 def test_ci_calls_what_ci_is():

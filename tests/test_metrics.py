@@ -22,7 +22,13 @@ def words(*args, finished=False):
 
 def test_it_is_told_with_its_numbers():
     said = words([6.5, 6.1, 6.6, 7.05])
-    assert "lowest at step 200 (6.1) and has risen since (7.05 at step 400; training loss " in said
+    assert "lowest at step 200 (6.1) and has risen since (7.05 at step 400; training loss 2.604, the mean of" in said
+
+
+@pytest.mark.parametrize("count, steps", [(4, "1 to 400"), (5, "1 to 500"), (8, "301 to 800")])
+def test_the_training_loss_is_told_with_the_steps_it_is_a_mean_of(count, steps):
+    """A line is the mean of the steps since the line before it, and the sentence has the mean of five lines."""
+    assert f", the mean of steps {steps})" in words([6.1, *[7.0] * (count - 1)])
 
 
 def test_one_rise_may_be_a_chance_but_not_at_the_end():

@@ -163,7 +163,7 @@ def test_the_command_line_has_a_module_for_each_verb() -> None:
     from ar_unified.cli.main import VERBS
 
     found = {path.stem for path in (PACKAGES["ar_unified"] / "cli").glob("*.py")}
-    assert found == {"__init__", "main", "arguments", *map(module_of, VERBS)}
+    assert found == {"__init__", "main", "arguments", "telling", *map(module_of, VERBS)}
 
 
 def test_a_file_is_read_in_one_sitting() -> None:

@@ -15,6 +15,8 @@ from ar_unified.paths import experiment_file, home
 from ar_unified.planning import CANDIDATES, JOBS
 
 PROCESSES = ("coordinator", "processes", "process")
+_FILE = "the experiment file, or the name of one that comes with the package, such as shapes"
+_KEYS = "Any --config.KEY=VALUE changes one key; config.json in a workdir has all, such as training.steps."
 
 
 def module_of(verb: str) -> str:
@@ -29,7 +31,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"ar-unified {verb}",
         description=ast.get_docstring(ast.parse(source)),
-        epilog="Any --config.KEY=VALUE changes one key, as in --config.training.steps=100.",
+        epilog=None if verb in ("import", "convert-pickle") else _KEYS,  # these two have no experiment
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,8 +60,7 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
         required=needed and not recorded,
         type=_config,
         metavar="FILE[:arg]",
-        help="the experiment file, or the name of one that comes with the package, such as shapes; `:arg` is handed "
-        "to it, as in experiments/folder.py:path=DIR"
+        help=f"{_FILE}; `:arg` is handed to it, as in folder:path=DIR"
         + ("; default: the config with which the workdir was last started" if recorded else ""),
     )
     parser.add_argument(
@@ -295,7 +296,9 @@ def _import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=_path, metavar="PATH", help="the image tokenizer's weights, if they are in another place"
     )
-    parser.add_argument("--rope-theta", type=float, help="RoPE's base, for systems whose files do not give it (LWM)")
+    parser.add_argument(
+        "--rope-theta", type=float, metavar="BASE", help="RoPE's base, for systems whose files do not give it (LWM)"
+    )
     parser.add_argument(
         "--size", type=_size, metavar="HxW", help="largest image in codes, for systems whose images have many sizes"
     )
@@ -342,11 +345,12 @@ def _validate(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:arg]", type=_config, help="the experiment file")
+    parser.add_argument("--config", required=True, metavar="FILE[:arg]", type=_config, help=_FILE)
     parser.add_argument(
         "--target",
         required=True,
-        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, such as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
+        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice in chips, such as v5p:4x4x4 (64 chips, which Google "
+        "calls v5p-128) or v6e:16x16,slices=2; or a100, h100 or h200 and a number of GPUs, such as h200:8",
     )
     parser.add_argument(
         "--workdir",

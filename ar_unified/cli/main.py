@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from ar_unified import interrupts
 from ar_unified.cli.arguments import module_of, parser_of
+from ar_unified.cli.telling import continues, plain_warnings, tell, tell_stop
 from ar_unified.errors import FAULT, UNUSABLE, explain, nearest
 from ar_unified.version import version
 
@@ -37,16 +38,19 @@ def _overview() -> str:
     lines = [f"  {verb:<14} {what}" for verb, what in VERBS.items()]
     return "\n".join(
         [
-            "usage: ar-unified VERB --config FILE[:arg] --workdir DIR [--config.key=value ...]",
+            "usage: ar-unified VERB --config FILE[:arg] --workdir DIR [--config.KEY=VALUE ...]",
+            "       ar-unified VERB --help",
             "       ar-unified --version",
             "",
             "Train and sample autoregressive image+text models.",
             "",
             *lines,
             "",
-            "`ar-unified VERB --help` says what a verb reads, what it writes into the workdir, and its options.",
-            "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
-            "On many hosts, give the same command on each. FILE may be an experiment of the package, such as shapes.",
+            "`ar-unified VERB --help` says what a verb reads, what it writes, and its options. FILE is an experiment",
+            "in Python, or the name of one of the package: shapes (as in demo), folder:path=DIR (your own data).",
+            "import, convert-pickle and bundles (--from) need none. On many hosts, give the same command on each.",
+            "A verb that was killed can be started again. A verb that works in a workdir skips what is finished",
+            "and continues; import, export, convert-pickle, plan and validate start from the beginning.",
             "",
             "Exit status: 0 done; 1 a plan does not fit, or data are bad (validate); 2 an input is not usable; 3 a run",
             "stopped by itself; 70 an error of ar-unified, with a traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
@@ -78,24 +82,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parser.parse_known_args(rest)
     if stray := [word for word in overrides if not (word.startswith("--config.") and "=" in word)]:
         parser.error(f"unknown arguments {' '.join(stray)} (a config key is changed by --config.KEY=VALUE)")
+    debug = arguments.debug or bool(os.environ.get("AR_UNIFIED_DEBUG"))
     try:
-        with interrupts.raised():
+        with interrupts.raised(), contextlib.nullcontext() if debug else plain_warnings(verb):
             return _run(verb, arguments, overrides)
     except interrupts.Interrupted as stop:
         if not isinstance(stop, interrupts.Preempted):  # `Preempted` was already reported
-            _tell(verb, f"stopped by {stop.name}. Finished work is kept, and the same command continues from there")
+            tell_stop(verb, arguments, stop)
         return int(stop.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
         return _BROKEN_PIPE
     except Exception as error:
-        explained = explain(error)
-        if explained is None or arguments.debug or os.environ.get("AR_UNIFIED_DEBUG"):
+        explained = explain(error, continues=continues(verb, arguments))
+        if explained is None or debug:
             traceback.print_exc()
         if explained is None:
-            _tell(verb, "this is a fault of ar-unified, not of yours: please report it with the lines above")
+            tell(verb, "this is a fault of ar-unified, not of yours: please report it with the lines above")
             return FAULT
-        _tell(verb, explained[0])
+        tell(verb, explained[0])
         return explained[1]
 
 
@@ -127,10 +132,6 @@ def _workdir(arguments: argparse.Namespace) -> Iterator[None]:
     with workdir.opened(arguments.workdir) as here:
         arguments.workdir = str(here)
         yield
-
-
-def _tell(verb: str, message: str) -> None:
-    print(f"ar-unified {verb}: {message}", file=sys.stderr, flush=True)
 
 
 def _quiet_libraries() -> None:

@@ -3,19 +3,22 @@
 Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`), but no data and no tokenizers. With
 --workdir, the size of the vocabulary comes from the tokenizers there; otherwise it is the largest that the config
 allows. Prints for each device the memory and what uses it, the bytes that each kind of collective sends, the FLOPs, and
-an estimated time per step with its assumptions. If a program does not fit, prints the memory that the compiler needs
-and the changes that would make it fit; the exit status is then 1. --search looks for the fastest training: it compiles
-some choices of remat policy, rows per chip and fsdp, and plans the best one that fits. --output writes:
+an estimated time per step with its assumptions. Compiling takes seconds for a small model and minutes for a large one.
+For GPUs, the program is compiled for as many CPU devices. If a program does not fit, prints the memory that the
+compiler needs and the changes that would make it fit; the exit status is then 1. --search looks for the fastest
+training: it compiles some choices of remat policy, rows per chip and fsdp, and plans the best one that fits. --output
+writes:
   plan.json    all numbers
   index.html   the same numbers, and a chart of what uses the memory
 
-    ar-unified plan --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
+    ar-unified plan --config pretrain:model=chameleon_7b,chips=64 --target v5p:4x4x4
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,7 +26,9 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tokenizer import saved_config
 from ml_collections import ConfigDict
 
+from ar_unified import interrupts
 from ar_unified.bundle import Bundle
+from ar_unified.cli.telling import tell_stop
 from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
@@ -45,6 +50,11 @@ from ar_unified.training.rates import trained_in
 from ar_unified.training.selection import NEW
 from ar_unified.workdir import write_json
 
+COMPILING = (
+    "compiling takes seconds for a small model, and 1.5 to 9 minutes for one of 7B parameters if the CPU does nothing "
+    "else; Ctrl-C ends it at once"
+)
+
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prints the plan. If it does not fit, prints what would fit, and returns 1. Raises UserError."""
@@ -59,7 +69,9 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             print(
                 f"batches: {said}; planned for {run.batch_size} rows of {run.sequence_length}, the largest", flush=True
             )
-        plan = _plan(run, target, arguments)
+        print(COMPILING, flush=True)
+        with interrupts.at_once(partial(tell_stop, "plan", arguments)):
+            plan = _plan(run, target, arguments)
     except UserError:
         raise
     except ValueError as error:

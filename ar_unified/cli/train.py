@@ -18,7 +18,7 @@ the training is started again. training.steps and the schedule may change as wel
 To continue from an earlier checkpoint without changing this training, branch it into a workdir of its own:
     ar-unified train --branch WORKDIR:STEP --workdir NEW --config FILE --config.training.steps=N ...
 --config.init=FOLDER begins a training with the weights, tokenizers and language of a bundle. The config must describe
-the bundle's model; experiments/folder.py:path=DIR,init=FOLDER takes the model's shape from the bundle. If the bundle is
+the bundle's model; folder:path=DIR,init=FOLDER takes the model's shape from the bundle. If the bundle is
 of text alone and the experiment has an image tokenizer, the model is extended by the ids that images need
 (docs/from_llm.md). training.code_embedding_init says how their rows are initialised; in training.only, [new] names
 them.

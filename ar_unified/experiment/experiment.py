@@ -140,7 +140,7 @@ class Experiment:
         entries = [history.entry(kind, taken, changed) for kind, changed in stage.changed.items()]
         stage.begin(*entries)
         for entry in entries:
-            self.say(f"{stage.name}: {entry['kind']} {history.told(entry)}")
+            self.say(f"{stage.name}: changed {history.told(entry)}")
 
     @contextmanager
     def leaving_nothing(self) -> Iterator[None]:
@@ -158,13 +158,12 @@ class Experiment:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
     def finish(self, stage: Stage, summary: Mapping[str, Any]) -> None:
-        """Marks the stage as done. Its wall time is the sum of all attempts if the stage counts them (goodput.json),
-        else the time of the last attempt.
-        """
-        seconds = round(max(time.perf_counter() - self._opened, goodput.wall(stage.folder / "goodput.json")), 1)
+        """Marks the stage as done. Its wall time is that of all attempts if it counts them, else of the last one."""
+        worked, starts = goodput.wall(stage.folder / "goodput.json")
+        seconds = round(max(time.perf_counter() - self._opened, worked), 1)
         if runtime.first():
             stage.finish({**summary, "seconds": seconds})
-        self.say(f"==== {stage.name}: {seconds} s")
+        self.say(f"==== {stage.name}: {seconds} s" + (f" in {starts} starts" if starts > 1 else ""))
 
     # ---- data -----------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
                 stage(experiment, *more, **options)
         runtime.barrier(stage.__name__, timeout=runtime.ALONE)
         if runtime.preempted():
-            experiment.say("SIGTERM: stopped between two stages")
+            experiment.say("SIGTERM: stopped between two stages; the same command continues from there")
             raise Preempted(signal.SIGTERM)
 
     return wrapped

@@ -34,7 +34,7 @@ def make_plan(
       say: called with a line of text before work that takes minutes.
 
     Returns:
-      {"target", "chips", "mesh", "job", "model", "lora", "stand_in", "warnings", "fits",
+      {"target", "chips", "google", "mesh", "job", "model", "lora", "stand_in", "warnings", "fits",
        "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
        "refused": {"program", "message", "used", "capacity", "at_least", "trials"}, only if a program does not fit}.
       Bytes and seconds are per device and step. A step of prefill is one batch; a step of decode is one token of each
@@ -54,6 +54,7 @@ def make_plan(
         "target": target.name,
         "hardware": {"source": target.hardware.source, "hbm": target.hardware.hbm, "flops": target.hardware.flops},
         "chips": target.chips,
+        "google": target.google,
         "devices": mesh.size,
         "processes": target.chips // part.chips,
         "mesh": dict(mesh.shape),

@@ -34,8 +34,9 @@ def text(plan: PlanReport) -> str:
     """The whole plan, for a terminal."""
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
     alone = f"{plan['processes']} separate processes, each with " if plan["processes"] > 1 else ""
+    google = f" ({plan['google']} in Google's names, which count TensorCores)" if plan.get("google") else ""
     lines = [
-        f"{plan['job']} on {plan['target']}: {plan['chips']} chips, {alone}mesh {mesh}",
+        f"{plan['job']} on {plan['target']}: {plan['chips']} chips{google}, {alone}mesh {mesh}",
         f"  model: {billions(plan['model']['parameters'])} parameters, vocabulary {plan['model']['vocabulary']:,}, "
         f"remat {plan['model']['remat']}, {plan['model']['dtype']}",
         f"  batch: {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in plan['batch'].items())}",

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,10 @@ LIBTPU = (
     "libtpu, the compiler for TPUs, is not installed: `pip install ar_unified[tpu]` installs it, or `make libtpu` in a "
     "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
 )
+
+# Google's names of slices, such as v5p-128 or v5litepod-64: the word, and the number of what it counts in a chip. The
+# names of v4 and v5p count TensorCores, those of v5e and v6e count chips.
+_GOOGLE = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5e": ("v5litepod", 1), "v6e": ("v6e", 1)}
 
 # This host has no TPU. With these settings, libtpu does not ask a server where the host is, does not lock out other
 # processes, and prints no complaints.
@@ -69,6 +74,12 @@ class Target:
         return math.prod(self.shape) * self.slices
 
     @property
+    def google(self) -> str:
+        """Google's name of a slice whose number is not that of the chips, such as "v5p-128" for v5p:4x4x4; else ""."""
+        name, cores = _GOOGLE.get(self.hardware.name, ("", 1))
+        return f"{name}-{math.prod(self.shape) * cores}" if cores > 1 else ""
+
+    @property
     def is_tpu(self) -> bool:
         """Whether the hardware is a TPU, for which libtpu compiles."""
         return self.hardware.torus > 0
@@ -84,14 +95,19 @@ class Target:
             options["chip_config_name"] = "megacore"  # JAX sees two cores as one device
         if self.chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
+        near = _slice_of(self.hardware, math.prod(self.shape))
         try:
-            return list(
-                get_topology_desc(
-                    platform="tpu", topology_name=f"{name}:{'x'.join(map(str, self.shape))}", **options
-                ).devices
-            )
+            found = get_topology_desc(
+                platform="tpu", topology_name=f"{name}:{'x'.join(map(str, self.shape))}", **options
+            ).devices
         except jax.errors.JaxRuntimeError as error:
-            raise TargetError(f"target {self.name}: libtpu does not know this slice: {error}") from error
+            raise TargetError(f"target {self.name}: libtpu does not know this slice; try {near} ({error})") from error
+        if len(found) > (largest := self.hardware.largest) * self.slices:
+            raise TargetError(
+                f"target {self.name}: expected at most {largest:,} devices in a slice of {name}, found "
+                f"{len(found) // self.slices:,}; for more, write several slices: ,slices=NUMBER"
+            )
+        return list(found)
 
     def process(self) -> Target:
         """The target of one process of a job: the devices of one host."""
@@ -114,14 +130,20 @@ def parse_target(text: str) -> Target:
     known = {hardware.name: hardware for hardware in HARDWARE}
     head, *options = text.split(",")
     name, _, shape = head.partition(":")
+    if (google := re.fullmatch(r"([a-z0-9]+)-(\d+)", head)) and (found := _of_google(google[1], int(google[2]))):
+        raise TargetError(f"target {text!r}: {found}")
     if name not in known:
         raise TargetError(f"target {text!r}: expected one of {', '.join(known)} and a shape, as in v5p:4x4x4 or h200:8")
     hardware = known[name]
     sizes = [int(size) if size.isdigit() else 0 for size in shape.split("x")]
     axes = hardware.torus or 1
     if len(sizes) != axes or min(sizes) < 1:
-        example = {3: "4x4x4", 2: "16x16"}.get(hardware.torus, "8")
-        raise TargetError(f"target {text!r}: expected {axes} sizes of at least 1, as in {name}:{example}")
+        if not hardware.torus:
+            raise TargetError(f"target {text!r}: expected the number of GPUs, as in {name}:8")
+        raise TargetError(
+            f"target {text!r}: expected {axes} sizes of at least 1, the shape of a slice, as in "
+            f"{_slice_of(hardware, math.prod(sizes) or 64)}"
+        )
     slices = 1
     for option in options:
         key, _, value = option.partition("=")
@@ -129,6 +151,26 @@ def parse_target(text: str) -> Target:
             raise TargetError(f"target {text!r}: expected slices=NUMBER after the shape; found {option!r}")
         slices = int(value)
     return Target(hardware, tuple(sizes), slices)
+
+
+def _slice_of(hardware: Hardware, chips: int) -> str:
+    """A slice that exists and has about as many chips, such as "v5p:4x4x4, which has 64 chips"."""
+    power = min(round(math.log2(max(chips, 1))), int(math.log2(min(hardware.largest, 4096))))
+    power, axes = 2 if power == 1 else power, hardware.torus  # no slice has two chips
+    sizes = [1 << (power + axis) // axes for axis in range(axes)]
+    sizes = sizes[::-1] if sizes[0] == 1 else sizes  # one host of four chips is 2x2x1
+    return f"{hardware.name}:{'x'.join(map(str, sizes))}, which has {math.prod(sizes)} chip{'s' * (power > 0)}"
+
+
+def _of_google(name: str, number: int) -> str:
+    """How to write a slice that Google names so, such as v5p-128; "" if there is no such name."""
+    known = {google: (hardware, cores) for hardware, (google, cores) in _GOOGLE.items()}
+    if name not in known:
+        return ""
+    hardware, cores = known[name]
+    counted = "counts TensorCores, of which a chip has two" if cores > 1 else "counts chips"
+    near = _slice_of(next(each for each in HARDWARE if each.name == hardware), number // cores)
+    return f"expected a shape: Google's name {name}-{number} {counted}; write {near}"
 
 
 def _find_libtpu() -> None:

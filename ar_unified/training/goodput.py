@@ -101,9 +101,11 @@ def describe(account: dict[str, float]) -> str:
     return f"goodput {account['goodput']:.1%}" + (f" ({named})" if named else "")
 
 
-def wall(path: str | Path) -> float:
-    """The total working time of all attempts in a goodput.json, in seconds; 0 if there is no such file."""
-    return sum(each["seen"] - each["began"] for each in _attempts(Path(path)) if "seen" in each)
+def wall(path: str | Path) -> tuple[float, int]:
+    """The total working time of all attempts in a goodput.json, in seconds, and their number; 0, 0 if there is no such
+    file."""
+    times = [each["seen"] - each["began"] for each in _attempts(Path(path)) if "seen" in each]
+    return sum(times), len(times)
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:

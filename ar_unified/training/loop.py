@@ -346,7 +346,10 @@ def fit(
                         validation_loss=validation_loss if validate and math.isfinite(validation_loss) else None,
                     )
             if came:
-                telemetry.say(f"{task.name}: {Interrupted(came).name}, stopped after step {taken} with a checkpoint")
+                telemetry.say(
+                    f"{task.name}: {Interrupted(came).name}, stopped after step {taken} with a checkpoint; the same "
+                    "command continues from there"
+                )
                 raise Preempted(came)
             meter.skip(paused)
     finally:

@@ -240,6 +240,10 @@ CI = "CI runs it"
 NOT_RUN: dict[tuple[str, str], NotRun] = {
     ("", "make setup"): NotRun("it made the environment of this test", (".ci/run", "make setup")),
     ("", "make test-all"): NotRun("some hours: it runs this test"),
+    ("", "python -m pytest"): NotRun("it runs this test, or tests as this is", ("Makefile", "-m pytest")),
+    ("docs/extending.md", "python experiments/benchmarks/quantizers.py"): NotRun(
+        "docs/benchmarks.md has it, too, and is run", ("docs/benchmarks.md", "benchmarks/quantizers.py --path DIR")
+    ),
     ("", "make test"): NotRun("it runs this test, or is a part of CI as this is", (".ci/run", " test-slow ")),
     ("", "make lint"): NotRun(CI, (".ci/run", " lint ")),
     ("", "make docs"): NotRun(CI, (".ci/run", " docs")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
     for verb in ("train", "evaluate"):
         assert run(verb, folder, changed, **cheap | dict(training__steps=40, training__log_every=2)) == 0
     out = capsys.readouterr().out
+    assert "model: changed at step 36: training.steps 36 -> 40\n" in out and "extended" not in out
+    assert "model: changed at step 36: training.log_every 1 -> 2 (this does not change the result)" in out
+    assert re.search(r"^==== model: [0-9.]+ s in 3 starts$", out, re.MULTILINE)
     assert "learning rate: 0 in step 36" in out and "evaluation: made again, because model.training.steps is 40" in out
     assert (changed / "evaluation.old-1" / "evaluation.json").read_bytes() == before
     assert (changed / "evaluation.old-1" / "report.html").exists() and (changed / "evaluation.json").exists()

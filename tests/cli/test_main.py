@@ -4,18 +4,21 @@ cleanly."""
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from ar_unified import interrupts
 from ar_unified.cli import main as program
-from ar_unified.cli.arguments import parser_of
+from ar_unified.cli.arguments import module_of, parser_of
 from ar_unified.cli.main import VERBS, main
 from ar_unified.errors import RunError, UserError, about, explain
 
@@ -23,12 +26,23 @@ ROOT = Path(__file__).resolve().parents[2]
 ARGV = ["train", "--config", "x.py", "--workdir", "w"]
 
 
-def ends(monkeypatch, error: BaseException, *more: str) -> int:
+WORDS = {  # enough for the parser of each verb
+    "demo": [],
+    "score": ["--data", "d", "--output", "o"],
+    "export": ["--output", "o"],
+    "import": ["--from", "f", "--as", "chameleon", "--output", "o"],
+    "convert-pickle": ["--from", "f", "--output", "o"],
+    "plan": ["--config", "x.py", "--target", "v5p:2x2x1"],
+    "validate": ["d"],
+}
+
+
+def ends(monkeypatch, error: BaseException, *more: str, argv: Sequence[str] = ARGV) -> int:
     def fail(*_: object) -> int:
         raise error
 
     monkeypatch.setattr(program, "_run", fail)
-    return main([*ARGV, *more])
+    return main([*argv, *more])
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -140,6 +154,41 @@ def test_a_signal_outside_training_ends_with_a_line_and_its_status(monkeypatch, 
     assert before == {number: signal.getsignal(number) for number in before}
 
 
+@pytest.mark.parametrize("verb", [*VERBS, "evaluate --from"])
+def test_a_stopped_verb_promises_only_what_is_so(verb, monkeypatch, capsys):
+    """Verbs of stages and of lines of JSON continue. Verbs that write one result, whole, start again."""
+    argv = [verb, *WORDS.get(verb, ARGV[1:])] if " " not in verb else [*verb.split(), "b", "--output", "o"]
+    again = verb in ("import", "export", "convert-pickle", "plan", "validate", "evaluate --from")
+    assert ends(monkeypatch, interrupts.Interrupted(signal.SIGINT), argv=argv) == 130
+    said = capsys.readouterr().err
+    assert "stopped by Ctrl-C. " in said
+    assert ("starts from the beginning" in said, "continues" in said, "is kept" in said) == (
+        again,
+        not again,
+        not again,
+    )
+    for error in (OSError(errno.ENOSPC, "No space left on device", "w/x"), MemoryError()):
+        assert ends(monkeypatch, error, argv=argv) == 3
+        said = capsys.readouterr().err
+        assert ("is kept" in said or "the run continues" in said) == (not again), said
+
+
+def test_a_warning_is_a_sentence_without_the_line_of_its_source():
+    code = (
+        "import sys, warnings; from ar_unified.cli import main as program\n"
+        "program._run = lambda *_: warnings.warn('xla_foo=1: this compiler has no such option') or 0\n"
+        "sys.exit(program.main(sys.argv[1:]))"
+    )
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])}
+    for more, plain in (([], True), (["--debug"], False)):
+        found = subprocess.run(
+            [sys.executable, "-c", code, *ARGV, *more], env=os.environ | path, capture_output=True, text=True
+        )
+        line = "ar-unified train: warning: xla_foo=1: this compiler has no such option\n"
+        assert (found.returncode, found.stderr == line) == (0, plain), found.stderr
+    assert "<string>:2: UserWarning" in found.stderr
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
@@ -159,9 +208,29 @@ def test_the_first_signal_is_noted_and_the_second_raises(capfd):
     assert "Ctrl-C: stopping after this step with a checkpoint" in capfd.readouterr().err
 
 
+def test_after_work_that_ends_at_once_signals_are_handled_as_before():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with interrupts.at_once(print):
+        assert "signals" in [thread.name for thread in threading.enumerate()]
+    assert "signals" not in [thread.name for thread in threading.enumerate()]
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(interrupts.Interrupted), interrupts.raised():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_a_parser_that_says_what_the_module_says(verb):
     assert parser_of(verb).description
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_offers_config_keys_only_to_verbs_that_take_them(verb):
+    takes = verb not in ("import", "convert-pickle")
+    assert ("--config.KEY=VALUE" in parser_of(verb).format_help()) == takes
+    if not takes:
+        with pytest.raises(UserError, match=r"--config.x=1 does nothing"):
+            arguments = parser_of(verb).parse_args(WORDS[verb])
+            importlib.import_module(f"ar_unified.cli.{module_of(verb)}").main(arguments, ["--config.x=1"])
 
 
 def test_words_that_are_wrong_by_themselves_are_refused_at_once(capsys):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +19,7 @@ from ml_collections import ConfigDict
 
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
+from tests.cli.conftest import ROOT
 from tests.planning.test_choices import small
 
 CONFIG = """
@@ -67,12 +72,45 @@ def test_the_largest_batches_of_all_phases_are_planned(config, capsys):
     assert "batches: 8 rows of 32 tokens, 4 rows of 32 tokens; planned for 8 rows of 32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_plan_although_the_compiler_does_not_return(number, config, tmp_path):
+    """A function of OpenSSL stands in for the compiler. It too lets other threads run, and hears no signal."""
+    code = (
+        "import hashlib, sys; from ar_unified.cli import main, plan\n"
+        "def compiles(*_, say, **__):\n"
+        "    say('begun')\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+        "plan.make_plan = compiles; sys.exit(main.main(sys.argv[1:]))"
+    )
+    argv = ["plan", "--config", str(config), "--target", "h200:8", "--output", str(tmp_path / "out")]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = list(iter(process.stdout.readline, "begun\n"))
+    assert "1.5 to 9 minutes" in "".join(lines), "the plan says how long compiling takes before it compiles"
+    process.send_signal(number)
+    try:
+        error = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number and "the same command starts from the beginning" in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         (["--target", "v9:2x2"], "target 'v9:2x2': expected one of v6e,"),
         (["--target", "v5e:2x2x2"], "expected 2 sizes of at least 1"),
-        (["--target", "h200:"], "expected 1 sizes of at least 1"),
+        (["--target", "h200:"], "expected the number of GPUs, as in h200:8"),
+        (["--target", "v5p:64"], "as in v5p:4x4x4, which has 64 chips"),
+        (["--target", "v5p-128"], "counts TensorCores, of which a chip has two; write v5p:4x4x4, which has 64 chips"),
         (["--target", "h200:4096"], "JAX_NUM_CPU_DEVICES=4096"),
         (["--config.data.layout=Rows"], "data.layout: expected one of grid, rows, "),
         (["--config.sampling.kv_dtype=int4"], 'sampling.kv_dtype: expected one of "", int8,'),

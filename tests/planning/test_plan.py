@@ -42,6 +42,30 @@ def test_targets_by_name():
     for wrong, said in errors.items():
         with pytest.raises(TargetError, match=said):
             parse_target(wrong)
+    assert parse_target("v5p:4x4x4,slices=2").google == "v5p-128" and parse_target("v5e:16x16").google == ""
+
+
+@pytest.mark.parametrize(
+    "wrong, instead",
+    [
+        ("v5p:64", "v5p:4x4x4, which has 64 chips"), ("v5p:8x8", "v5p:4x4x4, which has 64 chips"),
+        ("v5p:", "v5p:4x4x4, which has 64 chips"), ("v4:2", "v4:2x2x1, which has 4 chips"),
+        ("v5e:32", "v5e:4x8, which has 32 chips"), ("v6e:4x4x4", "v6e:8x8, which has 64 chips"),
+        ("v5e:1000", "v5e:16x16, which has 256 chips"), ("tpu7x:0x0", "tpu7x:4x4x4, which has 64 chips"),
+        ("v5p-8", "v5p:2x2x1, which has 4 chips"), ("v4-4096", "v4:8x16x16, which has 2048 chips"),
+        ("v5litepod-16", "v5e:4x4, which has 16 chips"), ("v6e-1", "v6e:1x1, which has 1 chip"),
+    ],
+)  # fmt: skip
+def test_what_is_no_shape_is_refused_with_a_slice_that_exists(wrong, instead):
+    with pytest.raises(TargetError, match=re.escape(instead)):
+        parse_target(wrong)
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_refused():
+    for wrong, said in {"v5p:3x3x3": "try v5p:2x4x4, which", "v5e:32x32": "at most 256 devices in a slice"}.items():
+        with pytest.raises(TargetError, match=said):
+            parse_target(wrong).devices()
 
 
 @pytest.mark.parametrize("name", ["chameleon_7b", "chameleon_34b", "emu3_8b", "lwm_7b"])

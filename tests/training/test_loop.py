@@ -260,11 +260,13 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, numbe
             os.kill(os.getpid(), number)
         return tiny.packed(step)
 
+    lines: list[str] = []
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(Preempted) as stop:
-        tiny.run(tmp_path, task=tiny.task(batch=batch))
+        tiny.run(tmp_path, task=tiny.task(batch=batch), logger=lines.append)
     latest = Checkpoints(tmp_path / "checkpoints", readonly=True).latest()
     assert stop.value.code == 128 + number and latest in (4, 5)  # a batch is made before its step
+    assert f"stopped after step {latest} with a checkpoint; the same command continues from there" in lines[-1]
     same_bits(tiny.run(tmp_path), whole[1])
 
 

@@ -39,7 +39,7 @@ class AutoencoderConfig:
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan, movq; the cost grows as (HW / factor^2)^2
     z_channels: int = 256  # vqgan, movq: features between the last 3 x 3 convolution and the quantizer
     temporal_blocks: int = 0  # movq: residual blocks on each side of the codes, in place of Emu3's layers over time
-    quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
+    quantizer: str = "fsq"  # one of quantizers.NAMES; the fields from here to `restart` are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: "tanh" or "ifsq"
     codes: int = 1024  # all quantizers but fsq: the codebook size
