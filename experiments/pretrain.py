@@ -54,7 +54,7 @@ class Recipe:
 RECIPES = {
     "chameleon_7b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=4, fsdp=32, remat="dots", dropout=0.1),
     "chameleon_34b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=2, fsdp=64, remat="attention"),
-    "emu3_8b": Recipe(512, 8, 32768, "rows", sequence_length=8192, rows=1, fsdp=32, remat="attention", document=8192),
+    "emu3_8b": Recipe(512, 8, 32768, "rows", sequence_length=8192, rows=3, fsdp=32, remat="full", document=8192),
     "lwm_7b": Recipe(
         256, 16, 8192, "grid", sequence_length=131072, rows=1, fsdp=32, remat="dots", context=16, document=131072
     ),

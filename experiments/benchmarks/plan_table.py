@@ -32,23 +32,23 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
         "emu3_8b",
         256,
         "v6e:16x16",
-        ("--config.training.batch_size=768", "--config.model.remat=offload_attention"),
+        ("--config.model.remat=offload_attention",),
     ),
     "emu3_8b-v6e-2x256": ("emu3_8b", 512, "v6e:16x16,slices=2", ()),
     "emu3_8b-v5e-256": (
         "emu3_8b",
         256,
         "v5e:16x16",
-        ("--config.model.remat=full", "--config.loss.chunk=1024", "--config.mesh.fsdp=128"),
+        ("--config.training.batch_size=256", "--config.loss.chunk=1024", "--config.mesh.fsdp=128"),
     ),
     "lwm_7b-v5p-512": ("lwm_7b", 512, "v5p:8x8x8", ()),
     "chameleon_7b-7x-64": ("chameleon_7b", 128, "tpu7x:4x4x4", ()),  # a chip has two devices
-    "emu3_8b-lora-v5e-16": ("emu3_8b", 16, "v5e:4x4", (*_LORA, "--config.model.remat=full")),
+    "emu3_8b-lora-v5e-16": ("emu3_8b", 16, "v5e:4x4", (*_LORA, "--config.training.batch_size=16")),
     "emu3_8b-full-v5e-16": (
         "emu3_8b",
         16,
         "v5e:4x4",
-        ("--config.mesh.fsdp=16", "--config.model.remat=full", "--no-advice"),
+        ("--config.training.batch_size=16", "--config.mesh.fsdp=16", "--no-advice"),
     ),
     "chameleon_34b-v5e-16": ("chameleon_34b", 16, "v5e:4x4", ("--config.mesh.fsdp=16", "--no-advice")),
 }
@@ -77,7 +77,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
     """The Markdown: a table with a row for each case, then a table of how far each plan scales."""
     head = (
         "| model | target | mesh | remat | tokens a step | peak of HBM | parameters + optimizer | "
-        "gradients + activations | ICI sent | DCN sent | matmuls | ICI | DCN | memory | step | MFU | compiled in |"
+        "gradients + activations | ICI sent | DCN sent | matmuls | ICI | DCN | host | memory | step | MFU | compiled in |"
     )
     lines, scaling = [head, "|" + " --- |" * (head.count("|") - 1)], []
     for case, plan in plans.items():
@@ -87,7 +87,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
             refused, remat = plan["refused"], plan["model"]["remat"]
             lines.append(
                 f"| {model} | {plan['target']} | {mesh} | {remat} | | **refused: {size(refused['used'])} of "
-                f"{size(refused['capacity'])}** | |" + " |" * 10
+                f"{size(refused['capacity'])}** | |" + " |" * 11
             )
             continue
         program = plan["programs"][0]
@@ -109,6 +109,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
             duration(seconds["matmuls"]),
             duration(seconds["ICI"]),
             duration(seconds["DCN"]) if seconds["DCN"] else "",
+            duration(seconds["host"]) if seconds.get("host") else "",
             duration(seconds["memory"]),
             f"{duration(program['fastest'])} to {duration(program['slowest'])}",
             f"{low:.0%} to {high:.0%}",
