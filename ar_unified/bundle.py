@@ -53,6 +53,7 @@ from ar_unified.manifests import Json, manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.leaves import Streamed, named, write_leaves
 from ar_unified.model.transformer import Params, abstract_params
+from ar_unified.recognised import recognised
 from ar_unified.tensors import INDEX, read_tensors, write_tensors
 from ar_unified.version import version
 from ar_unified.workdir import write_json, write_text
@@ -174,9 +175,8 @@ class Bundle:
         if not self.folder.is_dir():
             raise BundleError(f"{self.folder}: expected the folder of a bundle, found no such folder")
         if not (self.folder / BUNDLE).exists():
-            workdir = (self.folder / "text_tokenizer").exists() and (self.folder / "model").exists()
-            more = "is a workdir: `ar-unified export` makes a bundle of it" if workdir else "folder has none"
-            raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; this {more}")
+            more = recognised(self.folder) or "has none"
+            raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; this folder {more}")
         record = self._json(BUNDLE)
         if (found := record.get("version")) != VERSION or isinstance(found, bool):
             raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another release wrote it")

@@ -18,9 +18,9 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("ar_tokenizers",),
     ),
     (
-        "words for errors, paths, progress, signals, bytes as text, any pixels as RGB, the version: they know nothing "
-        "of what is trained",
-        ("errors", "paths", "progress", "interrupts", "data.encoding", "data.colours", "version"),
+        "words for errors, paths, what a folder is, progress, signals, bytes as text, any pixels as RGB, the version: "
+        "they know nothing of what is trained",
+        ("errors", "paths", "recognised", "progress", "interrupts", "data.encoding", "data.colours", "version"),
     ),
     (
         "records that say what an artefact is, compared; tensors into files; folders of an object store",

@@ -8,7 +8,7 @@ downloaded. Names, shapes and dtypes are checked before anything is written. Fil
 are refused. Convert pickled files (.pth, .ckpt) with `ar-unified convert-pickle` first. Tensors keep their dtype, and
 `ar-unified export --from BUNDLE --to FORMAT` writes them again bit for bit. Only one tensor is in memory at a time.
 
-  ar-unified import --from DOWNLOAD --as emu3 --output BUNDLE
+  ar-unified import --from Emu3-Gen --as emu3 --image Emu3-VisionTokenizer --output BUNDLE
   ar-unified import --from models/7b --as chameleon --text tokenizer --image tokenizer/vqgan --output BUNDLE
   ar-unified import --from vq_ds16_t2i.safetensors --as llamagen_vq --output FOLDER
 """
@@ -16,7 +16,8 @@ are refused. Convert pickled files (.pth, .ckpt) with `ar-unified convert-pickle
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ar_unified.cli.arguments import refuse_unread
@@ -27,6 +28,7 @@ from ar_unified.interop.image_tokenizer import import_tokenizer
 from ar_unified.interop.importing import card, import_model
 from ar_unified.interop.systems import OPEN
 from ar_unified.model.config import parameter_count
+from ar_unified.recognised import recognised
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -35,8 +37,32 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"{overrides[0]} does nothing with import, which reads no config: leave it out")
     if arguments.shard_mib < 1:
         raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
-    if arguments.system in IMAGE_SYSTEMS:
-        return _image_tokenizer(arguments)
+    for flag, path in _paths(arguments):
+        if not path.exists():
+            raise UserError(f"{flag} {path}: expected a file or a folder, found nothing")
+    with _explained(arguments):
+        return _image_tokenizer(arguments) if arguments.system in IMAGE_SYSTEMS else _model(arguments)
+
+
+def _paths(arguments: argparse.Namespace) -> list[tuple[str, Path]]:
+    given = (("--from", arguments.source), ("--text", arguments.text), ("--image", arguments.image))
+    return [(flag, Path(path)) for flag, path in given if path]
+
+
+@contextmanager
+def _explained(arguments: argparse.Namespace) -> Iterator[None]:
+    """Says what the files are, if they cannot be imported and are something else that is known."""
+    try:
+        yield
+    except UserError as error:
+        for flag, path in _paths(arguments):
+            model = flag == "--from" and arguments.system not in IMAGE_SYSTEMS
+            if why := recognised(path, arguments.system, model=model):
+                raise UserError(f"{flag} {path}: it {why}") from error
+        raise
+
+
+def _model(arguments: argparse.Namespace) -> int:
     files = Files(
         Path(arguments.source),
         text=Path(arguments.text) if arguments.text else None,

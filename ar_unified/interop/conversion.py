@@ -23,8 +23,8 @@ from ar_tokenizers.files import whole_folder
 from ar_unified.data.files import Folder
 from ar_unified.errors import UserError, in_words
 from ar_unified.interop.pickles import DAMAGED, STORAGES, Forbidden, Global, Storage, Strided, read_pickle
-from ar_unified.interop.sources import PICKLED
 from ar_unified.manifests import Json
+from ar_unified.recognised import PICKLED
 from ar_unified.tensors import Kind, TensorWriter, read_bytes
 from ar_unified.workdir import write_json
 

@@ -24,12 +24,13 @@ from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError, in_words, nearest
 from ar_unified.interop import token_rows
 from ar_unified.interop.keys import HF, transposed
-from ar_unified.interop.sources import PICKLED, Source, inside, open_source, read_json
+from ar_unified.interop.sources import Source, inside, open_source, read_json
 from ar_unified.interop.token_rows import TokenRows
 from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import Json, manifest_hash
 from ar_unified.model.config import TransformerConfig, layer_matrices
 from ar_unified.model.lora import MATRICES, LoraConfig
+from ar_unified.recognised import PICKLED
 from ar_unified.tensors import Kind, TensorWriter
 from ar_unified.workdir import write_json
 

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words
+from ar_unified.recognised import LFS, PICKLED
 from ar_unified.tensors import INDEX, read_bytes
 
 ALONE = "model.safetensors"
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # dtypes by their names in a file
-PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 _CONVERT = "is pickled: convert it to .safetensors with `ar-unified convert-pickle`"
 _LARGEST = 1 << 26  # maximum bytes of a JSON file
 
@@ -186,8 +186,16 @@ def _places(path: Path) -> dict[str, _Place]:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         with open(path, "rb") as file:
-            begin = file.read(4)
-        if path.suffix in PICKLED or begin == b"PK\3\4" or (begin[:1] == b"\x80" and path.suffix != ".safetensors"):
+            begin = file.read(len(LFS))
+        if begin == LFS:
+            raise UserError(
+                f"{path}: expected tensors, found a pointer of Git LFS: fetch the content with `git lfs pull`"
+            ) from error
+        if (
+            path.suffix in PICKLED
+            or begin.startswith(b"PK\3\4")
+            or (begin[:1] == b"\x80" and path.suffix != ".safetensors")
+        ):
             raise UserError(f"{path}: it {_CONVERT}") from error
         raise UserError(f"{path}: {error}: the file was cut short, or is not a safetensors file") from error
     return {

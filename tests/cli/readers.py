@@ -117,7 +117,7 @@ def emu3(here: Path) -> None:
     table = tables.emu3(codes=config.codes, placeholder="<image>")
     sizes = Sizes(table.size)
     text = drawn(transformer_shapes(sizes), 0)
-    folder = here / "DOWNLOAD"
+    folder = here / "Emu3-Chat-hf"
     tensors = {f"text_model.{name}": x for name, x in text.items()}
     tensors |= {f"model.vqmodel.{name}": np.asarray(x, order="C") for name, x in vision.items()}
     folder.mkdir()
