@@ -36,6 +36,7 @@ POLICIES: dict[str, Policy | None] = {
     "attention": Policy(_ATTENTION),  # recomputes the MLP
     "full": Policy((OUT,)),  # recomputes all products
     # MaxText's recipe for Llama 3.1 8B on v6e (benchmarks/maxtext_trillium_model_configs.py): 45% MFU with enough rows.
+    # PCIe limits it: docs/planning.md.
     "offload_attention": Policy((), (INPUT, *_ATTENTION)),
     "offload": Policy((), (INPUT, OUT)),  # for rows that would fill the memory
 }
