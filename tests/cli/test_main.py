@@ -71,7 +71,12 @@ def test_a_near_miss_of_a_verb_is_suggested(capsys):
             3,
             "w/x: No space left on device. Finished work is kept",
         ),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"), 3, "model.remat=full"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"),
+            3,
+            "No setting of this command needs less",
+        ),
+        (RuntimeError("INTERNAL: YNNPACK operation failed: error"), 3, "out of memory: INTERNAL: YNNPACK"),
         (MemoryError(), 3, "out of memory: MemoryError"),
         (RuntimeError("Unable to initialize backend 'tpu': no TPU"), 2, "JAX_PLATFORMS=cpu"),
     ],
