@@ -37,10 +37,10 @@ import jax
 import numpy as np
 from ar_tokenizers.codec import FILES, Codec
 from ar_tokenizers.files import whole_folder, write_bytes
+from ar_tokenizers.image.tokenizer import BATCH_SIZE, ImageTokenizer
 from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
 from ar_tokenizers.image.tokenizer import PUBLISHED as IMAGE_PUBLISHED
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
-from ar_tokenizers.image.tokenizer import ImageTokenizer
 from safetensors import SafetensorError, safe_open
 
 from ar_unified.data.files import FileError, Folder
@@ -251,7 +251,7 @@ class Bundle:
         with self._reading(KEPT):
             return read_tensors(self._path(KEPT))
 
-    def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
+    def image_tokenizer(self, batch_size: int = BATCH_SIZE) -> ImageTokenizer | None:
         """The image tokenizer; None for a model of text alone. batch_size: how many images it processes at once."""
         if not self.has_images:
             return None

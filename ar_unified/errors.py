@@ -17,14 +17,19 @@ import difflib
 import errno
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 NO, UNUSABLE, STOPPED, FAULT = 1, 2, 3, 70
+MORE_MEMORY = "No setting of this command needs less memory: use a machine with more"
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EFBIG}
-_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory", re.IGNORECASE)
+# What XLA and its libraries say when an allocation fails. YNNPACK, which computes convolutions on CPUs, says no more.
+_NO_MEMORY = (
+    "RESOURCE_EXHAUSTED|out of memory|bad_alloc|failed to allocate|ALLOC_FAILED|YNNPACK operation failed: error"
+)
+_OUT_OF_MEMORY = re.compile(_NO_MEMORY, re.IGNORECASE)
 _NO_BACKEND = re.compile(r"Unable to initialize backend|Unknown backend")
 
 
@@ -93,21 +98,37 @@ def explain(error: BaseException, *, continues: bool = True) -> tuple[str, int] 
     """
     if isinstance(error, UserError | RunError):
         return str(error), error.exit_status
+    if out_of_memory(error):
+        return f"out of memory: {_first_line(error)}. {MORE_MEMORY}", STOPPED
     if isinstance(error, OSError):
         stopped = error.errno in _DISK
         kept = "Finished work is kept: free" if continues else "Free"
         more = f". {kept} some space and run the same command again" if stopped else ""
         return in_words(error) + more, STOPPED if stopped else UNUSABLE
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
-        return (
-            f"out of memory: {_first_line(error)}. Try model.remat=full, a smaller loss.chunk or sampling.batch_size, "
-            "or more training.accumulation. None of these changes the results: repeat the command with one "
-            f"of them as --config.KEY=VALUE{', and the run continues' if continues else ''}",
-            STOPPED,
-        )
     if isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error)):
         return f"JAX: {_first_line(error)}; set JAX_PLATFORMS=cpu to run without an accelerator", UNUSABLE
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device was not enough."""
+    if isinstance(error, RunError):  # already explained
+        return False
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+@contextmanager
+def saving_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """A context that turns an error which is `out_of_memory` into a RunError. `advice` says what needs less memory, in
+    the work inside the context; if it is "", the error stays as it is. Of nested contexts, the innermost decides."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error) or not (told := advice()):
+            raise
+        raise RunError(f"out of memory: {_first_line(error)}. {told}") from error
 
 
 def in_words(error: OSError) -> str:

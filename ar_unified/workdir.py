@@ -48,8 +48,8 @@ def opened(path: str) -> Iterator[Path]:
     """A context that gives a workdir as a local folder. If `path` is the URL of an object store, the local folder is
     its mirror; otherwise it is the path itself.
 
-    When it ends, everything that was written is in the store. Raises UserError (also if a file is in the way), storage.StoreRefused,
-    storage.StoreFailed.
+    When it ends, everything that was written is in the store. Raises UserError, for example if a file is in the way,
+    storage.StoreRefused, storage.StoreFailed.
     """
     if not storage.is_url(path):
         for part in (Path(path), *Path(path).parents):

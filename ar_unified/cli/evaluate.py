@@ -35,18 +35,18 @@ from tqdm import tqdm
 from ar_unified import progress, storage
 from ar_unified.cli.arguments import PROCESSES, refuse_unread
 from ar_unified.data.images import draws_none
-from ar_unified.data.prepare import SKIPPED
+from ar_unified.data.skipped import SKIPPED
 from ar_unified.data.sources import kind_of, open_source
-from ar_unified.errors import UserError, about, in_words
+from ar_unified.errors import UserError, about, in_words, saving_memory
 from ar_unified.evaluation.examples import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
-from ar_unified.experiment import settings
+from ar_unified.experiment import memory, settings
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.check import check
-from ar_unified.experiment.check_opened import check_bundle, check_devices, check_held_out
+from ar_unified.experiment.check_opened import HOLD_OUT, check_bundle, check_devices, check_held_out
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.facts import facts, seconds
 from ar_unified.experiment.of_bundle import OfBundle
@@ -75,7 +75,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.images:
         evaluate_folder(experiment, arguments.images, arguments.crop, arguments.links)
         return 0
-    evaluate_held_out(experiment)
+    check_held_out(experiment, "--images DIR" if arguments.only else "")
+    evaluate_held_out(experiment, required=bool(arguments.only))
     if not arguments.only:
         evaluate(experiment)
     return 0
@@ -139,7 +140,8 @@ def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     output = Path(arguments.output)
     try:
         with whole_folder(output) as here:
-            _evaluate_bundle(OfBundle(config, here, sources))
+            with saving_memory(lambda: memory.advice(memory.EVALUATION_OF_BUNDLE, config)):
+                _evaluate_bundle(OfBundle(config, here, sources))
     except FileExistsError as error:
         raise UserError(f"{in_words(error)}: name another --output, or remove this one") from error
     print("\n".join(str(output / path.name) for path in (Workdir(output).evaluation, Workdir(output).report)))
@@ -150,7 +152,7 @@ def _evaluate_bundle(experiment: OfBundle) -> None:
     config, workdir = experiment.config, experiment.workdir
     check_bundle(experiment, ["data"])
     check_devices(experiment, ["evaluation"])
-    check_held_out(experiment)
+    check_held_out(experiment, "--data PATH")
     if experiment.warning:
         print(f"warning: {experiment.warning}")
     losses = experiment.losses()
@@ -163,7 +165,7 @@ def _evaluate_bundle(experiment: OfBundle) -> None:
     metrics, examples = _asked(experiment)
     metrics["validation"] = losses
     metrics["tokenizer"], sheets = results_of(experiment) if drawn else ({}, {})
-    _write(experiment, metrics, examples, sheets, facts=experiment.facts)
+    _write(experiment, metrics, examples, sheets, facts=experiment.facts, parts=("images", "sampling"))
     if (left_out := workdir.data / "validation" / SKIPPED).exists() and left_out.stat().st_size:
         left_out.rename(workdir.path / SKIPPED)
     shutil.rmtree(workdir.data, ignore_errors=True)
@@ -220,7 +222,9 @@ def _write(
         **more,
     )
     scores = {key: value for key, value in metrics.items() if isinstance(value, float)}
-    experiment.say(", ".join(f"{key} {value:.3g}" for key, value in scores.items()) or "nothing was scored")
+    held_out = any(experiment.held_out.values())
+    nothing = "nothing was scored" + ("" if held_out else f", because nothing is held out. {HOLD_OUT}")
+    experiment.say(", ".join(f"{key} {value:.3g}" for key, value in scores.items()) or nothing)
     return scores
 
 

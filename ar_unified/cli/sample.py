@@ -42,11 +42,12 @@ import numpy as np
 from ar_unified.cli.arguments import PROCESSES, refuse_unread
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.errors import UserError, about
+from ar_unified.errors import UserError, about, saving_memory
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.facts import weights_hash
+from ar_unified.experiment.memory import OF_BUNDLE, REQUESTS, advice
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.rows import write_parts
@@ -91,7 +92,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
     given = dict(part=arguments.part, links=arguments.links, **_counts(arguments))
-    report = _run(experiment, requests, output, **given) if requests else None
+    with saving_memory(lambda: advice(REQUESTS, experiment.config)):
+        report = _run(experiment, requests, output, **given) if requests else None
     _made_of(arguments, report, output, reward, experiment.say)
     return 0
 
@@ -118,6 +120,7 @@ def _made_of(
         say(str(export(output, arguments.layout, output / arguments.layout)))
 
 
+@saving_memory(lambda: OF_BUNDLE)
 def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward: Reward | None) -> int:
     """Serves requests with a bundle and its own settings, on all devices of this process."""
     if overrides or arguments.config or arguments.workdir:

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 
 from ar_unified.cli.arguments import PROCESSES, refuse_unread
 from ar_unified.data.sources import Source, kind_of, open_source
-from ar_unified.errors import UserError, about
+from ar_unified.errors import UserError, about, saving_memory
 from ar_unified.evaluation.scoring import score_source
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.facts import weights_hash
+from ar_unified.experiment.memory import OF_BUNDLE, REQUESTS, advice
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.sampling.model import Model, load
 
@@ -41,14 +42,16 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         refuse_unread(arguments, "with --from", *PROCESSES)
         if arguments.batch_size is not None and arguments.batch_size < 1:
             raise UserError(f"--batch-size: expected at least 1, found {arguments.batch_size}")
-        model = load(arguments.source, batch_size=arguments.batch_size)
-        print(f"{arguments.output}: {score_source(model, source, arguments.output)}")
+        with saving_memory(lambda: OF_BUNDLE):
+            model = load(arguments.source, batch_size=arguments.batch_size)
+            print(f"{arguments.output}: {score_source(model, source, arguments.output)}")
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR of a training, or --from BUNDLE; found neither")
     refuse_unread(arguments, "with a workdir, which uses config.sampling.batch_size", "batch_size")
     experiment = open_experiment(arguments, overrides, ["requests"])
-    score(experiment, source, arguments.output)
+    with saving_memory(lambda: advice(REQUESTS, experiment.config)):
+        score(experiment, source, arguments.output)
     return 0
 
 

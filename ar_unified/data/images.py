@@ -108,7 +108,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             limits.check(image.height, image.width)
             yield image
-    except (ImageError, UserError):
+    except (ImageError, UserError, MemoryError):  # without memory, a good image cannot be decoded
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("image_shape", f"expected at most {limits.pixels} pixels: {error}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -306,6 +306,7 @@ class ImageBatches:
         short_side: images are scaled so that their short side has this many pixels, and a window of `size` is cropped
             at a random place. None crops the largest centred window with the aspect of `size` and scales it.
         recolour: share of images with randomly changed colours (`images.recoloured`).
+        left_out: called once with each bad item, when it is read for the first time.
     """
 
     def __init__(
@@ -320,6 +321,7 @@ class ImageBatches:
         short_side: int | None = None,
         recolour: float = 0.0,
         memory: int = 2**29,
+        left_out: Callable[[BadItem], object] = lambda bad: None,
     ):
         used = [i for i, source in enumerate(sources) if has_images(source)]
         if not used:
@@ -332,7 +334,8 @@ class ImageBatches:
             raise UserError(f"recolour: expected a share from 0 to 1, found {recolour}")
         self.mirror, self.short_side, self.recolour = mirror, short_side, recolour
         self._mixture = Mixture([len(source) for source in self.sources], weights and [weights[i] for i in used])
-        self._room = memory
+        self._room, self._left_out = memory, left_out
+        self._bad: set[tuple[int, int]] = set()
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
@@ -395,8 +398,11 @@ class ImageBatches:
             return self._kept[which]
         try:
             parts = self.sources[source][document].parts
-        except BadItem:
+        except BadItem as bad:
             parts = ()
+            if which not in self._bad:
+                self._bad.add(which)
+                self._left_out(bad)
         found = [
             images.resize(part.pixels, *self._scaled(part.pixels)) for part in parts if isinstance(part, ImagePart)
         ]

@@ -51,7 +51,7 @@ def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
             times, keys = _times(file, stream)
             wanted = [times[number] for number in evenly(len(times), most)]
             return [_upright(frame) for frame in _decoded(file, stream, wanted, keys, limits)]
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # FFmpeg's errors are OSError, ValueError, EOFError and more
         raise ImageError("unreadable_image", f"{type(error).__name__}: {error}") from error

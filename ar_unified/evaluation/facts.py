@@ -6,7 +6,7 @@ import dataclasses
 import math
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,15 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_unified.evaluation.charts import number
 from ar_unified.manifests import Json
 
+PARTS = ("data", "images", "text", "training", "sampling")
 
-def summary(config: Mapping[str, Json]) -> dict[str, str]:
-    """A summary of a config in a few lines; parts that the config lacks are left out."""
+
+def summary(config: Mapping[str, Json], parts: Collection[str] = PARTS) -> dict[str, str]:
+    """A summary of a config in a few lines.
+
+    parts: those of PARTS that decided what is reported. Parts that the config lacks, or that it says nothing about
+        because they were brought from elsewhere, are left out.
+    """
 
     def part(name: str) -> Mapping[str, Any]:
         found = config.get(name)
@@ -46,7 +52,11 @@ def summary(config: Mapping[str, Json]) -> dict[str, str]:
         lines["training"] = _batches(train)
     if "guidance" in sampling:
         lines["sampling"] = f"guidance {sampling['guidance']:g}, batches of {sampling.get('batch_size', '?')}"
-    return lines
+    if not (image.get("steps", 1) or image.get("model") or config.get("init")):
+        lines.pop("images", None)  # an experiment of text alone
+    if text.get("model") or config.get("init"):
+        lines.pop("text", None)
+    return {name: line for name, line in lines.items() if name in parts}
 
 
 def _batches(train: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ar_unified.evaluation.charts import line_chart, number
 from ar_unified.evaluation.examples import Example
-from ar_unified.evaluation.facts import environment, summary
+from ar_unified.evaluation.facts import PARTS, environment, summary
 from ar_unified.evaluation.figures import figure, sample_sections
 from ar_unified.evaluation.sheets import section
 from ar_unified.manifests import Json
@@ -86,6 +86,7 @@ def write_report(
     config: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
+    parts: Collection[str] = PARTS,
 ) -> None:
     """Writes the page, whole or not at all.
 
@@ -103,6 +104,7 @@ def write_report(
         config: the whole config as JSON values.
         facts: short facts by name for the top of the page, in addition to the config's summary.
         seconds: the wall time of each stage by name, in order.
+        parts: the parts of the config that the page's first lines tell (`facts.summary`).
     """
     scores = evaluation.get("tokenizer", {})
     sets = _sets({key: value for key, value in evaluation.items() if key != "tokenizer"})
@@ -123,7 +125,7 @@ def write_report(
     here = files("ar_unified.evaluation")
     style, script = (here.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     lead = TOKENIZER_LEAD if evaluation.keys() == {"tokenizer"} else LEAD
-    head = _facts({**summary(config or {}), **(facts or {})})
+    head = _facts({**summary(config or {}, parts), **(facts or {})})
     write_text(
         path,
         f"""<!doctype html>

@@ -139,6 +139,29 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
     return taken
 
 
+def advised(error: StageMismatch, keys: Sequence[str], workdir: Workdir, stages: Sequence[str]) -> StageMismatch:
+    """The error with advice on what to do if the change was not intended, or if the data have changed.
+
+    Args:
+        keys: the sections of the config that decide the stage.
+        stages: the names of all stages.
+    """
+    section = error.field.partition(".")[0]
+    if section in keys and error.old != ABSENT:  # ABSENT: no old value to repeat
+        return StageMismatch(
+            error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
+        )
+    if section in ("sources", "probed"):
+        made = [stage for stage in stages if (workdir.path / stage / "started.json").exists()]
+        return StageMismatch(
+            error.field,
+            f"the data have changed since {workdir.path} was made: {error.field} was {error.old!r:.40}. "
+            f"All stages depend on the data: use another --workdir, or delete {', '.join(made)} in this one",
+            error.old,
+        )
+    return error
+
+
 def said(field: str, value: Any) -> str:
     """A setting as it is written on the command line: --config.data.image_size=(32,32)."""
     shown = f"({','.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)

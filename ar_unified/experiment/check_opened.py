@@ -30,6 +30,10 @@ from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import ways_of
 from ar_unified.training.selection import NEW
 
+HOLD_OUT = (
+    "To hold images or documents out, name them in config.data.validation (recipes for a folder of images take "
+    "validation=DIR)"
+)
 # For objectives that use images, or likelihoods of images, from the model that the training begins with.
 _NO_ROWS = (
     "has no rows for images yet, so the images that it draws and its likelihoods of images are random. Train the new "
@@ -176,12 +180,14 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
     problems.end()
 
 
-def check_held_out(experiment: Experiment) -> None:
-    """Opens only the held-out sources. Raises UserError if one is wrong, or if there are none."""
+def check_held_out(experiment: Experiment, instead: str = "") -> None:
+    """Opens only the held-out sources. Raises UserError if one is wrong, or if there are none. `instead`: what else the
+    command may be given."""
     problems = Problems()
     _check_names(experiment.held_out, problems)
     if not any(experiment.held_out.values()):
-        problems.say("data.validation", "expected documents to evaluate on, found none, and none in config.data.tests")
+        expected = "expected documents to evaluate on, found none, and none in config.data.tests: nothing is held out"
+        problems.say("data.validation", f"{expected}. {HOLD_OUT}" + (f", or give {instead}" if instead else ""))
     problems.end()
 
 

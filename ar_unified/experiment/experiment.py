@@ -24,11 +24,11 @@ from ar_unified.checkpoint import restore_params
 from ar_unified.data.images import CodesAlone, NoImages, Resize
 from ar_unified.data.items import names_images
 from ar_unified.data.sources import EmptySplit, Source, open_source
-from ar_unified.errors import UserError, about
+from ar_unified.errors import UserError, about, saving_memory
 from ar_unified.experiment import config as configs
-from ar_unified.experiment import settings
+from ar_unified.experiment import memory, settings
 from ar_unified.experiment.adapter import in_base, require_base
-from ar_unified.experiment.changes import Training, changeable, require_extensible, said
+from ar_unified.experiment.changes import Training, advised, changeable, require_extensible
 from ar_unified.history import Changeable
 from ar_unified.language.extension import new_ids, rows_of
 from ar_unified.language.grammar import Grammar
@@ -88,7 +88,7 @@ class Experiment:
         try:
             stage = self.workdir.stage(name, fingerprint, may)
         except StageMismatch as error:
-            raise self._advised(error, keys) from None
+            raise advised(error, keys, self.workdir, STAGES) from None
         self._stage = stage
         if stage.changed:  # never so for a reader, because the writer has recorded the change already
             self._go_on(stage, training)
@@ -100,23 +100,6 @@ class Experiment:
                 write_json(self.workdir.config, configs.plain(self.config))
             self.say(f"==== {name}")
         return stage
-
-    def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
-        """The error with advice on what to do if the change was not intended, or if the data have changed."""
-        section = error.field.partition(".")[0]
-        if section in keys and error.old != manifests.ABSENT:  # ABSENT: no old value to repeat
-            return StageMismatch(
-                error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
-            )
-        if section in ("sources", "probed"):
-            made = [stage for stage in STAGES if (self.workdir.path / stage / "started.json").exists()]
-            return StageMismatch(
-                error.field,
-                f"the data have changed since {self.workdir.path} was made: {error.field} was {error.old!r:.40}. "
-                f"All stages depend on the data: use another --workdir, or delete {', '.join(made)} in this one",
-                error.old,
-            )
-        return error
 
     def fingerprint(self, *keys: str, **more: object) -> dict[str, manifests.Json]:
         """The fingerprint of a stage: `keys` of the config, and `more`."""
@@ -144,14 +127,16 @@ class Experiment:
 
     @contextmanager
     def leaving_nothing(self) -> Iterator[None]:
-        """A context for a stage's work: if the work fails before it makes anything, the stage's folder is removed."""
+        """A context for a stage's work: if the work fails before it makes anything, the stage's folder is removed. If
+        the memory is not enough, the error says what helps in this stage."""
         self._stage = None
-        try:
-            yield
-        except BaseException:
-            if self._stage is not None and runtime.first():
-                self._stage.abandon()
-            raise
+        with saving_memory(lambda: memory.advice(self._stage.name, self.config) if self._stage else ""):
+            try:
+                yield
+            except BaseException:
+                if self._stage is not None and runtime.first():
+                    self._stage.abandon()
+                raise
 
     def skip(self, stage: Stage) -> None:
         """Prints that a stage is done already."""
@@ -295,7 +280,7 @@ class Experiment:
         path = self.workdir.image_tokenizer / "config.json"
         self.require(path.exists(), path, "tokenizer")
         with about("the workdir's image tokenizer"):
-            return ImageTokenizer.load(self.workdir.image_tokenizer)
+            return ImageTokenizer.load(self.workdir.image_tokenizer, batch_size=settings.images_at_once(self.config))
 
     @cached_property
     def grammar(self) -> Grammar:

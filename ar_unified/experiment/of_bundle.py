@@ -68,7 +68,9 @@ class OfBundle(Experiment):
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
         """The bundle's image tokenizer, or a stand-in if it has none."""
         codes = self.grammar.vocabulary.codebook_size
-        return self.own.image_tokenizer() or (CodesAlone(codes) if codes else NoImages())
+        return self.own.image_tokenizer(settings.images_at_once(self.config)) or (
+            CodesAlone(codes) if codes else NoImages()
+        )
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -95,7 +97,7 @@ class OfBundle(Experiment):
         if not sources:
             return {}
         with about("config.training.batch_size"):
-            rules.batch_spec(self.mesh, (training.batch_size, 1, 1), "a batch")
+            rules.batch_spec(self.mesh, (training.batch_size // training.accumulation, 1, 1), "a microbatch")
         with about("config.training.sequence_length"):
             zigzag.require_pieces(training.sequence_length, self.mesh.shape["context"])
         self._prepare(sources)
@@ -111,7 +113,7 @@ class OfBundle(Experiment):
             prompt_weight=self.config.loss.prompt,
             **objective.loss_settings(self),
         )
-        return held_out_scores(task, self._as_trained(), self.mesh)
+        return held_out_scores(task, self._as_trained(), self.mesh, training.accumulation)
 
     def _as_trained(self) -> Params:
         """The parameters, sharded as in a training. Matrices keep their dtype. A training has them in float32 but

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.objective import ObjectiveConfig
+from ar_tokenizers.image.tokenizer import BATCH_SIZE
 from ml_collections import ConfigDict
 
 from ar_unified.data.filters import Filters
@@ -54,6 +55,21 @@ def adversary(config: ConfigDict) -> AdversaryConfig:
 def objective(config: ConfigDict) -> ObjectiveConfig:
     """All losses of the image tokenizer, from `config.image_tokenizer`."""
     return configs.pick(ObjectiveConfig, config.image_tokenizer, adversary=adversary(config))
+
+
+def whole_batch(config: ConfigDict) -> bool:
+    """Whether a loss of the image tokenizer depends on all images of a microbatch together. If so, the number of
+    microbatches decides the result."""
+    entropy = getattr(autoencoder(config).abstract_quantizer, "entropy", 0.0)
+    return bool(entropy) or (
+        config.image_tokenizer.adversary.kind != "none" and config.image_tokenizer.adversary.adaptive
+    )
+
+
+def images_at_once(config: ConfigDict) -> int:
+    """The number of images that the trained image tokenizer encodes or decodes at once. Accumulation divides it, as it
+    divides a training's batch, so that memory which is enough for the training is enough for what follows."""
+    return max(1, BATCH_SIZE // config.image_tokenizer.accumulation)
 
 
 def resize(config: ConfigDict) -> Resize:

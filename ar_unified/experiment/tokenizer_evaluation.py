@@ -20,11 +20,13 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_unified import progress
 from ar_unified.data.images import NoImages, decode, draws_none, to_png
 from ar_unified.data.sources import Source, open_source
-from ar_unified.errors import UserError, about
+from ar_unified.errors import UserError, about, saving_memory
 from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.tokenizer import PROTOCOL, NoReadableImage, Probe, draw_images, evaluate_tokenizer
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import memory
 from ar_unified.experiment.changes import changeable
+from ar_unified.experiment.check_opened import HOLD_OUT
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process
 from ar_unified.manifests import Json
@@ -33,15 +35,18 @@ from ar_unified.workdir import read_json, write_bytes, write_json
 
 
 @by_first_process
-def evaluate_held_out(experiment: Experiment) -> None:
-    """Runs the stage `tokenizer_evaluation`; does nothing for text alone."""
-    if experiment.text_only:
+def evaluate_held_out(experiment: Experiment, *, required: bool = False) -> None:
+    """Runs the stage `tokenizer_evaluation`. If there is no image tokenizer, or no image to score it on, nothing is
+    scored; with `required`, this raises UserError."""
+    if experiment.text_only and not required:
         return experiment.say("==== tokenizer_evaluation: there is no image tokenizer to score")
+    if not any(experiment.held_out.values()) and not required:
+        return experiment.say(f"==== tokenizer_evaluation: nothing is held out to score it on. {HOLD_OUT}")
     config, sets = experiment.config, {name: sources for name, sources in experiment.held_out.items() if sources}
     steps = config.evaluation.tokenizer_probe_steps
     stage = experiment.stage(
         "tokenizer_evaluation",
-        tokenizer=experiment.image_tokenizer.hash,
+        tokenizer=_tokenizer(experiment).hash,
         protocol=PROTOCOL,
         image_size=configs.plain(config.data.image_size),
         limit=config.evaluation.limit,
@@ -53,7 +58,7 @@ def evaluate_held_out(experiment: Experiment) -> None:
     )
     if stage.done:
         return experiment.skip(stage)
-    results = score(experiment, sets, config.data.image_size, stage.folder)
+    results = score(experiment, sets, config.data.image_size, stage.folder, required=required)
     _tell(experiment, stage.folder)
     experiment.finish(stage, {name: numbers["psnr"] for name, numbers in results.items()})
 
@@ -72,30 +77,37 @@ def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None
     with about("--crop"):
         _tokenizer(experiment).config.grid(*size)
     folder = experiment.workdir.tokenizer_evaluation / f"{source.name}-{size[0]}x{size[1]}"
-    score(experiment, {source.name: [source]}, size, folder)
+    with saving_memory(lambda: memory.advice("tokenizer_evaluation", experiment.config)):
+        score(experiment, {source.name: [source]}, size, folder, required=True)
     _tell(experiment, folder)
 
 
 def results_of(experiment: Experiment) -> tuple[dict[str, Json], dict[str, np.ndarray]]:
     """The numbers and the image sheets by held-out set, as the stage wrote them."""
     folder = experiment.workdir.tokenizer_evaluation
-    if experiment.text_only:
+    if experiment.text_only or not any(experiment.held_out.values()):
         return {}, {}
     results = read_json(folder / "evaluation.json")["tokenizer"]
     return results, {name: decode((folder / f"{name}.png").read_bytes()) for name in results}
 
 
 def score(
-    experiment: Experiment, sets: Mapping[str, Sequence[Source]], size: Sequence[int], folder: Path
+    experiment: Experiment,
+    sets: Mapping[str, Sequence[Source]],
+    size: Sequence[int],
+    folder: Path,
+    *,
+    required: bool = False,
 ) -> dict[str, Any]:
     """Scores images of `size` (height, width) in pixels, writes the files, and returns the numbers by set. Raises
-    UserError."""
+    UserError, with `required` also if there is no image to score."""
     config, (height, width) = experiment.config, size
     tokenizer = _tokenizer(experiment)
     networks = _networks(config)
     probe = _probe(experiment, (height, width))
     results: dict[str, Any] = {}
     sheets: dict[str, np.ndarray] = {}
+    nothing: list[str] = []
     for name, sources in sets.items():
         try:
             most = min(config.evaluation.limit, sum(map(len, sources)))
@@ -111,10 +123,14 @@ def score(
                     **networks,
                 )
         except NoReadableImage as error:
-            experiment.say(f"{name}: {error}")
+            nothing.append(f"{name}: {error}")
             continue
         write_bytes(folder / f"{name}.png", to_png(sheets[name]))
         experiment.say(_line(name, results[name]))
+    if required and not results:
+        raise UserError("; ".join(nothing))
+    for line in nothing:
+        experiment.say(line)
     write_json(folder / "evaluation.json", {"tokenizer": results})
     write_report(
         folder / "report.html",
@@ -124,6 +140,7 @@ def score(
         telemetry={"image_tokenizer": experiment.workdir.image_tokenizer / "metrics.jsonl"},
         config=configs.plain(config),
         facts=_facts(experiment),
+        parts=("data", "images"),
     )
     return results
 

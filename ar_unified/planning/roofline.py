@@ -46,8 +46,8 @@ ASSUMPTIONS = (
     "every matmul reads and writes its operands in memory once; gathered weights are written and read once in each "
     "pass, and the head's float32 gradient once for each chunk of the loss",
     "the optimizer reads and writes its state once",
-    "what a remat policy sends to the host is written once and read once, at the PCIe bandwidth of one direction; in the "
-    "fastest case, this runs at the same time as the matmuls",
+    "what a remat policy sends to the host is written once and read once, at the PCIe bandwidth of one direction; in "
+    "the fastest case, this runs at the same time as the matmuls",
     "a collective sends by the ring algorithm over every link that its group can use: in both directions of an axis "
     "that is a closed ring, in one direction of any other axis; collectives do not share links with each other",
     "data for other slices is summed inside a slice first, and then each of its devices sends a part",

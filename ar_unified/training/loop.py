@@ -185,7 +185,8 @@ def fit(
         accumulation=config.accumulation,
         compiler_options=options,
     )
-    eval_step, inspection = make_eval_step(task, mesh), make_inspection(task, mesh)
+    eval_step = make_eval_step(task, mesh, config.accumulation)
+    inspection = make_inspection(task, mesh, config.accumulation)
 
     # ---------------------------------------------------------------------- Telemetry
     telemetry = Telemetry(folder, resume_step=start, console=logger)
@@ -364,10 +365,11 @@ def fit(
     return task.inference_params(state.params, state.model_state)
 
 
-def held_out_scores(task: TrainingTask[Batch], params: Params, mesh: Mesh) -> dict[str, float]:
+def held_out_scores(task: TrainingTask[Batch], params: Params, mesh: Mesh, accumulation: int = 1) -> dict[str, float]:
     """The validation scores of parameters on `mesh`, as `fit` writes them, but without those of `task.inspect`."""
+    eval_step = make_eval_step(task, mesh, accumulation)
     with jax.set_mesh(mesh):
-        return task.summary(_held_out(task, make_eval_step(task, mesh), mesh, params, task.init_state(params)))
+        return task.summary(_held_out(task, eval_step, mesh, params, task.init_state(params)))
 
 
 def _held_out(

@@ -11,7 +11,8 @@ discriminator. Then there is one forward pass, and one backward pass per loss (a
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import jax
@@ -33,6 +34,7 @@ Batch = TypeVar("Batch")
 Made = TypeVar("Made", covariant=True)  # such a batch, of numpy arrays if it is loaded, of jax.Arrays if it is drawn
 Losses: TypeAlias = jax.Array | dict[str, jax.Array]
 Parts: TypeAlias = tuple[Losses, jax.Array, Metrics, Params]  # losses, weight, metrics, gradients
+Sums = TypeVar("Sums")  # a pytree of sums over the rows of a batch
 
 STATISTICS = "statistics"
 STACKED = ("layers", "lora")  # top-level keys of parameters with a first axis of layers
@@ -264,6 +266,22 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
     return jax.tree_util.tree_map_with_path(split, batch)
 
 
+def _in_microbatches(summed: Callable[[Batch], Sums], batch: Batch, count: int, mesh: Mesh) -> Sums:
+    """The sums `summed(batch)`, computed one after another from `count` parts of the batch, so that only one part needs
+    memory at a time.
+    """
+    if count == 1:
+        return summed(batch)
+    parts = split_microbatches(batch, count, mesh)
+
+    def add(total: Sums, each: Batch) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, summed(each)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(summed, first))
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
 def gradients(
     task: TrainingTask[Batch],
     params: Params,
@@ -303,17 +321,7 @@ def gradients(
         # Without the constraint, the compiler may not shard the gradients, and the memory that fsdp saves is lost.
         return loss, weight, metrics, jax.lax.with_sharding_constraint(grads, placement)
 
-    if accumulation == 1:
-        loss, weight, metrics, grads = summed(batch, keys)
-    else:
-        parts, keys = split_microbatches((batch, keys), accumulation, mesh)
-
-        def add(total: Parts, each: tuple[Batch, jax.Array]) -> tuple[Parts, None]:
-            return jax.tree.map(jnp.add, total, summed(*each)), None
-
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(summed, *first))
-        (loss, weight, metrics, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
+    loss, weight, metrics, grads = _in_microbatches(lambda part: summed(*part), (batch, keys), accumulation, mesh)
     scale = jnp.where(weight > 0, 1.0 / weight, 0.0)  # a batch without weight changes nothing
     loss, grads = jax.tree.map(lambda x: (x * scale).astype(x.dtype), (loss, grads))
     return loss, grads, metrics
@@ -388,22 +396,42 @@ def make_train_step(
     )
 
 
-def make_eval_step(task: TrainingTask[Batch], mesh: Mesh) -> jax.stages.Wrapped:
+def make_eval_step(task: TrainingTask[Batch], mesh: Mesh, accumulation: int = 1) -> jax.stages.Wrapped:
     """The jitted function (params, model_state, batch) -> metric sums of a held-out batch, without dropout or
-    gradients.
+    gradients. `accumulation`: as in `_measured`.
     """
 
-    def eval_step(params: Params, model_state: Params, batch: Batch) -> Metrics:
-        values = task.loss(task.inference_params(params, model_state), model_state, batch, None)[2]
+    def measure(task: TrainingTask[Batch], params: Params, model_state: Params, batch: Batch) -> Metrics:
+        values = task.loss(params, model_state, batch, None)[2]
         return {name: value for name, value in values.items() if name != STATISTICS}
 
-    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
+    return _measured(measure, task, mesh, accumulation)
 
 
-def make_inspection(task: TrainingTask[Batch], mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (params, model_state, batch) -> metric sums of `task.inspect`."""
+def make_inspection(task: TrainingTask[Batch], mesh: Mesh, accumulation: int = 1) -> jax.stages.Wrapped:
+    """The jitted function (params, model_state, batch) -> metric sums of `task.inspect`. `accumulation`: as in
+    `_measured`.
+    """
+    return _measured(lambda task, *given: task.inspect(*given), task, mesh, accumulation)
 
-    def inspection(params: Params, model_state: Params, batch: Batch) -> Metrics:
-        return task.inspect(task.inference_params(params, model_state), model_state, batch)
 
-    return jax.jit(inspection, out_shardings=NamedSharding(mesh, P()))
+def _measured(
+    measure: Callable[[TrainingTask[Batch], Params, Params, Batch], Metrics],
+    task: TrainingTask[Batch],
+    mesh: Mesh,
+    accumulation: int,
+) -> jax.stages.Wrapped:
+    """The jitted function (params, model_state, batch) -> metric sums that `measure` finds with the parameters for
+    inference.
+
+    accumulation: the number of parts in which a batch is read, as in training, so that a validation needs no more
+        memory than a step. A batch that has too few rows for so many parts is read in fewer. The means differ only by
+        rounding, except for losses that depend on all rows of a microbatch together.
+    """
+
+    def measured(params: Params, model_state: Params, batch: Batch) -> Metrics:
+        params, whole = task.inference_params(params, model_state), task.of_whole(batch)
+        count = math.gcd(accumulation, jax.tree.leaves(batch)[0].shape[0])
+        return _in_microbatches(lambda part: measure(whole, params, model_state, part), batch, count, mesh)
+
+    return jax.jit(measured, out_shardings=NamedSharding(mesh, P()))

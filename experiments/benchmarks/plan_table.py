@@ -77,7 +77,8 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
     """The Markdown: a table with a row for each case, then a table of how far each plan scales."""
     head = (
         "| model | target | mesh | remat | tokens a step | peak of HBM | parameters + optimizer | "
-        "gradients + activations | ICI sent | DCN sent | matmuls | ICI | DCN | host | memory | step | MFU | compiled in |"
+        "gradients + activations | ICI sent | DCN sent | matmuls | ICI | DCN | host | memory | step | MFU | "
+        "compiled in |"
     )
     lines, scaling = [head, "|" + " --- |" * (head.count("|") - 1)], []
     for case, plan in plans.items():

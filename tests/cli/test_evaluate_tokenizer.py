@@ -17,7 +17,8 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.training import probe
 from ar_unified.workdir import Workdir
 from tests.bundles import fresh
-from tests.cli.conftest import command, refused
+from tests.cli.conftest import ROOT, command, refused
+from tests.cli.test_text_alone import CONFIG as TEXT
 
 
 @pytest.fixture
@@ -42,7 +43,9 @@ def test_only_the_tokenizer_is_scored_and_once(workdir, folder, capsys, monkeypa
     assert numbers["crop"] == [32, 32] and numbers["images"] == 2 and numbers["sources"] == [folder.name]
     assert numbers["probe"]["bits_per_id"] > 0 and numbers["probe"]["budget"]["steps"] == 2
     assert Image.open(left / "validation.png").size == (3 * 32, 2 * 32)
-    assert f"{numbers['psnr']:.2f} dB" in (left / "report.html").read_text()
+    page = (left / "report.html").read_text()
+    assert f"{numbers['psnr']:.2f} dB" in page and "<dt>images</dt>" in page
+    assert not [name for name in ("text", "training", "sampling") if f"<dt>{name}</dt>" in page], "nothing of these ran"
     assert not (workdir / "evaluation").exists() and not (workdir / "evaluation.json").exists()
     capsys.readouterr()
     assert evaluate(folder, workdir, **changes) == 0
@@ -68,6 +71,22 @@ def test_a_folder_of_plain_images(workdir, folder, tmp_path_factory, capsys):
     only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
     refused([*only, "--images", str(images), "--crop", "40"], "--crop: .*multiples of 16")
     refused([*only, "--images", str(images / "nothing")], "--images: .*nothing: no such file or folder")
+
+
+def test_nothing_to_score_is_refused_and_the_command_says_what_to_give(workdir, folder, tmp_path_factory):
+    images = tmp_path_factory.mktemp("photographs")
+    (images / "broken.png").write_bytes(b"no")
+    photos = ["--config", f"{ROOT / 'experiments' / 'photos.py'}:path={folder}"]
+    only = ["evaluate", "--only", "tokenizer", *photos, "--workdir", str(workdir)]
+    refused(only, "nothing is held out. To hold images .*validation=DIR.*, or give --images DIR")
+    refused(["evaluate", *photos, "--workdir", str(workdir)], "config.data.validation: .*nothing is held out. To hold")
+    argv = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
+    refused([*argv, "--images", str(images)], "no readable image in photographs.*'unreadable_image': 1")
+    assert not (workdir / "tokenizer_evaluation").exists()
+    (images / "a.txt").write_text("".join(f"Square {i}.\n" for i in range(40)))
+    (images / "config.py").write_text(TEXT)
+    text = ["--config", f"{images / 'config.py'}:{images / 'a.txt'}", "--workdir", str(workdir / "text")]
+    refused(["evaluate", "--only", "tokenizer", *text], "text alone")
 
 
 def test_flags_that_need_another_are_refused(workdir, folder):

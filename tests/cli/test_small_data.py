@@ -14,13 +14,16 @@ from ar_tokenizers.image.objective import Objective
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from PIL import Image
 
+from ar_unified.cli import tokenizer as verb
 from ar_unified.cli.main import main
 from ar_unified.cli.train import plan_rows
 from ar_unified.data.packing import blocks
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UNUSABLE
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import experiment as experiments
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.parallel.mesh import make_mesh
 from ar_unified.workdir import Workdir
 from tests.cli.conftest import ROOT, command
 
@@ -124,3 +127,41 @@ def test_a_held_out_image_that_cannot_be_read_does_not_stop_the_run(tmp_path, ca
     assert "validation: source 'set': no readable image in its 1 documents: 1 unreadable_image, first" in out
     assert re.search(r"left out: 1 unreadable_image, first .*\n  WARNING: most of set is left out", out)
     assert "training goes on without a validation loss" in out and (workdir / "report.html").exists()
+
+
+def test_an_image_tokenizer_names_the_images_that_it_leaves_out_and_claims_nothing_of_held_out_ones(
+    tmp_path, capsys, monkeypatch
+):
+    root, workdir = images(tmp_path / "photographs", 6), tmp_path / "w"
+    (root / "empty.png").write_bytes(b"")
+    Image.fromarray(np.zeros((3, 400, 3), np.uint8)).save(root / "strip.png")
+    config = f"{ROOT / 'experiments' / 'photos.py'}:path={root}"
+    keys = {"data.image_size": "(32,32)", "image_tokenizer.crop": 32, "image_tokenizer.short_side": 32}
+    keys |= {"image_tokenizer.batch_size": 8, "image_tokenizer.width": 8, "image_tokenizer.blocks": "(0,1)"}
+    argv = ["tokenizer", "--only", "image", "--config", config, "--workdir", str(workdir)]
+    argv += [f"--config.{key}={value}" for key, value in keys.items()]
+    seen = []
+
+    class Seen(ImageTokenizer):
+        def __init__(self, *given, batch_size=64, **more):
+            seen.append(batch_size)
+            super().__init__(*given, batch_size=batch_size, **more)
+
+    monkeypatch.setattr(verb, "ImageTokenizer", Seen)
+    monkeypatch.setattr(experiments, "make_mesh", lambda *_: make_mesh({}, jax.devices()[:1]))
+    assert main([*argv, "--config.image_tokenizer.steps=2", "--config.image_tokenizer.accumulation=4"]) == 0
+    assert set(seen) == {2, 64}, "pictures need no more memory than a step of four microbatches; the last is saved"
+    out = capsys.readouterr().out
+    assert "1 empty_file, first" in out and "1 image_shape, first" in out and "strip.png: image_shape: expected" in out
+    assert "no image is held out: training goes on without a validation loss" in out
+    assert "step 2/2  loss" in out and "step 2/2  validation loss" not in out and "held-out images" not in out
+    stage = workdir / "image_tokenizer"
+    rows = [json.loads(row) for row in (stage / "skipped.jsonl").read_text().splitlines()]
+    assert {(Path(row["origin"]).name, row["kind"]) for row in rows} == {
+        ("empty.png", "empty_file"),
+        ("strip.png", "image_shape"),
+    }
+    assert json.loads((stage / "done.json").read_text())["summary"]["left_out"]["image_shape"]["count"] == 1
+    (root / "empty.png").touch()
+    assert main([*argv, "--config.image_tokenizer.steps=4"]) == 0  # goes on with the list that is there
+    assert len((stage / "skipped.jsonl").read_text().splitlines()) == 2

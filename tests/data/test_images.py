@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 from ar_unified.data.images import ImageError, Limits, Resize, decode, recoloured, resize, to_png, to_rgb
 from ar_unified.errors import UserError
@@ -18,6 +18,19 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def test_too_little_memory_is_no_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were, a training would leave good images out."""
+    data = to_png(np.zeros((8, 8, 3), np.uint8))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        decode(data)
 
 
 def test_transparency_lies_on_white_in_every_mode() -> None:

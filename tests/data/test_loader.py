@@ -11,6 +11,7 @@ import pytest
 
 from ar_unified.data import packing
 from ar_unified.data.batch import PackedBatch
+from ar_unified.data.items import BadItem
 from ar_unified.data.loader import ImageBatches, PackedBatches
 from ar_unified.data.packing import blocks
 from ar_unified.data.phases import Phase
@@ -18,7 +19,7 @@ from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
-from ar_unified.language.document import TASKS
+from ar_unified.language.document import TASKS, Document, ImagePart
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
@@ -282,3 +283,26 @@ def test_a_full_row_whose_document_begins_with_a_image_has_no_room_for_dropout(
     full = batches(tmp_path / "data", grammar, batch_size=1, sequence_length=length, condition_dropout=1.0).batch(0)
     assert (full.segment_ids == 1).all()
     assert full.tokens[0, 1] == grammar.vocabulary.control("boi")
+
+
+def test_a_bad_item_of_an_image_tokenizer_s_training_is_reported_once():
+    class Broken:
+        name, fingerprint, reversible = "broken", {}, False
+        read = 0
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            if i:
+                self.read += 1
+                raise BadItem("empty_file", f"{i}.png", "the file has no bytes")
+            return Document.of((ImagePart(np.zeros((16, 16, 3), np.uint8)),))
+
+    source, bad = Broken(), []
+    batches = ImageBatches(
+        [source], size=(16, 16), batch_size=8, memory=0, left_out=lambda error: bad.append(error.origin)
+    )
+    for step in range(3):
+        batches.batch(step)
+    assert sorted(bad) == ["1.png", "2.png", "3.png"] and source.read > 3

@@ -137,6 +137,16 @@ def test_the_head_says_how_a_image_becomes_codes():
     assert found == {"images": "64 x 32 pixels as 4 x 6 codes of 512 (RQ)"}
 
 
+def test_the_head_says_nothing_of_what_was_not_made_here():
+    text, image = {"vocab_size": 512, "model_type": "bpe"}, {"factor": 16, "steps": 100}
+    config = {"data": {"image_size": [64, 64]}, "image_tokenizer": image, "text_tokenizer": text}
+    assert [*summary(config)] == ["images", "text"] and [*summary(config, ("images",))] == ["images"]
+    assert [*summary(config | {"image_tokenizer": image | {"steps": 0}})] == ["text"], "an experiment of text alone"
+    assert [*summary(config | {"image_tokenizer": image | {"steps": 0, "model": "brought"}})] == ["images", "text"]
+    assert [*summary(config | {"text_tokenizer": text | {"model": "llama.model"}})] == ["images"]
+    assert [*summary(config | {"init": "bundle"})] == ["images"]
+
+
 def test_the_head_says_which_batches_a_training_has():
     train: dict[str, Any] = {"steps": 100, "batch_size": 8, "sequence_length": 64}
     assert summary({"training": train})["training"] == "100 steps of 8 rows of 64 tokens: 51.2k in all"

@@ -13,13 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from ar_unified.checkpoint import Checkpoints, restore_params, steps_in
-from ar_unified.cli.tokenizer import _whole_batch
 from ar_unified.errors import UserError
 from ar_unified.experiment import branch as branches
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.branch import branch
-from ar_unified.experiment.changes import COST, EXTENDS, LATER, Training, changeable
-from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.changes import COST, EXTENDS, LATER, Training, advised, changeable
+from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.facts import weights_hash
 from ar_unified.manifests import ABSENT, flat
 from ar_unified.metrics import read_metrics
@@ -231,7 +231,7 @@ def test_an_image_tokenizer_goes_on_until_data_is_made_with_it(tmp_path: Path) -
 def test_microbatches_decide_where_a_loss_looks_at_all_of_one(tmp_path: Path, changes: dict, whole: bool) -> None:
     made = config(**{f"image_tokenizer__{key}": value for key, value in changes.items()})
     experiment = Experiment(made, Workdir(tmp_path))
-    assert _whole_batch(experiment) == whole
+    assert settings.whole_batch(made) == whole
     may = changeable(whole_batch=whole)
     stage = experiment.stage("image_tokenizer", "image_tokenizer", may=may)
     write_text(stage.folder / "metrics.jsonl", "")
@@ -245,7 +245,7 @@ def test_microbatches_decide_where_a_loss_looks_at_all_of_one(tmp_path: Path, ch
 
 def test_an_adaptive_adversary_looks_at_all_of_a_microbatch(tmp_path: Path) -> None:
     made = config(image_tokenizer__adversary__kind="patch", image_tokenizer__adversary__adaptive=True)
-    assert _whole_batch(Experiment(made, Workdir(tmp_path)))
+    assert settings.whole_batch(made)
 
 
 def test_what_is_made_of_a_model_follows_it_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -391,5 +391,5 @@ def test_another_process_waits_until_it_sees_what_changed(tmp_path: Path, monkey
 def test_what_is_to_be_repeated_is_a_flag_and_only_where_there_was_a_value(tmp_path):
     experiment = Experiment(configs.defaults(), Workdir(tmp_path))
     for old, words in [((32, 32), " To go on as before, repeat --config.data.size=(32,32)"), (ABSENT, "")]:
-        advised = experiment._advised(StageMismatch("data.size", "refused.", old), ("data",))
-        assert str(advised) == f"refused.{words}"
+        error = advised(StageMismatch("data.size", "refused.", old), ("data",), experiment.workdir, STAGES)
+        assert str(error) == f"refused.{words}"

@@ -20,6 +20,8 @@ from ar_unified.training.step import (
     TrainState,
     abstract_state,
     gradients,
+    make_eval_step,
+    make_inspection,
     make_state,
     make_train_step,
     split_microbatches,
@@ -267,6 +269,21 @@ def test_means_by_side_are_of_the_whole_batch(params, shape, accumulation):
     expected = loss_and_gradients(params, *ONE, **more)
     close(loss_and_gradients(params, shape, math.prod(shape.values()), accumulation, **more), expected, 1e-5)
     assert abs(expected[0] - loss_and_gradients(params, *ONE)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("parts", [4, 6])
+def test_a_validation_in_parts_measures_the_same(params, parts):
+    """Also if the parts do not divide the rows, and if each side has its own mean."""
+    task = tiny.task(mean_split=tiny.VOCABULARY.image_offset, attention_share=True)
+    mesh, batch = make_mesh({}, jax.devices()[:1]), tiny.packed(0)
+
+    def measured(*accumulation):
+        with jax.set_mesh(mesh):
+            both = [make(task, mesh, *accumulation) for make in (make_eval_step, make_inspection)]
+            return [jax.device_get(measure(params, {}, batch)) for measure in both]
+
+    for found, expected in zip(measured(parts), measured(), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
 def test_unknown_weights_are_refused():

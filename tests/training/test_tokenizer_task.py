@@ -22,8 +22,9 @@ from ar_unified.checkpoint import Checkpoints
 from ar_unified.evaluation.report import tokenizer_charts
 from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training import loop
 from ar_unified.training.divergence import Diverged
-from ar_unified.training.loop import NonFinite
+from ar_unified.training.loop import NonFinite, TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TokenizerTask
 from tests.training import tiny
@@ -243,3 +244,24 @@ def test_one_image_of_the_smallest_size_trains(tmp_path):
     small = AdversaryConfig(kind="patch", width=4, layers=3, start=0, warmup=0)
     with pytest.raises(ValueError, match="at least 24 pixels a side, got 8 x 8"):
         train(tmp_path / "small", task(small, smallest), dict(data=1), 4)
+
+
+def test_a_validation_reads_as_many_images_at_a_time_as_a_step(tmp_path, monkeypatch):
+    """Its numbers are those of the whole batch, up to rounding."""
+    made, mesh, seen = task(quantizer="vq", codes=16), make_mesh({}, jax.devices()[:1]), []
+    losses = Objective.losses
+
+    def noted(self: Objective, params: Any, state: Any, pixels: jax.Array, keys: jax.Array | None) -> Any:
+        if keys is None:
+            seen.append(len(pixels))
+        return losses(self, params, state, pixels, keys)
+
+    monkeypatch.setattr(Objective, "losses", noted)
+    settings = TrainingConfig(steps=1, optimizer=OptimizerConfig(warmup_steps=0), accumulation=4, validate_every=1)
+    params = loop.fit(made, settings, tmp_path, mesh=mesh)
+    assert set(seen) == {2}, "a batch has 8 images"
+    (row,) = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "validation/psnr" in row]
+    whole = loop.held_out_scores(made, params, mesh)
+    assert seen[-1] == 8
+    for name in ("loss", "psnr", "l1", "codes/usage", "codes/perplexity", "codes/counted"):
+        assert row[f"validation/{name}"] == pytest.approx(whole[name], rel=1e-5), name

@@ -24,6 +24,7 @@ from ar_unified.data.prepare.claims import Claims, Team
 from ar_unified.data.prepare.encoder import Tokenizers
 from ar_unified.data.prepare.making import Piece, Progress, ShardMaker
 from ar_unified.data.sizes import default_resize
+from ar_unified.data.skipped import SKIPPED
 from ar_unified.data.sources import BadItem, Source, decoders
 from ar_unified.errors import UserError
 from ar_unified.language.document import TASKS
@@ -32,7 +33,6 @@ from ar_unified.manifests import Json, ManifestMismatch, differences, require_sa
 
 VERSION = 3
 CLAIMS = ".claims"  # a folder inside the prepared folder; it exists while many processes work there
-SKIPPED = "skipped.jsonl"  # a file in the prepared folder: a line for each item that was left out
 
 
 @dataclass

@@ -25,6 +25,7 @@ from ar_tokenizers.image.tiling import map_windows
 
 WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 2
 PUBLISHED = "published.safetensors"
+BATCH_SIZE = 64  # the default number of images in one call of the network
 
 
 class ImageTokenizer:
@@ -49,7 +50,7 @@ class ImageTokenizer:
         config: AutoencoderConfig,
         params: Params,
         *,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         published: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         expected = _flatten(shapes(config))
@@ -179,7 +180,7 @@ class ImageTokenizer:
         write_bytes(folder / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, batch_size: int = 64) -> ImageTokenizer:
+    def load(cls, folder: str | os.PathLike[str], *, batch_size: int = BATCH_SIZE) -> ImageTokenizer:
         """Reads a folder that `save` wrote.
 
         Raises:
