@@ -32,6 +32,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import extension, language, longest
 from ar_unified.experiment.text_tokenizer import load, told
 from ar_unified.language.grammar import Grammar
+from ar_unified.language.record import FILE as LANGUAGE
 from ar_unified.language.record import text_in
 from ar_unified.manifests import Json
 from ar_unified.workdir import Workdir
@@ -86,6 +87,10 @@ def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[s
             seen = experiment.grammar, experiment.image_tokenizer
         return name, prepared.look(parts, *seen, sequence_length=rows, **options)
     refuse_unread(arguments, "with a folder", "workdir")
+    if (folder / LANGUAGE).is_file() and (folder / "config.json").is_file():
+        raise UserError(f"{folder}: expected data, found a bundle, which is a model; give the data to look at")
+    if _has_tokenizers(folder):
+        raise UserError(f"{folder}: expected data, found a workdir; `prepare` writes its data into {folder / 'data'}")
     return name, validate(folder, links=arguments.links, **options)
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ar_unified.cli.main import main
+from tests import bundles
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -97,3 +98,14 @@ def test_what_cannot_be_done_is_said(
 ) -> None:
     assert main(["validate", *argv]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_is_not_read_as_the_texts_beside_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundles.write(root / "bundle")
+    assert main(["validate", "bundle"]) == 2
+    assert "bundle: expected data, found a bundle" in capsys.readouterr().err
+    (root / "run/text_tokenizer").mkdir(parents=True)
+    (root / "run/config.json").write_text("{}")
+    (root / "run/metrics.jsonl").write_text('{"text": "not for training"}')
+    assert main(["validate", "run"]) == 2
+    assert "run: expected data, found a workdir; `prepare` writes its data into run/data" in capsys.readouterr().err

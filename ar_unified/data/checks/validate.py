@@ -13,16 +13,14 @@ import numpy as np
 from ar_unified import progress, storage
 from ar_unified.data.checks.comparison import Alike, Comparison
 from ar_unified.data.checks.view import Shown, View
-from ar_unified.data.files import folder_at
-from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
+from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import Source, has_images, language
 from ar_unified.data.packing import Packing
 from ar_unified.data.prepare import same_names
 from ar_unified.data.prepare.cutting import can_be_split
-from ar_unified.data.sources import FOLDER_FILES, BadItem, EmptySplit, kind_of, open_source, read, row_files
+from ar_unified.data.sources import BadItem, EmptySplit, kind_of, open_source, read, row_files
 from ar_unified.data.sources.augmentation import Augmented
-from ar_unified.data.sources.text_files import FILES as TEXT_FILES
-from ar_unified.data.sources.text_files import find
+from ar_unified.data.sources.unread import about_unnamed
 from ar_unified.errors import UserError, several
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.encoded import Encoded
@@ -183,7 +181,7 @@ def validate(
         data: a folder, a file, a name with braces for several files, a list of source specs (`open_source`), or a dict
             of such lists by the name of their set: "train", and other names for held-out sets. In a folder,
             `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source. If it has none of these, its
-            Parquet, Arrow or tar files are read, and if it has none of those either, its text files.
+            Parquet, Arrow or tar files are read, and if it has none of those either, its text files (`kind_of`).
         grammar: together with the tokenizer or `resize`, it gives lengths in tokens.
         image_tokenizer: together with a grammar, it shows the first documents as their real tokens.
         resize: as for `prepare`.
@@ -289,17 +287,7 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
     """A remark if a folder has images but only its text was read, because no row names an image; otherwise ""."""
     if not isinstance(data, str | Path | Remote) or not storage.path(data).is_dir() or any(map(has_images, sources)):
         return ""
-    count = len(folder_at(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
-    return (
-        count
-        and (
-            f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
-            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each image. If the texts '
-            f'are pages that show these images, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the '
-            'clip name.gif, use the kind "clips" with this path'
-        )
-        or ""
-    )
+    return about_unnamed(data, links)
 
 
 def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
@@ -308,15 +296,8 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
         label = storage.path(path).name
         names = row_files(path)
         return [dict(kind=kind, path=path, files=(name,), links=links, label=f"{label}/{name}") for name in names]
-    if kind == "text" and storage.path(path).is_dir():
-        try:
-            find(storage.path(path), TEXT_FILES, links)
-        except UserError as error:
-            expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
-            raise UserError(
-                f"{path}: expected at least one of {expected}, or Parquet, Arrow, tar or text files, in it; found none"
-            ) from error
-    elif kind in ("text", "jsonl") and not storage.path(path).is_file():
+    place = storage.path(path)
+    if kind in ("text", "jsonl") and not (place.is_dir() or place.is_file()):
         raise UserError(f"{path}: no such folder or file")
     return [dict(kind=kind, path=path, links=links)]
 
