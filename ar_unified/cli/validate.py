@@ -29,7 +29,7 @@ from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import extension, language, longest
+from ar_unified.experiment.settings import extension, filters, language, longest
 from ar_unified.experiment.text_tokenizer import load, told
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import FILE as LANGUAGE
@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         page.write(output, found, name)
     print(f"page: {output}")
-    return NO if any(bad.kind.partition("_")[0] != "filtered" for bad in found.bad) else 0
+    return NO if any(not bad.filtered for bad in found.bad) else 0
 
 
 def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
@@ -139,6 +139,7 @@ def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
         grammar,
         images,
         resize=experiment.resize,
+        filters=filters(config),
         max_tokens=config.data.max_tokens,
         sequence_length=longest(config.training)[1],
         show=arguments.show,

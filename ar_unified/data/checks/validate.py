@@ -13,6 +13,7 @@ import numpy as np
 from ar_unified import progress, storage
 from ar_unified.data.checks.comparison import Alike, Comparison
 from ar_unified.data.checks.view import Shown, View
+from ar_unified.data.filters import Filters, filtered
 from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import Source, has_images, language
 from ar_unified.data.packing import Packing
@@ -42,7 +43,7 @@ class Found:
         items: how many items the source has.
         looked: how many items were looked at.
         tasks: number of good documents of each task.
-        bad: the bad items, in order.
+        bad: the bad items, in order, and those that `config.data.filters` leave out (`BadItem.filtered`).
         text_bytes, images: bytes of text and number of images of each document.
         sides: (height, width) of each image, in pixels.
         tokens: the length of each document that `prepare` would make of the items; [] without a grammar.
@@ -66,6 +67,13 @@ class Found:
     languages: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> dict[str, list[BadItem]]:
+        """The items that are left out, by why, in words: because they are bad, or because a filter asks for it."""
+        named = {"bad items": False, "left out by config.data.filters": True}
+        found = {why: [bad for bad in self.bad if bad.filtered is filtered] for why, filtered in named.items()}
+        return {why: items for why, items in found.items() if items}
 
     @property
     def kinds(self) -> Counter[str]:
@@ -115,7 +123,7 @@ class Found:
         tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
         whole = f"{self.part}: {self.name}" if self.part else self.name
         items = f"{self.items} items" if self.looked == self.items else f"the first {self.looked} of {self.items} items"
-        lines = [f"{whole}: {items}, {good} good ({tasks}), {len(self.bad)} bad"]
+        lines = [f"{whole}: {items}, {good} good ({tasks}), {counted(self.bad)}"]
         for kind, values in self.numbers.items():
             told = zip(NAMES, percentiles(values), strict=True)
             lines.append(f"  {kind:<12}" + "  ".join(f"{name} {number}" for name, number in told))
@@ -123,11 +131,12 @@ class Found:
             lines.append("  tokens by role: " + ", ".join(f"{count} {role}" for role, count in self.roles.items()))
         if sequence_length and (fill := self.fill(sequence_length)) is not None:
             lines.append(f"  packed into rows of {sequence_length}: {100 * fill:.1f} % of the positions hold a token")
-        if self.bad:
-            lines.append("  bad items: " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
-            lines += [f"    {bad}" for bad in self.bad[:most_bad]]
-            if len(self.bad) > most_bad:
-                lines.append(f"    ... and {len(self.bad) - most_bad} more")
+        for why, those in self.left_out.items():
+            kinds = Counter(bad.kind for bad in those)
+            lines.append(f"  {why}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+            lines += [f"    {bad}" for bad in those[:most_bad]]
+            if len(those) > most_bad:
+                lines.append(f"    ... and {len(those) - most_bad} more")
         for number, text in enumerate(self.first):
             lines.append(f"  document {number}:")
             lines += [f"    | {line}" for line in text.splitlines()]
@@ -166,6 +175,7 @@ def validate(
     image_tokenizer: ImageCodec | None = None,
     *,
     resize: Resize | None = None,
+    filters: Filters | None = None,
     max_tokens: int | None = None,
     sequence_length: int | None = None,
     links: bool = False,
@@ -185,6 +195,8 @@ def validate(
         grammar: together with the tokenizer or `resize`, it gives lengths in tokens.
         image_tokenizer: together with a grammar, it shows the first documents as their real tokens.
         resize: as for `prepare`.
+        filters: what `prepare` leaves out of the sources of "train". With `first`, filters that compare items are not
+            applied, because their verdicts depend on all items.
         max_tokens: longer documents that cannot be split are reported as bad ("too_long"). Used only with a grammar.
         sequence_length: length of the rows that documents will be packed into.
         links: whether links that lead out of the folder of the data are followed.
@@ -204,6 +216,17 @@ def validate(
         else {"": data}
     )
     by_number, notes = _opened(by_part)
+    if filters is not None and filters.used:
+        if first and filters.compares:
+            filters = filters.alone
+            notes.append(
+                "config.data.filters: duplicates, max_repeats and held_out are not applied, because they compare all "
+                "items: leave out --first to see what they leave out"
+            )
+        train = by_number.get("train", {})
+        held_out = [source for part, those in by_number.items() if _held_out(part) for source in those.values()]
+        left = filtered([*train.values()], held_out, filters, None, workers=workers, show_progress=show_progress)
+        by_number["train"] = dict(zip(train, left, strict=True))
     if isinstance(data, Mapping) and (problems := same_names(by_number)):
         raise UserError(several(problems))
     opened = [(part, source) for part, numbered in by_number.items() for source in numbered.values()]
@@ -300,6 +323,12 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
     if kind in ("text", "jsonl") and not (place.is_dir() or place.is_file()):
         raise UserError(f"{path}: no such folder or file")
     return [dict(kind=kind, path=path, links=links)]
+
+
+def counted(left_out: Sequence[BadItem]) -> str:
+    """How many items are bad, and how many are left out by filters, in words."""
+    chosen = sum(bad.filtered for bad in left_out)
+    return f"{len(left_out) - chosen} bad" + (f", {chosen} filtered" if chosen else "")
 
 
 def percentiles(values: Sequence[int]) -> list[int]:
