@@ -84,6 +84,8 @@ def _source(found: Found, sequence_length: int | None) -> str:
     html = f"<p>{found.items:,} items. {looked}{escape(tasks)}, {bad}.</p>\n"
     if found.numbers:
         html += _percentiles(found.numbers)
+    if small := str(found.enlarged):
+        html += f'<p class="card">{escape(small)}</p>\n'
     cards = []
     if found.roles:
         cards.append(_balance("Tokens by role", found.roles))

@@ -14,11 +14,12 @@ from ar_unified import progress, storage
 from ar_unified.data.checks.comparison import Alike, Comparison
 from ar_unified.data.checks.view import Shown, View
 from ar_unified.data.filters import Filters, filtered
-from ar_unified.data.images import ImageCodec, Resize
+from ar_unified.data.images import ImageCodec, Resize, sides_of
 from ar_unified.data.items import Source, has_images, language
 from ar_unified.data.packing import Packing
 from ar_unified.data.prepare import same_names
 from ar_unified.data.prepare.cutting import can_be_split
+from ar_unified.data.sizes import Enlarged
 from ar_unified.data.sources import BadItem, EmptySplit, kind_of, open_source, read, row_files
 from ar_unified.data.sources.augmentation import Augmented
 from ar_unified.data.sources.unread import about_unnamed
@@ -46,6 +47,7 @@ class Found:
         bad: the bad items, in order, and those that `config.data.filters` leave out (`BadItem.filtered`).
         text_bytes, images: bytes of text and number of images of each document.
         sides: (height, width) of each image, in pixels.
+        enlarged: how many of them become much larger.
         tokens: the length of each document that `prepare` would make of the items; [] without a grammar.
         roles: number of tokens of each Role.
         languages: number of documents in each language, if the texts declare a language.
@@ -62,6 +64,7 @@ class Found:
     text_bytes: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     sides: list[tuple[int, int]] = field(default_factory=list)
+    enlarged: Enlarged = field(default_factory=Enlarged)
     tokens: list[int] = field(default_factory=list)
     roles: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
@@ -87,11 +90,15 @@ class Found:
         named = {"text bytes": self.text_bytes, "images": self.images, "height": heights, "width": widths}
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
-    def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
+    def add(
+        self, document: Document, found: Encoded | None, lengths: Sequence[int], resize: Resize | None = None
+    ) -> None:
         """Counts a good document. found: the document's ids, if there are tokenizers. lengths: the number of tokens in
-        each piece of the document, after it is cut.
+        each piece of the document, after it is cut. resize: how its images are resized, if that is known.
         """
-        sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
+        sides = [sides_of(part.pixels) for part in document.parts if isinstance(part, ImagePart)]
+        for each in sides:
+            self.enlarged.add(each, resize.target(*each) if resize else None)
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         self.tasks[document.task] += 1
         self.text_bytes.append(sum(len(text.encode()) for text in texts))
@@ -127,6 +134,8 @@ class Found:
         for kind, values in self.numbers.items():
             told = zip(NAMES, percentiles(values), strict=True)
             lines.append(f"  {kind:<12}" + "  ".join(f"{name} {number}" for name, number in told))
+        if small := str(self.enlarged):
+            lines.append(f"  {small}")
         if self.roles:
             lines.append("  tokens by role: " + ", ".join(f"{count} {role}" for role, count in self.roles.items()))
         if sequence_length and (fill := self.fill(sequence_length)) is not None:
@@ -300,7 +309,7 @@ def _looked_at(
     except BadItem as bad:
         found.bad.append(bad)
         return None
-    found.add(item, encoded, lengths)
+    found.add(item, encoded, lengths, view.resize)
     if not has_images(source) and (known := language(source, i)):
         found.languages[known] += 1
     return item
