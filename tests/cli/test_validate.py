@@ -118,8 +118,10 @@ def test_filters_of_the_config_leave_out_what_prepare_would(root: Path, capsys: 
             file.write("\n" + json.dumps(dict(image=image, text="again")))
     (root / "test.jsonl").write_text(json.dumps(dict(image="2.png", text="test")))
     flags = ["--config", "config.py", "--output", "page.html"]
-    assert main(["validate", *flags]) == 0
-    assert "train: train: 4 items, 4 good (4 text_to_image), 0 bad\n" in capsys.readouterr().out
+    assert main(["validate", *flags, "--config.lora.alpha=3.0"]) == 0
+    said = capsys.readouterr().out
+    assert "train: train: 4 items, 4 good (4 text_to_image), 0 bad\n" in said
+    assert "note: config.lora.alpha does nothing here" in said and "config.data.max_tokens is not checked" in said
     filters = ["min_side=8", "held_out=True", "duplicates=images"]
     flags += [f"--config.data.filters.{each}" for each in filters]
     assert main(["validate", *flags]) == 0, "what a filter leaves out is not bad"

@@ -76,7 +76,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             Any source may have `label` (its name), `reversible` (default True) and `augmentation`
                 (dict(count=..., shift=..., mirror=..., whole=...), see `Augmented`).
             Any source may also have keys that it does not read itself. `weight` is its weight in the mixture of
-                documents. `image_weight` is its weight among the images for the image tokenizer; the default is its
+                documents. `image_weight` is its weight among the images for the image tokenizer; all sources with
+                images have one, or none has: the default is its
                 number of documents. `made_by` is the command that makes the data at `path`, for the message if the data
                 is missing.
 
