@@ -25,7 +25,9 @@ from PIL import Image
 from ar_unified import bundle
 from ar_unified.cli.arguments import parser_of
 from ar_unified.cli.main import VERBS
-from ar_unified.data.sources import kind_of, open_source
+from ar_unified.data import files as data_files
+from ar_unified.data import images, sizes, videos
+from ar_unified.data.sources import kind_of, open_source, rows, text_files
 from ar_unified.errors import UserError
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import settings
@@ -365,6 +367,24 @@ def test_every_experiment_is_on_a_page():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name not in UNVISITED)
     scripts = [*stems("experiments/*.py"), *stems("experiments/benchmarks/*.py"), *stems("experiments/published/*.py")]
     assert len(scripts) > 25 and not [name for name in scripts if name not in text]
+
+
+def test_limits_that_the_page_of_ones_own_data_names_are_those_of_the_code():
+    page = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ") for line in page.partition("| limit |")[2].partition("\n\n")[0].splitlines()[2:]]
+    limits = [
+        (images.LIMITS.aspect, " times the shorter side", "image_shape"),
+        (images.LIMITS.pixels, " pixels in an image ", "image_shape"),
+        (data_files.LARGEST / 2**20, " MiB in an image file", "unreadable_image"),
+        (images._MOST_FRAMES, f" frames in an animation, {videos._MOST_FRAMES:,} in a video", "image_shape"),
+        (rows._LONGEST / 2**20, " MiB in a line of JSONL", "too_large"),
+        (text_files._LARGEST / 2**20, " MiB in a text file", "too_large"),
+        (sizes.ENLARGED, " times its own sides", "used"),
+        (sizes.TINY, " pixels is the shortest side", "used"),
+    ]
+    assert len(lines) == len(limits)
+    for line, (number, words, kind) in zip(lines, limits, strict=True):
+        assert line.startswith(f"{number:,.0f}{words}") and kind in line.partition("|")[2], line
 
 
 def test_every_kind_of_bad_item_is_explained():

@@ -34,6 +34,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.check import check
 from ar_unified.experiment.text_tokenizer import load
+from ar_unified.experiment.unread import unread
 from ar_unified.language.record import grammar_in, text_in
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
@@ -63,6 +64,10 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = configs.load(arguments.config, overrides)
     try:
         check(config, [])
+        with about("config.init"):
+            bundle = Bundle(config.init) if config.init else None
+        for line in unread(config, bundle, overrides):
+            print(f"note: {line}", flush=True)
         run = run_of(config, arguments.workdir)
         if len(shapes := settings.shapes(config.training)) > 1 and arguments.job == "train":
             said = ", ".join(f"{rows} rows of {length} tokens" for rows, length in shapes.values())

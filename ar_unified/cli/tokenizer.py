@@ -135,7 +135,10 @@ def train_image(experiment: Experiment) -> None:
     batches.check()
     held_out = _held_out(experiment, lambda source: images([source]).check())
     count = min(_VALIDATION_BATCHES, -(-sum(map(len, held_out)) // settings.batch_size))
-    validation = [images(held_out).batch(step) for step in range(count)]
+    seen = images(held_out)
+    validation = [seen.batch(step) for step in range(count)]
+    if small := str(seen.enlarged):  # a sample of all images, told before the training
+        experiment.say(f"WARNING: of the images for validation, {small}")
     objective = Objective(
         experiment.autoencoder,
         objective_of(experiment.config),

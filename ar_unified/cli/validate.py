@@ -10,7 +10,8 @@ to an HTML page, with images. The exit status is 1 if an item is bad.
   ar-unified validate FILE                                    one such file: .jsonl (.gz, .zst), .parquet, .arrow, .tar
   ar-unified validate '{"kind": "tfds", "name": "mnist"}'     a source as in config.data, or several in [ ]
   ar-unified validate WORKDIR/data [--workdir WORKDIR]        what `prepare` wrote, decoded with that workdir's files
-  ar-unified validate --config FILE[:arg] [--workdir DIR]     training, validation and tests of an experiment
+  ar-unified validate --config FILE[:arg] [--workdir DIR]     training, validation and tests of an experiment,
+                                                              without what its data.filters leave out
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import extension, language, longest
+from ar_unified.experiment.settings import extension, filters, language, longest
 from ar_unified.experiment.text_tokenizer import load, told
+from ar_unified.experiment.unread import unread
 from ar_unified.language.grammar import Grammar
+from ar_unified.language.record import FILE as LANGUAGE
 from ar_unified.language.record import text_in
 from ar_unified.manifests import Json
 from ar_unified.workdir import Workdir
@@ -53,7 +56,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         page.write(output, found, name)
     print(f"page: {output}")
-    return NO if any(bad.kind.partition("_")[0] != "filtered" for bad in found.bad) else 0
+    return NO if any(not bad.filtered for bad in found.bad) else 0
 
 
 def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
@@ -86,6 +89,10 @@ def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[s
             seen = experiment.grammar, experiment.image_tokenizer
         return name, prepared.look(parts, *seen, sequence_length=rows, **options)
     refuse_unread(arguments, "with a folder", "workdir")
+    if (folder / LANGUAGE).is_file() and (folder / "config.json").is_file():
+        raise UserError(f"{folder}: expected data, found a bundle, which is a model; give the data to look at")
+    if _has_tokenizers(folder):
+        raise UserError(f"{folder}: expected data, found a workdir; `prepare` writes its data into {folder / 'data'}")
     return name, validate(folder, links=arguments.links, **options)
 
 
@@ -111,6 +118,8 @@ def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
     config = configs.load(arguments.config, overrides)
     check(config, [])
     experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))
+    for line in unread(config, experiment.bundle, overrides):
+        print(f"note: {line}")
     trained = (experiment.workdir.image_tokenizer / "config.json").exists()
     text = text_in(experiment.workdir.text_tokenizer, "warn")
     ready = trained or (text is not None and experiment.text_only)
@@ -129,11 +138,16 @@ def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
             grammar = Grammar(*language(config, images.config, text.size, text.hash, images.hash), text)
     for line in told(text.losses if text else ()):
         print(line)
+    if grammar is None:
+        print(
+            "note: config.data.max_tokens is not checked, because there are no tokenizers yet (`ar-unified tokenizer`)"
+        )
     found = validate(
         experiment.all_specs(),
         grammar,
         images,
         resize=experiment.resize,
+        filters=filters(config),
         max_tokens=config.data.max_tokens,
         sequence_length=longest(config.training)[1],
         show=arguments.show,

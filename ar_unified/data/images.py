@@ -329,7 +329,7 @@ class Resize:
 
         whole: height and width before the decoder made the image smaller; None if it did not.
         """
-        whole = whole or _sides(image)
+        whole = whole or sides_of(image)
         return resize(image, *self.target(*whole), self.resample, _GAP[self.decoding], whole)
 
 
@@ -347,22 +347,23 @@ def resize(
     gap: a large image is first shrunk by whole factors, to at least `gap` times height and width.
     whole: as in `Resize.__call__`.
     """
-    h, w = whole or _sides(image)
-    if _sides(image) == (height, width):
+    h, w = whole or sides_of(image)
+    if sides_of(image) == (height, width):
         return _pixels(image)
     scale = min(h / height, w / width)
     # Rounding may give a value just below 0. It becomes 0, because Pillow refuses a box that begins outside.
     top, left = max((h - height * scale) / 2, 0.0), max((w - width * scale) / 2, 0.0)
     box = (left, top, min(left + width * scale, w), min(top + height * scale, h))
-    if (h, w) != _sides(image):
-        times = round(h / _sides(image)[0])
+    if (h, w) != sides_of(image):
+        times = round(h / sides_of(image)[0])
         left, top, right, bottom = (side / times for side in box)
         box = (left, top, right, bottom)
     whole_image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return scaled(whole_image, height, width, box, resample, gap)
 
 
-def _sides(image: AnyImage) -> tuple[int, int]:
+def sides_of(image: AnyImage) -> tuple[int, int]:
+    """The height and width of an image in pixels."""
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
 
 

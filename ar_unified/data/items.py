@@ -30,6 +30,11 @@ class BadItem(Exception):
         super().__init__(f"{printable(origin)}: {kind}: {reason}")
         self.kind, self.origin, self.reason = kind, origin, reason
 
+    @property
+    def filtered(self) -> bool:
+        """Whether the item is only left out because config.data.filters asks for it."""
+        return self.kind.startswith("filtered_")
+
 
 def printable(text: str) -> str:
     """Replaces control characters and lone surrogates, which file names may contain, by escapes."""

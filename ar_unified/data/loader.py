@@ -23,6 +23,7 @@ from ar_unified.data.items import LeftOut, has_images
 from ar_unified.data.packing import Mixture, Packing, Picks, summary
 from ar_unified.data.phases import Phase, mixtures, require_order
 from ar_unified.data.prepare import folder_name, load_manifest
+from ar_unified.data.sizes import Enlarged
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError
 from ar_unified.language.document import TASKS, ImagePart
@@ -334,6 +335,7 @@ class ImageBatches:
             raise UserError(f"recolour: expected a share from 0 to 1, found {recolour}")
         self.mirror, self.short_side, self.recolour = mirror, short_side, recolour
         self._mixture = Mixture([len(source) for source in self.sources], weights and [weights[i] for i in used])
+        self.enlarged = Enlarged()
         self._room, self._left_out = memory, left_out
         self._bad: set[tuple[int, int]] = set()
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
@@ -403,9 +405,10 @@ class ImageBatches:
             if which not in self._bad:
                 self._bad.add(which)
                 self._left_out(bad)
-        found = [
-            images.resize(part.pixels, *self._scaled(part.pixels)) for part in parts if isinstance(part, ImagePart)
-        ]
+        whole = [part.pixels for part in parts if isinstance(part, ImagePart)]
+        for pixels in whole:
+            self.enlarged.add(images.sides_of(pixels), self._scaled(pixels))
+        found = [images.resize(pixels, *self._scaled(pixels)) for pixels in whole]
         self._room -= sum(image.nbytes for image in found)
         if self._room > 0:
             self._kept[which] = found

@@ -120,6 +120,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     if {"image_tokenizer", "data"} & {*stages}:
         with problems.of("data.resample"):
             require(config.data.resample)
+    _check_weights(config, problems)
     _check_images(config, problems, stages)
     _check_model(config, problems)
     _check_lora(config, problems, stages)
@@ -131,6 +132,22 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     if "validation" in config.data.tests:
         problems.say("data.tests.validation", "expected another name, because config.data.validation has this name")
     problems.end()
+
+
+def _check_weights(config: ConfigDict, problems: Problems) -> None:
+    """Checks the shares of the training sources."""
+    shared = any("image_weight" in spec for spec in config.data.train)
+    for i, spec in enumerate(config.data.train):
+        for key in ("weight", "image_weight"):
+            value = spec.get(key, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                problems.say(f"data.train[{i}].{key}", f"expected a number, 0 or more; found {value!r}")
+        if shared and "image_weight" not in spec and spec.get("kind") != "text":
+            problems.say(
+                f"data.train[{i}].image_weight",
+                "expected a number, because another source has one; found none (0 trains the image tokenizer without "
+                "this source)",
+            )
 
 
 def _check_images(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:

@@ -197,14 +197,6 @@ def _check_names(sets: Mapping[str, Sequence[Source]], problems: Problems) -> No
 
 
 def _check_mixture(experiment: Experiment, problems: Problems) -> None:
-    specs = experiment.specs(experiment.config.data.train)
-    for key in ("weight", "image_weight"):
-        for i, spec in enumerate(specs):
-            value = spec.get(key, 0.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                problems.say(f"data.train[{i}].{key}", f"expected a number, 0 or more; found {value!r}")
-    if problems.lines:
-        return
     names = [folder_name(source.name) for source in experiment.train]
     for i, phase in enumerate(settings.phases(experiment.config.training, experiment.mixture())):
         where = f"training.phases[{i - 1}].weights" if i else "data.train"

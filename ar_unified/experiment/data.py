@@ -20,6 +20,7 @@ from ar_unified.data.prepare import beam
 from ar_unified.data.prepare.claims import Team
 from ar_unified.data.prepare.encoder import Tokenizers
 from ar_unified.data.prepare.image_codes import ImageCodes
+from ar_unified.data.sizes import Counting
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
@@ -60,6 +61,7 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
         for split in splits:  # claims of a job that has ended; no process works here yet
             storage.remove_tree(stage.folder / split / preparing.CLAIMS)
     tokenizer, summary = experiment.image_tokenizer, dict[str, object]()
+    resize = Counting(experiment.resize)
     tokenizers = Tokenizers(_replicas(tokenizer), codes)
     with runtime.apart() as alive:
         team = Team(jax.process_index(), jax.process_count(), alive=alive)
@@ -72,7 +74,7 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
                 tokenizer,
                 stage.folder / split,
                 max_tokens=experiment.config.data.max_tokens,
-                resize=experiment.resize,
+                resize=resize,
                 may_be_lost=split == "validation",
                 tokenizers=tokenizers,
                 team=team,
@@ -83,6 +85,8 @@ def _prepare(experiment: Experiment, stage: Stage, pipeline: str | None) -> None
         if tokenizers.encoded or tokenizers.known:
             counts = f"{tokenizers.encoded} encoded here, {tokenizers.known} encoded before"
             experiment.say(f"images: {counts} ({tokenizers})")
+        if small := str(resize.enlarged):
+            experiment.say(f"WARNING: {small}")
     experiment.finish(stage, summary)
 
 

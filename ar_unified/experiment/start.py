@@ -17,6 +17,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.check_opened import check_bundle, check_devices, check_sources
 from ar_unified.experiment.experiment import STAGES, Experiment
+from ar_unified.experiment.unread import unread
 from ar_unified.interrupts import Preempted
 from ar_unified.parallel import runtime
 from ar_unified.workdir import Workdir, write_json
@@ -60,6 +61,8 @@ def open_experiment(
         if not first:
             experiment.workdir.await_file(logs / "asked.json", asked)
     check_bundle(experiment, stages)
+    for line in unread(config, experiment.bundle, overrides):
+        experiment.say(f"note: {line}")
     check_devices(experiment, stages)
     if first and before_sources is not None:
         before_sources(experiment)

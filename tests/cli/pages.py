@@ -139,7 +139,12 @@ PLANNED = {
 RUN = [
     page("BUILD", "shapes"),
     page("start", "shapes", DIR="mine"),
-    page("your_data", DIR="mine", FILE="experiments/folder.py:path=mine"),
+    page(
+        "your_data",
+        DIR="mine",
+        FILE="experiments/folder.py:path=mine",
+        names={'{"kind": "images", "path": "DIR"}': '{"kind": "images", "path": "mine"}'},
+    ),
     page("data", "sets", PATH="mine", DIR="sets"),
     page("data_checks", "shapes", DIR="mine", names={"workdirs/mine/data": "workdirs/shapes/data"}),
     page("sampling", "shapes", "bundle", BUNDLE="bundle", rows="prompts.jsonl"),

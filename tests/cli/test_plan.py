@@ -55,10 +55,14 @@ def test_the_tokenizers_of_a_workdir_size_the_vocabulary_and_nothing_is_written(
 
 def test_the_verb_takes_a_workdir(config, tmp_path, capsys):
     argv = ["plan", "--config", str(config), "--target", "h200:8", "--output", str(tmp_path / "out")]
-    assert main([*argv, "--workdir", str(tmp_path / "run"), "--config.model.remat=offload"]) == 0
+    assert (
+        main([*argv, "--workdir", str(tmp_path / "run"), "--config.model.remat=offload", "--config.lora.alpha=2.0"])
+        == 0
+    )
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["model"]["remat"] == "offload" and plan["fits"] and not (tmp_path / "run").exists()
-    assert "8 CPU devices stand in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 CPU devices stand in" in said and "note: config.lora.alpha does nothing here" in said
 
 
 def test_the_largest_batches_of_all_phases_are_planned(config, capsys):

@@ -72,6 +72,24 @@ def test_of_two_images_one_is_held_out_and_one_alone_is_trained_on(tmp_path, cap
     assert re.search(said, capsys.readouterr().out)
 
 
+def test_images_that_are_much_too_small_are_used_and_said(tmp_path, capsys):
+    root, workdir = images(tmp_path / "tiny", 20), tmp_path / "w"
+    bring_tokenizers(root, workdir)
+    capsys.readouterr()
+    assert prepared(root, workdir, lora__alpha=3.0) == 0
+    said = capsys.readouterr().out
+    assert "enlarged" not in said and "note: config.lora.alpha does nothing here, because config.lora.rank is 0" in said
+    for file in sorted(root.glob("*.png"))[:15]:
+        Image.open(file).resize((4, 4)).save(file)
+    bring_tokenizers(root, workdir := tmp_path / "again")
+    assert prepared(root, workdir) == 0 and documents(workdir, "train") == 19
+    told = "WARNING: 15 of 20 images are enlarged to more than 2 times their sides (the worst: 4 x 4 to 32 x 32 pixels)"
+    assert told in capsys.readouterr().out
+    assert main([*command("tokenizer", root, tmp_path / "trained", **TINY), "--only", "image"]) == 0
+    said = capsys.readouterr().out
+    assert re.search("WARNING: of the images for validation, 1 of 1 images are enlarged", said)
+
+
 def test_a_source_of_which_nothing_is_left_ends_prepare_and_says_why(tmp_path, capsys):
     root, workdir = images(tmp_path / "long", 6, "word " * 200 + "{}"), tmp_path / "w"
     bring_tokenizers(root, workdir)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ar_unified.cli.main import main
+from tests import bundles
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -97,3 +98,44 @@ def test_what_cannot_be_done_is_said(
 ) -> None:
     assert main(["validate", *argv]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_is_not_read_as_the_texts_beside_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundles.write(root / "bundle")
+    assert main(["validate", "bundle"]) == 2
+    assert "bundle: expected data, found a bundle" in capsys.readouterr().err
+    (root / "run/text_tokenizer").mkdir(parents=True)
+    (root / "run/config.json").write_text("{}")
+    (root / "run/metrics.jsonl").write_text('{"text": "not for training"}')
+    assert main(["validate", "run"]) == 2
+    assert "run: expected data, found a workdir; `prepare` writes its data into run/data" in capsys.readouterr().err
+
+
+def test_filters_of_the_config_leave_out_what_prepare_would(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (4, 4)).save(root / "small.png")
+    with (root / "train.jsonl").open("a") as file:
+        for image in ("small.png", "0.png"):
+            file.write("\n" + json.dumps(dict(image=image, text="again")))
+    (root / "test.jsonl").write_text(json.dumps(dict(image="2.png", text="test")))
+    flags = ["--config", "config.py", "--output", "page.html"]
+    assert main(["validate", *flags, "--config.lora.alpha=3.0"]) == 0
+    said = capsys.readouterr().out
+    assert "train: train: 4 items, 4 good (4 text_to_image), 0 bad\n" in said
+    assert "note: config.lora.alpha does nothing here" in said and "config.data.max_tokens is not checked" in said
+    filters = ["min_side=8", "held_out=True", "duplicates=images"]
+    flags += [f"--config.data.filters.{each}" for each in filters]
+    assert main(["validate", *flags]) == 0, "what a filter leaves out is not bad"
+    said = capsys.readouterr().out
+    assert "train: train: 4 items, 1 good (1 text_to_image), 0 bad, 3 filtered\n" in said
+    assert "validation: validation: 1 items, 1 good" in said, "held-out sets are never filtered"
+    assert "  left out by config.data.filters: " in said and "bad items" not in said
+    for kind in ("1 filtered_size", "1 filtered_held_out", "1 filtered_duplicate"):
+        assert kind in said
+    assert "small.png" not in said and f"{root}/train.jsonl:3: filtered_size: expected sides of 8 pixels" in said
+    page = (root / "page.html").read_text()
+    assert "<h3>Left out by config.data.filters</h3>" in page and "0 bad, 3 filtered" in page
+    assert not (root / ".cache/validate/three sets").exists(), "no verdicts are kept"
+    assert main(["validate", *flags, "--first", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "train: the first 3 of 4 items, 2 good (2 text_to_image), 0 bad, 1 filtered\n" in said
+    assert "config.data.filters: duplicates, max_repeats and held_out are not applied" in said

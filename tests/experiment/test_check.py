@@ -377,14 +377,29 @@ def with_sources(tmp_path: Path, *specs: dict[str, Any], **changes: Any) -> Expe
             [dict(path="a"), dict(path="a", by="line")],
             r"data.train\[1\]: its name 'a' means the same folder as the name of config.data.train\[0\]",
         ),
-        ([dict(path="a", weight=-1.0)], r"config.data.train\[0\].weight: expected a number, 0 or more; found -1.0"),
-        ([dict(path="a", weight="much")], r"config.data.train\[0\].weight: expected a number"),
         ([dict(path="a", weight=0.0), dict(path="b", weight=0.0)], "config.data.train: .*not all 0"),
     ],
 )
 def test_sources_are_opened_before_the_first_stage(tmp_path, specs, words):
     with pytest.raises(UserError, match=words):
         check_sources(with_sources(tmp_path, *specs))
+
+
+@pytest.mark.parametrize(
+    "specs, words",
+    [
+        ([dict(weight=-1.0)], r"config.data.train\[0\].weight: expected a number, 0 or more; found -1.0"),
+        ([dict(), dict(weight="much")], r"config.data.train\[1\].weight: expected a number"),
+        ([dict(image_weight=1.0), dict(kind="text"), dict()], r"train\[2\].image_weight: .* none \(0 trains"),
+    ],
+)
+def test_shares_of_sources_are_checked_by_every_verb(specs, words):
+    made = load()
+    made.data.train = tuple(ConfigDict(dict(kind="images", path="a") | spec) for spec in specs)
+    with pytest.raises(UserError, match=words):
+        check(made, [])
+    made.data.train = tuple(ConfigDict(dict(kind="images", path="a", weight=0.5, image_weight=0)) for _ in specs)
+    check(made, [])
 
 
 def test_the_sources_of_a_phase_are_those_of_the_training(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ar_unified.data.checks.comparison import Alike, Pair
-from ar_unified.data.checks.validate import NAMES, Found, Validation, percentiles
+from ar_unified.data.checks.validate import NAMES, Found, Validation, counted, percentiles
 from ar_unified.data.checks.view import MOST, Shown, Token
 from ar_unified.data.images import to_png, to_thumbnail
 from ar_unified.data.items import BadItem
@@ -59,7 +59,7 @@ def _summary(validation: Validation) -> str:
     tokens = sum(sum(found.tokens) for found in validation.sources)
     images = sum(sum(found.images) for found in validation.sources)
     told = [f"{documents:,} documents", f"{images:,} images"] + ([f"{tokens:,} tokens"] if tokens else [])
-    return ", ".join([*told, f"{len(validation.bad):,} bad items"])
+    return ", ".join([*told, counted(validation.bad)])
 
 
 def _overview(validation: Validation) -> str:
@@ -68,7 +68,7 @@ def _overview(validation: Validation) -> str:
         f"<td>{sum(found.images):,}</td><td>{sum(found.tokens):,}</td><td>{len(found.bad):,}</td></tr>"
         for found in validation.sources
     ]
-    head = "".join(f"<th>{name}</th>" for name in ("source", "items", "documents", "images", "tokens", "bad"))
+    head = "".join(f"<th>{name}</th>" for name in ("source", "items", "documents", "images", "tokens", "left out"))
     return (
         f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>\n'
     )
@@ -80,10 +80,12 @@ def _overview(validation: Validation) -> str:
 def _source(found: Found, sequence_length: int | None) -> str:
     looked = "" if found.looked == found.items else f"The first {found.looked:,} were looked at. "
     tasks = ", ".join(f"{count:,} {task.replace('_', ' ')}" for task, count in found.tasks.items()) or "no documents"
-    bad = f'<span class="bad">{len(found.bad):,} bad</span>' if found.bad else "none bad"
+    bad = f'<span class="bad">{counted(found.bad)}</span>' if found.bad else "none bad"
     html = f"<p>{found.items:,} items. {looked}{escape(tasks)}, {bad}.</p>\n"
     if found.numbers:
         html += _percentiles(found.numbers)
+    if small := str(found.enlarged):
+        html += f'<p class="card">{escape(small)}</p>\n'
     cards = []
     if found.roles:
         cards.append(_balance("Tokens by role", found.roles))
@@ -97,7 +99,7 @@ def _source(found: Found, sequence_length: int | None) -> str:
             f'positions hold a token.</p><div class="bar"><b style="width:{100 * fill:.1f}%"></b></div></div>'
         )
     html += f'<div class="grid">{"".join(cards)}</div>\n' if cards else ""
-    html += _bad(found.bad)
+    html += "".join(_left_out(why, items) for why, items in found.left_out.items())
     if found.shown:
         html += "<h3>Documents</h3>\n" + "".join(map(_document, found.shown))
     return html
@@ -135,11 +137,11 @@ def _list(title: str, lines: Sequence[str]) -> str:
     return f'<div class="card"><h3>{title}</h3>{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'
 
 
-def _bad(bad: Sequence[BadItem]) -> str:
+def _left_out(why: str, bad: Sequence[BadItem]) -> str:
     kinds = defaultdict(list)
     for item in bad:
         kinds[item.kind].append(item)
-    html = "<h3>Bad items</h3>\n" if kinds else ""
+    html = f"<h3>{escape(why[0].upper() + why[1:])}</h3>\n"
     for kind, items in kinds.items():
         lines = "".join(f"<li>{escape(item.origin)}: {escape(_cut(item.reason))}</li>" for item in items[:_EXAMPLES])
         more = f'<p class="soft">and {len(items) - _EXAMPLES:,} more</p>' if len(items) > _EXAMPLES else ""

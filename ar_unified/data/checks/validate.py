@@ -13,16 +13,16 @@ import numpy as np
 from ar_unified import progress, storage
 from ar_unified.data.checks.comparison import Alike, Comparison
 from ar_unified.data.checks.view import Shown, View
-from ar_unified.data.files import folder_at
-from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
+from ar_unified.data.filters import Filters, filtered
+from ar_unified.data.images import ImageCodec, Resize, sides_of
 from ar_unified.data.items import Source, has_images, language
 from ar_unified.data.packing import Packing
 from ar_unified.data.prepare import same_names
 from ar_unified.data.prepare.cutting import can_be_split
-from ar_unified.data.sources import FOLDER_FILES, BadItem, EmptySplit, kind_of, open_source, read, row_files
+from ar_unified.data.sizes import Enlarged
+from ar_unified.data.sources import BadItem, EmptySplit, kind_of, open_source, read, row_files
 from ar_unified.data.sources.augmentation import Augmented
-from ar_unified.data.sources.text_files import FILES as TEXT_FILES
-from ar_unified.data.sources.text_files import find
+from ar_unified.data.sources.unread import about_unnamed
 from ar_unified.errors import UserError, several
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.encoded import Encoded
@@ -44,9 +44,10 @@ class Found:
         items: how many items the source has.
         looked: how many items were looked at.
         tasks: number of good documents of each task.
-        bad: the bad items, in order.
+        bad: the bad items, in order, and those that `config.data.filters` leave out (`BadItem.filtered`).
         text_bytes, images: bytes of text and number of images of each document.
         sides: (height, width) of each image, in pixels.
+        enlarged: how many of them become much larger.
         tokens: the length of each document that `prepare` would make of the items; [] without a grammar.
         roles: number of tokens of each Role.
         languages: number of documents in each language, if the texts declare a language.
@@ -63,11 +64,19 @@ class Found:
     text_bytes: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     sides: list[tuple[int, int]] = field(default_factory=list)
+    enlarged: Enlarged = field(default_factory=Enlarged)
     tokens: list[int] = field(default_factory=list)
     roles: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> dict[str, list[BadItem]]:
+        """The items that are left out, by why, in words: because they are bad, or because a filter asks for it."""
+        named = {"bad items": False, "left out by config.data.filters": True}
+        found = {why: [bad for bad in self.bad if bad.filtered is filtered] for why, filtered in named.items()}
+        return {why: items for why, items in found.items() if items}
 
     @property
     def kinds(self) -> Counter[str]:
@@ -81,11 +90,15 @@ class Found:
         named = {"text bytes": self.text_bytes, "images": self.images, "height": heights, "width": widths}
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
-    def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
+    def add(
+        self, document: Document, found: Encoded | None, lengths: Sequence[int], resize: Resize | None = None
+    ) -> None:
         """Counts a good document. found: the document's ids, if there are tokenizers. lengths: the number of tokens in
-        each piece of the document, after it is cut.
+        each piece of the document, after it is cut. resize: how its images are resized, if that is known.
         """
-        sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
+        sides = [sides_of(part.pixels) for part in document.parts if isinstance(part, ImagePart)]
+        for each in sides:
+            self.enlarged.add(each, resize.target(*each) if resize else None)
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         self.tasks[document.task] += 1
         self.text_bytes.append(sum(len(text.encode()) for text in texts))
@@ -117,19 +130,22 @@ class Found:
         tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
         whole = f"{self.part}: {self.name}" if self.part else self.name
         items = f"{self.items} items" if self.looked == self.items else f"the first {self.looked} of {self.items} items"
-        lines = [f"{whole}: {items}, {good} good ({tasks}), {len(self.bad)} bad"]
+        lines = [f"{whole}: {items}, {good} good ({tasks}), {counted(self.bad)}"]
         for kind, values in self.numbers.items():
             told = zip(NAMES, percentiles(values), strict=True)
             lines.append(f"  {kind:<12}" + "  ".join(f"{name} {number}" for name, number in told))
+        if small := str(self.enlarged):
+            lines.append(f"  {small}")
         if self.roles:
             lines.append("  tokens by role: " + ", ".join(f"{count} {role}" for role, count in self.roles.items()))
         if sequence_length and (fill := self.fill(sequence_length)) is not None:
             lines.append(f"  packed into rows of {sequence_length}: {100 * fill:.1f} % of the positions hold a token")
-        if self.bad:
-            lines.append("  bad items: " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
-            lines += [f"    {bad}" for bad in self.bad[:most_bad]]
-            if len(self.bad) > most_bad:
-                lines.append(f"    ... and {len(self.bad) - most_bad} more")
+        for why, those in self.left_out.items():
+            kinds = Counter(bad.kind for bad in those)
+            lines.append(f"  {why}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+            lines += [f"    {bad}" for bad in those[:most_bad]]
+            if len(those) > most_bad:
+                lines.append(f"    ... and {len(those) - most_bad} more")
         for number, text in enumerate(self.first):
             lines.append(f"  document {number}:")
             lines += [f"    | {line}" for line in text.splitlines()]
@@ -168,6 +184,7 @@ def validate(
     image_tokenizer: ImageCodec | None = None,
     *,
     resize: Resize | None = None,
+    filters: Filters | None = None,
     max_tokens: int | None = None,
     sequence_length: int | None = None,
     links: bool = False,
@@ -183,10 +200,12 @@ def validate(
         data: a folder, a file, a name with braces for several files, a list of source specs (`open_source`), or a dict
             of such lists by the name of their set: "train", and other names for held-out sets. In a folder,
             `captions.jsonl`, `docs.jsonl` and `vqa.jsonl` are read, each as a source. If it has none of these, its
-            Parquet, Arrow or tar files are read, and if it has none of those either, its text files.
+            Parquet, Arrow or tar files are read, and if it has none of those either, its text files (`kind_of`).
         grammar: together with the tokenizer or `resize`, it gives lengths in tokens.
         image_tokenizer: together with a grammar, it shows the first documents as their real tokens.
         resize: as for `prepare`.
+        filters: what `prepare` leaves out of the sources of "train". With `first`, filters that compare items are not
+            applied, because their verdicts depend on all items.
         max_tokens: longer documents that cannot be split are reported as bad ("too_long"). Used only with a grammar.
         sequence_length: length of the rows that documents will be packed into.
         links: whether links that lead out of the folder of the data are followed.
@@ -206,6 +225,17 @@ def validate(
         else {"": data}
     )
     by_number, notes = _opened(by_part)
+    if filters is not None and filters.used:
+        if first and filters.compares:
+            filters = filters.alone
+            notes.append(
+                "config.data.filters: duplicates, max_repeats and held_out are not applied, because they compare all "
+                "items: leave out --first to see what they leave out"
+            )
+        train = by_number.get("train", {})
+        held_out = [source for part, those in by_number.items() if _held_out(part) for source in those.values()]
+        left = filtered([*train.values()], held_out, filters, None, workers=workers, show_progress=show_progress)
+        by_number["train"] = dict(zip(train, left, strict=True))
     if isinstance(data, Mapping) and (problems := same_names(by_number)):
         raise UserError(several(problems))
     opened = [(part, source) for part, numbered in by_number.items() for source in numbered.values()]
@@ -279,7 +309,7 @@ def _looked_at(
     except BadItem as bad:
         found.bad.append(bad)
         return None
-    found.add(item, encoded, lengths)
+    found.add(item, encoded, lengths, view.resize)
     if not has_images(source) and (known := language(source, i)):
         found.languages[known] += 1
     return item
@@ -289,17 +319,7 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
     """A remark if a folder has images but only its text was read, because no row names an image; otherwise ""."""
     if not isinstance(data, str | Path | Remote) or not storage.path(data).is_dir() or any(map(has_images, sources)):
         return ""
-    count = len(folder_at(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
-    return (
-        count
-        and (
-            f"{data}: only its texts are used. It also has {count} images that no row names. To train on them, write "
-            'captions.jsonl with a line {"image": "name.png", "text": "what it shows"} for each image. If the texts '
-            f'are pages that show these images, use {{"kind": "pages", "path": "{data}"}}. If name.txt describes the '
-            'clip name.gif, use the kind "clips" with this path'
-        )
-        or ""
-    )
+    return about_unnamed(data, links)
 
 
 def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
@@ -308,17 +328,16 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
         label = storage.path(path).name
         names = row_files(path)
         return [dict(kind=kind, path=path, files=(name,), links=links, label=f"{label}/{name}") for name in names]
-    if kind == "text" and storage.path(path).is_dir():
-        try:
-            find(storage.path(path), TEXT_FILES, links)
-        except UserError as error:
-            expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
-            raise UserError(
-                f"{path}: expected at least one of {expected}, or Parquet, Arrow, tar or text files, in it; found none"
-            ) from error
-    elif kind in ("text", "jsonl") and not storage.path(path).is_file():
+    place = storage.path(path)
+    if kind in ("text", "jsonl") and not (place.is_dir() or place.is_file()):
         raise UserError(f"{path}: no such folder or file")
     return [dict(kind=kind, path=path, links=links)]
+
+
+def counted(left_out: Sequence[BadItem]) -> str:
+    """How many items are bad, and how many are left out by filters, in words."""
+    chosen = sum(bad.filtered for bad in left_out)
+    return f"{len(left_out) - chosen} bad" + (f", {chosen} filtered" if chosen else "")
 
 
 def percentiles(values: Sequence[int]) -> list[int]:

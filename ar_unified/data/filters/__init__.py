@@ -84,6 +84,11 @@ class Filters:
         """Whether items are compared with each other, which takes a pass over all of them."""
         return self.duplicates != "keep" or self.max_repeats > 0 or self.held_out
 
+    @property
+    def alone(self) -> Filters:
+        """The filters that look at single items."""
+        return replace(self, duplicates="keep", max_repeats=0, held_out=False)
+
     def check(self, document: Document, of: str) -> None:
         """Raises BadItem if a filter of single items leaves the document out. of: its language, or "" if unknown."""
         for part in document.parts:
@@ -180,7 +185,7 @@ def filtered(
     sources: Sequence[Source],
     held_out: Sequence[Source],
     filters: Filters,
-    file: str | Path,
+    file: str | Path | None,
     *,
     workers: int = 2,
     show_progress: bool = True,
@@ -191,7 +196,7 @@ def filtered(
         sources: the training sources.
         held_out: the sources of the validation set and all tests.
         file: where the verdicts of the pass over all items are written, whole or not at all. An existing file is used
-            if its sources and filters are the same.
+            if its sources and filters are the same. None keeps no verdicts.
     """
     if not filters.used:
         return list(sources)
@@ -205,11 +210,12 @@ def filtered(
             "held_out": [dict(source.fingerprint) for source in those],
         }
         plan = {"filters": asdict(filters), **decided_by}
-        verdicts = _read(Path(file), plan, plain)
+        verdicts = _read(Path(file), plan, plain) if file else []
         if not verdicts:
             verdicts = _decide(plain, those, filters, workers, show_progress)
-            kept = {source.name: verdict for source, verdict in zip(plain, verdicts, strict=True)}
-            workdir.write_json(file, {"plan": plan, "filtered": kept})
+            if file:
+                kept = {source.name: verdict for source, verdict in zip(plain, verdicts, strict=True)}
+                workdir.write_json(file, {"plan": plan, "filtered": kept})
     left: list[Source] = []
     for source, inner, verdict in zip(sources, plain, verdicts, strict=True):
         without = Filtered(inner, filters, verdict, decided_by)
@@ -236,11 +242,10 @@ def _decide(
 ) -> list[dict[int, tuple[str, str]]]:
     """Compares all items. An item that a filter of single items leaves out is not compared with others."""
     search, where = Search(), list[tuple[Source, int]]()
-    alone = replace(filters, duplicates="keep", max_repeats=0, held_out=False)
     total = sum(map(len, (*sources, *held_out)))
     with progress.bar(total, "items", "compare", shown=show_progress) as bar:
         for source, out in [*((each, True) for each in held_out), *((each, False) for each in sources)]:
-            seen = source if out else Filtered(source, alone, {}, None)
+            seen = source if out else Filtered(source, filters.alone, {}, None)
             for i, item in read(seen, range(len(source)), workers):
                 bar.update()
                 if not isinstance(item, BadItem):

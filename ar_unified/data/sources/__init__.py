@@ -32,7 +32,9 @@ from ar_unified.data.sources.shard_names import TABLES as TABLE_FILES
 from ar_unified.data.sources.shard_names import TARS as TAR_FILES
 from ar_unified.data.sources.splits import EmptySplit
 from ar_unified.data.sources.tars import Tars
+from ar_unified.data.sources.text_files import FILES as TEXT_FILES
 from ar_unified.data.sources.text_files import TextFiles
+from ar_unified.data.sources.unread import about_file, about_folder
 from ar_unified.errors import UserError, about
 from ar_unified.language.document import Document
 from ar_unified.paths import home
@@ -74,7 +76,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             Any source may have `label` (its name), `reversible` (default True) and `augmentation`
                 (dict(count=..., shift=..., mirror=..., whole=...), see `Augmented`).
             Any source may also have keys that it does not read itself. `weight` is its weight in the mixture of
-                documents. `image_weight` is its weight among the images for the image tokenizer; the default is its
+                documents. `image_weight` is its weight among the images for the image tokenizer; all sources with
+                images have one, or none has: the default is its
                 number of documents. `made_by` is the command that makes the data at `path`, for the message if the data
                 is missing.
 
@@ -102,21 +105,34 @@ def open_source(spec: Mapping[str, Any]) -> Source:
 
 
 def kind_of(path: str | AnyPath, links: bool = False) -> str:
-    """The kind of source that can read a path, from the ending of a file or the content of a folder. Raises UserError
-    for a folder that TFDS wrote, because TFDS datasets are read by name."""
+    """The kind of source that can read a path, from the ending of a file or the content of a folder.
+
+    Raises UserError, which says what to do instead (`unread`), if nothing at the path is read as it is: images without
+    rows, a table of text, an archive, an empty folder, or a folder that TFDS wrote, because TFDS datasets are read by
+    name.
+    """
     path = str(path)
     name = path.lower()
-    if not storage.path(path).is_dir():
+    if not (place := storage.path(path)).is_dir():
+        if place.is_file() and (unread := about_file(place)):
+            raise UserError(unread)
         kinds = {"parquet": TABLE_FILES, "webdataset": TAR_FILES, "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst")}
         return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "text")
     if row_files(path):
         return "folder"
-    found = folder_at(path, links).search(lambda name: name.lower().endswith((*TABLE_FILES, *TAR_FILES, _TFDS_INFO)))
-    infos = [file.name for file in found if file.name.rpartition("/")[2] == _TFDS_INFO]
-    found = [file for file in found if not file.name.lower().endswith(_TFDS_INFO)]
+    texts = tuple(pattern.removeprefix("*") for pattern in TEXT_FILES)
+    endings = (*TABLE_FILES, *TAR_FILES, *texts, _TFDS_INFO)
+    files = folder_at(path, links).search(lambda name: name.lower().endswith(endings))
+    found = [file for file in files if file.name.lower().endswith((*TABLE_FILES, *TAR_FILES))]
     if not found:
-        _refuse_datasets(storage.path(path), infos)
-        return "text"
+        _refuse_datasets(place, [file.name for file in files if file.name.rpartition("/")[2] == _TFDS_INFO])
+        if any(file.name.lower().endswith(texts) for file in files):
+            return "text"
+        expected = ", ".join(f"{file}.jsonl" for file in FOLDER_FILES)
+        raise UserError(
+            f"{path}: expected at least one of {expected}, or Parquet, Arrow, tar or text files, in it; found none. "
+            f"{about_folder(path, links)}"
+        )
     return "webdataset" if all(file.name.lower().endswith(TAR_FILES) for file in found) else "parquet"
 
 
@@ -180,11 +196,12 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
     root, folder = storage.path(path), folder_at(path, links)
     found = files or (row_files(root) if root.is_dir() else [])
     if not root.is_dir() or not found:
-        what = "no file of these names" if root.is_dir() else "no such folder"
+        what = "no file of these names" if root.is_dir() else "a file" if root.is_file() else "no such folder"
         expected = " or ".join(f"{file}.jsonl" for file in files or FOLDER_FILES)
+        way = about_folder(root, links) if root.is_dir() else ""
         raise UserError(
             f"{root}: expected a folder with {expected} and their images, found {what} at {root.absolute()}. "
-            "Put the data there, or give the path of the data (for an experiment of ar_unified: --config FILE:path=DIR)"
+            + (way or "Give the path of the data (for an experiment of ar_unified: --config FILE:path=DIR)")
         )
 
     paths, beside = list[AnyPath](), list[AnyPath]()

@@ -33,7 +33,7 @@ from ar_unified.language.document import DocumentError
 from ar_unified.language.rows import ANSWERS, KEYS, is_conversation, parted
 
 _IMAGE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_COMMON = {
+COMMON = {
     "prompt": ("prompt", "question", "instruction", "caption", "txt"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
@@ -51,7 +51,7 @@ _COMMON = {
     "id": ("id", "__key__"),
     "language": ("language",),
 }
-PARTS = tuple(_COMMON)
+PARTS = tuple(COMMON)
 PICTURES = ("image", "images", "edited")  # parts that are images
 _OF_PAIRS = ("prompt", *ANSWERS, "messages", "images", "image", "id", "language")
 _WHOLES = (
@@ -111,7 +111,7 @@ class Columns:
         if self._columns is not None:
             return self._columns
         lower = {name.lower(): name for name in reversed(list(names))}
-        known = {part: [lower[name] for name in common if name in lower] for part, common in _COMMON.items()}
+        known = {part: [lower[name] for name in common if name in lower] for part, common in COMMON.items()}
         found = {part: found[0] for part, found in known.items() if found}
         if not found.keys() >= {*ANSWERS}:
             return {part: name for part, name in found.items() if part not in ("prompt", *ANSWERS)}
@@ -200,7 +200,7 @@ class Columns:
 
 
 _WORDS = {
-    name for part in ("prompt", "messages", "segments", "question", "answer", "texts", "text") for name in _COMMON[part]
+    name for part in ("prompt", "messages", "segments", "question", "answer", "texts", "text") for name in COMMON[part]
 }
 
 
