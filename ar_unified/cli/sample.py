@@ -39,7 +39,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ar_unified.cli.arguments import PROCESSES, refuse_unread
+from ar_unified.cli.arguments import PROCESSES, refuse_unread, require_workdir
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError, about
@@ -73,9 +73,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             reward = open_reward(RewardConfig(function=arguments.keep_best))
     if arguments.source:
         return _from_bundle(arguments, overrides, reward)
-    for flag in ("config", "workdir"):
-        if not getattr(arguments, flag):
-            raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
+    require_workdir(arguments)
     refuse_unread(arguments, "with a workdir, which uses the keys of config.sampling", "batch_size", "max_length")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")

@@ -28,7 +28,7 @@ from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.adapter import in_base, require_base
-from ar_unified.experiment.changes import Training, changeable, require_extensible, said
+from ar_unified.experiment.changes import Training, changeable, repeated, require_extensible
 from ar_unified.history import Changeable
 from ar_unified.language.extension import new_ids, rows_of
 from ar_unified.language.grammar import Grammar
@@ -103,11 +103,9 @@ class Experiment:
 
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
         """The error with advice on what to do if the change was not intended, or if the data have changed."""
+        if flag := repeated(error.field, error.old, keys):
+            return StageMismatch(error.field, f"{error} To go on as before, repeat {flag}", error.old)
         section = error.field.partition(".")[0]
-        if section in keys and error.old != manifests.ABSENT:  # ABSENT: no old value to repeat
-            return StageMismatch(
-                error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
-            )
         if section in ("sources", "probed"):
             made = [stage for stage in STAGES if (self.workdir.path / stage / "started.json").exists()]
             return StageMismatch(

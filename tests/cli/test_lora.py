@@ -104,6 +104,13 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     twice = [*ask, f"second={tmp_path}"]
     refused(arguments("sample", folder, bundle, workdir, *twice), "--adapter second: expected each name once")
     refused(arguments("train", folder, bundle, workdir, lora__rank=4), r"lora.rank.*2")
+    without = arguments("train", folder, bundle, workdir, lora__rank=0)
+    refused(without, r"with lora.rank = 2, this run has '\(absent\)'.* repeat --config.lora.rank=2$")
+    for verb, more in {"sample": ask, "evaluate": [], "export": out + [str(tmp_path / "no")]}.items():
+        given = arguments(verb, folder, bundle, workdir, lora__rank=0)
+        refused(
+            given + [each for each in more if each not in given], "config.lora.rank: expected 2, as in the training"
+        )
     moved = ["export", *out, str(tmp_path / "no"), f"--config.init={other.folder}"]
     refused(moved, "expected .* as|config.init: the adapter was trained on bundle")
 

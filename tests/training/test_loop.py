@@ -181,7 +181,9 @@ def test_the_checkpoint_says_what_it_is(tmp_path):
     assert stored["compiler_options"] == options and options["xla_backend_optimization_level"] == "0"
     assert len(options) > 1, "one of them is ours"
     (line,) = [line for line in lines if "xla_" in line]
-    assert line.endswith("compiled with training.compiler_options xla_backend_optimization_level=0"), "no option of ours"
+    assert line.endswith("compiled with training.compiler_options xla_backend_optimization_level=0"), (
+        "no option of ours"
+    )
     other = dataclasses.replace(tiny.VOCABULARY, text_size=41).manifest()
     with pytest.raises(ManifestMismatch, match="'text_size': this run has 41, checkpoint checkpoints/3 has 40"):
         tiny.run(tmp_path, manifest=other)
