@@ -35,7 +35,7 @@ from ar_unified import bundle
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.arguments import PROCESSES, refuse_unread
-from ar_unified.data.images import NoImages
+from ar_unified.data.images import NoImages, draws_none
 from ar_unified.errors import UserError
 from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
@@ -115,6 +115,8 @@ def export(
     image = None if isinstance(tokenizer, NoImages) else tokenizer
     evaluation, brought = None if beside else _evaluation(experiment), experiment.workdir.text_tokenizer
     words = card(
+        name=Path(output).resolve().name,
+        draws=image is not None and not draws_none(image),
         license=license,
         model=experiment.model,
         vocabulary=experiment.grammar.vocabulary,

@@ -104,6 +104,21 @@ def test_the_card_has_the_numbers_of_these_weights(tmp_path, capsys):
     assert 'license: "mine: \\"all | of it\\""\n' in card and '| license | mine: "all \\| of it" |' in card
 
 
+@pytest.mark.parametrize("kind", ["grid", "none", "mute"])
+def test_the_card_names_the_model_and_its_example_runs(tmp_path, monkeypatch, kind):
+    """`mute`: as if the image tokenizer had no decoder."""
+    workdir = trained(tmp_path / "w", "none" if kind == "none" else "grid")
+    if kind == "mute":
+        monkeypatch.setattr("ar_unified.cli.export.draws_none", lambda tokenizer: "it has no decoder")
+    monkeypatch.chdir(tmp_path)
+    assert main(export(workdir, Path("my model"))) == 0
+    card = Path("my model/README.md").read_text()
+    assert "\n# my model\n\nAn autoregressive transformer of 0.0" in card and "experiment `tiny`" in card
+    names = bundles.run_card(card)
+    assert isinstance(names["answer"], str)
+    assert [image.size for image in names.get("images", ())] == [(16, 16)] * (4 if kind == "grid" else 0)
+
+
 def test_the_best_checkpoint_is_exported_when_asked(tmp_path):
     workdir = trained(tmp_path / "w")
     assert main(export(workdir, tmp_path / "b", "--config.sampling.checkpoint=best", "--shard-mib=1")) == 0
