@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def write_without_decoder(folder: Path) -> bundle.Bundle:
     vocabulary = dataclasses.replace(of["grammar"].vocabulary, image_hash=tokenizer.hash)
     grammar = Grammar(vocabulary, of["grammar"].layout, of["text_tokenizer"])
     return write(folder, image_tokenizer=tokenizer, grammar=grammar)
+
+
+def run_card(card: str) -> dict[str, Any]:
+    """Runs the example of a model card as it stands; returns the names that it sets."""
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    return names
 
 
 def grey(height: int = 30, width: int = 20) -> np.ndarray:

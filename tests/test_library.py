@@ -3,6 +3,7 @@ unchanged."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -62,6 +63,20 @@ def test_an_import_costs_little_and_names_come_when_they_are_used():
         assert callable(getattr(ar_unified, name)), name
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         ar_unified.laod  # noqa: B018
+
+
+def test_the_page_has_every_method_with_its_own_arguments():
+    rows = re.findall(
+        r"^\| `(\w+)\(([^)]*)\)`", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for name, arguments in rows:
+        known = [
+            str(each).partition(":")[0]
+            for each in inspect.signature(getattr(ar_unified.Model, name)).parameters.values()
+        ]
+        assert not [each for each in re.split(r", ?", arguments) if each not in known], name
+    public = {name for name, found in vars(ar_unified.Model).items() if inspect.isfunction(found) and name[0] != "_"}
+    assert {name for name, _ in rows} == public - {"message", "parts"}, "these two are for other modules"
 
 
 @pytest.mark.slow

@@ -49,24 +49,37 @@ def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None
             raise UserError(f"--{name.replace('_', '-')} does nothing {when}: leave it out")
 
 
-def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
+def require_workdir(arguments: argparse.Namespace) -> None:
+    """Raises UserError unless a workdir was given to a verb that was given no bundle."""
+    if not arguments.workdir:
+        raise UserError("expected --workdir DIR of a training, or --from BUNDLE; found neither")
+
+
+def _experiment(parser: argparse.ArgumentParser, reads: bool = False) -> None:
     """Adds --config, --workdir, and the options by which several processes find each other.
 
-    `recorded`: whether the workdir's own config is used if --config is not given. `needed`: whether the verb requires
-    both options.
+    `reads`: whether the verb only reads a model, so that a bundle may replace both, or a workdir's own config --config.
     """
     parser.add_argument(
         "--config",
-        required=needed and not recorded,
+        required=not reads,
         type=_config,
         metavar="FILE[:arg]",
         help=f"{_FILE}; `:arg` is handed to it, as in folder:path=DIR"
-        + ("; default: the config with which the workdir was last started" if recorded else ""),
+        + ("; default: the config with which the workdir was last started" if reads else ""),
     )
     parser.add_argument(
-        "--workdir", required=needed, type=_path, metavar="DIR", help="where stages write their results"
+        "--workdir", required=not reads, type=_path, metavar="DIR", help="where stages write their results"
     )
     _many_processes(parser)
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name a workdir, and --from for a bundle."""
+    _experiment(parser, reads=True)
+    parser.add_argument(
+        "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
+    )
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -142,10 +155,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         BENCHMARKS,  # imports NumPy and Pillow, so the --help of other verbs does not wait for them
     )
 
-    _experiment(parser, needed=False)
-    parser.add_argument(
-        "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
-    )
+    _model(parser)
     parser.add_argument("--batch-size", type=_count, metavar="N", help="with --from: samples drawn at once (64)")
     parser.add_argument(
         "--max-length",
@@ -175,7 +185,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         nargs="+",
         type=_named,
-        help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME',
+        help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME, or all use the only one',
     )
     parser.add_argument("--layout", choices=BENCHMARKS, help="also write the images in the form that a benchmark reads")
     parser.add_argument("--n", type=_count, metavar="N", help="samples for each request that gives no number (1)")
@@ -187,10 +197,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(parser: argparse.ArgumentParser) -> None:
-    _experiment(parser, recorded=True, needed=False)
-    parser.add_argument(
-        "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
-    )
+    _model(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -206,10 +213,7 @@ def _score(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
-    _experiment(parser, needed=False)
-    parser.add_argument(
-        "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
-    )
+    _model(parser)
     parser.add_argument(
         "--data",
         type=_path,
@@ -240,7 +244,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     from ar_unified.interop import ADAPTER, BESIDE, DIALECTS, FORMS
 
-    _experiment(parser, recorded=True, needed=False)
+    _experiment(parser, reads=True)
     parser.add_argument(
         "--from",
         dest="source",

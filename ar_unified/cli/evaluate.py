@@ -33,7 +33,7 @@ from ar_tokenizers.files import whole_folder
 from tqdm import tqdm
 
 from ar_unified import progress, storage
-from ar_unified.cli.arguments import PROCESSES, refuse_unread
+from ar_unified.cli.arguments import PROCESSES, refuse_unread, require_workdir
 from ar_unified.data.images import draws_none
 from ar_unified.data.skipped import SKIPPED
 from ar_unified.data.sources import kind_of, open_source
@@ -64,9 +64,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("expected --images together with --only tokenizer, and --crop together with --images")
     if arguments.source:
         return _from_bundle(arguments, overrides)
-    for flag in ("config", "workdir"):
-        if not getattr(arguments, flag):
-            raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
+    require_workdir(arguments)
     refuse_unread(arguments, "with a workdir, whose config has the documents", "data", "output")
     if not arguments.images:
         refuse_unread(arguments, "without --images", "links")

@@ -35,11 +35,12 @@ from ar_unified import bundle
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.arguments import PROCESSES, refuse_unread
-from ar_unified.data.images import WAY, NoImages
+from ar_unified.data.images import NoImages, draws_none
 from ar_unified.errors import UserError
 from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
+from ar_unified.experiment.check_trained import DATA, LOSS, recorded
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.facts import trained_adapter
 from ar_unified.experiment.start import by_first_process, open_experiment
@@ -48,14 +49,12 @@ from ar_unified.interop.exporting import export_published
 from ar_unified.interop.extended import KEY as EXTENDED
 from ar_unified.interop.token_rows import TokenRows
 from ar_unified.manifests import Json, manifest_hash
-from ar_unified.model.config import decisive, parameter_count
+from ar_unified.model.config import parameter_count
 from ar_unified.model.own_rows import TABLES
 from ar_unified.sampling.request import DEFAULTS
 from ar_unified.tensors import read_tensors
 from ar_unified.workdir import read_json
 
-_DATA = ("image_size", "resize", "layout", "max_tokens")
-_LOSS = ("softmax",)
 _SAMPLING = ("max_length", "kv_dtype", *DEFAULTS)
 
 
@@ -111,12 +110,13 @@ def export(
 
     With `beside`, it writes the extended language model without the adapter.
     """
-    _require_own(experiment)
     extends = _require_extended(experiment) if beside else ""
     config, tokenizer = configs.plain(experiment.config), experiment.image_tokenizer
     image = None if isinstance(tokenizer, NoImages) else tokenizer
     evaluation, brought = None if beside else _evaluation(experiment), experiment.workdir.text_tokenizer
     words = card(
+        name=Path(output).resolve().name,
+        draws=image is not None and not draws_none(image),
         license=license,
         model=experiment.model,
         vocabulary=experiment.grammar.vocabulary,
@@ -132,9 +132,9 @@ def export(
         grammar=experiment.grammar,
         text_tokenizer=experiment.text_tokenizer,
         image_tokenizer=image,
-        data={name: config["data"][name] for name in (_DATA if image else ("max_tokens",))}
+        data={name: config["data"][name] for name in (DATA if image else ("max_tokens",))}
         | (experiment.resize.way if image else {}),
-        loss={name: config["loss"][name] for name in _LOSS},
+        loss={name: config["loss"][name] for name in LOSS},
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
         published=_published(experiment, brought / bundle.PUBLISHED),
@@ -156,7 +156,6 @@ def export(
 def export_adapter(experiment: Experiment, output: str) -> None:
     """Writes the adapter of a finished training in PEFT's form. Raises UserError if no adapter was trained, or if other
     parameters were trained, too."""
-    _require_own(experiment)
     lora, trained, base = trained_adapter(experiment)
     rows = _rows(experiment, trained, ADAPTER)
     peft.write(output, base, lora, trained["lora"], rows, manifest_hash(experiment.grammar.manifest()))
@@ -214,27 +213,6 @@ def _published(experiment: Experiment, path: Path) -> dict[str, Json] | None:
     return record
 
 
-def _require_own(experiment: Experiment) -> None:
-    """Raises UserError if the config describes another model than the trained one. The weights alone do not show every
-    difference.
-    """
-    config = configs.plain(experiment.config)
-    ours = {"model": decisive(experiment.model), "loss": {name: config["loss"][name] for name in _LOSS}}
-    ours["data"] = {name: config["data"][name] for name in (*_DATA, *WAY)}
-    trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
-    for section, fields in ours.items():
-        theirs = trained[section].get(section, {})  # without keys of later versions; {} for a removed stage
-        for field, new in fields.items():
-            if (old := theirs.get(field, new)) != new:
-                raise UserError(f"config.{section}.{field}: expected {old!r}, as in the training; found {new!r}")
-
-
-def _done(experiment: Experiment, stage: str) -> dict[str, Json]:
-    """The fingerprint of a stage; {} if the stage was removed."""
-    path = experiment.workdir.path / stage / "done.json"
-    return read_json(path)["fingerprint"] if path.exists() else {}
-
-
 def _training(experiment: Experiment) -> dict[str, str]:
     """Facts about the training, for the model card."""
     workdir, checkpoint = experiment.workdir, experiment.checkpoint
@@ -252,6 +230,6 @@ def _training(experiment: Experiment) -> dict[str, str]:
 
 def _evaluation(experiment: Experiment) -> Mapping[str, Json] | None:
     """The content of evaluation.json if it was measured on the exported weights."""
-    path, made = experiment.workdir.evaluation, _done(experiment, "evaluation")
+    path, made = experiment.workdir.evaluation, recorded(experiment, "evaluation")
     of_these = made.get("model") == experiment.trained() and made.get("checkpoint_step") == experiment.checkpoint
     return read_json(path) if of_these and path.exists() else None

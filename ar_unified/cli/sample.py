@@ -16,7 +16,8 @@ After an interruption, the same command continues. Many processes can share a jo
 requests. Processes that start together divide the requests among themselves; others need --part K/N. The number of
 processes may change. --layout also writes the images into OUTPUT/LAYOUT in the form that a benchmark reads. Without
 --requests, --layout does this for the samples that are already in the output folder, even if the job is still running.
---adapter loads LoRA adapters; each request may name one of them.
+--adapter loads LoRA adapters, and each request may name one of them. If there is one and no request names any, all
+requests are drawn with it.
 
 A bundle, exported or imported, needs no workdir. It is sampled with its own settings, as its authors published them:
   ar-unified sample --from BUNDLE --requests prompts.jsonl --output out
@@ -39,7 +40,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ar_unified.cli.arguments import PROCESSES, refuse_unread
+from ar_unified.cli.arguments import PROCESSES, refuse_unread, require_workdir
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError, about, saving_memory
@@ -74,9 +75,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             reward = open_reward(RewardConfig(function=arguments.keep_best))
     if arguments.source:
         return _from_bundle(arguments, overrides, reward)
-    for flag in ("config", "workdir"):
-        if not getattr(arguments, flag):
-            raise UserError(f"expected --config and --workdir of a training, or --from BUNDLE; found no --{flag}")
+    require_workdir(arguments)
     refuse_unread(arguments, "with a workdir, which uses the keys of config.sampling", "batch_size", "max_length")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ar_unified.cli.arguments import PROCESSES, refuse_unread
+from ar_unified.cli.arguments import PROCESSES, refuse_unread, require_workdir
 from ar_unified.data.sources import Source, kind_of, open_source
 from ar_unified.errors import UserError, about, saving_memory
 from ar_unified.evaluation.scoring import score_source
@@ -46,8 +46,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             model = load(arguments.source, batch_size=arguments.batch_size)
             print(f"{arguments.output}: {score_source(model, source, arguments.output)}")
         return 0
-    if not arguments.workdir:
-        raise UserError("expected --workdir DIR of a training, or --from BUNDLE; found neither")
+    require_workdir(arguments)
     refuse_unread(arguments, "with a workdir, which uses config.sampling.batch_size", "batch_size")
     experiment = open_experiment(arguments, overrides, ["requests"])
     with saving_memory(lambda: advice(REQUESTS, experiment.config)):

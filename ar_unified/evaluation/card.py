@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +19,19 @@ _TOKENIZER = ("psnr", "ssim", "usage", "bits_per_pixel")
 _OPEN = """```python
 import ar_unified
 
-model = ar_unified.load("FOLDER")
+model = ar_unified.load({name})  # the path of this folder
 {calls}
 ```
 """
-_DRAWS = 'model.draw("a text", seed=3, n=4)  # images of Pillow\nmodel.ask(image, "a question")  # a text'
-_WRITES = 'model.ask("a text")  # its answer'
+_DRAWS = """images = model.draw("A red circle.", seed=3, n=4)  # four Pillow images
+answer = model.ask(images[0], "What is in the image?")  # a text"""
+_WRITES = 'answer = model.ask("What is a circle?")  # a text'
 
 
 def card(
     *,
+    name: str,
+    draws: bool,
     license: str,
     model: TransformerConfig,
     vocabulary: Vocabulary,
@@ -39,6 +43,8 @@ def card(
     """The README.md of a bundle.
 
     Args:
+        name: the name of the bundle's folder.
+        draws: whether the model can draw images.
         license: the licence; if it is "", the card says that it is unknown.
         image: the shape of the image tokenizer; None for text alone.
         config: the config of the experiment as JSON values.
@@ -63,11 +69,20 @@ def card(
         "library_name: ar_unified",
         "---",
         "",
-        f"# {config['name']}",
+        f"# {name}",
+        "",
+        f"An autoregressive transformer of {parameter_count(model) / 1e6:.2f}M parameters that reads and writes "
+        f"{'text and images' if image else 'text'} as discrete tokens. It was trained by ar_unified, with the "
+        f"experiment `{config['name']}`.",
+        "",
     ]
-    lines += ["", "A pure autoregressive model of " + ("text and images" if image else "text") + ".", ""]
     lines += _table(("", ""), [(name, str(value)) for name, value in facts.items()])
-    lines += ["", "## Open it", "", _OPEN.format(calls=_DRAWS if image else _WRITES)]
+    lines += [
+        "",
+        "## Open it",
+        "",
+        _OPEN.format(name=json.dumps(name, ensure_ascii=False), calls=_DRAWS if draws else _WRITES),
+    ]
     lines += ["## Results", ""]
     if rows:
         shown = [(NAMES.get(name, name), f"{value:.4g}", str(counts.get(name, ""))) for name, value in rows.items()]

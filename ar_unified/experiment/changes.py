@@ -57,6 +57,12 @@ EXTENDS = (
     "training.phases",
     "training.rates",
 )
+# Fields of fingerprints whose keys have other names.
+_KEYS = {
+    "limit": "evaluation.limit",
+    "probe_steps": "evaluation.tokenizer_probe_steps",
+    "image_size": "data.image_size",
+}
 # Keys that older workdirs lack. A run in such a workdir goes on if the key has this value.
 LATER: dict[str, Json] = {
     "data.resample": "lanczos",
@@ -146,11 +152,9 @@ def advised(error: StageMismatch, keys: Sequence[str], workdir: Workdir, stages:
         keys: the sections of the config that decide the stage.
         stages: the names of all stages.
     """
+    if flag := repeated(error.field, error.old, keys):
+        return StageMismatch(error.field, f"{error} To go on as before, repeat {flag}", error.old)
     section = error.field.partition(".")[0]
-    if section in keys and error.old != ABSENT:  # ABSENT: no old value to repeat
-        return StageMismatch(
-            error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
-        )
     if section in ("sources", "probed"):
         made = [stage for stage in stages if (workdir.path / stage / "started.json").exists()]
         return StageMismatch(
@@ -166,6 +170,18 @@ def said(field: str, value: Any) -> str:
     """A setting as it is written on the command line: --config.data.image_size=(32,32)."""
     shown = f"({','.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)
     return f"--config.{field}={shown}"
+
+
+def repeated(field: str, old: Any, sections: Sequence[str]) -> str:
+    """The flag that gives a field of a fingerprint its recorded value; "" if the field is no setting of the config, or
+    had no value.
+
+    `sections`: the sections of the config that are in the fingerprint.
+    """
+    known = field in _KEYS or field.partition(".")[0] in (*sections, "lora")
+    if not known or field == "lora.init" or old == ABSENT:  # of lora.init's file, the record has a hash
+        return ""
+    return said(_KEYS.get(field, field), old)
 
 
 def _elsewhere(stage: Stage, workdir: Workdir) -> str:

@@ -98,7 +98,10 @@ def _adapter(experiment: Experiment) -> dict[str, Json]:
     """Everything that decides the adapter, without the path of its file. `ranks` and `alphas` are left out if they are
     empty, because earlier versions did not have them."""
     said = {key: value for key, value in configs.plain(experiment.config.lora).items() if key != "init"}
-    said = {key: value for key, value in said.items() if value or key not in ("ranks", "alphas")}
+    # The rank comes first, because a message names the first key that differs from a training without an adapter.
+    said = {"rank": said.pop("rank")} | {
+        key: value for key, value in said.items() if value or key not in ("ranks", "alphas")
+    }
     first = first_adapter(experiment.config, experiment.bundle)
     return said if first is None else said | {"init": first.adapter.hash}
 

@@ -16,6 +16,7 @@ from ar_unified import storage
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.check_opened import check_bundle, check_devices, check_sources
+from ar_unified.experiment.check_trained import check_trained
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.unread import unread
 from ar_unified.interrupts import Preempted
@@ -64,6 +65,7 @@ def open_experiment(
     for line in unread(config, experiment.bundle, overrides):
         experiment.say(f"note: {line}")
     check_devices(experiment, stages)
+    check_trained(experiment, stages)
     if first and before_sources is not None:
         before_sources(experiment)
     if first and not {"requests", "images", "export"} & set(stages):

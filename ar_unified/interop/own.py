@@ -95,10 +95,12 @@ def _card(bundle: Bundle, architecture: str, license: str) -> str:
             "The tokenizer in this folder turns codes into pixels, and pixels into codes:",
             "",
             "```python",
+            "import numpy as np",
             "from ar_tokenizers.image.tokenizer import ImageTokenizer",
             "",
+            f"ids = np.full((1, {layout.height}, {layout.width}), {vocabulary.image_offset})  # an image, [B, h, w]",
             f'tokenizer = ImageTokenizer.load("{IMAGE}")',
-            "pixels = tokenizer.decode(codes)  # int [B, h, w] -> uint8 [B, H, W, 3]",
+            f"pixels = tokenizer.decode(ids - {vocabulary.image_offset})  # uint8 [B, H, W, 3]",
             "```",
         ]
     return "\n".join(lines) + "\n"

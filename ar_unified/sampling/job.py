@@ -41,7 +41,7 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError, Sample
-from ar_unified.sampling.requests import Canvas, Line, PromptImage, PromptImageError, read_requests
+from ar_unified.sampling.requests import Canvas, Line, PromptImage, PromptImageError, choose_adapters, read_requests
 from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shard_name, shards, write_image
 from ar_unified.workdir import clean, own, read_json, write_json
 
@@ -99,7 +99,8 @@ def run_job(
     """Serves every request of a file (`sampling.formats` lists the formats), except samples that are done already.
 
     Args:
-        engine: its grammar must fit `image_tokenizer`.
+        engine: its grammar must fit `image_tokenizer`. If it has one adapter and no request names any, all requests get
+            it (`requests.choose_adapters`).
         requests: the file, or several files.
         output: the folder, made if it is missing.
         defaults: values for settings that a request does not give, with the keys of a request.
@@ -109,13 +110,14 @@ def run_job(
         process: (k, n): this is process k of n that share the job; it serves every n-th request. Each process has its
             own engine. The number of processes may change when the job is run again.
         show_progress: whether to show a bar with rate and time left, on stderr.
-        warn: called with remarks on the files of requests, once for each file.
+        warn: called with remarks on the files of requests, once for each file, and on adapters.
 
     Raises:
         JobMismatch: if `output` has a job with other requests, weights, tokenizers, defaults or engine shape (the batch
             size may differ).
         JobBusy: if another process writes to the same files.
-        RequestError: if `defaults` are wrong, or a file of requests is broken or empty.
+        RequestError: if `defaults` are wrong, a file of requests is broken or empty, or the engine has several adapters
+            and no request names any.
         OSError: if reading or writing fails (a full disk). Finished samples stay; the same call continues from them.
         ValueError: if samples.jsonl contains a line that no job wrote.
     """
@@ -125,7 +127,9 @@ def run_job(
     paths = [Path(requests)] if isinstance(requests, str | Path) else [Path(path) for path in requests]
     output = Path(output)
     lines = read_requests(paths, cells=image_tokenizer, defaults=defaults, links=links, warn=warn)
-    _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
+    lines, adapter = choose_adapters(lines, engine.adapter_hashes, warn)
+    given = dict(defaults or {}) | ({"adapter": adapter} if adapter else {})
+    _begin(output, _manifest(engine, paths, given, weights), mend=rank == 0)
     resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
     if storage.is_mirrored(output):  # the lock of `open_shard` is on a local file, which other machines cannot see

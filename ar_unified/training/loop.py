@@ -200,8 +200,8 @@ def fit(
     )
     if selected := task.selection(abstract.params).told(abstract.params):
         telemetry.say(f"{task.name}: {selected}")
-    if options:
-        telemetry.say(f"{task.name}: compiler options {', '.join(f'{k}={v}' for k, v in options.items())}")
+    if config.compiler_options:  # our own options mean nothing to most users; a checkpoint's metadata has all of them
+        telemetry.say(f"{task.name}: compiled with training.compiler_options {', '.join(config.compiler_options)}")
     meter, warnings = Meter(), Warnings(telemetry.say)
     metrics_file = folder / "metrics.jsonl"
     rows = losses_of(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())

@@ -147,7 +147,7 @@ RUN = [
     ),
     page("data", "sets", PATH="mine", DIR="sets"),
     page("data_checks", "shapes", DIR="mine", names={"workdirs/mine/data": "workdirs/shapes/data"}),
-    page("sampling", "shapes", "bundle", BUNDLE="bundle", rows="prompts.jsonl"),
+    page("sampling", "shapes", "bundle", "adapter", BUNDLE="bundle", rows="prompts.jsonl"),
     page("evaluation", "shapes", "bundle", PHOTOGRAPHS="mine", BUNDLE="bundle", PATH="mine", **SHAPES_RUN),
     page("tuning", "emu3", DIR="mine", keys=PUBLISHED, names=PLANNED),
     page("planning", names=PLANNED),
@@ -163,6 +163,7 @@ RUN = [
         LLM="llm",
         FOLDER="tokenizer",
         DIR="mine",
+        names={"--config.training.warmup_steps=5": "--config.training.warmup_steps=0"},  # for fewer steps
     ),
     page("rewards", "shapes", "bundle", BUNDLE="bundle", **SHAPES_RUN, names=PLANNED),
     page(

@@ -179,7 +179,10 @@ def test_what_goes_with_a_bundle_and_what_does_not(own: Path, data: Path, tmp_pa
     refused([*of_bundle, "--data", str(data)], "expected --output FOLDER with --from")
     refused([*of_bundle, "--output", out], "expected --data PATH or --config FILE.*found neither")
     refused([*of_bundle, "--output", out, "--config", "shapes", "--links"], "--links does nothing without --data")
-    refused(["evaluate", "--data", str(data), "--output", out], "of a training, or --from BUNDLE; found no --config")
+    refused(
+        ["evaluate", "--data", str(data), "--output", out],
+        "expected --workdir DIR of a training, or --from BUNDLE; found neither",
+    )
     of_workdir = ["evaluate", "--config", "shapes", "--workdir", out]
     refused([*of_workdir, "--data", str(data)], "--data does nothing with a workdir")
     refused([*of_workdir, "--output", out], "--output does nothing with a workdir")

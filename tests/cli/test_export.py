@@ -16,11 +16,9 @@ import jax
 import numpy as np
 import pytest
 from ar_tokenizers.image.autoencoder import init as init_image
-from ml_collections import ConfigDict
 
 import ar_unified
 from ar_unified.bundle import Bundle, named
-from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.main import main
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
@@ -28,58 +26,14 @@ from ar_unified.experiment import objective, settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.document import CodesPart, Document, TextPart
 from ar_unified.language.vocabulary import Vocabulary
-from ar_unified.model.config import config_from, decisive, parameter_count
+from ar_unified.model.config import config_from, parameter_count
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.workdir import Workdir, read_json, write_json
 from tests import bundles, wheel_alone
-from tests.bundles import IMAGE, SENTENCES, parts
+from tests.bundles import SENTENCES, parts
 from tests.cli.conftest import ROOT, command, refused
-
-SUMMARY = {"steps": 2, "best_step": 1, "best_validation_loss": 2.0, "seconds": 5400.0}
-
-
-def config_of(layout: str) -> ConfigDict:
-    """The config of an experiment with `parts(layout)`."""
-    config = configs.defaults()
-    model = decisive(parts(layout)["config"])
-    del model["vocab_size"]
-    config.name = "tiny"
-    config.model.update(model)
-    config.image_tokenizer.update(dataclasses.asdict(IMAGE))
-    if layout == "none":
-        config.image_tokenizer.steps = 0
-        config.data.train = (ConfigDict(dict(kind="text", path="/gone/corpus")),)
-    else:
-        config.data.train = (ConfigDict(dict(kind="folder", path="/gone/images")),)
-    config.data.image_size, config.data.max_tokens = (16, 16), 48
-    config.loss.softmax = "by_side"
-    config.sampling.update(dict(max_length=64, batch_size=8, guidance=1.5))
-    config.sampling.image.top_k = 5
-    return config
-
-
-def trained(folder: Path, layout: str = "grid", **fingerprint: Any) -> Workdir:
-    """A workdir like one that its stages wrote, with untrained networks. The weights of step 2 are twice those of step
-    1."""
-    workdir, own, config = Workdir(folder), parts(layout), config_of(layout)
-    workdir.text_tokenizer.mkdir(parents=True)
-    own["text_tokenizer"].save(workdir.text_tokenizer / "text.model")
-    if own["image_tokenizer"]:
-        own["image_tokenizer"].save(workdir.image_tokenizer)
-    checkpoints = Checkpoints(workdir.model / "checkpoints")
-    for step, loss in ((1, 2.0), (2, 3.0)):
-        params = jax.tree.map(lambda x, step=step: x * step, own["params"])
-        more = dict(optimizer={"count": np.zeros(1)}, metadata={"manifest": own["grammar"].manifest()})
-        checkpoints.save(step, params=params, validation_loss=loss, **more)
-    checkpoints.close()
-    made = {key: configs.plain(config[key]) for key in ("model", "loss")} | {"manifest": own["grammar"].manifest()}
-    made |= fingerprint
-    write_json(workdir.model / "done.json", {"fingerprint": made, "summary": SUMMARY})
-    data = {name: configs.plain(config.data[name]) for name in ("image_size", "resize", "layout", "max_tokens")}
-    write_json(workdir.data / "done.json", {"fingerprint": {"data": data}, "summary": {}})
-    write_json(workdir.config, configs.plain(config))
-    return workdir
+from tests.cli.workdirs import config_of, trained
 
 
 def export(workdir: Workdir, output: Path, *more: str) -> list[str]:
@@ -148,6 +102,21 @@ def test_the_card_has_the_numbers_of_these_weights(tmp_path, capsys):
     for row in ("validation loss | 3.25", "unseen: Sequences that parse | 0.75", "tokenizer validation psnr | 24.5"):
         assert f"| {row} |" in card
     assert 'license: "mine: \\"all | of it\\""\n' in card and '| license | mine: "all \\| of it" |' in card
+
+
+@pytest.mark.parametrize("kind", ["grid", "none", "mute"])
+def test_the_card_names_the_model_and_its_example_runs(tmp_path, monkeypatch, kind):
+    """`mute`: as if the image tokenizer had no decoder."""
+    workdir = trained(tmp_path / "w", "none" if kind == "none" else "grid")
+    if kind == "mute":
+        monkeypatch.setattr("ar_unified.cli.export.draws_none", lambda tokenizer: "it has no decoder")
+    monkeypatch.chdir(tmp_path)
+    assert main(export(workdir, Path("my model"))) == 0
+    card = Path("my model/README.md").read_text()
+    assert "\n# my model\n\nAn autoregressive transformer of 0.0" in card and "experiment `tiny`" in card
+    names = bundles.run_card(card)
+    assert isinstance(names["answer"], str)
+    assert [image.size for image in names.get("images", ())] == [(16, 16)] * (4 if kind == "grid" else 0)
 
 
 def test_the_best_checkpoint_is_exported_when_asked(tmp_path):

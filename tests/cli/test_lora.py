@@ -95,6 +95,10 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     drawn = {row["id"]: row for row in lines}
     assert not any("error" in row for row in drawn.values()) and drawn["none"]["tokens"] != drawn["second"]["tokens"]
 
+    twice = [*ask[:-1], f"mine={tmp_path / 'adapter'}"]
+    words = "adapter 'mine': .*adapter was trained on the bundle with which this workdir's training began.* use it with"
+    refused(arguments("sample", folder, bundle, workdir, *twice), words)
+
     # ---- mismatches are refused
     other = bundles.write(tmp_path / "other", layout="rows")
     refused(
@@ -104,6 +108,13 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     twice = [*ask, f"second={tmp_path}"]
     refused(arguments("sample", folder, bundle, workdir, *twice), "--adapter second: expected each name once")
     refused(arguments("train", folder, bundle, workdir, lora__rank=4), r"lora.rank.*2")
+    without = arguments("train", folder, bundle, workdir, lora__rank=0)
+    refused(without, r"with lora.rank = 2, this run has '\(absent\)'.* repeat --config.lora.rank=2$")
+    for verb, more in {"sample": ask, "evaluate": [], "export": out + [str(tmp_path / "no")]}.items():
+        given = arguments(verb, folder, bundle, workdir, lora__rank=0)
+        refused(
+            given + [each for each in more if each not in given], "config.lora.rank: expected 2, as in the training"
+        )
     moved = ["export", *out, str(tmp_path / "no"), f"--config.init={other.folder}"]
     refused(moved, "expected .* as|config.init: the adapter was trained on bundle")
 

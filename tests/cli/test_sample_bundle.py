@@ -59,7 +59,10 @@ def test_what_goes_with_a_bundle_and_what_does_not(folder: Path, tmp_path: Path)
     refused([*of_bundle, "--requests", str(folder / "prompts.jsonl")], "found no --output")
     of_run = ["sample", "--config", "shapes", "--workdir", str(tmp_path), "--requests", str(folder / "prompts.jsonl")]
     refused([*of_run, "--max-length", "64"], "--max-length does nothing with a workdir, which uses the keys")
-    refused(["sample", "--requests", str(folder / "prompts.jsonl")], "--from BUNDLE; found no --config")
+    refused(
+        ["sample", "--requests", str(folder / "prompts.jsonl")],
+        "expected --workdir DIR of a training, or --from BUNDLE",
+    )
     refused(["sample", "--from", str(tmp_path), *arguments(folder, out)[3:]], "expected a bundle, which has a bundle")
     assert not out.exists()
     refused(arguments(folder, out, "--max-length", "8"), "none of 3 requests .*the engine's max_length is 8")

@@ -393,3 +393,12 @@ def test_what_is_to_be_repeated_is_a_flag_and_only_where_there_was_a_value(tmp_p
     for old, words in [((32, 32), " To go on as before, repeat --config.data.size=(32,32)"), (ABSENT, "")]:
         error = advised(StageMismatch("data.size", "refused.", old), ("data",), experiment.workdir, STAGES)
         assert str(error) == f"refused.{words}"
+    for field, flag in {
+        "lora.rank": "lora.rank=2",  # a fact of some trainings, but a setting too
+        "limit": "evaluation.limit=2",
+        "probe_steps": "evaluation.tokenizer_probe_steps=2",
+        "lora.init": "",  # the record has a hash
+        "manifest.size": "",
+    }.items():
+        error = advised(StageMismatch(field, "refused.", 2), ("data",), experiment.workdir, STAGES)
+        assert str(error) == "refused." + (flag and f" To go on as before, repeat --config.{flag}")

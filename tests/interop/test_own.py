@@ -24,7 +24,9 @@ def exported(tmp_path: Path, layout: str = "grid") -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("layout", ["grid", "rows", "none"])
-def test_the_tokenizer_and_the_card_say_what_the_ids_are(layout: str, tmp_path: Path) -> None:
+def test_the_tokenizer_and_the_card_say_what_the_ids_are(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle, out = exported(tmp_path, layout)
     model = ar_unified.load(bundle)
     vocabulary, theirs = model.vocabulary, tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -36,6 +38,10 @@ def test_the_tokenizer_and_the_card_say_what_the_ids_are(layout: str, tmp_path: 
         assert theirs.token_to_id("<image_7>") == vocabulary.image_offset + 7
         assert f"Code c is id {vocabulary.image_offset} + c" in card
         assert ImageTokenizer.load(out / "image_tokenizer").hash == model.image_tokenizer.hash
+        monkeypatch.chdir(out)
+        names = bundles.run_card(card)
+        black = model.detokenize_image(np.zeros((model.grammar.layout.height, model.grammar.layout.width), np.int32))
+        np.testing.assert_array_equal(names["pixels"], black[None])
     assert ("<size_h>" in card) == (layout == "rows") and ("## Images" in card) == (layout != "none")
 
 

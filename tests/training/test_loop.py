@@ -171,13 +171,19 @@ def test_muon_is_resumed_bit_for_bit_and_on_another_mesh(tmp_path):
 
 
 def test_the_checkpoint_says_what_it_is(tmp_path):
+    lines: list[str] = []
     with pytest.raises(Killed):
-        own = dict(compiler_options=("xla_backend_optimization_level=0",))
+        own = dict(compiler_options=("xla_backend_optimization_level=0",), logger=lines.append)
         tiny.run(tmp_path, manifest=tiny.VOCABULARY.manifest(), task=tiny.task(batch=dying(4)), **own)
     stored = Checkpoints(tmp_path / "checkpoints", readonly=True).metadata()
     assert stored["step"] == 3 and stored["model"]["d_model"] == 32 and stored["training"]["steps"] == 8
     options = compiler_options(make_mesh(), ("xla_backend_optimization_level=0",), tiny.MODEL.dtype)
     assert stored["compiler_options"] == options and options["xla_backend_optimization_level"] == "0"
+    assert len(options) > 1, "one of them is ours"
+    (line,) = [line for line in lines if "xla_" in line]
+    assert line.endswith("compiled with training.compiler_options xla_backend_optimization_level=0"), (
+        "no option of ours"
+    )
     other = dataclasses.replace(tiny.VOCABULARY, text_size=41).manifest()
     with pytest.raises(ManifestMismatch, match="'text_size': this run has 41, checkpoint checkpoints/3 has 40"):
         tiny.run(tmp_path, manifest=other)
