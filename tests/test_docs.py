@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from ar_tokenizers.image import quantizers
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -27,12 +26,9 @@ from ar_unified.cli.arguments import parser_of
 from ar_unified.cli.main import VERBS
 from ar_unified.data import files as data_files
 from ar_unified.data import images, sizes, videos
-from ar_unified.data.sources import kind_of, open_source, rows, text_files
-from ar_unified.errors import UserError
-from ar_unified.evaluation.right_answers import PROTOCOLS
+from ar_unified.data.sources import kind_of, rows, text_files
 from ar_unified.experiment import settings
 from ar_unified.experiment.config import defaults, load, pick
-from ar_unified.interop import IMAGE_SYSTEMS, SYSTEMS
 from ar_unified.language.document import Document, ImagePart
 from ar_unified.language.rows import document_from_json
 from ar_unified.model.lora import LoraConfig
@@ -313,62 +309,6 @@ def test_every_kind_of_error_has_its_cure():
         grown = {name for name, bases in classes if bases & kinds} - kinds
         kinds |= grown
     assert len(kinds) > 15 and not [kind for kind in sorted(kinds) if f"`{kind}`" not in text]
-
-
-def stems(pattern: str) -> list[str]:
-    return [path.stem for path in ROOT.glob(pattern) if not path.stem.startswith("_")]
-
-
-def kinds_of_data() -> list[str]:
-    with pytest.raises(UserError) as refused:
-        open_source(dict(kind="none"))
-    return re.findall(r"'(\w+)'", str(refused.value).partition("; found")[0])
-
-
-# What can be added -> the files that name each one, so that a reader finds it; docs/extending.md tells this.
-LISTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "a quantizer": (
-        [*quantizers.NAMES],
-        (
-            "README.md",
-            "docs/image_tokenizers.md",
-            "tokenizers/ar_tokenizers/image/quantizers/__init__.py",
-        ),
-    ),
-    "a recipe of an image tokenizer": (stems("experiments/image_tokenizers/*.py"), ("docs/image_tokenizers.md",)),
-    "a kernel": (stems("ar_unified/kernels/*"), ("ar_unified/kernels/__init__.py",)),
-    "a kind of data": (kinds_of_data(), ("docs/data.md",)),
-    "a protocol": ([*PROTOCOLS], ("docs/evaluation.md",)),
-    "a published system": ([*SYSTEMS, *IMAGE_SYSTEMS], ("docs/published_weights.md",)),
-    "a verb": ([*VERBS], ("docs/workdirs.md",)),
-}
-
-
-@pytest.mark.parametrize("kind", LISTS)
-def test_what_can_be_added_is_named_where_it_is_looked_for(kind):
-    named, places = LISTS[kind]
-    told = {place: (ROOT / place).read_text(encoding="utf-8") for place in places}
-    if kind == "a quantizer":  # other words of the module are no list
-        told[places[2]] = ast.get_docstring(ast.parse(told[places[2]])) or ""
-    missing = [
-        f"{place}: {name}"
-        for place in places
-        for name in named
-        if not re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", told[place], re.IGNORECASE)
-    ]
-    assert named and not missing
-
-
-@pytest.mark.parametrize("file", ["tests/tokenizers/test_quantizers.py", "experiments/benchmarks/quantizers.py"])
-def test_an_added_quantizer_is_tested_and_compared(file):
-    text = (ROOT / file).read_text(encoding="utf-8")
-    assert not [name for name in quantizers.NAMES if f'quantizer="{name}"' not in text]
-
-
-def test_every_experiment_is_on_a_page():
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name not in UNVISITED)
-    scripts = [*stems("experiments/*.py"), *stems("experiments/benchmarks/*.py"), *stems("experiments/published/*.py")]
-    assert len(scripts) > 25 and not [name for name in scripts if name not in text]
 
 
 def test_limits_that_the_page_of_ones_own_data_names_are_those_of_the_code():

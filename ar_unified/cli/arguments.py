@@ -83,13 +83,8 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workdir",
-        type=_path,
-        metavar="DIR",
-        default="workdirs/shapes",
-        help="where the results are written (%(default)s)",
-    )
+    told = "where the results are written (%(default)s)"
+    parser.add_argument("--workdir", type=_path, metavar="DIR", default="workdirs/shapes", help=told)
     parser.set_defaults(config=_config("shapes"))
     _many_processes(parser)
 
