@@ -58,7 +58,7 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
     with monkeypatch.context() as patch:
         patch.setattr(PackedBatches, "batch", out_of_memory)
         assert run("train", folder, changed) == 3
-    assert "a larger training.accumulation (now 1)" in capsys.readouterr().err
+    assert "Try model.remat=full or a smaller loss.chunk (now 1024)" in capsys.readouterr().err
     cheap: dict[str, Any] = dict(model__remat="full", training__accumulation=2, loss__chunk=64)
     assert run("train", folder, changed, **cheap) == 0
     ours, theirs = ([row["loss"] for row in read_metrics(path / "model/metrics.jsonl")] for path in (changed, whole))
