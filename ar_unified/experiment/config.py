@@ -1,8 +1,8 @@
 """The one description of an experiment: what every key means, and how a config file is read.
 
 An experiment file defines `get_config(arg=None)`, takes `defaults()` and changes what it needs. On the command line
-`--config experiments/folder.py:path=DIR` passes `path=DIR` to it and `--config.training.steps=100` changes one key.
-A config file is Python code, and runs because you named it; a config's values are never evaluated as code.
+`--config experiments/folder.py:path=DIR` passes `path=DIR` to it and `--config.training.steps=100` changes one key. The
+file is Python code, and runs because you named it; a config's values are never evaluated as code.
 """
 
 from __future__ import annotations
@@ -264,9 +264,10 @@ def _tuples(value: Any) -> Any:
 
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """The locked config with "--config.key=value" applied. Raises UserError like `load`."""
-    for override in overrides:
-        require_known(config, override.removeprefix("--config.").partition("=")[0])
-    values, argv = flags.FlagValues(), ["ar-unified", *overrides]
+    last = {override.partition("=")[0]: override for override in overrides}  # else a tuple given twice is both joined
+    for key in last:
+        require_known(config, key.removeprefix("--config."))
+    values, argv = flags.FlagValues(), ["ar-unified", *last.values()]
     try:
         config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv, flag_values=values)
         values(argv)
@@ -274,15 +275,14 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(of_override(config, str(error))) from error
     _require_form(config)
     for key in FILES:
+        section, _, name = key.rpartition(".")
         with about(f"config.{key}"):
-            section, _, name = key.rpartition(".")
-            part = config[section] if section else config
-            part[name] = home(part[name])
+            at(config, section)[name] = home(at(config, key))
     return values.config
 
 
 def _from_file(path: str, arg: str | None) -> ConfigDict:
-    """Returns what `get_config` of a Python file returns."""
+    """What `get_config` of a Python file returns."""
     if not Path(path).is_file():
         beside = [str(other) for other in Path(path).parent.glob("*.py")]
         raise UserError(f"config {path}: no such file{nearest(path, beside)}")

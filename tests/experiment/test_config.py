@@ -41,6 +41,13 @@ def test_an_override_changes_one_key_and_a_wrong_one_is_refused():
         configs.load(file, ["--config.training.steps=many"])
 
 
+def test_of_a_key_that_is_given_twice_the_last_value_counts():
+    shapes = str(ROOT / "experiments" / "shapes.py")
+    twice = [f"--config.data.image_size={size}" for size in ("(32,32)", "(64,48)")]
+    assert configs.load(shapes, twice).data.image_size == (64, 48)
+    assert configs.load(shapes, ["--config.training.steps=5", *twice, "--config.training.steps=7"]).training.steps == 7
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_image_tokenizer_takes_a_preset(preset):
     config = configs.defaults()
