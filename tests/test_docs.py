@@ -26,10 +26,11 @@ from ar_unified.cli.arguments import parser_of
 from ar_unified.cli.main import VERBS
 from ar_unified.data.sources import kind_of
 from ar_unified.experiment import settings
-from ar_unified.experiment.config import defaults, load
+from ar_unified.experiment.config import defaults, load, pick
 from ar_unified.language.document import Document, ImagePart
 from ar_unified.language.rows import document_from_json
 from ar_unified.model.lora import LoraConfig
+from ar_unified.training.optimizer import OptimizerConfig, learning_rate
 from ar_unified.training.rates import read_rate
 from tests import adapters, bundles, published_bundles
 from tests.sources import files, tree
@@ -176,7 +177,8 @@ def check_config(file: str | None, overrides: list[str]) -> None:
     file = file.replace("experiments/shapes.py:", "shapes:")
     if file in ("$C",):
         return
-    load(file, keys)
+    training = load(file, keys).training
+    learning_rate(pick(OptimizerConfig, training), training.steps)  # raises if the warm-up is too long for the steps
 
 
 @pytest.mark.parametrize("text", snippets("jsonl"))

@@ -184,7 +184,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         nargs="+",
         type=_named,
-        help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME',
+        help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME, or all use the only one',
     )
     parser.add_argument("--layout", choices=BENCHMARKS, help="also write the images in the form that a benchmark reads")
     parser.add_argument("--n", type=_count, metavar="N", help="samples for each request that gives no number (1)")

@@ -16,7 +16,8 @@ After an interruption, the same command continues. Many processes can share a jo
 requests. Processes that start together divide the requests among themselves; others need --part K/N. The number of
 processes may change. --layout also writes the images into OUTPUT/LAYOUT in the form that a benchmark reads. Without
 --requests, --layout does this for the samples that are already in the output folder, even if the job is still running.
---adapter loads LoRA adapters; each request may name one of them.
+--adapter loads LoRA adapters, and each request may name one of them. If there is one and no request names any, all
+requests are drawn with it.
 
 A bundle, exported or imported, needs no workdir. It is sampled with its own settings, as its authors published them:
   ar-unified sample --from BUNDLE --requests prompts.jsonl --output out

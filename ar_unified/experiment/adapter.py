@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,17 @@ def require_base(bundle: Bundle, trained: Any) -> None:
             f"config.init: the adapter was trained on bundle {str(trained)[:12]}, found {bundle.hash[:12]} in "
             f"{bundle.folder}: name the bundle that the training began with"
         )
+
+
+def require_not_begun_with(adapters: Mapping[str, Adapter], trained: Any) -> None:
+    """Raises UserError for an adapter of the bundle that the training began with, because the trained model is another
+    one: after a training of an adapter, it even has that adapter already. `trained` is as in `require_base`."""
+    for name, adapter in adapters.items():
+        if adapter.base and adapter.base == trained:
+            raise UserError(
+                f"adapter {name!r:.80}: {adapter.folder} was trained on the bundle with which this workdir's training "
+                "began, not on its trained model: use it with --from and that bundle, the workdir's config.init"
+            )
 
 
 class First(NamedTuple):

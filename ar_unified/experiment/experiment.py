@@ -27,7 +27,7 @@ from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
-from ar_unified.experiment.adapter import in_base, require_base
+from ar_unified.experiment.adapter import in_base, require_base, require_not_begun_with
 from ar_unified.experiment.changes import Training, changeable, repeated, require_extensible
 from ar_unified.history import Changeable
 from ar_unified.language.extension import new_ids, rows_of
@@ -391,6 +391,8 @@ class Experiment:
     def use_adapters(self, folders: Mapping[str, str]) -> None:
         """Sets the adapters, by name, that requests may use. Call it before `engine`. Raises UserError."""
         self._adapters = read_adapters(folders, self.model)
+        if self._adapters:
+            require_not_begun_with(self._adapters, self.trained().get("init"))
 
     @cached_property
     def engine(self) -> Engine:

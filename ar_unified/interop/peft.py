@@ -72,6 +72,7 @@ class Adapter(NamedTuple):
         rows: the adapter's own rows of the tables "embedding" and "head" (`token_rows`), if any; a tied head uses the
             embedding's rows.
         vocabulary: the hash of the language that the rows' ids belong to; "" if the adapter does not name it.
+        base: the hash of the bundle that the adapter was trained on; "" if the adapter does not name it.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Adapter(NamedTuple):
     hash: str
     rows: Mapping[str, TokenRows] = MappingProxyType({})
     vocabulary: str = ""
+    base: str = ""
 
 
 class _Settings(NamedTuple):
@@ -124,15 +126,16 @@ def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     settings = _settings(folder, said)
     weights = _weights(folder)
     header = _header(weights)
-    if bases and (found := header.get(_BASE, "")) and found not in bases:
-        raise UserError(f"{folder}: the adapter was trained on bundle {found[:12]}, not on this model, {bases[0][:12]}")
+    base = header.get(_BASE, "")
+    if bases and base and base not in bases:
+        raise UserError(f"{folder}: the adapter was trained on bundle {base[:12]}, not on this model, {bases[0][:12]}")
     digest = hashlib.sha256((folder / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
     source = open_source(weights)
     pairs = _pairs(folder, source, config, settings)
     rows = token_rows.read(folder, source, said.get(token_rows.KEY), config.d_model)
     if "head" in rows and config.tie_embeddings:
         raise UserError(f"{folder}: {token_rows.KEY}: expected no lm_head, because this model's head is its embedding")
-    return Adapter(folder, *pairs, digest, rows, header.get(token_rows.VOCABULARY, ""))
+    return Adapter(folder, *pairs, digest, rows, header.get(token_rows.VOCABULARY, ""), base)
 
 
 def bases(bundle: Bundle) -> tuple[str, ...]:

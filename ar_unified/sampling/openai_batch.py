@@ -11,6 +11,7 @@ Images are data: URLs or files (`data.files`).
     modalities                      ["text"]: mode "text"; ["image"]: mode "image"; both, or no such key: mode "free"
     size                            image_size; "auto": the same as no image_size
     metadata                        meta
+    model                           the adapter of this name, if it was loaded (sample --adapter); otherwise ignored
     keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
 
 A key without a counterpart in this list is accepted only with a value that changes nothing ("frequency_penalty": 0).

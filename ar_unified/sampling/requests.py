@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,49 @@ def read_requests(
             hint = f" (settings have other names: {_shown(called)})" if called else ""
             warn(f"{path}: columns that are no settings are kept in meta: {_shown(own)}{hint}")
     return lines
+
+
+def choose_adapters(
+    lines: Sequence[Line], names: Collection[str], warn: Callable[[str], object]
+) -> tuple[list[Line], dict[str, Json]]:
+    """Gives the requests their adapters. `names` are the loaded ones.
+
+    The "model" of a line of an OpenAI batch may be the name of an adapter. If one adapter is loaded and no request
+    names any, all requests get it, because otherwise it would have been loaded in vain. `warn` is called with what was
+    not named.
+
+    Returns the lines, and {"adapter": NAME} if all requests got the same one in this way, else {}.
+
+    Raises RequestError if several adapters are loaded and no request names any.
+    """
+    if not names:
+        return list(lines), {}
+    found = [_adapted(line, line.batch.model) if line.batch and line.batch.model in names else line for line in lines]
+    asked = [line.request for line in found if line.request]
+    named = Counter(request.adapter for request in asked)
+    without = named.pop("", 0)
+    several = ", ".join(repr(name) for name in names)
+    if asked and not named:
+        if len(names) > 1:
+            raise RequestError(
+                f'adapter: expected requests that name one of {several}, found none: add "adapter": NAME to a line, or '
+                "a column adapter to a table; or load only one adapter, which all requests then use"
+            )
+        (name,) = names
+        warn(f"no request names an adapter, so all are drawn with {several}")
+        return [_adapted(line, name) for line in found], {"adapter": name}
+    if idle := [repr(name) for name in names if name not in named]:
+        warn(f"adapter {', '.join(idle)}: loaded, but no request names it")
+    if without:
+        warn(f"{without} of {len(asked)} requests name no adapter and are drawn with the plain model")
+    return found, {}
+
+
+def _adapted(line: Line, name: str) -> Line:
+    """The line with this adapter, unless it has an error or names another."""
+    if line.request is None or line.request.adapter:
+        return line
+    return replace(line, request=replace(line.request, adapter=name))
 
 
 def _shown(names: Iterable[str]) -> str:

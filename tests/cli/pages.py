@@ -142,7 +142,7 @@ RUN = [
     page("your_data", DIR="mine", FILE="experiments/folder.py:path=mine"),
     page("data", "sets", PATH="mine", DIR="sets"),
     page("data_checks", "shapes", DIR="mine", names={"workdirs/mine/data": "workdirs/shapes/data"}),
-    page("sampling", "shapes", "bundle", BUNDLE="bundle", rows="prompts.jsonl"),
+    page("sampling", "shapes", "bundle", "adapter", BUNDLE="bundle", rows="prompts.jsonl"),
     page("evaluation", "shapes", "bundle", PHOTOGRAPHS="mine", BUNDLE="bundle", PATH="mine", **SHAPES_RUN),
     page("tuning", "emu3", DIR="mine", keys=PUBLISHED, names=PLANNED),
     page("planning", names=PLANNED),
@@ -158,6 +158,7 @@ RUN = [
         LLM="llm",
         FOLDER="tokenizer",
         DIR="mine",
+        names={"--config.training.warmup_steps=5": "--config.training.warmup_steps=0"},  # for fewer steps
     ),
     page("rewards", "shapes", "bundle", BUNDLE="bundle", **SHAPES_RUN, names=PLANNED),
     page(

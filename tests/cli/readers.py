@@ -20,6 +20,9 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from safetensors.numpy import save_file
 
+from ar_unified.bundle import Bundle
+from ar_unified.model.lora import LoraConfig
+from tests import adapters
 from tests.bundles import fresh
 from tests.cli import test_from_llm, test_mixture, test_text_alone
 from tests.cli.conftest import ROOT
@@ -82,6 +85,11 @@ def tokenizer(here: Path) -> None:
     """The folder of an image tokenizer that was never trained."""
     config = AutoencoderConfig(width=8, blocks=(0, 0, 1))
     ImageTokenizer(config, fresh(autoencoder.init, config, 0)).save(here / "tokenizer")
+
+
+def adapter(here: Path) -> None:
+    """An adapter of the reader's bundle."""
+    adapters.write(here / "adapters" / "sketch", Bundle(here / "bundle"), LoraConfig(rank=2, alpha=4.0))
 
 
 def llm(here: Path) -> None:
@@ -189,7 +197,8 @@ def pickled(path: Path, tree: dict[str, Any]) -> None:
 
 
 HAS: dict[str, Callable[[Path], None]] = {
-    each.__name__: each for each in (pairs, emu3, sets, book, words, results, tokenizer, llm, qwen, chameleon, llamagen)
+    each.__name__: each
+    for each in (pairs, emu3, sets, book, words, results, tokenizer, adapter, llm, qwen, chameleon, llamagen)
 }
 
 

@@ -95,6 +95,10 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     drawn = {row["id"]: row for row in lines}
     assert not any("error" in row for row in drawn.values()) and drawn["none"]["tokens"] != drawn["second"]["tokens"]
 
+    twice = [*ask[:-1], f"mine={tmp_path / 'adapter'}"]
+    words = "adapter 'mine': .*adapter was trained on the bundle with which this workdir's training began.* use it with"
+    refused(arguments("sample", folder, bundle, workdir, *twice), words)
+
     # ---- mismatches are refused
     other = bundles.write(tmp_path / "other", layout="rows")
     refused(

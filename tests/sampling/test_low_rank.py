@@ -230,6 +230,41 @@ def test_a_job_takes_the_adapter_of_a_row_and_knows_which_it_had(tmp_path) -> No
         run(other)
 
 
+def test_one_adapter_that_no_request_names_is_for_all_and_what_is_not_named_is_said(tmp_path) -> None:
+    text = {"content": [{"type": "text", "text": "ab"}], "mode": "text", "max_tokens": 6, "seed": 1}
+
+    def run(names: str, *rows: object, to: str = "") -> tuple[dict[str, dict], list[str]]:
+        path, said = tmp_path / "rows.jsonl", []
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        several = engine(GRAMMAR, random_params(), adapters={name: beside()[name] for name in names})
+        options = dict(defaults={"text": {"temperature": 0.0}}, show_progress=False, warn=said.append)
+        out = tmp_path / (to or f"out{len(list(tmp_path.iterdir()))}")
+        run_job(several, CodesAlone(24), path, out, **options)
+        return {row["id"]: row for row in map(json.loads, (out / "samples.jsonl").read_text().splitlines())}, said
+
+    mixed, said = run("ab", text | {"id": "plain"}, text | {"id": "a", "adapter": "a"})
+    assert mixed["plain"]["tokens"] != mixed["a"]["tokens"]
+    assert said == [
+        "adapter 'b': loaded, but no request names it",
+        "1 of 2 requests name no adapter and are drawn with the plain model",
+    ]
+    assert run("ab", text | {"adapter": "a"}, text | {"adapter": "b"})[1] == []
+    alone, said = run("a", text | {"id": "x"}, to="alone")
+    assert alone["x"]["tokens"] == mixed["a"]["tokens"] and alone["x"]["adapter"] == "a"
+    assert said == ["no request names an adapter, so all are drawn with 'a'"]
+    assert run("", text | {"id": "x"})[0]["x"]["tokens"] == mixed["plain"]["tokens"], "no adapter, and nothing to say"
+    with pytest.raises(RequestError, match='expected requests that name one of .a., .b., found none: add "adapter": N'):
+        run("ab", text, text)
+    manifest = tmp_path / "alone" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"adapter": "a"', '"n": 1'))  # as of a version that drew without
+    with pytest.raises(JobMismatch, match="defaults.adapter = '.absent.', this one has 'a'"):
+        run("a", text | {"id": "x"}, to="alone")
+    body = {"model": "a", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 6, "modalities": ["text"]}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    batch, said = run("ab", line | {"custom_id": "x"}, line | {"custom_id": "y", "body": body | {"model": "none"}})
+    assert batch["x"]["adapter"] == "a" and "adapter" not in batch["y"] and len(said) == 2
+
+
 def test_a_bundle_is_loaded_with_adapters_from_folders(tmp_path) -> None:
     bundle = bundles.write(tmp_path / "bundle")
     lora = LoraConfig(rank=2, alpha=4.0)
