@@ -99,8 +99,7 @@ def run_job(
     """Serves every request of a file (`sampling.formats` lists the formats), except samples that are done already.
 
     Args:
-        engine: its grammar must fit `image_tokenizer`. If it has one adapter and no request names any, all requests get
-            it (`requests.choose_adapters`).
+        engine: its grammar must fit `image_tokenizer`. `requests.choose_adapters` says how its adapters are used.
         requests: the file, or several files.
         output: the folder, made if it is missing.
         defaults: values for settings that a request does not give, with the keys of a request.
@@ -116,8 +115,7 @@ def run_job(
         JobMismatch: if `output` has a job with other requests, weights, tokenizers, defaults or engine shape (the batch
             size may differ).
         JobBusy: if another process writes to the same files.
-        RequestError: if `defaults` are wrong, a file of requests is broken or empty, or the engine has several adapters
-            and no request names any.
+        RequestError: if `defaults` are wrong, a file of requests is broken or empty, or no adapter of several is named.
         OSError: if reading or writing fails (a full disk). Finished samples stay; the same call continues from them.
         ValueError: if samples.jsonl contains a line that no job wrote.
     """
@@ -128,9 +126,7 @@ def run_job(
     output = Path(output)
     lines = read_requests(paths, cells=image_tokenizer, defaults=defaults, links=links, warn=warn)
     lines, adapter = choose_adapters(lines, engine.adapter_hashes, warn)
-    given = dict(defaults or {}) | ({"adapter": adapter} if adapter else {})
-    _begin(output, _manifest(engine, paths, given, weights), mend=rank == 0)
-    resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
+    _begin(output, _manifest(engine, paths, dict(defaults or {}) | adapter, weights), mend=rank == 0)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
     if storage.is_mirrored(output):  # the lock of `open_shard` is on a local file, which other machines cannot see
         own(output / shard_name(rank, count))
@@ -225,7 +221,7 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, J
         "vocabulary": engine.grammar.manifest(),
         "weights": weights,
         "requests": fingerprint(requests),
-        "defaults": dict(defaults),
+        "defaults": defaults,
         "engine": {
             "batch_size": engine.batch_size,
             "max_length": engine.max_length,
@@ -275,8 +271,11 @@ class _Ready(NamedTuple):
 class _Preparation:
     """Gives requests their parts, or an error. It reads and encodes images, and writes them to the folder."""
 
-    def __init__(self, engine: Engine, tokenizer: ImageCodec, resize: Callable[[np.ndarray], np.ndarray], output: Path):
-        self._engine, self._tokenizer, self._resize, self._output = engine, tokenizer, resize, output
+    def __init__(
+        self, engine: Engine, tokenizer: ImageCodec, resize: Callable[[np.ndarray], np.ndarray] | None, output: Path
+    ):
+        self._engine, self._tokenizer, self._output = engine, tokenizer, output
+        self._resize = resize or default_resize(engine.grammar.layout, tokenizer)
 
     def __call__(self, lines: Sequence[Line]) -> list[_Ready]:
         opened = [self._open(line) for line in lines]

@@ -164,19 +164,19 @@ def read_requests(
 
 def choose_adapters(
     lines: Sequence[Line], names: Collection[str], warn: Callable[[str], object]
-) -> tuple[list[Line], str]:
+) -> tuple[list[Line], dict[str, Json]]:
     """Gives the requests their adapters. `names` are the loaded ones.
 
     The "model" of a line of an OpenAI batch may be the name of an adapter. If one adapter is loaded and no request
     names any, all requests get it, because otherwise it would have been loaded in vain. `warn` is called with what was
     not named.
 
-    Returns the lines, and the name of the adapter that all requests got; "" if they have their own, or none.
+    Returns the lines, and {"adapter": NAME} if all requests got the same one in this way, else {}.
 
     Raises RequestError if several adapters are loaded and no request names any.
     """
     if not names:
-        return list(lines), ""
+        return list(lines), {}
     found = [_adapted(line, line.batch.model) if line.batch and line.batch.model in names else line for line in lines]
     asked = [line.request for line in found if line.request]
     named = Counter(request.adapter for request in asked)
@@ -190,12 +190,12 @@ def choose_adapters(
             )
         (name,) = names
         warn(f"no request names an adapter, so all are drawn with {several}")
-        return [_adapted(line, name) for line in found], name
+        return [_adapted(line, name) for line in found], {"adapter": name}
     if idle := [repr(name) for name in names if name not in named]:
         warn(f"adapter {', '.join(idle)}: loaded, but no request names it")
     if without:
         warn(f"{without} of {len(asked)} requests name no adapter and are drawn with the plain model")
-    return found, ""
+    return found, {}
 
 
 def _adapted(line: Line, name: str) -> Line:
