@@ -172,11 +172,11 @@ class Bundle:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._inside = Folder(self.folder)
-        if not self.folder.is_dir():
+        if not self.folder.exists():
             raise BundleError(f"{self.folder}: expected the folder of a bundle, found no such folder")
         if not (self.folder / BUNDLE).exists():
             more = recognised(self.folder) or "has none"
-            raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; this folder {more}")
+            raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; it {more}")
         record = self._json(BUNDLE)
         if (found := record.get("version")) != VERSION or isinstance(found, bool):
             raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another release wrote it")

@@ -31,26 +31,31 @@ def recognised(path: Path, system: str = "", *, model: bool = True) -> str:
       system: the `--as` of an import. A config.json that may belong to this system needs no explanation.
       model: whether a model was expected; if not, its config.json is not looked at.
     """
-    folder = path if path.is_dir() else path.parent
     if not path.exists():
         return ""
+    folder = path if path.is_dir() else path.parent
     names = {each.name for each in path.iterdir()} if path.is_dir() else {path.name}
+    if not names:
+        return "is empty"
     if pointer := next(_pointers(folder, names), None):
         return f"has only a pointer of Git LFS for {pointer}, not its content: run `git lfs pull` there"
     if "bundle.json" in names:
         return f"is a bundle already: sample, evaluate and train take it as --from {path} or init={path}"
     if {"text_tokenizer", "model"} <= names:
         return f"is a workdir: `ar-unified export --workdir {path} --output BUNDLE` makes a bundle of it"
+    if "language.json" in names:
+        return "is a part of a bundle, without its bundle.json: copy the whole bundle again"
     if {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} & names:
         return "is a checkpoint of Orbax: name the workdir that it is in"
     if "adapter_config.json" in names and "config.json" not in names:
         return f"is a LoRA adapter: `ar-unified sample --from BUNDLE --adapter NAME={path}` uses it"
-    if "weights.safetensors" in names:
+    if {"weights.safetensors", "config.json"} <= names:
         return f"is an image tokenizer of this project: --config.image_tokenizer.model={path} uses it"
-    if gguf := _ending(names, ".gguf"):
-        return f"has {gguf}, a GGUF file, which is not read: download the .safetensors files of the same model"
     # LWM's files are streams without an ending.
-    if (pickled := _ending(names, *PICKLED)) and not _ending(names, ".safetensors") and "params" not in names:
+    weights = _ending(names, ".safetensors") or "params" in names
+    if (gguf := _ending(names, ".gguf")) and not weights:
+        return f"has {gguf}, a GGUF file, which is not read: download the .safetensors files of the same model"
+    if (pickled := _ending(names, *PICKLED)) and not weights:
         return (
             f"has no .safetensors files, and {pickled} is pickled: convert it with "
             f"`ar-unified convert-pickle --from {path / pickled if path.is_dir() else path} --output FOLDER` first"
@@ -58,9 +63,27 @@ def recognised(path: Path, system: str = "", *, model: bool = True) -> str:
     return _published(path, names, system) if model else ""
 
 
+def unknown_family(folder: Path) -> str:
+    """The `model_type` of a folder's config.json if it is not in FAMILIES; otherwise ""."""
+    kind = str((_json(folder / "config.json") or {}).get("model_type") or "")
+    return "" if kind.lower() in FAMILIES else kind
+
+
+def no_workdir(folder: Path) -> str:
+    """What is in a folder that was named as a workdir, if it is the folder of a model; otherwise ""."""
+    if (folder / "bundle.json").exists():
+        return f"is a bundle: name it with --from, or begin a training with --config.init={folder}"
+    if "model_type" in (_json(folder / "config.json") or {}):
+        return _published(folder, {"config.json"}, "")
+    return ""
+
+
 def _published(path: Path, names: set[str], system: str) -> str:
     """What a config.json of the library transformers says."""
-    if "config.json" not in names or not path.is_dir():
+    if path.is_file():
+        weights = system == "lwm" or (system and path.suffix == ".safetensors")
+        return "" if weights else "is a single file: name its folder"
+    if "config.json" not in names:
         return ""
     config = _json(path / "config.json")
     if config is None:

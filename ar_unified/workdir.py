@@ -36,6 +36,7 @@ from ar_unified import history, storage
 from ar_unified.errors import UserError
 from ar_unified.history import Changeable
 from ar_unified.manifests import Changes, Json, Mismatch, flat
+from ar_unified.recognised import no_workdir
 
 # For a workdir in an object store: folders with files that are downloaded one by one when they are opened, and folders
 # that are not mirrored, because Orbax writes checkpoints into the store itself and TFDS can make its data sets again.
@@ -48,13 +49,15 @@ def opened(path: str) -> Iterator[Path]:
     """A context that gives a workdir as a local folder. If `path` is the URL of an object store, the local folder is
     its mirror; otherwise it is the path itself.
 
-    When it ends, everything that was written is in the store. Raises UserError, for example if a file is in the way,
-    storage.StoreRefused, storage.StoreFailed.
+    When it ends, everything that was written is in the store. Raises UserError (also if a file is in the way, or the
+    folder is a bundle or a published model), storage.StoreRefused, storage.StoreFailed.
     """
     if not storage.is_url(path):
         for part in (Path(path), *Path(path).parents):
             if part.exists() and not part.is_dir():
                 raise UserError(f"--workdir {path}: expected a folder; found the file {part}")
+        if why := no_workdir(Path(path)):
+            raise UserError(f"--workdir {path}: expected a workdir; this folder {why}")
         yield Path(path)
         return
     with storage.mirrored(path, lazy=_LAZY, kept=_KEPT) as root:

@@ -28,7 +28,7 @@ from ar_unified.interop.image_tokenizer import import_tokenizer
 from ar_unified.interop.importing import card, import_model
 from ar_unified.interop.systems import OPEN
 from ar_unified.model.config import parameter_count
-from ar_unified.recognised import recognised
+from ar_unified.recognised import recognised, unknown_family
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -56,9 +56,15 @@ def _explained(arguments: argparse.Namespace) -> Iterator[None]:
         yield
     except UserError as error:
         for flag, path in _paths(arguments):
+            if str(path if path.is_dir() else path.parent) not in str(error):
+                continue  # the error is about something else
             model = flag == "--from" and arguments.system not in IMAGE_SYSTEMS
             if why := recognised(path, arguments.system, model=model):
                 raise UserError(f"{flag} {path}: it {why}") from error
+            # Some publishers give their model a name of its own, so this alone is no reason to refuse it.
+            if model and (kind := unknown_family(path)) and repr(kind) not in str(error):
+                more = f"its config.json has model_type {kind!r:.40}, which is of none of the systems that import knows"
+                raise UserError(f"{error}; {more}") from error
         raise
 
 

@@ -102,7 +102,13 @@ def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     found = read_json(path).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise UserError(f"{path}: weight_map: expected the file of each tensor, found {found!r:.80}")
-    return {file: inside(folder, file) for file in sorted(set(found.values()))}, found
+    files = sorted(set(found.values()))
+    if missing := [file for file in files if not (folder / file).exists()]:
+        raise UserError(
+            f"{path}: expected all {len(files)} files that it names, found {len(files) - len(missing)}: the download "
+            f"is not complete, for example {missing[0]!r:.80} is missing"
+        )
+    return {file: inside(folder, file) for file in files}, found
 
 
 class _Place(NamedTuple):

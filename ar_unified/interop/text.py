@@ -1,4 +1,5 @@
-"""Plain language models in transformers' form: Llama, Qwen2, Qwen3 and Gemma."""
+"""Plain language models in transformers' form: Llama, Qwen2, Qwen3 and Gemma. A text model that was trained here and
+exported (`own`) is such a Llama or Qwen3, with our own control tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from ar_unified.errors import UserError
 from ar_unified.interop import hf_config
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import GEMMA, LLAMA, QWEN2, QWEN3, Family
-from ar_unified.interop.ids import Language, language
+from ar_unified.interop.ids import PLAIN, Language, language
 from ar_unified.interop.keys import HF
 from ar_unified.interop.published import Published, check_tensors
+from ar_unified.interop.sources import read_json
+from ar_unified.language.syntax import TEXT_ALONE
+from ar_unified.language.vocabulary import CONTROLS
 from ar_unified.model.config import TransformerConfig
 
 # Tokens for a document's beginning and end, and for padding: the first of these names that the tokenizer has. Qwen has
@@ -25,6 +29,7 @@ _MARKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "qwen": {"bos": ("<|endoftext|>",), "eos": ("<|im_end|>",)},
     "gemma": {"bos": ("<bos>",), "eos": ("<eos>",), "pad": ("<pad>",)},
 }
+_OURS = {control: (f"<{control}>",) for control in CONTROLS}  # in a tokenizer.json that an export here has written
 PLAIN_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 _LENGTH = 4096  # default maximum number of tokens of a prompt and its answer together
 
@@ -52,9 +57,16 @@ def _open(files: Files, system: str, families: Mapping[str, Family]) -> Publishe
         raise UserError(f"{where}: model_type: expected {' or '.join(families)}, found {kind!r:.40}")
     family = families[kind]
     config = hf_config.read(files.config, family, where)
+    beside = files.folder / "added_tokens.json"
+    if "<image_0>" in files.names or (beside.exists() and "<image_0>" in read_json(beside)):
+        raise UserError(
+            f"{where}: expected a model of text alone, found one with images that ar_unified exported: these files do "
+            "not say how images are laid out, so use the bundle that was exported"
+        )
+    ours = all(name in files.names for names in _OURS.values() for name in names)
     marks = {
         control: next((files.names[name] for name in names if name in files.names), None)
-        for control, names in _MARKS[system].items()
+        for control, names in (_OURS if ours else _MARKS[system]).items()
     }
     found = {control: id for control, id in marks.items() if id is not None}
     if absent := [control for control in ("bos", "eos") if control not in found]:
@@ -62,7 +74,7 @@ def _open(files: Files, system: str, families: Mapping[str, Family]) -> Publishe
         raise UserError(
             f"{files.text_file}: expected a token {expected}, found none. Check that --as names the right system"
         )
-    ids = language(config.vocab_size, files.text_ids, found)
+    ids = language(config.vocab_size, files.text_ids, found, TEXT_ALONE if ours else PLAIN)
     return without_images(files, system, config, ids)
 
 

@@ -98,7 +98,7 @@ def test_what_does_not_go_with_it_is_told_by_its_key(folder: Path, made: Path, t
     )
     wrong("config.image_tokenizer.steps: expected 0, .*found 9", "image_tokenizer.steps=9")
     wrong("config.data.image_size: .*30 x 32 pixels does not divide", "data.image_size=(30,32)")
-    wrong("config.image_tokenizer.model: .*has no complete image tokenizer", of=tmp_path)
+    wrong("config.image_tokenizer.model: .*expected the folder of an image tokenizer; it is empty", of=tmp_path)
     broken = shutil.copytree(made, tmp_path / "broken")
     (broken / "weights.safetensors").write_bytes((made / "weights.safetensors").read_bytes()[:-4])
     wrong("config.image_tokenizer.model: .*weights.safetensors", of=broken)

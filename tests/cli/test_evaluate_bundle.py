@@ -148,7 +148,7 @@ def test_one_of_text_alone_reads_texts_and_refuses_images(
 
 def test_what_cannot_be_evaluated_is_refused_and_nothing_is_left(own: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused(arguments(data, data, out), f"{data}: expected a bundle, which has a bundle.json; this folder has none")
+    refused(arguments(data, data, out), f"{data}: expected a bundle, which has a bundle.json; it has none")
     refused(arguments(tmp_path / "none", data, out), "none: expected the folder of a bundle, found no such folder")
     refused(arguments(own, tmp_path / "none", out), f"--data {tmp_path}/none: .*none")
     (tmp_path / "empty").mkdir()

@@ -9,6 +9,8 @@ import pytest
 
 from ar_unified.cli.main import main
 from ar_unified.interop import IMAGE_SYSTEMS, SYSTEMS
+from ar_unified.recognised import FAMILIES
+from tests.sources import ROOT
 
 LLAMA = json.dumps(
     dict(
@@ -29,6 +31,8 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
         "has only a pointer of Git LFS for model.safetensors",
     ),
     "a bundle": ({"config.json": "{}", "bundle.json": "{}"}, "is a bundle already"),
+    "a part of a bundle": ({"config.json": "{}", "language.json": "{}"}, "is a part of a bundle, without"),
+    "an empty folder": ({}, "is empty"),
     "a workdir": ({"config.json": "{}", "text_tokenizer/done.json": "", "model/done.json": ""}, "is a workdir"),
     "a checkpoint of Orbax": ({"_CHECKPOINT_METADATA": "{}"}, "is a checkpoint of Orbax"),
     "an adapter": ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "is a LoRA adapter"),
@@ -39,6 +43,7 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
 @pytest.fixture
 def made(tmp_path):
     def make(files: dict[str, str]) -> Path:
+        (tmp_path / "given").mkdir(exist_ok=True)
         for name, content in files.items():
             path = tmp_path / "given" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +91,87 @@ def test_import_says_what_another_path_is(flag, made, tmp_path, capsys):
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "tokenizer.pkl").write_text("")
-    words = ["import", "--from", str(made({"config.json": LLAMA.replace("llama", "gemma")})), "--as", "liquid"]
+    system, kind = {"--text": ("llama", "llama"), "--image": ("liquid", "gemma")}[flag]
+    words = ["import", "--from", str(made({"config.json": LLAMA.replace("llama", kind)})), "--as", system]
     assert "tokenizer.pkl is pickled" in refused(capsys, *words, flag, str(pickled), "--output", str(tmp_path / "out"))
 
 
-def test_verbs_say_how_published_files_become_a_bundle(made, tmp_path, capsys):
-    folder = made({"config.json": LLAMA, "model.safetensors": ""})
-    said = refused(capsys, "sample", "--from", str(folder), "--requests", "none.txt", "--output", str(tmp_path / "out"))
+def test_a_model_of_no_known_family_keeps_its_own_error(made, tmp_path, capsys):
+    folder = made({"config.json": '{"model_type": "bert"}'})
+    for system in SYSTEMS:
+        said = refused(capsys, "import", "--from", str(folder), "--as", system, "--output", str(tmp_path / "out"))
+        assert "expected" in said and "'bert'" in said, said
+
+
+def test_an_error_about_something_else_is_kept(made, tmp_path, capsys):
+    words = ["import", "--from", str(made({"model.gguf": "GGUF"})), "--as", "ibq", "--dtype", "float32"]
+    said = refused(capsys, *words, "--output", str(tmp_path / "out"))
+    assert "--dtype" in said and "GGUF" not in said
+
+
+@pytest.mark.parametrize("system", sorted({*SYSTEMS} - {"lwm"}))
+def test_a_file_that_is_not_weights(system, made, tmp_path, capsys):
+    file = made({"config.json": LLAMA}) / "config.json"
+    said = refused(capsys, "import", "--from", str(file), "--as", system, "--output", str(tmp_path / "out"))
+    assert "it is a single file: name its folder" in said
+
+
+@pytest.mark.parametrize("system", IMAGE_SYSTEMS)
+def test_shards_that_were_not_downloaded(system, made, tmp_path, capsys):
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    folder = made({"model.safetensors.index.json": json.dumps(index)})
+    said = refused(capsys, "import", "--from", str(folder), "--as", system, "--output", str(tmp_path / "out"))
+    assert "found 0: the download is not complete, for example 'model-1.safetensors' is missing" in said
+
+
+def test_every_system_has_a_family():
+    assert {system for systems in FAMILIES.values() for system in systems} == {*SYSTEMS} - {"lwm"}
+
+
+# What a verb needs besides the folder of a model.
+VERBS = {
+    "sample": ("--requests", "none.txt", "--output"),
+    "score": ("--data", __file__, "--output"),
+    "evaluate": ("--data", "none", "--output"),
+    "export": ("--output",),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_say_how_published_files_become_a_bundle(verb, made, tmp_path, capsys):
+    folder, more = made({"config.json": LLAMA, "model.safetensors": ""}), (*VERBS[verb], str(tmp_path / "out"))
+    said = refused(capsys, verb, "--from", str(folder), *more)
     assert f"`ar-unified import --from {folder} --as llama --output BUNDLE` makes a bundle of it" in said
+    file = folder / "config.json"
+    assert f"{file}: expected a bundle, which has a bundle.json; it is a single file" in refused(
+        capsys, verb, "--from", str(file), *more
+    )
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"config.json": LLAMA}, "this folder has a config.json of model_type 'llama': `ar-unified import"),
+        ({"config.json": "{}", "bundle.json": "{}"}, "this folder is a bundle: name it with --from"),
+    ],
+)
+def test_a_model_is_no_workdir(files, expected, made, tmp_path, capsys):
+    folder = made(files)
+    said = refused(capsys, "export", "--workdir", str(folder), "--output", str(tmp_path / "out"))
+    assert f"--workdir {folder}: expected a workdir; {expected}" in said
+    assert (folder / "config.json").read_text() == files["config.json"]
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"config.json": "{}", "image_tokenizer/config.json": "{}"}, "it has one inside: name"),
+        ({"vq.safetensors": ""}, "it has published weights: `ar-unified import --from"),
+        ({"vqgan.ckpt": ""}, "it has no .safetensors files, and vqgan.ckpt is pickled"),
+    ],
+)
+def test_what_is_no_image_tokenizer(files, expected, made, tmp_path, capsys):
+    folder = made(files)
+    config = ("--config", f"{ROOT}/experiments/folder.py:path=none", "--workdir", str(tmp_path / "workdir"))
+    said = refused(capsys, "run", *config, f"--config.image_tokenizer.model={folder}")
+    assert f"{folder}: expected the folder of an image tokenizer; {expected}" in said

@@ -56,6 +56,32 @@ def test_what_the_form_cannot_say_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_model_comes_back(tmp_path: Path) -> None:
+    bundle, out = exported(tmp_path, "none")
+    assert main(["import", "--from", str(out), "--as", "qwen", "--output", str(tmp_path / "again")]) == 0
+    ours, again = ar_unified.load(bundle), ar_unified.load(tmp_path / "again")
+    assert again.vocabulary.controls == ours.vocabulary.controls and again.grammar.layout == ours.grammar.layout
+    ids = np.random.default_rng(0).integers(0, ours.vocabulary.used, (2, 24))
+    np.testing.assert_array_equal(again.logits(ids), ours.logits(ids))
+    for text in (*bundles.SENTENCES, "<boi> é <eos>"):
+        assert again.grammar.text_codec.encode(text) == ours.grammar.text_codec.encode(text)
+    assert main(["export", "--from", str(tmp_path / "again"), "--to", "hf", "--output", str(tmp_path / "out2")]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out2" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("named_in", ["tokenizer.json", "added_tokens.json"])
+def test_a_model_with_images_does_not_come_back_as_text(
+    named_in: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = exported(tmp_path, "grid" if named_in == "tokenizer.json" else "none")
+    if named_in == "added_tokens.json":
+        (out / named_in).write_text('{"<image_0>": 310}')
+    assert main(["import", "--from", str(out), "--as", "qwen", "--output", str(tmp_path / "again")]) == 2
+    assert "found one with images that ar_unified exported" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.interop
 def test_transformers_computes_the_same(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

@@ -132,7 +132,7 @@ def test_another_systems_files_are_refused(tmp_path: Path, capsys: pytest.Captur
     folder = formats.lumina_1(tmp_path / "download", tokenizer=True)
     assert run(folder, tmp_path / "bundle", system="emu3") == 2
     assert run(folder, tmp_path / "bundle", system="llama") == 2
-    assert "model_type: expected llama, found 'chameleon'" in capsys.readouterr().err
+    assert "model_type 'chameleon': give --as chameleon or anole or lumina_mgpt, not llama" in capsys.readouterr().err
     assert main(["import", "--from", str(folder), "--as", "lumina_mgpt", "--output", str(tmp_path / "b")]) == 2
     assert not (tmp_path / "bundle").exists() and not (tmp_path / "b").exists()
 

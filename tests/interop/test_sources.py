@@ -114,7 +114,7 @@ BROKEN = {
     "a link out": (link_out, "is a link to"),
     "a file that is missing": (
         lambda f: changed(f, lambda m: m.update({"a.weight": "more.safetensors"})),
-        "no such file",
+        "found 2: the download is not complete, for example 'more.safetensors' is missing",
     ),
     "a file cut short": (truncate, "cut short"),
     "a tensor too many in the index": (

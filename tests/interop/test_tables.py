@@ -46,7 +46,9 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "export": "test_both_tables_of_lwm_come_back",
     },
     "`lwm` (text, `params`)": {"import": "test_lwms_stream_comes_back", "export": "test_lwms_stream_comes_back"},
-    "a model trained here (`pre` norms; QK-norm none or RMS)": {"export": "test_transformers_computes_the_same"},
+    "a model trained here (`pre` norms; QK-norm none or RMS)": {
+        "import": "test_a_text_model_comes_back", "export": "test_transformers_computes_the_same",
+    },
 }  # fmt: skip
 # Rows of README's table, each of which covers one or more of the rows above.
 README: dict[str, tuple[str, ...]] = {
