@@ -83,7 +83,7 @@ def _published(path: Path, names: set[str], system: str) -> str:
     if path.is_file():
         weights = system == "lwm" or (system and path.suffix == ".safetensors")
         return "" if weights else "is a single file: name its folder"
-    if "config.json" not in names:
+    if "config.json" not in names or "params" in names:  # LWM's config.json describes nothing
         return ""
     config = _json(path / "config.json")
     if config is None:

@@ -135,10 +135,8 @@ def train_image(experiment: Experiment) -> None:
     batches.check()
     held_out = _held_out(experiment, lambda source: images([source]).check())
     count = min(_VALIDATION_BATCHES, -(-sum(map(len, held_out)) // settings.batch_size))
-    seen = images(held_out)
+    seen = images(held_out) if held_out else batches
     validation = [seen.batch(step) for step in range(count)]
-    if small := str(seen.enlarged):  # a sample of all images, told before the training
-        experiment.say(f"WARNING: of the images for validation, {small}")
     objective = Objective(
         experiment.autoencoder,
         objective_of(experiment.config),
@@ -146,7 +144,9 @@ def train_image(experiment: Experiment) -> None:
     )
     task = TokenizerTask(objective, batches.batch, validation, tokenizer_rates(experiment.config))
 
-    shown = (validation[0] if validation else batches.batch(0))["pixels"][:_SHEET]
+    shown = (validation[0] if validation else seen.batch(0))["pixels"][:_SHEET]
+    if small := str(seen.enlarged):  # a sample of all images, told before the training
+        experiment.say(f"WARNING: of the {'images for validation' if validation else 'first images'}, {small}")
 
     def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:
         weights = jax.device_get(params["autoencoder"])

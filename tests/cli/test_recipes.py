@@ -86,6 +86,7 @@ def test_another_recipe_may_be_named_and_a_batch(systems: Path) -> None:
 
 
 def test_places_that_name_nothing_are_refused_before_anything_is_done(systems: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A text.")
     here = ["--config", f"{FILE}:init={systems / 'chameleon'},path={tmp_path}", "--workdir", str(tmp_path / "w")]
     refused(
         ["train", *here, "--config.training.only=('head[images]',)", "--config.training.fresh=('haed',)"],

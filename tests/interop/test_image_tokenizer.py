@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "fp8": (_tensors(lambda f: f.update({FIRST: f[FIRST].astype(ml_dtypes.float8_e4m3fn)})), "F8_E4M3: convert"),
     "another's": (_tensors(lambda f: f.update({k.replace("conv_blocks", "down"): f.pop(k) for k in [*f]})), "taming"),
     "outside": (_outside, "config.json is a link to .*outside"),
-    "pickled": (_pickled, "vq_ds16.pt is pickled: convert it to .safetensors with `ar-unified convert-pickle`"),
+    "pickled": (_pickled, "vq_ds16.pt is pickled: convert it with `ar-unified convert-pickle --from"),
     "settings": (lambda folder: folder.joinpath("config.json").write_text("[1]"), "expected keys and values"),
 }
 
