@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         check(config, [])
         with about("config.init"):
             bundle = Bundle(config.init) if config.init else None
-        for line in unread(config, bundle, overrides):
+        for line in unread(config, lambda: bundle, overrides):
             print(f"note: {line}", flush=True)
         run = run_of(config, arguments.workdir)
         if len(shapes := settings.shapes(config.training)) > 1 and arguments.job == "train":

@@ -118,7 +118,7 @@ def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
     config = configs.load(arguments.config, overrides)
     check(config, [])
     experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))
-    for line in unread(config, experiment.bundle, overrides):
+    for line in unread(config, lambda: experiment.bundle, overrides):
         print(f"note: {line}")
     trained = (experiment.workdir.image_tokenizer / "config.json").exists()
     text = text_in(experiment.workdir.text_tokenizer, "warn")

@@ -62,7 +62,7 @@ def open_experiment(
         if not first:
             experiment.workdir.await_file(logs / "asked.json", asked)
     check_bundle(experiment, stages)
-    for line in unread(config, experiment.bundle, overrides):
+    for line in unread(config, lambda: experiment.bundle, overrides):
         experiment.say(f"note: {line}")
     check_devices(experiment, stages)
     check_trained(experiment, stages)

@@ -11,10 +11,12 @@ import pytest
 
 from ar_unified import bundle as bundles
 from ar_unified.bundle import Bundle, named
+from ar_unified.cli.arguments import parser_of
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import open_experiment
 from ar_unified.workdir import Workdir
 from tests import tokenizer_files as files
 from tests.cli.conftest import ROOT, refused
@@ -65,6 +67,15 @@ def test_it_is_trained_on_a_folder_and_exported_as_it_came(folder, tmp_path, kin
     assert "embedding" in changed and "layers.attention.query" in changed
     rows = [json.loads(line) for line in (tmp_path / "w" / "model" / "metrics.jsonl").read_text().splitlines()]
     assert any("loss" in name for row in rows for name in row)
+
+
+def test_a_training_is_read_without_the_bundle_that_it_began_with(folder, tmp_path):
+    assert main(command("tokenizer", "chameleon", folder, tmp_path)) == 0
+    (tmp_path / "chameleon").rename(tmp_path / "gone")
+    arguments = parser_of("export").parse_args(["--workdir", str(tmp_path / "w"), "--output", "out"])
+    for work in ("export", "requests", "images"):
+        experiment = open_experiment(arguments, ["--config.sampling.text.temperature=0.5"], [work])
+        assert experiment.image_tokenizer.config.codebook_size
 
 
 def test_documents_are_written_in_its_language(folder, tmp_path, capsys):

@@ -14,10 +14,14 @@ from tests import bundles
 from tests.experiment.test_check import SHAPES
 
 
-def told(bundle: Bundle | None = None, **changes: Any) -> list[str]:
+def told(**changes: Any) -> list[str]:
     """The keys that are told."""
     overrides = [f"--config.{key.replace('__', '.')}={value}" for key, value in changes.items()]
     config = configs.load(SHAPES, overrides)
+
+    def bundle() -> Bundle | None:
+        return Bundle(config.init) if config.init else None
+
     return [line.partition(" ")[0].removeprefix("config.") for line in unread(config, bundle, overrides)]
 
 
@@ -44,4 +48,11 @@ def test_keys_that_nothing_reads(changes: dict[str, Any], keys: list[str]) -> No
 def test_what_a_bundle_brings_is_not_trained(tmp_path: Path) -> None:
     bundles.write(tmp_path / "bundle")
     keys = dict(text_tokenizer__vocab_size=99, image_tokenizer__steps=9, image_tokenizer__learning_rate=0.1)
-    assert told(Bundle(tmp_path / "bundle"), **keys) == [key.replace("__", ".") for key in keys] and told(**keys) == []
+    expected = [key.replace("__", ".") for key in keys]
+    assert told(init=str(tmp_path / "bundle"), **keys) == expected and told(**keys) == []
+
+
+def test_a_bundle_that_is_gone_is_opened_for_no_other_key(tmp_path: Path) -> None:
+    gone = dict(init=str(tmp_path / "gone"))
+    keys = ["text_tokenizer.vocab_size", "lora.alpha"]
+    assert told(**gone, training__steps=9, text_tokenizer__vocab_size=99, lora__alpha=3.0) == keys
