@@ -10,23 +10,32 @@ BIN      = $(VENV)/bin
 .PHONY: setup libtpu demo test test-slow test-exact test-interop test-py312 test-all mutate lint docs check-hopper \
         check-gpu plan wheel clean environments
 
-setup: $(VENV)/.installed
+# pip would compile every module of every package, which takes 20 s; Python compiles what it imports (docs/benchmarks.md).
+INSTALL  = -m pip install --quiet --disable-pip-version-check --no-compile
 
+setup: $(VENV)/.tools
+
+# What users have; the demo needs no more.
 $(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@test -n "$(PYTHON)" || { echo "ar_unified needs Python 3.11, 3.12 or 3.13; none was found. Name one: make PYTHON=... $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") -e ".[dev]"
+	$(BIN)/python $(INSTALL) $$(test -f $(PINS) && echo "-c $(PINS)") -e .
 	@touch $@
 
-demo: setup  ## train both tokenizers and the transformer on the embedded shapes data, sample, evaluate, write a report
+# And what tests and lint need.
+$(VENV)/.tools: $(VENV)/.installed
+	$(BIN)/python $(INSTALL) $$(test -f $(PINS) && echo "-c $(PINS)") -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed  ## train both tokenizers and the transformer on the embedded shapes data, sample, evaluate, write a report
 	$(BIN)/ar-unified demo --workdir $(WORKDIR)
 
 # TPU's compiler, for the tests that compile for TPUs on this machine's CPU. It lies beside the packages and not among
 # them: JAX would look for a TPU in every process that finds it there.
 libtpu: $(VENV)/libtpu
 
-$(VENV)/libtpu: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+$(VENV)/libtpu: $(VENV)/.tools
+	@$(BIN)/python $(INSTALL) --no-deps --upgrade --target $@ \
 	    $$(test -f $(PINS) && echo "-c $(PINS)") libtpu || { mkdir -p $@; echo "no libtpu here: what compiles for TPUs is skipped"; }
 	@touch $@
 
@@ -83,13 +92,13 @@ environments: setup libtpu $(INTEROP)/.installed $(PY312)/.installed $(DOCS)/.in
 # torch is not for the environment that users have. Two come without what they ask for: lmms_eval's requirements are 5 GB, of
 # which its base class needs none, and Apache Beam wants older releases than the pins, and works with these. The environment
 # stands on .venv's packages: 60 are installed and not 190.
-$(INTEROP)/.installed: $(VENV)/.installed
+$(INTEROP)/.installed: $(VENV)/.tools
 	$(PYTHON) -m venv --clear $(INTEROP)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 	    > $$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_users_environment.pth
-	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") \
+	$(INTEROP)/bin/python $(INSTALL) $$(test -f $(PINS) && echo "-c $(PINS)") \
 	    -r requirements/interop.txt
-	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms_eval==0.7.3 \
+	$(INTEROP)/bin/python $(INSTALL) --no-deps lmms_eval==0.7.3 \
 	    apache-beam==2.77.0
 	@touch $@
 
@@ -98,7 +107,7 @@ PYTHON312 ?= $(shell for p in python3.12 python3 $(or $(PYENV_ROOT),$(HOME)/.pye
 $(PY312)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@test -n "$(PYTHON312)" || { echo "Python 3.12 was not found. Name one: make PYTHON312=... $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON312) -m venv $(PY312)
-	$(PY312)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/py312.txt -e ".[dev]"
+	$(PY312)/bin/python $(INSTALL) -c requirements/py312.txt -e ".[dev]"
 	@touch $@
 
 lint: setup
@@ -115,7 +124,7 @@ docs: $(DOCS)/.installed  ## the pages and the docstrings as a site, .cache/site
 $(DOCS)/.installed: requirements/docs.txt
 	@test -n "$(PYTHON)" || { echo "make docs needs Python 3.11, 3.12 or 3.13. Name one: make PYTHON=... docs"; exit 1; }
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	$(DOCS)/bin/python $(INSTALL) -r requirements/docs.txt
 	@touch $@
 
 HOPPER   = .venv-hopper
@@ -124,9 +133,9 @@ check-hopper: $(HOPPER)/.installed  ## compile the GPU kernels for an H200 with 
 
 $(HOPPER)/.installed: $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(HOPPER)
-	$(HOPPER)/bin/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") jax absl-py
+	$(HOPPER)/bin/python $(INSTALL) $$(test -f $(PINS) && echo "-c $(PINS)") jax absl-py
 	jax=$$($(HOPPER)/bin/python -c 'import jax; print(jax.__version__)') && \
-	  $(HOPPER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  $(HOPPER)/bin/python $(INSTALL) --no-deps \
 	    jax-cuda13-pjrt==$$jax jax-cuda13-plugin==$$jax nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@
 

@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -58,7 +58,7 @@ Scene = tuple[Object, ...]  # in the order of PLACES
 
 def scene_to_json(scene: Scene) -> str:
     """A scene as one line of JSON, as TFDS stores it together with the image."""
-    return json.dumps([asdict(o) for o in scene])
+    return json.dumps([vars(o) for o in scene])
 
 
 def scene_from_json(text: str | bytes) -> Scene:
