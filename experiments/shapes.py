@@ -11,15 +11,12 @@ from ml_collections import ConfigDict
 from ar_unified.experiment.config import defaults, model
 
 WEIGHTS = {"captions": 0.18, "questions": 0.44, "stories": 0.38}  # shares of the packed rows
-PARTS = {"train/captions": "[:28000]"}  # as many as the training reads; the others would only be encoded
 
 
 def sources(split: str) -> tuple[ConfigDict, ...]:
     """The sources of a split for the three kinds of documents, with their weights."""
     return tuple(
-        ConfigDict(
-            dict(kind="tfds", name=f"shapes/{kind}", split=split + PARTS.get(f"{split}/{kind}", ""), weight=weight)
-        )
+        ConfigDict(dict(kind="tfds", name=f"shapes/{kind}", split=split, weight=weight))
         for kind, weight in WEIGHTS.items()
     )
 
