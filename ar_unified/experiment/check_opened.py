@@ -173,10 +173,11 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
         problems.say("data.train", "expected a source, found none")
     else:
         _check_mixture(experiment, problems)
-    images = config.image_tokenizer.steps or config.image_tokenizer.model
-    images = images or (experiment.bundle is not None and experiment.bundle.has_images)
-    if "model" in stages and images and any(map(has_images, experiment.train)):
-        _check_room(experiment, problems, stages)
+    if "model" in stages:  # others do not need the bundle
+        images = config.image_tokenizer.steps or config.image_tokenizer.model
+        images = images or (experiment.bundle is not None and experiment.bundle.has_images)
+        if images and any(map(has_images, experiment.train)):
+            _check_room(experiment, problems, stages)
     problems.end()
 
 

@@ -73,7 +73,7 @@ def test_a_training_is_read_without_the_bundle_that_it_began_with(folder, tmp_pa
     assert main(command("tokenizer", "chameleon", folder, tmp_path)) == 0
     (tmp_path / "chameleon").rename(tmp_path / "gone")
     arguments = parser_of("export").parse_args(["--workdir", str(tmp_path / "w"), "--output", "out"])
-    for work in ("export", "requests", "images"):
+    for work in ("export", "requests", "images", "samples", "evaluation", "tokenizer_evaluation"):
         experiment = open_experiment(arguments, ["--config.sampling.text.temperature=0.5"], [work])
         assert experiment.image_tokenizer.config.codebook_size
 
